@@ -1,0 +1,85 @@
+# Two commands: `make demo` and `make test`. Both set themselves up in .venv; all they need is Python >= 3.11.
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+SHELL := /bin/sh
+
+VENV := .venv
+BIN := $(VENV)/bin
+DATA ?= digits
+OUT ?= runs/demo
+DEMO ?= compare $(DATA) --out $(OUT)
+WORKERS ?= 2
+
+ifndef PYTHON
+PYTHON := $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
+endif
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help demo test docs lint format types imports pytest clean distclean
+
+help:
+	@echo 'make demo   train on real handwritten digits and write $(OUT)/report.html'
+	@echo 'make test   tests, doctests, lint, format, types, direction of imports'
+	@echo 'make docs   the documentation, with its examples executed, in docs/_build/html'
+	@echo 'make clean  remove what these commands wrote, but not $(VENV) (make distclean: that too)'
+
+demo: $(VENV)/installed-demo
+	$(BIN)/precond $(DEMO)
+
+# All checks run, whatever the ones before found; the tests come last.
+test: $(VENV)/installed-test
+	@$(MAKE) --no-print-directory --keep-going lint format types imports pytest
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+
+format: $(VENV)/installed-test
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed-test
+	$(BIN)/mypy
+
+imports: $(VENV)/installed-test
+	$(BIN)/lint-imports
+
+# One thread per worker: the workers share the cores among themselves.
+pytest: export OMP_NUM_THREADS := 1
+pytest: export MKL_NUM_THREADS := 1
+pytest: export OPENBLAS_NUM_THREADS := 1
+pytest: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo 'docs/_build/html/index.html'
+
+# An installation is renewed when what it depends on changes, and never otherwise.
+$(VENV)/installed-demo: EXTRAS := cli,report
+$(VENV)/installed-test: EXTRAS := cli,report,test
+$(VENV)/installed-docs: EXTRAS := cli,report,docs
+$(VENV)/installed-%: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
+	@echo 'Installing precond[$(EXTRAS)] and the versions of constraints.txt in $(VENV) (minutes the first time) ...'
+	@$(BIN)/python -m pip install -qq -c constraints.txt hatchling editables
+	@$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV)/pyvenv.cfg:
+	@test -n '$(PYTHON)' || { echo 'precond needs Python 3.11 or newer, and none of python3.11, python3, python is.'; \
+		echo 'Install it, or name it: make PYTHON=/path/to/python3.11 ...'; exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "precond needs Python 3.11 or newer; $(PYTHON) is $$('$(PYTHON)' --version 2>&1 || echo not found)."; \
+		echo 'Name another one: make PYTHON=/path/to/python3.11 ...'; exit 1; }
+	@'$(PYTHON)' -m venv $(VENV) || { rm -rf $(VENV); \
+		echo 'Python could not make a virtual environment; on Debian and Ubuntu: apt install python3-venv'; exit 1; }
+
+clean:
+	rm -rf runs/demo dist build docs/_build docs/gallery docs/generated docs/sg_execution_times.rst
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests docs examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean
+	rm -rf $(VENV)

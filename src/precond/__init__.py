@@ -1,0 +1,77 @@
+"""Preconditioned optimization and regularization: choose the coordinates z, p = P z, in which a network is trained."""
+
+from precond.blocks import Block, Leaf, State, is_decayed, is_matrix
+from precond.maps import (
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    GramOnly,
+    Identity,
+    InverseRoot,
+    Kronecker,
+    LinearMap,
+    Product,
+    Scaled,
+    Standardizing,
+)
+from precond.momentum import Momentum
+from precond.optimizer import PreconditionedGD
+from precond.parameters import decay_groups
+from precond.passes import frozen_statistics
+from precond.preconditioners import RMS, AdaGrad, Composition, Fixed, Preconditioner, Route, Seen
+from precond.probing import LossClosure
+from precond.recipes import RECIPES, adagrad, adam, adamw, rmsprop, sgd
+from precond.regularizers import L1, L2, SAM, At, GradientNorm, Regularizer
+from precond.schedules import Schedule, TimesLr, Warmup
+from precond.spaces import Cotangent, Instead, Prox, Space, Tangent
+
+__all__ = [
+    "L1",
+    "L2",
+    "RECIPES",
+    "RMS",
+    "SAM",
+    "AdaGrad",
+    "At",
+    "Block",
+    "BlockDiagonal",
+    "Composition",
+    "Cotangent",
+    "Dense",
+    "Diagonal",
+    "Fixed",
+    "GradientNorm",
+    "GramOnly",
+    "Identity",
+    "Instead",
+    "InverseRoot",
+    "Kronecker",
+    "Leaf",
+    "LinearMap",
+    "LossClosure",
+    "Momentum",
+    "Preconditioner",
+    "PreconditionedGD",
+    "Product",
+    "Prox",
+    "Regularizer",
+    "Route",
+    "Scaled",
+    "Schedule",
+    "Seen",
+    "Space",
+    "Standardizing",
+    "State",
+    "Tangent",
+    "TimesLr",
+    "Warmup",
+    "adagrad",
+    "adam",
+    "adamw",
+    "decay_groups",
+    "frozen_statistics",
+    "is_decayed",
+    "is_matrix",
+    "rmsprop",
+    "sgd",
+]

@@ -1,0 +1,203 @@
+"""Leaves (parameters with what is known of them) and blocks (leaves that one map acts on jointly)."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from precond.vec import Vec
+
+_NORMS: tuple[type[nn.Module], ...] = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+    nn.modules.batchnorm._NormBase,
+)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """One parameter.
+
+    Attributes:
+        name: its qualified name, ``param_3`` where no names are known.
+        param: the parameter.
+        kind: ``"weight"``, ``"bias"``, ``"norm"``, ``"embedding"``, or ``"vector"`` (one-dimensional, its module unknown).
+        layer: qualified name of the module that owns it; its own name where none is known.
+        module: that module, or None.
+        group: the number of its parameter group.
+    """
+
+    name: str
+    param: Tensor = field(repr=False)
+    kind: str = "weight"
+    layer: str = ""
+    module: nn.Module | None = field(default=None, repr=False)
+    group: int = 0
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.param.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.param.ndim
+
+
+Rule = Callable[[Leaf], bool] | str
+"""Which parameters: a predicate of a leaf, or a pattern for its name (``"*.bias"``)."""
+
+
+def matches(rule: Rule | None, leaf: Leaf) -> bool:
+    """Whether a rule holds for a leaf; None holds for all."""
+    if rule is None:
+        return True
+    return fnmatch.fnmatchcase(leaf.name, rule) if isinstance(rule, str) else bool(rule(leaf))
+
+
+def is_decayed(leaf: Leaf) -> bool:
+    """Not a bias, a normalization layer's parameter or an embedding: what weight decay is usually meant for."""
+    return leaf.kind == "weight"
+
+
+def is_matrix(leaf: Leaf) -> bool:
+    """A weight with at least two dimensions that is no embedding."""
+    return leaf.kind == "weight" and leaf.ndim >= 2
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Leaves that one map acts on jointly, in this order."""
+
+    leaves: tuple[Leaf, ...]
+
+    @property
+    def name(self) -> str:
+        return self.leaves[0].name if len(self.leaves) == 1 else f"{self.leaves[0].name} … {self.leaves[-1].name}"
+
+    @cached_property
+    def params(self) -> Vec:
+        return tuple(leaf.param for leaf in self.leaves)
+
+    def zeros(self, fill: float = 0.0) -> Vec:
+        """State of the parameters' shapes: in their dtype, in float32 for 16-bit parameters."""
+        return tuple(torch.full_like(p, fill, dtype=state_dtype(p.dtype), requires_grad=False) for p in self.params)
+
+    def subset(self, index: Sequence[int]) -> Block:
+        return Block(tuple(self.leaves[i] for i in index))
+
+
+class State(dict[str, Any]):
+    """Tensors of a block: a tuple holds one tensor per leaf, a lone tensor belongs to the first leaf, a State to a part.
+
+    ``"step"``, one count per leaf, is put in by the optimizer and counts the step in progress.
+    """
+
+    def __init__(self, block: Block, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.block = block
+
+    @property
+    def steps(self) -> list[float]:
+        """The number of the step in progress for each leaf, from 1."""
+        return [t.item() for t in self["step"]]
+
+    def ahead(self) -> State:
+        """A copy with tensors of its own and the step counts one ahead: what the statistics would become."""
+        out = State(self.block)
+        for key, value in self.items():
+            if isinstance(value, State):
+                out[key] = value.ahead()
+            elif key == "step":
+                out[key] = tuple(t + 1 for t in value)
+            else:
+                out[key] = tuple(t.clone() for t in value) if isinstance(value, tuple) else value.clone()
+        return out
+
+    def restricted(self, index: Sequence[int]) -> State:
+        """The part that belongs to some leaves; the tensors are the same."""
+        out = State(self.block.subset(index))
+        for key, value in self.items():
+            if isinstance(value, State):
+                out[key] = value.restricted(index)
+            else:
+                out[key] = tuple(value[i] for i in index) if isinstance(value, tuple) else value
+        return out
+
+    def entries(self, prefix: str = "") -> Iterable[tuple[Leaf, str, Tensor]]:
+        """(leaf, key, tensor) of everything but the step counts; parts add their name and a dot to the key."""
+        for key, value in self.items():
+            if isinstance(value, State):
+                yield from value.entries(f"{prefix}{key}.")
+            elif key != "step":
+                tensors = value if isinstance(value, tuple) else (value,)
+                for leaf, tensor in zip(self.block.leaves, tensors, strict=False):
+                    yield leaf, prefix + key, tensor
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for 16-bit floats, the dtype itself otherwise."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def by_tensor(leaves: Sequence[Leaf]) -> list[tuple[int, ...]]:
+    """One block per tensor."""
+    return [(i,) for i in range(len(leaves))]
+
+
+def by_layer(leaves: Sequence[Leaf]) -> list[tuple[int, ...]]:
+    """One block per layer: a module's own parameters, the weight first."""
+    layers: dict[str, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        layers.setdefault(leaf.layer, []).append(i)
+    return [tuple(sorted(i, key=lambda j: leaves[j].kind == "bias")) for i in layers.values()]
+
+
+def together(leaves: Sequence[Leaf]) -> list[tuple[int, ...]]:
+    """One block of everything."""
+    return [tuple(range(len(leaves)))] if leaves else []
+
+
+def by_group(leaves: Sequence[Leaf]) -> list[tuple[int, ...]]:
+    """One block per parameter group: for maps that act entry by entry, which are fastest on many tensors at once."""
+    groups: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        groups.setdefault((leaf.group, leaf.param.device, state_dtype(leaf.param.dtype)), []).append(i)
+    return [tuple(i) for i in groups.values()]
+
+
+def join(a: Sequence[tuple[int, ...]], b: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The finest partition that both refine (a ∨ b); within a block, the order of a's blocks."""
+    owner: dict[int, list[int]] = {}
+    for part in [*a, *b]:
+        merged: list[int] = []
+        for block in {id(owner[i]): owner[i] for i in part if i in owner}.values():
+            merged += block
+        merged += [i for i in part if i not in owner]
+        for i in merged:
+            owner[i] = merged
+    return [tuple(block) for block in {id(block): block for block in owner.values()}.values()]
+
+
+def kind_of(name: str, param: Tensor, module: nn.Module | None) -> str:
+    """The kind of a parameter, from its module or else from its name and shape."""
+    if isinstance(module, _NORMS):
+        return "norm"
+    if isinstance(module, _EMBEDDINGS):
+        return "embedding"
+    last = name.rpartition(".")[2]
+    if last.endswith("bias") or last.startswith("bias"):
+        return "bias"
+    if module is None and param.ndim <= 1:
+        return "vector"
+    if module is not None and param.ndim <= 1 and "Norm" in type(module).__name__:
+        return "norm"
+    return "weight"

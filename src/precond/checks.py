@@ -1,0 +1,47 @@
+"""Checks of arguments: an error names the argument, the value and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+
+def non_negative(owner: str, **values: Any) -> None:
+    """Raise ValueError where a number is negative, NaN or infinite (tensors of one element are not read)."""
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise TypeError(f"{owner}: {name} must be a number, got {value!r} of type {type(value).__name__}")
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{owner}: {name} must be a finite number >= 0, got {value!r}; give a number such as 0.001")
+
+
+def positive(owner: str, **values: Any) -> None:
+    """Raise ValueError where a number is not positive and finite."""
+    non_negative(owner, **values)
+    for name, value in values.items():
+        if value == 0:
+            raise ValueError(f"{owner}: {name} must be > 0, got {value!r}")
+
+
+def fraction(owner: str, **values: Any) -> None:
+    """Raise ValueError where a number lies outside [0, 1)."""
+    non_negative(owner, **values)
+    for name, value in values.items():
+        if not value < 1:
+            raise ValueError(f"{owner}: {name} must lie in [0, 1), got {value!r}; usual values are 0.9 to 0.999")
+
+
+def one_of(owner: str, name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raise ValueError where a value is not among the choices; the message offers the nearest."""
+    choices = list(choices)
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{owner}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")

@@ -1,0 +1,132 @@
+"""Cells: a block of leaves with the strategies that step it and the state they keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from precond.blocks import Block, Leaf, State
+from precond.maps import Identity, LinearMap
+from precond.momentum import Momentum
+from precond.preconditioners.base import Preconditioner, Seen
+from precond.regularizers.base import Regularizer
+from precond.vec import Vec
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The frozen strategies of one parameter group."""
+
+    preconditioner: Preconditioner
+    momentum: Momentum | None = None
+    regularizers: tuple[Regularizer, ...] = ()
+
+
+@dataclass
+class Cell:
+    """A block, the strategies in force for it, and its state (views of the optimizer's own state tensors).
+
+    Attributes:
+        index: positions of the block's leaves among all leaves.
+    """
+
+    index: tuple[int, ...]
+    block: Block
+    preconditioner: Preconditioner
+    momentum: Momentum | None
+    state: State
+    average: State
+    _views: dict[tuple[int, ...], Cell] = field(default_factory=dict, repr=False)
+
+    @property
+    def handled(self) -> bool:
+        return self.preconditioner.handles(self.block)
+
+    def restricted(self, keep: tuple[int, ...]) -> Cell:
+        """The cell on some of its leaves, for a step in which the others have no gradient."""
+        if keep not in self._views:
+            self._views[keep] = Cell(
+                tuple(self.index[i] for i in keep),
+                self.block.subset(keep),
+                self.preconditioner,
+                self.momentum,
+                self.state.restricted(keep),
+                self.average.restricted(keep),
+            )
+        view = self._views[keep]
+        view.preconditioner, view.momentum = self.preconditioner, self.momentum
+        return view
+
+    def observe(self, state: State, gradient: Vec) -> None:
+        """Fold a gradient into ``state`` (the cell's own, or a copy of it)."""
+        if self.handled:
+            self.preconditioner.observe(state, Seen(gradient))
+
+    def map(self, state: State) -> LinearMap:
+        """P from ``state``."""
+        return self.preconditioner.map(state) if self.handled else Identity(self.block.params)
+
+
+def build(
+    leaves: Sequence[Leaf], choices: Sequence[Choice], existing: Mapping[Tensor, dict[str, Any]]
+) -> tuple[list[Cell], list[tuple[Leaf, str, Tensor]]]:
+    """Cells for the leaves that want gradients, and their state entries (leaf, key, tensor).
+
+    State tensors that ``existing`` holds already, of the same shape, are taken over as they are.
+    """
+    live = [i for i, leaf in enumerate(leaves) if leaf.param.requires_grad]
+    cells, entries = [], []
+    for index, preconditioner, momentum in strategies(leaves, live, choices):
+        block = Block(tuple(leaves[i] for i in index))
+        state = State(block, preconditioner.init(block) if preconditioner.handles(block) else {})
+        average = State(block, momentum.init(block) if momentum is not None else {})
+        steps = tuple(_known(existing, leaf, "step", _fresh_step) for leaf in block.leaves)
+        for s in (state, average):
+            _adopt(s, existing, steps)
+            entries += list(s.entries())
+        entries += [(leaf, "step", t) for leaf, t in zip(block.leaves, steps, strict=True)]
+        cells.append(Cell(index, block, preconditioner, momentum, state, average))
+    return cells, entries
+
+
+def strategies(
+    leaves: Sequence[Leaf], live: Sequence[int], choices: Sequence[Choice]
+) -> list[tuple[tuple[int, ...], Preconditioner, Momentum | None]]:
+    """(positions, preconditioner, momentum) of each block; the numbers are those of its first leaf's group."""
+    chosen = [leaves[i] for i in live]
+    plans = [c.preconditioner.partition(chosen) for c in choices]
+    out = []
+    for k, part in enumerate(plans[0]):
+        group = chosen[part.index[0]].group
+        out.append((tuple(live[i] for i in part.index), plans[group][k].preconditioner, choices[group].momentum))
+    return out
+
+
+def _fresh_step(leaf: Leaf) -> Tensor:
+    # On the host, as torch keeps it: reading it never waits for a device.
+    return torch.zeros((), dtype=torch.float32)
+
+
+def _known(existing: Mapping[Tensor, dict[str, Any]], leaf: Leaf, key: str, make: Callable[[Leaf], Tensor]) -> Tensor:
+    known = existing.get(leaf.param, {}).get(key)
+    return known if isinstance(known, Tensor) else make(leaf)
+
+
+def _adopt(state: State, existing: Mapping[Tensor, dict[str, Any]], steps: Vec, prefix: str = "") -> None:
+    """Put known tensors in place of fresh ones, and the step counts of the leaves into every part."""
+    by_leaf = dict(zip(state.block.leaves, steps, strict=True)) if steps else {}
+    for key, value in list(state.items()):
+        if isinstance(value, State):
+            _adopt(value, existing, tuple(by_leaf[leaf] for leaf in value.block.leaves), f"{prefix}{key}.")
+        else:
+            fresh = value if isinstance(value, tuple) else (value,)
+            kept = []
+            for leaf, tensor in zip(state.block.leaves, fresh, strict=False):
+                known = existing.get(leaf.param, {}).get(prefix + key)
+                kept.append(known if isinstance(known, Tensor) and known.shape == tensor.shape else tensor)
+            state[key] = tuple(kept) if isinstance(value, tuple) else kept[0]
+    state["step"] = steps

@@ -1,0 +1,186 @@
+"""torch's fused kernels, each keyed by the whole frozen configuration of a cell that it computes.
+
+They read every tensor once. What they cannot do takes :mod:`precond.engine.loop`, which they are tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from precond.engine.cells import Cell, Choice
+from precond.engine.loop import Rules
+from precond.maps import Identity
+from precond.momentum import Momentum
+from precond.preconditioners import RMS, AdaGrad, Fixed
+from precond.regularizers import L2
+from precond.vec import Scalar
+
+Kernel = Callable[[Cell, Sequence[Tensor], Sequence[Tensor], Scalar, bool], None]
+"""(cell, parameters, gradients, lr, maximize): one step of the cell."""
+
+_FOREVER = 1e9  # a step count at which 1 − βᵗ is exactly 1
+
+
+@dataclass(frozen=True)
+class _Decay:
+    """The L2 terms of a configuration as torch's ``weight_decay``: before M and momentum, or past them."""
+
+    coupled: float = 0.0
+    decoupled: float = 0.0
+
+
+def kernel(cell: Cell, choice: Choice, rules: Rules) -> Kernel | None:
+    """The fused kernel that computes exactly this configuration, or None."""
+    decay = _decay(choice, rules)
+    plain = all(
+        leaf.param.device.type == "cpu" and leaf.param.dtype in (torch.float32, torch.float64) for leaf in cell.block.leaves
+    )
+    if decay is None or rules.max_norm is not None or not plain or not cell.handled:
+        return None
+    P, momentum = cell.preconditioner, cell.momentum
+    if momentum is not None and not momentum.beta and momentum.kind != "ema":
+        momentum = None
+    match P, momentum:
+        case RMS(start="zero", bias_correction=True, centered=False), Momentum(kind="ema", start="zero", of="cotangent"):
+            if P.eps > 0 and momentum.corrected and not (decay.coupled and decay.decoupled):
+                return _Adam(P, momentum, decay)
+        case RMS(start="zero", bias_correction=False, centered=False, amsgrad=False), None:
+            if P.eps > 0 and not decay.decoupled:
+                return _RMSprop(P, decay)
+        case AdaGrad(), None:
+            if P.eps > 0 and not decay.decoupled:
+                return _Adagrad(P, decay)
+        case Fixed(map_=Identity()), None:
+            return _SGD(0.0, False, decay.coupled + decay.decoupled)
+        case Fixed(map_=Identity()), Momentum(kind="heavy_ball" | "nesterov", of="cotangent", dampening=0.0):
+            if not decay.decoupled:
+                return _SGD(momentum.beta, momentum.kind == "nesterov", decay.coupled)
+    return None
+
+
+def _decay(choice: Choice, rules: Rules) -> _Decay | None:
+    """The regularizers as weight decay; None where they are more than that."""
+    coupled = decoupled = 0.0
+    for r in choice.regularizers:
+        if not isinstance(r, L2) or not isinstance(r.lam, int | float) or (r.lam and r.where is not None):
+            return None
+        if r.space == "z":
+            decoupled += 2 * r.lam
+        else:
+            coupled += 2 * r.lam
+    adaptive = not isinstance(choice.preconditioner, Fixed)
+    if coupled and adaptive and rules.statistics_from != "total":
+        return None
+    return _Decay(coupled, decoupled)
+
+
+@dataclass(frozen=True)
+class _Adam:
+    P: RMS
+    momentum: Momentum
+    decay: _Decay
+
+    def __call__(self, cell: Cell, p: Sequence[Tensor], g: Sequence[Tensor], lr: Scalar, maximize: bool) -> None:
+        adam = torch._fused_adam_ if self.decay.coupled else torch._fused_adamw_
+        state = cell.state
+        torch._foreach_add_(state["step"], 1)
+        adam(
+            p,
+            g,
+            cell.average["m"],
+            state["r"],
+            state["r_max"] if self.P.amsgrad else [],
+            state["step"],
+            lr=lr,
+            beta1=self.momentum.beta,
+            beta2=self.P.decay,
+            weight_decay=self.decay.coupled or self.decay.decoupled,
+            eps=self.P.eps,
+            amsgrad=self.P.amsgrad,
+            maximize=maximize,
+        )
+
+
+@dataclass(frozen=True)
+class _RMSprop:
+    """Adam's kernel with β₁ = 0 and bias corrections that have died out; it runs in half the time of torch's RMSprop."""
+
+    P: RMS
+    decay: _Decay
+
+    def __call__(self, cell: Cell, p: Sequence[Tensor], g: Sequence[Tensor], lr: Scalar, maximize: bool) -> None:
+        state = cell.state
+        torch._foreach_add_(state["step"], 1)
+        never = torch.tensor(_FOREVER)
+        if self.decay.coupled or maximize:
+            # The kernel writes the decayed gradient where the momentum of Adam would be.
+            scratch = p[0].new_empty(max(t.numel() for t in p))
+            for pi, gi, ri in zip(p, g, state["r"], strict=True):
+                self._run([pi], [gi], [scratch[: pi.numel()].zero_().view(pi.shape)], [ri], [never], lr, maximize)
+        else:
+            # With β₁ = 0 "m" becomes the gradient itself: writing it onto the gradient changes nothing.
+            self._run(p, g, g, state["r"], [never] * len(p), lr, maximize)
+
+    def _run(self, p, g, m, r, step, lr: Scalar, maximize: bool) -> None:
+        torch._fused_adam_(
+            p,
+            g,
+            m,
+            r,
+            [],
+            step,
+            lr=lr,
+            beta1=0.0,
+            beta2=self.P.decay,
+            weight_decay=self.decay.coupled,
+            eps=self.P.eps,
+            amsgrad=False,
+            maximize=maximize,
+        )
+
+
+@dataclass(frozen=True)
+class _Adagrad:
+    P: AdaGrad
+    decay: _Decay
+
+    def __call__(self, cell: Cell, p: Sequence[Tensor], g: Sequence[Tensor], lr: Scalar, maximize: bool) -> None:
+        state = cell.state
+        torch._foreach_add_(state["step"], 1)
+        torch._fused_adagrad_(
+            p,
+            g,
+            state["r"],
+            list(state["step"]),
+            lr=lr,
+            lr_decay=self.P.lr_decay,
+            weight_decay=self.decay.coupled,
+            eps=self.P.eps,
+            maximize=maximize,
+        )
+
+
+@dataclass(frozen=True)
+class _SGD:
+    beta: float
+    nesterov: bool
+    weight_decay: float
+
+    def __call__(self, cell: Cell, p: Sequence[Tensor], g: Sequence[Tensor], lr: Scalar, maximize: bool) -> None:
+        torch._foreach_add_(cell.state["step"], 1)
+        torch._fused_sgd_(
+            p,
+            g,
+            list(cell.average["m"]) if self.beta else [],
+            weight_decay=self.weight_decay,
+            momentum=self.beta,
+            lr=lr,
+            dampening=0.0,
+            nesterov=self.nesterov,
+            maximize=maximize,
+            is_first_step=False,
+        )

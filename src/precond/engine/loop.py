@@ -1,0 +1,158 @@
+"""One step, written as the equations: the reference that every faster way is tested against.
+
+    P.observe(g);  c, d = Σ terms;  p ← p − α( M · momentum(g + c) + d );  prox
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from precond import vec
+from precond.blocks import State
+from precond.engine.point import Point
+from precond.maps import LinearMap
+from precond.spaces import Cotangent, Instead, Prox, Tangent, Term
+from precond.vec import Vec
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a step obeys beside its groups' strategies.
+
+    Attributes:
+        statistics_from: ``"loss"``: P is built from the clean gradient; ``"total"``: from the regularized one.
+        max_norm: bound of the assembled gradient's norm, or None.
+        norm_space: the space of that norm.
+    """
+
+    statistics_from: str = "loss"
+    max_norm: float | None = None
+    norm_space: str = "z"
+
+
+@dataclass
+class Evidence:
+    """What a step knows beside the gradient at p.
+
+    Attributes:
+        observed: whether the statistics (and step counts) were committed already, by the probe.
+        found: gradients at the probed points, by the number of the regularizer that asked for them.
+        memo: what probes left for their terms.
+        hessian: v ↦ H v, or None.
+    """
+
+    observed: bool = False
+    found: dict[int, tuple[Vec, ...]] = field(default_factory=dict)
+    memo: dict[str, Any] = field(default_factory=dict)
+    hessian: Callable[[Vec], Vec] | None = None
+
+
+def observe(point: Point, gradient: Vec) -> None:
+    """Commit a gradient to the statistics, and count the step."""
+    for cell, span in point.spans:
+        torch._foreach_add_(cell.state["step"], 1)
+        cell.observe(cell.state, gradient[span])
+
+
+def ahead(point: Point, gradient: Vec) -> list[State]:
+    """The states as they would be after :func:`observe`; nothing is changed."""
+    states = []
+    for cell, span in point.spans:
+        state = cell.state.ahead()
+        cell.observe(state, gradient[span])
+        states.append(state)
+    return states
+
+
+def step(point: Point, rules: Rules, evidence: Evidence) -> Vec:
+    """Move the parameters' values ``point.p`` (in place) and commit all state; returns the step u in p ← p − αu."""
+    regularizers = point.choices[0].regularizers
+    maps = cache(point.maps)  # after `observe`: asked for by the late terms alone
+    ats = [
+        point.at(k, maps, found=evidence.found.get(k, ()), hessian=evidence.hessian, memo=evidence.memo)
+        for k in range(len(regularizers))
+    ]
+    early = [r.term(at) for r, at in zip(regularizers, ats, strict=True) if not r.needs_map]
+    a = assemble(point.g, early)
+    factor: Tensor | None = None
+    if not evidence.observed:
+        source = a if rules.statistics_from == "total" else point.g
+        settled = not any(r.circular for r in regularizers) and not evidence.found
+        if rules.max_norm is not None and rules.norm_space == "p" and settled:
+            # As when torch.nn.utils.clip_grad_norm_ runs before the step: the statistics see the clipped gradient.
+            factor = _clip_factor(rules.max_norm, vec.norm(a))
+            source, a = vec.scale(source, factor), vec.scale(a, factor)
+        observe(point, source)
+    P = point.joined(maps())
+    late = [r.term(at) for r, at in zip(regularizers, ats, strict=True) if r.needs_map]
+    a = assemble(a, late)
+    if rules.max_norm is not None and factor is None:
+        length = vec.norm(a) if rules.norm_space == "p" else vec.dot(a, P.gram(a)).clamp_min(0).sqrt()
+        a = vec.scale(a, _clip_factor(rules.max_norm, length))
+    u = descent(point, P, a)
+    for term in [*early, *late]:
+        if isinstance(term, Tangent):
+            u = vec.add(u, term.vec)
+    vec.add_scaled_(point.p, u, [-x for x in point.lr])
+    for term in [*early, *late]:
+        if isinstance(term, Prox):
+            torch._foreach_copy_(point.p, term.apply(point.p))
+    for cell in point.cells:
+        if cell.handled:
+            cell.preconditioner.refresh(cell.state)
+    return u
+
+
+def assemble(g: Vec, terms: Sequence[Term]) -> Vec:
+    """g + Σ cotangents; a term that stands in place of g replaces it."""
+    for term in terms:
+        if isinstance(term, Instead):
+            g = term.vec
+    for term in terms:
+        if isinstance(term, Cotangent):
+            g = vec.add(g, term.vec)
+    return g
+
+
+def descent(point: Point, P: LinearMap, a: Vec) -> Vec:
+    """M · momentum(a), or momentum(M a) where the momentum is one of tangents."""
+    before = _average(point, a, "cotangent")
+    return _average(point, P.gram(before), "tangent")
+
+
+def _average(point: Point, a: Vec, of: str, fold: bool = True) -> Vec:
+    out: list[Tensor] = []
+    for cell, span in point.spans:
+        momentum = cell.momentum
+        if momentum is None or momentum.of != of:
+            out += a[span]
+        else:
+            if fold:
+                momentum.fold(cell.average, a[span])
+            out += momentum.current(cell.average, a[span])
+    return tuple(out)
+
+
+def last_update(point: Point) -> Vec:
+    """The u of the step just taken, from the state that it left, where no regularizer needed further gradients."""
+    P = point.joined(point.maps())
+    regularizers = point.choices[0].regularizers
+    terms = [r.term(point.at(k, point.maps)) for k, r in enumerate(regularizers)]
+    a = assemble(point.g, terms)
+    before = _average(point, a, "cotangent", fold=False)
+    u = _average(point, P.gram(before), "tangent", fold=False)
+    for term in terms:
+        if isinstance(term, Tangent):
+            u = vec.add(u, term.vec)
+    return u
+
+
+def _clip_factor(max_norm: float, length: Tensor) -> Tensor:
+    # The constant is torch.nn.utils.clip_grad_norm_'s.
+    return (max_norm / (length + 1e-6)).clamp_max(1.0)

@@ -1,0 +1,151 @@
+"""A step's view of the parameters that have a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from precond import vec
+from precond.blocks import Leaf, State, matches, state_dtype
+from precond.engine.cells import Cell, Choice
+from precond.maps import LinearMap, block_diagonal
+from precond.regularizers.base import At, Regularizer
+from precond.schedules import value_at
+from precond.spaces import P, Space, Z
+from precond.vec import Scalar, Vec
+
+
+@dataclass
+class Point:
+    """Cells restricted to what has a gradient, and their leaves' tensors in one order, cell after cell.
+
+    Attributes:
+        p: the parameters; for 16-bit parameters float32 copies, with their compensation added.
+        g: their gradients, in the dtype of p.
+        lr: the learning rate of each tensor.
+        steps: the number of the step in progress for each tensor, from 1.
+    """
+
+    cells: list[Cell]
+    leaves: tuple[Leaf, ...]
+    p: Vec
+    g: Vec
+    lr: list[Scalar]
+    steps: list[float]
+    choices: Sequence[Choice]
+
+    @property
+    def spans(self) -> list[tuple[Cell, slice]]:
+        """Each cell and where its tensors stand."""
+        out, start = [], 0
+        for cell in self.cells:
+            out.append((cell, slice(start, start + len(cell.block.leaves))))
+            start += len(cell.block.leaves)
+        return out
+
+    @property
+    def storage(self) -> Vec:
+        """The parameters' own tensors."""
+        return tuple(leaf.param for leaf in self.leaves)
+
+    def maps(self, states: Sequence[State] | None = None) -> list[LinearMap]:
+        """P of each cell, from the states given or from the cells' own."""
+        own = [cell.state for cell in self.cells] if states is None else states
+        return [cell.map(state) for cell, state in zip(self.cells, own, strict=True)]
+
+    def joined(self, maps: Sequence[LinearMap]) -> LinearMap:
+        """P over all tensors, from the maps of the cells."""
+        return block_diagonal([(range(s.start, s.stop), m) for (_, s), m in zip(self.spans, maps, strict=True)], self.p)
+
+    def at(self, k: int, maps: Callable[[], Sequence[LinearMap]], **more: Any) -> At:
+        """Where the k-th regularizer is evaluated; ``maps`` gives P of each cell when it is asked for."""
+        mine: list[Regularizer] = [c.regularizers[k] for c in self.choices]
+        first = mine[0]
+        def raw(name: str) -> list[Scalar]:
+            fields = [getattr(mine[leaf.group], name) for leaf in self.leaves]
+            return [value_at(x, t, lr) for x, t, lr in zip(fields, self.steps, self.lr, strict=True)]
+
+        takes_part = tuple(
+            matches(mine[leaf.group].where, leaf) and not all(_is_zero(getattr(mine[leaf.group], name)) for name in first.scalars)
+            for leaf in self.leaves
+        )
+
+        def values(name: str) -> list[Scalar]:
+            return [x if m else 0.0 for x, m in zip(raw(name), takes_part, strict=True)]
+
+        def space() -> Space:
+            if first.space == "p":
+                return P(takes_part)
+            if not first.takes_damping:
+                return Z(self.joined(maps()), takes_part)
+            damped = [m.damped(_damping(first, cell)) for cell, m in zip(self.cells, maps(), strict=True)]
+            return Z(self.joined(damped), takes_part)
+
+        dtype = max((leaf.param.dtype for leaf in self.leaves), key=lambda d: torch.finfo(d).eps)
+        return At(self.p, self.g, self.lr, values, takes_part, space, lambda: self.joined(maps()), dtype=dtype, **more)
+
+    def hessian(self, gradient: Sequence[Tensor | None]) -> Callable[[Vec], Vec]:
+        """v ↦ H v from the graph of a gradient that was built with ``create_graph``."""
+        index = [(i, g) for i, g in enumerate(gradient) if g is not None and g.requires_grad]
+
+        def product(v: Vec) -> Vec:
+            if not index:
+                return vec.zeros_like(v)
+            out = torch.autograd.grad(
+                [g for _, g in index],
+                self.storage,
+                [v[i].to(g.dtype) for i, g in index],
+                retain_graph=True,
+                allow_unused=True,
+            )
+            return tuple(torch.zeros_like(p) if h is None else h.to(p.dtype) for h, p in zip(out, self.p, strict=True))
+
+        return product
+
+
+def _is_zero(x) -> bool:
+    return not isinstance(x, Tensor) and x == 0
+
+
+def _damping(regularizer: Regularizer, cell: Cell) -> float:
+    return cell.preconditioner.advised_damping if regularizer.damping is None else regularizer.damping
+
+
+def gather(
+    cells: Sequence[Cell],
+    choices: Sequence[Choice],
+    lr: Callable[[Leaf], Scalar],
+    gradients: Sequence[Tensor | None],
+    residual: Callable[[Leaf], Tensor | None],
+) -> Point:
+    """The point of a step: cells in which something has a gradient, with zeros for what is missing in a joint block.
+
+    Args:
+        gradients: one per leaf of the optimizer, None where there is none.
+    """
+    kept, leaves, g = [], [], []
+    for cell in cells:
+        has = [gradients[i] is not None for i in cell.index]
+        if not any(has):
+            continue
+        if not all(has) and cell.preconditioner.entrywise:
+            cell = cell.restricted(tuple(i for i, h in enumerate(has) if h))
+        kept.append(cell)
+        for i, leaf in zip(cell.index, cell.block.leaves, strict=True):
+            leaves.append(leaf)
+            grad = gradients[i]
+            wide = state_dtype(leaf.param.dtype)
+            g.append(torch.zeros_like(leaf.param, dtype=wide) if grad is None else grad.to(wide))
+    p = []
+    for leaf in leaves:
+        wide_p = leaf.param.detach().to(state_dtype(leaf.param.dtype))
+        rest = residual(leaf)
+        p.append(wide_p if rest is None else wide_p + rest)
+    steps = [t.item() + 1 for cell in kept for t in cell.state["step"]]
+    return Point(kept, tuple(leaves), tuple(p), tuple(g), [lr(leaf) for leaf in leaves], steps, choices)
+
+

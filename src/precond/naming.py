@@ -1,0 +1,53 @@
+"""How an optimizer's numbers and tensors are called in its parameter groups and state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from precond.engine.cells import Choice
+from precond.schedules import numbers, replaced
+
+
+@dataclass(frozen=True)
+class Generic:
+    """Groups hold a configuration's numbers under their own names, ``"rms.decay"``, ``"l2.lam"``."""
+
+    choice: Choice
+
+    def __call__(self, group: Mapping[str, Any]) -> Choice:
+        """The strategies of a group."""
+        return replaced(self.choice, group)
+
+
+@dataclass(frozen=True)
+class Naming:
+    """The name table between a configuration and the outside.
+
+    Attributes:
+        name: of the optimizer, for messages.
+        defaults: the options of a parameter group with their defaults (``lr`` and ``maximize`` come on top).
+        build: from a group's options to its strategies: the groups are the single truth.
+        state: our names of state tensors → theirs (``r`` → ``exp_avg_sq``).
+        only_started: leave the tensors of parameters that made no step out of the state dict.
+    """
+
+    name: str
+    defaults: Mapping[str, Any]
+    build: Callable[[Mapping[str, Any]], Choice]
+    state: Mapping[str, str] = field(default_factory=dict)
+    only_started: bool = False
+
+    @classmethod
+    def generic(cls, choice: Choice) -> Naming:
+        """Our own names throughout."""
+        return cls("PreconditionedGD", numbers(choice), Generic(choice))
+
+    def outside(self, key: str) -> str:
+        """The name of a state tensor in a state dict."""
+        return self.state.get(key, key)
+
+    def inside(self, key: str) -> str:
+        """The inverse of :meth:`outside`."""
+        return next((ours for ours, theirs in self.state.items() if theirs == key), key)

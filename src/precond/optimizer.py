@@ -1,0 +1,563 @@
+"""The one optimizer: preconditioned gradient descent with regularizers in p or in z."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from precond import checks, serialization, vec
+from precond.blocks import Leaf
+from precond.engine import cells as engine_cells
+from precond.engine import fused, loop
+from precond.engine.cells import Cell, Choice
+from precond.engine.loop import Evidence, Rules
+from precond.engine.point import Point, gather
+from precond.explanation import Explanation, explain
+from precond.maps import BlockDiagonal, LinearMap
+from precond.momentum import Momentum
+from precond.naming import Naming
+from precond.parameters import Owners, Params, to_groups
+from precond.passes import Recorder, random_state, restore_random_state
+from precond.preconditioners import Preconditioner, Route
+from precond.probing import Probe, exact_gradient, finite_loss, loss_gradient, take_gradients, unscaled
+from precond.record import Record
+from precond.regularizers import Regularizer
+from precond.vec import Scalar
+
+
+class PreconditionedGD(torch.optim.Optimizer):
+    r"""p ← p − α(M · momentum(g + c) + d) with M = P Pᵀ, cotangents c and tangents d of the regularizers.
+
+    Args:
+        params: a module (best: its second passes are then protected), parameters, named parameters, or groups of any of
+            these; a group may override every number of the configuration by its name (``"lr"``, ``"rms.decay"``,
+            ``"l2.lam"``, …: the keys of ``param_groups``).
+        lr: α ≥ 0, a number or a tensor of one element.
+        preconditioner: statistics → P.
+        regularizers: penalties; at most one may need a second gradient.
+        momentum: None, or an average of cotangents or tangents.
+        statistics_from: ``"loss"``: P is built from the clean gradient; ``"total"``: from the regularized one, allowed where
+            no regularizer's cotangent depends on P.
+        max_norm: clip the assembled gradient to this norm, in ``norm_space``; None: do not. (In p, where nothing probes, the
+            statistics see the clipped gradient, as after ``clip_grad_norm_``.)
+        norm_space: ``"z"`` (√(aᵀMa)) or ``"p"`` (‖a‖).
+        nonfinite: inf or NaN in a gradient or the loss: ``"propagate"`` as torch.optim does, ``"raise"``
+            FloatingPointError, or ``"skip"`` the step; with the last two nothing at all has changed.
+        engine: ``"auto"``, ``"loop"`` (the readable reference), or ``"fused"`` (an error where no fused kernel fits).
+        rounding: of 16-bit parameters: ``"nearest"`` as torch.optim, or ``"kahan"``, which carries what rounding lost in one
+            more 16-bit number per parameter, so that small updates add up. State is float32 in any case.
+
+    Raises:
+        TypeError, ValueError: for parameters and options that cannot work; the message names the remedy.
+
+    Example:
+        >>> import torch, precond
+        >>> p = torch.nn.Parameter(torch.tensor([2.0]))
+        >>> opt = precond.PreconditionedGD([p], lr=0.1, preconditioner=precond.Fixed(), regularizers=[precond.L2(0.5)])
+        >>> p.grad = torch.tensor([1.0]); _ = opt.step(); p.item()  # 2 − 0.1(1 + 2·0.5·2)
+        1.7000000476837158
+
+    References:
+        Ye, eqs. (4), (5), (9)–(12).
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        *,
+        preconditioner: Preconditioner,
+        regularizers: Iterable[Regularizer] = (),
+        momentum: Momentum | None = None,
+        statistics_from: Literal["loss", "total"] = "loss",
+        max_norm: float | None = None,
+        norm_space: Literal["z", "p"] = "z",
+        nonfinite: Literal["propagate", "raise", "skip"] = "propagate",
+        engine: Literal["auto", "loop", "fused"] = "auto",
+        rounding: Literal["nearest", "kahan"] = "nearest",
+        naming: Naming | None = None,
+    ):
+        choice = Choice(preconditioner, momentum, tuple(regularizers))
+        self.naming = Naming.generic(choice) if naming is None else naming
+        name = self.naming.name
+        checks.non_negative(name, lr=lr)
+        checks.one_of(name, "statistics_from", statistics_from, ("loss", "total"))
+        checks.one_of(name, "norm_space", norm_space, ("z", "p"))
+        checks.one_of(name, "nonfinite", nonfinite, ("propagate", "raise", "skip"))
+        checks.one_of(name, "engine", engine, ("auto", "loop", "fused"))
+        checks.one_of(name, "rounding", rounding, ("nearest", "kahan"))
+        if max_norm is not None:
+            checks.positive(name, max_norm=max_norm)
+        _validate(name, choice, statistics_from)
+        self.rules = Rules(statistics_from, max_norm, norm_space)
+        self.nonfinite, self.engine, self.rounding = nonfinite, engine, rounding
+        self._gradient_based = next((k for k, r in enumerate(choice.regularizers) if r.probes or r.exact), None)
+        self._probing = self._gradient_based is not None and choice.regularizers[self._gradient_based].probes
+        self._forget()
+        modules: list[nn.Module] = []
+        groups = to_groups(params, modules)
+        self.owners = Owners(modules)
+        super().__init__(groups, {"lr": lr, "maximize": False, **self.naming.defaults})
+        self._bind()
+        _check_precision(self._leaves, choice, rounding)
+        self._listen()
+        if engine == "fused" and not self._kernels():
+            raise ValueError(f"{name}: engine='fused' has no kernel for this configuration; use engine='auto' or 'loop'")
+
+    # --- parameters, strategies, state ---------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        """Drop what is derived from groups and state; it is made again when needed."""
+        self._cells: list[Cell] = []
+        self._leaves: list[Leaf] = []
+        self._choices: list[Choice] = []
+        self._options: list[tuple[Any, ...]] = []
+        self._fused: tuple[list[fused.Kernel] | None] | None = None
+        self._pending: Probe | None = None
+        self._recorder: Recorder | None = None
+        self._warned = False
+        self.last = Record(self)
+
+    def _read_options(self) -> list[tuple[Any, ...]]:
+        keys = self.naming.defaults
+        return [tuple(group.get(k) for k in keys) for group in self.param_groups]
+
+    def _bind(self) -> None:
+        """Make cells and state for the parameters that want gradients, keeping the state that exists."""
+        leaves = self.owners.leaves(self.param_groups)
+        choices = [self.naming.build(g) for g in self.param_groups]
+        cells, entries = engine_cells.build(leaves, choices, self.state)
+        self.adopt(leaves, choices, cells, [*entries, *self.residuals(leaves)], keep=True)
+
+    def adopt(
+        self, leaves: list[Leaf], choices: list[Choice], cells: list[Cell], entries: list[tuple[Leaf, str, Tensor]], keep=False
+    ) -> None:
+        """Take cells and their state entries as the optimizer's own."""
+        if not keep:
+            self.state = defaultdict(dict)
+        for leaf, key, tensor in entries:
+            self.state[leaf.param].setdefault(key, tensor) if keep else self.state[leaf.param].__setitem__(key, tensor)
+            self.state[leaf.param][key] = tensor
+        self._leaves, self._choices, self._cells = leaves, choices, cells
+        self._options, self._fused, self._pending = self._read_options(), None, None
+
+    def residuals(self, leaves: Sequence[Leaf]) -> list[tuple[Leaf, str, Tensor]]:
+        """State entries of the Kahan compensation of 16-bit parameters."""
+        if self.rounding != "kahan":
+            return []
+        return [
+            (leaf, "residual", self.state.get(leaf.param, {}).get("residual", torch.zeros_like(leaf.param, requires_grad=False)))
+            for leaf in leaves
+            if leaf.param.requires_grad and leaf.param.dtype in (torch.bfloat16, torch.float16)
+        ]
+
+    def _follow_groups(self) -> None:
+        """Follow the groups: their numbers may have changed, parameters may have been thawed."""
+        known = {i for cell in self._cells for i in cell.index}
+        thawed = any(leaf.param.requires_grad and i not in known for i, leaf in enumerate(self._leaves))
+        options = self._read_options()
+        if thawed or not self._cells:
+            self._bind()
+        elif options != self._options:
+            kinds = [[bool(x) if isinstance(x, int | float) else x for x in o] for o in (*options, *self._options)]
+            if kinds[: len(options)] != kinds[len(options) :] or any(isinstance(x, tuple) for o in options for x in o):
+                self._bind()
+                return
+            self._choices = [self.naming.build(g) for g in self.param_groups]
+            live = [i for cell in self._cells for i in sorted(cell.index)]
+            plan = engine_cells.strategies(self._leaves, sorted(live), self._choices)
+            for cell, (_, preconditioner, momentum) in zip(self._cells, plan, strict=True):
+                cell.preconditioner, cell.momentum = preconditioner, momentum
+            self._options, self._fused = options, None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its ``"params"`` may be a module. State is made at once."""
+        if not self._leaves:  # called by torch.optim.Optimizer's constructor, on groups that are parsed already
+            super().add_param_group(param_group)
+            return
+        modules: list[nn.Module] = []
+        (group,) = to_groups([param_group], modules)
+        super().add_param_group(group)
+        try:
+            self.naming.build(group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        self.owners.add(modules)
+        self._bind()
+        self._listen()
+
+    def _lr(self, leaf: Leaf) -> Scalar:
+        lr = self.param_groups[leaf.group]["lr"]
+        route = self._choices[leaf.group].preconditioner
+        return lr * route.lr_scale(leaf) if isinstance(route, Route) else lr
+
+    def _listen(self) -> None:
+        if self._probing and (modules := self.owners.alive()):
+            if self._recorder is not None:
+                self._recorder.close()
+            self._recorder = Recorder(modules, {leaf.param.device for leaf in self._leaves})
+
+    # --- the step ------------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step.
+
+        Args:
+            closure: the standard kind (zero_grad, forward, backward, return the loss) or a :class:`LossClosure`. Without
+                one the gradients in ``.grad`` are used, and a probing regularizer needs :meth:`probe` before.
+
+        Returns:
+            What the closure returned at the unperturbed parameters; None without a closure.
+
+        Raises:
+            RuntimeError: where a second gradient is needed and was not probed, or the closure called no backward.
+            TypeError, ValueError: for a closure that returns no scalar.
+            FloatingPointError: for inf or NaN with ``nonfinite="raise"``.
+        """
+        self._follow_groups()
+        loss, graph = None, None
+        if closure is not None:
+            self.restore()
+            loss, graph = self._gradients(closure)
+        elif self._gradient_based is not None:
+            self._check_probed()
+        with torch.no_grad():
+            if not self._fuse(loss):
+                self._finish(loss, graph)
+        if self._recorder is not None:
+            self._recorder.arm()
+        return loss
+
+    def _gradients(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
+        """The clean pass, and the probes with the random state forked around them; the loss and the gradient's graph."""
+        if self._gradient_based is None:
+            return loss_gradient(self._leaves, closure), None
+        if not self._probing:
+            return exact_gradient(self._leaves, closure, self._regularizer_name)
+        before = random_state(self._devices)
+        loss = loss_gradient(self._leaves, closure)
+        after = random_state(self._devices)
+        try:
+            while (self.nonfinite == "propagate" or finite_loss(loss)) and self._next_probe(None, None):
+                restore_random_state(before)
+                loss_gradient(self._leaves, closure)
+        except BaseException:
+            self.restore()
+            raise
+        finally:
+            restore_random_state(after)
+        return loss, None
+
+    @property
+    def probing(self) -> bool:
+        """Whether the parameters stand at a probed point p + δ."""
+        return self._pending is not None and self._pending.moved
+
+    def probe(self, grad_scale: float | Tensor | None = None) -> bool:
+        """Ask for another gradient: ``loss.backward(); while opt.probe(): loss_fn(...).backward()``; then ``opt.step()``.
+
+        Takes the gradients out of ``.grad``, sets ``.grad`` to None and moves the parameters to the next probed point.
+
+        Args:
+            grad_scale: the factor by which the losses are scaled, ``scaler.get_scale()``.
+
+        Returns:
+            True while another gradient is wanted; then False, the parameters being as before, bit for bit.
+        """
+        if not self._probing:
+            return False
+        if self._pending is None:
+            self._follow_groups()
+        return self._next_probe(grad_scale, self._recorder)
+
+    @torch.no_grad()
+    def _next_probe(self, grad_scale: float | Tensor | None, recorder: Recorder | None) -> bool:
+        if self._pending is None:
+            self._pending = self._first_probe(grad_scale)
+        elif self._pending.moved:
+            self._pending.collect()
+        return self._pending is not None and self._pending.move(recorder)
+
+    def _first_probe(self, grad_scale: float | Tensor | None) -> Probe | None:
+        """Take the clean gradient and find where else gradients are wanted; None where there is no gradient at all."""
+        if all(leaf.param.grad is None for leaf in self._leaves):
+            return None
+        modules = self.owners.alive()
+        if not modules and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "the optimizer was given parameters, not a model: a second pass moves BatchNorm's running statistics again "
+                "and, without a closure, draws other dropout masks; pass the model as params, or wrap the second pass in "
+                "precond.frozen_statistics(model)",
+                stacklevel=5,
+            )
+        k = self._gradient_based or 0
+        regularizer = self._choices[0].regularizers[k]
+        watch = self.nonfinite != "propagate" or grad_scale is not None
+        gradients = [leaf.param.grad for leaf in self._leaves]
+        point = self._point(unscaled(gradients, grad_scale))
+        if watch and not vec.all_finite(point.g):
+            return Probe(self._leaves, modules, point, gradients, grad_scale, k, Evidence(), (), refused=True)
+        clean: list[Tensor | None] | None = unscaled(take_gradients(self._leaves), grad_scale)
+        point = self._point(clean)
+        # With SAM nothing but the statistics asks for the clean gradient later: commit them now and let it go.
+        let_go = regularizer.replaces_gradient and not watch
+        observed = let_go and self.rules.statistics_from == "loss"
+        if observed:
+            loop.observe(point, point.g)
+        states = None if observed or regularizer.space == "p" else loop.ahead(point, point.g)
+        evidence = Evidence(observed=observed)
+        deltas = regularizer.probe(point.at(k, lambda: point.maps(states), memo=evidence.memo))
+        if let_go:
+            clean, point.g = None, ()
+        return Probe(self._leaves, modules, point, clean, grad_scale, k, evidence, deltas)
+
+    def restore(self) -> None:
+        """Forget a probe that was not followed by its step (after an exception, say): parameters, gradients, random state."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.cancel()
+
+    def _check_probed(self) -> None:
+        pending = self._pending
+        if pending is not None and pending.moved and self._next_probe(None, self._recorder):
+            self.restore()
+            raise RuntimeError(f"{self._regularizer_name} wants another gradient: call probe() until it returns False")
+        if pending is None and any(leaf.param.grad is not None for leaf in self._leaves):
+            how = (
+                "pass a closure to step(), or call `while opt.probe(): loss_fn(...).backward()` between backward() and step()"
+                if self._probing
+                else "call step(LossClosure(f)), f returning the loss without backward()"
+            )
+            raise RuntimeError(f"{self._regularizer_name} needs a second gradient: {how}")
+
+    def _kernels(self) -> list[fused.Kernel] | None:
+        """The fused kernel of each cell, or None where some cell has none."""
+        if self._fused is None:
+            fits = self.engine != "loop" and self._gradient_based is None
+            kernels = [fused.kernel(c, self._choices[c.block.leaves[0].group], self.rules) for c in self._cells] if fits else [None]
+            self._fused = (None if None in kernels else kernels,)
+        return self._fused[0]
+
+    def _fuse(self, loss: Any) -> bool:
+        """Take the step by fused kernels, where they compute it; False where they do not."""
+        kernels = self._kernels()
+        if kernels is None or self._pending is not None or getattr(self, "found_inf", None) is not None:
+            return False
+        work = []
+        for cell, kernel in zip(self._cells, kernels, strict=True):
+            g = [p.grad for p in cell.block.params]
+            if any(x is None for x in g):
+                keep = tuple(i for i, x in enumerate(g) if x is not None)
+                if not keep:
+                    continue
+                cell, g = cell.restricted(keep), [g[i] for i in keep]
+            if any(x.is_sparse or x.dtype != p.dtype for x, p in zip(g, cell.block.params, strict=True)):  # type: ignore[union-attr]
+                return False
+            work.append((kernel, cell, g))
+        if self.nonfinite != "propagate" and not all(vec.all_finite(g) for _, _, g in work):
+            return False
+        if self.nonfinite != "propagate" and loss is not None and not finite_loss(loss):
+            return False
+        for kernel, cell, g in work:
+            leaf = cell.block.leaves[0]
+            kernel(cell, cell.block.params, g, self._lr(leaf), self.param_groups[leaf.group]["maximize"])
+        self.last = Record(self, loss)
+        return True
+
+    def _finish(self, loss: Any, graph: list[Tensor | None] | None) -> None:
+        """Take the step by the reference engine, or skip it."""
+        pending, self._pending = self._pending, None
+        scale = getattr(self, "grad_scale", None)
+        if pending is None:
+            point = self._point(unscaled([leaf.param.grad for leaf in self._leaves], scale))
+            evidence = Evidence(hessian=None if graph is None else point.hessian(graph))
+        else:
+            if not hasattr(self, "grad_scale"):  # not called by a GradScaler: the scale is the one that probe() was told
+                scale = pending.scale
+            point, evidence = pending.point, pending.evidence
+            if not pending.refused:
+                evidence = pending.complete(scale, self._signed)
+        count = 1 + (pending.asked if pending is not None else 0)
+        if self._skip(point, pending, loss):
+            self.last = Record(self, loss, gradients=count, skipped=True, scale=scale)
+        elif point.cells:
+            u = loop.step(point, self.rules, evidence)
+            self._write_back(point)
+            length = vec.norm(vec.scale(u, point.lr))
+            self.last = Record(self, loss, gradients=count, scale=None if pending is not None else scale, length=length)
+        if pending is not None:
+            pending.give_back()
+
+    def _skip(self, point: Point, pending: Probe | None, loss: Any) -> bool:
+        """Whether inf or NaN forbid the step; raises where that was asked for."""
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.item():
+            return True
+        if self.nonfinite == "propagate":
+            return pending is not None and pending.refused
+        good = vec.all_finite(point.g) and (pending is None or pending.finite) and (loss is None or finite_loss(loss))
+        if not good and self.nonfinite == "raise":
+            if pending is not None:
+                pending.give_back()
+            names = [leaf.name for leaf, g in zip(point.leaves, point.g, strict=False) if not g.isfinite().all()]
+            where = f"the gradient of {', '.join(names[:3])}" if names else "the loss or a probed gradient"
+            raise FloatingPointError(
+                f"{where} holds inf or NaN: nothing was changed; lower the learning rate, clip, or pass nonfinite='skip'"
+            )
+        return not good
+
+    def _point(self, gradients: Sequence[Tensor | None]) -> Point:
+        return gather(self._cells, self._choices, self._lr, self._signed(gradients), self._residual)
+
+    def _signed(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradients of what is minimized: negated in groups that maximize."""
+        if not any(group["maximize"] for group in self.param_groups):
+            return gradients
+        turned = [self.param_groups[leaf.group]["maximize"] for leaf in self._leaves]
+        return [-g if g is not None and t else g for g, t in zip(gradients, turned, strict=True)]
+
+    def _residual(self, leaf: Leaf) -> Tensor | None:
+        return self.state[leaf.param].get("residual") if self.rounding == "kahan" else None
+
+    def _write_back(self, point: Point) -> None:
+        """Round the float32 values of 16-bit parameters into them, and keep what rounding lost where that is asked for."""
+        for leaf, p in zip(point.leaves, point.p, strict=True):
+            if p.dtype != leaf.param.dtype:
+                leaf.param.copy_(p)
+                residual = self._residual(leaf)
+                if residual is not None:
+                    residual.copy_(p - leaf.param)
+
+    # --- looking ---------------------------------------------------------------------------------------------------------
+
+    def map(self, params: Iterable[Tensor] | None = None) -> LinearMap:
+        """The P in force, aligned to ``params`` (default: all parameters in order); frozen ones are left as they are.
+
+        Raises:
+            RuntimeError: before the first step, where the statistics are empty.
+            ValueError: where a block is asked for in part, or a parameter is not this optimizer's.
+        """
+        self._follow_groups()
+        wanted = [leaf.param for leaf in self._leaves] if params is None else list(params)
+        place = {p: i for i, p in enumerate(wanted)}
+        if alien := [tuple(p.shape) for p in wanted if p not in {leaf.param for leaf in self._leaves}]:
+            raise ValueError(f"map: a parameter of shape {alien[0]} is not this optimizer's")
+        blocks = []
+        for cell in self._cells:
+            inside = tuple(i for i, p in enumerate(cell.block.params) if p in place)
+            if not inside:
+                continue
+            if len(inside) < len(cell.index):
+                if not cell.preconditioner.entrywise:
+                    raise ValueError(f"map: the block {cell.block.name!r} acts jointly; ask for all of its parameters")
+                cell = cell.restricted(inside)
+            if len(cell.state) > 1 and min(cell.state.steps) == 0:
+                raise RuntimeError(f"map: {cell.block.name!r} has seen no gradient yet; take a step first")
+            with torch.no_grad():
+                blocks.append(([place[p] for p in cell.block.params], cell.map(cell.state)))
+        return BlockDiagonal(blocks, tuple(p.detach() for p in wanted))
+
+    def explain(self) -> Explanation:
+        """Which preconditioner acts on which parameter, and which parameters it takes jointly; ``print`` it."""
+        self._follow_groups()
+        return explain(self._leaves, self._cells)
+
+    @torch.no_grad()
+    def measure(self, name: str, scale: float | Tensor | None, length: Tensor | None) -> Tensor | float:
+        """A number of the last step, from gradients and state as they are now: see :class:`precond.record.Record`."""
+        point = self._point(unscaled([leaf.param.grad for leaf in self._leaves], scale))
+        if not point.cells:
+            return float("nan")
+        match name:
+            case "grad_norm":
+                return vec.norm(point.g)
+            case "preconditioned_grad_norm":
+                return vec.dot(point.g, point.joined(point.maps()).gram(point.g)).clamp_min(0).sqrt()
+            case "penalty":
+                point.steps = [t - 1 for t in point.steps]
+                regularizers = point.choices[0].regularizers
+                return sum((r.value(point.at(k, point.maps)) for k, r in enumerate(regularizers)), start=0.0)
+            case _:
+                if length is None:
+                    length = vec.norm(vec.scale(loop.last_update(point), point.lr))
+                return length / vec.norm(point.p)
+
+    # --- saving ----------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """As torch.optim's; torch-named recipes use torch's names, and torch's class of that name loads it."""
+        if self.probing:
+            raise RuntimeError("state_dict: the parameters stand at a probed point; finish the step or call restore() first")
+        return serialization.renamed(super().state_dict(), self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        """Load this optimizer's state dict, or torch's of the recipe's name; all or nothing. State keeps its dtype.
+
+        Raises:
+            ValueError: where it does not fit; the message names the parameter. Parameters are matched by name where both
+                sides know names (a warning says what did not match), else by position.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self.restore()
+        serialization.load(self, state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.restore()
+        derived = ("_cells", "_leaves", "_choices", "_options", "_fused", "_pending", "_recorder", "_warned", "last")
+        return {k: v for k, v in self.__dict__.items() if k not in derived and "hook" not in k}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+        self._bind()
+
+    def close(self) -> None:
+        """Remove the hooks on the model. The optimizer's end does it too."""
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
+
+
+def _validate(name: str, choice: Choice, statistics_from: str) -> None:
+    """Raise where strategies do not go together."""
+    if not isinstance(choice.preconditioner, Preconditioner):
+        raise TypeError(f"{name}: preconditioner must be one, such as precond.RMS(), got {choice.preconditioner!r}")
+    if choice.momentum is not None and not isinstance(choice.momentum, Momentum):
+        raise TypeError(f"{name}: momentum must be a precond.Momentum or None, got {choice.momentum!r}; Momentum(0.9) is one")
+    for r in choice.regularizers:
+        if not isinstance(r, Regularizer):
+            raise TypeError(f"{name}: regularizers must hold regularizers such as precond.L2(1e-4), got {r!r}")
+        r.validate(choice.preconditioner)
+        if statistics_from == "total" and r.circular:
+            raise ValueError(
+                f"{name}: statistics_from='total' builds P from the regularized gradient, and {type(r).__name__} in z needs P "
+                "for that gradient; use statistics_from='loss', or space='p'"
+            )
+    second = [type(r).__name__ for r in choice.regularizers if r.probes or r.exact]
+    if len(second) > 1:
+        raise ValueError(f"{name}: {' and '.join(second)} both need a second gradient; at most one regularizer may")
+
+
+def _check_precision(leaves: Sequence[Leaf], choice: Choice, rounding: str) -> None:
+    """Refuse finite differences on 16-bit parameters that would mostly not move."""
+    narrow = [leaf.name for leaf in leaves if leaf.param.dtype in (torch.float16, torch.bfloat16)]
+    for r in choice.regularizers:
+        if r.probes and narrow and rounding != "kahan":
+            raise ValueError(
+                f"{type(r).__name__} moves parameters by steps that 16-bit parameters ({narrow[0]}) mostly round away: keep "
+                "float32 parameters under torch.autocast, or pass rounding='kahan'"
+            )

@@ -1,0 +1,166 @@
+"""What a user may pass as ``params``, made into parameter groups; and the leaves that groups hold."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from precond.blocks import Leaf, is_decayed, kind_of
+
+Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+
+def clean(name: str) -> str:
+    """A parameter's name without the prefixes that wrappers add (torch.compile, DDP, checkpointing)."""
+    parts = name.split(".")
+    while len(parts) > 1 and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(p for p in parts if p not in ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
+
+
+def to_groups(params: Params, modules: list[nn.Module]) -> list[dict[str, Any]]:
+    """Parameter groups for ``torch.optim.Optimizer``; the modules met are appended to ``modules``.
+
+    Raises:
+        TypeError: for something that holds no parameters, sparse, complex or integer ones.
+        ValueError: for no parameters, or a parameter given twice.
+    """
+    if isinstance(params, nn.Module):
+        params = [{"params": params}]
+    elif isinstance(params, ModuleGroups) and params.module is not None:
+        modules.append(params.module)
+    elif isinstance(params, Tensor):
+        raise TypeError("params must be a module, an iterable of parameters or of groups, got one tensor; pass [tensor]")
+    elif isinstance(params, Mapping):
+        raise TypeError("params got a mapping; a group is passed in a list, [{'params': ...}], a state dict not at all")
+    items = list(params)
+    if not items:
+        raise ValueError("params is empty: there is nothing to optimize; pass model.parameters() or the model")
+    if not isinstance(items[0], Mapping):
+        items = [{"params": items}]
+    groups = []
+    for item in items:
+        if not isinstance(item, Mapping) or "params" not in item:
+            raise TypeError(f"params mixes groups with other things: expected a dict with 'params', got {type(item).__name__}")
+        groups.append({**item, "params": _named(item["params"], modules)})
+    named = all(name is not None for group in groups for name, _ in group["params"])
+    names: set[str] = set()
+    for k, group in enumerate(groups):
+        pairs = []
+        for name, param in group["params"]:
+            if name is not None and name in names:
+                name = f"{k}.{name}"  # two submodules given as groups may use one name
+            names.add(name)
+            pairs.append((name, param))
+        group["params"] = pairs if named else [p for _, p in pairs]
+    _check([p for g in groups for p in (x[1] if named else x for x in g["params"])])
+    return groups
+
+
+def _named(params: Any, modules: list[nn.Module]) -> list[tuple[str | None, Tensor]]:
+    """(name or None, parameter) pairs; tensors that are no floating-point numbers and need no gradient are left out."""
+    pairs: list[tuple[str | None, Tensor]] = []
+    if isinstance(params, nn.Module):
+        modules.append(params)
+        params = params.named_parameters()
+    elif isinstance(params, Tensor):
+        params = [params]
+    elif isinstance(params, set):
+        raise TypeError("params is a set, whose order changes between runs; pass a list")
+    for item in params:
+        name, param = item if isinstance(item, tuple) else (None, item)
+        if isinstance(param, nn.Module):
+            raise TypeError("params holds a module among parameters; pass the module itself, or {'params': module} as a group")
+        if not isinstance(param, Tensor):
+            raise TypeError(f"params must hold tensors, got {type(param).__name__}; pass model.parameters() or the model")
+        if param.is_floating_point() or param.is_complex() or param.requires_grad:
+            pairs.append((None if name is None else clean(name), param))
+    return pairs
+
+
+def _check(params: Sequence[Tensor]) -> None:
+    if not params:
+        raise ValueError("params holds no floating-point parameter: there is nothing to optimize")
+    seen: set[Tensor] = set()
+    for p in params:
+        if p in seen:
+            raise ValueError(f"params holds the same parameter twice (shape {tuple(p.shape)}); pass each once")
+        seen.add(p)
+        if p.is_complex():
+            raise TypeError(
+                f"params holds a complex parameter (shape {tuple(p.shape)}); optimize torch.view_as_real of it, "
+                "as a real parameter with a last dimension of 2"
+            )
+        if p.layout != torch.strided:
+            raise TypeError(f"params holds a parameter of layout {p.layout}; only dense (strided) parameters are supported")
+
+
+class ModuleGroups(list[dict[str, Any]]):
+    """Parameter groups that remember the module they come from, so that an optimizer can protect its second passes."""
+
+    def __init__(self, groups: Iterable[dict[str, Any]], module: nn.Module | None):
+        super().__init__(groups)
+        self.module = module
+
+
+class Owners:
+    """Which module owns a parameter, for the modules that were given; holds them weakly."""
+
+    def __init__(self, modules: Iterable[nn.Module] = ()):
+        self.modules: list[weakref.ref[nn.Module]] = [weakref.ref(m) for m in modules]
+
+    def add(self, modules: Iterable[nn.Module]) -> None:
+        """Know further modules."""
+        self.modules += [weakref.ref(m) for m in modules]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Weak references cannot be copied, and the modules of a copied optimizer are not these.
+        return {"modules": []}
+
+    def alive(self) -> list[nn.Module]:
+        """The modules that still exist."""
+        return [m for ref in self.modules if (m := ref()) is not None]
+
+    def leaves(self, param_groups: Sequence[Mapping[str, Any]]) -> list[Leaf]:
+        """The leaves of parameter groups in order."""
+        owner: dict[Tensor, tuple[str, nn.Module]] = {}
+        for number, root in enumerate(self.alive()):
+            prefix = f"{number}:" if number else ""
+            for path, module in root.named_modules():
+                for param in module.parameters(recurse=False):
+                    owner.setdefault(param, (prefix + clean(path), module))
+        leaves = []
+        for k, group in enumerate(param_groups):
+            names = group.get("param_names") or [None] * len(group["params"])
+            for name, param in zip(names, group["params"], strict=True):
+                path, module = owner.get(param, (None, None))
+                name = name or f"param_{len(leaves)}"
+                layer = path if path is not None else name.rpartition(".")[0] or name
+                leaves.append(Leaf(name, param, kind_of(name, param, module), layer, module, k))
+        return leaves
+
+
+def decay_groups(model: nn.Module | Iterable[tuple[str, Tensor]], weight_decay: float) -> ModuleGroups:
+    """Two parameter groups: weights with decay; biases, normalization parameters and embeddings without.
+
+    Args:
+        model: a module, or named parameters (then one-dimensional parameters are not decayed).
+        weight_decay: of the first group; the second has 0.
+
+    Example:
+        >>> groups = decay_groups(torch.nn.Linear(3, 2), 0.1)
+        >>> [(g["weight_decay"], [name for name, _ in g["params"]]) for g in groups]
+        [(0.1, ['weight']), (0.0, ['bias'])]
+    """
+    owners = Owners([model] if isinstance(model, nn.Module) else [])
+    named = [(n, p) for n, p in _named(model, []) if n is not None]
+    leaves = owners.leaves([{"params": [p for _, p in named], "param_names": [n for n, _ in named]}])
+    split: dict[bool, list[tuple[str, Tensor]]] = {True: [], False: []}
+    for leaf in leaves:
+        split[is_decayed(leaf)].append((leaf.name, leaf.param))
+    groups = [{"params": split[True], "weight_decay": weight_decay}, {"params": split[False], "weight_decay": 0.0}]
+    return ModuleGroups([g for g in groups if g["params"]], model if isinstance(model, nn.Module) else None)

@@ -1,0 +1,11 @@
+"""Choices of P. A new one is one file here and one name below."""
+
+from precond.preconditioners.adagrad import AdaGrad
+from precond.preconditioners.base import Part, Preconditioner, Seen
+from precond.preconditioners.compose import Composition
+from precond.preconditioners.fixed import Fixed
+from precond.preconditioners.rms import RMS
+from precond.preconditioners.route import Route
+from precond.preconditioners.split import Split
+
+__all__ = ["RMS", "AdaGrad", "Composition", "Fixed", "Part", "Preconditioner", "Route", "Seen", "Split"]

@@ -1,0 +1,83 @@
+"""What a preconditioner is: statistics that are kept of what is seen, and the map P that they make."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from precond import blocks
+from precond.blocks import Block, Leaf, State
+from precond.maps import LinearMap
+from precond.vec import Vec
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a step shows to a preconditioner.
+
+    Attributes:
+        gradient: the loss gradient in this preconditioner's coordinates, one tensor per leaf of the block.
+        inputs: statistics of the inputs of the block's layer, or None.
+        momentum: the momentum of the clean gradient, or None.
+    """
+
+    gradient: Vec
+    inputs: Any = None
+    momentum: Vec | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Leaves, by position, that one preconditioner acts on jointly."""
+
+    index: tuple[int, ...]
+    preconditioner: Preconditioner
+
+
+class Preconditioner(ABC):
+    """A frozen choice of how statistics become a map P.
+
+    A new one is one file: a frozen dataclass with ``init``, ``observe`` and ``map``.
+
+    Attributes:
+        entrywise: its map acts entry by entry, so that any block serves and leaves may come and go.
+        root: its map states a root P of M = P Pᵀ.
+        invertible: P has an inverse.
+        advised_damping: the damping of M that penalties in z take unless told otherwise (math: M_r = (M⁻¹ + δI)⁻¹).
+    """
+
+    entrywise: bool = False
+    root: bool = True
+    invertible: bool = True
+    advised_damping: float = 0.0
+
+    def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
+        """The blocks that this preconditioner acts on; by default each tensor, or all of a group where it is entrywise."""
+        split = blocks.by_group if self.entrywise else blocks.by_tensor
+        return [Part(i, self) for i in split(leaves)]
+
+    def handles(self, block: Block) -> bool:
+        """Whether it does anything to a block; what it does not handle it maps by the identity."""
+        return True
+
+    @abstractmethod
+    def init(self, block: Block) -> State | dict[str, Any]:
+        """Fresh statistics of a block."""
+
+    @abstractmethod
+    def observe(self, state: State, seen: Seen) -> None:
+        """Fold what was seen into the statistics, in place."""
+
+    @abstractmethod
+    def map(self, state: State) -> LinearMap:
+        """P, from the statistics."""
+
+    def refresh(self, state: State) -> None:  # noqa: B027
+        """Work after the step, such as new eigenbases; nothing by default."""
+
+    def __matmul__(self, other: Preconditioner) -> Preconditioner:
+        from precond.preconditioners.compose import Composition
+
+        return Composition(self, other) if isinstance(other, Preconditioner) else NotImplemented

@@ -1,0 +1,79 @@
+"""Composition P = P₁P₂."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from precond import blocks
+from precond.blocks import Block, Leaf, State
+from precond.maps import Identity, LinearMap
+from precond.preconditioners.base import Part, Preconditioner, Seen
+from precond.preconditioners.split import over
+
+
+@dataclass(frozen=True)
+class Composition(Preconditioner):
+    """p = P₁z₁, z₁ = P₂z₂: the inner one adapts to the gradient in the outer one's coordinates, P₁ᵀg.
+
+    ``outer @ inner`` makes it. What the outer one does not handle it leaves as it is, and the inner one takes over.
+    """
+
+    outer: Preconditioner
+    inner: Preconditioner
+
+    @property
+    def entrywise(self) -> bool:  # type: ignore[override]
+        return self.outer.entrywise and self.inner.entrywise
+
+    @property
+    def root(self) -> bool:  # type: ignore[override]
+        return self.outer.root and self.inner.root
+
+    @property
+    def invertible(self) -> bool:  # type: ignore[override]
+        return self.outer.invertible and self.inner.invertible
+
+    @property
+    def advised_damping(self) -> float:  # type: ignore[override]
+        return self.inner.advised_damping
+
+    def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
+        a, b = self.outer.partition(leaves), self.inner.partition(leaves)
+        # An entrywise map takes any block, so the other one alone decides.
+        fine = (
+            [p.index for p in b] if self.outer.entrywise else [p.index for p in a] if self.inner.entrywise else None
+        )
+        if fine is None:
+            fine = blocks.join([p.index for p in a], [p.index for p in b])
+        return [Part(i, Composition(over(i, a), over(i, b))) for i in fine]
+
+    def handles(self, block: Block) -> bool:
+        return self.outer.handles(block) or self.inner.handles(block)
+
+    def init(self, block: Block) -> dict:
+        return {
+            name: State(block, part.init(block)) if part.handles(block) else State(block)
+            for name, part in (("outer", self.outer), ("inner", self.inner))
+        }
+
+    def _outer(self, state: State) -> LinearMap:
+        block = state["outer"].block
+        return self.outer.map(state["outer"]) if self.outer.handles(block) else Identity(block.params)
+
+    def observe(self, state: State, seen: Seen) -> None:
+        if self.outer.handles(state["outer"].block):
+            self.outer.observe(state["outer"], seen)
+        if self.inner.handles(state["inner"].block):
+            in_z1 = Seen(self._outer(state).rmv(seen.gradient), seen.inputs, seen.momentum)
+            self.inner.observe(state["inner"], in_z1)
+
+    def map(self, state: State) -> LinearMap:
+        block = state["inner"].block
+        inner = self.inner.map(state["inner"]) if self.inner.handles(block) else Identity(block.params)
+        return self._outer(state) @ inner
+
+    def refresh(self, state: State) -> None:
+        for name, part in (("outer", self.outer), ("inner", self.inner)):
+            if part.handles(state[name].block):
+                part.refresh(state[name])

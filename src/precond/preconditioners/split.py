@@ -1,0 +1,66 @@
+"""Several preconditioners on the parts of one block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from precond.blocks import Block, State
+from precond.maps import BlockDiagonal, Identity, LinearMap
+from precond.preconditioners.base import Part, Preconditioner, Seen
+
+
+@dataclass(frozen=True)
+class Split(Preconditioner):
+    """Parts of a block, each with its own preconditioner: what :func:`over` makes where a block joins several."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def root(self) -> bool:  # type: ignore[override]
+        return all(p.preconditioner.root for p in self.parts)
+
+    @property
+    def invertible(self) -> bool:  # type: ignore[override]
+        return all(p.preconditioner.invertible for p in self.parts)
+
+    @property
+    def advised_damping(self) -> float:  # type: ignore[override]
+        return max(p.preconditioner.advised_damping for p in self.parts)
+
+    def init(self, block: Block) -> dict:
+        out = {}
+        for k, part in enumerate(self.parts):
+            sub = block.subset(part.index)
+            out[str(k)] = State(sub, part.preconditioner.init(sub)) if part.preconditioner.handles(sub) else State(sub)
+        return out
+
+    def _each(self, state: State):
+        for k, part in enumerate(self.parts):
+            sub = state[str(k)]
+            if part.preconditioner.handles(sub.block):
+                yield part, sub
+
+    def observe(self, state: State, seen: Seen) -> None:
+        for part, sub in self._each(state):
+            pick = lambda v, index=part.index: None if v is None else tuple(v[i] for i in index)  # noqa: E731
+            part.preconditioner.observe(sub, Seen(pick(seen.gradient), seen.inputs, pick(seen.momentum)))
+
+    def map(self, state: State) -> LinearMap:
+        return BlockDiagonal([(p.index, p.preconditioner.map(sub)) for p, sub in self._each(state)], state.block.params)
+
+    def refresh(self, state: State) -> None:
+        for part, sub in self._each(state):
+            part.preconditioner.refresh(sub)
+
+
+def over(index: tuple[int, ...], parts: Sequence[Part]) -> Preconditioner:
+    """The preconditioner that a partition puts on the leaves ``index``: its only one there, or a :class:`Split`."""
+    place = {leaf: i for i, leaf in enumerate(index)}
+    inside = [p for p in parts if any(i in place for i in p.index)]
+    distinct = {id(p.preconditioner): p.preconditioner for p in inside}
+    if len(distinct) == 1:
+        (only,) = distinct.values()
+        if only.entrywise or (len(inside) == 1 and inside[0].index == index):
+            return only
+    return Split(tuple(Part(tuple(place[i] for i in p.index if i in place), p.preconditioner) for p in inside))

@@ -1,0 +1,221 @@
+"""Closures, and the state of a probe: where the parameters stand between the gradients of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from precond import vec
+from precond.blocks import Leaf
+from precond.engine.loop import Evidence
+from precond.engine.point import Point
+from precond.passes import Buffers, Random, Recorder, random_state, restore_random_state
+from precond.vec import Vec
+
+Gradients = list[Tensor | None]
+"""One per leaf of the optimizer; None where there is none."""
+
+
+class LossClosure:
+    """A closure that returns the loss and calls no backward: what double backprop needs, and what every other method takes too.
+
+    Example:
+        >>> import torch, precond
+        >>> p = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> opt = precond.PreconditionedGD([p], lr=0.1, preconditioner=precond.Fixed(),
+        ...     regularizers=[precond.GradientNorm(0.5, method="exact")])
+        >>> _ = opt.step(precond.LossClosure(lambda: (p**2).sum() / 2)); p.item()  # 1 − 0.1(1 + 0.5·2·1·1)
+        0.800000011920929
+    """
+
+    def __init__(self, f: Callable[[], Tensor]):
+        self.f = f
+
+    def __call__(self) -> Tensor:
+        with torch.enable_grad():
+            return self.f()
+
+
+def loss_gradient(leaves: Sequence[Leaf], closure: Callable[[], Any]) -> Any:
+    """Run a closure of either kind so that ``.grad`` holds the gradient; returns the loss.
+
+    Raises:
+        TypeError, ValueError: for a closure that returns nothing or no scalar.
+        RuntimeError: for a standard closure that calls no backward.
+    """
+    if isinstance(closure, LossClosure):
+        for leaf in leaves:
+            leaf.param.grad = None
+        loss = closure()
+        _check_loss(loss)
+        loss.backward()
+        return loss.detach()
+    before = [(leaf.param.grad, _version(leaf.param.grad)) for leaf in leaves]
+    with torch.enable_grad():
+        loss = closure()
+    _check_loss(loss)
+    if all(leaf.param.grad is g and _version(g) == v for leaf, (g, v) in zip(leaves, before, strict=True)):
+        raise RuntimeError(
+            "the closure left every gradient as it was: it must call zero_grad(), backward() and return the loss "
+            "(a function that only returns the loss is passed as LossClosure(f))"
+        )
+    return loss
+
+
+def exact_gradient(leaves: Sequence[Leaf], closure: Any, regularizer: str) -> tuple[Any, Gradients]:
+    """The loss, and its gradient with a graph of its own, for Hessian–vector products; ``.grad`` gets a detached copy."""
+    if not isinstance(closure, LossClosure):
+        raise TypeError(
+            f"{regularizer}(method='exact') differentiates twice and cannot use a closure that calls backward() itself: "
+            "pass step(LossClosure(f)), f returning the loss"
+        )
+    loss = closure()
+    _check_loss(loss)
+    live = [leaf.param for leaf in leaves if leaf.param.requires_grad]
+    found = dict(zip(live, torch.autograd.grad(loss, live, create_graph=True, allow_unused=True), strict=True))
+    graph = [found.get(leaf.param) for leaf in leaves]
+    for leaf, g in zip(leaves, graph, strict=True):
+        leaf.param.grad = None if g is None else g.detach()
+    return loss.detach(), graph
+
+
+def _version(g: Tensor | None) -> int:
+    return -1 if g is None else g._version
+
+
+def _check_loss(loss: Any) -> None:
+    if loss is None:
+        raise TypeError("the closure returned None; it must return the loss")
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(f"the closure returned a tensor of shape {tuple(loss.shape)}; it must return one number, e.g. loss.mean()")
+    if not isinstance(loss, Tensor | int | float):
+        raise TypeError(f"the closure returned {type(loss).__name__}; it must return the loss, a tensor of one element")
+
+
+def finite_loss(loss: Any) -> bool:
+    """Whether a loss is neither inf nor NaN."""
+    return bool(torch.isfinite(torch.as_tensor(loss)).all())
+
+
+def unscaled(gradients: Sequence[Tensor | None], scale: float | Tensor | None) -> Gradients:
+    """gradients/scale in float32 or wider, new tensors; the same ones for no scale."""
+    if scale is None:
+        return list(gradients)
+    wide = [None if g is None else g.float() if g.dtype in (torch.float16, torch.bfloat16) else g for g in gradients]
+    return [None if g is None else g / torch.as_tensor(scale, device=g.device) for g in wide]
+
+
+def take_gradients(leaves: Sequence[Leaf]) -> Gradients:
+    """Take the gradients out of ``.grad``, which is None afterwards."""
+    taken: Gradients = []
+    for leaf in leaves:
+        g = leaf.param.grad
+        # A view into a larger buffer (DDP's buckets) is overwritten by the next backward.
+        taken.append(g.clone() if g is not None and g._is_view() else g)
+        leaf.param.grad = None
+    return taken
+
+
+class Probe:
+    """A step whose further gradients are being gathered.
+
+    Attributes:
+        point: the unperturbed point with the clean gradient (an empty one where it is not needed any more).
+        clean: what ``.grad`` held; None where it was let go.
+        evidence: what the step will know.
+        moved: whether the parameters stand at p + δ.
+        refused: whether a gradient held inf or NaN, so that nothing was probed.
+    """
+
+    def __init__(
+        self,
+        leaves: Sequence[Leaf],
+        modules: Sequence[nn.Module],
+        point: Point,
+        clean: Gradients | None,
+        scale: float | Tensor | None,
+        regularizer: int,
+        evidence: Evidence,
+        deltas: Sequence[Vec],
+        refused: bool = False,
+    ):
+        self.leaves, self.modules = leaves, modules
+        self.point, self.clean, self.scale, self.regularizer = point, clean, scale, regularizer
+        self.evidence, self.refused = evidence, refused
+        self.moved = False
+        self.asked = 0
+        self._deltas = list(deltas)
+        self._found: list[Gradients] = []
+        self._saved: Vec = ()
+        self._buffers: Buffers | None = None
+        self._after: Random | None = None
+
+    def move(self, recorder: Recorder | None) -> bool:
+        """Go to the next point; False (with the random state as after the clean pass) where none is left."""
+        if not self._deltas:
+            if self._after is not None:
+                restore_random_state(self._after)
+            return False
+        delta = self._deltas.pop(0)
+        storage = self.point.storage
+        self._saved = tuple(p.detach().clone() for p in storage)
+        self._buffers = Buffers(self.modules)
+        self.moved = True
+        self.asked += 1
+        for p, value, d in zip(storage, self.point.p, delta, strict=True):
+            p.add_(d) if p.dtype == d.dtype else p.copy_(value + d)
+        if recorder is not None and recorder.random is not None:
+            if self._after is None:
+                self._after = random_state(recorder.devices)
+            restore_random_state(recorder.random)
+        return True
+
+    def collect(self) -> None:
+        """The parameters go back; the gradient found is kept, the last one in ``.grad`` until the step."""
+        self.back()
+        if self._deltas:
+            self._found.append(unscaled(take_gradients(self.leaves), self.scale))
+
+    def back(self) -> None:
+        """Put parameters and buffers back, bit for bit."""
+        if self.moved:
+            with torch.no_grad():
+                for p, value in zip(self.point.storage, self._saved, strict=True):
+                    p.copy_(value)
+            if self._buffers is not None:
+                self._buffers.restore()
+        self.moved, self._saved, self._buffers = False, (), None
+
+    def give_back(self) -> None:
+        """The clean gradient into ``.grad``, where it is still known."""
+        if self.clean is not None:
+            for leaf, g in zip(self.leaves, self.clean, strict=True):
+                leaf.param.grad = g
+
+    def cancel(self) -> None:
+        """As if it had never been."""
+        self.back()
+        self.give_back()
+        if self._after is not None:
+            restore_random_state(self._after)
+
+    def complete(self, scale: float | Tensor | None, signed: Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]) -> Evidence:
+        """All gradients found, as vectors of the point; the last one is taken from ``.grad``."""
+        last = unscaled([leaf.param.grad for leaf in self.leaves], scale)
+        place = {leaf: i for i, leaf in enumerate(self.leaves)}
+        vectors = []
+        for found in [*self._found, last]:
+            aligned = [signed(found)[place[leaf]] for leaf in self.point.leaves]
+            vectors.append(
+                tuple(torch.zeros_like(p) if g is None else g.to(p.dtype) for g, p in zip(aligned, self.point.p, strict=True))
+            )
+        self.evidence.found[self.regularizer] = tuple(vectors)
+        return self.evidence
+
+    @property
+    def finite(self) -> bool:
+        """Whether the gradients found are free of inf and NaN."""
+        return not self.refused and all(vec.all_finite(v) for found in self.evidence.found.values() for v in found)

@@ -1,0 +1,284 @@
+"""The famous optimizers as choices of map, momentum and penalty, with torch.optim's signatures.
+
+Parameter groups and state dicts go under torch's names, and load into torch's class of the same name and back.
+``weight_decay`` means what it means there. Beyond torch's options each takes those of
+:class:`~precond.PreconditionedGD`: ``regularizers``, ``max_norm`` (in p, as ``clip_grad_norm_``), ``nonfinite``, ….
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from precond import checks
+from precond.engine.cells import Choice
+from precond.momentum import Momentum
+from precond.naming import Naming
+from precond.optimizer import PreconditionedGD
+from precond.parameters import Params
+from precond.preconditioners import RMS, AdaGrad, Fixed
+from precond.regularizers import L2, Regularizer
+from precond.schedules import numbers, replaced
+
+_ADAM_STATE = {"m": "exp_avg", "r": "exp_avg_sq", "r_max": "max_exp_avg_sq"}
+
+
+@dataclass(frozen=True)
+class _Build:
+    """A group's options → strategies: a recipe's own, and the user's further regularizers."""
+
+    recipe: Callable[[Mapping[str, Any]], Choice]
+    extra: tuple[Regularizer, ...]
+
+    def __call__(self, group: Mapping[str, Any]) -> Choice:
+        choice = self.recipe(group)
+        return Choice(choice.preconditioner, choice.momentum, choice.regularizers + replaced(self.extra, group))
+
+
+def _make(
+    name: str,
+    params: Params,
+    lr: float | Tensor,
+    recipe: Callable[[Mapping[str, Any]], Choice],
+    defaults: dict[str, Any],
+    state: Mapping[str, str],
+    unsupported: Mapping[str, Any],
+    regularizers: Iterable[Regularizer],
+    options: dict[str, Any],
+    only_started: bool = False,
+) -> PreconditionedGD:
+    for option, value in unsupported.items():
+        if value:
+            raise ValueError(f"{name}: {option}={value!r} is not supported; leave it out (torch.optim's own class has it)")
+    extra = tuple(regularizers)
+    defaults = {**defaults, "foreach": None, "capturable": False, "differentiable": False, "fused": None}
+    build = _Build(recipe, extra)
+    choice = build(defaults)
+    options.setdefault("norm_space", "p")
+    naming = Naming(name, {**defaults, **numbers(extra)}, build, state, only_started)
+    return PreconditionedGD(
+        params,
+        lr,
+        preconditioner=choice.preconditioner,
+        momentum=choice.momentum,
+        regularizers=choice.regularizers,
+        naming=naming,
+        **options,
+    )
+
+
+def _statistics(regularizers: Iterable[Regularizer]) -> str:
+    """torch's coupled decay enters the statistics; with a penalty that probes, they come from the clean gradient."""
+    return "loss" if any(r.probes or r.exact for r in regularizers) else "total"
+
+
+def _sgd(group: Mapping[str, Any]) -> Choice:
+    kind = "nesterov" if group["nesterov"] else "heavy_ball"
+    momentum = Momentum(group["momentum"], kind, start="first_gradient", dampening=group["dampening"])
+    return Choice(Fixed(), momentum, (L2(group["weight_decay"] / 2, space="p"),))
+
+
+def sgd(
+    params: Params,
+    lr: float | Tensor = 1e-3,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    *,
+    maximize: bool = False,
+    foreach: bool | None = None,
+    differentiable: bool = False,
+    fused: bool | None = None,
+    regularizers: Iterable[Regularizer] = (),
+    **options: Any,
+) -> PreconditionedGD:
+    """P = I: ``torch.optim.SGD``.
+
+    Args:
+        params: see :class:`~precond.PreconditionedGD`.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.
+        foreach, fused: accepted and ignored; ``engine`` decides.
+        differentiable: raises.
+        regularizers: further penalties.
+        options: of :class:`~precond.PreconditionedGD`.
+    """
+    checks.fraction("sgd", momentum=momentum)
+    checks.non_negative("sgd", dampening=dampening, weight_decay=weight_decay)
+    if nesterov and (momentum <= 0 or dampening != 0):
+        raise ValueError("sgd: nesterov=True needs momentum > 0 and dampening=0")
+    defaults = {"momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov}
+    return _with_maximize(
+        _make(
+            "sgd", params, lr, _sgd, defaults, {"m": "momentum_buffer"}, {"differentiable": differentiable},
+            regularizers, options, only_started=True,
+        ),
+        maximize,
+    )  # fmt: skip
+
+
+def _adagrad(group: Mapping[str, Any]) -> Choice:
+    P = AdaGrad(group["eps"], group["initial_accumulator_value"], group["lr_decay"])
+    return Choice(P, None, (L2(group["weight_decay"] / 2, space="p"),))
+
+
+def adagrad(
+    params: Params,
+    lr: float | Tensor = 1e-2,
+    lr_decay: float = 0.0,
+    weight_decay: float = 0.0,
+    initial_accumulator_value: float = 0.0,
+    eps: float = 1e-10,
+    foreach: bool | None = None,
+    *,
+    maximize: bool = False,
+    differentiable: bool = False,
+    fused: bool | None = None,
+    regularizers: Iterable[Regularizer] = (),
+    **options: Any,
+) -> PreconditionedGD:
+    """P = diag((√Σg² + ε)^(−1/2)): ``torch.optim.Adagrad``. Arguments as in :func:`sgd` and in torch."""
+    checks.non_negative(
+        "adagrad", lr_decay=lr_decay, weight_decay=weight_decay, initial_accumulator_value=initial_accumulator_value, eps=eps
+    )
+    regularizers = tuple(regularizers)
+    options.setdefault("statistics_from", _statistics(regularizers))
+    defaults = {
+        "lr_decay": lr_decay,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "initial_accumulator_value": initial_accumulator_value,
+    }
+    return _with_maximize(
+        _make(
+            "adagrad", params, lr, _adagrad, defaults, {"r": "sum"}, {"differentiable": differentiable}, regularizers, options
+        ),
+        maximize,
+    )
+
+
+def _rmsprop(group: Mapping[str, Any]) -> Choice:
+    P = RMS(group["alpha"], group["eps"], bias_correction=False, centered=group["centered"])
+    # torch averages the preconditioned gradient here, and only here.
+    momentum = Momentum(group["momentum"], "heavy_ball", of="tangent")
+    return Choice(P, momentum, (L2(group["weight_decay"] / 2, space="p"),))
+
+
+def rmsprop(
+    params: Params,
+    lr: float | Tensor = 1e-2,
+    alpha: float = 0.99,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    centered: bool = False,
+    capturable: bool = False,
+    foreach: bool | None = None,
+    maximize: bool = False,
+    differentiable: bool = False,
+    *,
+    regularizers: Iterable[Regularizer] = (),
+    **options: Any,
+) -> PreconditionedGD:
+    """P = diag((√r + ε)^(−1/2)), r ← αr + (1−α)g² from zero: ``torch.optim.RMSprop``. Arguments as in :func:`sgd` and in torch."""
+    checks.fraction("rmsprop", alpha=alpha, momentum=momentum)
+    checks.non_negative("rmsprop", eps=eps, weight_decay=weight_decay)
+    regularizers = tuple(regularizers)
+    options.setdefault("statistics_from", _statistics(regularizers))
+    defaults = {"momentum": momentum, "alpha": alpha, "eps": eps, "centered": centered, "weight_decay": weight_decay}
+    state = {"r": "square_avg", "mean": "grad_avg", "m": "momentum_buffer"}
+    unsupported = {"differentiable": differentiable, "capturable": capturable}
+    return _with_maximize(_make("rmsprop", params, lr, _rmsprop, defaults, state, unsupported, regularizers, options), maximize)
+
+
+def _adam(group: Mapping[str, Any]) -> Choice:
+    beta1, beta2 = group["betas"]
+    space = "z" if group["decoupled_weight_decay"] else "p"
+    P = RMS(beta2, group["eps"], amsgrad=group["amsgrad"])
+    return Choice(P, Momentum(beta1), (L2(group["weight_decay"] / 2, space=space),))  # type: ignore[arg-type]
+
+
+def adam(
+    params: Params,
+    lr: float | Tensor = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    amsgrad: bool = False,
+    *,
+    foreach: bool | None = None,
+    maximize: bool = False,
+    capturable: bool = False,
+    differentiable: bool = False,
+    fused: bool | None = None,
+    decoupled_weight_decay: bool = False,
+    regularizers: Iterable[Regularizer] = (),
+    **options: Any,
+) -> PreconditionedGD:
+    """RMSProp's P with bias correction, and momentum of cotangents: ``torch.optim.Adam``.
+
+    Arguments as in :func:`sgd` and in torch. ``weight_decay`` is λ‖p‖² with λ = weight_decay/2, which enters the statistics
+    as in torch (with a penalty that probes, only the step). Ye, eqs. (6)–(8), (10).
+    """
+    name = "adamw" if decoupled_weight_decay else "adam"
+    if len(betas) != 2:
+        raise ValueError(f"{name}: betas must hold two numbers, got {betas!r}")
+    checks.fraction(name, **{"betas[0]": betas[0], "betas[1]": betas[1]})
+    checks.non_negative(name, eps=eps, weight_decay=weight_decay)
+    regularizers = tuple(regularizers)
+    options.setdefault("statistics_from", "loss" if decoupled_weight_decay else _statistics(regularizers))
+    defaults = {
+        "betas": betas,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "amsgrad": amsgrad,
+        "decoupled_weight_decay": decoupled_weight_decay,
+    }
+    unsupported = {"differentiable": differentiable, "capturable": capturable}
+    return _with_maximize(_make(name, params, lr, _adam, defaults, _ADAM_STATE, unsupported, regularizers, options), maximize)
+
+
+def adamw(
+    params: Params,
+    lr: float | Tensor = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    amsgrad: bool = False,
+    *,
+    maximize: bool = False,
+    foreach: bool | None = None,
+    capturable: bool = False,
+    differentiable: bool = False,
+    fused: bool | None = None,
+    regularizers: Iterable[Regularizer] = (),
+    **options: Any,
+) -> PreconditionedGD:
+    """Adam with λ‖z‖², λ = weight_decay/2, which is decoupled weight decay: ``torch.optim.AdamW``.
+
+    Arguments as in :func:`sgd` and in torch. Ye, eq. (9); Loshchilov & Hutter (2019).
+    """
+    return adam(
+        params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable,
+        differentiable=differentiable, fused=fused, decoupled_weight_decay=True, regularizers=regularizers, **options,
+    )  # fmt: skip
+
+
+def _with_maximize(optimizer: PreconditionedGD, maximize: bool) -> PreconditionedGD:
+    optimizer.defaults["maximize"] = maximize
+    for group in optimizer.param_groups:
+        group["maximize"] = group["maximize"] or maximize
+    return optimizer
+
+
+RECIPES: dict[str, Callable[..., PreconditionedGD]] = {
+    "sgd": sgd,
+    "adagrad": adagrad,
+    "rmsprop": rmsprop,
+    "adam": adam,
+    "adamw": adamw,
+}
+"""All recipes by name."""

@@ -1,0 +1,139 @@
+"""What a regularizer is: a penalty in p or in z, written once against a :class:`~precond.spaces.Space`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from precond import checks, vec
+from precond.blocks import Rule
+from precond.maps import LinearMap
+from precond.preconditioners.base import Preconditioner
+from precond.spaces import Space, Term
+from precond.vec import Scalar, Vec
+
+SPACES = ("p", "z")
+
+
+class At:
+    """Where a penalty is evaluated; what costs something is made when it is first asked for.
+
+    Attributes:
+        p: the parameters (unperturbed).
+        g: the loss gradient at p.
+        lr: the learning rate of each tensor.
+        takes_part: which tensors take part.
+        dtype: the narrowest dtype in which parameters are stored.
+        found: the gradients at the probed points, in the order of :meth:`Regularizer.probe`.
+        hessian: v ↦ H v by double backprop, where the closure allows it.
+        memo: what ``probe`` leaves for ``term`` of the same step.
+    """
+
+    def __init__(
+        self,
+        p: Vec,
+        g: Vec,
+        lr: Sequence[Scalar],
+        values: Callable[[str], Sequence[Scalar]],
+        takes_part: tuple[bool, ...],
+        make_space: Callable[[], Space],
+        make_map: Callable[[], LinearMap],
+        dtype: torch.dtype = torch.float32,
+        found: tuple[Vec, ...] = (),
+        hessian: Callable[[Vec], Vec] | None = None,
+        memo: dict[str, Any] | None = None,
+    ):
+        self.p, self.g, self.lr, self.takes_part, self.dtype, self.found = p, g, lr, takes_part, dtype, found
+        self.hessian, self.memo = hessian, {} if memo is None else memo
+        self._values, self._make_space, self._make_map = values, make_space, make_map
+
+    @cached_property
+    def space(self) -> Space:
+        """The coordinates of the penalty, restricted to the parameters that take part, with M damped where that applies."""
+        return self._make_space()
+
+    @cached_property
+    def map(self) -> LinearMap:
+        """P, without damping and without the restriction."""
+        return self._make_map()
+
+    def __getitem__(self, name: str) -> Sequence[Scalar]:
+        """The value of a number of the regularizer on each tensor; 0 where a tensor takes no part."""
+        return self._values(name)
+
+    @property
+    def size(self) -> Tensor:
+        """‖p‖ over the parameters that take part: the scale of finite-difference steps."""
+        return vec.norm(tuple(t for t, m in zip(self.p, self.takes_part, strict=True) if m))
+
+
+class Regularizer(ABC):
+    """A frozen penalty λR.
+
+    A new one is one file: a frozen dataclass with ``term`` and, if it needs gradients elsewhere, ``probe``.
+
+    Attributes:
+        scalars: names of the fields that may differ per tensor (λ, ρ); they may be numbers or schedules.
+        probes: whether it needs gradients at other points.
+        exact: whether it needs Hessian–vector products by double backprop.
+        replaces_gradient: its term stands in place of the loss gradient, which need not be kept.
+        takes_damping: whether M is damped inside the penalty.
+    """
+
+    scalars: tuple[str, ...] = ("lam",)
+    probes: bool = False
+    exact: bool = False
+    replaces_gradient: bool = False
+    takes_damping: bool = False
+
+    space: str
+    where: Rule | None = None
+    damping: float | None = None
+
+    def validate(self, preconditioner: Preconditioner) -> None:
+        """Raise ValueError where the penalty is not defined for the preconditioner's map."""
+        checks.one_of(type(self).__name__, "space", self.space, SPACES)
+
+    @property
+    def needs_map(self) -> bool:
+        """Whether P must be known before the term is."""
+        return self.space == "z"
+
+    @property
+    def circular(self) -> bool:
+        """Whether its term is a cotangent that needs P, so that P cannot be built from the regularized gradient."""
+        return False
+
+    def probe(self, at: At) -> tuple[Vec, ...]:
+        """Displacements δ (tangents) of the points p + δ at which further gradients are wanted; empty: none."""
+        return ()
+
+    @abstractmethod
+    def term(self, at: At) -> Term:
+        """What the penalty adds to the step."""
+
+    def value(self, at: At) -> Tensor | float:
+        """λR(p), for logging."""
+        return float("nan")
+
+
+def needs_root(owner: str, reason: str, preconditioner: Preconditioner) -> None:
+    """Raise ValueError where a preconditioner states M alone."""
+    if not preconditioner.root:
+        raise ValueError(
+            f"{owner}: {reason} depends on the root P of M = P Pᵀ, and {type(preconditioner).__name__} states no root; "
+            "use space='p', or a preconditioner with a stated root (diagonal, BNP, Cholesky, Fixed(Dense(P)))"
+        )
+
+
+def needs_inverse(owner: str, reason: str, preconditioner: Preconditioner) -> None:
+    """Raise ValueError where z = P⁻¹p does not exist."""
+    if not preconditioner.invertible:
+        raise ValueError(
+            f"{owner}: {reason} needs z = P⁻¹p, and the map of {type(preconditioner).__name__} is singular; use space='p'"
+        )

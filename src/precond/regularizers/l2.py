@@ -1,0 +1,54 @@
+"""The squared 2-norm: weight decay in z, Tikhonov's penalty in p."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from precond import checks, vec
+from precond.blocks import Rule
+from precond.preconditioners.base import Preconditioner
+from precond.regularizers.base import At, Regularizer
+from precond.schedules import Schedule
+from precond.spaces import Term
+
+
+@dataclass(frozen=True)
+class L2(Regularizer):
+    r"""λ‖z‖² or λ‖p‖².
+
+    In z the step is p ← p − αM g − 2αλp for every invertible P: decoupled weight decay (Ye, eq. 9; torch's
+    ``weight_decay`` is 2λ). In p it is p ← p − αM(g + 2λp) (eq. 10).
+
+    Args:
+        lam: λ ≥ 0.
+        space: ``"z"`` or ``"p"``.
+        where: which parameters are decayed; None: all.
+
+    References:
+        Ye, eqs. (9), (10); Loshchilov & Hutter (2019).
+    """
+
+    lam: float | Schedule
+    space: Literal["z", "p"] = "z"
+    where: Rule | None = None
+
+    def __post_init__(self) -> None:
+        checks.one_of("L2", "space", self.space, ("p", "z"))
+        if not isinstance(self.lam, Schedule):
+            checks.non_negative("L2", lam=self.lam)
+
+    def validate(self, preconditioner: Preconditioner) -> None:
+        """‖z‖² needs no inverse where all of z is penalized: its term is 2λp."""
+
+    def term(self, at: At) -> Term:
+        two_lam = [2 * x for x in at["lam"]]
+        if at.space.map.diagonal or all(x is two_lam[0] or x == two_lam[0] for x in two_lam):
+            return at.space.raised(vec.scale(at.p, two_lam))  # P(2λP⁻¹p), without the detour
+        return at.space.raised(at.space.push(vec.scale(at.space.solve(at.p), two_lam)))
+
+    def value(self, at: At) -> Tensor | float:
+        z = at.space.solve(at.p)
+        return vec.dot(vec.scale(z, at["lam"]), z)

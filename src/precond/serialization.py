@@ -1,0 +1,127 @@
+"""State dicts: written under an optimizer's names, read by parameter name where names are known, all or nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from precond.engine import cells
+
+if TYPE_CHECKING:
+    from precond.optimizer import PreconditionedGD
+
+
+def renamed(state_dict: dict[str, Any], optimizer: PreconditionedGD) -> dict[str, Any]:
+    """A state dict with its tensors under the optimizer's outside names."""
+    naming = optimizer.naming
+    out = {}
+    for key, entries in state_dict["state"].items():
+        started = float(entries.get("step", 0)) > 0 or not naming.only_started
+        out[key] = {naming.outside(k): v for k, v in entries.items() if started or k == "step"}
+    return {**state_dict, "state": out}
+
+
+def load(optimizer: PreconditionedGD, state_dict: Mapping[str, Any]) -> None:
+    """Load a state dict (this library's or, for a torch-named recipe, torch.optim's).
+
+    Nothing changes unless everything fits. State keeps its own dtype. Options and tensors that the dict lacks keep
+    the values of a fresh optimizer.
+
+    Raises:
+        ValueError: where groups, shapes or keys do not fit; the message names the parameter.
+    """
+    try:
+        saved_groups: Sequence[Mapping[str, Any]] = state_dict["param_groups"]
+        saved_state: Mapping[Any, Mapping[str, Any]] = state_dict["state"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            "load_state_dict: expected a dict with 'state' and 'param_groups', as optimizer.state_dict() returns; "
+            "is the file truncated, or a model's state dict?"
+        ) from error
+    groups = optimizer.param_groups
+    if len(groups) != len(saved_groups):
+        raise ValueError(
+            f"load_state_dict: the state dict has {len(saved_groups)} parameter groups, the optimizer {len(groups)}; "
+            "make the same groups before loading"
+        )
+    identity = _match(groups, saved_groups)
+    new_groups = [
+        {**ours, **{k: v for k, v in saved.items() if k not in ("params", "param_names")}}
+        for ours, saved in zip(groups, saved_groups, strict=True)
+    ]
+    leaves = optimizer.owners.leaves(groups)
+    choices = [optimizer.naming.build(g) for g in new_groups]
+    fresh, entries = cells.build(leaves, choices, {})
+    entries = [*entries, *optimizer.residuals(leaves)]
+    known: dict[Tensor, dict[str, Tensor]] = {}
+    names = {}
+    for leaf, key, tensor in entries:
+        known.setdefault(leaf.param, {})[key] = tensor
+        names[leaf.param] = leaf.name
+    copies: list[tuple[Tensor, Tensor]] = []
+    for param, mine in known.items():
+        theirs = saved_state.get(identity.get(param), {})
+        theirs = {optimizer.naming.inside(k): v for k, v in theirs.items() if v is not None}
+        copies += _fit(optimizer.naming.name, names[param], mine, theirs)
+    with torch.no_grad():
+        for target, value in copies:
+            target.copy_(value)
+    for ours, new in zip(groups, new_groups, strict=True):
+        ours.update(new)
+    optimizer.adopt(leaves, choices, fresh, entries)
+
+
+def _match(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, Any]:
+    """Which saved state belongs to which parameter: by name where both sides know names, else by position."""
+    if all("param_names" in g for g in [*groups, *saved_groups]):
+        saved = {n: i for g in saved_groups for n, i in zip(g["param_names"], g["params"], strict=True)}
+        ours = {n: p for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+        new, gone = sorted(ours.keys() - saved.keys()), sorted(saved.keys() - ours.keys())
+        if new or gone:
+            warnings.warn(
+                "load_state_dict: parameters do not match by name; "
+                f"start fresh: {', '.join(new) or 'none'}; ignored: {', '.join(gone) or 'none'}",
+                stacklevel=4,
+            )
+        return {ours[n]: saved[n] for n in ours if n in saved}
+    for k, (g, s) in enumerate(zip(groups, saved_groups, strict=True)):
+        if len(g["params"]) != len(s["params"]):
+            raise ValueError(
+                f"load_state_dict: group {k} of the state dict has {len(s['params'])} parameters, the optimizer's has "
+                f"{len(g['params'])}; pass the model (or named parameters) on both sides to load by name"
+            )
+    return {p: i for g, s in zip(groups, saved_groups, strict=True) for p, i in zip(g["params"], s["params"], strict=True)}
+
+
+def _fit(recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """(target, value) pairs of one parameter; ValueError where they do not fit."""
+    alien = sorted(theirs.keys() - mine.keys() - _OPTIONAL)
+    if alien:
+        raise ValueError(
+            f"load_state_dict: the state of {name!r} has {', '.join(map(repr, alien))}, which {recipe} does not keep "
+            f"(it keeps {', '.join(map(repr, sorted(mine)))}); was it saved by another recipe, or with other options?"
+        )
+    out = []
+    for key, target in mine.items():
+        if key in theirs:
+            value = torch.as_tensor(theirs[key])
+            if key == "step":
+                value = value.reshape(())
+            if value.shape != target.shape:
+                raise ValueError(
+                    f"load_state_dict: {key!r} of {name!r} has shape {tuple(value.shape)}, the parameter needs "
+                    f"{tuple(target.shape)}; was it saved from another model?"
+                )
+            out.append((target, value))
+        elif key == "step" and theirs:
+            # torch.optim.SGD counts no steps: a buffer that exists has been started.
+            out.append((target, torch.ones(())))
+    return out
+
+
+# Keys that another configuration of the same recipe may have left.
+_OPTIONAL = {"m", "r_max", "residual"}

@@ -1,0 +1,108 @@
+r"""The coordinates in which a penalty acts, and the kinds of terms that penalties add to a step.
+
+With p = P z a penalty R may be a function of p or of z (Ye, eqs. 9 and 10). Space z is space p with the metric (P Pᵀ)⁻¹,
+so a regularizer is written once, against the five verbs of :class:`Space`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from precond import vec
+from precond.maps import Identity, LinearMap
+from precond.vec import Vec
+
+
+@dataclass(frozen=True)
+class Cotangent:
+    """A term that lives where gradients live: it joins the gradient and is multiplied by M before it moves p."""
+
+    vec: Vec
+
+
+@dataclass(frozen=True)
+class Instead:
+    """A cotangent that stands in place of the loss gradient (SAM: the gradient at the perturbed point)."""
+
+    vec: Vec
+
+
+@dataclass(frozen=True)
+class Tangent:
+    """A term that lives where steps live: p ← p − α·(…), past momentum and past M."""
+
+    vec: Vec
+
+
+@dataclass(frozen=True)
+class Prox:
+    """A proximal step, p ← apply(p), after everything else has moved p."""
+
+    apply: Callable[[Vec], Vec]
+
+
+Term = Cotangent | Instead | Tangent | Prox
+
+
+class Space(ABC):
+    """Coordinates of the parameters: p itself, or z = P⁻¹p.
+
+    Args:
+        map: the map from these coordinates to p.
+        takes_part: for each tensor, whether its coordinates belong to the penalty; the others are projected away.
+    """
+
+    def __init__(self, map: LinearMap, takes_part: tuple[bool, ...]):
+        self.map, self._mask = map, None if all(takes_part) else takes_part
+
+    def project(self, z: Vec) -> Vec:
+        """Π z: zero in the coordinates that take no part."""
+        return z if self._mask is None else vec.scale(z, [float(m) for m in self._mask])
+
+    def push(self, z: Vec) -> Vec:
+        """P Π z, a tangent."""
+        return self.map.mv(self.project(z))
+
+    def pull(self, g: Vec) -> Vec:
+        """y = Π Pᵀ g, the gradient in these coordinates."""
+        return self.project(self.map.rmv(g))
+
+    def solve(self, p: Vec) -> Vec:
+        """Π P⁻¹ p, the coordinates of p."""
+        return self.project(self.map.solve(p))
+
+    def sharp(self, g: Vec) -> Vec:
+        """P Π Pᵀ g: the tangent of steepest ascent; g in p, M g in z."""
+        return self.map.gram(g) if self._mask is None else self.push(self.pull(g))
+
+    def dual_norm(self, g: Vec, sharp: Vec | None = None) -> Tensor:
+        """√(gᵀ P Π Pᵀ g), the length of the gradient in these coordinates."""
+        return vec.dot(g, self.sharp(g) if sharp is None else sharp).clamp_min(0).sqrt()
+
+    @abstractmethod
+    def raised(self, v: Vec) -> Cotangent | Tangent:
+        """The term of a penalty whose gradient, raised by this space's own metric, is v.
+
+        In z this is P ∇_z R, which moves p as it is; in p it is ∇_p R, which M multiplies.
+        """
+
+
+class P(Space):
+    """The parameters as they are."""
+
+    def __init__(self, takes_part: tuple[bool, ...]):
+        super().__init__(Identity(), takes_part)
+
+    def raised(self, v: Vec) -> Cotangent:
+        return Cotangent(v)
+
+
+class Z(Space):
+    """The preconditioned coordinates z = P⁻¹p."""
+
+    def raised(self, v: Vec) -> Tangent:
+        return Tangent(v)

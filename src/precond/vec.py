@@ -1,0 +1,100 @@
+"""Vectors of a parameter space: tuples of tensors, one per parameter.
+
+Every operation returns a new tuple and leaves its arguments alone; names that end in ``_`` write into
+their first argument. One multi-tensor call stands for one loop over the tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Vec = tuple[Tensor, ...]
+Scalar = float | Tensor
+"""A number, or a tensor of one element (a learning rate that must not be read by the host)."""
+
+
+def add(a: Vec, b: Vec, alpha: float = 1.0) -> Vec:
+    """a + alpha·b."""
+    return tuple(torch._foreach_add(a, b, alpha=alpha)) if a else ()
+
+
+def sub(a: Vec, b: Vec) -> Vec:
+    """a − b."""
+    return tuple(torch._foreach_sub(a, b)) if a else ()
+
+
+def mul(a: Vec, b: Vec) -> Vec:
+    """Entrywise product."""
+    return tuple(torch._foreach_mul(a, b)) if a else ()
+
+
+def div(a: Vec, b: Vec) -> Vec:
+    """Entrywise quotient."""
+    return tuple(torch._foreach_div(a, b)) if a else ()
+
+
+def scale(a: Vec, s: Scalar | Sequence[Scalar]) -> Vec:
+    """s·a with one scalar, or with one scalar per tensor."""
+    if not a:
+        return ()
+    if isinstance(s, Sequence):
+        if not any(isinstance(x, Tensor) for x in s):
+            return tuple(torch._foreach_mul(a, [float(x) for x in s]))
+        return tuple(t * x for t, x in zip(a, s, strict=True))
+    return tuple(torch._foreach_mul(a, s))
+
+
+def map_(f, a: Vec) -> Vec:
+    """f applied to each tensor."""
+    return tuple(f(t) for t in a)
+
+
+def zeros_like(a: Vec) -> Vec:
+    """The zero vector of the same shapes, dtypes and devices."""
+    return tuple(torch.zeros_like(t) for t in a)
+
+
+def dot(a: Vec, b: Vec) -> Tensor:
+    """⟨a, b⟩ as a tensor of one element; 0 for the empty vector."""
+    if not a:
+        return torch.zeros(())
+    return torch.stack([torch.dot(s.reshape(-1), t.reshape(-1)).to(a[0].device) for s, t in zip(a, b, strict=True)]).sum()
+
+
+def norm(a: Vec, q: float = 2) -> Tensor:
+    """‖a‖_q over all entries of all tensors, as a tensor of one element."""
+    full = [t for t in a if t.numel()]
+    if not full:
+        return torch.zeros(())
+    parts = torch.stack([n.to(full[0].device) for n in torch._foreach_norm(full, q)])
+    return torch.linalg.vector_norm(parts, q)
+
+
+def all_finite(a: Vec) -> bool:
+    """Whether no entry is inf or NaN (reads one number from the device)."""
+    # The largest magnitude, not the 2-norm: squares of large finite entries overflow.
+    return bool(torch.isfinite(norm(a, math.inf)))
+
+
+def flatten(a: Vec) -> Tensor:
+    """The entries in order, row-major, as one vector."""
+    return torch.cat([t.reshape(-1) for t in a]) if a else torch.zeros(0)
+
+
+def unflatten(flat: Tensor, like: Vec) -> Vec:
+    """The inverse of :func:`flatten` for the shapes of ``like``."""
+    parts = flat.split([t.numel() for t in like])
+    return tuple(part.view(t.shape) for part, t in zip(parts, like, strict=True))
+
+
+def add_scaled_(a: Vec, b: Vec, s: Sequence[Scalar]) -> None:
+    """a ← a + s·b in place, one scalar per tensor."""
+    if len({x for x in s if not isinstance(x, Tensor)}) == 1 and not any(isinstance(x, Tensor) for x in s):
+        torch._foreach_add_(a, b, alpha=s[0])
+        return
+    for t, u, x in zip(a, b, s, strict=True):
+        t.add_(u * x) if isinstance(x, Tensor) else t.add_(u, alpha=x)

@@ -1,0 +1,43 @@
+"""Real data sets, models and trainings for experiments."""
+
+from precond.workloads.catalog import DATA, load_data, load_workload
+from precond.workloads.checkpoint import Checkpoint, CheckpointError
+from precond.workloads.curve import Curve, Outcome
+from precond.workloads.entrant import Entrant
+from precond.workloads.evaluation import Score, evaluate
+from precond.workloads.factory import FactoryError
+from precond.workloads.files import WriteError, write_atomically
+from precond.workloads.idx import DataError, read_idx
+from precond.workloads.learning_rates import Grid
+from precond.workloads.models import Architecture, count_parameters
+from precond.workloads.problem import BuiltIn, Problem, Workload
+from precond.workloads.syntax import parse_entrants
+from precond.workloads.training import Interrupted, Plan, train
+
+__all__ = [
+    "DATA",
+    "Architecture",
+    "BuiltIn",
+    "Checkpoint",
+    "CheckpointError",
+    "Curve",
+    "DataError",
+    "Entrant",
+    "FactoryError",
+    "Grid",
+    "Interrupted",
+    "Outcome",
+    "Plan",
+    "Problem",
+    "Score",
+    "Workload",
+    "WriteError",
+    "count_parameters",
+    "evaluate",
+    "load_data",
+    "load_workload",
+    "parse_entrants",
+    "read_idx",
+    "train",
+    "write_atomically",
+]

@@ -1,0 +1,55 @@
+"""How a training went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+Status = Literal["finished", "diverged"]
+
+
+@dataclass
+class Curve:
+    """Columns of equal length, one entry per evaluation; the first is before the first step.
+
+    Attributes:
+        step: steps done.
+        gradients: gradient evaluations done.
+        seconds: seconds of training done, evaluation excluded.
+        train_loss, train_metric: on (a fixed sample of) the training part.
+        validation_loss, validation_metric: on the validation part; empty where there is none.
+    """
+
+    step: list[int] = field(default_factory=list)
+    gradients: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    train_loss: list[float] = field(default_factory=list)
+    train_metric: list[float] = field(default_factory=list)
+    validation_loss: list[float] = field(default_factory=list)
+    validation_metric: list[float] = field(default_factory=list)
+
+    def columns(self) -> dict[str, list[float]]:
+        """All columns by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass
+class Outcome:
+    """One training.
+
+    Attributes:
+        seed: of its random generators.
+        lr: its peak learning rate.
+        curve: its evaluations.
+        status: ``"finished"``, or ``"diverged"``: a loss or a gradient was inf or NaN.
+        diverged_at: the step of which that was so.
+        test_loss, test_metric: after the last step; None where there is no test part, or where it diverged.
+    """
+
+    seed: int
+    lr: float
+    curve: Curve
+    status: Status = "finished"
+    diverged_at: int | None = None
+    test_loss: float | None = None
+    test_metric: float | None = None

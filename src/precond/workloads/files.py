@@ -1,0 +1,51 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+
+class WriteError(OSError):
+    """A file could not be written; what was there before is intact."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a crash at any moment leaves either the old content or the new.
+
+    The content goes to a temporary file beside it, to the disk, and then under the name.
+
+    Raises:
+        WriteError: where it cannot be written (disk full, no permission); the old file is intact.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if full else error.strerror or str(error)
+        remedy = "free some space" if full else "make it writable"
+        kept = "; the one written before is intact" if path.exists() else ""
+        raise WriteError(
+            error.errno, f"cannot write {path} ({len(content):,} bytes): {reason}{kept}; {remedy} and run the same command again"
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    # Without it a rename may be lost with the power; not every file system can.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,109 @@
+"""What one training starts from: a model, its loss, and its data in parts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from precond.workloads.batches import Batches, TensorBatches
+from precond.workloads.data import DataSet
+from precond.workloads.models import Architecture
+
+Metric = Literal["accuracy", "R²"]
+LossFn = Callable[[Any, Tensor], Tensor]
+
+EVALUATED_TRAINING_EXAMPLES = 10_000
+"""The training loss is that of so many training examples at most, always the same ones."""
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A fresh model and what it is trained on.
+
+    Attributes:
+        model: on its device.
+        loss_fn: (outputs, targets) ↦ mean loss.
+        parts: ``"train"``, and where there are any ``"validation"`` and ``"test"``.
+        metric: what is reported beside the loss, or None.
+    """
+
+    model: nn.Module
+    loss_fn: LossFn
+    parts: Mapping[str, Batches]
+    metric: Metric | None
+
+
+class Workload(ABC):
+    """A named source of problems that differ by the random generators alone."""
+
+    name: str
+    about: str
+
+    @abstractmethod
+    def problem(self) -> Problem:
+        """A fresh problem, initialized from the global generators."""
+
+    @property
+    @abstractmethod
+    def facts(self) -> Mapping[str, str]:
+        """What a report says about the data and the model."""
+
+
+@dataclass(frozen=True, eq=False)
+class BuiltIn(Workload):
+    """A data set of this package and a model from a definition.
+
+    Classification is by cross entropy and reports the accuracy; regression is by mean squared error and reports R².
+
+    Raises:
+        ValueError: for a model that does not fit the data.
+    """
+
+    data: DataSet
+    architecture: Architecture
+    batch_size: int
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.architecture.kind == "logistic" and self.data.task == "regression":
+            raise ValueError(f"model 'logistic' is for classes, and {self.data.name} is regression; use model 'linear'")
+        if self.batch_size < 1:
+            raise ValueError(f"batch size must be at least 1, got {self.batch_size}")
+        smallest = len(self.data.parts["train"]) // -(-len(self.data.parts["train"]) // self.batch_size)
+        if self.architecture.normalization == "batch" and smallest < 2:
+            raise ValueError(f"batch normalization needs at least 2 examples in a batch, got batch size {self.batch_size}")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.data.name
+
+    @property
+    def about(self) -> str:  # type: ignore[override]
+        return self.data.about
+
+    def problem(self) -> Problem:
+        model = self.architecture.build(self.data.input_shape, self.data.outputs).to(self.device)
+        parts = {
+            name: TensorBatches(part, self.batch_size, EVALUATED_TRAINING_EXAMPLES if name == "train" else None)
+            for name, part in self.data.parts.items()
+        }
+        if self.data.task == "classification":
+            return Problem(model, F.cross_entropy, parts, "accuracy")
+        return Problem(model, F.mse_loss, parts, "R²")
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        sizes = ", ".join(f"{len(part)} {name}" for name, part in self.data.parts.items())
+        a = self.architecture
+        hidden = "" if a.kind in ("linear", "logistic") else f" {'-'.join(map(str, a.widths))}, {a.activation}"
+        return {
+            "data": self.data.about,
+            "examples": sizes,
+            "model": f"{a.kind}{hidden}, normalization {a.normalization}, dropout {a.dropout:g}",
+            "loss": "cross entropy" if self.data.task == "classification" else "mean squared error",
+        }
