@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import warnings
-
-import precond
+from importlib import metadata
 
 project = "precond"
 author = "The precond authors"
 copyright = "2026, The precond authors"
-version = release = precond.__version__
+version = release = metadata.version("precond")
 
 extensions = [
     "sphinx.ext.autodoc",

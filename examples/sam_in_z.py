@@ -34,9 +34,9 @@ def make_model():
 # The optimizer was given the model, so the second pass sees the same dropout masks as the first.
 
 
-def fit(regularizers, steps=300):
+def fit(regularizers, steps=300, **options):
     model = make_model()
-    optimizer = precond.adamw(model, lr=3e-3, regularizers=regularizers)
+    optimizer = precond.adamw(model, lr=3e-3, regularizers=regularizers, **options)
     draw = torch.Generator().manual_seed(0)
     for _ in range(steps):
         batch = torch.randint(len(x_train), (32,), generator=draw)
@@ -53,18 +53,23 @@ def fit(regularizers, steps=300):
 # %%
 # Radii
 # -----
-# The two spaces measure length differently, so each has its own range of ρ. One seed of one small problem: this shows how to
-# compare, and settles nothing.
+# The two spaces measure length differently, so each has its own range of ρ. In p there is a second choice: Adam's moments
+# see the clean gradient (the default) or the perturbed one, as in SAM wrappers (``statistics_from="total"``). One seed of
+# one small problem: this shows how to compare, and settles nothing.
 
+variants = {
+    "p": ([0.01, 0.03, 0.1, 0.3], {}),
+    'p, statistics_from="total"': ([0.01, 0.03, 0.1, 0.3], {"statistics_from": "total"}),
+    "z": ([0.0001, 0.0003, 0.001, 0.003], {}),
+}
 plain = fit([])
-radii = {"p": [0.02, 0.05, 0.1, 0.2, 0.5], "z": [0.002, 0.005, 0.01, 0.02, 0.05]}
-losses = {space: [fit([precond.SAM(rho, space=space)]) for rho in radii[space]] for space in radii}
-
-figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
-for axis, space in zip(axes, radii, strict=True):
-    axis.semilogx(radii[space], losses[space], "o-", label=f"SAM in {space}")
+figure, axes = plt.subplots(1, 3, figsize=(10, 3.3), sharey=True, layout="constrained")
+for axis, (name, (radii, options)) in zip(axes, variants.items(), strict=True):
+    losses = [fit([precond.SAM(rho, space=name[0])], **options) for rho in radii]
+    axis.semilogx(radii, losses, "o-", label="SAM")
     axis.axhline(plain, color="gray", linestyle="--", label="none")
-    axis.set(xlabel="ρ")
-    axis.legend()
+    axis.set(xlabel="ρ", title=name)
+    print(name.ljust(28), "  ".join(f"ρ={rho:g}: {loss:.3f}" for rho, loss in zip(radii, losses, strict=True)))
 axes[0].set(ylabel="test loss")
+axes[0].legend()
 plt.show()

@@ -18,7 +18,7 @@ from precond.momentum import Momentum
 from precond.optimizer import PreconditionedGD
 from precond.parameters import decay_groups
 from precond.passes import frozen_statistics
-from precond.preconditioners import RMS, AdaGrad, Composition, Fixed, Preconditioner, Route, Seen
+from precond.preconditioners import BNP, RMS, AdaGrad, Composition, Fixed, Preconditioner, Route, Seen
 from precond.probing import LossClosure
 from precond.recipes import RECIPES, adagrad, adam, adamw, rmsprop, sgd
 from precond.regularizers import L1, L2, SAM, At, GradientNorm, Regularizer
@@ -26,6 +26,7 @@ from precond.schedules import Schedule, TimesLr, Warmup
 from precond.spaces import Cotangent, Instead, Prox, Space, Tangent
 
 __all__ = [
+    "BNP",
     "L1",
     "L2",
     "RECIPES",

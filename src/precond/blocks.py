@@ -34,6 +34,7 @@ class Leaf:
         layer: qualified name of the module that owns it; its own name where none is known.
         module: that module, or None.
         group: the number of its parameter group.
+        sites: where the inputs of the layer are observed, for which it is the weight or the bias.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Leaf:
     layer: str = ""
     module: nn.Module | None = field(default=None, repr=False)
     group: int = 0
+    sites: tuple[Any, ...] = field(default=(), repr=False)
 
     @property
     def shape(self) -> torch.Size:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -339,6 +340,40 @@ class Kronecker(LinearMap):
         return self @ rotation @ InverseRoot((h,)) @ rotation.T
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a weight is seen as (groups, rows, n): the rows of one group see the same n inputs.
+
+    Attributes:
+        groups: number of groups.
+        transposed: whether the weight has its input dimension first, as transposed convolutions have.
+        repeat: kernel positions per channel, over which channel statistics are repeated; 1 where n counts them.
+    """
+
+    groups: int = 1
+    transposed: bool = False
+    repeat: int = 1
+
+    def view(self, weight: Tensor) -> Tensor:
+        """The weight as (groups, rows, n)."""
+        g = self.groups
+        if not self.transposed:
+            return weight.reshape(g, weight.shape[0] // g, -1)
+        w = weight.reshape(g, weight.shape[0] // g, weight.shape[1], -1)
+        return w.transpose(1, 2).reshape(g, weight.shape[1], -1)
+
+    def back(self, view: Tensor, like: Tensor) -> Tensor:
+        """The inverse of :meth:`view`."""
+        if not self.transposed:
+            return view.reshape(like.shape)
+        w = view.reshape(self.groups, like.shape[1], like.shape[0] // self.groups, -1)
+        return w.transpose(1, 2).reshape(like.shape)
+
+    def spread_out(self, statistic: Tensor) -> Tensor:
+        """A statistic per channel as one per input of a row."""
+        return statistic.repeat_interleave(self.repeat, -1) if self.repeat > 1 else statistic
+
+
 class Standardizing(LinearMap):
     r"""BNP's arrow on a layer's (weight, bias) or (weight,): P = U·diag(β, 1/σ), U = [[1, −μᵀ], [0, I]] (eq. 25).
 
@@ -348,23 +383,30 @@ class Standardizing(LinearMap):
         mean: μ, shape (n,), or (groups, n) where rows of different groups see different inputs.
         std: σ, the same shape.
         bias_scale: β.
-        like: example (weight, bias) or (weight,); the weight is seen as (groups, rows, n).
+        like: example (weight, bias) or (weight,).
+        layout: how the weight is seen as (groups, rows, n).
     """
 
-    def __init__(self, mean: Tensor, std: Tensor, like: Vec | None = None, bias_scale: float | Tensor = 1.0):
+    def __init__(
+        self,
+        mean: Tensor,
+        std: Tensor,
+        like: Vec | None = None,
+        bias_scale: float | Tensor = 1.0,
+        layout: Layout | None = None,
+    ):
         self.mean = mean.reshape(-1, 1, mean.shape[-1])
         self.std = std.reshape(self.mean.shape)
         self.beta = bias_scale
         self.like = like
+        self.layout = Layout(self.mean.shape[0]) if layout is None else layout
 
     def _split(self, v: Vec) -> tuple[Tensor, Tensor | None]:
-        groups, _, n = self.mean.shape
-        W = v[0].reshape(groups, -1, n)
-        return W, (v[1].reshape(groups, -1, 1) if len(v) > 1 else None)
+        return self.layout.view(v[0]), (v[1].reshape(self.layout.groups, -1, 1) if len(v) > 1 else None)
 
-    @staticmethod
-    def _join(W: Tensor, b: Tensor | None, like: Vec) -> Vec:
-        return (W.reshape(like[0].shape),) if b is None else (W.reshape(like[0].shape), b.reshape(like[1].shape))
+    def _join(self, W: Tensor, b: Tensor | None, like: Vec) -> Vec:
+        W = self.layout.back(W, like[0])
+        return (W,) if b is None else (W, b.reshape(like[1].shape))
 
     def _shift(self, W: Tensor) -> Tensor:
         return (W * self.mean).sum(-1, keepdim=True)
@@ -405,23 +447,24 @@ class Standardizing(LinearMap):
             raise ValueError("Standardizing: give `like` to damp it")
         variance = self.std.square()
         if len(self.like) == 1:
-            return Standardizing(self.mean, (variance + delta * variance.mean(-1, keepdim=True)).sqrt(), self.like)
+            return Standardizing(self.mean, (variance + delta * variance.mean()).sqrt(), self.like, layout=self.layout)
         # M⁻¹ + tI per row = [[1/β² + t, μᵀ/β²], [μ/β², σ² + t + μμᵀ/β²]], whose LDLᵀ factors are an arrow and a rank-one change.
         mean, k = self.mean, self.beta**-2
-        t = delta * (k + (variance + k * mean.square()).sum(-1, keepdim=True)) / (mean.shape[-1] + 1)
+        t = delta * (k + (variance + k * mean.square()).sum(-1, keepdim=True)).mean() / (mean.shape[-1] + 1)
         corner = k + t
         std = (variance + t).sqrt()
         v, c = mean / std, k - k * k / corner
         square = v.square().sum(-1, keepdim=True)
         tau = torch.where(square > 0, (1 - (1 + c * square).rsqrt()) / square, 0)
-        return Standardizing(mean * k / corner, std, self.like, corner.rsqrt()) @ _RankOne(v, tau, self.like)
+        arrow = Standardizing(mean * k / corner, std, self.like, torch.as_tensor(corner).rsqrt(), self.layout)
+        return arrow @ _RankOne(v, tau, self.like, self.layout)
 
 
 class _RankOne(Standardizing):
     """w ← (I − τvvᵀ)w for each row of a layer's weight; the bias stays."""
 
-    def __init__(self, v: Tensor, tau: Tensor, like: Vec | None):
-        super().__init__(v, v, like)
+    def __init__(self, v: Tensor, tau: Tensor, like: Vec | None, layout: Layout):
+        super().__init__(v, v, like, layout=layout)
         self.tau = tau
 
     def mv(self, v: Vec) -> Vec:
@@ -442,6 +485,49 @@ class _RankOne(Standardizing):
 
     def damped(self, delta: float) -> LinearMap:
         return LinearMap.damped(self, delta)
+
+
+class Sliced(LinearMap):
+    """Maps on (weight, part of a bias) pairs of one block: attention's projections share a bias, each owning a slice of it.
+
+    Args:
+        parts: (position of the weight, position of the bias or None, its entries, map on (weight, slice) or (weight,)).
+        like: example of all tensors of the block.
+    """
+
+    def __init__(self, parts: Sequence[tuple[int, int | None, slice, LinearMap]], like: Vec | None = None):
+        self.parts, self.like = tuple(parts), like
+        self.root = all(m.root for *_, m in parts)
+
+    def _each(self, method: str, v: Vec) -> Vec:
+        out = list(v)
+        biases = {b for _, b, _, _ in self.parts if b is not None}
+        for b in biases:
+            out[b] = v[b].clone()
+        for w, b, rows, block in self.parts:
+            found = getattr(block, method)((v[w],) if b is None else (v[w], v[b][rows]))
+            out[w] = found[0]
+            if b is not None:
+                out[b][rows] = found[1]
+        return tuple(out)
+
+    def mv(self, v: Vec) -> Vec:
+        return self._each("mv", v)
+
+    def rmv(self, v: Vec) -> Vec:
+        return self._each("rmv", v)
+
+    def solve(self, v: Vec) -> Vec:
+        return self._each("solve", v)
+
+    def rsolve(self, v: Vec) -> Vec:
+        return self._each("rsolve", v)
+
+    def gram(self, v: Vec) -> Vec:
+        return self._each("gram", v)
+
+    def damped(self, delta: float) -> LinearMap:
+        return Sliced([(w, b, rows, m.damped(delta)) for w, b, rows, m in self.parts], self.like)
 
 
 class Product(LinearMap):

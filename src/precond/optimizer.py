@@ -18,6 +18,8 @@ from precond.engine.cells import Cell, Choice
 from precond.engine.loop import Evidence, Rules
 from precond.engine.point import Point, gather
 from precond.explanation import Explanation, explain
+from precond.inputs import Observer
+from precond.inputs.sync import check_alike, distributed, synchronized
 from precond.maps import BlockDiagonal, LinearMap
 from precond.momentum import Momentum
 from precond.naming import Naming
@@ -104,6 +106,9 @@ class PreconditionedGD(torch.optim.Optimizer):
         modules: list[nn.Module] = []
         groups = to_groups(params, modules)
         self.owners = Owners(modules)
+        self._requests = preconditioner.requests
+        if self._requests and not modules:
+            raise TypeError(f"{name}: {preconditioner!r} observes the inputs of layers: pass the model itself as params")
         super().__init__(groups, {"lr": lr, "maximize": False, **self.naming.defaults})
         self._bind()
         _check_precision(self._leaves, choice, rounding)
@@ -119,10 +124,12 @@ class PreconditionedGD(torch.optim.Optimizer):
         self._leaves: list[Leaf] = []
         self._choices: list[Choice] = []
         self._options: list[tuple[Any, ...]] = []
+        self._live: list[bool] = []
         self._fused: tuple[list[fused.Kernel] | None] | None = None
         self._pending: Probe | None = None
         self._recorder: Recorder | None = None
-        self._warned = False
+        self._observer: Observer | None = None
+        self._warned = self._told = False
         self.last = Record(self)
 
     def _read_options(self) -> list[tuple[Any, ...]]:
@@ -131,7 +138,7 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def _bind(self) -> None:
         """Make cells and state for the parameters that want gradients, keeping the state that exists."""
-        leaves = self.owners.leaves(self.param_groups)
+        leaves = self.owners.leaves(self.param_groups, bool(self._requests))
         choices = [self.naming.build(g) for g in self.param_groups]
         cells, entries = engine_cells.build(leaves, choices, self.state)
         self.adopt(leaves, choices, cells, [*entries, *self.residuals(leaves)], keep=True)
@@ -147,6 +154,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             self.state[leaf.param][key] = tensor
         self._leaves, self._choices, self._cells = leaves, choices, cells
         self._options, self._fused, self._pending = self._read_options(), None, None
+        self._live = [leaf.param.requires_grad for leaf in leaves]
 
     def residuals(self, leaves: Sequence[Leaf]) -> list[tuple[Leaf, str, Tensor]]:
         """State entries of the Kahan compensation of 16-bit parameters."""
@@ -159,17 +167,11 @@ class PreconditionedGD(torch.optim.Optimizer):
         ]
 
     def _follow_groups(self) -> None:
-        """Follow the groups: their numbers may have changed, parameters may have been thawed."""
-        known = {i for cell in self._cells for i in cell.index}
-        thawed = any(leaf.param.requires_grad and i not in known for i, leaf in enumerate(self._leaves))
+        """Follow the groups: their numbers may have changed, parameters may have been frozen or thawed."""
         options = self._read_options()
-        if thawed or not self._cells:
+        if self._live != [leaf.param.requires_grad for leaf in self._leaves] or _structure(options) != _structure(self._options):
             self._bind()
         elif options != self._options:
-            kinds = [[bool(x) if isinstance(x, int | float) else x for x in o] for o in (*options, *self._options)]
-            if kinds[: len(options)] != kinds[len(options) :] or any(isinstance(x, tuple) for o in options for x in o):
-                self._bind()
-                return
             self._choices = [self.naming.build(g) for g in self.param_groups]
             live = [i for cell in self._cells for i in sorted(cell.index)]
             plan = engine_cells.strategies(self._leaves, sorted(live), self._choices)
@@ -200,10 +202,63 @@ class PreconditionedGD(torch.optim.Optimizer):
         return lr * route.lr_scale(leaf) if isinstance(route, Route) else lr
 
     def _listen(self) -> None:
-        if self._probing and (modules := self.owners.alive()):
-            if self._recorder is not None:
-                self._recorder.close()
-            self._recorder = Recorder(modules, {leaf.param.device for leaf in self._leaves})
+        """Put the hooks on the model that second passes and input statistics need."""
+        self.close()
+        modules = self.owners.alive()
+        if self._probing and modules:
+            self._recorder = Recorder(modules, self._devices)
+        if self._requests:
+            found = self.owners.survey()
+            if found.passed_by:
+                names = "; ".join(f"{name!r} {why}" for name, why in found.passed_by)
+                warnings.warn(f"no input statistics for some layers, which keep their gradient: {names}", stacklevel=4)
+            self._observer = Observer(found.sites, self._requests)
+            if distributed():
+                check_alike(self._observer)
+
+    def watch(self, model: nn.Module) -> None:
+        """Observe a model again, whose parameters these are: after the optimizer was copied or unpickled.
+
+        Raises:
+            ValueError: where a parameter of the optimizer is not one of the model's.
+        """
+        theirs = set(model.parameters())
+        if alien := [leaf.name for leaf in self.owners.leaves(self.param_groups) if leaf.param not in theirs]:
+            raise ValueError(f"watch: {alien[0]!r} is not a parameter of this model; copy model and optimizer together")
+        self.owners = Owners([model])
+        self._bind()
+        self._listen()
+
+    @property
+    def observes(self) -> bool:
+        """Whether it observes the inputs of layers."""
+        return bool(self._requests)
+
+    def _collect(self) -> bool:
+        """Hand what was seen of layer inputs to the cells; False where it holds inf or NaN."""
+        if self._observer is None:
+            if self._requests:
+                raise RuntimeError("this optimizer was copied or unpickled and observes no model: call watch(model) first")
+            return True
+        seen = synchronized(self._observer) if distributed() else self._observer.collect()
+        for cell in self._cells:
+            cell.inputs = seen
+        if not seen and not self._told:
+            self._told = True
+            warnings.warn(
+                "no layer inputs were observed since the last step: was the model compiled and called before the optimizer was "
+                "made, or are layers called by their forward() or by functions? Such layers keep their gradient",
+                stacklevel=5,
+            )
+        return vec.all_finite(tuple(t for m in seen.values() for t in (m.mean, m.spread)))
+
+    def _watch_again(self) -> None:
+        """The step is over: the next forwards are its successor's."""
+        if self._recorder is not None:
+            self._recorder.arm()
+        if self._observer is not None:
+            self._observer.clear()
+            self._observer.enabled = True
 
     # --- the step ------------------------------------------------------------------------------------------------------
 
@@ -232,8 +287,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         with torch.no_grad():
             if not self._fuse(loss):
                 self._finish(loss, graph)
-        if self._recorder is not None:
-            self._recorder.arm()
+        self._watch_again()
         return loss
 
     def _gradients(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
@@ -282,6 +336,8 @@ class PreconditionedGD(torch.optim.Optimizer):
     def _next_probe(self, grad_scale: float | Tensor | None, recorder: Recorder | None) -> bool:
         if self._pending is None:
             self._pending = self._first_probe(grad_scale)
+            if self._observer is not None:
+                self._observer.enabled = False
         elif self._pending.moved:
             self._pending.collect()
         return self._pending is not None and self._pending.move(recorder)
@@ -304,7 +360,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         watch = self.nonfinite != "propagate" or grad_scale is not None
         gradients = [leaf.param.grad for leaf in self._leaves]
         point = self._point(unscaled(gradients, grad_scale))
-        if watch and not vec.all_finite(point.g):
+        if not self._collect() or (watch and not vec.all_finite(point.g)):
             return Probe(self._leaves, modules, point, gradients, grad_scale, k, Evidence(), (), refused=True)
         clean: list[Tensor | None] | None = unscaled(take_gradients(self._leaves), grad_scale)
         point = self._point(clean)
@@ -325,6 +381,14 @@ class PreconditionedGD(torch.optim.Optimizer):
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.cancel()
+
+    @property
+    def _devices(self) -> set[torch.device]:
+        return {leaf.param.device for leaf in self._leaves}
+
+    @property
+    def _regularizer_name(self) -> str:
+        return type(self._choices[0].regularizers[self._gradient_based or 0]).__name__
 
     def _check_probed(self) -> None:
         pending = self._pending
@@ -350,7 +414,7 @@ class PreconditionedGD(torch.optim.Optimizer):
     def _fuse(self, loss: Any) -> bool:
         """Take the step by fused kernels, where they compute it; False where they do not."""
         kernels = self._kernels()
-        if kernels is None or self._pending is not None or getattr(self, "found_inf", None) is not None:
+        if kernels is None or self._requests or self._pending is not None or getattr(self, "found_inf", None) is not None:
             return False
         work = []
         for cell, kernel in zip(self._cells, kernels, strict=True):
@@ -377,6 +441,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         """Take the step by the reference engine, or skip it."""
         pending, self._pending = self._pending, None
         scale = getattr(self, "grad_scale", None)
+        good_inputs = pending is not None or self._collect()
         if pending is None:
             point = self._point(unscaled([leaf.param.grad for leaf in self._leaves], scale))
             evidence = Evidence(hessian=None if graph is None else point.hessian(graph))
@@ -387,7 +452,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             if not pending.refused:
                 evidence = pending.complete(scale, self._signed)
         count = 1 + (pending.asked if pending is not None else 0)
-        if self._skip(point, pending, loss):
+        if self._skip(point, pending, loss, good_inputs):
             self.last = Record(self, loss, gradients=count, skipped=True, scale=scale)
         elif point.cells:
             u = loop.step(point, self.rules, evidence)
@@ -397,14 +462,14 @@ class PreconditionedGD(torch.optim.Optimizer):
         if pending is not None:
             pending.give_back()
 
-    def _skip(self, point: Point, pending: Probe | None, loss: Any) -> bool:
+    def _skip(self, point: Point, pending: Probe | None, loss: Any, good_inputs: bool) -> bool:
         """Whether inf or NaN forbid the step; raises where that was asked for."""
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.item():
             return True
         if self.nonfinite == "propagate":
-            return pending is not None and pending.refused
-        good = vec.all_finite(point.g) and (pending is None or pending.finite) and (loss is None or finite_loss(loss))
+            return not good_inputs or (pending is not None and pending.refused)
+        good = good_inputs and vec.all_finite(point.g) and (pending is None or pending.finite) and (loss is None or finite_loss(loss))
         if not good and self.nonfinite == "raise":
             if pending is not None:
                 pending.give_back()
@@ -517,19 +582,29 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.restore()
-        derived = ("_cells", "_leaves", "_choices", "_options", "_fused", "_pending", "_recorder", "_warned", "last")
+        derived = ("_cells", "_leaves", "_choices", "_options", "_live", "_fused", "_pending", "_recorder", "_observer", "_warned", "_told", "last")
         return {k: v for k, v in self.__dict__.items() if k not in derived and "hook" not in k}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
-        self._bind()
+        if not self._requests:
+            self._bind()
 
     def close(self) -> None:
         """Remove the hooks on the model. The optimizer's end does it too."""
-        if self._recorder is not None:
-            self._recorder.close()
-            self._recorder = None
+        for listener in (self._recorder, self._observer):
+            if listener is not None:
+                listener.close()
+        self._recorder = self._observer = None
+
+
+def _structure(options: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """What decides which state is kept: options themselves, of numbers whether they are zero."""
+    return [
+        tuple(tuple(bool(y) for y in x) if isinstance(x, tuple) else bool(x) if isinstance(x, int | float) else x for x in o)
+        for o in options
+    ]
 
 
 def _validate(name: str, choice: Choice, statistics_from: str) -> None:

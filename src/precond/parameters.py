@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from precond.blocks import Leaf, is_decayed, kind_of
+from precond.inputs import Site, Survey, survey
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -112,27 +113,45 @@ class Owners:
 
     def __init__(self, modules: Iterable[nn.Module] = ()):
         self.modules: list[weakref.ref[nn.Module]] = [weakref.ref(m) for m in modules]
+        self._survey: Survey | None = None
 
     def add(self, modules: Iterable[nn.Module]) -> None:
         """Know further modules."""
         self.modules += [weakref.ref(m) for m in modules]
+        self._survey = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be copied, and the modules of a copied optimizer are not these.
-        return {"modules": []}
+        return {"modules": [], "_survey": None}
 
     def alive(self) -> list[nn.Module]:
         """The modules that still exist."""
         return [m for ref in self.modules if (m := ref()) is not None]
 
-    def leaves(self, param_groups: Sequence[Mapping[str, Any]]) -> list[Leaf]:
-        """The leaves of parameter groups in order."""
+    def survey(self) -> Survey:
+        """Where the inputs of the modules' layers can be observed; made once."""
+        if self._survey is None:
+            roots = enumerate(self.alive())
+            self._survey = survey(
+                (f"{number}:{clean(path)}" if number else clean(path), module)
+                for number, root in roots
+                for path, module in root.named_modules()
+            )
+        return self._survey
+
+    def leaves(self, param_groups: Sequence[Mapping[str, Any]], observed: bool = False) -> list[Leaf]:
+        """The leaves of parameter groups in order; where inputs are ``observed``, with the sites of their layers."""
         owner: dict[Tensor, tuple[str, nn.Module]] = {}
         for number, root in enumerate(self.alive()):
             prefix = f"{number}:" if number else ""
             for path, module in root.named_modules():
                 for param in module.parameters(recurse=False):
                     owner.setdefault(param, (prefix + clean(path), module))
+        sites: dict[Tensor, list[Site]] = {}
+        for site in self.survey().sites if observed else ():
+            for param in (site.weight, site.bias):
+                if param is not None:
+                    sites.setdefault(param, []).append(site)
         leaves = []
         for k, group in enumerate(param_groups):
             names = group.get("param_names") or [None] * len(group["params"])
@@ -140,7 +159,7 @@ class Owners:
                 path, module = owner.get(param, (None, None))
                 name = name or f"param_{len(leaves)}"
                 layer = path if path is not None else name.rpartition(".")[0] or name
-                leaves.append(Leaf(name, param, kind_of(name, param, module), layer, module, k))
+                leaves.append(Leaf(name, param, kind_of(name, param, module), layer, module, k, tuple(sites.get(param, ()))))
         return leaves
 
 

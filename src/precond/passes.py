@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from precond.hooks import WeakHook, remove
+
 Random = dict[torch.device, Tensor]
 
 
@@ -75,38 +77,18 @@ class Recorder:
         self.devices = list(devices)
         self.random: Random | None = None
         self._armed = True
-        self._handles = [module.register_forward_pre_hook(_Note(self)) for module in modules]
-        weakref.finalize(self, _remove, self._handles)
+        self._handles = [module.register_forward_pre_hook(WeakHook(self, "note")) for module in modules]
+        weakref.finalize(self, remove, self._handles)
 
     def arm(self) -> None:
         """Forget the last note and wait for the next first forward."""
         self.random, self._armed = None, True
 
-    def note(self, module: nn.Module) -> None:
+    def note(self, module: nn.Module, args: Any) -> None:
         """Called before a forward."""
         if self._armed and module.training and torch.is_grad_enabled():
             self.random, self._armed = random_state(self.devices), False
 
     def close(self) -> None:
         """Remove the hooks."""
-        _remove(self._handles)
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-
-
-class _Note:
-    """The hook itself."""
-
-    def __init__(self, recorder: Recorder | None):
-        self._recorder = (lambda: None) if recorder is None else weakref.ref(recorder)
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        recorder = self._recorder()
-        if recorder is not None:
-            recorder.note(module)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Note, (None,)
+        remove(self._handles)

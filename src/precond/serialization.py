@@ -53,7 +53,7 @@ def load(optimizer: PreconditionedGD, state_dict: Mapping[str, Any]) -> None:
         {**ours, **{k: v for k, v in saved.items() if k not in ("params", "param_names")}}
         for ours, saved in zip(groups, saved_groups, strict=True)
     ]
-    leaves = optimizer.owners.leaves(groups)
+    leaves = optimizer.owners.leaves(groups, optimizer.observes)
     choices = [optimizer.naming.build(g) for g in new_groups]
     fresh, entries = cells.build(leaves, choices, {})
     entries = [*entries, *optimizer.residuals(leaves)]

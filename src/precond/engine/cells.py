@@ -12,7 +12,9 @@ from torch import Tensor
 from precond.blocks import Block, Leaf, State
 from precond.maps import Identity, LinearMap
 from precond.momentum import Momentum
-from precond.preconditioners.base import Preconditioner, Seen
+from precond.inputs.observer import Seen
+from precond.preconditioners.base import Preconditioner
+from precond.preconditioners.base import Seen as Evidence
 from precond.regularizers.base import Regularizer
 from precond.vec import Vec
 
@@ -32,6 +34,7 @@ class Cell:
 
     Attributes:
         index: positions of the block's leaves among all leaves.
+        inputs: what was seen of layer inputs since the last step, or None.
     """
 
     index: tuple[int, ...]
@@ -40,6 +43,7 @@ class Cell:
     momentum: Momentum | None
     state: State
     average: State
+    inputs: Seen | None = None
     _views: dict[tuple[int, ...], Cell] = field(default_factory=dict, repr=False)
 
     @property
@@ -58,13 +62,13 @@ class Cell:
                 self.average.restricted(keep),
             )
         view = self._views[keep]
-        view.preconditioner, view.momentum = self.preconditioner, self.momentum
+        view.preconditioner, view.momentum, view.inputs = self.preconditioner, self.momentum, self.inputs
         return view
 
     def observe(self, state: State, gradient: Vec) -> None:
         """Fold a gradient into ``state`` (the cell's own, or a copy of it)."""
         if self.handled:
-            self.preconditioner.observe(state, Seen(gradient))
+            self.preconditioner.observe(state, Evidence(gradient, self.inputs))
 
     def map(self, state: State) -> LinearMap:
         """P from ``state``."""

@@ -2,10 +2,11 @@
 
 from precond.preconditioners.adagrad import AdaGrad
 from precond.preconditioners.base import Part, Preconditioner, Seen
+from precond.preconditioners.bnp import BNP
 from precond.preconditioners.compose import Composition
 from precond.preconditioners.fixed import Fixed
 from precond.preconditioners.rms import RMS
 from precond.preconditioners.route import Route
 from precond.preconditioners.split import Split
 
-__all__ = ["RMS", "AdaGrad", "Composition", "Fixed", "Part", "Preconditioner", "Route", "Seen", "Split"]
+__all__ = ["BNP", "RMS", "AdaGrad", "Composition", "Fixed", "Part", "Preconditioner", "Route", "Seen", "Split"]

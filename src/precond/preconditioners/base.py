@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from precond import blocks
 from precond.blocks import Block, Leaf, State
+from precond.inputs import Moments, Request
 from precond.maps import LinearMap
 from precond.vec import Vec
 
@@ -19,12 +20,12 @@ class Seen:
 
     Attributes:
         gradient: the loss gradient in this preconditioner's coordinates, one tensor per leaf of the block.
-        inputs: statistics of the inputs of the block's layer, or None.
+        inputs: statistics of layer inputs by site name and request, or None.
         momentum: the momentum of the clean gradient, or None.
     """
 
     gradient: Vec
-    inputs: Any = None
+    inputs: Mapping[tuple[str, Request], Moments] | None = None
     momentum: Vec | None = None
 
 
@@ -52,6 +53,11 @@ class Preconditioner(ABC):
     root: bool = True
     invertible: bool = True
     advised_damping: float = 0.0
+
+    @property
+    def requests(self) -> frozenset[Request]:
+        """What it wants to know of the inputs of layers; nothing by default."""
+        return frozenset()
 
     def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
         """The blocks that this preconditioner acts on; by default each tensor, or all of a group where it is entrywise."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from precond import blocks
 from precond.blocks import Block, Leaf, State
+from precond.inputs import Request
 from precond.maps import Identity, LinearMap
 from precond.preconditioners.base import Part, Preconditioner, Seen
 from precond.preconditioners.split import over
@@ -25,6 +26,10 @@ class Composition(Preconditioner):
     @property
     def entrywise(self) -> bool:  # type: ignore[override]
         return self.outer.entrywise and self.inner.entrywise
+
+    @property
+    def requests(self) -> frozenset[Request]:
+        return self.outer.requests | self.inner.requests
 
     @property
     def root(self) -> bool:  # type: ignore[override]

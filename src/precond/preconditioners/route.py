@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from precond import checks
 from precond.blocks import Block, Leaf, Rule, State, matches
+from precond.inputs import Request
 from precond.maps import Identity, LinearMap
 from precond.preconditioners.base import Part, Preconditioner, Seen
 from precond.preconditioners.fixed import Fixed
@@ -43,6 +44,10 @@ class Route(Preconditioner):
 
     def _all(self) -> list[Preconditioner]:
         return [b[1] for b in self.branches] + [self.otherwise]
+
+    @property
+    def requests(self) -> frozenset[Request]:
+        return frozenset().union(*(p.requests for p in self._all()))
 
     @property
     def root(self) -> bool:  # type: ignore[override]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from precond.blocks import Block, State
+from precond.inputs import Request
 from precond.maps import BlockDiagonal, Identity, LinearMap
 from precond.preconditioners.base import Part, Preconditioner, Seen
 
@@ -15,6 +16,10 @@ class Split(Preconditioner):
     """Parts of a block, each with its own preconditioner: what :func:`over` makes where a block joins several."""
 
     parts: tuple[Part, ...]
+
+    @property
+    def requests(self) -> frozenset[Request]:
+        return frozenset().union(*(p.preconditioner.requests for p in self.parts))
 
     @property
     def root(self) -> bool:  # type: ignore[override]

@@ -31,7 +31,7 @@ def load_data(name: str, *, folder: Path | None = None, examples: int | None = N
     """
     if name not in DATA:
         raise ValueError(
-            f"unknown data {name!r}{did_you_mean(name, DATA)} (there are {', '.join(DATA)}, and your own package.module:factory)"
+            f"unknown data {name!r}{did_you_mean(name, DATA)} (there are {', '.join(DATA)}, and any package.module:factory)"
         )
     data = fashion_mnist(folder, seed) if name == "fashion-mnist" else PACKAGED[name](seed)
     return data if examples is None else data.limited(examples, seed)

@@ -53,8 +53,8 @@ class Checkpoint:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as error:
             raise CheckpointError(
-                f"{self.path} is damaged ({len(content):,} bytes, {type(error).__name__}); delete it to repeat this training from "
-                "its start, or start all over with --no-resume"
+                f"{self.path} is damaged ({len(content):,} bytes, {type(error).__name__}); delete it to repeat this "
+                "training from its start, or start all over with --no-resume"
             ) from error
         if not isinstance(state, dict):
             raise CheckpointError(f"{self.path} is no checkpoint but a {type(state).__name__}; delete it")

@@ -63,7 +63,9 @@ class DataSet:
         """
         train = self.parts["train"]
         if not 0 < examples <= len(train):
-            raise ValueError(f"examples must lie between 1 and the {len(train)} training examples of {self.name}, got {examples}")
+            raise ValueError(
+                f"examples must lie between 1 and the {len(train)} training examples of {self.name}, got {examples}"
+            )
         kept = split(strata(train.targets), {"train": examples / len(train)}, seed)["train"]
         about = f"{self.about} Of the training part, a stratified sample of {len(kept)} examples is used."
         return replace(self, parts={**self.parts, "train": train[kept]}, about=about)
@@ -79,7 +81,6 @@ def parts_of(whole: Part, fractions: Mapping[str, float], seed: int) -> dict[str
 
 
 def standardized(parts: Mapping[str, Part]) -> dict[str, Part]:
-    """With targets in units of the training part: mean 0, standard deviation 1 there, so that a mean squared error of 1 is that of
-    predicting the mean."""
+    """With targets of mean 0 and standard deviation 1 on the training part: predicting the mean has a squared error of 1."""
     std, mean = torch.std_mean(parts["train"].targets, correction=0)
     return {name: Part(part.inputs, (part.targets - mean) / std) for name, part in parts.items()}

@@ -45,7 +45,9 @@ def import_factory(name: str) -> Callable[[], Any]:
             raise FactoryError(f"{module_name!r} has no {attribute!r}{did_you_mean(step, dir(found))}")
         found = getattr(found, step)
     if not callable(found):
-        raise FactoryError(f"{name!r} is a {type(found).__name__}; it must be a function without arguments that returns {_WANTED}")
+        raise FactoryError(
+            f"{name!r} is a {type(found).__name__}; it must be a function without arguments that returns {_WANTED}"
+        )
     return found
 
 
@@ -104,7 +106,9 @@ class Factory(Workload):
             if not isinstance(source, Iterable) or isinstance(source, Tensor):
                 raise self._error(f"returned {name} data of type {type(source).__name__}")
             if isinstance(source, Iterator):
-                raise self._error(f"returned {name} data that can be read only once ({type(source).__name__}); wrap it in a list")
+                raise self._error(
+                    f"returned {name} data that can be read only once ({type(source).__name__}); wrap it in a list"
+                )
         limits = {"train": EVALUATED_TRAINING_EXAMPLES}
         return {name: StreamBatches(source, self.device, limits.get(name)) for name, source in sources.items()}
 
@@ -120,11 +124,15 @@ class Factory(Workload):
             with torch.no_grad():
                 loss = loss_fn(model(inputs), targets)
         except Exception as error:
-            raise FactoryError(f"the model and loss of {self.name} fail on their first batch: {type(error).__name__}: {error}") from error
+            raise FactoryError(
+                f"the model and loss of {self.name} fail on their first batch: {type(error).__name__}: {error}"
+            ) from error
         finally:
             model.train()
         if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()):
-            raise self._error(f"returned a loss function with the value {_described(loss)}; it must be one floating number, the mean")
+            raise self._error(
+                f"returned a loss function with the value {_described(loss)}; it must be one floating number, the mean"
+            )
         return targets
 
     @staticmethod

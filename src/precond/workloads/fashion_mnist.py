@@ -14,8 +14,7 @@ _VALIDATION = 10_000
 
 
 def fashion_mnist(folder: Path | None, seed: int) -> DataSet:
-    """Fashion-MNIST (Xiao et al., 2017): pixels divided by 255, the official test part, 10,000 stratified examples held out of the
-    training part for validation.
+    """Fashion-MNIST (Xiao et al., 2017): pixels divided by 255; the official test part; 10,000 examples for validation.
 
     Args:
         folder: holds ``train-images-idx3-ubyte`` and its three siblings, plain or ``.gz``; None: :data:`FOLDER`.
@@ -50,6 +49,6 @@ def _file(folder: Path, name: str) -> Path:
         if path.is_file():
             return path
     raise DataError(
-        f"no {name} or {name}.gz in {folder}; get Fashion-MNIST on Debian or Ubuntu with `apt-get install dataset-fashion-mnist`, "
-        "or name the folder of its four IDX files with --data-dir"
+        f"no {name} or {name}.gz in {folder}; get Fashion-MNIST on Debian or Ubuntu with `apt-get install "
+        "dataset-fashion-mnist`, or name the folder of its four IDX files with --data-dir"
     )

@@ -37,7 +37,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         remedy = "free some space" if full else "make it writable"
         kept = "; the one written before is intact" if path.exists() else ""
         raise WriteError(
-            error.errno, f"cannot write {path} ({len(content):,} bytes): {reason}{kept}; {remedy} and run the same command again"
+            error.errno,
+            f"cannot write {path} ({len(content):,} bytes): {reason}{kept}; {remedy} and run the same command again",
         ) from error
 
 

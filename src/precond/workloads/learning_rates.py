@@ -13,8 +13,8 @@ Decay = Literal["constant", "cosine", "linear"]
 def factor(decay: Decay, warmup: int, steps: int) -> Callable[[int], float]:
     """The learning rate of each step (from 0) in units of its peak.
 
-    It rises linearly over the first ``warmup`` steps; from there to the end it is constant, or falls to 0 along a straight line or
-    half a cosine.
+    It rises linearly over the first ``warmup`` steps; from there to the end it is constant, or falls to 0 along a straight line
+    or half a cosine.
 
     Example:
         >>> [factor("linear", warmup=2, steps=6)(t) for t in range(6)]

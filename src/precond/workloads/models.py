@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Callable
@@ -24,9 +25,9 @@ class Architecture:
     r"""Layers h ↦ g(W·B(h) + b), B the normalization of the layer's inputs (Ye, eq. 21), h⁽⁰⁾ the example itself.
 
     Args:
-        kind: ``"mlp"`` of hidden layers of ``widths``; ``"convnet"`` of 3×3 convolutions with ``widths`` channels, each followed by
-            a 2×2 maximum, with a linear layer at the end; ``"linear"``, also called ``"logistic"`` for classification, of that
-            last layer alone.
+        kind: ``"mlp"`` of hidden layers of ``widths``; ``"convnet"`` of 3×3 convolutions with ``widths`` channels, each
+            followed by a 2×2 maximum, with a linear layer at the end; ``"linear"``, also called ``"logistic"`` for
+            classification, of that last layer alone.
         widths: of the hidden layers.
         normalization: of the inputs of each layer: ``"none"``, ``"batch"``, ``"layer"`` or ``"group"``.
         activation: g.
@@ -64,7 +65,7 @@ class Architecture:
             return self._convnet(input_shape, outputs)
         widths = self.widths if self.kind == "mlp" else ()
         sizes = (math.prod(input_shape), *widths)
-        layers = [self._layer(nn.Linear(a, b), a, first=i == 0) for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))]
+        layers = [self._layer(nn.Linear(a, b), a, first=i == 0) for i, (a, b) in enumerate(itertools.pairwise(sizes))]
         return nn.Sequential(nn.Flatten(), *layers, self._last(sizes[-1], outputs, first=not widths))
 
     def _convnet(self, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
@@ -73,11 +74,13 @@ class Architecture:
         channels, height, width = input_shape
         side = 2 ** len(self.widths)
         if min(height, width) < side:
-            raise ValueError(f"model 'convnet' halves the image {len(self.widths)} times; give fewer widths for {height} x {width} pixels")
+            raise ValueError(
+                f"model 'convnet' halves the image {len(self.widths)} times; give fewer widths for {height} x {width} pixels"
+            )
         sizes = (channels, *self.widths)
         convolutions = [
             nn.Sequential(self._layer(nn.Conv2d(a, b, 3, padding=1), a, first=i == 0, image=True), nn.MaxPool2d(2))
-            for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))
+            for i, (a, b) in enumerate(itertools.pairwise(sizes))
         ]
         features = sizes[-1] * (height // side) * (width // side)
         return nn.Sequential(*convolutions, nn.Flatten(), self._last(features, outputs, first=False))
@@ -105,11 +108,12 @@ def _normalization(kind: Normalization, features: int, image: bool) -> nn.Module
         return nn.LayerNorm(features)
     # Over an image, layer normalization is one group. A group of one feature of a vector would be 0 whatever the input.
     smallest = 1 if image else 2
-    groups = 1 if kind == "layer" else max(g for g in (1, 2, 4, 8) if features % g == 0 and (features // g >= smallest or g == 1))
+    groups = (
+        1 if kind == "layer" else max(g for g in (1, 2, 4, 8) if features % g == 0 and (features // g >= smallest or g == 1))
+    )
     return nn.GroupNorm(groups, features)
 
 
 def count_parameters(model: nn.Module) -> int:
     """Number of trainable entries."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-

@@ -33,15 +33,21 @@ def _classes(name: str, about: str, shape: tuple[int, ...], seed: int) -> DataSe
 def _diabetes(seed: int) -> DataSet:
     raw = _load("diabetes", scaled=False)
     whole = Part(torch.from_numpy(raw.data).float(), torch.from_numpy(raw.target).float()[:, None])
-    about = "Disease progression after a year from 10 raw measurements (442 patients); targets standardized by the training part."
+    about = (
+        "Disease progression after a year from 10 raw measurements (442 patients); targets standardized by the training part."
+    )
     parts = standardized(parts_of(whole, _FRACTIONS, seed))
     return DataSet("diabetes", "regression", parts, 1, f"{about} {_SPLIT.format(seed=seed)}")
 
 
 PACKAGED: dict[str, Callable[[int], DataSet]] = {
-    "digits": partial(_classes, "digits", "Handwritten digits, 8 x 8 pixels, raw values 0 to 16 (1797 images, 10 classes).", (1, 8, 8)),
+    "digits": partial(
+        _classes, "digits", "Handwritten digits, 8 x 8 pixels, raw values 0 to 16 (1797 images, 10 classes).", (1, 8, 8)
+    ),
     "wine": partial(_classes, "wine", "13 raw chemical measurements, 0.13 to 1680 (178 wines, 3 classes).", (13,)),
-    "breast-cancer": partial(_classes, "breast-cancer", "30 raw measurements of cell nuclei, 0 to 4254 (569 tumors, 2 classes).", (30,)),
+    "breast-cancer": partial(
+        _classes, "breast-cancer", "30 raw measurements of cell nuclei, 0 to 4254 (569 tumors, 2 classes).", (30,)
+    ),
     "diabetes": _diabetes,
 }
 """Data sets by name, as functions of the seed of the split."""

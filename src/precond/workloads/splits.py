@@ -62,5 +62,7 @@ def split(labels: Tensor, fractions: Mapping[str, float], seed: int) -> dict[str
     parts = {name: torch.cat(pieces).sort().values for name, pieces in found.items()}
     for name, indices in parts.items():
         if not len(indices):
-            raise ValueError(f"part {name!r} of {len(labels)} examples is empty; give it a larger fraction than {fractions[name]:.3g}")
+            raise ValueError(
+                f"part {name!r} of {len(labels)} examples is empty; give it a larger fraction than {fractions[name]:.3g}"
+            )
     return parts

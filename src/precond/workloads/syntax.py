@@ -5,10 +5,10 @@ from __future__ import annotations
 import ast
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from precond import schedules
+from precond import PreconditionedGD, schedules
 from precond.regularizers import L1, L2, SAM, GradientNorm, Regularizer
 from precond.workloads.entrant import RECIPES, Entrant
 from precond.workloads.suggestions import did_you_mean
@@ -16,8 +16,10 @@ from precond.workloads.suggestions import did_you_mean
 REGULARIZERS: Mapping[str, type[Regularizer]] = {cls.__name__: cls for cls in (L1, L2, GradientNorm, SAM)}
 SCHEDULES: Mapping[str, type[schedules.Schedule]] = {cls.__name__: cls for cls in (schedules.TimesLr, schedules.Warmup)}
 
-# What a training decides itself.
-_RESERVED = ("params", "regularizers", "nonfinite", "engine", "maximize")
+# What a training or a recipe decides itself, and what torch has for its own kernels.
+_RESERVED = {"params", "regularizers", "nonfinite", "preconditioner", "naming", "maximize"} | {
+    "foreach", "fused", "capturable", "differentiable"
+}  # fmt: skip
 _GRAMMAR = "write recipe, recipe(option=value) or recipe + Penalty(value, option=value), such as adamw + SAM(0.05, space='z')"
 
 
@@ -28,8 +30,8 @@ class SyntaxProblem(ValueError):
 def parse_entrants(text: str) -> tuple[Entrant, ...]:
     """Entrants separated by commas.
 
-    Values are Python literals, ``inf``, or a schedule of a penalty's number (``TimesLr(0.25)``, ``Warmup(0.1, 500)``); nothing is
-    evaluated.
+    Values are Python literals, ``inf``, or a schedule of a penalty's number (``TimesLr(0.25)``, ``Warmup(0.1, 500)``);
+    nothing is evaluated.
 
     Raises:
         SyntaxProblem: for anything else, for unknown names (the message offers the nearest), for entrants that are there twice.
@@ -50,7 +52,9 @@ def parse_entrants(text: str) -> tuple[Entrant, ...]:
     labels = [entrant.label for entrant in entrants]
     for label in labels:
         if labels.count(label) > 1:
-            raise SyntaxProblem(f"{label!r} is there {labels.count(label)} times; name each entrant once (several seeds: --seeds)")
+            raise SyntaxProblem(
+                f"{label!r} is there {labels.count(label)} times; name each entrant once (several seeds: --seeds)"
+            )
     return entrants
 
 
@@ -64,14 +68,25 @@ def _entrant(node: ast.expr) -> Entrant:
         raise SyntaxProblem(f"{label!r}: unknown recipe {name!r}{did_you_mean(name, RECIPES)} (there are {', '.join(RECIPES)})")
     if positional:
         raise SyntaxProblem(f"{label!r}: options of {name} need their names, such as {name}(lr=0.01)")
-    known = [p for p in inspect.signature(RECIPES[name]).parameters if p not in _RESERVED]
+    known = _options(RECIPES[name])
     for option in options:
         if option not in known:
-            raise SyntaxProblem(f"{label!r}: {name} has no option {option!r}{did_you_mean(option, known)} (it has {', '.join(known)})")
+            raise SyntaxProblem(
+                f"{label!r}: {name} has no option {option!r}{did_you_mean(option, known)} (it has {', '.join(known)})"
+            )
     lr = options.get("lr")
     if lr is not None and not (isinstance(lr, int | float) and 0 < lr < math.inf):
         raise SyntaxProblem(f"{label!r}: lr must be a number > 0, got {lr!r}")
     return Entrant(label, name, options, tuple(_penalty(node, label) for node in penalties))
+
+
+def _options(recipe: Callable[..., Any]) -> list[str]:
+    """Options of a recipe, and where it passes further ones on, those of the optimizer."""
+    parameters = inspect.signature(recipe).parameters
+    names = [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD]
+    if len(names) < len(parameters):
+        names += [n for n, p in inspect.signature(PreconditionedGD).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    return [name for name in dict.fromkeys(names) if name not in _RESERVED]
 
 
 def _summands(node: ast.expr) -> Iterator[ast.expr]:
@@ -85,7 +100,9 @@ def _summands(node: ast.expr) -> Iterator[ast.expr]:
 def _penalty(node: ast.expr, label: str) -> Regularizer:
     name, positional, options = _call(node, label)
     if name not in REGULARIZERS:
-        raise SyntaxProblem(f"{label!r}: unknown penalty {name!r}{did_you_mean(name, REGULARIZERS)} (there are {', '.join(REGULARIZERS)})")
+        raise SyntaxProblem(
+            f"{label!r}: unknown penalty {name!r}{did_you_mean(name, REGULARIZERS)} (there are {', '.join(REGULARIZERS)})"
+        )
     return _made(REGULARIZERS[name], positional, options, label)
 
 
@@ -118,7 +135,9 @@ def _value(node: ast.expr, label: str) -> Any:
     if isinstance(node, ast.Call):
         name, positional, options = _call(node, label)
         if name not in SCHEDULES:
-            raise SyntaxProblem(f"{label!r}: unknown schedule {name!r}{did_you_mean(name, SCHEDULES)} (there are {', '.join(SCHEDULES)})")
+            raise SyntaxProblem(
+                f"{label!r}: unknown schedule {name!r}{did_you_mean(name, SCHEDULES)} (there are {', '.join(SCHEDULES)})"
+            )
         return _made(SCHEDULES[name], positional, options, label)
     try:
         return ast.literal_eval(node)

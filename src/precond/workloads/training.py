@@ -89,7 +89,9 @@ def train(
 
 
 class _Training:
-    def __init__(self, problem: Problem, entrant: Entrant, plan: Plan, checkpoint: Checkpoint | None, watch: Watch | None) -> None:
+    def __init__(
+        self, problem: Problem, entrant: Entrant, plan: Plan, checkpoint: Checkpoint | None, watch: Watch | None
+    ) -> None:
         self.problem, self._plan, self._checkpoint, self._watch = problem, plan, checkpoint, watch
         self._exact = entrant.exact
         self._identity = {"entrant": entrant.label, **asdict(plan)}
@@ -146,7 +148,9 @@ class _Training:
                 return True
             start = time.perf_counter()
         if self._step < began - position + len(batches):
-            raise ValueError(f"the training data held {self._step - began + position} batches in epoch {epoch}, {len(batches)} before")
+            raise ValueError(
+                f"the training data held {self._step - began + position} batches in epoch {epoch}, {len(batches)} before"
+            )
         return True
 
     def _closure(self, inputs: Any, targets: Tensor) -> Callable[[], Tensor]:
@@ -156,7 +160,7 @@ class _Training:
         def closure() -> Tensor:
             self._optimizer.zero_grad()
             value = loss()
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             return value
 
         return LossClosure(loss) if self._exact else closure
@@ -208,7 +212,7 @@ class _Training:
         assert self._checkpoint is not None
         if state["identity"] != self._identity:
             raise CheckpointError(
-                f"{self._checkpoint.path} belongs to {state['identity']}, not to {self._identity}; use another folder, or --no-resume"
+                f"{self._checkpoint.path} belongs to {state['identity']}, not to {self._identity}; use another folder"
             )
         self._step, self._gradients, self._seconds = state["step"], state["gradients"], state["seconds"]
         self.problem.model.load_state_dict(state["model"])

@@ -1,0 +1,1 @@
+"""The command line. Only the entry point imports it."""

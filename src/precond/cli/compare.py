@@ -1,0 +1,42 @@
+"""``precond compare``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from precond.cli.errors import as_user_errors
+from precond.cli.launch import launch
+from precond.cli.settings import Integers, Lr, Settings
+from precond.workloads import parse_entrants
+
+# One argument; the commas in it are read by the parser of entrants.
+_Text = Annotated[str, tyro.conf.arg(metavar="A,B,…")]
+
+
+@dataclass(frozen=True)
+class Compare(Settings):
+    """Train several entrants with several seeds, and report curves, work to a target and test results on one page.
+
+    An entrant is a recipe, with options and penalties in p or in z where wanted:
+    --recipes "sgd(momentum=0.9),adamw,adamw+SAM(0.05,space='z')"
+
+    Attributes:
+        recipes: Entrants, with commas between them.
+        seeds: One training per seed.
+        lr: Learning rate: a number for all entrants, search (each finds its own, with the same number of trials, on the
+            validation part only), or default (each recipe's own). One in an entrant, adam(lr=0.01), goes before.
+    """
+
+    recipes: _Text = "sgd,rmsprop,adam,adamw"
+    seeds: Integers = (0, 1, 2, 3, 4)
+    lr: Lr = "search"
+
+    def run(self, argv: Sequence[str]) -> int:
+        """The exit code."""
+        with as_user_errors():
+            entrants = parse_entrants(self.recipes)
+        return launch("compare", self, entrants, self.seeds, self.lr, argv)

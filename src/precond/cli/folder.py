@@ -1,0 +1,117 @@
+"""The output folder: whose it is, what is done already, and where the rest goes on."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from precond.cli.errors import UserError
+from precond.report import outcome_from_json, outcome_to_json
+from precond.workloads import Checkpoint, Outcome, write_atomically
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One experiment on the disk.
+
+    Args:
+        path: the folder: ``settings.json``, ``results.json``, ``report.html``, and under ``trainings/`` one file per training,
+            ``.json`` when it is done, ``.pt`` while it is under way.
+        checkpoint_seconds: the shortest time between two checkpoints.
+    """
+
+    path: Path
+    checkpoint_seconds: float
+
+    def claim(self, settings: dict[str, Any], resume: bool) -> IO[bytes] | None:
+        """Make the folder that of these settings, and keep other processes away from it while the returned file is open.
+
+        Args:
+            settings: everything that the results depend on, as JSON's own types.
+            resume: keep what the same settings left there; otherwise remove it.
+
+        Raises:
+            UserError: where it holds the work of other settings, or another process works in it.
+            WriteError: where it cannot be written.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = _locked(self.path)
+        file = self.path / "settings.json"
+        if not resume:
+            self._clear()
+        elif file.exists():
+            self._compare(file, settings)
+        write_atomically(file, json.dumps(settings, indent=1, ensure_ascii=False).encode())
+        return lock
+
+    def _compare(self, file: Path, settings: dict[str, Any]) -> None:
+        remedy = "name another folder with --out, or start all over with --no-resume"
+        try:
+            before = json.loads(file.read_bytes())
+            names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is damaged; {remedy}") from error
+        if names:
+            changes = "; ".join(f"{name} was {_shown(before.get(name))}, now {_shown(settings.get(name))}" for name in names)
+            raise UserError(f"{self.path} holds a run with other settings: {changes}; {remedy}")
+
+    def _clear(self) -> None:
+        for pattern in ("trainings/*.json", "trainings/*.pt", "settings.json", "results.json", "report.html", "model.pt"):
+            for file in self.path.glob(pattern):
+                file.unlink()
+
+    def checkpoint(self, slug: str) -> Checkpoint:
+        """Of the training of that name."""
+        return Checkpoint(self.path / "trainings" / f"{slug}.pt", self.checkpoint_seconds)
+
+    def outcome(self, slug: str) -> Outcome | None:
+        """Of the training of that name, None where it is not done.
+
+        Raises:
+            UserError: where the file is damaged.
+        """
+        file = self.path / "trainings" / f"{slug}.json"
+        try:
+            return outcome_from_json(json.loads(file.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{file} is damaged; delete it to repeat this training, or start all over with --no-resume"
+            ) from error
+
+    def finish(self, slug: str, outcome: Outcome) -> None:
+        """Keep what came of a training, and drop its checkpoint.
+
+        Raises:
+            WriteError: where it cannot be written; the checkpoint is still there.
+        """
+        content = json.dumps(outcome_to_json(outcome), allow_nan=False).encode()
+        write_atomically(self.path / "trainings" / f"{slug}.json", content)
+        self.checkpoint(slug).discard()
+
+
+def _locked(folder: Path) -> IO[bytes] | None:
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        return None
+    file = open(folder / ".lock", "wb")  # noqa: SIM115 - stays open as long as the caller keeps it
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(f"another process works in {folder}; wait until it ends, or name another folder with --out") from error
+    except OSError:
+        # Some network file systems have no locks: better to work without one than not at all.
+        with suppress(OSError):
+            file.close()
+        return None
+    return file
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,96 @@
+"""Inputs of ``nn.MultiheadAttention``, which calls neither its projections nor ``out_proj`` as modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from precond.inputs.moments import Moments, Request, covariance, of_rows
+from precond.inputs.taps import Tap, Weight
+from precond.maps import Layout
+
+_OUT = 3  # the slot of out_proj, after query, key and value
+
+
+class AttentionTap(Tap):
+    """Packed and separate projections, and ``out_proj``."""
+
+    @property
+    def weights(self) -> list[Weight]:
+        m = self.module
+        out = Weight(m.out_proj.weight, m.out_proj.bias, slot=_OUT)
+        if m._qkv_same_embed_dim:
+            return [Weight(m.in_proj_weight, m.in_proj_bias), out]
+        size = m.embed_dim
+        parts = (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)
+        return [*(Weight(w, m.in_proj_bias, slice(i * size, (i + 1) * size), i) for i, w in enumerate(parts)), out]
+
+    def layout(self, weight: Weight, request: Request) -> Layout:
+        return Layout(3) if weight.param is self.module.in_proj_weight else Layout()
+
+    def moments(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight, request: Request) -> Moments:
+        if weight.param is not self.module.in_proj_weight:
+            return super().moments(args, kwargs, weight, request)
+        # Queries may be more or fewer than keys: one group each.
+        reduce = covariance if request.kind == "covariance" else of_rows
+        parts = [reduce(self._flat(x)) for x in self._inputs(args, kwargs)]
+        return Moments(*(torch.cat([getattr(p, name) for p in parts]) for name in ("count", "mean", "spread")))
+
+    def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight) -> Tensor:
+        inputs = self._inputs(args, kwargs)
+        return self._flat(self._attended(args, kwargs) if weight.slot == _OUT else inputs[weight.slot])
+
+    @staticmethod
+    def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        named = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
+        return named["query"].detach(), named["key"].detach(), named["value"].detach()
+
+    @staticmethod
+    def _flat(x: Tensor) -> Tensor:
+        return x.reshape(1, -1, x.shape[-1])
+
+    def _attended(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What ``out_proj`` will see: the attention once more, with the identity in its place and the same random numbers."""
+        m = self.module
+        names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
+        call = {"key_padding_mask": None, "attn_mask": None, "is_causal": False, **dict(zip(names, args, strict=False)), **kwargs}
+        q, k, v = (call[name].detach() for name in names[:3])
+        if m.batch_first and q.ndim == 3:
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        separate = not m._qkv_same_embed_dim
+        weights = (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight) if separate else (None, None, None)
+        with torch.no_grad(), torch.random.fork_rng(devices=[q.device] if q.device.type == "cuda" else []):
+            h, _ = F.multi_head_attention_forward(
+                q,
+                k,
+                v,
+                m.embed_dim,
+                m.num_heads,
+                m.in_proj_weight,
+                m.in_proj_bias,
+                m.bias_k,
+                m.bias_v,
+                m.add_zero_attn,
+                m.dropout,
+                torch.eye(m.embed_dim, dtype=q.dtype, device=q.device),
+                None,  # type: ignore[arg-type]
+                training=m.training,
+                key_padding_mask=F._canonical_mask(
+                    mask=call["key_padding_mask"],
+                    mask_name="key_padding_mask",
+                    other_type=F._none_or_dtype(call["attn_mask"]),
+                    other_name="attn_mask",
+                    target_type=q.dtype,
+                ),
+                need_weights=False,
+                attn_mask=call["attn_mask"],
+                use_separate_proj_weight=separate,
+                q_proj_weight=weights[0],
+                k_proj_weight=weights[1],
+                v_proj_weight=weights[2],
+                is_causal=call["is_causal"],
+            )
+        return h

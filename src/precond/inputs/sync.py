@@ -1,0 +1,58 @@
+"""Statistics of several processes put together: (count, Σ, Σ²) of all layers in one call a step."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from precond.inputs.moments import Moments
+from precond.inputs.observer import Observer, Seen
+
+
+def distributed() -> bool:
+    """Whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def check_alike(observer: Observer) -> None:
+    """Raise RuntimeError on every rank where ranks watch different layers: their sums would be of different things."""
+    mine = [(site.name, tuple(site.weight.shape)) for site in observer.sites]
+    everyone: list[list[tuple[str, tuple[int, ...]]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0]:
+            odd = sorted({name for name, _ in set(theirs) ^ set(everyone[0])})
+            raise RuntimeError(
+                f"rank {rank} trains another model than rank 0 (layers {', '.join(odd[:3])} differ): input statistics are "
+                "shared by all ranks; build the same model everywhere"
+            )
+
+
+def synchronized(observer: Observer) -> Seen:
+    """What all ranks have seen together, the same on each, weighted by count; layers that no rank has called are absent."""
+    seen = observer.collect()
+    keys = [(site, request) for site in observer.sites for request in observer.requests]
+    pieces, shapes = [], []
+    for site, request in keys:
+        groups, n = site.shape(request)
+        square = (groups, n, n) if request.kind == "covariance" else (groups, n)
+        shapes.append(((groups,), (groups, n), square))
+        found = seen.get((site.name, request))
+        zeros = [site.weight.new_zeros(s, dtype=torch.float64) for s in shapes[-1]]
+        pieces += [t.reshape(-1) for t in (zeros if found is None else found.raw())]
+    if not pieces:
+        return {}
+    flat = torch.cat(pieces)
+    dist.all_reduce(flat)
+    out: Seen = {}
+    start = 0
+    for (site, request), triple in zip(keys, shapes, strict=True):
+        parts = []
+        for shape in triple:
+            size = int(torch.Size(shape).numel())
+            parts.append(flat[start : start + size].reshape(shape))
+            start += size
+        if parts[0].min() > 0:
+            dtype = torch.float64 if site.weight.dtype == torch.float64 else torch.float32
+            out[site.name, request] = Moments.from_raw(*parts, dtype)
+    return out

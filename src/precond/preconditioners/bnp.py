@@ -1,0 +1,78 @@
+"""Batch Normalization Preconditioning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from precond import checks
+from precond.blocks import Block, state_dtype
+from precond.inputs import Request
+from precond.maps import LinearMap, Standardizing
+from precond.preconditioners.input_side import InputSide, LayerPart
+from precond.vec import Vec
+
+
+@dataclass(frozen=True)
+class BNP(InputSide):
+    r"""Each layer in the coordinates of its standardized inputs: P = U D, U = [[1, −μᵀ], [0, I]], D = diag(1, 1/σ̃).
+
+    What BatchNorm does to the conditioning, without changing the network: M = P Pᵀ is the inverse of E[ĥĥᵀ], ĥ = [1; h],
+    with the covariances of different inputs dropped. M g costs a few vector operations:
+    dw = (g_w − g_b μ)/σ̃², db = g_b − μᵀdw. Without a bias there is nothing to center with, and σ̃² is made of E[h²].
+
+    Args:
+        decay: ρ of the running averages, in [0, 1); 0: the batch's own statistics.
+        damping: ε in σ̃² = σ² + ε(σ² + μ²), per feature, so that features of any scale are scaled alike.
+        conv: convolutions have one feature per input ``"channel"`` or per ``"patch"`` entry.
+        width_scaling: divide M by q² = max(n/N, 1), n inputs and N samples (Lange et al., §3.3): transfers learning rates
+            between widths and batch sizes; conditioning is as before.
+
+    Raises:
+        TypeError: (with an optimizer) where parameters are given instead of a module, whose inputs can be observed.
+
+    References:
+        Lange, Helfrich & Ye (2022), JMLR 23(72); Ye, eqs. (25)–(27).
+    """
+
+    decay: float = 0.99
+    damping: float = 0.01
+    conv: Literal["channel", "patch"] = "channel"
+    width_scaling: bool = False
+
+    def __post_init__(self) -> None:
+        checks.fraction("BNP", decay=self.decay)
+        checks.non_negative("BNP", damping=self.damping)
+        checks.one_of("BNP", "conv", self.conv, ("channel", "patch"))
+
+    @property
+    def request(self) -> Request:
+        return Request("moments", self.conv)
+
+    def fresh(self, part: LayerPart, block: Block) -> dict[str, Tensor]:
+        weight = block.leaves[part.weight].param
+        shape = part.site.shape(self.request)
+        zeros = lambda shape: torch.zeros(shape, dtype=state_dtype(weight.dtype), device=weight.device)  # noqa: E731
+        return {"count": zeros(shape[:1]), "mean": zeros(shape), "variance": zeros(shape)}
+
+    def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec) -> LinearMap:
+        layout = part.site.layout(self.request)
+        mean, variance = state["mean"], state["variance"]
+        square = variance + mean.square()
+        if part.bias is None:
+            mean, variance = torch.zeros_like(mean), square
+        else:
+            # One sample has no variance: scale without centering until there are two.
+            one = (state["count"] < 2)[:, None]
+            mean, variance = torch.where(one, 0, mean), torch.where(one, square, variance)
+        std = (variance + self.damping * square).sqrt()
+        # An input that was always zero has no scale, and its weight has had no gradient.
+        std = torch.where(std > 0, std, 1.0)
+        if not self.width_scaling:
+            return Standardizing(layout.spread_out(mean), layout.spread_out(std), like, layout=layout)
+        n = layout.view(like[0]).shape[-1]
+        q = (n / state["count"]).clamp_min(1).sqrt()[:, None]
+        return Standardizing(layout.spread_out(mean), layout.spread_out(std * q), like, (1 / q)[..., None], layout)

@@ -1,0 +1,135 @@
+"""What input-side preconditioners share: blocks of layers, and statistics of their inputs by running average."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from precond import blocks
+from precond.blocks import Block, Leaf, State
+from precond.inputs import Moments, Request, Site
+from precond.maps import Identity, LinearMap, Sliced
+from precond.preconditioners.base import Part, Preconditioner, Seen
+from precond.vec import Vec
+
+
+@dataclass(frozen=True)
+class LayerPart:
+    """A weight of a block with its bias: positions in the block, entries of the bias, and the site that observes it."""
+
+    weight: int
+    bias: int | None
+    rows: slice
+    site: Site
+    number: int
+
+    def of(self, v: Vec) -> Vec:
+        """(weight, bias) or (weight,) of a vector of the block."""
+        return (v[self.weight],) if self.bias is None else (v[self.weight], v[self.bias][self.rows])
+
+
+class InputSide(Preconditioner):
+    """A map made of the inputs of each layer; every output row alike, so that rows need not communicate.
+
+    A layer that is not observed (or was never called) keeps its gradient.
+    """
+
+    decay: float
+
+    @property
+    @abstractmethod
+    def request(self) -> Request:
+        """What it wants to know of the inputs."""
+
+    @property
+    def requests(self) -> frozenset[Request]:
+        return frozenset({self.request})
+
+    def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
+        """One block per layer: weights and the biases that go with them; what is no layer stays by itself."""
+        place = {leaf.param: i for i, leaf in enumerate(leaves)}
+        layers = [
+            tuple(place[p] for p in (site.weight, site.bias) if p is not None and p in place)
+            for site in dict.fromkeys(s for leaf in leaves for s in leaf.sites)
+            if site.weight in place
+        ]
+        return [Part(i, self) for i in blocks.join(layers, blocks.by_tensor(leaves))]
+
+    def handles(self, block: Block) -> bool:
+        return bool(self.parts(block))
+
+    def parts(self, block: Block) -> list[LayerPart]:
+        """The observed weights of a block."""
+        place = {leaf.param: i for i, leaf in enumerate(block.leaves)}
+        sites = [s for s in dict.fromkeys(s for leaf in block.leaves for s in leaf.sites) if s.weight in place]
+        return [
+            LayerPart(place[s.weight], None if s.bias is None else place.get(s.bias), s.rows, s, k) for k, s in enumerate(sites)
+        ]
+
+    @abstractmethod
+    def fresh(self, part: LayerPart, block: Block) -> dict[str, Tensor]:
+        """Zero statistics of a weight: ``count``, ``mean`` and what else is kept."""
+
+    @abstractmethod
+    def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec) -> LinearMap:
+        """P on (weight, bias) or (weight,)."""
+
+    def init(self, block: Block) -> dict[str, Any]:
+        return {_key(k, part): v for part in self.parts(block) for k, v in self.fresh(part, block).items()}
+
+    def observe(self, state: State, seen: Seen) -> None:
+        for part in self.parts(state.block):
+            found = (seen.inputs or {}).get((part.site.name, self.request))
+            if found is not None:
+                self.fold(self._of(part, state), found)
+
+    def fold(self, mine: dict[str, Tensor], new: Moments) -> None:
+        r"""Running averages by the law of total variance, with the old μ: σ² ← ρσ² + (1−ρ)[σ_A² + ρ(μ_A − μ)²].
+
+        ρ_t = min(ρ, 1 − N_t/ΣN): pooled at first, so that one sample does not count like many.
+        """
+        count = mine["count"]
+        # With ρ = 0 the statistics are those of the newest batch, and so is the number of samples behind them.
+        count.copy_(new.count) if self.decay == 0 else count.add_(new.count)
+        rho = (1 - new.count / count).clamp_max(self.decay)[:, None]
+        delta = new.mean - mine["mean"]
+        if "variance" in mine:
+            mine["variance"].mul_(rho).add_((1 - rho) * (new.spread + rho * delta.square()))
+        else:
+            outer = delta[..., :, None] * delta[..., None, :]
+            rho_ = rho[..., None]
+            mine["covariance"].mul_(rho_).add_((1 - rho_) * (new.spread + rho_ * outer))
+        mine["mean"].add_((1 - rho) * delta)
+
+    def map(self, state: State) -> LinearMap:
+        like = state.block.params
+        maps = []
+        for part in self.parts(state.block):
+            mine = self._of(part, state)
+            seen = bool(mine["count"].min() > 0)
+            maps.append((part, self.part_map(part, mine, part.of(like)) if seen else Identity(part.of(like))))
+        (first, only), *more = maps
+        whole = (0,) if first.bias is None else (0, 1)
+        if not more and len(like) == len(whole) and first.weight == 0 and first.rows == slice(None):
+            return only
+        return Sliced([(p.weight, p.bias, p.rows, m) for p, m in maps], like)
+
+    @staticmethod
+    def _of(part: LayerPart, state: State) -> dict[str, Tensor]:
+        suffix = _key("", part)
+        return {k.removesuffix(suffix): v for k, v in state.items() if k != "step" and k.endswith(suffix) and _number(k) == part.number}
+
+
+def _key(name: str, part: LayerPart) -> str:
+    """The first weight of a block has plain keys; further ones are numbered."""
+    return f"{name}.{part.number}" if part.number else name
+
+
+def _number(key: str) -> int:
+    _, dot, number = key.rpartition(".")
+    return int(number) if dot else 0
+

@@ -1,0 +1,97 @@
+"""One look for all figures: colors of the entrants, and axes that fit into the page's text."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+# Distinct for most kinds of color vision (after Okabe & Ito, 2008), dark enough for thin lines on white.
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#c2549d", "#d99a00", "#4aa8d8", "#6b4fa0", "#7a7f87", "#8c564b", "#1f2933")
+_DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))
+
+_INK, _GRAY, _RULE = "#1f2933", "#616e7c", "#e4e7eb"
+_SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text, in the page's font
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "font.size": 10,
+    "axes.edgecolor": "#9aa5b1",
+    "axes.labelcolor": _GRAY,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _RULE,
+    "grid.linewidth": 0.8,
+    "text.color": _INK,
+    "xtick.color": _GRAY,
+    "ytick.color": _GRAY,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+}
+
+
+@dataclass(frozen=True)
+class Pen:
+    """Color and dashes of one entrant, the same in every figure and in the legend."""
+
+    color: str
+    dashes: Any
+
+    @property
+    def css(self) -> str:
+        """Style of the border that stands for the line in HTML."""
+        return "solid" if self.dashes == "solid" else "dashed" if self.dashes == _DASHES[1] else "dotted"
+
+
+def pen(index: int) -> Pen:
+    """Of the entrant at a place in the list."""
+    return Pen(_COLORS[index % len(_COLORS)], _DASHES[index // len(_COLORS) % len(_DASHES)])
+
+
+def svg(draw: Any, name: str, size: tuple[float, float] = (4.6, 3.0)) -> str:
+    """An SVG element made by a function that draws on axes.
+
+    Args:
+        draw: called with :class:`matplotlib.axes.Axes`.
+        name: of the figure; two figures on one page need two names, because ids are made of it.
+        size: in inches.
+
+    Returns:
+        The element, without prologue and metadata, scaling with its container.
+    """
+    with mpl.rc_context({**_SETTINGS, "svg.hashsalt": name}):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.add_subplot())
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    # Ids that matplotlib does not salt (figure_1, axes_1, …) would repeat over the page.
+    text = re.sub(r'<g id="[a-z]+\w*_\d+">', "<g>", text)
+    return re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2).replace("<svg", '<svg role="img"', 1)
+
+
+def log_axis(axis: Any) -> None:
+    """A logarithmic axis with plain numbers at 1, and where there is room for more also at 2 and 5, in each decade."""
+    low, high = sorted(axis.get_view_interval())
+    decades = math.log10(high / low) if low > 0 else math.inf
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if 1e-4 <= abs(x) < 1e5 else f"{x:.0e}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def thousands(axes: Axes) -> None:
+    """An axis of counts: 12k for 12,000."""
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k" if abs(x) >= 10_000 else f"{x:,g}"))

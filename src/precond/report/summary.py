@@ -1,0 +1,134 @@
+"""From trainings to a table: what was reached, and after how much work."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from precond.report.results import Entry, Results, Target
+from precond.workloads import Outcome
+
+ALLOWANCE = 0.1
+"""The default target lies by so much above the reference, so that it is met before the very last evaluation."""
+
+Work = Literal["step", "gradients", "seconds"]
+WORKS: tuple[Work, ...] = ("step", "gradients", "seconds")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation over the seeds that finished (NaN for fewer than two)."""
+
+    mean: float
+    std: float
+
+    @staticmethod
+    def of(values: Iterable[float | None]) -> Spread | None:
+        """Of the values that are there; None where there is none."""
+        found = [x for x in values if x is not None and math.isfinite(x)]
+        if not found:
+            return None
+        return Spread(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else math.nan)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Work to the target: of each seed (NaN: not reached), and the median, NaN where it is not reached."""
+
+    seeds: tuple[float, ...]
+
+    @property
+    def reached(self) -> int:
+        """Number of seeds that reached the target."""
+        return sum(math.isfinite(x) for x in self.seeds)
+
+    @property
+    def median(self) -> float:
+        """A seed that did not reach the target counts as infinitely late."""
+        middle = statistics.median_high(math.inf if math.isnan(x) else x for x in self.seeds)
+        return middle if math.isfinite(middle) else math.nan
+
+
+@dataclass(frozen=True)
+class Row:
+    """One entrant in the final table. Losses and metrics are those after the last step."""
+
+    label: str
+    lr: float
+    seeds: int
+    diverged: int
+    train_loss: Spread | None
+    validation_loss: Spread | None
+    validation_metric: Spread | None
+    test_loss: Spread | None
+    test_metric: Spread | None
+    gradients: Spread | None
+    seconds: Spread | None
+    to_target: dict[Work, Reach]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For results.json."""
+        reach = {work: {"seeds": r.seeds, "reached": r.reached, "median": r.median} for work, r in self.to_target.items()}
+        return {**asdict(self), "to_target": reach}
+
+
+def default_target(entries: Iterable[Entry]) -> Target:
+    """The first entrant that finished is the reference: the median over its seeds of its best validation loss, and 10 % more.
+
+    Where there is no validation part, the training loss takes its place.
+    """
+    for entry in entries:
+        finished = [run for run in entry.runs if run.status == "finished"]
+        if finished:
+            part: Literal["validation", "train"] = "validation" if finished[0].curve.validation_loss else "train"
+            best = statistics.median(min(losses(run, part)) for run in finished)
+            rule = f"the best {part} loss of {entry.label} (median over seeds) and {ALLOWANCE:.0%} more"
+            return Target(float(f"{best + ALLOWANCE * abs(best):.4g}"), part, rule)
+    return Target(math.nan, "validation", "none, because every entrant diverged")
+
+
+def losses(run: Outcome, part: Literal["validation", "train"]) -> list[float]:
+    """Column of a curve."""
+    return run.curve.validation_loss if part == "validation" else run.curve.train_loss
+
+
+def work_to_target(run: Outcome, target: Target, work: Work) -> float:
+    """Work done at the first evaluation that meets the target; NaN where none does."""
+    column: list[float] = run.curve.columns()[work]
+    return next((float(w) for w, loss in zip(column, losses(run, target.part), strict=True) if loss <= target.value), math.nan)
+
+
+def table(results: Results) -> list[Row]:
+    """The final table, in the order of the entrants."""
+    return [_row(entry, results.target) for entry in results.entries]
+
+
+def _row(entry: Entry, target: Target) -> Row:
+    done = [run for run in entry.runs if run.status == "finished"]
+
+    def last(column: str) -> Spread | None:
+        return Spread.of(values[-1] for run in done if (values := run.curve.columns()[column]))
+
+    return Row(
+        entry.label,
+        entry.lr,
+        len(entry.runs),
+        len(entry.runs) - len(done),
+        last("train_loss"),
+        last("validation_loss"),
+        last("validation_metric"),
+        Spread.of(run.test_loss for run in done),
+        Spread.of(run.test_metric for run in done),
+        last("gradients"),
+        last("seconds"),
+        {work: Reach(tuple(work_to_target(run, target, work) for run in entry.runs)) for work in WORKS},
+    )
+
+
+def at_edge(entry: Entry) -> bool:
+    """Whether a search ended at an end of its grid, so that a better learning rate may lie beyond."""
+    rates = [trial.lr for trial in entry.search]
+    return len(rates) > 2 and entry.lr in (min(rates), max(rates))
