@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cache
 
 import oracle
@@ -183,50 +182,33 @@ ALPHAS = {"route": LR * per_tensor(1, 0.5, 1, 0.5, 1)}
 """Learning rates per entry, where they differ."""
 
 
-@dataclass
-class Case:
-    """A penalty on both sides, and options for the optimizer and for the oracle."""
-
-    ours: object
-    theirs: oracle.Penalty
-    needs: str = ""
-
-
 def penalties():
-    """name → case. In p and in z, whatever is exact."""
-    out = {"none": Case(None, None)}
+    """name → (the library's, the oracle's), in p and in z, whatever is exact."""
+    out = {"none": ((), ())}
     for space in "pz":
-        out[f"L2-{space}"] = Case(L2(0.1, space), oracle.L2(0.1, space))
-        out[f"L1-{space}"] = Case(L1(0.1, space), oracle.L1(0.1, space))
-        prox = Case(L1(0.5, space, proximal=True), oracle.L1(0.5, space, proximal=True), "diagonal" if space == "p" else "")
-        out[f"L1-{space}-prox"] = prox
+        out[f"L2-{space}"] = L2(0.1, space), oracle.L2(0.1, space)
+        out[f"L1-{space}"] = L1(0.1, space), oracle.L1(0.1, space)
+        out[f"L1-{space}-prox"] = L1(0.5, space, proximal=True), oracle.L1(0.5, space, proximal=True)
+        out[f"SAM-{space}"] = SAM(0.1, space, damping=0.3), oracle.SAM(0.1, space, damping=0.3)
         for power in (1, 2):
-            for q in (1, 2, 3, INF):
+            ours = GradientNorm(0.02, space, power, method="exact", damping=0.3)
+            out[f"GN-{space}-{power}"] = ours, oracle.GradientNorm(0.02, space, power=power, damping=0.3)
+            for q in (1, 3, INF):
                 ours = GradientNorm(0.02, space, power, q, "exact", damping=0.3)
-                out[f"GN-{space}-{power}-{q}"] = Case(ours, oracle.GradientNorm(0.02, space, power=power, q=q, damping=0.3))
-        out[f"SAM-{space}"] = Case(SAM(0.1, space, damping=0.3), oracle.SAM(0.1, space, damping=0.3))
-        out[f"ASAM-{space}"] = Case(SAM(0.1, space, True, damping=0.3), oracle.SAM(0.1, space, adaptive=True, damping=0.3))
+                theirs = oracle.GradientNorm(0.02, space, power=power, q=q, damping=0.3)
+                out[f"GN-{space}-{power}-{q}"] = ours, theirs
+        out[f"ASAM-{space}"] = SAM(0.1, space, True, damping=0.3), oracle.SAM(0.1, space, adaptive=True, damping=0.3)
     for name, damping in (("advised", None), ("undamped", 0.0)):
-        out[f"GN-{name}"] = Case(GradientNorm(0.01, method="exact", damping=damping), oracle.GradientNorm(0.01, damping=damping))
-        out[f"SAM-{name}"] = Case(SAM(0.05, damping=damping), oracle.SAM(0.05, damping=damping))
-        ours = GradientNorm(0.01, q=1, method="exact", damping=damping)
-        out[f"GN-{name}-1"] = Case(ours, oracle.GradientNorm(0.01, q=1, damping=damping))
+        out[f"GN-{name}"] = GradientNorm(0.01, method="exact", damping=damping), oracle.GradientNorm(0.01, damping=damping)
+        out[f"SAM-{name}"] = SAM(0.05, damping=damping), oracle.SAM(0.05, damping=damping)
+        out[f"ASAM-{name}"] = SAM(0.05, adaptive=True, damping=damping), oracle.SAM(0.05, adaptive=True, damping=damping)
+        for q in (1, INF):
+            ours = GradientNorm(0.01, q=q, method="exact", damping=damping)
+            out[f"GN-{name}-{q}"] = ours, oracle.GradientNorm(0.01, q=q, damping=damping)
     return out
 
 
 PENALTIES = penalties()
-
-
-def closure(opt, net):
-    """The standard kind."""
-
-    def f():
-        opt.zero_grad()
-        loss = net.loss()
-        loss.backward()
-        return loss
-
-    return f
 
 
 def compare(preconditioner, explicit, ours=(), theirs=(), alpha=LR, steps=STEPS, params=None, momentum=(None, None), **options):
@@ -252,15 +234,20 @@ def plain(name):
     return compare(ours, explicit(), alpha=ALPHAS.get(name, LR))
 
 
-@pytest.mark.parametrize("penalty", PENALTIES)
-@pytest.mark.parametrize("name", PRECONDITIONERS)
+def defined(name, penalty):
+    ours, explicit = PENALTIES[penalty][0], PRECONDITIONERS[name][1]()
+    if penalty == "L1-p-prox":  # a threshold in p
+        return explicit.diagonal
+    # Of a damped arrow the library takes another root than the oracle: the same for what depends on M alone.
+    own_root = getattr(ours, "q", 2) != 2 or getattr(ours, "adaptive", False)
+    return name != "structured" or not (own_root and getattr(ours, "damping", None) and ours.space == "z")
+
+
+@pytest.mark.parametrize(("name", "penalty"), [(n, r) for n in PRECONDITIONERS for r in PENALTIES if defined(n, r)])
 def test_sweep(name, penalty):
-    ours, explicit = PRECONDITIONERS[name]
-    explicit, case = explicit(), PENALTIES[penalty]
-    if case.ours is None:
+    if penalty == "none":
         assert (plain(name) - flat(PARAMS)).abs().max() > 1e-3
         return
-    if case.needs == "diagonal" and not explicit.diagonal:
-        pytest.skip("a threshold in p needs a diagonal M")
-    end = compare(ours, explicit, [case.ours], [case.theirs], alpha=ALPHAS.get(name, LR))
+    (ours, explicit), (term, R) = PRECONDITIONERS[name], PENALTIES[penalty]
+    end = compare(ours, explicit(), [term], [R], alpha=ALPHAS.get(name, LR))
     assert (end - plain(name)).abs().max() > 1e-5  # the penalty was felt

@@ -18,9 +18,9 @@ from precond.momentum import Momentum
 from precond.optimizer import PreconditionedGD
 from precond.parameters import decay_groups
 from precond.passes import frozen_statistics
-from precond.preconditioners import BNP, RMS, AdaGrad, Composition, Fixed, Preconditioner, Route, Seen
+from precond.preconditioners import BNP, RMS, AdaGrad, Composition, Fixed, Preconditioner, Route, Seen, Whitening
 from precond.probing import LossClosure
-from precond.recipes import RECIPES, adagrad, adam, adamw, rmsprop, sgd
+from precond.recipes import RECIPES, adagrad, adam, adamw, bnp, rmsprop, sgd, whitening
 from precond.regularizers import L1, L2, SAM, At, GradientNorm, Regularizer
 from precond.schedules import Schedule, TimesLr, Warmup
 from precond.spaces import Cotangent, Instead, Prox, Space, Tangent
@@ -66,13 +66,16 @@ __all__ = [
     "Tangent",
     "TimesLr",
     "Warmup",
+    "Whitening",
     "adagrad",
     "adam",
     "adamw",
+    "bnp",
     "decay_groups",
     "frozen_statistics",
     "is_decayed",
     "is_matrix",
     "rmsprop",
     "sgd",
+    "whitening",
 ]

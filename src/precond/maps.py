@@ -7,7 +7,7 @@ and ``gram`` is M = P Pᵀ, what a preconditioned step applies to the gradient (
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -487,6 +487,52 @@ class _RankOne(Standardizing):
         return LinearMap.damped(self, delta)
 
 
+class RowMatrix(LinearMap):
+    """w ← R w for every row of a layer's weight, rows of different groups with their own R; the bias stays.
+
+    Args:
+        R: (groups, n, n).
+        like: example (weight, bias) or (weight,).
+        layout: how the weight is seen as (groups, rows, n).
+        gram_matrix: R Rᵀ, where it is at hand: M then costs one product.
+    """
+
+    def __init__(self, R: Tensor, like: Vec, layout: Layout, gram_matrix: Tensor | None = None):
+        self.R, self.like, self.layout, self._gram = R, like, layout, gram_matrix
+
+    def _rows(self, v: Vec, f: Callable[[Tensor], Tensor]) -> Vec:
+        return (self.layout.back(f(self.layout.view(v[0])), v[0]), *v[1:])
+
+    def mv(self, v: Vec) -> Vec:
+        return self._rows(v, lambda W: W @ self.R.mT)
+
+    def rmv(self, v: Vec) -> Vec:
+        return self._rows(v, lambda W: W @ self.R)
+
+    def gram(self, v: Vec) -> Vec:
+        return super().gram(v) if self._gram is None else self._rows(v, lambda W: W @ self._gram)
+
+    def solve(self, v: Vec) -> Vec:
+        return self._rows(v, lambda W: torch.linalg.solve(self.R, W.mT).mT)
+
+    def rsolve(self, v: Vec) -> Vec:
+        return self._rows(v, lambda W: torch.linalg.solve(self.R.mT, W.mT).mT)
+
+    def damped(self, delta: float) -> LinearMap:
+        if delta == 0:
+            return self
+        s, V = torch.linalg.eigh(self.R.mT @ self.R)
+        s = s.clamp_min(torch.finfo(s.dtype).tiny)
+        bias = self.layout.groups * self.layout.view(self.like[0]).shape[1] if len(self.like) > 1 else 0
+        rows = self.layout.view(self.like[0]).shape[1]
+        absolute = delta * ((1 / s).sum() * rows + bias) / (s.numel() * rows + bias)
+        inner = RowMatrix(self.R @ (V * (1 + absolute * s).rsqrt()[..., None, :]) @ V.mT, self.like, self.layout)
+        if len(self.like) == 1:
+            return inner
+        ones = tuple(torch.ones_like(t) for t in self.like)
+        return inner @ Diagonal((ones[0], ones[1] * (1 + absolute).rsqrt()))
+
+
 class Sliced(LinearMap):
     """Maps on (weight, part of a bias) pairs of one block: attention's projections share a bias, each owning a slice of it.
 
@@ -559,20 +605,24 @@ class Product(LinearMap):
 
 
 class BlockDiagonal(LinearMap):
-    """Maps side by side: each acts on the tensors at its own positions; positions named by none are left as they are.
+    """Maps side by side: each acts on the tensors at its own positions; positions named by none are left to ``rest``, the identity.
 
     Args:
         blocks: pairs (positions, map).
         like: example of all tensors.
+        rest: the map of each of the other tensors; it takes any shape.
     """
 
-    def __init__(self, blocks: Sequence[tuple[Sequence[int], LinearMap]], like: Vec | None = None):
+    def __init__(
+        self, blocks: Sequence[tuple[Sequence[int], LinearMap]], like: Vec | None = None, rest: LinearMap | None = None
+    ):
         self.blocks, self.like = tuple((tuple(i), m) for i, m in blocks), like
+        self.rest = Identity() if rest is None else rest
         self.root = all(m.root for _, m in self.blocks)
         self.diagonal = all(m.diagonal for _, m in self.blocks)
 
     def _each(self, method: str, v: Vec) -> Vec:
-        out = list(v)
+        out = list(getattr(self.rest, method)(v))
         for positions, block in self.blocks:
             for i, t in zip(positions, getattr(block, method)(tuple(v[i] for i in positions)), strict=True):
                 out[i] = t
@@ -594,11 +644,11 @@ class BlockDiagonal(LinearMap):
         return self._each("gram", v)
 
     def damped(self, delta: float) -> LinearMap:
-        return BlockDiagonal([(i, m.damped(delta)) for i, m in self.blocks], self.like)
+        return BlockDiagonal([(i, m.damped(delta)) for i, m in self.blocks], self.like, self.rest.damped(delta))
 
     @property
     def T(self) -> LinearMap:
-        return BlockDiagonal([(i, m.T) for i, m in self.blocks], self.like)
+        return BlockDiagonal([(i, m.T) for i, m in self.blocks], self.like, self.rest.T)
 
 
 def compose(a: LinearMap, b: LinearMap) -> LinearMap:

@@ -29,7 +29,7 @@ from precond.preconditioners import Preconditioner, Route
 from precond.probing import Probe, exact_gradient, finite_loss, loss_gradient, take_gradients, unscaled
 from precond.record import Record
 from precond.regularizers import Regularizer
-from precond.vec import Scalar
+from precond.vec import Scalar, Vec
 
 
 class PreconditionedGD(torch.optim.Optimizer):
@@ -213,6 +213,7 @@ class PreconditionedGD(torch.optim.Optimizer):
                 names = "; ".join(f"{name!r} {why}" for name, why in found.passed_by)
                 warnings.warn(f"no input statistics for some layers, which keep their gradient: {names}", stacklevel=4)
             self._observer = Observer(found.sites, self._requests)
+            self._want()
             if distributed():
                 check_alike(self._observer)
 
@@ -243,7 +244,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         seen = synchronized(self._observer) if distributed() else self._observer.collect()
         for cell in self._cells:
             cell.inputs = seen
-        if not seen and not self._told:
+        if not seen and self._observer.wanted and not self._told:
             self._told = True
             warnings.warn(
                 "no layer inputs were observed since the last step: was the model compiled and called before the optimizer was "
@@ -252,6 +253,11 @@ class PreconditionedGD(torch.optim.Optimizer):
             )
         return vec.all_finite(tuple(t for m in seen.values() for t in (m.mean, m.spread)))
 
+    def _want(self) -> None:
+        """Tell the observer what the next step needs."""
+        assert self._observer is not None
+        self._observer.wanted = {pair for c in self._cells if c.handled for pair in c.preconditioner.wanted(c.state)}
+
     def _watch_again(self) -> None:
         """The step is over: the next forwards are its successor's."""
         if self._recorder is not None:
@@ -259,6 +265,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         if self._observer is not None:
             self._observer.clear()
             self._observer.enabled = True
+            self._want()
 
     # --- the step ------------------------------------------------------------------------------------------------------
 
@@ -444,7 +451,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         good_inputs = pending is not None or self._collect()
         if pending is None:
             point = self._point(unscaled([leaf.param.grad for leaf in self._leaves], scale))
-            evidence = Evidence(hessian=None if graph is None else point.hessian(graph))
+            evidence = Evidence(hessian=None if graph is None else self._hessian(point, graph))
         else:
             if not hasattr(self, "grad_scale"):  # not called by a GradScaler: the scale is the one that probe() was told
                 scale = pending.scale
@@ -489,6 +496,13 @@ class PreconditionedGD(torch.optim.Optimizer):
             return gradients
         turned = [self.param_groups[leaf.group]["maximize"] for leaf in self._leaves]
         return [-g if g is not None and t else g for g, t in zip(gradients, turned, strict=True)]
+
+    def _hessian(self, point: Point, graph: Sequence[Tensor | None]) -> Callable[[Vec], Vec]:
+        """v ↦ H v in the order of the point, H of what is minimized, from the graph of the gradient of each leaf."""
+        place = {leaf: i for i, leaf in enumerate(self._leaves)}
+        product = point.hessian([graph[place[leaf]] for leaf in point.leaves])
+        signs = [-1.0 if self.param_groups[leaf.group]["maximize"] else 1.0 for leaf in point.leaves]
+        return lambda v: vec.scale(product(v), signs)
 
     def _residual(self, leaf: Leaf) -> Tensor | None:
         return self.state[leaf.param].get("residual") if self.rounding == "kahan" else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from precond.momentum import Momentum
 from precond.naming import Naming
 from precond.optimizer import PreconditionedGD
 from precond.parameters import Params
-from precond.preconditioners import RMS, AdaGrad, Fixed
+from precond.preconditioners import BNP, RMS, AdaGrad, Fixed, Preconditioner, Whitening
 from precond.regularizers import L2, Regularizer
 from precond.schedules import numbers, replaced
 
@@ -194,11 +194,17 @@ def rmsprop(
     return _with_maximize(_make("rmsprop", params, lr, _rmsprop, defaults, state, unsupported, regularizers, options), maximize)
 
 
-def _adam(group: Mapping[str, Any]) -> Choice:
-    beta1, beta2 = group["betas"]
-    space = "z" if group["decoupled_weight_decay"] else "p"
-    P = RMS(beta2, group["eps"], amsgrad=group["amsgrad"])
-    return Choice(P, Momentum(beta1), (L2(group["weight_decay"] / 2, space=space),))  # type: ignore[arg-type]
+@dataclass(frozen=True)
+class _Adam:
+    inputs: Preconditioner | None = None
+
+    def __call__(self, group: Mapping[str, Any]) -> Choice:
+        beta1, beta2 = group["betas"]
+        P: Preconditioner = RMS(beta2, group["eps"], amsgrad=group["amsgrad"])
+        if self.inputs is not None:
+            P = replaced(self.inputs, group) @ P
+        space: Literal["z", "p"] = "z" if group["decoupled_weight_decay"] else "p"
+        return Choice(P, Momentum(beta1), (L2(group["weight_decay"] / 2, space=space),))
 
 
 def adam(
@@ -215,10 +221,14 @@ def adam(
     differentiable: bool = False,
     fused: bool | None = None,
     decoupled_weight_decay: bool = False,
+    inputs: Preconditioner | None = None,
     regularizers: Iterable[Regularizer] = (),
     **options: Any,
 ) -> PreconditionedGD:
     """RMSProp's P with bias correction, and momentum of cotangents: ``torch.optim.Adam``.
+
+    With ``inputs=BNP()`` (or ``Whitening()``) it is Adam in the coordinates of the layers' standardized inputs, P₁P₂ with P₂
+    adapting to P₁ᵀg: params must then be the model.
 
     Arguments as in :func:`sgd` and in torch. ``weight_decay`` is λ‖p‖² with λ = weight_decay/2, which enters the statistics
     as in torch (with a penalty that probes, only the step). Ye, eqs. (6)–(8), (10).
@@ -238,7 +248,10 @@ def adam(
         "decoupled_weight_decay": decoupled_weight_decay,
     }
     unsupported = {"differentiable": differentiable, "capturable": capturable}
-    return _with_maximize(_make(name, params, lr, _adam, defaults, _ADAM_STATE, unsupported, regularizers, options), maximize)
+    if inputs is not None:
+        defaults = {**defaults, **numbers(inputs)}
+    state = _ADAM_STATE if inputs is None else {"m": "exp_avg", "inner.r": "exp_avg_sq", "inner.r_max": "max_exp_avg_sq"}
+    return _with_maximize(_make(name, params, lr, _Adam(inputs), defaults, state, unsupported, regularizers, options), maximize)
 
 
 def adamw(
@@ -254,6 +267,7 @@ def adamw(
     capturable: bool = False,
     differentiable: bool = False,
     fused: bool | None = None,
+    inputs: Preconditioner | None = None,
     regularizers: Iterable[Regularizer] = (),
     **options: Any,
 ) -> PreconditionedGD:
@@ -263,8 +277,69 @@ def adamw(
     """
     return adam(
         params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable,
-        differentiable=differentiable, fused=fused, decoupled_weight_decay=True, regularizers=regularizers, **options,
+        differentiable=differentiable, fused=fused, decoupled_weight_decay=True, inputs=inputs, regularizers=regularizers, **options,
     )  # fmt: skip
+
+
+def _bnp(group: Mapping[str, Any]) -> Choice:
+    P = BNP(group["decay"], group["damping"], group["conv"], group["width_scaling"])
+    momentum = Momentum(group["momentum"], "heavy_ball", start="first_gradient")
+    return Choice(P, momentum, (L2(group["weight_decay"] / 2, space="z"),))
+
+
+def bnp(
+    params: Params,
+    lr: float | Tensor = 0.1,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    decay: float = 0.99,
+    damping: float = 0.01,
+    conv: str = "channel",
+    width_scaling: bool = False,
+    *,
+    maximize: bool = False,
+    regularizers: Iterable[Regularizer] = (),
+    **options: Any,
+) -> PreconditionedGD:
+    """Gradient descent in the coordinates of standardized layer inputs (Lange, Helfrich & Ye, 2022; Ye, eqs. 25–27).
+
+    Args:
+        params: the model, whose inputs are observed.
+        lr, momentum: as in :func:`sgd`.
+        weight_decay: decoupled: λ‖z‖² with λ = weight_decay/2.
+        decay, damping, conv, width_scaling: see :class:`~precond.BNP`.
+        regularizers, options: as in :func:`sgd`.
+    """
+    checks.fraction("bnp", momentum=momentum, decay=decay)
+    checks.non_negative("bnp", damping=damping, weight_decay=weight_decay)
+    defaults = {
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "decay": decay,
+        "damping": damping,
+        "conv": conv,
+        "width_scaling": width_scaling,
+    }
+    return _with_maximize(_make("bnp", params, lr, _bnp, defaults, {}, {}, regularizers, options), maximize)
+
+
+def whitening(
+    params: Params,
+    lr: float | Tensor = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    inputs: Preconditioner | None = None,
+    **options: Any,
+) -> PreconditionedGD:
+    """AdamW in the coordinates of whitened layer inputs: ``adamw(..., inputs=Whitening())``.
+
+    Args:
+        params: the model, whose inputs are observed.
+        inputs: the whitening; None: ``Whitening()``.
+        lr, betas, eps, weight_decay, options: as in :func:`adamw`.
+    """
+    return adamw(params, lr, betas, eps, weight_decay, inputs=Whitening() if inputs is None else inputs, **options)
 
 
 def _with_maximize(optimizer: PreconditionedGD, maximize: bool) -> PreconditionedGD:
@@ -280,5 +355,7 @@ RECIPES: dict[str, Callable[..., PreconditionedGD]] = {
     "rmsprop": rmsprop,
     "adam": adam,
     "adamw": adamw,
+    "bnp": bnp,
+    "whitening": whitening,
 }
 """All recipes by name."""

@@ -89,7 +89,7 @@ class Point:
         return At(self.p, self.g, self.lr, values, takes_part, space, lambda: self.joined(maps()), dtype=dtype, **more)
 
     def hessian(self, gradient: Sequence[Tensor | None]) -> Callable[[Vec], Vec]:
-        """v ↦ H v from the graph of a gradient that was built with ``create_graph``."""
+        """v ↦ H v from the graph of the gradient of each of the point's leaves, built with ``create_graph``."""
         index = [(i, g) for i, g in enumerate(gradient) if g is not None and g.requires_grad]
 
         def product(v: Vec) -> Vec:

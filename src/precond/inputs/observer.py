@@ -30,6 +30,7 @@ class Observer:
     def __init__(self, sites: Sequence[Site], requests: Iterable[Request]):
         self.sites, self.requests = tuple(sites), tuple(requests)
         self.enabled = True
+        self.wanted: set[tuple[str, Request]] = {(site.name, request) for site in self.sites for request in self.requests}
         self._seen: Seen = {}
         self._without_grad: dict[nn.Module, int] = {}
         by_module: dict[nn.Module, list[tuple[Site, Tap, Any]]] = {}
@@ -51,8 +52,10 @@ class Observer:
                 if not site.weight.requires_grad:
                     continue
                 for request in self.requests:
-                    found = tap.moments(args, kwargs, weight, request)
                     key = (site.name, request)
+                    if key not in self.wanted:
+                        continue
+                    found = tap.moments(args, kwargs, weight, request)
                     self._seen[key] = pool([self._seen[key], found]) if key in self._seen else found
 
     def _counts(self, module: nn.Module) -> bool:

@@ -31,7 +31,8 @@ def check_alike(observer: Observer) -> None:
 def synchronized(observer: Observer) -> Seen:
     """What all ranks have seen together, the same on each, weighted by count; layers that no rank has called are absent."""
     seen = observer.collect()
-    keys = [(site, request) for site in observer.sites for request in observer.requests]
+    pairs = [(site, request) for site in observer.sites for request in observer.requests]
+    keys = [(site, request) for site, request in pairs if (site.name, request) in observer.wanted]
     pieces, shapes = [], []
     for site, request in keys:
         groups, n = site.shape(request)

@@ -8,5 +8,6 @@ from precond.preconditioners.fixed import Fixed
 from precond.preconditioners.rms import RMS
 from precond.preconditioners.route import Route
 from precond.preconditioners.split import Split
+from precond.preconditioners.whitening import Whitening
 
-__all__ = ["BNP", "RMS", "AdaGrad", "Composition", "Fixed", "Part", "Preconditioner", "Route", "Seen", "Split"]
+__all__ = ["BNP", "RMS", "AdaGrad", "Composition", "Fixed", "Part", "Preconditioner", "Route", "Seen", "Split", "Whitening"]

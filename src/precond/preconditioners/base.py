@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,10 @@ class Preconditioner(ABC):
     @abstractmethod
     def map(self, state: State) -> LinearMap:
         """P, from the statistics."""
+
+    def wanted(self, state: State) -> Iterable[tuple[str, Request]]:
+        """(site name, request) pairs to observe before the next step; nothing by default."""
+        return ()
 
     def refresh(self, state: State) -> None:  # noqa: B027
         """Work after the step, such as new eigenbases; nothing by default."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from precond import blocks
@@ -77,6 +77,11 @@ class Composition(Preconditioner):
         block = state["inner"].block
         inner = self.inner.map(state["inner"]) if self.inner.handles(block) else Identity(block.params)
         return self._outer(state) @ inner
+
+    def wanted(self, state: State) -> Iterable[tuple[str, Request]]:
+        for name, part in (("outer", self.outer), ("inner", self.inner)):
+            if part.handles(state[name].block):
+                yield from part.wanted(state[name])
 
     def refresh(self, state: State) -> None:
         for name, part in (("outer", self.outer), ("inner", self.inner)):

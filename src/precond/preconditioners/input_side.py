@@ -78,6 +78,13 @@ class InputSide(Preconditioner):
     def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec) -> LinearMap:
         """P on (weight, bias) or (weight,)."""
 
+    def wants(self, state: State) -> bool:
+        """Whether the inputs of the next step are to be observed."""
+        return True
+
+    def wanted(self, state: State) -> list[tuple[str, Request]]:
+        return [(part.site.name, self.request) for part in self.parts(state.block)] if self.wants(state) else []
+
     def init(self, block: Block) -> dict[str, Any]:
         return {_key(k, part): v for part in self.parts(block) for k, v in self.fresh(part, block).items()}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from precond.blocks import Block, State
@@ -53,6 +53,10 @@ class Split(Preconditioner):
 
     def map(self, state: State) -> LinearMap:
         return BlockDiagonal([(p.index, p.preconditioner.map(sub)) for p, sub in self._each(state)], state.block.params)
+
+    def wanted(self, state: State) -> Iterable[tuple[str, Request]]:
+        for part, sub in self._each(state):
+            yield from part.preconditioner.wanted(sub)
 
     def refresh(self, state: State) -> None:
         for part, sub in self._each(state):

@@ -1,0 +1,124 @@
+"""Whitened inputs: the full covariance of what a layer receives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from precond import checks
+from precond.blocks import Block, State, state_dtype
+from precond.inputs import Request
+from precond.maps import Identity, LinearMap, RowMatrix, Standardizing
+from precond.preconditioners.input_side import InputSide, LayerPart
+from precond.vec import Vec
+
+
+@dataclass(frozen=True)
+class Whitening(InputSide):
+    r"""Each layer in the coordinates of its whitened inputs: P = U·diag(1, D⁻¹K^(−1/2)), U and D as in BNP.
+
+    K = D⁻¹CD⁻¹ + εI, C the covariance of the inputs and D² its diagonal, is the damped correlation matrix, so that
+    M = P Pᵀ is (E[ĥĥᵀ] + ε diag)⁻¹, whatever the scales of the features. Without a bias C is E[hhᵀ].
+
+    The covariance is observed, and the root taken, on a schedule that is fixed by the number of steps: at steps 1, 2, 4, 8, …
+    and then every ``every`` steps, from the ``observe_steps`` steps before. Between refreshes the map stands still.
+
+    Args:
+        decay: ρ of the running covariance over the steps that are observed, in [0, 1).
+        damping: ε ≥ 0, relative to each feature's variance.
+        root: ``"symmetric"``, K^(−1/2), or ``"cholesky"``, L⁻ᵀ with K = LLᵀ: the same M, another z, a tenth of the cost.
+        every: steps between refreshes.
+        observe_steps: how many steps before a refresh are observed.
+
+    References:
+        Desjardins et al. (2015); Benzing (2022), FOOF; Ye, Theorem 3.
+    """
+
+    decay: float = 0.95
+    damping: float = 1e-3
+    root: Literal["symmetric", "cholesky"] = "symmetric"
+    every: int = 100
+    observe_steps: int = 5
+
+    def __post_init__(self) -> None:
+        checks.fraction("Whitening", decay=self.decay)
+        checks.non_negative("Whitening", damping=self.damping)
+        checks.one_of("Whitening", "root", self.root, ("symmetric", "cholesky"))
+        checks.positive("Whitening", every=self.every, observe_steps=self.observe_steps)
+
+    @property
+    def request(self) -> Request:
+        return Request("covariance", "patch")
+
+    def due(self, step: float) -> bool:
+        """Whether the root is taken after a step."""
+        t = int(step)
+        return t % self.every == 0 or (t < self.every and t & (t - 1) == 0)
+
+    def wants(self, state: State) -> bool:
+        t = int(min(state.steps))
+        return any(self.due(t + k) for k in range(1, self.observe_steps + 1))
+
+    def fresh(self, part: LayerPart, block: Block) -> dict[str, Tensor]:
+        weight = block.leaves[part.weight].param
+        groups, n = part.site.shape(self.request)
+        zeros = lambda *shape: torch.zeros(shape, dtype=state_dtype(weight.dtype), device=weight.device)  # noqa: E731
+        return {
+            "count": zeros(groups),
+            "mean": zeros(groups, n),
+            "covariance": zeros(groups, n, n),
+            "factor": zeros(groups, n, n) + torch.eye(n, dtype=state_dtype(weight.dtype), device=weight.device),
+        }
+
+    def centered(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(μ, σ, C): with no bias to center with, (0, √E[h²], E[hhᵀ])."""
+        mean, C = state["mean"], state["covariance"]
+        if part.bias is None:
+            C = C + mean[..., :, None] * mean[..., None, :]
+            mean = torch.zeros_like(mean)
+        std = C.diagonal(dim1=-2, dim2=-1).sqrt()
+        return mean, torch.where(std > 0, std, 1.0), C
+
+    def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec) -> LinearMap:
+        layout = part.site.layout(self.request)
+        mean, std, _ = self.centered(part, state)
+        # One sample has no covariance; and before the first refresh the factor is the identity, which leaves BNP's arrow.
+        if bool((state["count"] < 2).any()):
+            return Identity(like)
+        return Standardizing(mean, std, like, layout=layout) @ RowMatrix(state["factor"], like, layout)
+
+    def refresh(self, state: State) -> None:
+        if not self.due(min(state.steps)):
+            return
+        for part in self.parts(state.block):
+            mine = self._of(part, state)
+            if bool((mine["count"] >= 2).all()):
+                _, std, C = self.centered(part, mine)
+                K = C / (std[..., :, None] * std[..., None, :])
+                K.diagonal(dim1=-2, dim2=-1).copy_(1.0 + self.damping)
+                mine["factor"].copy_(inverse_root(K, self.root))
+
+
+def inverse_root(K: Tensor, root: str) -> Tensor:
+    """R with R Rᵀ = K⁻¹ for symmetric positive definite K (…, n, n): K^(−1/2), or L⁻ᵀ with K = LLᵀ."""
+    if root == "cholesky":
+        L, info = torch.linalg.cholesky_ex(K)
+        if not bool(info.any()):
+            eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+            return torch.linalg.solve_triangular(L, eye, upper=False).mT
+    values, V = _eigh(K)
+    floor = values.amax(-1, keepdim=True) * K.shape[-1] * torch.finfo(K.dtype).eps
+    scaled = V * torch.maximum(values, floor).rsqrt()[..., None, :]
+    return scaled @ V.mT
+
+
+def _eigh(K: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        return torch.linalg.eigh(K)
+    except RuntimeError:  # the float32 iteration may not converge
+        eye = torch.eye(K.shape[-1], dtype=torch.float64, device=K.device)
+        values, V = torch.linalg.eigh(K.double() + 1e-6 * eye)
+        return values.to(K.dtype), V.to(K.dtype)
