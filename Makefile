@@ -46,10 +46,10 @@ types: $(VENV)/installed-test
 imports: $(VENV)/installed-test
 	$(BIN)/lint-imports
 
-# One thread per worker: the workers share the cores among themselves.
-pytest: export OMP_NUM_THREADS := 1
-pytest: export MKL_NUM_THREADS := 1
-pytest: export OPENBLAS_NUM_THREADS := 1
+# One thread per process: small tensors gain nothing from more, and the workers of the tests share the cores.
+demo pytest docs: export OMP_NUM_THREADS := 1
+demo pytest docs: export MKL_NUM_THREADS := 1
+demo pytest docs: export OPENBLAS_NUM_THREADS := 1
 pytest: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n $(WORKERS)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from functools import cache
 
-import oracle
 import pytest
 import torch
+from torch import nn
+
+import oracle
 from precond import (
     L1,
     L2,
@@ -30,48 +32,58 @@ from precond import (
     Warmup,
     is_matrix,
 )
-from torch import nn
 
 INF = math.inf
 LR = 0.03
-STEPS = 4
+STEPS = 3
+
+
+DRAW = torch.Generator().manual_seed(3)
+
+
+def draw(*shape):
+    return torch.randn(shape, generator=DRAW, dtype=torch.float64)
+
+
+SHAPES = {"scale": (), "first.weight": (4, 3), "first.bias": (4,), "second.weight": (2, 4), "second.bias": (2,)}
+START = [0.6 * draw(*shape) for shape in SHAPES.values()]
+X, TARGET = draw(7, 3) * torch.tensor([1.0, 3.0, 0.3]) + 0.5, draw(7, 2)
+
+
+def loss(scale, W, b, V, c):
+    """A smooth network of five tensors: two layers and a scale of one element."""
+    return nn.functional.softplus(scale * (torch.tanh(X @ W.T + b) @ V.T + c) - TARGET).square().mean()
 
 
 class Net(nn.Module):
-    """A smooth network of five tensors: two layers and a scale of one element."""
+    """The same network as a module."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
-        self.scale = nn.Parameter(torch.tensor(0.7))
-        self.double()
-        make = torch.Generator().manual_seed(3)
+        self.first, self.second = nn.Linear(3, 4, dtype=torch.float64), nn.Linear(4, 2, dtype=torch.float64)
+        self.scale = nn.Parameter(START[0].clone())
         with torch.no_grad():
-            for p in self.parameters():
-                p.copy_(torch.randn(p.shape, generator=make, dtype=p.dtype) * 0.6)
-        self.x = torch.randn(7, 3, generator=make, dtype=torch.float64) * torch.tensor([1.0, 3.0, 0.3]) + 0.5
-        self.target = torch.randn(7, 2, generator=make, dtype=torch.float64)
-
-    def forward(self, scale, W, b, V, c):
-        hidden = torch.tanh(self.x @ W.T + b)
-        return nn.functional.softplus(scale * (hidden @ V.T + c) - self.target).square().mean()
+            for p, value in zip(self.parameters(), START, strict=True):
+                p.copy_(value)
 
     def loss(self):
-        return self(*self.parameters())
+        return loss(*self.parameters())
 
 
-PARAMS = list(Net().parameters())
-NAMES = [name for name, _ in Net().named_parameters()]
-N = sum(p.numel() for p in PARAMS)
-TENSORS = list(torch.arange(N).split([p.numel() for p in PARAMS]))
+N = sum(p.numel() for p in START)
+TENSORS = list(torch.arange(N).split([p.numel() for p in START]))
 SCALE, W, B, V, C = TENSORS
 ALL = torch.arange(N)
 
 
+def views(flat):
+    """A flat vector as tensors."""
+    return tuple(part.view(p.shape) for part, p in zip(flat.split([p.numel() for p in START]), START, strict=True))
+
+
 def flat_loss(p):
     """L as a function of one flat vector."""
-    net = Net()
-    return net(*(part.view(q.shape) for part, q in zip(p.split([len(i) for i in TENSORS]), PARAMS, strict=True)))
+    return loss(*views(p))
 
 
 def flat(params):
@@ -96,23 +108,18 @@ MU, SD = torch.tensor([0.5, -0.2, 0.1, 0.3]).double(), torch.tensor([1.5, 0.4, 0
 
 def structured():
     """Kronecker on the first weight, BNP's arrow on the second layer, the rest left alone; and its matrix and blocks."""
-    like = tuple(p.detach() for p in PARAMS)
-    blocks = [((1,), Kronecker(A, K, (like[1],))), ((3, 4), Standardizing(MU, SD, (like[3], like[4])))]
+    blocks = [((1,), Kronecker(A, K, (START[1],))), ((3, 4), Standardizing(MU, SD, (START[3], START[4])))]
     P = torch.eye(N, dtype=torch.float64)
     P[W[:, None], W] = torch.kron(A, K)
     for row in range(2):
         w, b = V.view(2, 4)[row], C[row]
         P[w, w], P[b, w] = 1 / SD, -MU / SD
     arrows = [torch.cat([V.view(2, 4)[row], C[row : row + 1]]) for row in range(2)]
-    return BlockDiagonal(blocks, like), oracle.Given(P, [SCALE, W, B, *arrows])
+    return BlockDiagonal(blocks, tuple(START)), oracle.Given(P, [SCALE, W, B, *arrows])
 
 
 def given_diagonal(d):
     return oracle.Given(torch.diag(d), TENSORS, diagonal=True)
-
-
-def views(d):
-    return tuple(part.view(p.shape) for part, p in zip(d.split([len(i) for i in TENSORS]), PARAMS, strict=True))
 
 
 # name → (the library's, the oracle's)
@@ -141,9 +148,7 @@ PRECONDITIONERS = {
     ),
     "dense@(rms@dense)": (
         Fixed(Dense(P1)) @ (RMS(0.9) @ Fixed(Dense(P2))),
-        lambda: oracle.Chain(
-            oracle.Given(P1), oracle.Chain(oracle.rms(0.9)(TENSORS), oracle.Given(P2), TENSORS), TENSORS
-        ),
+        lambda: oracle.Chain(oracle.Given(P1), oracle.Chain(oracle.rms(0.9)(TENSORS), oracle.Given(P2), TENSORS), TENSORS),
     ),
     "structured@rms": (
         Fixed(structured()[0]) @ RMS(0.9),
@@ -211,27 +216,38 @@ def penalties():
 PENALTIES = penalties()
 
 
-def compare(preconditioner, explicit, ours=(), theirs=(), alpha=LR, steps=STEPS, params=None, momentum=(None, None), **options):
-    """Both from the same start; largest difference allowed: 1e-10 of the largest parameter."""
+def run(preconditioner, ours, params=None, lr=LR, steps=STEPS, **options):
+    """The optimizer's parameters after each step."""
     net = Net()
-    opt = PreconditionedGD(
-        net if params is None else params(net), LR, preconditioner=preconditioner, regularizers=ours, momentum=momentum[0],
-        **options,
-    )  # fmt: skip
-    told = {k: v for k, v in options.items() if k in ("statistics_from", "max_norm")}
-    descent = oracle.Descent(flat_loss, flat(PARAMS), alpha, explicit, theirs, momentum[1], **told)
+    given = net if params is None else params(net)
+    opt = PreconditionedGD(given, lr, preconditioner=preconditioner, regularizers=ours, **options)
     for _ in range(steps):
         opt.step(LossClosure(net.loss))
+        yield flat(net.parameters())
+
+
+def compare(name, ours, theirs, momentum=None, objective=flat_loss, statistics_from="loss", max_norm=None, **options):
+    """The optimizer and the oracle from the same start, to 1e-10 of the largest parameter; returns where they end.
+
+    ``momentum`` is the arguments of both sides' Momentum.
+    """
+    preconditioner, explicit = PRECONDITIONERS[name]
+    options |= {"statistics_from": statistics_from, "max_norm": max_norm}
+    descent = oracle.Descent(
+        objective, flat(START), ALPHAS.get(name, LR), explicit(), theirs, statistics_from=statistics_from, max_norm=max_norm
+    )
+    if momentum is not None:
+        descent.momentum, options["momentum"] = oracle.Momentum(**momentum), Momentum(**momentum)
+    for p in run(preconditioner, ours, **options):
         expected = descent.step()
-        assert (flat(net.parameters()) - expected).abs().max() <= 1e-10 * (1 + expected.abs().max())
+        assert (p - expected).abs().max() <= 1e-10 * (1 + expected.abs().max())
     return expected
 
 
 @cache
 def plain(name):
     """The end without a penalty."""
-    ours, explicit = PRECONDITIONERS[name]
-    return compare(ours, explicit(), alpha=ALPHAS.get(name, LR))
+    return compare(name, (), ())
 
 
 def defined(name, penalty):
@@ -246,8 +262,185 @@ def defined(name, penalty):
 @pytest.mark.parametrize(("name", "penalty"), [(n, r) for n in PRECONDITIONERS for r in PENALTIES if defined(n, r)])
 def test_sweep(name, penalty):
     if penalty == "none":
-        assert (plain(name) - flat(PARAMS)).abs().max() > 1e-3
+        assert (plain(name) - flat(START)).abs().max() > 1e-3
         return
-    (ours, explicit), (term, R) = PRECONDITIONERS[name], PENALTIES[penalty]
-    end = compare(ours, explicit(), [term], [R], alpha=ALPHAS.get(name, LR))
+    ours, theirs = PENALTIES[penalty]
+    end = compare(name, [ours], [theirs])
     assert (end - plain(name)).abs().max() > 1e-5  # the penalty was felt
+
+
+SOME = ["identity", "rms", "dense", "dense@rms", "structured@rms", "route"]
+EVERYTHING = (
+    [L2(0.1), L1(0.05), L2(0.03, "p"), L1(0.02, "p"), GradientNorm(0.01, method="exact", damping=0.2)],
+    [
+        oracle.L2(0.1), oracle.L1(0.05), oracle.L2(0.03, "p"), oracle.L1(0.02, "p"), oracle.GradientNorm(0.01, damping=0.2)
+    ],
+)  # fmt: skip
+MOMENTA = [
+    {},
+    {"start": "first_gradient", "bias_correction": False},
+    {"bias_correction": False},
+    {"kind": "heavy_ball"},
+    {"kind": "heavy_ball", "dampening": 0.3},
+    {"kind": "heavy_ball", "start": "first_gradient", "dampening": 0.3},
+    {"kind": "nesterov"},
+    {"kind": "nesterov", "start": "first_gradient"},
+]
+
+
+@pytest.mark.parametrize("of", ["cotangent", "tangent"])
+@pytest.mark.parametrize("momentum", MOMENTA, ids=str)
+@pytest.mark.parametrize("name", SOME)
+def test_momentum_averages_cotangents_and_the_terms_in_z_pass_it_by(name, momentum, of):
+    # bias_correction is stated on both sides: what None means is tests/test_momentum.py's.
+    defaults = {"bias_correction": momentum.get("kind", "ema") == "ema"}
+    compare(name, *EVERYTHING, momentum=defaults | momentum | {"beta": 0.7, "of": of})
+
+
+def by_layer(net):
+    """Groups of their own for the scale, the first and the second layer."""
+    return [{"params": [net.scale]}, {"params": net.first}, {"params": net.second}]
+
+
+def with_options(key, *values):
+    return lambda net: [g | {key: x} for g, x in zip(by_layer(net), values, strict=True)]
+
+
+def warm(value, steps):
+    return lambda t: min(1.0, t / steps) * value
+
+
+LEFT_OUT, GROUPS = per_tensor(1, 1, 0, 1, 0), per_tensor(1, 3, 3, 0, 0)
+TENSOR_LR = torch.tensor(LR, dtype=torch.float64)
+# What a penalty is told: λ here and there, who takes part here and there, and options of the optimizer.
+TOLD = {
+    "where": (0.04, 0.04, lambda leaf: not leaf.name.endswith("bias"), LEFT_OUT, {}),
+    "where-pattern": (0.04, 0.04, "*.bias", 1 - LEFT_OUT, {}),
+    "groups": (0.02, 0.02, None, GROUPS, {}),
+    "TimesLr": (TimesLr(0.5), 0.5 * LR, None, 1.0, {}),
+    "TimesLr-tensor": (TimesLr(0.5), 0.5 * LR, None, 1.0, {"lr": TENSOR_LR}),
+    "TimesLr-tensor-where": (TimesLr(0.5), 0.5 * LR, lambda leaf: not leaf.name.endswith("bias"), LEFT_OUT, {"lr": TENSOR_LR}),
+    "Warmup": (Warmup(0.06, 3), warm(0.06, 3), None, 1.0, {}),
+    "Warmup-TimesLr": (Warmup(TimesLr(1.0), 3), warm(LR, 3), None, 1.0, {}),
+}
+KINDS = {
+    "L2": (L2, oracle.L2, "l2.lam", {}),
+    "L1": (L1, oracle.L1, "l1.lam", {}),
+    "L1-prox": (L1, oracle.L1, "l1.lam", {"proximal": True}),
+    "GN-1": (GradientNorm, oracle.GradientNorm, "gradientnorm.lam", {"power": 1, "damping": 0.1}),
+    "GN-2": (GradientNorm, oracle.GradientNorm, "gradientnorm.lam", {"power": 2, "damping": 0.1}),
+    "GN-2-1": (GradientNorm, oracle.GradientNorm, "gradientnorm.lam", {"power": 2, "q": 1, "damping": 0.1}),
+    "SAM": (SAM, oracle.SAM, "sam.rho", {"damping": 0.1}),
+    "ASAM": (SAM, oracle.SAM, "sam.rho", {"adaptive": True, "damping": 0.1}),
+}
+
+
+@pytest.mark.parametrize("space", ["p", "z"])
+@pytest.mark.parametrize("told", TOLD)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(n, k) for n in ("rms", "dense@rms", "structured@rms") for k in KINDS],
+)
+def test_parts_groups_and_schedules(name, kind, told, space):
+    (ours, theirs, key, more), (lam, explicit, where, each, options) = KINDS[kind], TOLD[told]
+    if kind == "L1-prox" and name != "rms":
+        space = "z"  # a threshold in p needs a diagonal M
+    exact = {"method": "exact"} if ours is GradientNorm else {}
+    if told == "groups":
+        options = {"params": with_options(key, 0.02, 0.06, 0.0)}
+    compare(name, [ours(lam, space, where=where, **more, **exact)], [theirs(explicit, space, each, **more)], **options)
+
+
+OPTIONS = {
+    "max_norm": {"max_norm": 0.3},
+    "maximize": {"params": lambda net: [{"params": net, "maximize": True}], "objective": lambda p: -flat_loss(p)},
+    "loop": {"engine": "loop"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("penalty", ["none", "L2-z", "L2-p", "GN-z-2", "SAM-z"])
+@pytest.mark.parametrize("name", SOME)
+def test_options(name, penalty, options):
+    ours, theirs = ([x] for x in PENALTIES[penalty]) if penalty != "none" else ((), ())
+    compare(name, ours, theirs, **OPTIONS[options])
+
+
+@pytest.mark.parametrize("penalty", ["L2-p", "L1-p", "GN-p-1", "GN-p-2-1", "SAM-p", "ASAM-p"])
+@pytest.mark.parametrize("name", ["adagrad", "rms", "rms-first", "dense@rms", "structured@rms", "route"])
+def test_statistics_of_the_regularized_gradient(name, penalty):
+    ours, theirs = PENALTIES[penalty]
+    end = compare(name, [ours], [theirs], statistics_from="total")
+    assert (end - compare(name, [ours], [theirs])).abs().max() > 1e-5
+
+
+FUSED = {
+    "identity": [None, {"kind": "heavy_ball"}, {"kind": "nesterov", "start": "first_gradient"}],
+    "adagrad": [None],
+    "adagrad-options": [None],
+    "rms": [{}],
+    "rms-amsgrad": [{}],
+    "rms-uncorrected": [None],
+}
+
+
+@pytest.mark.parametrize("decay", ["none", "p", "z"])
+@pytest.mark.parametrize(("name", "momentum"), [(n, m) for n, momenta in FUSED.items() for m in momenta], ids=str)
+def test_fused_kernels(name, momentum, decay):
+    # No kernel lets a decay in z pass these by: the loop takes over.
+    loop = decay == "z" and (name in ("adagrad", "adagrad-options", "rms-uncorrected") or "kind" in (momentum or {}))
+    if momentum is not None:
+        momentum = {"bias_correction": "kind" not in momentum} | momentum
+    ours, theirs = ((), ()) if decay == "none" else ([L2(0.1, decay)], [oracle.L2(0.1, decay)])
+    compare(
+        name, ours, theirs, momentum, statistics_from="total" if decay == "p" else "loss", engine="auto" if loop else "fused"
+    )
+
+
+@pytest.mark.parametrize(("method", "order"), [("forward", 1), ("backward", 1), ("central", 2)])
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("q", [1, 2, INF])
+@pytest.mark.parametrize("space", ["p", "z"])
+@pytest.mark.parametrize("name", SOME)
+def test_finite_differences_converge_in_their_order(name, space, q, power, method, order):
+    def end(method, step=None):
+        penalty = GradientNorm(0.05, space, power, q, method, step, damping=0.1)
+        return list(run(PRECONDITIONERS[name][0], [penalty], steps=1))[-1]
+
+    exact = end("exact")
+    coarse, fine = ((end(method, step) - exact).norm() for step in (4e-4, 2e-4))
+    assert coarse / fine == pytest.approx(2**order, rel=0.15)
+    assert (end(method) - exact).norm() < 1e-2 * fine  # the default step
+
+
+@pytest.mark.parametrize("penalty", ["SAM-p", "SAM-z", "ASAM-p", "ASAM-z", "forward", "backward", "central"])
+@pytest.mark.parametrize("name", ["identity", "rms", "dense@rms", "structured@rms", "route"])
+def test_both_closures_and_the_two_call_form_are_bitwise_the_same(name, penalty):
+    ours = PENALTIES[penalty][0] if penalty in PENALTIES else GradientNorm(0.05, method=penalty)
+    preconditioner = PRECONDITIONERS[name][0]
+
+    def standard(net, opt):
+        def closure():
+            opt.zero_grad()
+            loss = net.loss()
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+
+    def two_calls(net, opt):
+        opt.zero_grad()
+        net.loss().backward()
+        while opt.probe():
+            net.loss().backward()
+        opt.step()
+
+    ends = [list(run(preconditioner, [ours], momentum=Momentum(0.7)))[-1]]
+    for advance in (standard, two_calls):
+        net = Net()
+        opt = PreconditionedGD(net, LR, preconditioner=preconditioner, regularizers=[ours], momentum=Momentum(0.7))
+        for _ in range(STEPS):
+            advance(net, opt)
+        ends.append(flat(net.parameters()))
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])

@@ -79,8 +79,10 @@ class LinearMap(ABC):
             raise ValueError(f"{type(self).__name__} takes vectors of any shape; give it `like` to make it dense")
         n = sum(t.numel() for t in self.like)
         flat = vec.flatten(self.like)
-        columns = torch.eye(n, dtype=flat.dtype, device=flat.device)
-        return torch.stack([vec.flatten(self.mv(vec.unflatten(e, self.like))) for e in columns], dim=1)
+        matrix = torch.eye(n, dtype=flat.dtype, device=flat.device)
+        for j, e in enumerate(matrix.clone()):
+            matrix[:, j] = vec.flatten(self.mv(vec.unflatten(e, self.like)))
+        return matrix
 
 
 class Transposed(LinearMap):
@@ -187,7 +189,7 @@ class Diagonal(LinearMap):
     def damped(self, delta: float) -> LinearMap:
         if delta == 0:
             return self
-        return InverseRoot(vec.map_(lambda h: h + delta * h[h.isfinite()].mean() if h.numel() else h, self.denominator))
+        return InverseRoot(vec.map_(lambda h: h + delta * _mean(h, h.isfinite()), self.denominator))
 
     @property
     def T(self) -> LinearMap:
@@ -195,7 +197,7 @@ class Diagonal(LinearMap):
 
 
 class InverseRoot(Diagonal):
-    """P = diag(h^(−1/2)), given by the denominator h of M = diag(1/h).
+    """P = diag(h^(−1/2)), given by the denominator h of M = diag(1/h). Where h = ∞, P is 0, and so is P⁻¹ by convention.
 
     M v is one division, so that g/(√r + ε) comes out as torch.optim rounds it; the root is taken only when asked for.
     """
@@ -208,7 +210,7 @@ class InverseRoot(Diagonal):
         return tuple(torch._foreach_rsqrt(self.denominator)) if self.denominator else ()
 
     def solve(self, v: Vec) -> Vec:
-        return tuple(x * h.sqrt() for x, h in zip(v, self.denominator, strict=True))
+        return tuple(torch.where(h.isinf(), 0, x * h.sqrt()) for x, h in zip(v, self.denominator, strict=True))
 
     rsolve = solve
 
@@ -253,8 +255,7 @@ class Dense(LinearMap):
         if delta == 0:
             return self
         s, V = torch.linalg.eigh(self.matrix.T @ self.matrix)
-        positive = s[s > s.max() * len(s) * torch.finfo(s.dtype).eps]
-        absolute = delta * (1 / positive).mean()
+        absolute = delta * _mean_inverse(s)
         return Dense(self.matrix @ (V * (1 + absolute * s) ** -0.5) @ V.T, self.like)
 
     @property
@@ -285,8 +286,7 @@ class GramOnly(LinearMap):
         if delta == 0:
             return self
         m, V = torch.linalg.eigh(self._gram.matrix)
-        positive = m[m > m.max() * len(m) * torch.finfo(m.dtype).eps]
-        return GramOnly((V * (m / (1 + delta * (1 / positive).mean() * m))) @ V.T, self.like)
+        return GramOnly((V * (m / (1 + delta * _mean_inverse(m) * m))) @ V.T, self.like)
 
     def to_dense(self) -> Tensor:
         raise ValueError("this map states M = P Pᵀ and no root P")
@@ -302,9 +302,13 @@ class Kronecker(LinearMap):
         self.A, self.B, self.like = A, B, like
 
     @staticmethod
+    def _sides(W: Tensor) -> tuple[int, int]:
+        return (W.shape[0], W.shape[1:].numel()) if W.ndim else (1, 1)
+
+    @staticmethod
     def _apply(v: Vec, left: Tensor | None, right: Tensor | None, op=torch.matmul) -> Vec:
         (W,) = v
-        X = W.reshape(W.shape[0], -1)
+        X = W.reshape(Kronecker._sides(W))
         if left is not None:
             X = op(left, X)
         if right is not None:
@@ -330,12 +334,11 @@ class Kronecker(LinearMap):
             raise ValueError("Kronecker: give `like` to damp it")
         (W,) = self.like
         sides = []
-        for X, n in ((self.A, W.shape[0]), (self.B, W[0].numel() if W.ndim > 1 else 1)):
+        for X, n in zip((self.A, self.B), self._sides(W), strict=True):
             sides.append(torch.linalg.eigh(X.T @ X) if X is not None else (W.new_ones(n), None))
         (a, U), (b, V) = sides
         s = a[:, None] * b[None, :]
-        positive = s[s > s.max() * max(s.shape) * torch.finfo(s.dtype).eps]
-        h = (1 + delta * (1 / positive).mean() * s).reshape(W.shape)
+        h = (1 + delta * _mean_inverse(s) * s).reshape(W.shape)
         rotation = Kronecker(U, V, self.like)
         return self @ rotation @ InverseRoot((h,)) @ rotation.T
 
@@ -358,15 +361,15 @@ class Layout:
         """The weight as (groups, rows, n)."""
         g = self.groups
         if not self.transposed:
-            return weight.reshape(g, weight.shape[0] // g, -1)
-        w = weight.reshape(g, weight.shape[0] // g, weight.shape[1], -1)
-        return w.transpose(1, 2).reshape(g, weight.shape[1], -1)
+            return weight.reshape(g, weight.shape[0] // g, weight.shape[1:].numel())
+        w = weight.reshape(g, weight.shape[0] // g, weight.shape[1], weight.shape[2:].numel())
+        return w.transpose(1, 2).flatten(2)
 
     def back(self, view: Tensor, like: Tensor) -> Tensor:
         """The inverse of :meth:`view`."""
         if not self.transposed:
             return view.reshape(like.shape)
-        w = view.reshape(self.groups, like.shape[1], like.shape[0] // self.groups, -1)
+        w = view.reshape(self.groups, like.shape[1], like.shape[0] // self.groups, like.shape[2:].numel())
         return w.transpose(1, 2).reshape(like.shape)
 
     def spread_out(self, statistic: Tensor) -> Tensor:
@@ -395,7 +398,7 @@ class Standardizing(LinearMap):
         bias_scale: float | Tensor = 1.0,
         layout: Layout | None = None,
     ):
-        self.mean = mean.reshape(-1, 1, mean.shape[-1])
+        self.mean = mean.reshape(mean.shape[:-1].numel(), 1, mean.shape[-1])
         self.std = std.reshape(self.mean.shape)
         self.beta = bias_scale
         self.like = like
@@ -605,12 +608,12 @@ class Product(LinearMap):
 
 
 class BlockDiagonal(LinearMap):
-    """Maps side by side: each acts on the tensors at its own positions; positions named by none are left to ``rest``, the identity.
+    """Maps side by side: each acts on the tensors at its own positions.
 
     Args:
         blocks: pairs (positions, map).
         like: example of all tensors.
-        rest: the map of each of the other tensors; it takes any shape.
+        rest: the map of the tensors at positions that none names, one that takes any shape; None: they are left as they are.
     """
 
     def __init__(
@@ -649,6 +652,17 @@ class BlockDiagonal(LinearMap):
     @property
     def T(self) -> LinearMap:
         return BlockDiagonal([(i, m.T) for i, m in self.blocks], self.like, self.rest.T)
+
+
+def _mean(x: Tensor, where: Tensor) -> Tensor:
+    """The mean of the entries of x for which a condition holds; 0 where it holds for none."""
+    return torch.where(where, x, 0).sum() / where.sum().clamp_min(1)
+
+
+def _mean_inverse(s: Tensor) -> Tensor:
+    """The mean of 1/s over the eigenvalues that are not zero to rounding."""
+    zero = s.amax() * max(s.shape) * torch.finfo(s.dtype).eps if s.numel() else 0.0
+    return _mean(1 / s, s > zero)
 
 
 def compose(a: LinearMap, b: LinearMap) -> LinearMap:

@@ -25,7 +25,7 @@ from precond.momentum import Momentum
 from precond.naming import Naming
 from precond.parameters import Owners, Params, to_groups
 from precond.passes import Recorder, random_state, restore_random_state
-from precond.preconditioners import Preconditioner, Route
+from precond.preconditioners import Preconditioner
 from precond.probing import Probe, exact_gradient, finite_loss, loss_gradient, take_gradients, unscaled
 from precond.record import Record
 from precond.regularizers import Regularizer
@@ -198,8 +198,8 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def _lr(self, leaf: Leaf) -> Scalar:
         lr = self.param_groups[leaf.group]["lr"]
-        route = self._choices[leaf.group].preconditioner
-        return lr * route.lr_scale(leaf) if isinstance(route, Route) else lr
+        scale = self._choices[leaf.group].preconditioner.lr_scale(leaf)
+        return lr if scale == 1 else lr * scale
 
     def _listen(self) -> None:
         """Put the hooks on the model that second passes and input statistics need."""
@@ -256,7 +256,12 @@ class PreconditionedGD(torch.optim.Optimizer):
     def _want(self) -> None:
         """Tell the observer what the next step needs."""
         assert self._observer is not None
-        self._observer.wanted = {pair for c in self._cells if c.handled for pair in c.preconditioner.wanted(c.state)}
+        self._observer.wanted = {
+            (site, request): reference
+            for cell in self._cells
+            if cell.handled
+            for site, request, reference in cell.preconditioner.wanted(cell.state)
+        }
 
     def _watch_again(self) -> None:
         """The step is over: the next forwards are its successor's."""

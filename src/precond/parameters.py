@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from precond.blocks import Leaf, is_decayed, kind_of
 from precond.inputs import Site, Survey, survey
@@ -88,6 +89,8 @@ def _check(params: Sequence[Tensor]) -> None:
         raise ValueError("params holds no floating-point parameter: there is nothing to optimize")
     seen: set[Tensor] = set()
     for p in params:
+        if is_lazy(p):
+            raise ValueError("params holds parameters of lazy modules that have no shape yet; call the model on a batch first")
         if p in seen:
             raise ValueError(f"params holds the same parameter twice (shape {tuple(p.shape)}); pass each once")
         seen.add(p)

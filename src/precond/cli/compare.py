@@ -13,6 +13,9 @@ from precond.cli.launch import launch
 from precond.cli.settings import Integers, Lr, Settings
 from precond.workloads import parse_entrants
 
+# The famous ones, then one penalty in z and in p, then a second gradient per step. Radii and λ fit the raw digits.
+_RECIPES = "sgd,rmsprop,adam,adam+L2(0.5,space='z'),adam+L2(0.001,space='p'),adamw(statistics_from='total')+SAM(0.1,space='p')"
+
 # One argument; the commas in it are read by the parser of entrants.
 _Text = Annotated[str, tyro.conf.arg(metavar="A,B,…")]
 
@@ -31,7 +34,7 @@ class Compare(Settings):
             validation part only), or default (each recipe's own). One in an entrant, adam(lr=0.01), goes before.
     """
 
-    recipes: _Text = "sgd,rmsprop,adam,adamw"
+    recipes: _Text = _RECIPES
     seeds: Integers = (0, 1, 2, 3, 4)
     lr: Lr = "search"
 

@@ -43,8 +43,8 @@ def launch(
     """
     with as_user_errors():
         settings.check()
-        torch.set_num_threads(settings.threads or torch.get_num_threads())
-        identity = {"command": command, **to_json(asdict(settings)), **versions(), "threads": torch.get_num_threads()}
+        torch.set_num_threads(settings.threads)
+        identity = {"command": command, **to_json(asdict(settings)), **versions()}
         identity = {name: value for name, value in identity.items() if name not in RUNNING}
         experiment, problem = _experiment(settings, tuple(entrants), seeds, lr)
     folder = Folder(settings.out or _default_folder(command, settings.data, identity), settings.checkpoint_seconds)

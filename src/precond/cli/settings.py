@@ -55,8 +55,7 @@ class Settings:
         evaluations: Evaluations of a training, equally spaced.
         target: Validation loss of which the work to reach it is reported; the best of the first entrant that finished (median
             over seeds) and 10 % more if not given.
-        threads: Threads of torch; its own choice if not given. Numbers are the same to the bit for the same number of
-            threads.
+        threads: Threads of torch. Small models gain nothing by more than one, and lose much where other programs are busy.
         device: Where to train: cpu, cuda, ....
         out: Output folder; one under runs/ that is named by command, data and settings if not given.
         resume: Go on where the same command left off in the output folder; otherwise start all over.
@@ -86,7 +85,7 @@ class Settings:
     evaluations: int = 40
     target: float | None = None
 
-    threads: int | None = None
+    threads: int = 1
     device: str = "cpu"
     out: Path | None = None
     resume: bool = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -65,9 +66,11 @@ class Point:
         """Where the k-th regularizer is evaluated; ``maps`` gives P of each cell when it is asked for."""
         mine: list[Regularizer] = [c.regularizers[k] for c in self.choices]
         first = mine[0]
+        value = cache(value_at)  # leaves that share λ share the tensor too, where it is one
+
         def raw(name: str) -> list[Scalar]:
             fields = [getattr(mine[leaf.group], name) for leaf in self.leaves]
-            return [value_at(x, t, lr) for x, t, lr in zip(fields, self.steps, self.lr, strict=True)]
+            return [value(x, t, lr) for x, t, lr in zip(fields, self.steps, self.lr, strict=True)]
 
         takes_part = tuple(
             matches(mine[leaf.group].where, leaf) and not all(_is_zero(getattr(mine[leaf.group], name)) for name in first.scalars)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from precond.inputs.moments import Moments, Request, covariance, of_rows
+from precond.inputs.moments import Moments, Reference, Request, covariance, of_rows
 from precond.inputs.taps import Tap, Weight
 from precond.maps import Layout
 
@@ -31,13 +31,15 @@ class AttentionTap(Tap):
     def layout(self, weight: Weight, request: Request) -> Layout:
         return Layout(3) if weight.param is self.module.in_proj_weight else Layout()
 
-    def moments(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight, request: Request) -> Moments:
+    def moments(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight, request: Request, reference: Reference | None) -> Moments:
         if weight.param is not self.module.in_proj_weight:
-            return super().moments(args, kwargs, weight, request)
+            return super().moments(args, kwargs, weight, request, reference)
         # Queries may be more or fewer than keys: one group each.
-        reduce = covariance if request.kind == "covariance" else of_rows
-        parts = [reduce(self._flat(x)) for x in self._inputs(args, kwargs)]
-        return Moments(*(torch.cat([getattr(p, name) for p in parts]) for name in ("count", "mean", "spread")))
+        parts = []
+        for i, x in enumerate(self._inputs(args, kwargs)):
+            own = None if reference is None else Reference(reference.mean[i : i + 1], reference.precision[i : i + 1])
+            parts.append(covariance(self._flat(x), own) if request.kind == "covariance" else of_rows(self._flat(x), own))
+        return Moments(*(torch.cat([getattr(p, name) for p in parts]) for name in ("count", "mean", "spread", "activity")))
 
     def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight) -> Tensor:
         inputs = self._inputs(args, kwargs)
@@ -52,12 +54,21 @@ class AttentionTap(Tap):
     def _flat(x: Tensor) -> Tensor:
         return x.reshape(1, -1, x.shape[-1])
 
+    @staticmethod
+    def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """A mask as what is added to the scores."""
+        mask = F._canonical_mask(mask, "mask", None, "", dtype, check_other=False)
+        return None if mask is None else mask.to(dtype)
+
     def _attended(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """What ``out_proj`` will see: the attention once more, with the identity in its place and the same random numbers."""
         m = self.module
         names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
         call = {"key_padding_mask": None, "attn_mask": None, "is_causal": False, **dict(zip(names, args, strict=False)), **kwargs}
-        q, k, v = (call[name].detach() for name in names[:3])
+        # Under autocast the inputs may be narrower than the weights, and nothing casts them here.
+        wide = m.out_proj.weight.dtype
+        q, k, v = (call[name].detach().to(wide) for name in names[:3])
+        padding, mask = (self._additive(call[name], wide) for name in ("key_padding_mask", "attn_mask"))
         if m.batch_first and q.ndim == 3:
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         separate = not m._qkv_same_embed_dim
@@ -75,18 +86,12 @@ class AttentionTap(Tap):
                 m.bias_v,
                 m.add_zero_attn,
                 m.dropout,
-                torch.eye(m.embed_dim, dtype=q.dtype, device=q.device),
+                torch.eye(m.embed_dim, dtype=wide, device=q.device),
                 None,  # type: ignore[arg-type]
                 training=m.training,
-                key_padding_mask=F._canonical_mask(
-                    mask=call["key_padding_mask"],
-                    mask_name="key_padding_mask",
-                    other_type=F._none_or_dtype(call["attn_mask"]),
-                    other_name="attn_mask",
-                    target_type=q.dtype,
-                ),
+                key_padding_mask=padding,
                 need_weights=False,
-                attn_mask=call["attn_mask"],
+                attn_mask=mask,
                 use_separate_proj_weight=separate,
                 q_proj_weight=weights[0],
                 k_proj_weight=weights[1],

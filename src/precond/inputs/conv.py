@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from precond.inputs.moments import Moments, Request, of_columns, widened
+from precond.inputs.moments import Moments, Reference, Request, of_columns, widened
 from precond.inputs.taps import Tap, Weight
 from precond.maps import Layout
 
@@ -31,11 +31,11 @@ class ConvTap(Tap):
         x = args[0] if args else kwargs["input"]
         return x if x.ndim == self.module.weight.ndim else x[None]
 
-    def moments(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight, request: Request) -> Moments:
+    def moments(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight, request: Request, reference: Reference | None) -> Moments:
         if request.kind == "covariance" or request.conv == "patch":
-            return super().moments(args, kwargs, weight, request)
+            return super().moments(args, kwargs, weight, request, reference)
         x = self._batch(args, kwargs).detach()
-        return of_columns(x.transpose(0, 1).reshape(self.module.groups, x.shape[1] // self.module.groups, -1))
+        return of_columns(x.transpose(0, 1).reshape(self.module.groups, x.shape[1] // self.module.groups, -1), reference)
 
     def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight) -> Tensor:
         m = self.module
@@ -46,7 +46,9 @@ class ConvTap(Tap):
         units = torch.eye(n, dtype=x.dtype, device=x.device).reshape(n, channels, *m.weight.shape[2:])
         if m.transposed:
             kernel = units.transpose(0, 1).repeat(m.groups, *[1] * (x.ndim - 1))
-            y = _TRANSPOSED[x.ndim](x, kernel, None, m.stride, m.padding, m.output_padding, m.groups, m.dilation)
+            wanted = args[1] if len(args) > 1 else kwargs.get("output_size")
+            extra = m._output_padding(x, wanted, m.stride, m.padding, m.kernel_size, x.ndim - 2, m.dilation)
+            y = _TRANSPOSED[x.ndim](x, kernel, None, m.stride, m.padding, extra, m.groups, m.dilation)
         else:
             kernel = units.repeat(m.groups, *[1] * (x.ndim - 1))
             padding = m.padding

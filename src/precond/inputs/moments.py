@@ -24,6 +24,14 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """What was known of the inputs before the batch: μ and 1/σ², shape (groups, n)."""
+
+    mean: Tensor
+    precision: Tensor
+
+
+@dataclass(frozen=True)
 class Moments:
     """Statistics of samples of features h, for groups of output rows that see different inputs.
 
@@ -31,57 +39,66 @@ class Moments:
         count: number of samples N, shape (groups,).
         mean: μ, shape (groups, n).
         spread: σ², biased, shape (groups, n); or the covariance E[(h−μ)(h−μ)ᵀ], shape (groups, n, n).
+        activity: E[min(1, (h−μ)²/σ²)], how many of the samples show the variance, shape (groups, n): half for a normal
+            distribution, 2π for an input that is nonzero in a fraction π ≪ 1 of them.
     """
 
     count: Tensor
     mean: Tensor
     spread: Tensor
+    activity: Tensor
 
-    def raw(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, Σh, Σh² or Σhhᵀ) in float64, which add over batches and processes."""
+    def raw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(N, Σh, Σh² or Σhhᵀ, NE[activity]) in float64, which add over batches and processes."""
         mean, spread = self.mean.double(), self.spread.double()
         n = self.count.double()
-        return n, n[:, None] * mean, _fit(n, spread) * (spread + outer(mean, spread))
+        return n, n[:, None] * mean, _fit(n, spread) * (spread + outer(mean, spread)), n[:, None] * self.activity.double()
 
     @classmethod
-    def from_raw(cls, count: Tensor, total: Tensor, square: Tensor, dtype: torch.dtype) -> Moments:
+    def from_raw(cls, count: Tensor, total: Tensor, square: Tensor, activity: Tensor, dtype: torch.dtype) -> Moments:
         """The inverse of :meth:`raw`."""
         n = count.clamp_min(1)
         mean = total / n[:, None]
         spread = square / _fit(n, square) - outer(mean, square)
         if spread.ndim == mean.ndim:
             spread = spread.clamp_min(0)
-        return cls(count.to(dtype), mean.to(dtype), spread.to(dtype))
+        return cls(count.to(dtype), mean.to(dtype), spread.to(dtype), (activity / n[:, None]).to(dtype))
 
 
 def pool(parts: Sequence[Moments]) -> Moments:
     """The moments of all samples together (law of total variance, in float64)."""
     if len(parts) == 1:
         return parts[0]
-    counts, totals, squares = zip(*(p.raw() for p in parts), strict=True)
-    return Moments.from_raw(sum(counts), sum(totals), sum(squares), parts[0].mean.dtype)  # type: ignore[arg-type]
+    sums = [sum(column) for column in zip(*(p.raw() for p in parts), strict=True)]
+    return Moments.from_raw(*sums, parts[0].mean.dtype)  # type: ignore[arg-type]
 
 
-def of_rows(x: Tensor) -> Moments:
-    """Mean and variance of rows x, shape (groups, N, n), in float32 (float64 for float64 inputs), by two passes."""
-    x = widened(x)
-    mean = x.mean(1)
-    return Moments(_count(x, x.shape[1]), mean, (x - mean[:, None]).square_().mean(1))
+def of_rows(x: Tensor, reference: Reference | None = None) -> Moments:
+    """Mean, variance and activity of rows x, shape (groups, N, n), in float32 (float64 for float64 inputs)."""
+    return _moments(widened(x), 1, reference)
 
 
-def of_columns(x: Tensor) -> Moments:
+def of_columns(x: Tensor, reference: Reference | None = None) -> Moments:
     """The same along the last dimension of x, shape (groups, n, N)."""
-    x = widened(x)
-    mean = x.mean(-1)
-    return Moments(_count(x, x.shape[-1]), mean, (x - mean[..., None]).square_().mean(-1))
+    return _moments(widened(x), 2, reference)
 
 
-def covariance(x: Tensor) -> Moments:
-    """Mean and full covariance of rows x, shape (groups, N, n)."""
-    x = widened(x)
-    mean = x.mean(1)
-    d = x - mean[:, None]
-    return Moments(_count(x, x.shape[1]), mean, d.mT @ d / x.shape[1])
+def covariance(x: Tensor, reference: Reference | None = None) -> Moments:
+    """Mean, full covariance and activity of rows x, shape (groups, N, n)."""
+    return _moments(widened(x), 1, reference, full=True)
+
+
+def _moments(x: Tensor, samples: int, reference: Reference | None, full: bool = False) -> Moments:
+    # About the mean known so far, or the batch's own: one pass about zero cancels where |μ| ≫ σ.
+    shift = x.mean(samples) if reference is None else reference.mean
+    d = x - shift.unsqueeze(samples)
+    mean = d.mean(samples)
+    spread = d.mT @ d / x.shape[1] - outer(mean, x) if full else None
+    square = d.square_()
+    variance = (square.mean(samples) - mean.square()).clamp_min_(0)
+    precision = 1 / variance if reference is None else reference.precision
+    activity = square.mul_(precision.unsqueeze(samples)).clamp_max_(1.0).nan_to_num_(0.0).mean(samples)
+    return Moments(_count(x, x.shape[samples]), shift + mean, variance if spread is None else spread, activity)
 
 
 def widened(x: Tensor) -> Tensor:
@@ -90,7 +107,7 @@ def widened(x: Tensor) -> Tensor:
 
 
 def outer(mean: Tensor, like: Tensor) -> Tensor:
-    """μ² or μμᵀ, whichever has the shape of ``like``."""
+    """μ² or μμᵀ, whichever has as many dimensions as ``like``."""
     return mean.square() if like.ndim == mean.ndim else mean[..., :, None] * mean[..., None, :]
 
 

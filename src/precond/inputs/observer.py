@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from precond.hooks import WeakHook, remove
-from precond.inputs.moments import Moments, Request, pool
+from precond.inputs.moments import Moments, Reference, Request, pool
 from precond.inputs.sites import Site
 from precond.inputs.taps import Tap
 from precond.observing import watching
@@ -30,7 +30,7 @@ class Observer:
     def __init__(self, sites: Sequence[Site], requests: Iterable[Request]):
         self.sites, self.requests = tuple(sites), tuple(requests)
         self.enabled = True
-        self.wanted: set[tuple[str, Request]] = {(site.name, request) for site in self.sites for request in self.requests}
+        self.wanted: dict[tuple[str, Request], Reference | None] = {}
         self._seen: Seen = {}
         self._without_grad: dict[nn.Module, int] = {}
         by_module: dict[nn.Module, list[tuple[Site, Tap, Any]]] = {}
@@ -43,19 +43,20 @@ class Observer:
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called before each forward of a watched module."""
-        if not (self.enabled and module.training and watching()) or not self._counts(module):
+        work = self._work.get(module)  # None in a shallow copy, such as nn.DataParallel's replicas
+        if work is None or not (self.enabled and module.training and watching()) or _transformed() or not self._counts(module):
             return
-        device = next(iter(self._work[module]))[0].weight.device.type
+        device = work[0][0].weight.device.type
         full = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         with torch.no_grad(), full:
-            for site, tap, weight in self._work[module]:
+            for site, tap, weight in work:
                 if not site.weight.requires_grad:
                     continue
                 for request in self.requests:
                     key = (site.name, request)
                     if key not in self.wanted:
                         continue
-                    found = tap.moments(args, kwargs, weight, request)
+                    found = tap.moments(args, kwargs, weight, request, self.wanted[key])
                     self._seen[key] = pool([self._seen[key], found]) if key in self._seen else found
 
     def _counts(self, module: nn.Module) -> bool:
@@ -65,7 +66,7 @@ class Observer:
             if not torch.is_grad_enabled():  # the first pass of re-entrant checkpointing: the second one will count
                 self._without_grad[module] = self._without_grad.get(module, 0) + 1
             return torch.is_grad_enabled()
-        pending = self._without_grad.get(module, 0)
+        pending = 0 if _repeated() else self._without_grad.get(module, 0)
         if pending:
             self._without_grad[module] = pending - 1
         return pending > 0
@@ -81,3 +82,14 @@ class Observer:
     def close(self) -> None:
         """Remove the hooks."""
         remove(self._handles)
+
+
+def _transformed() -> bool:
+    """Whether this forward runs inside vmap, grad or another transform of torch.func, whose tensors must not leave it."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def _repeated() -> bool:
+    """Whether non-reentrant checkpointing repeats a forward here, which counted at once."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and "_recomputation_hook" in hooks[0].__qualname__

@@ -37,7 +37,7 @@ def synchronized(observer: Observer) -> Seen:
     for site, request in keys:
         groups, n = site.shape(request)
         square = (groups, n, n) if request.kind == "covariance" else (groups, n)
-        shapes.append(((groups,), (groups, n), square))
+        shapes.append(((groups,), (groups, n), square, (groups, n)))
         found = seen.get((site.name, request))
         zeros = [site.weight.new_zeros(s, dtype=torch.float64) for s in shapes[-1]]
         pieces += [t.reshape(-1) for t in (zeros if found is None else found.raw())]
@@ -47,9 +47,9 @@ def synchronized(observer: Observer) -> Seen:
     dist.all_reduce(flat)
     out: Seen = {}
     start = 0
-    for (site, request), triple in zip(keys, shapes, strict=True):
+    for (site, request), sizes in zip(keys, shapes, strict=True):
         parts = []
-        for shape in triple:
+        for shape in sizes:
             size = int(torch.Size(shape).numel())
             parts.append(flat[start : start + size].reshape(shape))
             start += size

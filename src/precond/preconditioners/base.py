@@ -9,7 +9,7 @@ from typing import Any
 
 from precond import blocks
 from precond.blocks import Block, Leaf, State
-from precond.inputs import Moments, Request
+from precond.inputs import Moments, Reference, Request
 from precond.maps import LinearMap
 from precond.vec import Vec
 
@@ -44,6 +44,7 @@ class Preconditioner(ABC):
 
     Attributes:
         entrywise: its map acts entry by entry, so that any block serves and leaves may come and go.
+        diagonal: its map is diagonal, as every entrywise one is.
         root: its map states a root P of M = P Pᵀ.
         invertible: P has an inverse.
         advised_damping: the damping of M that penalties in z take unless told otherwise (math: M_r = (M⁻¹ + δI)⁻¹).
@@ -55,9 +56,17 @@ class Preconditioner(ABC):
     advised_damping: float = 0.0
 
     @property
+    def diagonal(self) -> bool:
+        return self.entrywise
+
+    @property
     def requests(self) -> frozenset[Request]:
         """What it wants to know of the inputs of layers; nothing by default."""
         return frozenset()
+
+    def lr_scale(self, leaf: Leaf) -> float:
+        """What multiplies the learning rate of a leaf."""
+        return 1.0
 
     def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
         """The blocks that this preconditioner acts on; by default each tensor, or all of a group where it is entrywise."""
@@ -80,8 +89,8 @@ class Preconditioner(ABC):
     def map(self, state: State) -> LinearMap:
         """P, from the statistics."""
 
-    def wanted(self, state: State) -> Iterable[tuple[str, Request]]:
-        """(site name, request) pairs to observe before the next step; nothing by default."""
+    def wanted(self, state: State) -> Iterable[tuple[str, Request, Reference | None]]:
+        """(site name, request, what is known already) to observe before the next step; nothing by default."""
         return ()
 
     def refresh(self, state: State) -> None:  # noqa: B027

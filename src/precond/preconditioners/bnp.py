@@ -26,7 +26,8 @@ class BNP(InputSide):
 
     Args:
         decay: ρ of the running averages, in [0, 1); 0: the batch's own statistics.
-        damping: ε in σ̃² = σ² + ε(σ² + μ²), per feature, so that features of any scale are scaled alike.
+        damping: ε in σ̃² = σ² + ε(σ² + μ²), per feature, so that features of any scale are scaled alike; inputs that are
+            rarely active get more (see :meth:`damping_of`). With ε = 0 nothing is damped.
         conv: convolutions have one feature per input ``"channel"`` or per ``"patch"`` entry.
         width_scaling: divide M by q² = max(n/N, 1), n inputs and N samples (Lange et al., §3.3): transfers learning rates
             between widths and batch sizes; conditioning is as before.
@@ -56,10 +57,10 @@ class BNP(InputSide):
         weight = block.leaves[part.weight].param
         shape = part.site.shape(self.request)
         zeros = lambda shape: torch.zeros(shape, dtype=state_dtype(weight.dtype), device=weight.device)  # noqa: E731
-        return {"count": zeros(shape[:1]), "mean": zeros(shape), "variance": zeros(shape)}
+        return {"count": zeros(shape[:1]), "mean": zeros(shape), "variance": zeros(shape), "activity": zeros(shape).half()}
 
-    def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec) -> LinearMap:
-        layout = part.site.layout(self.request)
+    def scales(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(μ, σ̃) of each feature."""
         mean, variance = state["mean"], state["variance"]
         square = variance + mean.square()
         if part.bias is None:
@@ -68,9 +69,13 @@ class BNP(InputSide):
             # One sample has no variance: scale without centering until there are two.
             one = (state["count"] < 2)[:, None]
             mean, variance = torch.where(one, 0, mean), torch.where(one, square, variance)
-        std = (variance + self.damping * square).sqrt()
+        std = (variance + self.damping_of(square, state["activity"])).sqrt()
         # An input that was always zero has no scale, and its weight has had no gradient.
-        std = torch.where(std > 0, std, 1.0)
+        return mean, torch.where(std > 0, std, 1.0)
+
+    def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec) -> LinearMap:
+        layout = part.site.layout(self.request)
+        mean, std = self.scales(part, state)
         if not self.width_scaling:
             return Standardizing(layout.spread_out(mean), layout.spread_out(std), like, layout=layout)
         n = layout.view(like[0]).shape[-1]

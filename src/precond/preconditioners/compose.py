@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from precond import blocks
 from precond.blocks import Block, Leaf, State
-from precond.inputs import Request
+from precond.inputs import Reference, Request
 from precond.maps import Identity, LinearMap
 from precond.preconditioners.base import Part, Preconditioner, Seen
 from precond.preconditioners.split import over
@@ -32,6 +32,10 @@ class Composition(Preconditioner):
         return self.outer.requests | self.inner.requests
 
     @property
+    def diagonal(self) -> bool:
+        return self.outer.diagonal and self.inner.diagonal
+
+    @property
     def root(self) -> bool:  # type: ignore[override]
         return self.outer.root and self.inner.root
 
@@ -42,6 +46,9 @@ class Composition(Preconditioner):
     @property
     def advised_damping(self) -> float:  # type: ignore[override]
         return self.inner.advised_damping
+
+    def lr_scale(self, leaf: Leaf) -> float:
+        return self.outer.lr_scale(leaf) * self.inner.lr_scale(leaf)
 
     def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
         a, b = self.outer.partition(leaves), self.inner.partition(leaves)
@@ -78,7 +85,7 @@ class Composition(Preconditioner):
         inner = self.inner.map(state["inner"]) if self.inner.handles(block) else Identity(block.params)
         return self._outer(state) @ inner
 
-    def wanted(self, state: State) -> Iterable[tuple[str, Request]]:
+    def wanted(self, state: State) -> Iterable[tuple[str, Request, Reference | None]]:
         for name, part in (("outer", self.outer), ("inner", self.inner)):
             if part.handles(state[name].block):
                 yield from part.wanted(state[name])

@@ -29,6 +29,10 @@ class Fixed(Preconditioner):
         return isinstance(self.map_, Identity)
 
     @property
+    def diagonal(self) -> bool:
+        return self.map_.diagonal
+
+    @property
     def root(self) -> bool:  # type: ignore[override]
         return self.map_.root
 

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from precond import blocks
 from precond.blocks import Block, Leaf, State
-from precond.inputs import Moments, Request, Site
+from precond.inputs import Moments, Reference, Request, Site
+from precond.inputs.moments import outer
 from precond.maps import Identity, LinearMap, Sliced
 from precond.preconditioners.base import Part, Preconditioner, Seen
 from precond.vec import Vec
@@ -39,6 +41,7 @@ class InputSide(Preconditioner):
     """
 
     decay: float
+    damping: float
 
     @property
     @abstractmethod
@@ -72,7 +75,7 @@ class InputSide(Preconditioner):
 
     @abstractmethod
     def fresh(self, part: LayerPart, block: Block) -> dict[str, Tensor]:
-        """Zero statistics of a weight: ``count``, ``mean`` and what else is kept."""
+        """Zero statistics of a weight: ``count``, ``mean``, ``activity`` and ``variance`` or ``covariance``."""
 
     @abstractmethod
     def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec) -> LinearMap:
@@ -82,8 +85,10 @@ class InputSide(Preconditioner):
         """Whether the inputs of the next step are to be observed."""
         return True
 
-    def wanted(self, state: State) -> list[tuple[str, Request]]:
-        return [(part.site.name, self.request) for part in self.parts(state.block)] if self.wants(state) else []
+    def wanted(self, state: State) -> list[tuple[str, Request, Reference | None]]:
+        if not self.wants(state):
+            return []
+        return [(p.site.name, self.request, self.reference(p, self._of(p, state))) for p in self.parts(state.block)]
 
     def init(self, block: Block) -> dict[str, Any]:
         return {_key(k, part): v for part in self.parts(block) for k, v in self.fresh(part, block).items()}
@@ -104,13 +109,30 @@ class InputSide(Preconditioner):
         count.copy_(new.count) if self.decay == 0 else count.add_(new.count)
         rho = (1 - new.count / count).clamp_max(self.decay)[:, None]
         delta = new.mean - mine["mean"]
-        if "variance" in mine:
-            mine["variance"].mul_(rho).add_((1 - rho) * (new.spread + rho * delta.square()))
-        else:
-            outer = delta[..., :, None] * delta[..., None, :]
-            rho_ = rho[..., None]
-            mine["covariance"].mul_(rho_).add_((1 - rho_) * (new.spread + rho_ * outer))
+        name = "variance" if "variance" in mine else "covariance"
+        rho_ = rho if name == "variance" else rho[..., None]
+        mine[name].mul_(rho_).add_((1 - rho_) * (new.spread + rho_ * outer(delta, new.spread)))
         mine["mean"].add_((1 - rho) * delta)
+        mine["activity"].copy_(mine["activity"] * rho + (1 - rho) * new.activity)
+
+    def reference(self, part: LayerPart, state: dict[str, Tensor]) -> Reference | None:
+        """What is known of the inputs already; None before there is a variance, and where nothing is damped."""
+        if self.damping == 0 or self.decay == 0 or bool((state["count"] < 2).any()):
+            return None
+        variance = state["variance"] if "variance" in state else state["covariance"].diagonal(dim1=-2, dim2=-1)
+        return Reference(state["mean"], 1 / variance)
+
+    def damping_of(self, square: Tensor, activity: Tensor) -> Tensor:
+        r"""What damping adds to a variance: ε E[h²], and for inputs that are rarely active a share of the layer's mean E[h²].
+
+        The scale of an input that few samples show is hardly known, and steps along it would be as long as it is rare. The
+        share is ⅓·(1 − 4a)₊ with a = E[min(1, (h−μ)²/σ²)], about ½ for a normal distribution and 2π for an input that is
+        nonzero in a fraction π of the samples: inputs that are always active keep their own scale, whatever it is.
+        """
+        if self.damping == 0:
+            return torch.zeros_like(square)
+        rare = (1 - 4 * activity.to(square.dtype)).clamp_min(0)
+        return self.damping * square + rare / 3 * square.mean(-1, keepdim=True)
 
     def map(self, state: State) -> LinearMap:
         like = state.block.params

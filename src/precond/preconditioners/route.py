@@ -50,6 +50,10 @@ class Route(Preconditioner):
         return frozenset().union(*(p.requests for p in self._all()))
 
     @property
+    def diagonal(self) -> bool:
+        return all(p.diagonal for p in self._all())
+
+    @property
     def root(self) -> bool:  # type: ignore[override]
         return all(p.root for p in self._all())
 
@@ -69,9 +73,9 @@ class Route(Preconditioner):
         return len(self.branches)
 
     def lr_scale(self, leaf: Leaf) -> float:
-        """What multiplies the learning rate of a leaf."""
         k = self.branch_of(leaf)
-        return float(self.branches[k][2]) if k < len(self.branches) and len(self.branches[k]) == 3 else 1.0  # type: ignore[misc]
+        own = self.branches[k][2] if k < len(self.branches) and len(self.branches[k]) == 3 else 1.0  # type: ignore[misc]
+        return float(own) * self._all()[k].lr_scale(leaf)
 
     def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
         taken = [self.branch_of(leaf) for leaf in leaves]

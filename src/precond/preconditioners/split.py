@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from precond.blocks import Block, State
-from precond.inputs import Request
+from precond.inputs import Reference, Request
 from precond.maps import BlockDiagonal, Identity, LinearMap
 from precond.preconditioners.base import Part, Preconditioner, Seen
 
@@ -20,6 +20,10 @@ class Split(Preconditioner):
     @property
     def requests(self) -> frozenset[Request]:
         return frozenset().union(*(p.preconditioner.requests for p in self.parts))
+
+    @property
+    def diagonal(self) -> bool:
+        return all(p.preconditioner.diagonal for p in self.parts)
 
     @property
     def root(self) -> bool:  # type: ignore[override]
@@ -54,7 +58,7 @@ class Split(Preconditioner):
     def map(self, state: State) -> LinearMap:
         return BlockDiagonal([(p.index, p.preconditioner.map(sub)) for p, sub in self._each(state)], state.block.params)
 
-    def wanted(self, state: State) -> Iterable[tuple[str, Request]]:
+    def wanted(self, state: State) -> Iterable[tuple[str, Request, Reference | None]]:
         for part, sub in self._each(state):
             yield from part.preconditioner.wanted(sub)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from precond import checks
 from precond.blocks import Block, State, state_dtype
 from precond.inputs import Request
+from precond.inputs.moments import outer
 from precond.maps import Identity, LinearMap, RowMatrix, Standardizing
 from precond.preconditioners.input_side import InputSide, LayerPart
 from precond.vec import Vec
@@ -20,15 +21,15 @@ from precond.vec import Vec
 class Whitening(InputSide):
     r"""Each layer in the coordinates of its whitened inputs: P = U·diag(1, D⁻¹K^(−1/2)), U and D as in BNP.
 
-    K = D⁻¹CD⁻¹ + εI, C the covariance of the inputs and D² its diagonal, is the damped correlation matrix, so that
-    M = P Pᵀ is (E[ĥĥᵀ] + ε diag)⁻¹, whatever the scales of the features. Without a bias C is E[hhᵀ].
+    K = D⁻¹CD⁻¹ is the correlation matrix of the inputs, C their damped covariance and D² its diagonal, so that M = P Pᵀ is the
+    inverse of E[ĥĥᵀ] damped feature by feature, whatever their scales. Without a bias C is E[hhᵀ].
 
     The covariance is observed, and the root taken, on a schedule that is fixed by the number of steps: at steps 1, 2, 4, 8, …
     and then every ``every`` steps, from the ``observe_steps`` steps before. Between refreshes the map stands still.
 
     Args:
         decay: ρ of the running covariance over the steps that are observed, in [0, 1).
-        damping: ε ≥ 0, relative to each feature's variance.
+        damping: ε ≥ 0, relative to each feature's E[h²]; rarely active inputs get more, as in :class:`~precond.BNP`.
         root: ``"symmetric"``, K^(−1/2), or ``"cholesky"``, L⁻ᵀ with K = LLᵀ: the same M, another z, a tenth of the cost.
         every: steps between refreshes.
         observe_steps: how many steps before a refresh are observed.
@@ -70,15 +71,17 @@ class Whitening(InputSide):
             "count": zeros(groups),
             "mean": zeros(groups, n),
             "covariance": zeros(groups, n, n),
+            "activity": zeros(groups, n).half(),
             "factor": zeros(groups, n, n) + torch.eye(n, dtype=state_dtype(weight.dtype), device=weight.device),
         }
 
     def centered(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """(μ, σ, C): with no bias to center with, (0, √E[h²], E[hhᵀ])."""
+        """(μ, σ̃, C) with C damped and σ̃² its diagonal; with no bias to center with, μ is 0 and C made of E[hhᵀ]."""
         mean, C = state["mean"], state["covariance"]
+        square = C.diagonal(dim1=-2, dim2=-1) + mean.square()
         if part.bias is None:
-            C = C + mean[..., :, None] * mean[..., None, :]
-            mean = torch.zeros_like(mean)
+            C, mean = C + outer(mean, C), torch.zeros_like(mean)
+        C = C + torch.diag_embed(self.damping_of(square, state["activity"]))
         std = C.diagonal(dim1=-2, dim2=-1).sqrt()
         return mean, torch.where(std > 0, std, 1.0), C
 
@@ -98,7 +101,7 @@ class Whitening(InputSide):
             if bool((mine["count"] >= 2).all()):
                 _, std, C = self.centered(part, mine)
                 K = C / (std[..., :, None] * std[..., None, :])
-                K.diagonal(dim1=-2, dim2=-1).copy_(1.0 + self.damping)
+                K.diagonal(dim1=-2, dim2=-1).fill_(1.0)  # also of inputs that were always zero
                 mine["factor"].copy_(inverse_root(K, self.root))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from precond import checks, vec
 from precond.blocks import Rule
 from precond.preconditioners.base import Preconditioner
-from precond.regularizers.base import At, Regularizer, needs_root
+from precond.regularizers.base import At, Regularizer, needs_root, uniform
 from precond.schedules import Schedule
 from precond.spaces import Cotangent, Term
 from precond.vec import Vec
@@ -97,8 +97,8 @@ class GradientNorm(Regularizer):
     def direction(self, at: At) -> Vec:
         """λd, λ of each tensor: the tangent along which the curvature is taken."""
         lam = at["lam"]
-        if self.q == 2 and len({x for x in lam if not isinstance(x, Tensor)}) <= 1:
-            # P Π Pᵀg: needs M alone.
+        if self.q == 2 and (uniform(lam) or at.space.map.diagonal):
+            # λ P Π Pᵀg: needs M alone.
             sharp = at.space.sharp(at.g)
             length = at.space.dual_norm(at.g, sharp) if self.power == 1 else None
             return vec.scale(sharp, [2 * x if length is None else x * _inverse(length) for x in lam])

@@ -52,6 +52,11 @@ class L1(Regularizer):
         if self.space == "z":
             needs_root("L1(space='z')", "the 1-norm of z", preconditioner)
             needs_inverse("L1(space='z')", "the 1-norm of z", preconditioner)
+        elif self.proximal and not preconditioner.diagonal:
+            raise ValueError(
+                f"L1(space='p', proximal=True) needs a diagonal M, and that of {type(preconditioner).__name__} is not; "
+                "use proximal=False or space='z'"
+            )
 
     @property
     def needs_map(self) -> bool:
@@ -69,8 +74,6 @@ class L1(Regularizer):
         if self.space == "z" and not at.map.diagonal:
             z = vec.scale(ones, threshold)
             return at.map.mv(_soft(at.map.solve(p), z))
-        if not at.map.diagonal:
-            raise ValueError("L1(space='p', proximal=True) needs a diagonal M; use proximal=False or space='z'")
         weights = at.map.mv(ones) if self.space == "z" else at.map.gram(ones)
         return _soft(p, vec.scale(vec.map_(torch.abs, weights), threshold))
 

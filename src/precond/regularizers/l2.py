@@ -10,7 +10,7 @@ from torch import Tensor
 from precond import checks, vec
 from precond.blocks import Rule
 from precond.preconditioners.base import Preconditioner
-from precond.regularizers.base import At, Regularizer
+from precond.regularizers.base import At, Regularizer, uniform
 from precond.schedules import Schedule
 from precond.spaces import Term
 
@@ -45,7 +45,7 @@ class L2(Regularizer):
 
     def term(self, at: At) -> Term:
         two_lam = [2 * x for x in at["lam"]]
-        if at.space.map.diagonal or all(x is two_lam[0] or x == two_lam[0] for x in two_lam):
+        if at.space.map.diagonal or uniform(at["lam"]):
             return at.space.raised(vec.scale(at.p, two_lam))  # P(2λP⁻¹p), without the detour
         return at.space.raised(at.space.push(vec.scale(at.space.solve(at.p), two_lam)))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from precond import checks, vec
 from precond.blocks import Rule
 from precond.preconditioners.base import Preconditioner
-from precond.regularizers.base import At, Regularizer, needs_inverse, needs_root
+from precond.regularizers.base import At, Regularizer, needs_inverse, needs_root, uniform
 from precond.regularizers.gradient_norm import _inverse
 from precond.schedules import Schedule
 from precond.spaces import Instead, Term
@@ -76,7 +76,7 @@ class SAM(Regularizer):
             return (at.space.push(scaled),)
         sharp = at.space.sharp(at.g)
         length = at.space.dual_norm(at.g, sharp)
-        if len({x for x in rho if not isinstance(x, Tensor)}) > 1 and not at.space.map.diagonal:
+        if not (uniform(rho) or at.space.map.diagonal):
             sharp = at.space.push(vec.scale(at.space.pull(at.g), rho))
             return (vec.scale(sharp, _inverse(length)),)
         return (vec.scale(sharp, [x * _inverse(length) for x in rho]),)

@@ -73,12 +73,9 @@ def curves(results: Results, column: str, work: Work) -> str:
                 axes.plot(one.x[-1:], one.middle[-1:], "X", color=look.color, markersize=7, markeredgecolor="white", zorder=4)
         if is_loss:
             _loss_axis(axes, bands)
-            if results.target.part == column.removesuffix("_loss") and math.isfinite(results.target.value):
-                axes.axhline(results.target.value, color="#616e7c", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
-                axes.annotate(
-                    "target", (1, results.target.value), xycoords=("axes fraction", "data"), xytext=(-2, 3),
-                    textcoords="offset points", ha="right", va="bottom", fontsize=8.5, color="#616e7c",
-                )  # fmt: skip
+            low, high = axes.get_ylim()
+            if results.target.part == column.removesuffix("_loss") and low < results.target.value < high:
+                _target_line(axes, results.target.value)
         else:
             _metric_axis(axes, bands, results.metric)
         axes.set_xlim(0, max((one.x[-1] for one in bands if one.x), default=1) * 1.01 or 1)
@@ -87,6 +84,12 @@ def curves(results: Results, column: str, work: Work) -> str:
             thousands(axes)
 
     return svg(draw, f"{column}-{work}")
+
+
+def _target_line(axes: Axes, value: float) -> None:
+    axes.axhline(value, color="#616e7c", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+    place: dict[str, Any] = {"xy": (1, value), "xycoords": ("axes fraction", "data"), "xytext": (-2, 3)}
+    axes.annotate("target", **place, textcoords="offset points", ha="right", va="bottom", fontsize=8.5, color="#616e7c")
 
 
 def _loss_axis(axes: Axes, bands: Sequence[Band]) -> None:

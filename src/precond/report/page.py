@@ -29,9 +29,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Bar:
-    """Work to the target of one entrant: the median and the seeds, as percentages of the largest on the page."""
+    """Work to the target of one entrant: the median; how many seeds reached it, where not all did; then as percentages of the
+    largest on the page the median and the seeds."""
 
     text: str
+    reached: str
     width: float
     ticks: tuple[float, ...]
 
@@ -87,7 +89,7 @@ def _sections(results: Results, works: list[Work]) -> list[tuple[str, str, list[
 def _columns(results: Results) -> list[str]:
     held_out = ["validation loss"] if results.held_out else []
     tested = ["test loss"] + ([f"test {results.metric}"] if results.metric else [])
-    return ["learning rate", "training loss", *held_out, *(tested if _tested(results) else []), "gradients", "training time"]
+    return ["lr", "training loss", *held_out, *(tested if _tested(results) else []), "gradients", "time"]
 
 
 def _tested(results: Results) -> bool:
@@ -128,12 +130,9 @@ def _bars(rows: list[Row], works: list[Work]) -> list[tuple[str, Pen, list[Bar]]
         for work in works:
             reach, scale = row.to_target[work], 100 / (largest[work] or 1.0)
             text = numbers.seconds(reach.median) if work == "seconds" else numbers.short(reach.median)
-            if reach.reached == 0:
-                text = "not reached"
-            elif reach.reached < len(reach.seeds):
-                text = f"{text} in {reach.reached} of {len(reach.seeds)} seeds".removeprefix(f"{numbers.NONE} in ")
+            reached = f"{reach.reached} of {len(reach.seeds)} seeds" if reach.reached < len(reach.seeds) else ""
             width = reach.median * scale if math.isfinite(reach.median) else 0.0
-            bars.append(Bar(text, width, tuple(x * scale for x in reach.seeds if math.isfinite(x))))
+            bars.append(Bar(text, reached, width, tuple(x * scale for x in reach.seeds if math.isfinite(x))))
         found.append((row.label, pen(index), bars))
     return found
 

@@ -48,7 +48,7 @@ class Reach:
     @property
     def median(self) -> float:
         """A seed that did not reach the target counts as infinitely late."""
-        middle = statistics.median_high(math.inf if math.isnan(x) else x for x in self.seeds)
+        middle = statistics.median(math.inf if math.isnan(x) else x for x in self.seeds)
         return middle if math.isfinite(middle) else math.nan
 
 

@@ -13,5 +13,6 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
         >>> did_you_mean("adma", ["sgd", "adam"])
         "; did you mean 'adam'?"
     """
-    near = difflib.get_close_matches(name.lower(), list(choices), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    spelled = {choice.lower(): choice for choice in choices}
+    near = difflib.get_close_matches(name.lower(), list(spelled), n=1, cutoff=0.5)
+    return f"; did you mean {spelled[near[0]]!r}?" if near else ""

@@ -1,0 +1,134 @@
+"""Running statistics of inputs: what weights the samples of all batches get, and what becomes of few or dead ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from inputs.layers import data
+from torch import Tensor, nn
+
+from precond import BNP, PreconditionedGD
+
+torch.set_num_threads(1)
+
+
+STD = torch.tensor([0.1, 1, 30], dtype=torch.float64)
+
+
+def train(sizes: list[int], decay: float, drift: float = 1.0) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The state of a layer's weight after batches of some sizes, whose means drift, and the batches."""
+    make = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(shape, generator=make, dtype=torch.float64)  # noqa: E731
+    batches = [random(n, 3) * STD + 2 + drift * random(3) for n in sizes]
+    model = nn.Linear(3, 2).double()
+    optimizer = PreconditionedGD(model, lr=1e-3, preconditioner=BNP(decay=decay))
+    for x in batches:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return optimizer.state[model.weight], batches
+
+
+def weights(sizes: list[int], decay: float) -> list[float]:
+    """The weight of each batch: all samples alike at first, no sample more than by the running average's own rule."""
+    out: list[float] = []
+    for t, n in enumerate(sizes):
+        rho = min(decay, 1 - n / sum(sizes[: t + 1]))
+        out = [w * rho for w in out] + [1 - rho]
+    return out
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize(
+    "sizes",
+    [[1] * 30, [2] * 20, [7], [6, 1, 1, 1], [1, 6, 2, 9], [64, 1, 64, 1], [1, 1000]],
+    ids=lambda s: f"{s[0]}…×{len(s)}" if len(s) > 5 else str(s),
+)
+def test_running_moments_are_those_of_the_weighted_samples(sizes, decay):
+    """The law of total variance: μ and σ² of the mixture of all batches, also at one and two samples a batch."""
+    state, batches = train(sizes, decay)
+    w = weights(sizes, decay)
+    mean = sum(a * x.mean(0) for a, x in zip(w, batches, strict=True))
+    square = sum(a * (x**2).mean(0) for a, x in zip(w, batches, strict=True))
+    torch.testing.assert_close(state["mean"][0], mean, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(state["variance"][0], square - mean**2, rtol=1e-9, atol=1e-12)
+
+
+def test_the_start_is_pooled():
+    """As long as the running average would weigh a batch more than its samples deserve, all samples weigh alike."""
+    sizes = [3, 1, 5, 2]
+    state, batches = train(sizes, 0.99)
+    x = torch.cat(batches)
+    torch.testing.assert_close(state["mean"][0], x.mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(state["variance"][0], x.var(0, correction=0), rtol=1e-12, atol=1e-12)
+    assert state["count"].item() == len(x)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 60])
+def test_small_batches_find_the_variance(batch):
+    """Averaging the variances of batches would give 0 at one sample a batch, and half the truth at two."""
+    state, _ = train([batch] * (1200 // batch), decay=1 - batch / 600, drift=0.0)
+    torch.testing.assert_close(state["variance"][0].sqrt(), STD, rtol=0.1, atol=0)
+
+
+def test_without_decay_statistics_are_the_batch_s_own():
+    state, batches = train([5, 9, 4], decay=0.0)
+    torch.testing.assert_close(state["mean"][0], batches[-1].mean(0))
+    torch.testing.assert_close(state["variance"][0], batches[-1].var(0, correction=0))
+    assert state["count"].item() == 4
+
+
+def test_one_sample_is_scaled_by_its_square_and_not_centered():
+    model = nn.Linear(3, 2).double()
+    optimizer = PreconditionedGD(model, lr=1.0, preconditioner=BNP(damping=0.0))
+    x = torch.tensor([[3.0, -0.5, 20.0]]).double()
+    model(x).sum().backward()
+    before = model.weight.detach().clone(), model.bias.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(before[0] - model.weight, model.weight.grad / x**2)
+    torch.testing.assert_close(before[1] - model.bias, model.bias.grad)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+@pytest.mark.parametrize("decay", [0.0, 0.99])
+def test_dead_inputs_are_left_alone(bias, damping, decay):
+    """An input that was always zero has no scale and no gradient: its weight stays, and nothing becomes inf or NaN."""
+    model = nn.Linear(4, 2, bias=bias).double()
+    optimizer = PreconditionedGD(model, lr=0.1, preconditioner=BNP(decay=decay, damping=damping))
+    x = data(8, 4)
+    x[:, 1] = 0
+    before = model.weight.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert torch.equal(before[:, 1], model.weight[:, 1])
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert (before[:, 0] - model.weight[:, 0]).abs().min() > 1e-6
+
+
+def test_constant_inputs_take_bounded_steps():
+    """An input that never varies has no variance; damping by its square bounds its step, and the bias learns its part."""
+    model = nn.Linear(2, 1).double()
+    optimizer = PreconditionedGD(model, lr=0.5, preconditioner=BNP(damping=0.01))
+    x = data(16, 2)
+    x[:, 1] = 5.0
+    y = 3 * x[:, :1] + 7
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean() / 2
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    assert losses[-1] < 1e-6 * losses[0]
+
+
+def test_conv_statistics_are_two_numbers_per_channel_or_patch_entry():
+    model = nn.Conv2d(4, 6, 3, groups=2)
+    for conv, features in (("channel", 2), ("patch", 18)):
+        optimizer = PreconditionedGD(model, lr=0.1, preconditioner=BNP(conv=conv))
+        state = optimizer.state[model.weight]
+        assert state["count"].shape == (2,) and state["mean"].shape == state["variance"].shape == (2, features)
+        optimizer.close()

@@ -1,0 +1,171 @@
+"""The page is whole, self-contained and escaped; the numbers survive their file."""
+
+import json
+import math
+import re
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from precond.report import (
+    Entry,
+    Results,
+    ResultsError,
+    Target,
+    Trial,
+    default_target,
+    load_results,
+    render,
+    save_results,
+    table,
+)
+from precond.report.style import pen
+from precond.report.summary import Spread, work_to_target
+from precond.workloads import Curve, Outcome
+
+
+def run(seed: int, losses: list[float], *, probes: int = 1, metric: float = 0.9) -> Outcome:
+    n = len(losses)
+    steps = [10 * i for i in range(n)]
+    curve = Curve(
+        steps,
+        [probes * s for s in steps],
+        [0.1 * i for i in range(n)],
+        losses,
+        [metric] * n,
+        [2 * x for x in losses],
+        [metric] * n,
+    )
+    return Outcome(seed, 0.01, curve, test_loss=3 * losses[-1], test_metric=metric)
+
+
+DIVERGED = replace(run(2, [1.0, 5.0]), status="diverged", diverged_at=13, test_loss=None, test_metric=None)
+ENTRIES = (
+    Entry(
+        "sgd",
+        "searched",
+        (run(0, [1.0, 0.5, 0.25]), run(1, [1.0, 0.6, 0.2]), DIVERGED),
+        (Trial(0.01, 0.5), Trial(1.0, math.nan)),
+    ),
+    Entry("adam + SAM(0.1, space='z')", "given", (run(0, [1.0, 0.2, 0.1], probes=2), run(1, [1.0, 0.3, 0.1], probes=2))),
+    Entry("<b>&x</b>", "default", (DIVERGED,)),
+)
+
+
+def results(**changes: object) -> Results:
+    plain = Results(
+        title="<script>alert(1)</script>",
+        command="precond compare digits --recipes 'a & b'",
+        created="2026-01-01 00:00",
+        metric="accuracy",
+        facts={"data": "digits <raw>"},
+        settings={"epochs": 3.0, "widths": [64, 64], "target": None, "resume": True},
+        versions={"python": "3", "torch": "2", "precond": "0"},
+        machine={"processor": "x"},
+        target=default_target(ENTRIES),
+        entries=ENTRIES,
+    )
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+class Loads(HTMLParser):
+    """Everything that a browser would fetch, and every id and text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.ids: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.open.append(tag)
+        self.loads += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "data", "srcset", "poster", "action")]
+        self.ids += [found["id"] or ""] if "id" in found else []
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "R²", None])
+def test_page_is_self_contained_and_escaped(metric: str | None) -> None:
+    page = render(results(metric=metric))
+    seen = Loads(page)
+    assert all(load.startswith(("#", "data:")) for load in seen.loads)
+    assert not re.search(r"url\((?!#)|@import", page)
+    assert not {"script", "iframe", "object", "embed", "img", "b"} & set(seen.open)
+    assert len(seen.ids) == len(set(seen.ids))
+    assert "&lt;script&gt;alert(1)" in page
+    assert "&lt;b&gt;&amp;x&lt;/b&gt;" in page
+    for words in (
+        "precond compare digits --recipes &#39;a &amp; b&#39;",
+        "digits &lt;raw&gt;",
+        "diverged",
+        "64, 64",
+        "Test"[1:],
+    ):
+        assert words in page
+    assert page.count("<svg") == (13 if metric else 7)
+
+
+def test_a_page_without_validation_test_or_probes() -> None:
+    bare = Outcome(0, 0.1, Curve([0, 5], [0, 5], [0.0, 1.0], [-1.0, -2.0], [math.nan] * 2))
+    page = render(
+        results(metric=None, entries=(Entry("sgd", "given", (bare,)),), target=default_target([Entry("x", "given", (bare,))]))
+    )
+    assert "Training loss" in page
+    assert "Validation loss" not in page
+    assert page.count("<svg") == 2
+
+
+def test_a_page_of_divergence_only() -> None:
+    nothing = Outcome(0, 0.1, Curve(), "diverged", 0)
+    page = render(results(entries=(Entry("sgd", "given", (nothing,)),), target=default_target([])))
+    assert "every entrant diverged" in page
+
+
+def test_numbers_survive(tmp_path: Path) -> None:
+    before = results()
+    save_results(tmp_path / "results.json", before, [row.as_dict() for row in table(before)])
+    text = (tmp_path / "results.json").read_text()
+    assert "NaN" not in text
+    after = load_results(tmp_path / "results.json")
+    # NaN differs from itself.
+    assert repr(asdict(after)) == repr(asdict(before))
+    assert len(json.loads(text)["table"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "there is no"), ("{", "is no JSON"), ("[]", "no results of layout"), ('{"schema": 99}', "no results of layout"),
+     ('{"schema": 1}', "lacks what results hold")],
+)  # fmt: skip
+def test_files_that_hold_no_results(tmp_path: Path, content: str | None, words: str) -> None:
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ResultsError, match=words):
+        load_results(path)
+
+
+def test_target_is_the_first_finished_entrants_and_work_is_the_first_evaluation_that_meets_it() -> None:
+    target = default_target([ENTRIES[2], *ENTRIES])
+    assert target == Target(0.495, "validation", "the best validation loss of sgd (median over seeds) and 10% more")
+    assert work_to_target(ENTRIES[1].runs[0], target, "gradients") == 20
+    assert math.isnan(work_to_target(ENTRIES[0].runs[0], target, "step"))
+
+
+def test_table() -> None:
+    sgd, adam, none = table(results())
+    assert (sgd.seeds, sgd.diverged, adam.diverged, none.train_loss) == (3, 1, 0, None)
+    assert sgd.train_loss == Spread(pytest.approx(0.225), pytest.approx(0.0353553, rel=1e-4))  # type: ignore[arg-type]
+    assert adam.test_loss is not None
+    assert adam.test_loss.mean == pytest.approx(0.3)
+    assert sgd.to_target["step"].reached == 1
+    assert math.isnan(sgd.to_target["step"].median)
+    assert adam.to_target["step"].median == 15
+    assert adam.to_target["gradients"].median == 30
+
+
+def test_pens_repeat_only_after_thirty() -> None:
+    assert len({(pen(i).color, str(pen(i).dashes)) for i in range(30)}) == 30

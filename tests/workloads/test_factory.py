@@ -1,0 +1,79 @@
+"""A user's own model, loss and data."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from precond.workloads import Architecture, FactoryError, evaluate, load_workload
+from precond.workloads.factory import Factory
+
+X, Y = torch.rand(20, 3), torch.arange(20) % 2
+BATCHES = [(X[:12], Y[:12]), (X[12:], Y[12:])]
+
+
+def good() -> Any:
+    return nn.Linear(3, 2), F.cross_entropy, {"train": BATCHES, "test": DataLoader(TensorDataset(X, Y), 8)}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no_such_package.at_all:make", "cannot import 'no_such_package.at_all'.*PYTHONPATH"),
+        ("math:make", "'math' has no 'make'"),
+        ("math:squrt", "did you mean 'sqrt'"),
+        ("math:pi", "'math:pi' is a float; it must be a function"),
+    ],
+)
+def test_what_cannot_be_imported(name: str, words: str) -> None:
+    with pytest.raises(FactoryError, match=words):
+        load_workload(name, Architecture(), batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (nn.Linear(3, 2), r"must return \(model, loss_fn, data\).*it returned Linear"),
+        ((nn.Linear(3, 2), F.cross_entropy), "a tuple of 2"),
+        ((3, F.cross_entropy, BATCHES), "a model of type int"),
+        ((nn.Linear(3, 2), "mse", BATCHES), "a loss of type str"),
+        ((nn.Linear(3, 2), F.cross_entropy, 7), "train data of type int"),
+        ((nn.Linear(3, 2), F.cross_entropy, X), "train data of type Tensor"),
+        ((nn.Linear(3, 2), F.cross_entropy, iter(BATCHES)), "can be read only once"),
+        ((nn.Linear(3, 2), F.cross_entropy, {"training": BATCHES}), r"the keys \['training'\]"),
+        ((nn.Linear(3, 2), F.cross_entropy, []), "whose first batch is NoneType"),
+        ((nn.Linear(3, 2), F.cross_entropy, [X]), "whose first batch is a tensor"),
+        ((nn.Linear(4, 2), F.cross_entropy, BATCHES), "fail on their first batch: RuntimeError"),
+        ((nn.Linear(3, 2), nn.CrossEntropyLoss(reduction="none"), BATCHES), "it must be one floating number"),
+    ],
+)
+def test_what_is_no_model_loss_and_data(made: Any, words: str) -> None:
+    with pytest.raises(FactoryError, match=words):
+        Factory("mine:make", lambda: made).problem()
+
+
+def test_a_failing_factory_is_named() -> None:
+    with pytest.raises(FactoryError, match=r"mine:make\(\) failed: ZeroDivisionError"):
+        Factory("mine:make", lambda: 1 / 0).problem()
+
+
+def test_scores_weigh_batches_by_size() -> None:
+    problem = Factory("mine:make", good).problem()
+    assert (problem.metric, len(problem.parts["train"])) == ("accuracy", 2)
+    whole = F.cross_entropy(problem.model(X), Y).item()
+    hits = (problem.model(X).argmax(1) == Y).float().mean().item()
+    for part in ("train", "test"):
+        score = evaluate(problem, part)
+        assert (score.loss, score.metric) == (pytest.approx(whole), pytest.approx(hits))
+
+
+def test_r2_is_one_minus_the_share_of_variance() -> None:
+    y = torch.randn(20, 1) + 5
+    problem = Factory("mine:make", lambda: (nn.Linear(3, 1), F.mse_loss, [(X[:8], y[:8]), (X[8:], y[8:])])).problem()
+    score = evaluate(problem, "train")
+    residual = (y - problem.model(X)).square().mean()
+    assert score.loss == pytest.approx(residual.item())
+    assert score.metric == pytest.approx((1 - residual / y.var(correction=0)).item(), rel=1e-4)

@@ -1,0 +1,152 @@
+"""Trainings that are interrupted, run out of disk, or diverge."""
+
+import dataclasses
+import errno
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from precond.workloads import (
+    Architecture,
+    Checkpoint,
+    CheckpointError,
+    Interrupted,
+    Outcome,
+    Plan,
+    Workload,
+    WriteError,
+    load_workload,
+    parse_entrants,
+    train,
+)
+from precond.workloads.factory import Factory
+from precond.workloads.learning_rates import Grid
+
+PLAN = Plan(lr=0.003, steps=23, seed=3, decay="cosine", warmup=4, evaluations=5)
+
+
+def loader() -> Any:
+    """Shuffles and draws noise from the global generator, drops out, and counts batches."""
+    torch_noise = TensorDataset(torch.randn(30, 4), torch.randn(30, 1))
+
+    def noisy(items: list[Any]) -> Any:
+        x, y = (torch.stack(column) for column in zip(*items, strict=True))
+        return x + 0.1 * torch.randn_like(x), y
+
+    data = DataLoader(torch_noise, 8, shuffle=True, collate_fn=noisy)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.3), nn.Linear(6, 1))
+    return model, F.mse_loss, {"train": data, "validation": data, "test": data}
+
+
+WORKLOADS: dict[str, Workload] = {
+    "digits": load_workload("digits", Architecture("mlp", (16,), "batch", dropout=0.2), batch_size=128, examples=500),
+    "loader": Factory("mine:loader", loader),
+}
+ENTRANTS = ["sgd(momentum=0.9)", "rmsprop", "adamw + SAM(0.01, space='z')", "sgd + GradientNorm(0.01, method='exact')"]
+
+
+def numbers(outcome: Outcome) -> dict[str, Any]:
+    """All but the seconds."""
+    found = dataclasses.asdict(outcome)
+    del found["curve"]["seconds"]
+    return found
+
+
+@pytest.mark.parametrize("entrant", ENTRANTS)
+@pytest.mark.parametrize("workload", list(WORKLOADS))
+def test_interrupted_anywhere_it_ends_bit_identical(tmp_path: Path, workload: str, entrant: str) -> None:
+    one, checkpoint = parse_entrants(entrant)[0], Checkpoint(tmp_path / "c.pt", 1e9)
+    whole, model = train(WORKLOADS[workload], one, PLAN)
+    for stop in (1, 4, 11, 22):  # at an epoch's end, inside epochs, before the last step
+        with pytest.raises(Interrupted):
+            train(WORKLOADS[workload], one, PLAN, checkpoint=checkpoint, watch=lambda step, _, stop=stop: step == stop)  # type: ignore[misc]
+    torch.manual_seed(99)  # what the process drew before must not matter
+    resumed, again = train(WORKLOADS[workload], one, PLAN, checkpoint=checkpoint)
+    assert numbers(resumed) == numbers(whole)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_the_callers_generators_are_left_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train(WORKLOADS["loader"], parse_entrants("sgd")[0], PLAN)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_evaluation_does_not_change_training() -> None:
+    one = parse_entrants("adam")[0]
+    ends = [
+        train(WORKLOADS["loader"], one, dataclasses.replace(PLAN, evaluations=n))[0].curve.validation_loss[-1]
+        for n in (1, 5, 23)
+    ]
+    assert ends[0] == ends[1] == ends[2]
+
+
+def test_gradients_and_rows_are_counted() -> None:
+    curve = train(WORKLOADS["digits"], parse_entrants("adam + SAM(0.01)")[0], PLAN)[0].curve
+    assert curve.step == [0, 5, 9, 14, 18, 23]
+    assert curve.gradients == [2 * step for step in curve.step]
+    assert curve.seconds[0] == 0
+    assert curve.seconds == sorted(curve.seconds)
+
+
+@pytest.mark.parametrize("entrant", ["sgd(lr=1e12)", "sgd(lr=1e30) + SAM(0.1)"])
+def test_nan_is_reported(entrant: str) -> None:
+    outcome, _ = train(WORKLOADS["digits"], parse_entrants(entrant)[0], dataclasses.replace(PLAN, lr=None, warmup=0))
+    assert outcome.status == "diverged"
+    assert outcome.diverged_at is not None
+    assert outcome.test_loss is None
+    assert all(math.isfinite(x) for x in outcome.curve.train_loss)
+
+
+def test_a_full_disk_leaves_the_checkpoint_intact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, checkpoint = parse_entrants("adam")[0], Checkpoint(tmp_path / "c.pt", 0)
+    with pytest.raises(Interrupted):
+        train(WORKLOADS["digits"], one, PLAN, checkpoint=checkpoint, watch=lambda step, _: step == 7)
+    before = checkpoint.path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(WriteError, match=r"the disk is full; the one written before is intact; free some space"):
+            train(WORKLOADS["digits"], one, PLAN, checkpoint=checkpoint)
+    assert checkpoint.path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [checkpoint.path]
+    resumed, _ = train(WORKLOADS["digits"], one, PLAN, checkpoint=checkpoint)
+    assert numbers(resumed) == numbers(train(WORKLOADS["digits"], one, PLAN)[0])
+
+
+@pytest.mark.parametrize("keep", [0, 1, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_named(tmp_path: Path, keep: float) -> None:
+    one, checkpoint = parse_entrants("adam")[0], Checkpoint(tmp_path / "c.pt", 0)
+    with pytest.raises(Interrupted):
+        train(WORKLOADS["digits"], one, PLAN, checkpoint=checkpoint, watch=lambda step, _: step == 7)
+    content = checkpoint.path.read_bytes()
+    checkpoint.path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
+    with pytest.raises(CheckpointError, match=r"c\.pt is damaged.*delete it"):
+        train(WORKLOADS["digits"], one, PLAN, checkpoint=checkpoint)
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "c.pt", 0)
+    with pytest.raises(Interrupted):
+        train(WORKLOADS["digits"], parse_entrants("adam")[0], PLAN, checkpoint=checkpoint, watch=lambda step, _: step == 7)
+    with pytest.raises(CheckpointError, match="belongs to"):
+        train(WORKLOADS["digits"], parse_entrants("rmsprop")[0], PLAN, checkpoint=checkpoint)
+
+
+def test_grid() -> None:
+    assert Grid(1e-4, 1, 9).values()[::2] == (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    for bad in ((0, 1, 3), (1, 0.1, 3), (0.1, 1, 1), (0.1, math.inf, 3)):
+        with pytest.raises(ValueError, match="grid: need"):
+            Grid(*bad)
