@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import precond
+
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^(?:(?P<label>Before|After):\n\n)?```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -99,6 +101,11 @@ def test_migration(heading):
     if {"Before", "After"} <= ends.keys():
         for p, q in zip(ends["Before"].parameters(), ends["After"].parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_api_names_everything_public():
+    listed = set(re.findall(r"^   (\w+)$", (ROOT / "docs/api.rst").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(precond.__all__) - {"RECIPES"} <= listed
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])

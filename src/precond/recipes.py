@@ -71,8 +71,8 @@ def _make(
 
 
 def _statistics(regularizers: Iterable[Regularizer]) -> str:
-    """torch's coupled decay enters the statistics; with a penalty that probes, they come from the clean gradient."""
-    return "loss" if any(r.probes or r.exact for r in regularizers) else "total"
+    """From the regularized gradient, as torch's coupled decay and the literature's SAM-Adam, unless a penalty in z needs P for it."""
+    return "loss" if any(r.circular for r in regularizers) else "total"
 
 
 def _sgd(group: Mapping[str, Any]) -> Choice:
@@ -231,7 +231,8 @@ def adam(
     adapting to P₁ᵀg: params must then be the model.
 
     Arguments as in :func:`sgd` and in torch. ``weight_decay`` is λ‖p‖² with λ = weight_decay/2, which enters the statistics
-    as in torch (with a penalty that probes, only the step). Ye, eqs. (6)–(8), (10).
+    as in torch. With SAM or GradientNorm in p the statistics are those of the regularized gradient, as when a SAM wrapper
+    steps Adam; in z they are the clean gradient's, which P must be known for. Ye, eqs. (6)–(8), (10).
     """
     name = "adamw" if decoupled_weight_decay else "adam"
     if len(betas) != 2:
@@ -239,7 +240,8 @@ def adam(
     checks.fraction(name, **{"betas[0]": betas[0], "betas[1]": betas[1]})
     checks.non_negative(name, eps=eps, weight_decay=weight_decay)
     regularizers = tuple(regularizers)
-    options.setdefault("statistics_from", "loss" if decoupled_weight_decay else _statistics(regularizers))
+    coupled = not decoupled_weight_decay or any(r.probes for r in regularizers)
+    options.setdefault("statistics_from", _statistics(regularizers) if coupled else "loss")
     defaults = {
         "betas": betas,
         "eps": eps,

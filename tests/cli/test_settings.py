@@ -1,5 +1,6 @@
 """Flags go before the file, the file before the defaults; what is wrong is named."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -102,8 +103,6 @@ def test_unreadable_arguments(argv: list[str], capsys: pytest.CaptureFixture[str
 
 
 def test_every_setting_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
-    from dataclasses import fields
-
     for name, cls in COMMANDS.items():
         with pytest.raises(SystemExit):
             main([name, "--help"])

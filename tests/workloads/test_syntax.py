@@ -4,12 +4,13 @@ import math
 
 import pytest
 
-from precond import L2, SAM, GradientNorm, TimesLr, Warmup
+from precond import BNP, L2, SAM, GradientNorm, TimesLr, Warmup
 from precond.workloads import parse_entrants
 
 
 def test_reads_recipes_options_and_penalties() -> None:
-    text = "sgd, adam(lr=0.01, betas=(0.8, 0.9)), adamw + SAM(0.05, space='p') + L2(TimesLr(1.0)), sgd+GradientNorm(Warmup(0.1, 50), q=inf)"
+    text = "sgd, adam(lr=0.01, betas=(0.8, 0.9)), adamw + SAM(0.05, space='p') + L2(TimesLr(1.0)), "
+    text += "sgd+GradientNorm(Warmup(0.1, 50), q=inf)"
     plain, options, penalties, schedules = parse_entrants(text)
     assert (plain.label, plain.recipe, plain.lr, plain.regularizers) == ("sgd", "sgd", None, ())
     assert options.options == {"lr": 0.01, "betas": (0.8, 0.9)}
@@ -18,6 +19,7 @@ def test_reads_recipes_options_and_penalties() -> None:
     assert schedules.regularizers == (GradientNorm(Warmup(0.1, 50), q=math.inf),)
     assert not schedules.exact
     assert parse_entrants("sgd+GradientNorm(0.1,method='exact')")[0].exact
+    assert parse_entrants("adam(inputs=BNP(decay=0.9))")[0].options == {"inputs": BNP(decay=0.9)}
 
 
 @pytest.mark.parametrize(
@@ -38,9 +40,9 @@ def test_reads_recipes_options_and_penalties() -> None:
         ("adam+SAM(0.1, space='q')", "space must be one of 'p', 'z'"),
         ("adam+SAM(-0.1)", "rho must be a finite number >= 0"),
         ("adam+SAM()", "missing 1 required positional argument"),
-        ("adam+L2(TimesLR(1))", "unknown schedule 'TimesLR'; did you mean 'TimesLr'"),
+        ("adam+L2(TimesLR(1))", "unknown value 'TimesLR'; did you mean 'TimesLr'"),
         ("adam+L2(lam)", "lam is no number"),
-        ("adam+L2(open('x'))", "unknown schedule 'open'"),
+        ("adam+L2(open('x'))", "unknown value 'open'"),
         ("adam+L2(1+1)", "is no number"),
         ("adam+L2(**{'lam': 1})", "is not understood"),
         ("adam-L2(1)", "cannot read"),

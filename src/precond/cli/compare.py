@@ -13,8 +13,12 @@ from precond.cli.launch import launch
 from precond.cli.settings import Integers, Lr, Settings
 from precond.workloads import parse_entrants
 
-# The famous ones, then one penalty in z and in p, then a second gradient per step. Radii and λ fit the raw digits.
-_RECIPES = "sgd,rmsprop,adam,adam+L2(0.5,space='z'),adam+L2(0.001,space='p'),adamw(statistics_from='total')+SAM(0.1,space='p')"
+# The famous ones; one penalty in z and in p; Adam in the coordinates of standardized inputs; a second gradient per step.
+# Radii and λ fit the raw digits.
+_RECIPES = (
+    "sgd,rmsprop,adam,adam+L2(0.5,space='z'),adam+L2(0.001,space='p'),adam(inputs=BNP()),"
+    "adamw(statistics_from='total')+SAM(0.1,space='p')"
+)
 
 # One argument; the commas in it are read by the parser of entrants.
 _Text = Annotated[str, tyro.conf.arg(metavar="A,B,…")]

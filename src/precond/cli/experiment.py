@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,12 +20,13 @@ from precond.workloads import Entrant, Outcome, Plan, Workload, train, write_ato
 
 @dataclass(frozen=True)
 class Job:
-    """One training: of which entrant, how, under which file name, and what it is called."""
+    """One training: of which entrant, how, under which file name, what it is called, and whether it is part of a search."""
 
     entrant: Entrant
     plan: Plan
     slug: str
     title: str
+    is_trial: bool = False
 
 
 class Watcher(Protocol):
@@ -105,7 +107,7 @@ class Experiment:
     def _trials(self, index: int, entrant: Entrant) -> Iterator[Job]:
         for i, lr in enumerate(self.candidates):
             plan = replace(self.plan, lr=lr, seed=self.search_seed)
-            yield Job(entrant, plan, f"{index:02d}-{entrant.recipe}-search-{i:02d}", f"{entrant.label}, trial lr {lr:g}")
+            yield Job(entrant, plan, f"{index:02d}-{entrant.recipe}-search-{i:02d}", f"{entrant.label}, trial lr {lr:g}", True)
 
     def _finals(self, index: int, entrant: Entrant, lr: float | None) -> Iterator[Job]:
         for seed in self.seeds:
@@ -131,8 +133,6 @@ def _final_loss(outcome: Outcome) -> float:
 
 
 def _save_model(path: Path, model: torch.nn.Module) -> None:
-    import io
-
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
     write_atomically(path, buffer.getvalue())

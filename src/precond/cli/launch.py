@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def launch(
         experiment, problem = _experiment(settings, tuple(entrants), seeds, lr)
     folder = Folder(settings.out or _default_folder(command, settings.data, identity), settings.checkpoint_seconds)
     if command == "train":
-        experiment = _saving(experiment, folder.path / "model.pt")
+        experiment = replace(experiment, model_path=folder.path / "model.pt")
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=160)
@@ -139,12 +139,6 @@ def _default_folder(command: str, data: str, identity: dict[str, Any]) -> Path:
     """Other settings, other folder: the same command finds its own work again."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
     return Path("runs") / f"{command}-{data.replace(':', '-')}-{digest}"
-
-
-def _saving(experiment: Experiment, path: Path) -> Experiment:
-    from dataclasses import replace
-
-    return replace(experiment, model_path=path)
 
 
 def _given(value: float, problem: Problem) -> Target:

@@ -32,6 +32,7 @@ class Live:
     def __init__(self, console: Console, amount: int, stop: Stop, metric: str | None) -> None:
         self._console, self._amount, self._stop, self._metric = console, amount, stop, metric
         self.done = self.known = 0
+        self._searched = False
         self.current: Job | None = None
         self._drawn_at = 0.0
         self._progress = Progress(
@@ -73,11 +74,17 @@ class Live:
         self.known += known
         self.current = None
         self._progress.update(self._all, completed=self.done)
-        if not known and "-search-" not in job.slug:
+        if known:
+            return
+        if job.is_trial:
+            self._searched = True
+        else:
             self._say(f"{job.title}: {self._result(outcome)}")
 
     def chosen(self, entrant: Entrant, trials: tuple[Trial, ...], lr: float) -> None:
-        self._say(f"{entrant.label}: lr {lr:g} is best of {len(trials)} trials on the validation part")
+        if self._searched:
+            self._say(f"{entrant.label}: lr {lr:g} is best of {len(trials)} trials on the validation part")
+        self._searched = False
 
     def _say(self, line: str) -> None:
         width = len(str(self._amount))

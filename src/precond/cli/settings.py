@@ -76,7 +76,7 @@ class Settings:
     batch_size: int = 64
     schedule: Decay = "cosine"
     warmup: int = 0
-    grid: Numbers = (1e-4, 1.0, 9)
+    grid: Numbers = (1e-4, 10.0, 11)
     search_seed: int = 1000
 
     examples: int | None = None
@@ -104,7 +104,7 @@ class Settings:
         """
         if len(self.grid) != 3 or self.grid[2] != int(self.grid[2]):
             raise ValueError(
-                f"grid: need lowest, highest and number of points, such as 1e-4,1,9; got {','.join(map(str, self.grid))}"
+                f"grid: need lowest, highest and number of points, such as 1e-4,10,11; got {','.join(map(str, self.grid))}"
             )
         return Grid(self.grid[0], self.grid[1], int(self.grid[2])).values()
 

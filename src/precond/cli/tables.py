@@ -9,17 +9,13 @@ from precond.report import Results, Row, numbers
 
 
 def final_table(results: Results, rows: list[Row]) -> Table:
-    """Entrants, what they reached, and the work to the target (medians over seeds)."""
+    """Entrants, their losses after the last step, and the work to the target (medians over seeds)."""
     metric = results.metric
-    drawn = Table(
-        title=f"{results.title}: target {results.target.part} loss {numbers.short(results.target.value)}", title_justify="left"
-    )
+    goal = f"{results.target.part} loss {numbers.short(results.target.value)}"
+    drawn = Table(title=f"{results.title}: final losses; steps, gradients and time to {goal}", title_justify="left")
     drawn.add_column("entrant", overflow="fold")
-    headings = ["lr", "training loss"]
-    if results.held_out:
-        headings.append("validation loss")
-    headings += ["test loss", f"test {metric}"] if metric else ["test loss"]
-    for heading in (*headings, "steps to target", "gradients", "time"):
+    headings = ["lr", "training", *(["validation"] if results.held_out else []), "test"]
+    for heading in (*headings, *([f"test {metric}"] if metric else []), "steps", "gradients", "time"):
         drawn.add_column(heading, justify="right")
     for row in rows:
         cells = [numbers.short(row.lr), numbers.loss_spread(row.train_loss)]

@@ -14,13 +14,11 @@ def short(x: float) -> str:
     """To three significant digits, without an exponent where it is readable so.
 
     Example:
-        >>> [short(x) for x in (0.0123456, 12.3456, 12345.6, 3.2e-6, 510, float("nan"))]
-        ['0.0123', '12.3', '12,346', '3.2e-06', '510', '–']
+        >>> [short(x) for x in (0.0123456, 0.0001, 12.3456, 12345.6, 3.2e-6, 510, float("nan"))]
+        ['0.0123', '0.0001', '12.3', '12,346', '3.2e-06', '510', '–']
     """
     if not math.isfinite(x):
         return NONE
-    if x == 0 or 1e-4 <= abs(x) < 1e-3:
-        return f"{x:.3g}" if x == 0 else f"{x:.2e}"
     if abs(x) >= 1000:
         return f"{x:,.0f}" if abs(x) < 1e7 else f"{x:.3g}"
     return f"{x:.3g}"
@@ -49,7 +47,7 @@ def loss_spread(spread: Spread | None) -> str:
         return NONE
     if not (math.isfinite(spread.std) and spread.std > 0):
         return short(spread.mean)
-    if max(abs(spread.mean), spread.std) < 1e-3 or abs(spread.mean) >= 1e4:
+    if max(abs(spread.mean), spread.std) < 1e-4 or abs(spread.mean) >= 1e4:
         return f"{short(spread.mean)} ± {spread.std:.1e}"
     places = max(0, 1 - math.floor(math.log10(spread.std)))
     return f"{spread.mean:.{places}f} ± {spread.std:.{places}f}"

@@ -11,6 +11,9 @@ from pathlib import Path
 class WriteError(OSError):
     """A file could not be written; what was there before is intact."""
 
+    def __str__(self) -> str:
+        return str(self.strerror)
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a crash at any moment leaves either the old content or the new.

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from precond import PreconditionedGD, schedules
+from precond import PreconditionedGD, preconditioners, schedules
 from precond.regularizers import L1, L2, SAM, GradientNorm, Regularizer
 from precond.workloads.entrant import RECIPES, Entrant
 from precond.workloads.suggestions import did_you_mean
 
 REGULARIZERS: Mapping[str, type[Regularizer]] = {cls.__name__: cls for cls in (L1, L2, GradientNorm, SAM)}
-SCHEDULES: Mapping[str, type[schedules.Schedule]] = {cls.__name__: cls for cls in (schedules.TimesLr, schedules.Warmup)}
+# What may stand as a value beside literals: schedules of a penalty's number, and preconditioners (adam(inputs=BNP())).
+VALUES: Mapping[str, type[Any]] = {cls.__name__: cls for cls in (schedules.TimesLr, schedules.Warmup)} | {
+    name: cls
+    for name, cls in vars(preconditioners).items()
+    if isinstance(cls, type) and issubclass(cls, preconditioners.Preconditioner) and dataclasses.is_dataclass(cls)
+}
 
 # What a training or a recipe decides itself, and what torch has for its own kernels.
 _RESERVED = {"params", "regularizers", "nonfinite", "preconditioner", "naming", "maximize"} | {
@@ -30,8 +36,8 @@ class SyntaxProblem(ValueError):
 def parse_entrants(text: str) -> tuple[Entrant, ...]:
     """Entrants separated by commas.
 
-    Values are Python literals, ``inf``, or a schedule of a penalty's number (``TimesLr(0.25)``, ``Warmup(0.1, 500)``);
-    nothing is evaluated.
+    Values are Python literals, ``inf``, a schedule of a penalty's number (``TimesLr(0.25)``, ``Warmup(0.1, 500)``), or a
+    preconditioner (``BNP()``); nothing is evaluated.
 
     Raises:
         SyntaxProblem: for anything else, for unknown names (the message offers the nearest), for entrants that are there twice.
@@ -134,11 +140,11 @@ def _value(node: ast.expr, label: str) -> Any:
         return math.inf
     if isinstance(node, ast.Call):
         name, positional, options = _call(node, label)
-        if name not in SCHEDULES:
+        if name not in VALUES:
             raise SyntaxProblem(
-                f"{label!r}: unknown schedule {name!r}{did_you_mean(name, SCHEDULES)} (there are {', '.join(SCHEDULES)})"
+                f"{label!r}: unknown value {name!r}{did_you_mean(name, VALUES)} (there are {', '.join(VALUES)})"
             )
-        return _made(SCHEDULES[name], positional, options, label)
+        return _made(VALUES[name], positional, options, label)
     try:
         return ast.literal_eval(node)
     except ValueError as error:
