@@ -118,6 +118,18 @@ def structured():
     return BlockDiagonal(blocks, tuple(START)), oracle.Given(P, [SCALE, W, B, *arrows])
 
 
+def within(i, *tensors):
+    """Tensors as index ranges of a part i of the vector."""
+    return [torch.searchsorted(i, t) for t in tensors]
+
+
+def adagrad_on_biases():
+    """AdaGrad on the biases, RMS on the rest."""
+    biases, rest = torch.cat([B, C]), torch.cat([SCALE, W, V])
+    parts = [(biases, oracle.adagrad()(within(biases, B, C))), (rest, oracle.rms(0.9)(within(rest, SCALE, W, V)))]
+    return oracle.Parts(parts)
+
+
 def given_diagonal(d):
     return oracle.Given(torch.diag(d), TENSORS, diagonal=True)
 
@@ -149,6 +161,18 @@ PRECONDITIONERS = {
     "dense@(rms@dense)": (
         Fixed(Dense(P1)) @ (RMS(0.9) @ Fixed(Dense(P2))),
         lambda: oracle.Chain(oracle.Given(P1), oracle.Chain(oracle.rms(0.9)(TENSORS), oracle.Given(P2), TENSORS), TENSORS),
+    ),
+    "(dense@rms)@dense": (
+        (Fixed(Dense(P1)) @ RMS(0.9)) @ Fixed(Dense(P2)),
+        lambda: oracle.Chain(oracle.Chain(oracle.Given(P1), oracle.rms(0.9)(TENSORS), TENSORS), oracle.Given(P2), TENSORS),
+    ),
+    "route@dense": (
+        Route([("*.bias", AdaGrad())], otherwise=RMS(0.9)) @ Fixed(Dense(P1)),
+        lambda: oracle.Chain(adagrad_on_biases(), oracle.Given(P1), TENSORS, structured=True),
+    ),
+    "dense@route": (
+        Fixed(Dense(P1)) @ Route([("*.bias", AdaGrad())], otherwise=RMS(0.9)),
+        lambda: oracle.Chain(oracle.Given(P1), adagrad_on_biases(), TENSORS, structured=True),
     ),
     "structured@rms": (
         Fixed(structured()[0]) @ RMS(0.9),
@@ -355,6 +379,7 @@ OPTIONS = {
     "max_norm": {"max_norm": 0.3},
     "maximize": {"params": lambda net: [{"params": net, "maximize": True}], "objective": lambda p: -flat_loss(p)},
     "loop": {"engine": "loop"},
+    "momentum": {"momentum": {"beta": 0.7}},
 }
 
 

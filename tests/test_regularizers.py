@@ -22,6 +22,7 @@ from precond import (
     LossClosure,
     PreconditionedGD,
     Route,
+    TimesLr,
     is_matrix,
     vec,
 )
@@ -152,6 +153,17 @@ def test_m_alone_will_do_for_q_2(penalty):
         return penalty.probe(at)[0] if penalty.probes else penalty.term(at).vec
 
     torch.testing.assert_close(term(root=False), term(root=True))
+
+
+def test_one_learning_rate_on_the_device_is_one_number_to_every_tensor():
+    """TimesLr of a tensor is the same λ everywhere: M alone will do."""
+    params = [nn.Parameter(t.clone()) for t in split(p)]
+    opt = PreconditionedGD(
+        params, torch.tensor(0.1), preconditioner=Fixed(GramOnly(M)), regularizers=[GradientNorm(TimesLr(1.0), method="exact")]
+    )
+    opt.step(LossClosure(lambda: vec.flatten(tuple(params)).square().sum() / 2))
+    expected = p - 0.1 * M @ p - 0.02 * M @ M @ p
+    torch.testing.assert_close(vec.flatten(tuple(q.detach() for q in params)), expected)
 
 
 def test_for_other_q_the_root_matters():

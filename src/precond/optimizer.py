@@ -44,7 +44,8 @@ class PreconditionedGD(torch.optim.Optimizer):
         regularizers: penalties; at most one may need a second gradient.
         momentum: None, or an average of cotangents or tangents.
         statistics_from: ``"loss"``: P is built from the clean gradient; ``"total"``: from the regularized one, allowed where
-            no regularizer's cotangent depends on P.
+            no regularizer's cotangent depends on P; ``"lagged"``: likewise, and where one does, it is taken with the P before
+            the step (for SAM and gradient norms in z: with the clean gradient's P steps grow without bound as it vanishes).
         max_norm: clip the assembled gradient to this norm, in ``norm_space``; None: do not. (In p, where nothing probes, the
             statistics see the clipped gradient, as after ``clip_grad_norm_``.)
         norm_space: ``"z"`` (√(aᵀMa)) or ``"p"`` (‖a‖).
@@ -78,7 +79,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         preconditioner: Preconditioner,
         regularizers: Iterable[Regularizer] = (),
         momentum: Momentum | None = None,
-        statistics_from: Literal["loss", "total"] = "loss",
+        statistics_from: Literal["loss", "total", "lagged"] = "loss",
         max_norm: float | None = None,
         norm_space: Literal["z", "p"] = "z",
         nonfinite: Literal["propagate", "raise", "skip"] = "propagate",
@@ -90,7 +91,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         self.naming = Naming.generic(choice) if naming is None else naming
         name = self.naming.name
         checks.non_negative(name, lr=lr)
-        checks.one_of(name, "statistics_from", statistics_from, ("loss", "total"))
+        checks.one_of(name, "statistics_from", statistics_from, ("loss", "total", "lagged"))
         checks.one_of(name, "norm_space", norm_space, ("z", "p"))
         checks.one_of(name, "nonfinite", nonfinite, ("propagate", "raise", "skip"))
         checks.one_of(name, "engine", engine, ("auto", "loop", "fused"))
@@ -244,24 +245,27 @@ class PreconditionedGD(torch.optim.Optimizer):
         seen = synchronized(self._observer) if distributed() else self._observer.collect()
         for cell in self._cells:
             cell.inputs = seen
-        if not seen and self._observer.wanted and not self._told:
+        if not seen and self._observer.expecting and not self._told:
             self._told = True
             warnings.warn(
                 "no layer inputs were observed since the last step: was the model compiled and called before the optimizer was "
                 "made, or are layers called by their forward() or by functions? Such layers keep their gradient",
                 stacklevel=5,
             )
-        return vec.all_finite(tuple(t for m in seen.values() for t in (m.mean, m.spread)))
+        # A sum is inf or NaN where a term is: one number is read.
+        parts = [t.reshape(-1) for m in seen.values() for t in (m.mean, m.spread)]
+        return not parts or bool(torch.cat([t.double() for t in parts]).sum().isfinite())
 
     def _want(self) -> None:
         """Tell the observer what the next step needs."""
         assert self._observer is not None
-        self._observer.wanted = {
+        frozen = [site.name for site in self._observer.sites if not site.weight.requires_grad]
+        self._observer.wanted = {(site, request): None for site in frozen for request in self._requests} | {
             (site, request): reference
             for cell in self._cells
             if cell.handled
             for site, request, reference in cell.preconditioner.wanted(cell.state)
-        }
+        }  # a frozen weight may be thawed before the next forward, which the observer then sees
 
     def _watch_again(self) -> None:
         """The step is over: the next forwards are its successor's."""
@@ -381,7 +385,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         observed = let_go and self.rules.statistics_from == "loss"
         if observed:
             loop.observe(point, point.g)
-        states = None if observed or regularizer.space == "p" else loop.ahead(point, point.g)
+        states = None if observed or regularizer.space == "p" else loop.ahead(point, self.rules)
         evidence = Evidence(observed=observed)
         deltas = regularizer.probe(point.at(k, lambda: point.maps(states), memo=evidence.memo))
         if let_go:
@@ -426,7 +430,9 @@ class PreconditionedGD(torch.optim.Optimizer):
     def _fuse(self, loss: Any) -> bool:
         """Take the step by fused kernels, where they compute it; False where they do not."""
         kernels = self._kernels()
-        if kernels is None or self._requests or self._pending is not None or getattr(self, "found_inf", None) is not None:
+        if kernels is None or self._pending is not None or getattr(self, "found_inf", None) is not None:
+            return False
+        if not self._collect():
             return False
         work = []
         for cell, kernel in zip(self._cells, kernels, strict=True):
@@ -435,6 +441,8 @@ class PreconditionedGD(torch.optim.Optimizer):
                 keep = tuple(i for i, x in enumerate(g) if x is not None)
                 if not keep:
                     continue
+                if not cell.preconditioner.entrywise:
+                    return False
                 cell, g = cell.restricted(keep), [g[i] for i in keep]
             if any(x.is_sparse or x.dtype != p.dtype for x, p in zip(g, cell.block.params, strict=True)):  # type: ignore[union-attr]
                 return False
@@ -639,7 +647,7 @@ def _validate(name: str, choice: Choice, statistics_from: str) -> None:
         if statistics_from == "total" and r.circular:
             raise ValueError(
                 f"{name}: statistics_from='total' builds P from the regularized gradient, and {type(r).__name__} in z needs P "
-                "for that gradient; use statistics_from='loss', or space='p'"
+                "for that gradient; use statistics_from='loss' or 'lagged', or space='p'"
             )
     second = [type(r).__name__ for r in choice.regularizers if r.probes or r.exact]
     if len(second) > 1:

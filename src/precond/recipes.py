@@ -71,8 +71,8 @@ def _make(
 
 
 def _statistics(regularizers: Iterable[Regularizer]) -> str:
-    """From the regularized gradient, as torch's coupled decay and the literature's SAM-Adam, unless a penalty in z needs P for it."""
-    return "loss" if any(r.circular for r in regularizers) else "total"
+    """From the regularized gradient, as torch's coupled decay and the literature's SAM-Adam; penalties in z take the P before."""
+    return "lagged" if any(r.circular for r in regularizers) else "total"
 
 
 def _sgd(group: Mapping[str, Any]) -> Choice:
@@ -231,8 +231,8 @@ def adam(
     adapting to P₁ᵀg: params must then be the model.
 
     Arguments as in :func:`sgd` and in torch. ``weight_decay`` is λ‖p‖² with λ = weight_decay/2, which enters the statistics
-    as in torch. With SAM or GradientNorm in p the statistics are those of the regularized gradient, as when a SAM wrapper
-    steps Adam; in z they are the clean gradient's, which P must be known for. Ye, eqs. (6)–(8), (10).
+    as in torch. With SAM or GradientNorm the statistics are those of the regularized gradient, as when a SAM wrapper steps
+    Adam; in z the penalty is then taken with the P before the step (``statistics_from="lagged"``). Ye, eqs. (6)–(8), (10).
     """
     name = "adamw" if decoupled_weight_decay else "adam"
     if len(betas) != 2:
@@ -240,7 +240,7 @@ def adam(
     checks.fraction(name, **{"betas[0]": betas[0], "betas[1]": betas[1]})
     checks.non_negative(name, eps=eps, weight_decay=weight_decay)
     regularizers = tuple(regularizers)
-    coupled = not decoupled_weight_decay or any(r.probes for r in regularizers)
+    coupled = not decoupled_weight_decay or any(r.probes or r.exact for r in regularizers)
     options.setdefault("statistics_from", _statistics(regularizers) if coupled else "loss")
     defaults = {
         "betas": betas,

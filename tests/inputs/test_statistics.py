@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from inputs.layers import data
 from torch import Tensor, nn
 
+from inputs.layers import data
 from precond import BNP, PreconditionedGD
 
 torch.set_num_threads(1)

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from precond.engine.arrow import arrow
 from precond.engine.cells import Cell, Choice
 from precond.engine.loop import Rules
 from precond.maps import Identity
 from precond.momentum import Momentum
-from precond.preconditioners import RMS, AdaGrad, Fixed
+from precond.preconditioners import BNP, RMS, AdaGrad, Fixed
 from precond.regularizers import L2
 from precond.vec import Scalar
 
@@ -39,11 +40,15 @@ def kernel(cell: Cell, choice: Choice, rules: Rules) -> Kernel | None:
     plain = all(
         leaf.param.device.type == "cpu" and leaf.param.dtype in (torch.float32, torch.float64) for leaf in cell.block.leaves
     )
-    if decay is None or rules.max_norm is not None or not plain or not cell.handled:
+    if decay is None or rules.max_norm is not None or not plain:
         return None
     P, momentum = cell.preconditioner, cell.momentum
     if momentum is not None and not momentum.beta and momentum.kind != "ema":
         momentum = None
+    if isinstance(P, BNP) and cell.handled and not decay.coupled:
+        return arrow(cell, P, momentum, decay.decoupled)
+    if not cell.handled:
+        P = Fixed()
     match P, momentum:
         case RMS(start="zero", bias_correction=True, centered=False), Momentum(kind="ema", start="zero", of="cotangent"):
             if P.eps > 0 and momentum.corrected and not (decay.coupled and decay.decoupled):
@@ -55,10 +60,9 @@ def kernel(cell: Cell, choice: Choice, rules: Rules) -> Kernel | None:
             if P.eps > 0 and not decay.decoupled:
                 return _Adagrad(P, decay)
         case Fixed(map_=Identity()), None:
-            return _SGD(0.0, False, decay.coupled + decay.decoupled)
+            return _SGD(0.0, False, decay)
         case Fixed(map_=Identity()), Momentum(kind="heavy_ball" | "nesterov", of="cotangent", dampening=0.0):
-            if not decay.decoupled:
-                return _SGD(momentum.beta, momentum.kind == "nesterov", decay.coupled)
+            return _SGD(momentum.beta, momentum.kind == "nesterov", decay)
     return None
 
 
@@ -168,15 +172,17 @@ class _Adagrad:
 class _SGD:
     beta: float
     nesterov: bool
-    weight_decay: float
+    decay: _Decay
 
     def __call__(self, cell: Cell, p: Sequence[Tensor], g: Sequence[Tensor], lr: Scalar, maximize: bool) -> None:
         torch._foreach_add_(cell.state["step"], 1)
+        if self.decay.decoupled:
+            torch._foreach_mul_(p, 1 - lr * self.decay.decoupled)
         torch._fused_sgd_(
             p,
             g,
             list(cell.average["m"]) if self.beta else [],
-            weight_decay=self.weight_decay,
+            weight_decay=self.decay.coupled,
             momentum=self.beta,
             lr=lr,
             dampening=0.0,

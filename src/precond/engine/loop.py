@@ -26,7 +26,8 @@ class Rules:
     """What a step obeys beside its groups' strategies.
 
     Attributes:
-        statistics_from: ``"loss"``: P is built from the clean gradient; ``"total"``: from the regularized one.
+        statistics_from: ``"loss"``: P is built from the clean gradient; ``"total"``: from the regularized one;
+            ``"lagged"``: likewise, a penalty in z being taken with the P before the step.
         max_norm: bound of the assembled gradient's norm, or None.
         norm_space: the space of that norm.
     """
@@ -60,29 +61,44 @@ def observe(point: Point, gradient: Vec) -> None:
         cell.observe(cell.state, gradient[span])
 
 
-def ahead(point: Point, gradient: Vec) -> list[State]:
-    """The states as they would be after :func:`observe`; nothing is changed."""
+def ahead(point: Point, rules: Rules) -> list[State]:
+    """The states of which P is made for a probe; nothing is changed.
+
+    They are those after :func:`observe`, or, with lagged statistics, those before the step (of the first step: after it).
+    """
     states = []
     for cell, span in point.spans:
-        state = cell.state.ahead()
-        cell.observe(state, gradient[span])
-        states.append(state)
+        if rules.statistics_from == "lagged" and min(cell.state.steps) > 0:
+            states.append(cell.state)
+        else:
+            state = cell.state.ahead()
+            cell.observe(state, point.g[span])
+            states.append(state)
     return states
 
 
 def step(point: Point, rules: Rules, evidence: Evidence) -> Vec:
     """Move the parameters' values ``point.p`` (in place) and commit all state; returns the step u in p ← p − αu."""
     regularizers = point.choices[0].regularizers
+    lagged = rules.statistics_from == "lagged"
     maps = cache(point.maps)  # after `observe`: asked for by the late terms alone
+    before = cache(lambda: point.maps(ahead(point, rules)))
     ats = [
-        point.at(k, maps, found=evidence.found.get(k, ()), hessian=evidence.hessian, memo=evidence.memo)
-        for k in range(len(regularizers))
+        point.at(
+            k,
+            before if r.circular and lagged else maps,
+            found=evidence.found.get(k, ()),
+            hessian=evidence.hessian,
+            memo=evidence.memo,
+        )
+        for k, r in enumerate(regularizers)
     ]
-    early = [r.term(at) for r, at in zip(regularizers, ats, strict=True) if not r.needs_map]
+    is_early = [not r.needs_map or (r.circular and lagged) for r in regularizers]
+    early = [r.term(at) for r, at, now in zip(regularizers, ats, is_early, strict=True) if now]
     a = assemble(point.g, early)
     factor: Tensor | None = None
     if not evidence.observed:
-        source = a if rules.statistics_from == "total" else point.g
+        source = point.g if rules.statistics_from == "loss" else a
         settled = not any(r.circular for r in regularizers) and not evidence.found
         if rules.max_norm is not None and rules.norm_space == "p" and settled:
             # As when torch.nn.utils.clip_grad_norm_ runs before the step: the statistics see the clipped gradient.
@@ -90,7 +106,7 @@ def step(point: Point, rules: Rules, evidence: Evidence) -> Vec:
             source, a = vec.scale(source, factor), vec.scale(a, factor)
         observe(point, source)
     P = point.joined(maps())
-    late = [r.term(at) for r, at in zip(regularizers, ats, strict=True) if r.needs_map]
+    late = [r.term(at) for r, at, now in zip(regularizers, ats, is_early, strict=True) if not now]
     a = assemble(a, late)
     if rules.max_norm is not None and factor is None:
         length = vec.norm(a) if rules.norm_space == "p" else vec.dot(a, P.gram(a)).clamp_min(0).sqrt()

@@ -37,7 +37,7 @@ class AttentionTap(Tap):
         # Queries may be more or fewer than keys: one group each.
         parts = []
         for i, x in enumerate(self._inputs(args, kwargs)):
-            own = None if reference is None else Reference(reference.mean[i : i + 1], reference.precision[i : i + 1])
+            own = None if reference is None else Reference(reference.mean[i : i + 1], reference.variance[i : i + 1])
             parts.append(covariance(self._flat(x), own) if request.kind == "covariance" else of_rows(self._flat(x), own))
         return Moments(*(torch.cat([getattr(p, name) for p in parts]) for name in ("count", "mean", "spread", "activity")))
 

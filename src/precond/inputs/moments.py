@@ -25,10 +25,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Reference:
-    """What was known of the inputs before the batch: μ and 1/σ², shape (groups, n)."""
+    """What was known of the inputs before the batch: μ and σ², shape (groups, n)."""
 
     mean: Tensor
-    precision: Tensor
+    variance: Tensor
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def _moments(x: Tensor, samples: int, reference: Reference | None, full: bool = 
     spread = d.mT @ d / x.shape[1] - outer(mean, x) if full else None
     square = d.square_()
     variance = (square.mean(samples) - mean.square()).clamp_min_(0)
-    precision = 1 / variance if reference is None else reference.precision
-    activity = square.mul_(precision.unsqueeze(samples)).clamp_max_(1.0).nan_to_num_(0.0).mean(samples)
+    known = variance if reference is None else reference.variance
+    activity = square.clamp_(max=known.unsqueeze(samples)).mean(samples).div_(known).nan_to_num_(0.0)
     return Moments(_count(x, x.shape[samples]), shift + mean, variance if spread is None else spread, activity)
 
 

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from precond.hooks import WeakHook, remove
 from precond.inputs.moments import Moments, Reference, Request, pool
@@ -46,6 +46,8 @@ class Observer:
         work = self._work.get(module)  # None in a shallow copy, such as nn.DataParallel's replicas
         if work is None or not (self.enabled and module.training and watching()) or _transformed() or not self._counts(module):
             return
+        if any(isinstance(x, Tensor) and not x.numel() for x in (*args, *kwargs.values())):
+            return  # an empty batch shows nothing
         device = work[0][0].weight.device.type
         full = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         with torch.no_grad(), full:
@@ -70,6 +72,11 @@ class Observer:
         if pending:
             self._without_grad[module] = pending - 1
         return pending > 0
+
+    @property
+    def expecting(self) -> bool:
+        """Whether some layer that trains is to be observed."""
+        return any(site.weight.requires_grad and (site.name, r) in self.wanted for site in self.sites for r in self.requests)
 
     def collect(self) -> Seen:
         """What was seen since :meth:`clear`."""

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from precond import checks
-from precond.blocks import Block, state_dtype
+from precond.blocks import Block, State, state_dtype
 from precond.inputs import Request
 from precond.maps import LinearMap, Standardizing
 from precond.preconditioners.input_side import InputSide, LayerPart
 from precond.vec import Vec
+
+
+_DENSE = 20  # steps that are all observed
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class BNP(InputSide):
         conv: convolutions have one feature per input ``"channel"`` or per ``"patch"`` entry.
         width_scaling: divide M by q² = max(n/N, 1), n inputs and N samples (Lange et al., §3.3): transfers learning rates
             between widths and batch sizes; conditioning is as before.
+        every: after the first 20 steps inputs are observed in each ``every``-th one (and ρ is ρ^every), which the
+            averages hardly notice. With ``decay=0`` always.
 
     Raises:
         TypeError: (with an optimizer) where parameters are given instead of a module, whose inputs can be observed.
@@ -43,15 +48,28 @@ class BNP(InputSide):
     damping: float = 0.01
     conv: Literal["channel", "patch"] = "channel"
     width_scaling: bool = False
+    every: int = 4
 
     def __post_init__(self) -> None:
         checks.fraction("BNP", decay=self.decay)
         checks.non_negative("BNP", damping=self.damping)
+        checks.positive("BNP", every=self.every)
         checks.one_of("BNP", "conv", self.conv, ("channel", "patch"))
 
     @property
     def request(self) -> Request:
         return Request("moments", self.conv)
+
+    def _sparse(self, step: float) -> bool:
+        """Whether a step comes after those that are all observed."""
+        return self.decay > 0 and step > _DENSE
+
+    def wants(self, state: State) -> bool:
+        step = min(state.steps) + 1
+        return not self._sparse(step) or step % self.every == 0
+
+    def rate(self, step: float) -> float:
+        return self.decay**self.every if self._sparse(step) else self.decay
 
     def fresh(self, part: LayerPart, block: Block) -> dict[str, Tensor]:
         weight = block.leaves[part.weight].param

@@ -88,7 +88,9 @@ class InputSide(Preconditioner):
     def wanted(self, state: State) -> list[tuple[str, Request, Reference | None]]:
         if not self.wants(state):
             return []
-        return [(p.site.name, self.request, self.reference(p, self._of(p, state))) for p in self.parts(state.block)]
+        # After two steps there is something to measure activity against; before, the batch is its own reference.
+        known = self.damping > 0 and self.decay > 0 and min(state.steps) >= 2
+        return [(p.site.name, self.request, self.reference(self._of(p, state)) if known else None) for p in self.parts(state.block)]
 
     def init(self, block: Block) -> dict[str, Any]:
         return {_key(k, part): v for part in self.parts(block) for k, v in self.fresh(part, block).items()}
@@ -97,30 +99,33 @@ class InputSide(Preconditioner):
         for part in self.parts(state.block):
             found = (seen.inputs or {}).get((part.site.name, self.request))
             if found is not None:
-                self.fold(self._of(part, state), found)
+                self.fold(self._of(part, state), found, self.rate(min(state.steps)))
 
-    def fold(self, mine: dict[str, Tensor], new: Moments) -> None:
+    def rate(self, step: float) -> float:
+        """ρ of what is observed for a step."""
+        return self.decay
+
+    @staticmethod
+    def fold(mine: dict[str, Tensor], new: Moments, decay: float) -> None:
         r"""Running averages by the law of total variance, with the old μ: σ² ← ρσ² + (1−ρ)[σ_A² + ρ(μ_A − μ)²].
 
         ρ_t = min(ρ, 1 − N_t/ΣN): pooled at first, so that one sample does not count like many.
         """
         count = mine["count"]
         # With ρ = 0 the statistics are those of the newest batch, and so is the number of samples behind them.
-        count.copy_(new.count) if self.decay == 0 else count.add_(new.count)
-        rho = (1 - new.count / count).clamp_max(self.decay)[:, None]
+        count.copy_(new.count) if decay == 0 else count.add_(new.count)
+        gain = (new.count / count).clamp_min_(1 - decay)[:, None]  # 1 − ρ_t
         delta = new.mean - mine["mean"]
         name = "variance" if "variance" in mine else "covariance"
-        rho_ = rho if name == "variance" else rho[..., None]
-        mine[name].mul_(rho_).add_((1 - rho_) * (new.spread + rho_ * outer(delta, new.spread)))
-        mine["mean"].add_((1 - rho) * delta)
-        mine["activity"].copy_(mine["activity"] * rho + (1 - rho) * new.activity)
+        gain_ = gain if name == "variance" else gain[..., None]
+        mine[name].lerp_(new.spread, gain_).addcmul_(outer(delta, new.spread), gain_ * (1 - gain_))
+        mine["mean"].addcmul_(delta, gain)
+        mine["activity"].lerp_(new.activity.to(mine["activity"].dtype), gain.to(mine["activity"].dtype))
 
-    def reference(self, part: LayerPart, state: dict[str, Tensor]) -> Reference | None:
-        """What is known of the inputs already; None before there is a variance, and where nothing is damped."""
-        if self.damping == 0 or self.decay == 0 or bool((state["count"] < 2).any()):
-            return None
+    def reference(self, state: dict[str, Tensor]) -> Reference:
+        """What is known of the inputs already."""
         variance = state["variance"] if "variance" in state else state["covariance"].diagonal(dim1=-2, dim2=-1)
-        return Reference(state["mean"], 1 / variance)
+        return Reference(state["mean"], variance)
 
     def damping_of(self, square: Tensor, activity: Tensor) -> Tensor:
         r"""What damping adds to a variance: ε E[h²], and for inputs that are rarely active a share of the layer's mean E[h²].

@@ -133,9 +133,12 @@ def searches(results: Results) -> str:
         rates = [trial.lr for entry in results.entries for trial in entry.search]
         axes.set_xlim(min(rates) / 1.4, max(rates) * 1.4)
         log_axis(axes.xaxis)
-        if losses and min(losses) > 0 and max(losses) / min(losses) > _LOG_FROM:
+        # As in the curves: a trial that ended far above where it began must not flatten all the others.
+        began = [run.curve.validation_loss[0] for entry in results.entries for run in entry.runs if run.curve.validation_loss]
+        high = min(max(losses, default=1.0), 1.5 * max(began, default=math.inf))
+        if losses and min(losses) > 0 and high / min(losses) > _LOG_FROM:
             axes.set_yscale("log")
-            axes.set_ylim(min(losses) * 0.85, max(losses) * 1.15)
+            axes.set_ylim(min(losses) * 0.7, high * 1.15)
             log_axis(axes.yaxis)
         axes.set_xlabel("learning rate")
         axes.set_ylabel("final validation loss")

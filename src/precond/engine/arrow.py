@@ -1,0 +1,77 @@
+"""BNP's step in place: three passes over the weight, no temporary of its size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from precond.engine.cells import Cell
+from precond.maps import Standardizing
+from precond.momentum import Momentum
+from precond.preconditioners import BNP
+from precond.vec import Scalar
+
+
+@dataclass
+class Arrow:
+    r"""W ← W − α dW, b ← b − α db with dW = (g_W − g_b μᵀ)/σ̃², db = β²g_b − dW μ (Ye, eqs. 25–27), expanded.
+
+    With s = 1/σ̃²: W ← W − α g_W∘s + α g_b(μ∘s)ᵀ and dW μ = g_W(μ∘s) − g_b Σμ²s. The vectors are kept until inputs are observed again.
+    """
+
+    P: BNP
+    momentum: Momentum | None
+    decay: float
+    _known: tuple[Tensor, Tensor, Tensor, float | Tensor] | None = field(default=None, repr=False)
+
+    def __call__(self, cell: Cell, p: Sequence[Tensor], g: Sequence[Tensor], lr: Scalar, maximize: bool) -> None:
+        torch._foreach_add_(cell.state["step"], 1)
+        if cell.inputs:
+            cell.observe(cell.state, tuple(g))
+            self._known = None
+        lr = float(lr)
+        if self.decay:
+            torch._foreach_mul_(p, 1 - lr * self.decay)
+        if self.momentum is not None:
+            # Folded in place of the gradient, which stays as it is.
+            m = cell.average["m"]
+            torch._foreach_mul_(m, self.momentum.beta)
+            torch._foreach_add_(m, g, alpha=-1 if maximize else 1)
+            g, maximize = m, False
+        alpha = lr if maximize else -lr
+        if self._known is None and (int(cell.state["count"].min()) == 0):
+            torch._foreach_add_(p, g, alpha=alpha)
+            return
+        s, shifted, square, scale = self._known = self._known or self._vectors(cell)
+        W, gW = p[0].view(p[0].shape[0], -1), g[0].reshape(p[0].shape[0], -1)
+        W.addcmul_(gW, s, value=alpha)
+        if len(p) > 1:
+            gb = g[1]
+            W.addr_(gb, shifted, alpha=-alpha)
+            p[1].add_(torch.addmv(gb * (scale + square), gW, shifted, alpha=-1), alpha=alpha)
+
+    def _vectors(self, cell: Cell) -> tuple[Tensor, Tensor, Tensor, float | Tensor]:
+        """(1/σ̃², μ/σ̃², Σμ²/σ̃², β²)."""
+        P = cell.map(cell.state)
+        assert isinstance(P, Standardizing)
+        s, mean = P.std[0, 0] ** -2, P.mean[0, 0]
+        shifted = mean * s
+        return s, shifted, torch.dot(mean, shifted), P.beta**2 if isinstance(P.beta, float) else (P.beta**2).reshape(())
+
+
+def arrow(cell: Cell, P: BNP, momentum: Momentum | None, decay: float) -> Arrow | None:
+    """The kernel of a layer with one group of rows and its whole bias, or None."""
+    parts = P.parts(cell.block)
+    if len(parts) != 1 or parts[0].rows != slice(None) or parts[0].weight != 0:
+        return None
+    layout = parts[0].site.layout(P.request)
+    alone = len(cell.block.leaves) == (1 if parts[0].bias is None else 2)
+    contiguous = cell.block.params[0].is_contiguous()
+    if not alone or layout.groups != 1 or layout.transposed or not contiguous:
+        return None
+    if momentum is not None and (momentum.kind != "heavy_ball" or momentum.of != "cotangent" or momentum.dampening):
+        return None
+    return Arrow(P, momentum, decay)
