@@ -1,6 +1,6 @@
 """What a probing regularizer costs: a step with its gradients, against as many gradients and the plain step.
 
-    python benchmarks/probes.py
+python benchmarks/probes.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The optimizer step alone against torch's best variant, and against the bytes that it must move.
 
-    python benchmarks/step.py
+python benchmarks/step.py
 """
 
 from __future__ import annotations

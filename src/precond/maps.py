@@ -164,6 +164,7 @@ class Diagonal(LinearMap):
     """
 
     diagonal = True
+    holes = True  # some entries may be 0
 
     def __init__(self, d: Vec):
         self.d = self.like = d
@@ -189,6 +190,8 @@ class Diagonal(LinearMap):
     def damped(self, delta: float) -> LinearMap:
         if delta == 0:
             return self
+        if not self.holes:
+            return InverseRoot(tuple(h.add(h.mean(), alpha=delta) if h.numel() else h for h in self.denominator), holes=False)
         return InverseRoot(vec.map_(lambda h: h + delta * _mean(h, h.isfinite()), self.denominator))
 
     @property
@@ -200,10 +203,15 @@ class InverseRoot(Diagonal):
     """P = diag(h^(−1/2)), given by the denominator h of M = diag(1/h). Where h = ∞, P is 0, and so is P⁻¹ by convention.
 
     M v is one division, so that g/(√r + ε) comes out as torch.optim rounds it; the root is taken only when asked for.
+
+    Args:
+        denominator: h, tensors of the parameters' shapes.
+        holes: whether some h may be ∞.
     """
 
-    def __init__(self, denominator: Vec):
+    def __init__(self, denominator: Vec, holes: bool = True):
         self.denominator = self.like = denominator  # type: ignore[misc]
+        self.holes = holes
 
     @cached_property
     def d(self) -> Vec:  # type: ignore[override]
@@ -275,7 +283,9 @@ class GramOnly(LinearMap):
         self._gram, self.like = Dense(gram, like), like
 
     def _refuse(self, v: Vec) -> Vec:
-        raise ValueError("this preconditioner states M = P Pᵀ and no root P; give the root, Fixed(Dense(P)), where one is needed")
+        raise ValueError(
+            "this preconditioner states M = P Pᵀ and no root P; give the root, Fixed(Dense(P)), where one is needed"
+        )
 
     mv = rmv = solve = rsolve = _refuse
 

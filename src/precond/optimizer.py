@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -126,7 +127,8 @@ class PreconditionedGD(torch.optim.Optimizer):
         self._choices: list[Choice] = []
         self._options: list[tuple[Any, ...]] = []
         self._live: list[bool] = []
-        self._fused: tuple[list[fused.Kernel] | None] | None = None
+        self._fused: list[fused.Kernel] | None = None
+        self._fuses: bool | None = None
         self._pending: Probe | None = None
         self._recorder: Recorder | None = None
         self._observer: Observer | None = None
@@ -154,7 +156,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             self.state[leaf.param].setdefault(key, tensor) if keep else self.state[leaf.param].__setitem__(key, tensor)
             self.state[leaf.param][key] = tensor
         self._leaves, self._choices, self._cells = leaves, choices, cells
-        self._options, self._fused, self._pending = self._read_options(), None, None
+        self._options, self._fuses, self._pending = self._read_options(), None, None
         self._live = [leaf.param.requires_grad for leaf in leaves]
 
     def residuals(self, leaves: Sequence[Leaf]) -> list[tuple[Leaf, str, Tensor]]:
@@ -162,7 +164,11 @@ class PreconditionedGD(torch.optim.Optimizer):
         if self.rounding != "kahan":
             return []
         return [
-            (leaf, "residual", self.state.get(leaf.param, {}).get("residual", torch.zeros_like(leaf.param, requires_grad=False)))
+            (
+                leaf,
+                "residual",
+                self.state.get(leaf.param, {}).get("residual", torch.zeros_like(leaf.param, requires_grad=False)),
+            )
             for leaf in leaves
             if leaf.param.requires_grad and leaf.param.dtype in (torch.bfloat16, torch.float16)
         ]
@@ -170,7 +176,9 @@ class PreconditionedGD(torch.optim.Optimizer):
     def _follow_groups(self) -> None:
         """Follow the groups: their numbers may have changed, parameters may have been frozen or thawed."""
         options = self._read_options()
-        if self._live != [leaf.param.requires_grad for leaf in self._leaves] or _structure(options) != _structure(self._options):
+        if self._live != [leaf.param.requires_grad for leaf in self._leaves] or _structure(options) != _structure(
+            self._options
+        ):
             self._bind()
         elif options != self._options:
             self._choices = [self.naming.build(g) for g in self.param_groups]
@@ -178,7 +186,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             plan = engine_cells.strategies(self._leaves, sorted(live), self._choices)
             for cell, (_, preconditioner, momentum) in zip(self._cells, plan, strict=True):
                 cell.preconditioner, cell.momentum = preconditioner, momentum
-            self._options, self._fused = options, None
+            self._options, self._fuses = options, None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its ``"params"`` may be a module. State is made at once."""
@@ -297,6 +305,8 @@ class PreconditionedGD(torch.optim.Optimizer):
         loss, graph = None, None
         if closure is not None:
             self.restore()
+            if self._observer is not None:
+                self._observer.clear()  # the closure makes the gradient anew, and its forward shows all inputs
             loss, graph = self._gradients(closure)
         elif self._gradient_based is not None:
             self._check_probed()
@@ -397,6 +407,8 @@ class PreconditionedGD(torch.optim.Optimizer):
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.cancel()
+            if self._observer is not None:
+                self._observer.enabled = True
 
     @property
     def _devices(self) -> set[torch.device]:
@@ -421,40 +433,60 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def _kernels(self) -> list[fused.Kernel] | None:
         """The fused kernel of each cell, or None where some cell has none."""
-        if self._fused is None:
-            fits = self.engine != "loop" and self._gradient_based is None
-            kernels = [fused.kernel(c, self._choices[c.block.leaves[0].group], self.rules) for c in self._cells] if fits else [None]
-            self._fused = (None if None in kernels else kernels,)
-        return self._fused[0]
+        if self._fuses is None:
+            # With statistics of the regularized gradient the step after a probe is a plain step with that gradient.
+            plain = self._gradient_based is None or self.rules.statistics_from != "loss"
+            found = [self._kernel(cell) for cell in self._cells] if self.engine != "loop" and plain else [None]
+            kernels = [k for k in found if k is not None]
+            self._fuses = len(kernels) == len(found)
+            self._fused = kernels if self._fuses else None
+        return self._fused
+
+    def _kernel(self, cell: Cell) -> fused.Kernel | None:
+        choice = self._choices[cell.block.leaves[0].group]
+        others = tuple(r for k, r in enumerate(choice.regularizers) if k != self._gradient_based)
+        return fused.kernel(cell, replace(choice, regularizers=others), self.rules)
 
     def _fuse(self, loss: Any) -> bool:
-        """Take the step by fused kernels, where they compute it; False where they do not."""
+        """Take a step without second gradients by fused kernels, where they compute it; False where they do not."""
         kernels = self._kernels()
-        if kernels is None or self._pending is not None or getattr(self, "found_inf", None) is not None:
+        if kernels is None or self._gradient_based is not None or getattr(self, "found_inf", None) is not None:
             return False
         if not self._collect():
             return False
         work = []
         for cell, kernel in zip(self._cells, kernels, strict=True):
-            g = [p.grad for p in cell.block.params]
-            if any(x is None for x in g):
-                keep = tuple(i for i, x in enumerate(g) if x is not None)
-                if not keep:
-                    continue
+            grads = [p.grad for p in cell.block.params]
+            g = [x for x in grads if x is not None]
+            if not g:
+                continue
+            if len(g) < len(grads):
                 if not cell.preconditioner.entrywise:
                     return False
-                cell, g = cell.restricted(keep), [g[i] for i in keep]
-            if any(x.is_sparse or x.dtype != p.dtype for x, p in zip(g, cell.block.params, strict=True)):  # type: ignore[union-attr]
+                cell = cell.restricted(tuple(i for i, x in enumerate(grads) if x is not None))
+            if any(x.is_sparse or x.dtype != p.dtype for x, p in zip(g, cell.block.params, strict=True)):
                 return False
             work.append((kernel, cell, g))
-        if self.nonfinite != "propagate" and not all(vec.all_finite(g) for _, _, g in work):
-            return False
-        if self.nonfinite != "propagate" and loss is not None and not finite_loss(loss):
-            return False
+        if self.nonfinite != "propagate":
+            finite = all(vec.all_finite(tuple(g)) for _, _, g in work) and (loss is None or finite_loss(loss))
+            if not finite:
+                return False
         for kernel, cell, g in work:
             leaf = cell.block.leaves[0]
             kernel(cell, cell.block.params, g, self._lr(leaf), self.param_groups[leaf.group]["maximize"])
         self.last = Record(self, loss)
+        return True
+
+    def _fuse_probed(self, point: Point, evidence: Evidence) -> bool:
+        """The same with the gradient that a probing regularizer has made; False where no kernels compute that."""
+        kernels = self._kernels()
+        if kernels is None or not evidence.found or point.cells != self._cells:
+            return False
+        ((k, found),) = evidence.found.items()
+        at = point.at(k, point.maps, found=found, memo=evidence.memo)
+        a = loop.assemble(point.g, [point.choices[0].regularizers[k].term(at)])
+        for kernel, (cell, span) in zip(kernels, point.spans, strict=True):
+            kernel(cell, cell.block.params, a[span], self._lr(cell.block.leaves[0]), False)
         return True
 
     def _finish(self, loss: Any, graph: list[Tensor | None] | None) -> None:
@@ -475,9 +507,11 @@ class PreconditionedGD(torch.optim.Optimizer):
         if self._skip(point, pending, loss, good_inputs):
             self.last = Record(self, loss, gradients=count, skipped=True, scale=scale)
         elif point.cells:
-            u = loop.step(point, self.rules, evidence)
-            self._write_back(point)
-            length = vec.norm(vec.scale(u, point.lr))
+            length = None
+            if not self._fuse_probed(point, evidence):
+                u = loop.step(point, self.rules, evidence)
+                self._write_back(point)
+                length = vec.norm(vec.scale(u, point.lr))
             self.last = Record(self, loss, gradients=count, scale=None if pending is not None else scale, length=length)
         if pending is not None:
             pending.give_back()
@@ -489,7 +523,12 @@ class PreconditionedGD(torch.optim.Optimizer):
             return True
         if self.nonfinite == "propagate":
             return not good_inputs or (pending is not None and pending.refused)
-        good = good_inputs and vec.all_finite(point.g) and (pending is None or pending.finite) and (loss is None or finite_loss(loss))
+        good = (
+            good_inputs
+            and vec.all_finite(point.g)
+            and (pending is None or pending.finite)
+            and (loss is None or finite_loss(loss))
+        )
         if not good and self.nonfinite == "raise":
             if pending is not None:
                 pending.give_back()
@@ -579,6 +618,9 @@ class PreconditionedGD(torch.optim.Optimizer):
                 regularizers = point.choices[0].regularizers
                 return sum((r.value(point.at(k, point.maps)) for k, r in enumerate(regularizers)), start=0.0)
             case _:
+                kept = self._gradient_based is None or all("m" in c.average for c in point.cells)
+                if length is None and not kept:
+                    return float("nan")
                 if length is None:
                     length = vec.norm(vec.scale(loop.last_update(point), point.lr))
                 return length / vec.norm(point.p)
@@ -609,7 +651,21 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.restore()
-        derived = ("_cells", "_leaves", "_choices", "_options", "_live", "_fused", "_pending", "_recorder", "_observer", "_warned", "_told", "last")
+        derived = (
+            "_cells",
+            "_leaves",
+            "_choices",
+            "_options",
+            "_live",
+            "_fused",
+            "_fuses",
+            "_pending",
+            "_recorder",
+            "_observer",
+            "_warned",
+            "_told",
+            "last",
+        )
         return {k: v for k, v in self.__dict__.items() if k not in derived and "hook" not in k}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -155,7 +155,7 @@ class Owners:
             for param in (site.weight, site.bias):
                 if param is not None:
                     sites.setdefault(param, []).append(site)
-        leaves = []
+        leaves: list[Leaf] = []
         for k, group in enumerate(param_groups):
             names = group.get("param_names") or [None] * len(group["params"])
             for name, param in zip(names, group["params"], strict=True):

@@ -90,7 +90,9 @@ def _check_loss(loss: Any) -> None:
     if loss is None:
         raise TypeError("the closure returned None; it must return the loss")
     if isinstance(loss, Tensor) and loss.numel() != 1:
-        raise ValueError(f"the closure returned a tensor of shape {tuple(loss.shape)}; it must return one number, e.g. loss.mean()")
+        raise ValueError(
+            f"the closure returned a tensor of shape {tuple(loss.shape)}; it must return one number, e.g. loss.mean()"
+        )
     if not isinstance(loss, Tensor | int | float):
         raise TypeError(f"the closure returned {type(loss).__name__}; it must return the loss, a tensor of one element")
 
@@ -202,7 +204,9 @@ class Probe:
         if self._after is not None:
             restore_random_state(self._after)
 
-    def complete(self, scale: float | Tensor | None, signed: Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]) -> Evidence:
+    def complete(
+        self, scale: float | Tensor | None, signed: Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]
+    ) -> Evidence:
         """All gradients found, as vectors of the point; the last one is taken from ``.grad``."""
         last = unscaled([leaf.param.grad for leaf in self.leaves], scale)
         place = {leaf: i for i, leaf in enumerate(self.leaves)}

@@ -76,7 +76,7 @@ def _statistics(regularizers: Iterable[Regularizer]) -> str:
 
 
 def _sgd(group: Mapping[str, Any]) -> Choice:
-    kind = "nesterov" if group["nesterov"] else "heavy_ball"
+    kind: Literal["nesterov", "heavy_ball"] = "nesterov" if group["nesterov"] else "heavy_ball"
     momentum = Momentum(group["momentum"], kind, start="first_gradient", dampening=group["dampening"])
     return Choice(Fixed(), momentum, (L2(group["weight_decay"] / 2, space="p"),))
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 Vec = tuple[Tensor, ...]
+Tensors = tuple[Tensor, ...] | list[Tensor]
+"""What torch's multi-tensor operations take."""
 Scalar = float | Tensor
 """A number, or a tensor of one element (a learning rate that must not be read by the host)."""
 
@@ -93,8 +95,10 @@ def unflatten(flat: Tensor, like: Vec) -> Vec:
 
 def add_scaled_(a: Vec, b: Vec, s: Sequence[Scalar]) -> None:
     """a ← a + s·b in place, one scalar per tensor."""
-    if len({x for x in s if not isinstance(x, Tensor)}) == 1 and not any(isinstance(x, Tensor) for x in s):
-        torch._foreach_add_(a, b, alpha=s[0])
+    first = s[0] if s else 0.0
+    if not isinstance(first, Tensor) and all(not isinstance(x, Tensor) and x == first for x in s):
+        if a:
+            torch._foreach_add_(a, b, alpha=first)
         return
     for t, u, x in zip(a, b, s, strict=True):
         t.add_(u * x) if isinstance(x, Tensor) else t.add_(u, alpha=x)

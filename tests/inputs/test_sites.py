@@ -291,7 +291,7 @@ def test_groups_of_modules_and_of_decay_are_observed():
 @pytest.mark.parametrize("make", [adamw, lambda m: PreconditionedGD(m, preconditioner=BNP())], ids=["adamw", "BNP"])
 def test_lazy_modules_need_a_first_forward(make):
     model = nn.Sequential(nn.LazyConv1d(4, 1), nn.Flatten(), nn.LazyLinear(2))
-    with pytest.raises(ValueError, match="lazy modules .* call the model on a batch first"):
+    with pytest.raises(ValueError, match=r"lazy modules .* call the model on a batch first"):
         make(model)
     model(torch.randn(2, 3, 5))
     optimizer = make(model)

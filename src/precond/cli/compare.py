@@ -17,7 +17,7 @@ from precond.workloads import parse_entrants
 # Radii and λ fit the raw digits.
 _RECIPES = (
     "sgd,rmsprop,adam,adam+L2(0.5,space='z'),adam+L2(0.001,space='p'),adam(inputs=BNP()),"
-    "adamw(statistics_from='total')+SAM(0.1,space='p')"
+    "adamw+SAM(0.05,space='p'),adamw+SAM(0.02,space='z')"
 )
 
 # One argument; the commas in it are read by the parser of entrants.

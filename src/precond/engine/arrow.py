@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +11,7 @@ from precond.engine.cells import Cell
 from precond.maps import Standardizing
 from precond.momentum import Momentum
 from precond.preconditioners import BNP
-from precond.vec import Scalar
+from precond.vec import Scalar, Tensors
 
 
 @dataclass
@@ -27,7 +26,7 @@ class Arrow:
     decay: float
     _known: tuple[Tensor, Tensor, Tensor, float | Tensor] | None = field(default=None, repr=False)
 
-    def __call__(self, cell: Cell, p: Sequence[Tensor], g: Sequence[Tensor], lr: Scalar, maximize: bool) -> None:
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         torch._foreach_add_(cell.state["step"], 1)
         if cell.inputs:
             cell.observe(cell.state, tuple(g))

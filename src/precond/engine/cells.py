@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from precond.blocks import Block, Leaf, State
+from precond.inputs.observer import Seen
 from precond.maps import Identity, LinearMap
 from precond.momentum import Momentum
-from precond.inputs.observer import Seen
 from precond.preconditioners.base import Preconditioner
 from precond.preconditioners.base import Seen as Evidence
 from precond.regularizers.base import Regularizer

@@ -5,11 +5,10 @@ They read every tensor once. What they cannot do takes :mod:`precond.engine.loop
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from precond.engine.arrow import arrow
 from precond.engine.cells import Cell, Choice
@@ -18,9 +17,9 @@ from precond.maps import Identity
 from precond.momentum import Momentum
 from precond.preconditioners import BNP, RMS, AdaGrad, Fixed
 from precond.regularizers import L2
-from precond.vec import Scalar
+from precond.vec import Scalar, Tensors
 
-Kernel = Callable[[Cell, Sequence[Tensor], Sequence[Tensor], Scalar, bool], None]
+Kernel = Callable[[Cell, Tensors, Tensors, Scalar, bool], None]
 """(cell, parameters, gradients, lr, maximize): one step of the cell."""
 
 _FOREVER = 1e9  # a step count at which 1 − βᵗ is exactly 1
@@ -88,7 +87,7 @@ class _Adam:
     momentum: Momentum
     decay: _Decay
 
-    def __call__(self, cell: Cell, p: Sequence[Tensor], g: Sequence[Tensor], lr: Scalar, maximize: bool) -> None:
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         adam = torch._fused_adam_ if self.decay.coupled else torch._fused_adamw_
         state = cell.state
         torch._foreach_add_(state["step"], 1)
@@ -116,7 +115,7 @@ class _RMSprop:
     P: RMS
     decay: _Decay
 
-    def __call__(self, cell: Cell, p: Sequence[Tensor], g: Sequence[Tensor], lr: Scalar, maximize: bool) -> None:
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         state = cell.state
         torch._foreach_add_(state["step"], 1)
         never = torch.tensor(_FOREVER)
@@ -152,7 +151,7 @@ class _Adagrad:
     P: AdaGrad
     decay: _Decay
 
-    def __call__(self, cell: Cell, p: Sequence[Tensor], g: Sequence[Tensor], lr: Scalar, maximize: bool) -> None:
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         state = cell.state
         torch._foreach_add_(state["step"], 1)
         torch._fused_adagrad_(
@@ -174,7 +173,7 @@ class _SGD:
     nesterov: bool
     decay: _Decay
 
-    def __call__(self, cell: Cell, p: Sequence[Tensor], g: Sequence[Tensor], lr: Scalar, maximize: bool) -> None:
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         torch._foreach_add_(cell.state["step"], 1)
         if self.decay.decoupled:
             torch._foreach_mul_(p, 1 - lr * self.decay.decoupled)

@@ -1,6 +1,6 @@
 """One step, written as the equations: the reference that every faster way is tested against.
 
-    P.observe(g);  c, d = Σ terms;  p ← p − α( M · momentum(g + c) + d );  prox
+P.observe(g);  c, d = Σ terms;  p ← p − α( M · momentum(g + c) + d );  prox
 """
 
 from __future__ import annotations
@@ -156,10 +156,10 @@ def _average(point: Point, a: Vec, of: str, fold: bool = True) -> Vec:
 
 
 def last_update(point: Point) -> Vec:
-    """The u of the step just taken, from the state that it left, where no regularizer needed further gradients."""
+    """The u of the step just taken, from the state that it left; exact where an average holds what was descended."""
     P = point.joined(point.maps())
     regularizers = point.choices[0].regularizers
-    terms = [r.term(point.at(k, point.maps)) for k, r in enumerate(regularizers)]
+    terms = [r.term(point.at(k, point.maps)) for k, r in enumerate(regularizers) if not (r.probes or r.exact)]
     a = assemble(point.g, terms)
     before = _average(point, a, "cotangent", fold=False)
     u = _average(point, P.gram(before), "tangent", fold=False)

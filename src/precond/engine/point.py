@@ -73,7 +73,8 @@ class Point:
             return [value(x, t, lr) for x, t, lr in zip(fields, self.steps, self.lr, strict=True)]
 
         takes_part = tuple(
-            matches(mine[leaf.group].where, leaf) and not all(_is_zero(getattr(mine[leaf.group], name)) for name in first.scalars)
+            matches(mine[leaf.group].where, leaf)
+            and not all(_is_zero(getattr(mine[leaf.group], name)) for name in first.scalars)
             for leaf in self.leaves
         )
 
@@ -150,5 +151,3 @@ def gather(
         p.append(wide_p if rest is None else wide_p + rest)
     steps = [t.item() + 1 for cell in kept for t in cell.state["step"]]
     return Point(kept, tuple(leaves), tuple(p), tuple(g), [lr(leaf) for leaf in leaves], steps, choices)
-
-

@@ -31,7 +31,9 @@ class AttentionTap(Tap):
     def layout(self, weight: Weight, request: Request) -> Layout:
         return Layout(3) if weight.param is self.module.in_proj_weight else Layout()
 
-    def moments(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight, request: Request, reference: Reference | None) -> Moments:
+    def moments(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight, request: Request, reference: Reference | None
+    ) -> Moments:
         if weight.param is not self.module.in_proj_weight:
             return super().moments(args, kwargs, weight, request, reference)
         # Queries may be more or fewer than keys: one group each.
@@ -64,7 +66,13 @@ class AttentionTap(Tap):
         """What ``out_proj`` will see: the attention once more, with the identity in its place and the same random numbers."""
         m = self.module
         names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
-        call = {"key_padding_mask": None, "attn_mask": None, "is_causal": False, **dict(zip(names, args, strict=False)), **kwargs}
+        call = {
+            "key_padding_mask": None,
+            "attn_mask": None,
+            "is_causal": False,
+            **dict(zip(names, args, strict=False)),
+            **kwargs,
+        }
         # Under autocast the inputs may be narrower than the weights, and nothing casts them here.
         wide = m.out_proj.weight.dtype
         q, k, v = (call[name].detach().to(wide) for name in names[:3])

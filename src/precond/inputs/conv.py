@@ -31,7 +31,9 @@ class ConvTap(Tap):
         x = args[0] if args else kwargs["input"]
         return x if x.ndim == self.module.weight.ndim else x[None]
 
-    def moments(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight, request: Request, reference: Reference | None) -> Moments:
+    def moments(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight, request: Request, reference: Reference | None
+    ) -> Moments:
         if request.kind == "covariance" or request.conv == "patch":
             return super().moments(args, kwargs, weight, request, reference)
         x = self._batch(args, kwargs).detach()

@@ -69,8 +69,8 @@ def pool(parts: Sequence[Moments]) -> Moments:
     """The moments of all samples together (law of total variance, in float64)."""
     if len(parts) == 1:
         return parts[0]
-    sums = [sum(column) for column in zip(*(p.raw() for p in parts), strict=True)]
-    return Moments.from_raw(*sums, parts[0].mean.dtype)  # type: ignore[arg-type]
+    count, total, square, activity = (sum(column[1:], column[0]) for column in zip(*(p.raw() for p in parts), strict=True))
+    return Moments.from_raw(count, total, square, activity, parts[0].mean.dtype)
 
 
 def of_rows(x: Tensor, reference: Reference | None = None) -> Moments:

@@ -89,9 +89,9 @@ def survey(modules: Iterable[tuple[str, nn.Module]]) -> Survey:
                 taps.setdefault(weight.param, []).append((path, tap, weight))
             if isinstance(module, nn.MultiheadAttention):
                 known.add(module.out_proj)  # never called as a module
-        for param in module._parameters.values():
-            if param is not None and param not in seen and not (tap is not None and param.ndim == 1):
-                others[param] = path
+        for own in module._parameters.values():
+            if own is not None and own not in seen and not (tap is not None and own.ndim == 1):
+                others[own] = path
     sites = []
     for param, found in taps.items():
         path, first, weight = found[0]

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from precond.maps import Layout
 from precond.inputs.moments import Moments, Reference, Request, covariance, of_rows
+from precond.maps import Layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,9 @@ class Tap(ABC):
     def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight) -> Tensor:
         """All inputs that a row of the weight meets in a call, shape (groups, N, n)."""
 
-    def moments(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight, request: Request, reference: Reference | None) -> Moments:
+    def moments(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight, request: Request, reference: Reference | None
+    ) -> Moments:
         """Moments of these inputs."""
         x = self.rows(args, kwargs, weight).detach()
         return covariance(x, reference) if request.kind == "covariance" else of_rows(x, reference)

@@ -49,7 +49,7 @@ class AdaGrad(Preconditioner):
         if self.eps > 0:
             torch._foreach_add_(h, self.eps)
         else:
-            h = [torch.where(x == 0, torch.inf, x) for x in h]
+            h = tuple(torch.where(x == 0, torch.inf, x) for x in h)
         if self.lr_decay:
             torch._foreach_mul_(h, [1 + (t - 1) * self.lr_decay for t in state.steps])
-        return InverseRoot(tuple(h))
+        return InverseRoot(tuple(h), holes=self.eps == 0)

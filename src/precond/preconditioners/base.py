@@ -45,13 +45,13 @@ class Preconditioner(ABC):
     Attributes:
         entrywise: its map acts entry by entry, so that any block serves and leaves may come and go.
         diagonal: its map is diagonal, as every entrywise one is.
-        root: its map states a root P of M = P Pᵀ.
+        states_root: its map states a root P of M = P Pᵀ.
         invertible: P has an inverse.
         advised_damping: the damping of M that penalties in z take unless told otherwise (math: M_r = (M⁻¹ + δI)⁻¹).
     """
 
     entrywise: bool = False
-    root: bool = True
+    states_root: bool = True
     invertible: bool = True
     advised_damping: float = 0.0
 

@@ -15,7 +15,6 @@ from precond.maps import LinearMap, Standardizing
 from precond.preconditioners.input_side import InputSide, LayerPart
 from precond.vec import Vec
 
-
 _DENSE = 20  # steps that are all observed
 
 

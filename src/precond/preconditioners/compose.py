@@ -36,8 +36,8 @@ class Composition(Preconditioner):
         return self.outer.diagonal and self.inner.diagonal
 
     @property
-    def root(self) -> bool:  # type: ignore[override]
-        return self.outer.root and self.inner.root
+    def states_root(self) -> bool:  # type: ignore[override]
+        return self.outer.states_root and self.inner.states_root
 
     @property
     def invertible(self) -> bool:  # type: ignore[override]
@@ -53,9 +53,7 @@ class Composition(Preconditioner):
     def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
         a, b = self.outer.partition(leaves), self.inner.partition(leaves)
         # An entrywise map takes any block, so the other one alone decides.
-        fine = (
-            [p.index for p in b] if self.outer.entrywise else [p.index for p in a] if self.inner.entrywise else None
-        )
+        fine = [p.index for p in b] if self.outer.entrywise else [p.index for p in a] if self.inner.entrywise else None
         if fine is None:
             fine = blocks.join([p.index for p in a], [p.index for p in b])
         return [Part(i, Composition(over(i, a), over(i, b))) for i in fine]

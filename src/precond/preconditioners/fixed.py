@@ -33,7 +33,7 @@ class Fixed(Preconditioner):
         return self.map_.diagonal
 
     @property
-    def root(self) -> bool:  # type: ignore[override]
+    def states_root(self) -> bool:  # type: ignore[override]
         return self.map_.root
 
     def partition(self, leaves: Sequence[Leaf]) -> list[Part]:

@@ -90,7 +90,9 @@ class InputSide(Preconditioner):
             return []
         # After two steps there is something to measure activity against; before, the batch is its own reference.
         known = self.damping > 0 and self.decay > 0 and min(state.steps) >= 2
-        return [(p.site.name, self.request, self.reference(self._of(p, state)) if known else None) for p in self.parts(state.block)]
+        return [
+            (p.site.name, self.request, self.reference(self._of(p, state)) if known else None) for p in self.parts(state.block)
+        ]
 
     def init(self, block: Block) -> dict[str, Any]:
         return {_key(k, part): v for part in self.parts(block) for k, v in self.fresh(part, block).items()}
@@ -155,7 +157,11 @@ class InputSide(Preconditioner):
     @staticmethod
     def _of(part: LayerPart, state: State) -> dict[str, Tensor]:
         suffix = _key("", part)
-        return {k.removesuffix(suffix): v for k, v in state.items() if k != "step" and k.endswith(suffix) and _number(k) == part.number}
+        return {
+            k.removesuffix(suffix): v
+            for k, v in state.items()
+            if k != "step" and k.endswith(suffix) and _number(k) == part.number
+        }
 
 
 def _key(name: str, part: LayerPart) -> str:
@@ -166,4 +172,3 @@ def _key(name: str, part: LayerPart) -> str:
 def _number(key: str) -> int:
     _, dot, number = key.rpartition(".")
     return int(number) if dot else 0
-

@@ -90,5 +90,5 @@ class RMS(Preconditioner):
         if self.eps > 0:
             torch._foreach_add_(h, self.eps)
         else:
-            h = [torch.where(x == 0, torch.inf, x) for x in h]
-        return InverseRoot(tuple(h))
+            h = tuple(torch.where(x == 0, torch.inf, x) for x in h)
+        return InverseRoot(tuple(h), holes=self.eps == 0)

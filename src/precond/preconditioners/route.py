@@ -27,7 +27,7 @@ class Route(Preconditioner):
 
     Example:
         >>> import precond
-        >>> Route([(precond.is_matrix, precond.AdaGrad())], otherwise=precond.RMS()).root
+        >>> Route([(precond.is_matrix, precond.AdaGrad())], otherwise=precond.RMS()).states_root
         True
     """
 
@@ -38,7 +38,9 @@ class Route(Preconditioner):
         object.__setattr__(self, "branches", tuple(tuple(b) for b in self.branches))
         for branch in self.branches:
             if not (len(branch) in (2, 3) and isinstance(branch[1], Preconditioner)):
-                raise TypeError(f"Route: a branch is (rule, preconditioner) or (rule, preconditioner, lr_scale), got {branch!r}")
+                raise TypeError(
+                    f"Route: a branch is (rule, preconditioner) or (rule, preconditioner, lr_scale), got {branch!r}"
+                )
             if len(branch) == 3:
                 checks.positive("Route", lr_scale=branch[2])
 
@@ -54,8 +56,8 @@ class Route(Preconditioner):
         return all(p.diagonal for p in self._all())
 
     @property
-    def root(self) -> bool:  # type: ignore[override]
-        return all(p.root for p in self._all())
+    def states_root(self) -> bool:  # type: ignore[override]
+        return all(p.states_root for p in self._all())
 
     @property
     def invertible(self) -> bool:  # type: ignore[override]

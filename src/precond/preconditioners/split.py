@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from precond.blocks import Block, State
 from precond.inputs import Reference, Request
-from precond.maps import BlockDiagonal, Identity, LinearMap
+from precond.maps import BlockDiagonal, LinearMap
 from precond.preconditioners.base import Part, Preconditioner, Seen
 
 
@@ -26,8 +26,8 @@ class Split(Preconditioner):
         return all(p.preconditioner.diagonal for p in self.parts)
 
     @property
-    def root(self) -> bool:  # type: ignore[override]
-        return all(p.preconditioner.root for p in self.parts)
+    def states_root(self) -> bool:  # type: ignore[override]
+        return all(p.preconditioner.states_root for p in self.parts)
 
     @property
     def invertible(self) -> bool:  # type: ignore[override]
@@ -52,8 +52,9 @@ class Split(Preconditioner):
 
     def observe(self, state: State, seen: Seen) -> None:
         for part, sub in self._each(state):
-            pick = lambda v, index=part.index: None if v is None else tuple(v[i] for i in index)  # noqa: E731
-            part.preconditioner.observe(sub, Seen(pick(seen.gradient), seen.inputs, pick(seen.momentum)))
+            own = tuple(seen.gradient[i] for i in part.index)
+            average = None if seen.momentum is None else tuple(seen.momentum[i] for i in part.index)
+            part.preconditioner.observe(sub, Seen(own, seen.inputs, average))
 
     def map(self, state: State) -> LinearMap:
         return BlockDiagonal([(p.index, p.preconditioner.map(sub)) for p, sub in self._each(state)], state.block.params)

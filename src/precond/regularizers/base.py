@@ -131,7 +131,7 @@ def uniform(values: Sequence[Scalar]) -> bool:
 
 def needs_root(owner: str, reason: str, preconditioner: Preconditioner) -> None:
     """Raise ValueError where a preconditioner states M alone."""
-    if not preconditioner.root:
+    if not preconditioner.states_root:
         raise ValueError(
             f"{owner}: {reason} depends on the root P of M = P Pᵀ, and {type(preconditioner).__name__} states no root; "
             "use space='p', or a preconditioner with a stated root (diagonal, BNP, Cholesky, Fixed(Dense(P)))"

@@ -156,5 +156,3 @@ def _dual(y: Vec, q: float, length: Tensor) -> Vec:
         return tuple(t.sign() * peak / count for t, peak in zip(y, peaks, strict=True))
     scale = _inverse(length)
     return vec.map_(lambda t: t.sign() * (t.abs() * scale) ** (q - 1), y)
-
-

@@ -87,5 +87,3 @@ class SAM(Regularizer):
     def value(self, at: At) -> Tensor | float:
         """ρ‖y‖, the rise of the loss to first order."""
         return max(at["rho"]) * at.space.dual_norm(at.g)
-
-
