@@ -19,7 +19,7 @@ from precond.engine.cells import Cell, Choice
 from precond.engine.loop import Evidence, Rules
 from precond.engine.point import Point, gather
 from precond.explanation import Explanation, explain
-from precond.inputs import Observer
+from precond.inputs import Observer, Reference, Request
 from precond.inputs.sync import check_alike, distributed, synchronized
 from precond.maps import BlockDiagonal, LinearMap
 from precond.momentum import Momentum
@@ -267,13 +267,13 @@ class PreconditionedGD(torch.optim.Optimizer):
     def _want(self) -> None:
         """Tell the observer what the next step needs."""
         assert self._observer is not None
+        # A frozen weight may be thawed before the next forward, which the observer then sees.
         frozen = [site.name for site in self._observer.sites if not site.weight.requires_grad]
-        self._observer.wanted = {(site, request): None for site in frozen for request in self._requests} | {
-            (site, request): reference
-            for cell in self._cells
-            if cell.handled
-            for site, request, reference in cell.preconditioner.wanted(cell.state)
-        }  # a frozen weight may be thawed before the next forward, which the observer then sees
+        wanted: dict[tuple[str, Request], Reference | None] = dict.fromkeys((f, r) for f in frozen for r in self._requests)
+        for cell in self._cells:
+            if cell.handled:
+                wanted |= {(site, request): known for site, request, known in cell.preconditioner.wanted(cell.state)}
+        self._observer.wanted = wanted
 
     def _watch_again(self) -> None:
         """The step is over: the next forwards are its successor's."""
@@ -286,7 +286,7 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     # --- the step ------------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step.
 
         Args:
@@ -388,8 +388,9 @@ class PreconditionedGD(torch.optim.Optimizer):
         point = self._point(unscaled(gradients, grad_scale))
         if not self._collect() or (watch and not vec.all_finite(point.g)):
             return Probe(self._leaves, modules, point, gradients, grad_scale, k, Evidence(), (), refused=True)
-        clean: list[Tensor | None] | None = unscaled(take_gradients(self._leaves), grad_scale)
-        point = self._point(clean)
+        taken = unscaled(take_gradients(self._leaves), grad_scale)
+        clean: list[Tensor | None] | None = taken
+        point = self._point(taken)
         # With SAM nothing but the statistics asks for the clean gradient later: commit them now and let it go.
         let_go = regularizer.replaces_gradient and not watch
         observed = let_go and self.rules.statistics_from == "loss"
@@ -533,7 +534,8 @@ class PreconditionedGD(torch.optim.Optimizer):
             if pending is not None:
                 pending.give_back()
             names = [leaf.name for leaf, g in zip(point.leaves, point.g, strict=False) if not g.isfinite().all()]
-            where = f"the gradient of {', '.join(names[:3])}" if names else "the loss or a probed gradient"
+            inputs = "the loss or a probed gradient" if good_inputs else "what a layer receives"
+            where = f"the gradient of {', '.join(names[:3])}" if names else inputs
             raise FloatingPointError(
                 f"{where} holds inf or NaN: nothing was changed; lower the learning rate, clip, or pass nonfinite='skip'"
             )
@@ -627,13 +629,13 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     # --- saving ----------------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """As torch.optim's; torch-named recipes use torch's names, and torch's class of that name loads it."""
         if self.probing:
             raise RuntimeError("state_dict: the parameters stand at a probed point; finish the step or call restore() first")
         return serialization.renamed(super().state_dict(), self)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this optimizer's state dict, or torch's of the recipe's name; all or nothing. State keeps its dtype.
 
         Raises:
@@ -646,26 +648,13 @@ class PreconditionedGD(torch.optim.Optimizer):
             state_dict = state_dict if changed is None else changed
         self.restore()
         serialization.load(self, state_dict)
+        self._watch_again()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self.restore()
-        derived = (
-            "_cells",
-            "_leaves",
-            "_choices",
-            "_options",
-            "_live",
-            "_fused",
-            "_fuses",
-            "_pending",
-            "_recorder",
-            "_observer",
-            "_warned",
-            "_told",
-            "last",
-        )
+        derived = {"_leaves", "_pending", "last", *_DERIVED}
         return {k: v for k, v in self.__dict__.items() if k not in derived and "hook" not in k}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -680,6 +669,9 @@ class PreconditionedGD(torch.optim.Optimizer):
             if listener is not None:
                 listener.close()
         self._recorder = self._observer = None
+
+
+_DERIVED = ("_cells", "_choices", "_options", "_live", "_fused", "_fuses", "_recorder", "_observer", "_warned", "_told")
 
 
 def _structure(options: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

@@ -95,7 +95,7 @@ class AttentionTap(Tap):
                 m.add_zero_attn,
                 m.dropout,
                 torch.eye(m.embed_dim, dtype=wide, device=q.device),
-                None,  # type: ignore[arg-type]
+                None,
                 training=m.training,
                 key_padding_mask=padding,
                 need_weights=False,

@@ -1,0 +1,31 @@
+r"""Linear maps p = P z on tuples of tensors.
+
+A preconditioner *is* such a map (Ye, eq. 4): gradients are pulled back by Pᵀ, steps are pushed forward by P,
+and ``gram`` is M = P Pᵀ, what a preconditioned step applies to the gradient (eq. 5).
+"""
+
+from precond.maps.base import Identity, LinearMap, Scaled, Transposed
+from precond.maps.composite import BlockDiagonal, Product, block_diagonal, compose
+from precond.maps.dense import Dense, GramOnly, Kronecker
+from precond.maps.diagonal import Diagonal, InverseRoot
+from precond.maps.layers import Layout, RowMatrix, Sliced, Standardizing
+
+__all__ = [
+    "BlockDiagonal",
+    "Dense",
+    "Diagonal",
+    "GramOnly",
+    "Identity",
+    "InverseRoot",
+    "Kronecker",
+    "Layout",
+    "LinearMap",
+    "Product",
+    "RowMatrix",
+    "Scaled",
+    "Sliced",
+    "Standardizing",
+    "Transposed",
+    "block_diagonal",
+    "compose",
+]

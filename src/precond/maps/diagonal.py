@@ -1,0 +1,88 @@
+"""Maps that act entry by entry."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from precond import vec
+from precond.maps.base import LinearMap
+from precond.vec import Vec
+
+
+class Diagonal(LinearMap):
+    """P = diag(d), d a tuple of tensors of the parameters' shapes.
+
+    Example:
+        >>> Diagonal((torch.tensor([2.0, 4.0]),)).gram((torch.tensor([1.0, 1.0]),))
+        (tensor([ 4., 16.]),)
+    """
+
+    diagonal = True
+    holes = True  # some entries may be 0
+
+    def __init__(self, d: Vec):
+        self.d = self.like = d
+
+    @cached_property
+    def denominator(self) -> Vec:
+        """The diagonal of M⁻¹ = diag(d)⁻²."""
+        return vec.map_(lambda d: d**-2, self.d)
+
+    def mv(self, v: Vec) -> Vec:
+        return vec.mul(self.d, v)
+
+    rmv = mv
+
+    def solve(self, v: Vec) -> Vec:
+        return vec.div(v, self.d)
+
+    rsolve = solve
+
+    def gram(self, v: Vec) -> Vec:
+        return vec.mul(self.d, vec.mul(self.d, v))
+
+    def damped(self, delta: float) -> LinearMap:
+        if delta == 0:
+            return self
+        if not self.holes:
+            return InverseRoot(tuple(h.add(h.mean(), alpha=delta) if h.numel() else h for h in self.denominator), holes=False)
+        return InverseRoot(vec.map_(lambda h: h + delta * _mean(h, h.isfinite()), self.denominator))
+
+    @property
+    def T(self) -> LinearMap:
+        return self
+
+
+class InverseRoot(Diagonal):
+    """P = diag(h^(−1/2)), given by the denominator h of M = diag(1/h). Where h = ∞, P is 0, and so is P⁻¹ by convention.
+
+    M v is one division, so that g/(√r + ε) comes out as torch.optim rounds it; the root is taken only when asked for.
+
+    Args:
+        denominator: h, tensors of the parameters' shapes.
+        holes: whether some h may be ∞.
+    """
+
+    def __init__(self, denominator: Vec, holes: bool = True):
+        self.denominator = self.like = denominator
+        self.holes = holes
+
+    @cached_property
+    def d(self) -> Vec:
+        return tuple(torch._foreach_rsqrt(self.denominator)) if self.denominator else ()
+
+    def solve(self, v: Vec) -> Vec:
+        return tuple(torch.where(h.isinf(), 0, x * h.sqrt()) for x, h in zip(v, self.denominator, strict=True))
+
+    rsolve = solve
+
+    def gram(self, v: Vec) -> Vec:
+        return vec.div(v, self.denominator)
+
+
+def _mean(x: Tensor, where: Tensor) -> Tensor:
+    """The mean of the entries of x for which a condition holds; 0 where it holds for none."""
+    return torch.where(where, x, 0).sum() / where.sum().clamp_min(1)

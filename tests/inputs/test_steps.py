@@ -1,0 +1,252 @@
+"""Statistics and steps: folded once, never with a skipped step; resumed, composed, and refused where they do not fit."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from inputs.layers import data
+from precond import BNP, L1, L2, RMS, SAM, AdaGrad, GradientNorm, LossClosure, Momentum, PreconditionedGD, Preconditioner
+from precond.schedules import TimesLr
+
+torch.set_num_threads(1)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.attention = nn.Conv1d(3, 4, 2), nn.LayerNorm(4), nn.MultiheadAttention(4, 2, kdim=4, vdim=4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.conv(x).movedim(2, 0))
+        return self.head(self.attention(h, h, h)[0])
+
+
+def make(preconditioner: Preconditioner, dtype: torch.dtype = torch.float64, **options) -> tuple[Net, PreconditionedGD]:
+    torch.manual_seed(0)
+    model = Net().to(dtype)
+    return model, PreconditionedGD(model, **{"lr": 0.05, **options}, preconditioner=preconditioner)
+
+
+def batch(k: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return data(6, 3, 5, seed=k).to(dtype)
+
+
+def step(model: nn.Module, optimizer: PreconditionedGD, k: int) -> None:
+    x = batch(k, next(model.parameters()).dtype)
+    optimizer.step(LossClosure(lambda: model(x).square().mean()))
+
+
+def snapshot(model: nn.Module, optimizer: PreconditionedGD) -> list[Tensor]:
+    return [t.clone() for p in model.parameters() for t in (p.detach(), *optimizer.state[p].values())]
+
+
+def check_same(a: list[Tensor], b: list[Tensor]) -> None:
+    assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+
+
+CHOICES: dict[str, Callable[[], Preconditioner]] = {
+    "BNP": lambda: BNP(),
+    "BNP @ RMS": lambda: BNP() @ RMS(),
+    "BNP @ AdaGrad": lambda: BNP(conv="patch") @ AdaGrad(),
+}
+PENALTIES = {
+    "plain": [],
+    "L2": [L2(0.01)],
+    "L1": [L1(0.01)],
+    "L1 proximal": [L1(0.01, proximal=True)],
+    "SAM": [SAM(0.05)],
+    "adaptive SAM": [SAM(0.05, adaptive=True)],
+    "gradient norm": [L2(0.01), GradientNorm(TimesLr(0.5))],
+    "exact": [GradientNorm(0.01, method="exact", q=1, power=1)],
+}
+
+
+# --- skipped steps ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+@pytest.mark.parametrize("penalties", [[], [SAM(0.05)], [GradientNorm(0.01)]], ids=["plain", "SAM", "gradient norm"])
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip", "raise"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_bad_inputs_skip_the_step_and_fold_nothing(choice, penalties, nonfinite, bad):
+    model, optimizer = make(choice(), nonfinite=nonfinite, regularizers=penalties)
+    step(model, optimizer, 0)
+    before = snapshot(model, optimizer)
+    x = batch(1)
+    x[2, 1, 3] = bad
+    attempt = lambda: optimizer.step(LossClosure(lambda: model(x).square().mean()))  # noqa: E731
+    if nonfinite == "raise":
+        with pytest.raises(FloatingPointError, match="inf or NaN"):
+            attempt()
+    else:
+        attempt()
+        assert optimizer.last.skipped
+    check_same(snapshot(model, optimizer), before)
+    step(model, optimizer, 2)
+    other = make(choice(), nonfinite=nonfinite, regularizers=penalties)
+    step(*other, 0)
+    step(*other, 2)
+    check_same(snapshot(model, optimizer), snapshot(*other))
+
+
+def test_bad_inputs_of_a_layer_whose_output_hides_them():
+    """The gradient is finite and the inputs are not: nothing is folded in."""
+    layer = nn.Linear(3, 2).double()
+    optimizer = PreconditionedGD(layer, lr=0.1, preconditioner=BNP(), nonfinite="raise")
+    x = batch(0)[:, :, 0].clone()
+    x[0, 0] = torch.inf
+    layer(x)[1:].sum().backward()
+    layer.weight.grad.nan_to_num_(0.0)
+    with pytest.raises(FloatingPointError, match="what a layer receives"):
+        optimizer.step()
+    assert optimizer.state[layer.weight]["count"].item() == 0
+
+
+@pytest.mark.parametrize("probing", [False, True], ids=["plain", "SAM"])
+def test_an_overflow_found_by_the_scaler_folds_nothing(probing):
+    model, optimizer = make(BNP() @ RMS(), torch.float32, regularizers=[SAM(0.05)] if probing else [])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    seen = []
+    for k, overflow in enumerate([False, True, False]):
+        before = snapshot(model, optimizer)
+        optimizer.zero_grad()
+        loss = lambda k=k: model(batch(k, torch.float32)).square().mean()  # noqa: E731
+        (scaler.scale(loss()) * (1e38 if overflow else 1.0)).backward()
+        while optimizer.probe(grad_scale=scaler.get_scale()):
+            scaler.scale(loss()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if overflow:
+            check_same(snapshot(model, optimizer), before)
+        seen.append(optimizer.state[model.conv.weight]["outer.count"].item())
+    assert seen == [30, 30, 60]
+    assert scaler.get_scale() == 2.0**9
+
+
+def test_statistics_are_folded_once_per_step():
+    model, optimizer = make(BNP())
+    for k in range(3):
+        optimizer.zero_grad()
+        for _ in range(2):
+            model(batch(k)).sum().backward()
+        optimizer.step()
+    assert optimizer.state[model.conv.weight]["count"].item() == 3 * 2 * 30
+    assert optimizer.state[model.conv.weight]["step"].item() == 3
+
+
+# --- resuming ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("penalties", PENALTIES.values(), ids=PENALTIES)
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+def test_resuming_is_never_having_stopped(choice, penalties, dtype):
+    options = {"regularizers": penalties, "momentum": Momentum(0.9)}
+    pair = make(choice(), dtype, **options)
+    for k in range(3):
+        step(*pair, k)
+    buffer = io.BytesIO()
+    torch.save({"model": pair[0].state_dict(), "optimizer": pair[1].state_dict()}, buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    torch.manual_seed(9)
+    resumed = make(choice(), dtype, **options)
+    step(*resumed, 7)
+    resumed[0].load_state_dict(saved["model"])
+    resumed[1].load_state_dict(saved["optimizer"])
+    check_same(snapshot(*pair), snapshot(*resumed))
+    for k in range(3, 6):
+        step(*pair, k)
+        step(*resumed, k)
+    check_same(snapshot(*pair), snapshot(*resumed))
+
+
+def test_bfloat16_parameters_resume_with_float32_statistics():
+    pair = make(BNP() @ RMS(), torch.bfloat16)
+    for k in range(2):
+        step(*pair, k)
+    resumed = make(BNP() @ RMS(), torch.bfloat16)
+    resumed[0].load_state_dict(pair[0].state_dict())
+    resumed[1].load_state_dict(copy.deepcopy(pair[1].state_dict()))
+    assert resumed[1].state[resumed[0].conv.weight]["outer.variance"].dtype == torch.float32
+    step(*pair, 2)
+    step(*resumed, 2)
+    check_same(snapshot(*pair), snapshot(*resumed))
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "message"),
+    [
+        (lambda: nn.Linear(3, 2), lambda: nn.Linear(4, 2), "'mean' of 'layer.weight' has shape"),
+        (lambda: nn.Conv1d(4, 4, 3), lambda: nn.Conv1d(4, 4, 3, groups=2), "of 'layer.weight' has shape"),
+        (lambda: nn.LayerNorm(3), lambda: nn.Linear(3, 3), "the state of 'layer.weight' has 'activity', 'count'"),
+    ],
+    ids=["width", "groups", "no layer"],
+)
+def test_a_state_dict_from_a_model_with_other_layers_is_refused(mine, theirs, message):
+    """All or nothing, and the message names the parameter."""
+    optimizer, other = (PreconditionedGD(nn.ModuleDict({"layer": m()}), preconditioner=BNP()) for m in (mine, theirs))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(other.state_dict())
+    after = optimizer.state_dict()
+    assert all(torch.equal(after["state"][i][k], v) for i, s in before["state"].items() for k, v in s.items())
+
+
+def test_other_layer_names_are_matched_by_name_and_told():
+    a, b = nn.ModuleDict({"one": nn.Linear(3, 2)}), nn.ModuleDict({"two": nn.Linear(3, 2)})
+    optimizer = PreconditionedGD(b, preconditioner=BNP())
+    with pytest.warns(UserWarning, match=r"start fresh: two.bias, two.weight; ignored: one.bias, one.weight"):
+        optimizer.load_state_dict(PreconditionedGD(a, preconditioner=BNP()).state_dict())
+
+
+# --- composition ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inner", ["RMS", "AdaGrad"])
+def test_composition_is_the_inner_method_in_the_outer_coordinates(inner):
+    """step = P₁·Adam(P₁ᵀg) with momentum kept in p: P₁ D⁻¹ P₁ᵀm̂, D = √r̂ + ε, r of (P₁ᵀg)²; P₁ of eq. (25)."""
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2).double()
+    choice = RMS(decay=0.9) if inner == "RMS" else AdaGrad()
+    optimizer = PreconditionedGD(layer, lr=0.05, preconditioner=BNP(decay=0.5, damping=0.0) @ choice, momentum=Momentum(0.8))
+    W, b = layer.weight.detach().clone(), layer.bias.detach().clone()
+    mean, variance, r, m = torch.zeros(3), torch.zeros(3), torch.zeros(2, 4), torch.zeros(2, 4)
+    for t in range(1, 6):
+        x = batch(t)[:, :, 0]
+        rho = min(0.5, 1 - 1 / t)
+        variance = rho * variance + (1 - rho) * (x.var(0, correction=0) + rho * (x.mean(0) - mean) ** 2)
+        mean = rho * mean + (1 - rho) * x.mean(0)
+        P = torch.eye(4, dtype=torch.float64)  # on rows [b, w]
+        P[0, 1:], P[1:, 1:] = -mean / variance.sqrt(), torch.diag(1 / variance.sqrt())
+        error = 2 * (x @ W.T + b) / (len(x) * 2)
+        g = torch.cat([error.sum(0)[:, None], error.T @ x], 1)
+        y = g @ P
+        r = 0.9 * r + 0.1 * y**2 if inner == "RMS" else r + y**2
+        m = 0.8 * m + 0.2 * g
+        D = (r / (1 - 0.9**t)).sqrt() + 1e-8 if inner == "RMS" else r.sqrt() + 1e-10
+        new = torch.cat([b[:, None], W], 1) - 0.05 * ((m / (1 - 0.8**t)) @ P / D) @ P.T
+        b, W = new[:, 0], new[:, 1:]
+        optimizer.zero_grad()
+        layer(x).square().mean().backward()
+        optimizer.step()
+        torch.testing.assert_close(layer.weight.detach(), W, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(layer.bias.detach(), b, rtol=1e-9, atol=1e-11)
+
+
+def test_what_the_outer_map_does_not_handle_the_inner_one_takes_over():
+    pair, plain = make(BNP() @ RMS()), make(RMS())
+    for k, (model, optimizer) in enumerate((pair, plain)):
+        optimizer.zero_grad()
+        torch.manual_seed(k)
+        model(batch(0)).square().mean().backward()
+        optimizer.step()
+    assert torch.equal(pair[0].norm.weight, plain[0].norm.weight)
+    assert not torch.equal(pair[0].head.weight, plain[0].head.weight)
