@@ -42,9 +42,10 @@ class Stepped:
         return [part for part in self.rows if part.weight.requires_grad]
 
 
-def stepped(case: Case, conv: str, **options) -> Stepped:
+def stepped(case: Case, conv: str, engine: str = "auto", **options) -> Stepped:
     module = case.build()
-    optimizer = PreconditionedGD(module, lr=0.1, preconditioner=BNP(decay=0.0, damping=0.0, conv=conv, **options))
+    preconditioner = BNP(decay=0.0, damping=0.0, conv=conv, **options)
+    optimizer = PreconditionedGD(module, lr=0.1, preconditioner=preconditioner, engine=engine)
     out = case.call(module)
     (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=out.dtype)).sum().backward()
     params = list(module.parameters())
@@ -79,10 +80,10 @@ def test_unfolding_gives_the_layers_output(case: Case):
     torch.testing.assert_close(out.reshape(y.shape), y, rtol=1e-12, atol=1e-10)
 
 
-@pytest.mark.parametrize("conv", ["channel", "patch"])
+@pytest.mark.parametrize(("conv", "engine"), [("channel", "auto"), ("channel", "loop"), ("patch", "auto")])
 @pytest.mark.parametrize("case", CASES, ids=repr)
-def test_map_is_the_dense_one(case: Case, conv: str):
-    s = stepped(case, conv)
+def test_map_is_the_dense_one(case: Case, conv: str, engine: str):
+    s = stepped(case, conv, engine)
     P = unfolded.dense(s.params, s.rows, conv)
     inverse, x = torch.linalg.inv(P), random(len(P))
     for method, matrix in [("mv", P), ("rmv", P.T), ("solve", inverse), ("rsolve", inverse.T), ("gram", P @ P.T)]:

@@ -15,13 +15,13 @@ torch.set_num_threads(1)
 STD = torch.tensor([0.1, 1, 30], dtype=torch.float64)
 
 
-def train(sizes: list[int], decay: float, drift: float = 1.0) -> tuple[dict[str, Tensor], list[Tensor]]:
+def train(sizes: list[int], decay: float, drift: float = 1.0, every: int = 1) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The state of a layer's weight after batches of some sizes, whose means drift, and the batches."""
     make = torch.Generator().manual_seed(0)
     random = lambda *shape: torch.randn(shape, generator=make, dtype=torch.float64)  # noqa: E731
     batches = [random(n, 3) * STD + 2 + drift * random(3) for n in sizes]
     model = nn.Linear(3, 2).double()
-    optimizer = PreconditionedGD(model, lr=1e-3, preconditioner=BNP(decay=decay))
+    optimizer = PreconditionedGD(model, lr=1e-3, preconditioner=BNP(decay=decay, every=every))
     for x in batches:
         optimizer.zero_grad()
         model(x).square().mean().backward()
@@ -54,6 +54,23 @@ def test_running_moments_are_those_of_the_weighted_samples(sizes, decay):
     torch.testing.assert_close(state["variance"][0], square - mean**2, rtol=1e-9, atol=1e-12)
 
 
+def test_later_every_fourth_step_is_observed_and_weighs_as_much():
+    """After 20 steps: ρ⁴ for what stands for four steps."""
+    sizes, decay = [5] * 31, 0.8
+    state, batches = train(sizes, decay, every=4)
+    observed = [t for t in range(1, 32) if t <= 20 or t % 4 == 0]
+    w: list[float] = []
+    for n, t in enumerate(observed, start=1):
+        rho = min(decay if t <= 20 else decay**4, 1 - 1 / n)
+        w = [x * rho for x in w] + [1 - rho]
+    seen = [batches[t - 1] for t in observed]
+    mean = sum(a * x.mean(0) for a, x in zip(w, seen, strict=True))
+    square = sum(a * (x**2).mean(0) for a, x in zip(w, seen, strict=True))
+    torch.testing.assert_close(state["mean"][0], mean, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(state["variance"][0], square - mean**2, rtol=1e-9, atol=1e-12)
+    assert state["count"].item() == 5 * len(observed)
+
+
 def test_the_start_is_pooled():
     """As long as the running average would weigh a batch more than its samples deserve, all samples weigh alike."""
     sizes = [3, 1, 5, 2]
@@ -64,10 +81,11 @@ def test_the_start_is_pooled():
     assert state["count"].item() == len(x)
 
 
+@pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("batch", [1, 2, 60])
-def test_small_batches_find_the_variance(batch):
+def test_small_batches_find_the_variance(batch, every):
     """Averaging the variances of batches would give 0 at one sample a batch, and half the truth at two."""
-    state, _ = train([batch] * (1200 // batch), decay=1 - batch / 600, drift=0.0)
+    state, _ = train([batch] * (1200 // batch), decay=1 - batch / 600, drift=0.0, every=every)
     torch.testing.assert_close(state["variance"][0].sqrt(), STD, rtol=0.1, atol=0)
 
 

@@ -168,6 +168,21 @@ def test_resuming_is_never_having_stopped(choice, penalties, dtype):
     check_same(snapshot(*pair), snapshot(*resumed))
 
 
+@pytest.mark.parametrize("stop", [18, 21, 22, 24, 25])
+def test_resuming_keeps_the_rhythm_of_observation(stop):
+    """After 20 steps each fourth one is observed: which one belongs to the state."""
+    pair = make(BNP(decay=0.9) @ RMS())
+    for k in range(stop):
+        step(*pair, k)
+    resumed = make(BNP(decay=0.9) @ RMS())
+    resumed[0].load_state_dict(pair[0].state_dict())
+    resumed[1].load_state_dict(copy.deepcopy(pair[1].state_dict()))
+    for k in range(stop, stop + 5):
+        step(*pair, k)
+        step(*resumed, k)
+    check_same(snapshot(*pair), snapshot(*resumed))
+
+
 def test_bfloat16_parameters_resume_with_float32_statistics():
     pair = make(BNP() @ RMS(), torch.bfloat16)
     for k in range(2):

@@ -59,7 +59,7 @@ def kernel(cell: Cell, choice: Choice, rules: Rules) -> Kernel | None:
             if P.eps > 0 and not decay.decoupled:
                 return _Adagrad(P, decay)
         case Fixed(map_=Identity()), None:
-            return _SGD(0.0, False, decay)
+            return _SGD(0.0, False, _Decay(coupled=decay.coupled + decay.decoupled))
         case Fixed(map_=Identity()), Momentum(kind="heavy_ball" | "nesterov", of="cotangent", dampening=0.0):
             return _SGD(momentum.beta, momentum.kind == "nesterov", decay)
     return None

@@ -67,11 +67,11 @@ class InverseRoot(Diagonal):
     """
 
     def __init__(self, denominator: Vec, holes: bool = True):
-        self.denominator = self.like = denominator
+        self.__dict__["denominator"] = self.like = denominator
         self.holes = holes
 
     @cached_property
-    def d(self) -> Vec:
+    def d(self) -> Vec:  # type: ignore[override]
         return tuple(torch._foreach_rsqrt(self.denominator)) if self.denominator else ()
 
     def solve(self, v: Vec) -> Vec:
