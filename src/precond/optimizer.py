@@ -176,11 +176,12 @@ class PreconditionedGD(torch.optim.Optimizer):
     def _follow_groups(self) -> None:
         """Follow the groups: their numbers may have changed, parameters may have been frozen or thawed."""
         options = self._read_options()
-        if self._live != [leaf.param.requires_grad for leaf in self._leaves] or _structure(options) != _structure(
-            self._options
-        ):
+        alive = self._live == [p.requires_grad for group in self.param_groups for p in group["params"]]
+        if alive and options == self._options:
+            return
+        if not alive or _structure(options) != _structure(self._options):
             self._bind()
-        elif options != self._options:
+        else:
             self._choices = [self.naming.build(g) for g in self.param_groups]
             live = [i for cell in self._cells for i in sorted(cell.index)]
             plan = engine_cells.strategies(self._leaves, sorted(live), self._choices)

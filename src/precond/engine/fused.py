@@ -177,6 +177,10 @@ class _SGD:
         torch._foreach_add_(cell.state["step"], 1)
         if self.decay.decoupled:
             torch._foreach_mul_(p, 1 - lr * self.decay.decoupled)
+        if not self.beta and not self.decay.coupled:
+            # The fused kernel is slower than one addition per tensor.
+            torch._foreach_add_(p, g, alpha=float(lr) if maximize else -float(lr))
+            return
         torch._fused_sgd_(
             p,
             g,
