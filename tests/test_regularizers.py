@@ -98,7 +98,8 @@ BALLS = [
 
 @pytest.mark.parametrize(("sam", "expected"), BALLS)
 def test_sam_climbs_to_the_rim_of_its_ball_and_stands_in_place_of_the_gradient(sam, expected):
-    (delta,) = sam.probe(evaluated(sam))
+    (tangent,) = sam.probe(evaluated(sam))
+    delta = tangent.formed()
     torch.testing.assert_close(vec.flatten(delta), expected)
     in_space = torch.linalg.solve(A, vec.flatten(delta)) if sam.space == "z" else vec.flatten(delta)
     scaled = in_space / T[sam.space] if sam.adaptive else in_space
@@ -116,7 +117,7 @@ def test_the_direction_of_a_gradient_norm(q, power, space):
     at = evaluated(penalty)
     root = A if space == "z" else torch.eye(N).double()
     length = torch.linalg.vector_norm(root.T @ g, q)
-    d = vec.flatten(penalty.direction(at))
+    d = vec.flatten(penalty.direction(at).formed())
     assert float(d @ g) == pytest.approx(float(0.3 * power * length**power))
     dual = math.inf if q == 1 else 1 if q == math.inf else q / (q - 1)
     w = torch.linalg.solve(root, d)
@@ -141,7 +142,7 @@ def test_ties_of_the_largest_entry_share_the_subgradient():
     at = evaluated(penalty)
     at.g = split(torch.tensor([2.0, -2.0, 1.0, 0.0, 2.0, 0.0], dtype=torch.float64))
     expected = 0.1 * torch.tensor([1.0, -1.0, 0, 0, 1, 0], dtype=torch.float64)
-    torch.testing.assert_close(vec.flatten(penalty.direction(at)), expected)
+    torch.testing.assert_close(vec.flatten(penalty.direction(at).formed()), expected)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_ties_of_the_largest_entry_share_the_subgradient():
 def test_m_alone_will_do_for_q_2(penalty):
     def term(root):
         at = evaluated(penalty, root=root)
-        return penalty.probe(at)[0] if penalty.probes else penalty.term(at).vec
+        return penalty.probe(at)[0].formed() if penalty.probes else penalty.term(at).vec
 
     torch.testing.assert_close(term(root=False), term(root=True))
 
@@ -183,7 +184,7 @@ def test_the_step_of_a_finite_difference_is_relative_to_the_parameters(dtype, st
     penalty = GradientNorm(7.0, method=method, step=step)
     at = evaluated(penalty, lam=7.0, memo={})
     at.dtype = dtype
-    deltas = [vec.flatten(d) for d in penalty.probe(at)]
+    deltas = [vec.flatten(d.formed()) for d in penalty.probe(at)]
     default = {
         torch.float64: (1e-7, 1e-5), torch.float32: (1e-4, 1e-3), torch.bfloat16: (1e-2, 3e-2), torch.float16: (3e-3, 1e-2)
     }[dtype][method == "central"]  # fmt: skip
@@ -195,7 +196,7 @@ def test_the_step_of_a_finite_difference_is_relative_to_the_parameters(dtype, st
 def test_the_step_is_relative_to_the_parameters_that_take_part():
     penalty = GradientNorm(0.3, "p", step=0.01)
     at = evaluated(penalty, takes_part=(True, False, True), memo={})
-    delta = penalty.probe(at)[0]
+    delta = penalty.probe(at)[0].formed()
     assert not delta[1].any()
     assert vec.norm(delta) == pytest.approx(0.01 * float(torch.cat([split(p)[0], split(p)[2]]).norm()))
 

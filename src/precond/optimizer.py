@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from precond.engine.loop import Evidence, Rules
 from precond.engine.point import Point, gather
 from precond.explanation import Explanation, explain
 from precond.inputs import Observer, Reference, Request
-from precond.inputs.sync import check_alike, distributed, synchronized
+from precond.inputs.sync import check_alike, synchronized
 from precond.maps import BlockDiagonal, LinearMap
 from precond.momentum import Momentum
 from precond.naming import Naming
@@ -30,6 +31,7 @@ from precond.preconditioners import Preconditioner
 from precond.probing import Probe, exact_gradient, finite_loss, loss_gradient, take_gradients, unscaled
 from precond.record import Record
 from precond.regularizers import Regularizer
+from precond.replicas import agreed, averaged, distributed
 from precond.vec import Scalar, Vec
 
 
@@ -130,9 +132,11 @@ class PreconditionedGD(torch.optim.Optimizer):
         self._fused: list[fused.Kernel] | None = None
         self._fuses: bool | None = None
         self._pending: Probe | None = None
+        self._spare: dict[Tensor, Tensor] = {}
         self._recorder: Recorder | None = None
         self._observer: Observer | None = None
         self._warned = self._told = False
+        self._collected: bool | None = None
         self.last = Record(self)
 
     def _read_options(self) -> list[tuple[Any, ...]]:
@@ -246,7 +250,12 @@ class PreconditionedGD(torch.optim.Optimizer):
         return bool(self._requests)
 
     def _collect(self) -> bool:
-        """Hand what was seen of layer inputs to the cells; False where it holds inf or NaN."""
+        """Hand what was seen of layer inputs to the cells, once a step; False where it holds inf or NaN."""
+        if self._collected is None:
+            self._collected = self._hand_out()
+        return self._collected
+
+    def _hand_out(self) -> bool:
         if self._observer is None:
             if self._requests:
                 raise RuntimeError("this optimizer was copied or unpickled and observes no model: call watch(model) first")
@@ -278,6 +287,7 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def _watch_again(self) -> None:
         """The step is over: the next forwards are its successor's."""
+        self._collected = None
         if self._recorder is not None:
             self._recorder.arm()
         if self._observer is not None:
@@ -306,15 +316,16 @@ class PreconditionedGD(torch.optim.Optimizer):
         loss, graph = None, None
         if closure is not None:
             self.restore()
-            if self._observer is not None:
-                self._observer.clear()  # the closure makes the gradient anew, and its forward shows all inputs
+            self._watch_again()  # the closure makes the gradient anew, and its forward shows all inputs
             loss, graph = self._gradients(closure)
         elif self._gradient_based is not None:
             self._check_probed()
-        with torch.no_grad():
-            if not self._fuse(loss):
-                self._finish(loss, graph)
-        self._watch_again()
+        try:
+            with torch.no_grad():
+                if not self._fuse(loss):
+                    self._finish(loss, graph)
+        finally:
+            self._watch_again()
         return loss
 
     def _gradients(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
@@ -322,12 +333,12 @@ class PreconditionedGD(torch.optim.Optimizer):
         if self._gradient_based is None:
             return loss_gradient(self._leaves, closure), None
         if not self._probing:
-            return exact_gradient(self._leaves, closure, self._regularizer_name)
+            return self._exact_gradient(closure)
         before = random_state(self._devices)
         loss = loss_gradient(self._leaves, closure)
         after = random_state(self._devices)
         try:
-            while (self.nonfinite == "propagate" or finite_loss(loss)) and self._next_probe(None, None):
+            while (self.nonfinite == "propagate" or self._agreed(finite_loss(loss))) and self._next_probe(None, None):
                 restore_random_state(before)
                 loss_gradient(self._leaves, closure)
         except BaseException:
@@ -336,6 +347,21 @@ class PreconditionedGD(torch.optim.Optimizer):
         finally:
             restore_random_state(after)
         return loss, None
+
+    def _exact_gradient(self, closure: Callable[[], Any]) -> tuple[Any, list[Tensor | None]]:
+        """The loss and the gradient's graph of this process; ``.grad`` is the mean over all, which no reducer of DDP sees."""
+        with ExitStack() as stack:
+            for module in self.owners.alive():
+                if isinstance(module, nn.parallel.DistributedDataParallel):
+                    stack.enter_context(module.no_sync())
+            loss, graph = exact_gradient(self._leaves, closure, self._regularizer_name)
+        params = [leaf.param for leaf in self._leaves]
+        for p, g in zip(params, averaged([p.grad for p in params], params), strict=True):
+            p.grad = g
+        return loss, graph
+
+    def _agreed(self, good: bool) -> bool:
+        return agreed(good, self._leaves[0].param.device)
 
     @property
     def probing(self) -> bool:
@@ -387,8 +413,8 @@ class PreconditionedGD(torch.optim.Optimizer):
         watch = self.nonfinite != "propagate" or grad_scale is not None
         gradients = [leaf.param.grad for leaf in self._leaves]
         point = self._point(unscaled(gradients, grad_scale))
-        if not self._collect() or (watch and not vec.all_finite(point.g)):
-            return Probe(self._leaves, modules, point, gradients, grad_scale, k, Evidence(), (), refused=True)
+        if not self._collect() or (watch and not self._agreed(vec.all_finite(point.g))):
+            return Probe(self._leaves, modules, point, gradients, grad_scale, k, Evidence(), (), self._spare, refused=True)
         taken = unscaled(take_gradients(self._leaves), grad_scale)
         clean: list[Tensor | None] | None = taken
         point = self._point(taken)
@@ -402,13 +428,14 @@ class PreconditionedGD(torch.optim.Optimizer):
         deltas = regularizer.probe(point.at(k, lambda: point.maps(states), memo=evidence.memo))
         if let_go:
             clean, point.g = None, ()
-        return Probe(self._leaves, modules, point, clean, grad_scale, k, evidence, deltas)
+        return Probe(self._leaves, modules, point, clean, grad_scale, k, evidence, deltas, self._spare)
 
     def restore(self) -> None:
         """Forget a probe that was not followed by its step (after an exception, say): parameters, gradients, random state."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.cancel()
+            self._collected = None
             if self._observer is not None:
                 self._observer.enabled = True
 
@@ -471,7 +498,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             work.append((kernel, cell, g))
         if self.nonfinite != "propagate":
             finite = all(vec.all_finite(tuple(g)) for _, _, g in work) and (loss is None or finite_loss(loss))
-            if not finite:
+            if not self._agreed(finite):
                 return False
         for kernel, cell, g in work:
             leaf = cell.block.leaves[0]
@@ -521,7 +548,7 @@ class PreconditionedGD(torch.optim.Optimizer):
     def _skip(self, point: Point, pending: Probe | None, loss: Any, good_inputs: bool) -> bool:
         """Whether inf or NaN forbid the step; raises where that was asked for."""
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.item():
+        if found_inf is not None and not self._agreed(not found_inf.item()):
             return True
         if self.nonfinite == "propagate":
             return not good_inputs or (pending is not None and pending.refused)
@@ -531,6 +558,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             and (pending is None or pending.finite)
             and (loss is None or finite_loss(loss))
         )
+        good = self._agreed(good)
         if not good and self.nonfinite == "raise":
             if pending is not None:
                 pending.give_back()
@@ -557,7 +585,12 @@ class PreconditionedGD(torch.optim.Optimizer):
         place = {leaf: i for i, leaf in enumerate(self._leaves)}
         product = point.hessian([graph[place[leaf]] for leaf in point.leaves])
         signs = [-1.0 if self.param_groups[leaf.group]["maximize"] else 1.0 for leaf in point.leaves]
-        return lambda v: vec.scale(product(v), signs)
+
+        def hessian(v: Vec) -> Vec:
+            mine = product(v)
+            return vec.scale(tuple(t for t in averaged(mine, mine) if t is not None), signs)
+
+        return hessian
 
     def _residual(self, leaf: Leaf) -> Tensor | None:
         return self.state[leaf.param].get("residual") if self.rounding == "kahan" else None
@@ -655,7 +688,7 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.restore()
-        derived = {"_leaves", "_pending", "last", *_DERIVED}
+        derived = {"_leaves", "_pending", "_spare", "last", *_DERIVED}
         return {k: v for k, v in self.__dict__.items() if k not in derived and "hook" not in k}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -672,7 +705,21 @@ class PreconditionedGD(torch.optim.Optimizer):
         self._recorder = self._observer = None
 
 
-_DERIVED = ("_cells", "_choices", "_options", "_live", "_fused", "_fuses", "_recorder", "_observer", "_warned", "_told")
+_DERIVED = (
+    *(
+        "_cells",
+        "_choices",
+        "_options",
+        "_live",
+        "_fused",
+        "_fuses",
+        "_recorder",
+        "_observer",
+        "_warned",
+        "_told",
+        "_collected",
+    ),
+)
 
 
 def _structure(options: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

@@ -13,6 +13,7 @@ from precond.blocks import Leaf
 from precond.engine.loop import Evidence
 from precond.engine.point import Point
 from precond.passes import Buffers, Random, Recorder, random_state, restore_random_state
+from precond.spaces import Tangent
 from precond.vec import Vec
 
 Gradients = list[Tensor | None]
@@ -130,6 +131,8 @@ class Probe:
         evidence: what the step will know.
         moved: whether the parameters stand at p + δ.
         refused: whether a gradient held inf or NaN, so that nothing was probed.
+
+    ``spare`` holds a buffer per parameter for its value while it is away; it is kept from step to step.
     """
 
     def __init__(
@@ -141,7 +144,8 @@ class Probe:
         scale: float | Tensor | None,
         regularizer: int,
         evidence: Evidence,
-        deltas: Sequence[Vec],
+        deltas: Sequence[Tangent],
+        spare: dict[Tensor, Tensor],
         refused: bool = False,
     ):
         self.leaves, self.modules = leaves, modules
@@ -149,7 +153,7 @@ class Probe:
         self.evidence, self.refused = evidence, refused
         self.moved = False
         self.asked = 0
-        self._deltas = list(deltas)
+        self._deltas, self._spare = list(deltas), spare
         self._found: list[Gradients] = []
         self._saved: Vec = ()
         self._buffers: Buffers | None = None
@@ -163,12 +167,15 @@ class Probe:
             return False
         delta = self._deltas.pop(0)
         storage = self.point.storage
-        self._saved = tuple(p.detach().clone() for p in storage)
+        self._saved = tuple(self._spare.setdefault(p, torch.empty_like(p, requires_grad=False)).copy_(p) for p in storage)
         self._buffers = Buffers(self.modules)
         self.moved = True
         self.asked += 1
-        for p, value, d in zip(storage, self.point.p, delta, strict=True):
-            p.add_(d) if p.dtype == d.dtype else p.copy_(value + d)
+        if all(p.dtype == d.dtype for p, d in zip(storage, delta.vec, strict=True)):
+            delta.add_to_(storage)
+        else:
+            for p, value, d in zip(storage, self.point.p, delta.formed(), strict=True):
+                p.copy_(value + d)
         if recorder is not None and recorder.random is not None:
             if self._after is None:
                 self._after = random_state(recorder.devices)

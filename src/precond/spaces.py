@@ -7,14 +7,14 @@ so a regularizer is written once, against the five verbs of :class:`Space`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from precond import vec
 from precond.maps import Identity, LinearMap
-from precond.vec import Vec
+from precond.vec import Scalar, Vec
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,26 @@ class Instead:
 
 @dataclass(frozen=True)
 class Tangent:
-    """A term that lives where steps live: p ← p − α·(…), past momentum and past M."""
+    """A term that lives where steps live: p ← p − α·(…), past momentum and past M; also a displacement of a probe.
+
+    Attributes:
+        vec: its direction.
+        scale: what multiplies it, one number or one per tensor: a displacement need not be formed to be added.
+    """
 
     vec: Vec
+    scale: Scalar | Sequence[Scalar] = 1.0
+
+    def formed(self) -> Vec:
+        """scale·vec."""
+        return self.vec if isinstance(self.scale, float) and self.scale == 1.0 else vec.scale(self.vec, self.scale)
+
+    def add_to_(self, p: Vec) -> None:
+        """p ← p + scale·vec in place; numbers are read from the device."""
+        scales = self.scale if isinstance(self.scale, Sequence) else [self.scale] * len(p)
+        known = {id(s): float(s) for s in scales}
+        for t, d, s in zip(p, self.vec, scales, strict=True):
+            t.add_(d, alpha=known[id(s)])
 
 
 @dataclass(frozen=True)

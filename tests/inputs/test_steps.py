@@ -107,6 +107,10 @@ def test_bad_inputs_of_a_layer_whose_output_hides_them():
     with pytest.raises(FloatingPointError, match="what a layer receives"):
         optimizer.step()
     assert optimizer.state[layer.weight]["count"].item() == 0
+    optimizer.zero_grad()
+    layer(batch(0)[:, :, 0]).sum().backward()
+    optimizer.step()
+    assert optimizer.state[layer.weight]["count"].item() == 6
 
 
 @pytest.mark.parametrize("probing", [False, True], ids=["plain", "SAM"])

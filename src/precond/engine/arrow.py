@@ -25,12 +25,14 @@ class Arrow:
     momentum: Momentum | None
     decay: float
     _known: tuple[Tensor, Tensor, Tensor, float | Tensor] | None = field(default=None, repr=False)
+    _version: int = field(default=-1, repr=False)
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         torch._foreach_add_(cell.state["step"], 1)
         if cell.inputs:
             cell.observe(cell.state, tuple(g))
-            self._known = None
+        if self._version != (version := cell.state["mean"]._version):  # whichever engine has folded something in
+            self._known, self._version = None, version
         lr = float(lr)
         if self.decay:
             torch._foreach_mul_(p, 1 - lr * self.decay)

@@ -114,7 +114,7 @@ def step(point: Point, rules: Rules, evidence: Evidence) -> Vec:
     u = descent(point, P, a)
     for term in [*early, *late]:
         if isinstance(term, Tangent):
-            u = vec.add(u, term.vec)
+            u = vec.add(u, term.formed())
     vec.add_scaled_(point.p, u, [-x for x in point.lr])
     for term in [*early, *late]:
         if isinstance(term, Prox):
@@ -165,7 +165,7 @@ def last_update(point: Point) -> Vec:
     u = _average(point, P.gram(before), "tangent", fold=False)
     for term in terms:
         if isinstance(term, Tangent):
-            u = vec.add(u, term.vec)
+            u = vec.add(u, term.formed())
     return u
 
 

@@ -9,11 +9,6 @@ from precond.inputs.moments import Moments
 from precond.inputs.observer import Observer, Seen
 
 
-def distributed() -> bool:
-    """Whether several processes train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def check_alike(observer: Observer) -> None:
     """Raise RuntimeError on every rank where ranks watch different layers: their sums would be of different things."""
     mine = [(site.name, tuple(site.weight.shape)) for site in observer.sites]

@@ -14,7 +14,7 @@ from precond import checks, vec
 from precond.blocks import Rule
 from precond.maps import LinearMap
 from precond.preconditioners.base import Preconditioner
-from precond.spaces import Space, Term
+from precond.spaces import Space, Tangent, Term
 from precond.vec import Scalar, Vec
 
 SPACES = ("p", "z")
@@ -109,8 +109,8 @@ class Regularizer(ABC):
         """Whether its term is a cotangent that needs P, so that P cannot be built from the regularized gradient."""
         return False
 
-    def probe(self, at: At) -> tuple[Vec, ...]:
-        """Displacements δ (tangents) of the points p + δ at which further gradients are wanted; empty: none."""
+    def probe(self, at: At) -> tuple[Tangent, ...]:
+        """Displacements δ of the points p + δ at which further gradients are wanted; empty: none."""
         return ()
 
     @abstractmethod

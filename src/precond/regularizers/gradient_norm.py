@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,8 +15,8 @@ from precond.blocks import Rule
 from precond.preconditioners.base import Preconditioner
 from precond.regularizers.base import At, Regularizer, needs_root, uniform
 from precond.schedules import Schedule
-from precond.spaces import Cotangent, Term
-from precond.vec import Vec
+from precond.spaces import Cotangent, Tangent, Term
+from precond.vec import Scalar, Vec
 
 # ‖εd‖/‖p‖, one-sided and central: where truncation and cancellation balance.
 _STEPS = {torch.float64: (1e-7, 1e-5), torch.float32: (1e-4, 1e-3), torch.bfloat16: (1e-2, 3e-2), torch.float16: (3e-3, 1e-2)}
@@ -94,42 +95,44 @@ class GradientNorm(Regularizer):
     def circular(self) -> bool:
         return self.space == "z"
 
-    def direction(self, at: At) -> Vec:
+    def direction(self, at: At) -> Tangent:
         """λd, λ of each tensor: the tangent along which the curvature is taken."""
         lam = at["lam"]
         if self.q == 2 and (uniform(lam) or at.space.map.diagonal):
             # λ P Π Pᵀg: needs M alone.
             sharp = at.space.sharp(at.g)
-            length = at.space.dual_norm(at.g, sharp) if self.power == 1 else None
-            return vec.scale(sharp, [2 * x if length is None else x * _inverse(length) for x in lam])
+            factor: Scalar = 2.0 if self.power == 2 else inverse(at.space.dual_norm(at.g, sharp))
+            return Tangent(sharp, lam[0] * factor if uniform(lam) else [x * factor for x in lam])
         y = at.space.pull(at.g)
         length = vec.norm(y, self.q)
-        u = _dual(y, self.q, length)
-        factor = 2 * length if self.power == 2 else torch.ones_like(length)
-        return at.space.push(vec.scale(u, [x * factor for x in lam]))
+        factor = 2 * length if self.power == 2 else 1.0
+        return Tangent(at.space.push(vec.scale(_dual(y, self.q, length), lam)), factor)
 
-    def _epsilon(self, at: At, d: Vec) -> Tensor:
+    def _epsilon(self, at: At, d: Tangent) -> Tensor:
         step = self.step
         if step is None:
             step = _STEPS[at.dtype][self.method == "central"]
-        size, length = at.size, vec.norm(d)
+        size = at.size
+        length = vec.norm(d.formed()) if isinstance(d.scale, Sequence) else vec.norm(d.vec).mul(d.scale).abs()
         return torch.where(length > 0, step * torch.where(size > 0, size, 1) / length, 1)
 
-    def probe(self, at: At) -> tuple[Vec, ...]:
+    def probe(self, at: At) -> tuple[Tangent, ...]:
         if self.exact:
             return ()
         d = self.direction(at)
         eps = at.memo["eps"] = self._epsilon(at, d)
-        forward = vec.scale(d, eps)
+
+        def displaced(by: Tensor) -> Tangent:
+            return Tangent(d.vec, d.scale * by if isinstance(d.scale, float | Tensor) else [x * by for x in d.scale])
+
         if self.method == "forward":
-            return (forward,)
-        backward = vec.scale(forward, -1.0)
-        return (backward,) if self.method == "backward" else (forward, backward)
+            return (displaced(eps),)
+        return (displaced(-eps),) if self.method == "backward" else (displaced(eps), displaced(-eps))
 
     def term(self, at: At) -> Term:
         if self.exact:
             assert at.hessian is not None
-            return Cotangent(at.hessian(self.direction(at)))
+            return Cotangent(at.hessian(self.direction(at).formed()))
         eps = at.memo["eps"]
         if self.method == "central":
             return Cotangent(vec.scale(vec.sub(*at.found), 1 / (2 * eps)))
@@ -141,7 +144,7 @@ class GradientNorm(Regularizer):
         return max(at["lam"]) * length**self.power
 
 
-def _inverse(length: Tensor) -> Tensor:
+def inverse(length: Tensor) -> Tensor:
     """1/length, 0 for 0."""
     return torch.where(length > 0, 1 / length, 0)
 
@@ -154,5 +157,5 @@ def _dual(y: Vec, q: float, length: Tensor) -> Vec:
         peaks = vec.map_(lambda t: (t.abs() == length) & (t != 0), y)
         count = sum(t.sum() for t in peaks).clamp_min(1)  # type: ignore[union-attr]
         return tuple(t.sign() * peak / count for t, peak in zip(y, peaks, strict=True))
-    scale = _inverse(length)
+    scale = inverse(length)
     return vec.map_(lambda t: t.sign() * (t.abs() * scale) ** (q - 1), y)

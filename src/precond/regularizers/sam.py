@@ -11,10 +11,9 @@ from precond import checks, vec
 from precond.blocks import Rule
 from precond.preconditioners.base import Preconditioner
 from precond.regularizers.base import At, Regularizer, needs_inverse, needs_root, uniform
-from precond.regularizers.gradient_norm import _inverse
+from precond.regularizers.gradient_norm import inverse
 from precond.schedules import Schedule
-from precond.spaces import Instead, Term
-from precond.vec import Vec
+from precond.spaces import Instead, Tangent, Term
 
 
 @dataclass(frozen=True)
@@ -66,20 +65,20 @@ class SAM(Regularizer):
     def circular(self) -> bool:
         return self.space == "z"
 
-    def probe(self, at: At) -> tuple[Vec, ...]:
+    def probe(self, at: At) -> tuple[Tangent, ...]:
         rho = at["rho"]
         if self.adaptive:
             y = at.space.pull(at.g)
             T = vec.map_(lambda z: z.abs() + self.eta, at.space.solve(at.p))
             Ty = vec.mul(T, y)
-            scaled = vec.scale(vec.mul(T, Ty), [x * _inverse(vec.norm(Ty)) for x in rho])
-            return (at.space.push(scaled),)
+            return (Tangent(at.space.push(vec.scale(vec.mul(T, Ty), rho)), inverse(vec.norm(Ty))),)
         sharp = at.space.sharp(at.g)
-        length = at.space.dual_norm(at.g, sharp)
-        if not (uniform(rho) or at.space.map.diagonal):
-            sharp = at.space.push(vec.scale(at.space.pull(at.g), rho))
-            return (vec.scale(sharp, _inverse(length)),)
-        return (vec.scale(sharp, [x * _inverse(length) for x in rho]),)
+        shrink = inverse(at.space.dual_norm(at.g, sharp))
+        if uniform(rho):
+            return (Tangent(sharp, rho[0] * shrink),)
+        if at.space.map.diagonal:
+            return (Tangent(sharp, [x * shrink for x in rho]),)
+        return (Tangent(at.space.push(vec.scale(at.space.pull(at.g), rho)), shrink),)
 
     def term(self, at: At) -> Term:
         return Instead(at.found[0])

@@ -1,0 +1,37 @@
+"""What processes that train one model together must agree on: decisions, and gradients that no wrapper reduces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def distributed() -> bool:
+    """Whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def agreed(good: bool, device: torch.device) -> bool:
+    """Whether all processes say so: one that skipped a step alone would leave the others waiting."""
+    if not distributed():
+        return good
+    votes = torch.tensor(float(good), device=device)
+    dist.all_reduce(votes, dist.ReduceOp.MIN)
+    return bool(votes > 0)
+
+
+def averaged(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
+    """The mean over all processes, in one call, of tensors shaped ``like`` others; None where no process has one."""
+    if not distributed():
+        return list(tensors)
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in like) else torch.float32
+    present = torch.tensor([t is not None for t in tensors], dtype=wide, device=like[0].device)
+    parts = [torch.zeros_like(x) if t is None else t for t, x in zip(tensors, like, strict=True)]
+    flat = torch.cat([present, *(t.detach().reshape(-1).to(wide) for t in parts)])
+    dist.all_reduce(flat)
+    present, *found = flat.split([len(parts), *(t.numel() for t in parts)])
+    mean = [t.div_(dist.get_world_size()).view(x.shape).to(x.dtype) for t, x in zip(found, like, strict=True)]
+    return [t if anyone else None for t, anyone in zip(mean, present.tolist(), strict=True)]

@@ -1,0 +1,88 @@
+"""Two processes on the loopback interface that run what they are sent, and one that runs it alone, for comparison."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+WORLD = 2
+PATIENCE = 40  # seconds; gloo gives up on a missing partner before
+
+
+class Failed(Exception):
+    """What a rank raised: the name of its class, and its message."""
+
+    def __init__(self, kind: str, message: str, trace: str):
+        super().__init__(f"{kind}: {message}\n{trace}")
+        self.kind, self.message = kind, message
+
+
+def _serve(rank: int, store: str, pipe: Any) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=20))
+    while (task := pipe.recv()) is not None:
+        function, args = task
+        try:
+            pipe.send((True, function(*args)))
+        except BaseException as error:
+            pipe.send((False, (type(error).__name__, str(error), traceback.format_exc())))
+    dist.destroy_process_group()
+
+
+class Pool:
+    """The two ranks; started anew where one of them does not answer."""
+
+    def __init__(self, folder: Path):
+        self.folder, self._started, self._ranks = folder, 0, []
+
+    def _start(self) -> None:
+        self._started += 1
+        context = mp.get_context("spawn")
+        for rank in range(WORLD):
+            here, there = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, str(self.folder / f"store{self._started}"), there), daemon=True
+            )
+            process.start()
+            self._ranks.append((process, here))
+
+    def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What the function returned on each rank, or a :class:`Failed`."""
+        if not self._ranks:
+            self._start()
+        for _, pipe in self._ranks:
+            pipe.send((function, args))
+        found: list[Any] = []
+        for _, pipe in self._ranks:
+            if not pipe.poll(PATIENCE):
+                self.stop()
+                raise TimeoutError(f"{function.__name__}{args}: a rank does not answer")
+            good, value = pipe.recv()
+            found.append(value if good else Failed(*value))
+        if any(isinstance(x, Failed) for x in found):
+            self.stop()  # the ranks may stand at different collectives
+        return found
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What the function returned on each rank; raises what a rank raised."""
+        found = self.outcomes(function, *args)
+        for value in found:
+            if isinstance(value, Failed):
+                raise value
+        return found
+
+    def stop(self) -> None:
+        for process, pipe in self._ranks:
+            process.kill()
+            process.join()
+            pipe.close()
+        self._ranks = []

@@ -1,0 +1,189 @@
+"""One training, by one process on all samples or by several on their shares: what the tests compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from precond import (
+    BNP,
+    L1,
+    L2,
+    RMS,
+    SAM,
+    AdaGrad,
+    GradientNorm,
+    LossClosure,
+    Momentum,
+    PreconditionedGD,
+    adagrad,
+    adamw,
+    rmsprop,
+    sgd,
+)
+
+STEPS = 4
+EPS = 1e-3  # the gradient of the keys' bias is rounding noise, which must not be normalized
+
+
+class Net(nn.Module):
+    """Layers of every kind, some with fewer rows than are divided evenly."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 6, 3, groups=2, padding=1)
+        self.norm = nn.LayerNorm(6)
+        self.attention = nn.MultiheadAttention(6, 2)
+        self.head = nn.Linear(6, 3)
+        self.last = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.conv(x).movedim(2, 0))
+        return self.last(self.head(self.attention(h, h, h)[0]).tanh()).mean(0)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], PreconditionedGD]] = {
+    "sgd": lambda m: sgd(m, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "adamw": lambda m: adamw(m, lr=0.01, eps=EPS),
+    "rmsprop": lambda m: rmsprop(m, lr=0.01, eps=EPS, momentum=0.5, weight_decay=0.1),
+    "adagrad": lambda m: adagrad(m, lr=0.05, eps=EPS),
+    "adamw, loop": lambda m: adamw(m, lr=0.01, eps=EPS, engine="loop"),
+    "adamw, clipped": lambda m: adamw(m, lr=0.01, eps=EPS, max_norm=0.05),
+    "BNP": lambda m: PreconditionedGD(m, 0.05, preconditioner=BNP(damping=0.0), momentum=Momentum(0.9, "heavy_ball")),
+    "BNP, loop": lambda m: PreconditionedGD(m, 0.05, preconditioner=BNP(damping=0.0), engine="loop"),
+    "BNP, patch, width": lambda m: _bnp(m, BNP(damping=0.0, conv="patch", width_scaling=True)),
+    "BNP, clipped": lambda m: PreconditionedGD(m, 0.05, preconditioner=BNP(damping=0.0), max_norm=0.1),
+    "BNP @ RMS": lambda m: _bnp(m, BNP(damping=0.0) @ RMS(eps=EPS), momentum=Momentum(0.9)),
+    "BNP @ AdaGrad": lambda m: _bnp(m, BNP(damping=0.0) @ AdaGrad(eps=EPS)),
+    "L1": lambda m: _bnp(m, BNP(damping=0.0) @ RMS(eps=EPS), L1(0.1)),
+    "L1, proximal": lambda m: _bnp(m, BNP(damping=0.0) @ RMS(eps=EPS), L1(0.1, proximal=True)),
+    "L1 in p": lambda m: adamw(m, lr=0.01, eps=EPS, regularizers=[L1(0.1, space="p", proximal=True)]),
+    "L2": lambda m: _bnp(m, BNP(damping=0.0) @ RMS(eps=EPS), L2(0.1), L2(0.01, space="p")),
+    "SAM": lambda m: _bnp(m, BNP(damping=0.0) @ RMS(eps=EPS), SAM(0.1)),
+    "SAM, BNP": lambda m: _bnp(m, BNP(damping=0.0), SAM(0.1, damping=0.2)),
+    "SAM in p": lambda m: adamw(m, lr=0.01, eps=EPS, regularizers=[SAM(0.1, space="p")]),
+    "SAM, RMS": lambda m: adamw(m, lr=0.01, eps=EPS, regularizers=[SAM(0.1)]),
+    "SAM, adaptive": lambda m: _bnp(m, BNP(damping=0.0) @ RMS(eps=EPS), SAM(0.1, adaptive=True)),
+    "SAM, some": lambda m: _bnp(m, RMS(eps=EPS), SAM(0.1, where="*.weight")),
+    "gradient norm": lambda m: _bnp(m, BNP(damping=0.0) @ RMS(eps=EPS), GradientNorm(0.002)),
+    "gradient norm, central": lambda m: _bnp(m, BNP(damping=0.0), GradientNorm(0.002, method="central", power=1, space="p")),
+    "gradient norm, q=1": lambda m: _bnp(m, BNP(damping=0.0), GradientNorm(0.001, q=1)),
+    "gradient norm, q=∞": lambda m: _bnp(m, RMS(eps=EPS), GradientNorm(0.001, q=float("inf"), damping=0.0)),
+    "gradient norm, exact": lambda m: _bnp(m, BNP(damping=0.0) @ RMS(eps=EPS), GradientNorm(0.002, method="exact")),
+}
+
+
+def _bnp(model: nn.Module, preconditioner, *regularizers, **options) -> PreconditionedGD:
+    return PreconditionedGD(model, 0.02, preconditioner=preconditioner, regularizers=regularizers, **options)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A training.
+
+    Attributes:
+        shares: how many of a batch's samples each rank gets; the last batch's are turned around.
+        wrap: ``"ddp"`` or a function of this module that shards a model.
+        how: ``"closure"`` or ``"probe"`` (loss.backward() and ``while opt.probe()``).
+        dtype: of parameters and data.
+        parts: micro-batches per step.
+    """
+
+    optimizer: str
+    shares: tuple[int, ...] = (6, 6)
+    wrap: str = "ddp"
+    how: str = "closure"
+    dtype: torch.dtype = torch.float64
+    parts: int = 1
+    steps: int = STEPS
+
+
+def batch(k: int, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    make = torch.Generator().manual_seed(100 + k)
+    x = torch.randn(n, 4, 5, generator=make, dtype=torch.float64)
+    x = x * torch.tensor([0.2, 1, 5, 1]).reshape(4, 1) + 1
+    return x.to(dtype), torch.randn(n, 1, generator=make, dtype=torch.float64).to(dtype)
+
+
+def build(setting: Setting, rank: int | None) -> tuple[nn.Module, PreconditionedGD]:
+    torch.manual_seed(0)
+    model: nn.Module = Net().to(setting.dtype)
+    if rank is not None:
+        model = WRAPS[setting.wrap](model)
+    return model, OPTIMIZERS[setting.optimizer](model)
+
+
+def fit(setting: Setting, model: nn.Module, optimizer: PreconditionedGD, rank: int | None, first: int = 0) -> list[float]:
+    """Train; the losses of all ranks together."""
+    losses = []
+    for k in range(first, first + setting.steps):
+        x, y = batch(k, sum(setting.shares), setting.dtype)
+        shares = setting.shares[:: -1 if k == first + setting.steps - 1 else 1]
+        weight = 1.0
+        if rank is not None:
+            x, y = x.split(list(shares))[rank], y.split(list(shares))[rank]
+            weight = dist.get_world_size()  # DDP and FSDP average over ranks
+
+        def loss(x=x, y=y, weight=weight) -> Tensor:
+            return weight * (model(x) - y).square().sum() / sum(setting.shares)
+
+        def backward(x=x, y=y, loss=loss) -> None:
+            pieces = list(zip(x.chunk(setting.parts), y.chunk(setting.parts), strict=True))
+            for i, (a, b) in enumerate(pieces):
+                local = rank is not None and setting.wrap == "ddp" and i < len(pieces) - 1
+                with model.no_sync() if local else nullcontext():
+                    loss(a, b).backward()
+
+        value = loss().detach()
+        optimizer.zero_grad()
+        if setting.how == "closure":
+            optimizer.step(LossClosure(loss))
+        else:
+            optimizer.last.loss = None
+            _forget(optimizer)
+            backward()
+            while optimizer.probe():
+                backward()
+            optimizer.step()
+        if rank is not None:
+            dist.all_reduce(value)
+            value /= dist.get_world_size()
+        losses.append(value.item())
+    return losses
+
+
+def _forget(optimizer: PreconditionedGD) -> None:
+    """The loss that was looked at is no forward of the step."""
+    optimizer._watch_again()
+
+
+def train(setting: Setting) -> dict[str, Any]:
+    """Parameters, state and losses; all samples in one process where no group is initialized."""
+    rank = dist.get_rank() if dist.is_initialized() else None
+    model, optimizer = build(setting, rank)
+    losses = fit(setting, model, optimizer, rank)
+    return {"losses": losses, **contents(model, optimizer)}
+
+
+def contents(model: nn.Module, optimizer: PreconditionedGD) -> dict[str, Any]:
+    names = {p: name.removeprefix("module.") for name, p in model.named_parameters()}
+    return {
+        "params": {name: full(p) for p, name in names.items()},
+        "state": {f"{name} {key}": full(t) for p, name in names.items() for key, t in optimizer.state[p].items()},
+    }
+
+
+def full(t: Tensor) -> Tensor:
+    """The whole tensor, wherever its parts are."""
+    t = t.detach()
+    return (t.full_tensor() if isinstance(t, torch.distributed.tensor.DTensor) else t).clone()
+
+
+WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {"ddp": DistributedDataParallel}
