@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from precond.sharding import Shard, Sums, local, sums
 from precond.vec import Vec
 
 _NORMS: tuple[type[nn.Module], ...] = (
@@ -53,6 +54,24 @@ class Leaf:
     def ndim(self) -> int:
         return self.param.ndim
 
+    @cached_property
+    def shard(self) -> Shard | None:
+        """How it is divided among processes; None where this one holds all of it."""
+        return Shard.of(self.param)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The memory that this process holds of it."""
+        return self.local(self.param)
+
+    def local(self, t: Tensor) -> Tensor:
+        """This process's part of a tensor that is divided like the parameter."""
+        return t if self.shard is None else local(t)
+
+    def whole(self, part: Tensor) -> Tensor:
+        """The inverse of :meth:`local`."""
+        return part if self.shard is None else self.shard.whole(part)
+
 
 Rule = Callable[[Leaf], bool] | str
 """Which parameters: a predicate of a leaf, or a pattern for its name (``"*.bias"``)."""
@@ -89,9 +108,36 @@ class Block:
     def params(self) -> Vec:
         return tuple(leaf.param for leaf in self.leaves)
 
+    @cached_property
+    def sharded(self) -> bool:
+        """Whether other processes hold parts of it."""
+        return any(leaf.shard is not None for leaf in self.leaves)
+
+    @property
+    def tensors(self) -> Vec:
+        """What this process holds of the parameters: the tensors that are stepped."""
+        return tuple(leaf.tensor for leaf in self.leaves) if self.sharded else self.params
+
+    @property
+    def gradients(self) -> list[Tensor | None]:
+        """What ``.grad`` holds of them, or None."""
+        if not self.sharded:
+            return [p.grad for p in self.params]
+        return [None if leaf.param.grad is None else leaf.local(leaf.param.grad) for leaf in self.leaves]
+
+    @cached_property
+    def sums(self) -> Sums:
+        """Sums over vectors of the block, whoever holds them."""
+        return sums([leaf.shard for leaf in self.leaves])
+
+    @property
+    def means(self) -> Callable[[Vec], Sequence[Tensor]] | None:
+        """The mean over the entries of each tensor, where other processes hold some of them."""
+        return self.sums.means if self.sharded else None
+
     def zeros(self, fill: float = 0.0) -> Vec:
         """State of the parameters' shapes: in their dtype, in float32 for 16-bit parameters."""
-        return tuple(torch.full_like(p, fill, dtype=state_dtype(p.dtype), requires_grad=False) for p in self.params)
+        return tuple(torch.full_like(p, fill, dtype=state_dtype(p.dtype), requires_grad=False) for p in self.tensors)
 
     def subset(self, index: Sequence[int]) -> Block:
         return Block(tuple(self.leaves[i] for i in index))
@@ -135,14 +181,19 @@ class State(dict[str, Any]):
         return out
 
     def entries(self, prefix: str = "") -> Iterable[tuple[Leaf, str, Tensor]]:
-        """(leaf, key, tensor) of everything but the step counts; parts add their name and a dot to the key."""
+        """(leaf, key, tensor) of everything but the step counts; parts add their name and a dot to the key.
+
+        Of a divided parameter the tensors of its shape are divided like it.
+        """
         for key, value in self.items():
             if isinstance(value, State):
                 yield from value.entries(f"{prefix}{key}.")
             elif key != "step":
-                tensors = value if isinstance(value, tuple) else (value,)
-                for leaf, tensor in zip(self.block.leaves, tensors, strict=False):
-                    yield leaf, prefix + key, tensor
+                if isinstance(value, tuple):
+                    for leaf, tensor in zip(self.block.leaves, value, strict=True):
+                        yield leaf, prefix + key, leaf.whole(tensor)
+                else:
+                    yield self.block.leaves[0], prefix + key, value
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -32,6 +32,7 @@ from precond.probing import Probe, exact_gradient, finite_loss, loss_gradient, t
 from precond.record import Record
 from precond.regularizers import Regularizer
 from precond.replicas import agreed, averaged, distributed
+from precond.sharding import local
 from precond.vec import Scalar, Vec
 
 
@@ -116,6 +117,11 @@ class PreconditionedGD(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "maximize": False, **self.naming.defaults})
         self._bind()
         _check_precision(self._leaves, choice, rounding)
+        if self._gradient_based is not None and not self._probing and any(leaf.shard is not None for leaf in self._leaves):
+            raise ValueError(
+                f"{self._regularizer_name}(method='exact') differentiates twice, which FSDP's sharded parameters do not allow; "
+                "use method='forward' or 'central'"
+            )
         self._listen()
         if engine == "fused" and not self._kernels():
             raise ValueError(f"{name}: engine='fused' has no kernel for this configuration; use engine='auto' or 'loop'")
@@ -147,7 +153,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         """Make cells and state for the parameters that want gradients, keeping the state that exists."""
         leaves = self.owners.leaves(self.param_groups, bool(self._requests))
         choices = [self.naming.build(g) for g in self.param_groups]
-        cells, entries = engine_cells.build(leaves, choices, self.state)
+        cells, entries = engine_cells.build(leaves, choices, self.state, self.naming.outside)
         self.adopt(leaves, choices, cells, [*entries, *self.residuals(leaves)], keep=True)
 
     def adopt(
@@ -157,8 +163,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         if not keep:
             self.state = defaultdict(dict)
         for leaf, key, tensor in entries:
-            self.state[leaf.param].setdefault(key, tensor) if keep else self.state[leaf.param].__setitem__(key, tensor)
-            self.state[leaf.param][key] = tensor
+            self.state[leaf.param][self.naming.outside(key)] = tensor
         self._leaves, self._choices, self._cells = leaves, choices, cells
         self._options, self._fuses, self._pending = self._read_options(), None, None
         self._live = [leaf.param.requires_grad for leaf in leaves]
@@ -485,7 +490,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             return False
         work = []
         for cell, kernel in zip(self._cells, kernels, strict=True):
-            grads = [p.grad for p in cell.block.params]
+            grads = cell.block.gradients
             g = [x for x in grads if x is not None]
             if not g:
                 continue
@@ -493,7 +498,7 @@ class PreconditionedGD(torch.optim.Optimizer):
                 if not cell.preconditioner.entrywise:
                     return False
                 cell = cell.restricted(tuple(i for i, x in enumerate(grads) if x is not None))
-            if any(x.is_sparse or x.dtype != p.dtype for x, p in zip(g, cell.block.params, strict=True)):
+            if any(x.is_sparse or x.dtype != p.dtype for x, p in zip(g, cell.block.tensors, strict=True)):
                 return False
             work.append((kernel, cell, g))
         if self.nonfinite != "propagate":
@@ -502,7 +507,7 @@ class PreconditionedGD(torch.optim.Optimizer):
                 return False
         for kernel, cell, g in work:
             leaf = cell.block.leaves[0]
-            kernel(cell, cell.block.params, g, self._lr(leaf), self.param_groups[leaf.group]["maximize"])
+            kernel(cell, cell.block.tensors, g, self._lr(leaf), self.param_groups[leaf.group]["maximize"])
         self.last = Record(self, loss)
         return True
 
@@ -515,7 +520,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         at = point.at(k, point.maps, found=found, memo=evidence.memo)
         a = loop.assemble(point.g, [point.choices[0].regularizers[k].term(at)])
         for kernel, (cell, span) in zip(kernels, point.spans, strict=True):
-            kernel(cell, cell.block.params, a[span], self._lr(cell.block.leaves[0]), False)
+            kernel(cell, cell.block.tensors, a[span], self._lr(cell.block.leaves[0]), False)
         return True
 
     def _finish(self, loss: Any, graph: list[Tensor | None] | None) -> None:
@@ -540,7 +545,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             if not self._fuse_probed(point, evidence):
                 u = loop.step(point, self.rules, evidence)
                 self._write_back(point)
-                length = vec.norm(vec.scale(u, point.lr))
+                length = point.sums.norm(vec.scale(u, point.lr))
             self.last = Record(self, loss, gradients=count, scale=None if pending is not None else scale, length=length)
         if pending is not None:
             pending.give_back()
@@ -593,16 +598,17 @@ class PreconditionedGD(torch.optim.Optimizer):
         return hessian
 
     def _residual(self, leaf: Leaf) -> Tensor | None:
-        return self.state[leaf.param].get("residual") if self.rounding == "kahan" else None
+        residual = self.state[leaf.param].get("residual") if self.rounding == "kahan" else None
+        return None if residual is None else leaf.local(residual)
 
     def _write_back(self, point: Point) -> None:
         """Round the float32 values of 16-bit parameters into them, and keep what rounding lost where that is asked for."""
         for leaf, p in zip(point.leaves, point.p, strict=True):
             if p.dtype != leaf.param.dtype:
-                leaf.param.copy_(p)
+                leaf.tensor.copy_(p)
                 residual = self._residual(leaf)
                 if residual is not None:
-                    residual.copy_(p - leaf.param)
+                    residual.copy_(p - leaf.tensor)
 
     # --- looking ---------------------------------------------------------------------------------------------------------
 
@@ -631,7 +637,7 @@ class PreconditionedGD(torch.optim.Optimizer):
                 raise RuntimeError(f"map: {cell.block.name!r} has seen no gradient yet; take a step first")
             with torch.no_grad():
                 blocks.append(([place[p] for p in cell.block.params], cell.map(cell.state)))
-        return BlockDiagonal(blocks, tuple(p.detach() for p in wanted))
+        return BlockDiagonal(blocks, tuple(local(p).detach() for p in wanted))
 
     def explain(self) -> Explanation:
         """Which preconditioner acts on which parameter, and which parameters it takes jointly; ``print`` it."""
@@ -646,9 +652,9 @@ class PreconditionedGD(torch.optim.Optimizer):
             return float("nan")
         match name:
             case "grad_norm":
-                return vec.norm(point.g)
+                return point.sums.norm(point.g)
             case "preconditioned_grad_norm":
-                return vec.dot(point.g, point.joined(point.maps()).gram(point.g)).clamp_min(0).sqrt()
+                return point.sums.dot(point.g, point.joined(point.maps()).gram(point.g)).clamp_min(0).sqrt()
             case "penalty":
                 point.steps = [t - 1 for t in point.steps]
                 regularizers = point.choices[0].regularizers
@@ -658,8 +664,8 @@ class PreconditionedGD(torch.optim.Optimizer):
                 if length is None and not kept:
                     return float("nan")
                 if length is None:
-                    length = vec.norm(vec.scale(loop.last_update(point), point.lr))
-                return length / vec.norm(point.p)
+                    length = point.sums.norm(vec.scale(loop.last_update(point), point.lr))
+                return length / point.sums.norm(point.p)
 
     # --- saving ----------------------------------------------------------------------------------------------------------
 
@@ -667,7 +673,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         """As torch.optim's; torch-named recipes use torch's names, and torch's class of that name loads it."""
         if self.probing:
             raise RuntimeError("state_dict: the parameters stand at a probed point; finish the step or call restore() first")
-        return serialization.renamed(super().state_dict(), self)
+        return serialization.started(super().state_dict(), self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this optimizer's state dict, or torch's of the recipe's name; all or nothing. State keeps its dtype.

@@ -167,7 +167,9 @@ class Probe:
             return False
         delta = self._deltas.pop(0)
         storage = self.point.storage
-        self._saved = tuple(self._spare.setdefault(p, torch.empty_like(p, requires_grad=False)).copy_(p) for p in storage)
+        for leaf, p in zip(self.point.leaves, storage, strict=True):
+            self._spare.setdefault(leaf.param, torch.empty_like(p, requires_grad=False)).copy_(p)
+        self._saved = tuple(self._spare[leaf.param] for leaf in self.point.leaves)
         self._buffers = Buffers(self.modules)
         self.moved = True
         self.asked += 1
@@ -219,10 +221,9 @@ class Probe:
         place = {leaf: i for i, leaf in enumerate(self.leaves)}
         vectors = []
         for found in [*self._found, last]:
-            aligned = [signed(found)[place[leaf]] for leaf in self.point.leaves]
-            vectors.append(
-                tuple(torch.zeros_like(p) if g is None else g.to(p.dtype) for g, p in zip(aligned, self.point.p, strict=True))
-            )
+            turned = signed(found)
+            aligned = [(leaf, turned[place[leaf]], p) for leaf, p in zip(self.point.leaves, self.point.p, strict=True)]
+            vectors.append(tuple(torch.zeros_like(p) if g is None else leaf.local(g).to(p.dtype) for leaf, g, p in aligned))
         self.evidence.found[self.regularizer] = tuple(vectors)
         return self.evidence
 

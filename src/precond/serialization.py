@@ -10,19 +10,17 @@ import torch
 from torch import Tensor
 
 from precond.engine import cells
+from precond.sharding import copy_
 
 if TYPE_CHECKING:
     from precond.optimizer import PreconditionedGD
 
 
-def renamed(state_dict: dict[str, Any], optimizer: PreconditionedGD) -> dict[str, Any]:
-    """A state dict with its tensors under the optimizer's outside names."""
-    naming = optimizer.naming
-    out = {}
-    for key, entries in state_dict["state"].items():
-        started = float(entries.get("step", 0)) > 0 or not naming.only_started
-        out[key] = {naming.outside(k): v for k, v in entries.items() if started or k == "step"}
-    return {**state_dict, "state": out}
+def started(state_dict: dict[str, Any], optimizer: PreconditionedGD) -> dict[str, Any]:
+    """A state dict, where the optimizer's torch twin has it so, without the tensors of parameters that made no step."""
+    drop = optimizer.naming.only_started
+    state = {k: {"step": e["step"]} if drop and not e["step"] else dict(e) for k, e in state_dict["state"].items()}
+    return {**state_dict, "state": state}
 
 
 def load(optimizer: PreconditionedGD, state_dict: Mapping[str, Any]) -> None:
@@ -55,7 +53,7 @@ def load(optimizer: PreconditionedGD, state_dict: Mapping[str, Any]) -> None:
     ]
     leaves = optimizer.owners.leaves(groups, optimizer.observes)
     choices = [optimizer.naming.build(g) for g in new_groups]
-    fresh, entries = cells.build(leaves, choices, {})
+    fresh, entries = cells.build(leaves, choices, {}, optimizer.naming.outside)
     entries = [*entries, *optimizer.residuals(leaves)]
     known: dict[Tensor, dict[str, Tensor]] = {}
     names = {}
@@ -69,7 +67,7 @@ def load(optimizer: PreconditionedGD, state_dict: Mapping[str, Any]) -> None:
         copies += _fit(optimizer.naming.name, names[param], mine, theirs)
     with torch.no_grad():
         for target, value in copies:
-            target.copy_(value)
+            copy_(target, value)
     for ours, new in zip(groups, new_groups, strict=True):
         ours.update(new)
     optimizer.adopt(leaves, choices, fresh, entries)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from precond import vec
 from precond.maps import Identity, LinearMap
+from precond.sharding import ALONE, Sums
 from precond.vec import Scalar, Vec
 
 
@@ -71,10 +72,11 @@ class Space(ABC):
     Args:
         map: the map from these coordinates to p.
         takes_part: for each tensor, whether its coordinates belong to the penalty; the others are projected away.
+        sums: sums over the entries of a vector, whoever holds them.
     """
 
-    def __init__(self, map: LinearMap, takes_part: tuple[bool, ...]):
-        self.map, self._mask = map, None if all(takes_part) else takes_part
+    def __init__(self, map: LinearMap, takes_part: tuple[bool, ...], sums: Sums = ALONE):
+        self.map, self._mask, self.sums = map, None if all(takes_part) else takes_part, sums
 
     def project(self, z: Vec) -> Vec:
         """Π z: zero in the coordinates that take no part."""
@@ -98,7 +100,7 @@ class Space(ABC):
 
     def dual_norm(self, g: Vec, sharp: Vec | None = None) -> Tensor:
         """√(gᵀ P Π Pᵀ g), the length of the gradient in these coordinates."""
-        return vec.dot(g, self.sharp(g) if sharp is None else sharp).clamp_min(0).sqrt()
+        return self.sums.dot(g, self.sharp(g) if sharp is None else sharp).clamp_min(0).sqrt()
 
     @abstractmethod
     def raised(self, v: Vec) -> Cotangent | Tangent:
@@ -111,8 +113,8 @@ class Space(ABC):
 class P(Space):
     """The parameters as they are."""
 
-    def __init__(self, takes_part: tuple[bool, ...]):
-        super().__init__(Identity(), takes_part)
+    def __init__(self, takes_part: tuple[bool, ...], sums: Sums = ALONE):
+        super().__init__(Identity(), takes_part, sums)
 
     def raised(self, v: Vec) -> Cotangent:
         return Cotangent(v)

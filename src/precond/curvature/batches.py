@@ -22,12 +22,18 @@ def kept(data: Any) -> Sequence[Any]:
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         return (data,)
     if isinstance(data, Tensor | str | Mapping) or not isinstance(data, Iterable | Sequence):
-        raise TypeError(f"Objective: data must be batches (inputs, targets), got {type(data).__name__}; give [(inputs, targets)] or a DataLoader")
+        raise TypeError(
+            f"Objective: data must be batches (inputs, targets), got {type(data).__name__}; give [(inputs, targets)] or a DataLoader"
+        )
     if isinstance(data, Dataset):
-        raise TypeError(f"Objective: data must be batches, got the data set {type(data).__name__} of single examples; give DataLoader(data, batch_size)")
+        raise TypeError(
+            f"Objective: data must be batches, got the data set {type(data).__name__} of single examples; give DataLoader(data, batch_size)"
+        )
     batches = data if isinstance(data, Sequence) else tuple(data)
     if len(batches) == 0:
-        raise ValueError("Objective: data yields no batches; an iterator that was used up yields nothing: give a list or a DataLoader")
+        raise ValueError(
+            "Objective: data yields no batches; an iterator that was used up yields nothing: give a list or a DataLoader"
+        )
     return batches
 
 
@@ -35,7 +41,9 @@ def checked(batch: Any, index: int) -> Batch:
     """The batch as (inputs, targets)."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         found = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
-        raise ValueError(f"Objective: batch {index} of data must be a pair (inputs, targets), got {found}; pack several inputs in a tuple or a dict")
+        raise ValueError(
+            f"Objective: batch {index} of data must be a pair (inputs, targets), got {found}; pack several inputs in a tuple or a dict"
+        )
     return batch[0], batch[1]
 
 
@@ -56,9 +64,13 @@ def size(batch: Batch, index: int) -> int:
         for tensor in tensors(part):
             if tensor.ndim:
                 if tensor.shape[0] == 0:
-                    raise ValueError(f"Objective: batch {index} of data has 0 examples (shape {tuple(tensor.shape)}); leave it out")
+                    raise ValueError(
+                        f"Objective: batch {index} of data has 0 examples (shape {tuple(tensor.shape)}); leave it out"
+                    )
                 return tensor.shape[0]
-    raise ValueError(f"Objective: batch {index} of data holds no tensor with a batch dimension; give size=, a function of the batch")
+    raise ValueError(
+        f"Objective: batch {index} of data holds no tensor with a batch dimension; give size=, a function of the batch"
+    )
 
 
 def tensors(x: Any) -> Iterable[Tensor]:

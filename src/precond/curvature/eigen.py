@@ -10,7 +10,7 @@ from torch import Tensor
 
 from precond.curvature.spectrum import Method, Settings, Spectrum, spectrum
 from precond.curvature.subspace import Subspace
-from precond.curvature.symmetric import example_of, from_rows, unstacked
+from precond.curvature.symmetric import example_of
 from precond.maps import LinearMap
 from precond.vec import Vec
 
@@ -118,7 +118,9 @@ def eigenvalues(
     # Coordinates where the map is zero are eigenvectors too, which Lanczos left out.
     zeros = found.zeros if found.method == "lanczos" else 0
     if low + high > count + zeros:
-        raise ValueError(f"eigenvalues: k asks for {low + high} eigenvalues, found {count + zeros}; ask for fewer, or raise max_products")
+        raise ValueError(
+            f"eigenvalues: k asks for {low + high} eigenvalues, found {count + zeros}; ask for fewer, or raise max_products"
+        )
     like = example_of(map, "eigenvalues")
     return _with_zeros(found, low, high, zeros, tol, like, which == "largest")
 

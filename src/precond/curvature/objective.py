@@ -6,8 +6,8 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -111,7 +111,9 @@ class Objective:
             batch = self._batch(i)
             sizes.append(float(self._size(*batch) if self._size is not None else batches.size(batch, i)))
             if not sizes[-1] > 0:
-                raise ValueError(f"Objective: size must be positive, got {sizes[-1]} for batch {i} of data; leave the batch out")
+                raise ValueError(
+                    f"Objective: size must be positive, got {sizes[-1]} for batch {i} of data; leave the batch out"
+                )
         return tuple((n if self.reduction == "mean" else 1.0) / sum(sizes) for n in sizes)
 
     @contextmanager
@@ -152,14 +154,18 @@ class Objective:
             with self.measuring(i):
                 loss = w * self.evaluate(i).loss
                 if not loss.requires_grad:
-                    raise NoSecondDerivative("Objective: the loss does not depend on the parameters; is it computed under no_grad or detached?")
+                    raise NoSecondDerivative(
+                        "Objective: the loss does not depend on the parameters; is it computed under no_grad or detached?"
+                    )
                 g = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
             total = vec.add(total, g)
         return total
 
     def double(self) -> Objective:
         """The same objective in float64, on a copy of the model: what small eigenvalues need (float32 loses λ_min from κ ≈ 1e5)."""
-        model, loss_fn = copy.deepcopy((self.model, self.loss_fn) if isinstance(self.loss_fn, nn.Module) else (self.model, None))
+        model, loss_fn = copy.deepcopy(
+            (self.model, self.loss_fn) if isinstance(self.loss_fn, nn.Module) else (self.model, None)
+        )
         other = copy.copy(self)
         other.model = model.double()
         other.loss_fn = self.loss_fn if loss_fn is None else loss_fn.double()
@@ -177,7 +183,9 @@ class Objective:
         batch = batches.checked(self.batches[index], index)
         found = batches.structure(batch)
         if found != self._structure:
-            raise ValueError(f"Objective: batch {index} of data is {found}, batch 0 is {self._structure}; give batches of one structure")
+            raise ValueError(
+                f"Objective: batch {index} of data is {found}, batch 0 is {self._structure}; give batches of one structure"
+            )
         return batch
 
 
@@ -197,7 +205,9 @@ def _selected(model: nn.Module, params: Iterable[Tensor | str] | Tensor | str | 
     if params is None:
         chosen = {name: p for name, p in named.items() if p.requires_grad and (p.is_floating_point() or p.is_complex())}
         if not chosen:
-            raise ValueError(f"Objective: {type(model).__name__} has no parameter that requires a gradient; call requires_grad_() on some")
+            raise ValueError(
+                f"Objective: {type(model).__name__} has no parameter that requires a gradient; call requires_grad_() on some"
+            )
     else:
         names = {id(p): name for name, p in named.items()}
         chosen = {}
@@ -205,13 +215,19 @@ def _selected(model: nn.Module, params: Iterable[Tensor | str] | Tensor | str | 
             found = [n for n in named if fnmatchcase(n, wanted)] if isinstance(wanted, str) else [names.get(id(wanted), "")]
             if not found or found == [""]:
                 what = repr(wanted) if isinstance(wanted, str) else f"a tensor of shape {tuple(wanted.shape)}"
-                raise ValueError(f"Objective: params[{i}] is {what}, which is no parameter of the model; it has {', '.join(named)}")
+                raise ValueError(
+                    f"Objective: params[{i}] is {what}, which is no parameter of the model; it has {', '.join(named)}"
+                )
             chosen |= {name: named[name] for name in found}
     for name, p in chosen.items():
         if not p.requires_grad:
-            raise ValueError(f"Objective: parameter {name!r} does not require a gradient; call requires_grad_() on it or leave it out")
+            raise ValueError(
+                f"Objective: parameter {name!r} does not require a gradient; call requires_grad_() on it or leave it out"
+            )
         if p.is_complex():
-            raise ValueError(f"Objective: parameter {name!r} is complex; curvature is defined here for real parameters, leave it out")
+            raise ValueError(
+                f"Objective: parameter {name!r} is complex; curvature is defined here for real parameters, leave it out"
+            )
     if not chosen:
         raise ValueError("Objective: params is empty; give parameters or names, or None for all")
     return tuple(chosen), tuple(chosen.values())

@@ -57,7 +57,9 @@ class _GaussNewtonGraph(_Graph):
     def __init__(self, at: Evaluation, weight: float, params: Vec):
         super().__init__(at, weight, params)
         if not isinstance(at.outputs, Tensor):
-            raise TypeError(f"gauss_newton: the model must return one tensor, got {type(at.outputs).__name__}; wrap it in a module that does")
+            raise TypeError(
+                f"gauss_newton: the model must return one tensor, got {type(at.outputs).__name__}; wrap it in a module that does"
+            )
         self._f = at.outputs
         self._u = torch.zeros_like(self._f, requires_grad=True)
         back = _differentiable(
@@ -138,7 +140,9 @@ class CurvatureMap(SymmetricMap):
         with self.objective.measuring(index):
             at = self.objective.evaluate(index)
             if not torch.isfinite(at.loss):
-                raise ValueError(f"the loss of batch {index} is {at.loss.item()}; curvature needs finite losses, look for divergence or bad data")
+                raise ValueError(
+                    f"the loss of batch {index} is {at.loss.item()}; curvature needs finite losses, look for divergence or bad data"
+                )
             graph = self._kind(at, self.objective.weights[index], self.objective.params)
         if graph.size.bytes + sum(g.size.bytes for g in self._graphs.values()) <= self._memory:
             self._graphs[index] = graph
@@ -205,7 +209,9 @@ def _pulled_back(outputs: Vec, inputs: Vec, v: Vec, batched: bool) -> Vec:
 def _differentiable(f, output: Tensor | None = None):
     """f(), with autograd's refusals in words that name the remedy."""
     if output is not None and not output.requires_grad:
-        raise NoSecondDerivative("the loss does not depend on the parameters; is it computed under no_grad, detached or outside torch?")
+        raise NoSecondDerivative(
+            "the loss does not depend on the parameters; is it computed under no_grad, detached or outside torch?"
+        )
     try:
         return f()
     except (RuntimeError, NotImplementedError) as error:

@@ -100,7 +100,9 @@ class Spectrum:
         return self.errors <= enough
 
 
-def spectrum(map: LinearMap, done: Callable[[Spectrum], bool], deflate: Subspace | None, settings: Settings, caller: str) -> Spectrum:
+def spectrum(
+    map: LinearMap, done: Callable[[Spectrum], bool], deflate: Subspace | None, settings: Settings, caller: str
+) -> Spectrum:
     """The spectrum of a symmetric map outside a subspace, computed until ``done``, exhausted or out of products."""
     like = example_of(map, caller)
     n = length(like)
@@ -148,7 +150,9 @@ def _dense(map: LinearMap, deflate: Subspace | None, settings: Settings, like: V
     )  # fmt: skip
 
 
-def _lanczos(map: LinearMap, done: Callable[[Spectrum], bool], deflate: Subspace | None, settings: Settings, like: Vec) -> Spectrum:
+def _lanczos(
+    map: LinearMap, done: Callable[[Spectrum], bool], deflate: Subspace | None, settings: Settings, like: Vec
+) -> Spectrum:
     flat = flatten(like)
     dtype, n = flat.dtype, flat.numel()
     generator = torch.Generator().manual_seed(settings.seed)
@@ -170,9 +174,16 @@ def _lanczos(map: LinearMap, done: Callable[[Spectrum], bool], deflate: Subspace
     basis = settings.basis or max(4 * settings.block + 8, min(_BASIS_BYTES // (n * flat.element_size()), 4096))
     theta = torch.zeros(0, dtype=torch.float64)
     if room <= 0:
-        return Spectrum(theta, theta, theta, lambda at: flat.new_zeros(0, n), True, 0.0, 0.0, out.zeros, out.dim - out.zeros, 1, "lanczos")
+        return Spectrum(
+            theta, theta, theta, lambda at: flat.new_zeros(0, n), True, 0.0, 0.0, out.zeros, out.dim - out.zeros, 1, "lanczos"
+        )
     run = Lanczos(
-        lambda rows: out.removed(product(rows)), out.removed(random(min(settings.block, room))), room, basis, generator, out.removed
+        lambda rows: out.removed(product(rows)),
+        out.removed(random(min(settings.block, room))),
+        room,
+        basis,
+        generator,
+        out.removed,
     )
     check = 0
     while True:

@@ -103,7 +103,9 @@ def example_of(map: LinearMap, caller: str) -> Vec:
         ValueError: where the map takes vectors of any shape and none is stated.
     """
     if map.like is None:
-        raise ValueError(f"{caller}: the map takes vectors of any shape; multiply it with one that states them, such as hessian(objective)")
+        raise ValueError(
+            f"{caller}: the map takes vectors of any shape; multiply it with one that states them, such as hessian(objective)"
+        )
     return tuple(t.detach() for t in map.like)
 
 

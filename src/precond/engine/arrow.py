@@ -68,9 +68,9 @@ def arrow(cell: Cell, P: BNP, momentum: Momentum | None, decay: float) -> Arrow 
     parts = P.parts(cell.block)
     if len(parts) != 1 or parts[0].rows != slice(None) or parts[0].weight != 0:
         return None
-    layout = parts[0].site.layout(P.request)
+    layout = parts[0].layout(P.request)
     alone = len(cell.block.leaves) == (1 if parts[0].bias is None else 2)
-    contiguous = cell.block.params[0].is_contiguous()
+    contiguous = cell.block.tensors[0].is_contiguous()
     if not alone or layout.groups != 1 or layout.transposed or not contiguous:
         return None
     if momentum is not None and (momentum.kind != "heavy_ball" or momentum.of != "cotangent" or momentum.dampening):

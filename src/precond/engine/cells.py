@@ -16,6 +16,7 @@ from precond.momentum import Momentum
 from precond.preconditioners.base import Preconditioner
 from precond.preconditioners.base import Seen as Evidence
 from precond.regularizers.base import Regularizer
+from precond.sharding import local
 from precond.vec import Vec
 
 
@@ -72,25 +73,33 @@ class Cell:
 
     def map(self, state: State) -> LinearMap:
         """P from ``state``."""
-        return self.preconditioner.map(state) if self.handled else Identity(self.block.params)
+        return self.preconditioner.map(state) if self.handled else Identity(self.block.tensors)
 
 
 def build(
-    leaves: Sequence[Leaf], choices: Sequence[Choice], existing: Mapping[Tensor, dict[str, Any]]
+    leaves: Sequence[Leaf],
+    choices: Sequence[Choice],
+    existing: Mapping[Tensor, dict[str, Any]],
+    outside: Callable[[str], str],
 ) -> tuple[list[Cell], list[tuple[Leaf, str, Tensor]]]:
     """Cells for the leaves that want gradients, and their state entries (leaf, key, tensor).
 
-    State tensors that ``existing`` holds already, of the same shape, are taken over as they are.
+    State tensors that ``existing`` holds already, of the same shape, under their names ``outside``, are taken over as they are.
     """
     live = [i for i, leaf in enumerate(leaves) if leaf.param.requires_grad]
     cells, entries = [], []
     for index, preconditioner, momentum in strategies(leaves, live, choices):
         block = Block(tuple(leaves[i] for i in index))
+        if block.sharded and preconditioner.needs == "block":
+            raise ValueError(
+                f"{type(preconditioner).__name__} acts on {block.name!r} as a whole, of which each process holds a part: use "
+                "RMS, AdaGrad, BNP, Whitening or compositions of them, or leave the parameters out of sharding (ignored_params)"
+            )
         state = State(block, preconditioner.init(block) if preconditioner.handles(block) else {})
         average = State(block, momentum.init(block) if momentum is not None else {})
         steps = tuple(_known(existing, leaf, "step", _fresh_step) for leaf in block.leaves)
         for s in (state, average):
-            _adopt(s, existing, steps)
+            _adopt(s, existing, steps, outside)
             entries += list(s.entries())
         entries += [(leaf, "step", t) for leaf, t in zip(block.leaves, steps, strict=True)]
         cells.append(Cell(index, block, preconditioner, momentum, state, average))
@@ -120,17 +129,20 @@ def _known(existing: Mapping[Tensor, dict[str, Any]], leaf: Leaf, key: str, make
     return known if isinstance(known, Tensor) else make(leaf)
 
 
-def _adopt(state: State, existing: Mapping[Tensor, dict[str, Any]], steps: Vec, prefix: str = "") -> None:
+def _adopt(
+    state: State, existing: Mapping[Tensor, dict[str, Any]], steps: Vec, outside: Callable[[str], str], prefix: str = ""
+) -> None:
     """Put known tensors in place of fresh ones, and the step counts of the leaves into every part."""
     by_leaf = dict(zip(state.block.leaves, steps, strict=True)) if steps else {}
     for key, value in list(state.items()):
         if isinstance(value, State):
-            _adopt(value, existing, tuple(by_leaf[leaf] for leaf in value.block.leaves), f"{prefix}{key}.")
+            _adopt(value, existing, tuple(by_leaf[leaf] for leaf in value.block.leaves), outside, f"{prefix}{key}.")
         else:
             fresh = value if isinstance(value, tuple) else (value,)
             kept = []
             for leaf, tensor in zip(state.block.leaves, fresh, strict=False):
-                known = existing.get(leaf.param, {}).get(prefix + key)
-                kept.append(known if isinstance(known, Tensor) and known.shape == tensor.shape else tensor)
+                known = existing.get(leaf.param, {}).get(outside(prefix + key))
+                mine = local(known) if isinstance(known, Tensor) else tensor
+                kept.append(mine if mine.shape == tensor.shape else tensor)
             state[key] = tuple(kept) if isinstance(value, tuple) else kept[0]
     state["step"] = steps

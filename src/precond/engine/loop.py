@@ -102,14 +102,14 @@ def step(point: Point, rules: Rules, evidence: Evidence) -> Vec:
         settled = not any(r.circular for r in regularizers) and not evidence.found
         if rules.max_norm is not None and rules.norm_space == "p" and settled:
             # As when torch.nn.utils.clip_grad_norm_ runs before the step: the statistics see the clipped gradient.
-            factor = _clip_factor(rules.max_norm, vec.norm(a))
+            factor = _clip_factor(rules.max_norm, point.sums.norm(a))
             source, a = vec.scale(source, factor), vec.scale(a, factor)
         observe(point, source)
     P = point.joined(maps())
     late = [r.term(at) for r, at, now in zip(regularizers, ats, is_early, strict=True) if not now]
     a = assemble(a, late)
     if rules.max_norm is not None and factor is None:
-        length = vec.norm(a) if rules.norm_space == "p" else vec.dot(a, P.gram(a)).clamp_min(0).sqrt()
+        length = point.sums.norm(a) if rules.norm_space == "p" else point.sums.dot(a, P.gram(a)).clamp_min(0).sqrt()
         a = vec.scale(a, _clip_factor(rules.max_norm, length))
     u = descent(point, P, a)
     for term in [*early, *late]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from precond.engine.cells import Cell, Choice
 from precond.maps import LinearMap, block_diagonal
 from precond.regularizers.base import At, Regularizer
 from precond.schedules import value_at
+from precond.sharding import Sums, sums
 from precond.spaces import P, Space, Z
 from precond.vec import Scalar, Vec
 
@@ -50,8 +51,13 @@ class Point:
 
     @property
     def storage(self) -> Vec:
-        """The parameters' own tensors."""
-        return tuple(leaf.param for leaf in self.leaves)
+        """The parameters' own tensors, of which this process holds what it steps."""
+        return tuple(leaf.tensor for leaf in self.leaves)
+
+    @cached_property
+    def sums(self) -> Sums:
+        """Sums over vectors of the point, whoever holds them."""
+        return sums([leaf.shard for leaf in self.leaves])
 
     def maps(self, states: Sequence[State] | None = None) -> list[LinearMap]:
         """P of each cell, from the states given or from the cells' own."""
@@ -83,14 +89,15 @@ class Point:
 
         def space() -> Space:
             if first.space == "p":
-                return P(takes_part)
+                return P(takes_part, self.sums)
             if not first.takes_damping:
-                return Z(self.joined(maps()), takes_part)
+                return Z(self.joined(maps()), takes_part, self.sums)
             damped = [m.damped(_damping(first, cell)) for cell, m in zip(self.cells, maps(), strict=True)]
-            return Z(self.joined(damped), takes_part)
+            return Z(self.joined(damped), takes_part, self.sums)
 
         dtype = max((leaf.param.dtype for leaf in self.leaves), key=lambda d: torch.finfo(d).eps)
-        return At(self.p, self.g, self.lr, values, takes_part, space, lambda: self.joined(maps()), dtype=dtype, **more)
+        joined = lambda: self.joined(maps())  # noqa: E731
+        return At(self.p, self.g, self.lr, values, takes_part, space, joined, dtype=dtype, sums=self.sums, **more)
 
     def hessian(self, gradient: Sequence[Tensor | None]) -> Callable[[Vec], Vec]:
         """v ↦ H v from the graph of the gradient of each of the point's leaves, built with ``create_graph``."""
@@ -142,11 +149,15 @@ def gather(
         for i, leaf in zip(cell.index, cell.block.leaves, strict=True):
             leaves.append(leaf)
             grad = gradients[i]
+            if grad is not None and grad.is_sparse:
+                raise TypeError(
+                    f"the gradient of {leaf.name!r} is sparse: make its layer with sparse=False (or use SparseAdam for it)"
+                )
             wide = state_dtype(leaf.param.dtype)
-            g.append(torch.zeros_like(leaf.param, dtype=wide) if grad is None else grad.to(wide))
+            g.append(torch.zeros_like(leaf.tensor, dtype=wide) if grad is None else leaf.local(grad).to(wide))
     p = []
     for leaf in leaves:
-        wide_p = leaf.param.detach().to(state_dtype(leaf.param.dtype))
+        wide_p = leaf.tensor.detach().to(state_dtype(leaf.param.dtype))
         rest = residual(leaf)
         p.append(wide_p if rest is None else wide_p + rest)
     steps = [t.item() + 1 for cell in kept for t in cell.state["step"]]

@@ -13,6 +13,7 @@ from precond.inputs.taps import Tap, Weight
 from precond.maps import Layout
 
 _OUT = 3  # the slot of out_proj, after query, key and value
+_PACKED = 4  # the slot of the three together
 
 
 class AttentionTap(Tap):
@@ -23,18 +24,18 @@ class AttentionTap(Tap):
         m = self.module
         out = Weight(m.out_proj.weight, m.out_proj.bias, slot=_OUT)
         if m._qkv_same_embed_dim:
-            return [Weight(m.in_proj_weight, m.in_proj_bias), out]
+            return [Weight(m.in_proj_weight, m.in_proj_bias, slot=_PACKED), out]
         size = m.embed_dim
         parts = (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)
         return [*(Weight(w, m.in_proj_bias, slice(i * size, (i + 1) * size), i) for i, w in enumerate(parts)), out]
 
     def layout(self, weight: Weight, request: Request) -> Layout:
-        return Layout(3) if weight.param is self.module.in_proj_weight else Layout()
+        return Layout(3) if weight.slot == _PACKED else Layout()
 
     def moments(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight, request: Request, reference: Reference | None
     ) -> Moments:
-        if weight.param is not self.module.in_proj_weight:
+        if weight.slot != _PACKED:
             return super().moments(args, kwargs, weight, request, reference)
         # Queries may be more or fewer than keys: one group each.
         parts = []

@@ -25,7 +25,7 @@ class ConvTap(Tap):
 
     def layout(self, weight: Weight, request: Request) -> Layout:
         per_channel = request.kind == "moments" and request.conv == "channel"
-        return Layout(self.module.groups, self.module.transposed, weight.param[0, 0].numel() if per_channel else 1)
+        return Layout(self.module.groups, self.module.transposed, weight.param.shape[2:].numel() if per_channel else 1)
 
     def _batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         x = args[0] if args else kwargs["input"]

@@ -13,6 +13,7 @@ from precond.inputs.conv import ConvTap
 from precond.inputs.moments import Request
 from precond.inputs.taps import LinearTap, Tap, Weight
 from precond.maps import Layout
+from precond.sharding import flattened
 
 _TAPS: list[tuple[type[nn.Module], type[Tap]]] = [
     (nn.MultiheadAttention, AttentionTap),
@@ -43,7 +44,7 @@ class Site:
     def shape(self, request: Request) -> tuple[int, int]:
         """(groups, features) of the statistics of a request."""
         layout = self.layout(request)
-        return layout.groups, layout.view(self.weight.detach()).shape[-1] // layout.repeat
+        return layout.groups, layout.inputs(self.weight.shape) // layout.repeat
 
     def layout(self, request: Request) -> Layout:
         """How the weight is seen by statistics of a request."""
@@ -76,6 +77,11 @@ def survey(modules: Iterable[tuple[str, nn.Module]]) -> Survey:
         known.add(module)
         tap = _tap(module)
         seen: set[Tensor] = set()
+        if flattened(module):
+            raise TypeError(
+                f"FSDP1 ({path or 'the model'!r}) flattens parameters, whose rows no layer's inputs belong to: "
+                "shard with torch.distributed.fsdp.fully_shard (FSDP2)"
+            )
         if parametrize.is_parametrized(module):
             passed_by.append((path, "is parametrized: its weight is computed, not a parameter"))
         elif isinstance(module, _UNSEEN):

@@ -34,7 +34,7 @@ def synchronized(observer: Observer) -> Seen:
         square = (groups, n, n) if request.kind == "covariance" else (groups, n)
         shapes.append(((groups,), (groups, n), square, (groups, n)))
         found = seen.get((site.name, request))
-        zeros = [site.weight.new_zeros(s, dtype=torch.float64) for s in shapes[-1]]
+        zeros = [torch.zeros(s, dtype=torch.float64, device=site.weight.device) for s in shapes[-1]]
         pieces += [t.reshape(-1) for t in (zeros if found is None else found.raw())]
     if not pieces:
         return {}

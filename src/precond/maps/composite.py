@@ -94,7 +94,9 @@ def compose(a: LinearMap, b: LinearMap) -> LinearMap:
         return a
     match a, b:
         case Diagonal(), Diagonal():
-            return Diagonal(vec.mul(a.d, b.d))
+            product = Diagonal(vec.mul(a.d, b.d))
+            product.means = a.means
+            return product
         case Dense(), Dense():
             return Dense(a.matrix @ b.matrix, a.like or b.like)
         case Dense(), Diagonal():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -22,6 +23,7 @@ class Diagonal(LinearMap):
 
     diagonal = True
     holes = True  # some entries may be 0
+    means: Callable[[Vec], Sequence[Tensor]] | None = None  # over all entries, where other processes hold some
 
     def __init__(self, d: Vec):
         self.d = self.like = d
@@ -47,9 +49,15 @@ class Diagonal(LinearMap):
     def damped(self, delta: float) -> LinearMap:
         if delta == 0:
             return self
-        if not self.holes:
-            return InverseRoot(tuple(h.add(h.mean(), alpha=delta) if h.numel() else h for h in self.denominator), holes=False)
-        return InverseRoot(vec.map_(lambda h: h + delta * _mean(h, h.isfinite()), self.denominator))
+        h = self.denominator
+        damped = tuple(t.add(mean.to(t), alpha=delta) for t, mean in zip(h, self._means(h), strict=True))
+        return InverseRoot(damped, self.holes, self.means)
+
+    def _means(self, h: Vec) -> Sequence[Tensor]:
+        """The mean of the finite entries of each tensor."""
+        if self.means is not None:
+            return self.means(h)
+        return vec.map_(lambda t: _mean(t, t.isfinite()) if self.holes else t.mean(), h)
 
     @property
     def T(self) -> LinearMap:
@@ -64,11 +72,12 @@ class InverseRoot(Diagonal):
     Args:
         denominator: h, tensors of the parameters' shapes.
         holes: whether some h may be ∞.
+        means: the mean over the finite entries of each tensor of a vector, where other processes hold some of them.
     """
 
-    def __init__(self, denominator: Vec, holes: bool = True):
+    def __init__(self, denominator: Vec, holes: bool = True, means: Callable[[Vec], Sequence[Tensor]] | None = None):
         self.__dict__["denominator"] = self.like = denominator
-        self.holes = holes
+        self.holes, self.means = holes, means
 
     @cached_property
     def d(self) -> Vec:  # type: ignore[override]

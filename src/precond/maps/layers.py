@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from precond.maps.base import LinearMap
 from precond.maps.diagonal import Diagonal
@@ -21,14 +22,42 @@ class Layout:
         groups: number of groups.
         transposed: whether the weight has its input dimension first, as transposed convolutions have.
         repeat: kernel positions per channel, over which channel statistics are repeated; 1 where n counts them.
+        held: of the rows of all groups, those that this process holds, where it does not hold all.
+        rows: of a group, where ``held`` is given.
     """
 
     groups: int = 1
     transposed: bool = False
     repeat: int = 1
+    held: range | None = None
+    rows: int = 0
+
+    def inputs(self, shape: torch.Size) -> int:
+        """n, of a weight of some shape."""
+        return shape[0] // self.groups * shape[2:].numel() if self.transposed else shape[1:].numel()
+
+    def part(self, held: range, shape: torch.Size) -> Layout:
+        """The same for some rows of a weight of some shape: where there are several groups, they may be cut."""
+        return self if self.groups == 1 else replace(self, held=held, rows=shape[0] // self.groups)
+
+    @property
+    def _met(self) -> tuple[int, int]:
+        """The first group that held rows belong to, and the one after the last."""
+        assert self.held is not None
+        first = self.held.start // self.rows
+        return first, (-(-self.held.stop // self.rows) if self.held else first)
+
+    def mine(self, statistic: Tensor) -> Tensor:
+        """A statistic (groups, …) of the groups that rows are held of."""
+        return statistic if self.held is None else statistic[slice(*self._met)]
 
     def view(self, weight: Tensor) -> Tensor:
-        """The weight as (groups, rows, n)."""
+        """The weight as (groups, rows, n); cut groups are filled up with zeros, which no other row notices."""
+        if self.held is not None:
+            first, last = self._met
+            flat = weight.reshape(len(self.held), weight.shape[1:].numel())
+            filled = nn.functional.pad(flat, (0, 0, self.held.start - first * self.rows, last * self.rows - self.held.stop))
+            return filled.reshape(last - first, self.rows, flat.shape[1])
         g = self.groups
         if not self.transposed:
             return weight.reshape(g, weight.shape[0] // g, weight.shape[1:].numel())
@@ -36,11 +65,20 @@ class Layout:
         return w.transpose(1, 2).flatten(2)
 
     def back(self, view: Tensor, like: Tensor) -> Tensor:
-        """The inverse of :meth:`view`."""
-        if not self.transposed:
+        """The inverse of :meth:`view`, and of :meth:`column`."""
+        if self.held is not None:
+            start = self.held.start - self._met[0] * self.rows
+            return view.flatten(0, 1)[start : start + len(self.held)].reshape(like.shape)
+        if not self.transposed or like.ndim == 1:
             return view.reshape(like.shape)
         w = view.reshape(self.groups, like.shape[1], like.shape[0] // self.groups, like.shape[2:].numel())
         return w.transpose(1, 2).reshape(like.shape)
+
+    def column(self, bias: Tensor) -> Tensor:
+        """The bias as (groups, rows, 1)."""
+        if self.held is not None:
+            return self.view(bias[:, None])
+        return bias.reshape(self.groups, bias.shape[0] // self.groups, 1)
 
     def spread_out(self, statistic: Tensor) -> Tensor:
         """A statistic per channel as one per input of a row."""
@@ -75,43 +113,49 @@ class Standardizing(LinearMap):
         self.layout = Layout(self.mean.shape[0]) if layout is None else layout
 
     def _split(self, v: Vec) -> tuple[Tensor, Tensor | None]:
-        return self.layout.view(v[0]), (v[1].reshape(self.layout.groups, -1, 1) if len(v) > 1 else None)
+        return self.layout.view(v[0]), (self.layout.column(v[1]) if len(v) > 1 else None)
 
     def _join(self, W: Tensor, b: Tensor | None, like: Vec) -> Vec:
         W = self.layout.back(W, like[0])
-        return (W,) if b is None else (W, b.reshape(like[1].shape))
+        return (W,) if b is None else (W, self.layout.back(b, like[1]))
+
+    @cached_property
+    def _mine(self) -> tuple[Tensor, Tensor, float | Tensor]:
+        """(μ, σ, β) of the rows that this process holds."""
+        beta = self.beta if isinstance(self.beta, float) or self.beta.ndim == 0 else self.layout.mine(self.beta)
+        return self.layout.mine(self.mean), self.layout.mine(self.std), beta
 
     def _shift(self, W: Tensor) -> Tensor:
-        return (W * self.mean).sum(-1, keepdim=True)
+        return (W * self._mine[0]).sum(-1, keepdim=True)
 
     def mv(self, v: Vec) -> Vec:
-        W, b = self._split(v)
-        W = W / self.std
-        return self._join(W, None if b is None else self.beta * b - self._shift(W), v)
+        (W, b), (_, std, beta) = self._split(v), self._mine
+        W = W / std
+        return self._join(W, None if b is None else beta * b - self._shift(W), v)
 
     def rmv(self, v: Vec) -> Vec:
-        W, b = self._split(v)
+        (W, b), (mean, std, beta) = self._split(v), self._mine
         if b is None:
-            return self._join(W / self.std, None, v)
-        return self._join((W - b * self.mean) / self.std, self.beta * b, v)
+            return self._join(W / std, None, v)
+        return self._join((W - b * mean) / std, beta * b, v)
 
     def solve(self, v: Vec) -> Vec:
-        W, b = self._split(v)
-        return self._join(W * self.std, None if b is None else (b + self._shift(W)) / self.beta, v)
+        (W, b), (_, std, beta) = self._split(v), self._mine
+        return self._join(W * std, None if b is None else (b + self._shift(W)) / beta, v)
 
     def rsolve(self, v: Vec) -> Vec:
-        W, b = self._split(v)
+        (W, b), (mean, std, beta) = self._split(v), self._mine
         if b is None:
-            return self._join(W * self.std, None, v)
-        b = b / self.beta
-        return self._join(W * self.std + b * self.mean, b, v)
+            return self._join(W * std, None, v)
+        b = b / beta
+        return self._join(W * std + b * mean, b, v)
 
     def gram(self, v: Vec) -> Vec:
-        W, b = self._split(v)
+        (W, b), (mean, std, beta) = self._split(v), self._mine
         if b is None:
-            return self._join(W / self.std.square(), None, v)
-        W = (W - b * self.mean) / self.std.square()
-        return self._join(W, self.beta**2 * b - self._shift(W), v)
+            return self._join(W / std.square(), None, v)
+        W = (W - b * mean) / std.square()
+        return self._join(W, beta**2 * b - self._shift(W), v)
 
     def damped(self, delta: float) -> LinearMap:
         if delta == 0:
@@ -142,7 +186,7 @@ class _RankOne(Standardizing):
 
     def mv(self, v: Vec) -> Vec:
         W, b = self._split(v)
-        return self._join(W - self.tau * self._shift(W) * self.mean, b, v)
+        return self._join(W - self.layout.mine(self.tau) * self._shift(W) * self._mine[0], b, v)
 
     rmv = mv
 
@@ -151,8 +195,9 @@ class _RankOne(Standardizing):
 
     def solve(self, v: Vec) -> Vec:
         W, b = self._split(v)
-        square = self.mean.square().sum(-1, keepdim=True)
-        return self._join(W + self.tau / (1 - self.tau * square) * self._shift(W) * self.mean, b, v)
+        mean, tau = self._mine[0], self.layout.mine(self.tau)
+        square = mean.square().sum(-1, keepdim=True)
+        return self._join(W + tau / (1 - tau * square) * self._shift(W) * mean, b, v)
 
     rsolve = solve
 
@@ -175,33 +220,37 @@ class RowMatrix(LinearMap):
     def __init__(self, R: Tensor, like: Vec, layout: Layout, gram_matrix: Tensor | None = None):
         self.R, self.like, self.layout, self._gram = R, like, layout, gram_matrix
 
+    @property
+    def _mine(self) -> Tensor:
+        """R of the groups that this process holds rows of."""
+        return self.layout.mine(self.R)
+
     def _rows(self, v: Vec, f: Callable[[Tensor], Tensor]) -> Vec:
         return (self.layout.back(f(self.layout.view(v[0])), v[0]), *v[1:])
 
     def mv(self, v: Vec) -> Vec:
-        return self._rows(v, lambda W: W @ self.R.mT)
+        return self._rows(v, lambda W: W @ self._mine.mT)
 
     def rmv(self, v: Vec) -> Vec:
-        return self._rows(v, lambda W: W @ self.R)
+        return self._rows(v, lambda W: W @ self._mine)
 
     def gram(self, v: Vec) -> Vec:
         known = self._gram
-        return super().gram(v) if known is None else self._rows(v, lambda W: W @ known)
+        return super().gram(v) if known is None else self._rows(v, lambda W: W @ self.layout.mine(known))
 
     def solve(self, v: Vec) -> Vec:
-        return self._rows(v, lambda W: torch.linalg.solve(self.R, W.mT).mT)
+        return self._rows(v, lambda W: torch.linalg.solve(self._mine, W.mT).mT)
 
     def rsolve(self, v: Vec) -> Vec:
-        return self._rows(v, lambda W: torch.linalg.solve(self.R.mT, W.mT).mT)
+        return self._rows(v, lambda W: torch.linalg.solve(self._mine.mT, W.mT).mT)
 
     def damped(self, delta: float) -> LinearMap:
         if delta == 0:
             return self
         s, V = torch.linalg.eigh(self.R.mT @ self.R)
         s = s.clamp_min(torch.finfo(s.dtype).tiny)
-        bias = self.layout.groups * self.layout.view(self.like[0]).shape[1] if len(self.like) > 1 else 0
-        rows = self.layout.view(self.like[0]).shape[1]
-        absolute = delta * ((1 / s).sum() * rows + bias) / (s.numel() * rows + bias)
+        bias = self.layout.groups if len(self.like) > 1 else 0
+        absolute = delta * ((1 / s).sum() + bias) / (s.numel() + bias)  # per row of each group
         inner = RowMatrix(self.R @ (V * (1 + absolute * s).rsqrt()[..., None, :]) @ V.mT, self.like, self.layout)
         if len(self.like) == 1:
             return inner

@@ -52,4 +52,4 @@ class AdaGrad(Preconditioner):
             h = tuple(torch.where(x == 0, torch.inf, x) for x in h)
         if self.lr_decay:
             torch._foreach_mul_(h, [1 + (t - 1) * self.lr_decay for t in state.steps])
-        return InverseRoot(tuple(h), holes=self.eps == 0)
+        return InverseRoot(tuple(h), holes=self.eps == 0, means=state.block.means)

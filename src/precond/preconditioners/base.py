@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from precond import blocks
 from precond.blocks import Block, Leaf, State
@@ -27,6 +27,15 @@ class Seen:
     gradient: Vec
     inputs: Mapping[tuple[str, Request], Moments] | None = None
     momentum: Vec | None = None
+
+
+Needs = Literal["entry", "row", "block"]
+"""A map acts by entries, by rows of a weight with their bias, or on a block as a whole."""
+
+
+def strictest(preconditioners: Iterable[Preconditioner]) -> Needs:
+    """What several preconditioners need together."""
+    return max((p.needs for p in preconditioners), key=("entry", "row", "block").index)
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,11 @@ class Preconditioner(ABC):
     @property
     def diagonal(self) -> bool:
         return self.entrywise
+
+    @property
+    def needs(self) -> Needs:
+        """What one process must hold whole where parameters are divided among several."""
+        return "entry" if self.entrywise else "block"
 
     @property
     def requests(self) -> frozenset[Request]:

@@ -91,10 +91,10 @@ class BNP(InputSide):
         return mean, torch.where(std > 0, std, 1.0)
 
     def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec) -> LinearMap:
-        layout = part.site.layout(self.request)
+        layout = part.layout(self.request)
         mean, std = self.scales(part, state)
         if not self.width_scaling:
             return Standardizing(layout.spread_out(mean), layout.spread_out(std), like, layout=layout)
-        n = layout.view(like[0]).shape[-1]
+        n = layout.inputs(part.site.weight.shape)
         q = (n / state["count"]).clamp_min(1).sqrt()[:, None]
         return Standardizing(layout.spread_out(mean), layout.spread_out(std * q), like, (1 / q)[..., None], layout)

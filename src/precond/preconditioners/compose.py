@@ -9,7 +9,7 @@ from precond import blocks
 from precond.blocks import Block, Leaf, State
 from precond.inputs import Reference, Request
 from precond.maps import Identity, LinearMap
-from precond.preconditioners.base import Part, Preconditioner, Seen
+from precond.preconditioners.base import Needs, Part, Preconditioner, Seen, strictest
 from precond.preconditioners.split import over
 
 
@@ -26,6 +26,10 @@ class Composition(Preconditioner):
     @property
     def entrywise(self) -> bool:  # type: ignore[override]
         return self.outer.entrywise and self.inner.entrywise
+
+    @property
+    def needs(self) -> Needs:
+        return strictest((self.outer, self.inner))
 
     @property
     def requests(self) -> frozenset[Request]:
@@ -69,7 +73,7 @@ class Composition(Preconditioner):
 
     def _outer(self, state: State) -> LinearMap:
         block = state["outer"].block
-        return self.outer.map(state["outer"]) if self.outer.handles(block) else Identity(block.params)
+        return self.outer.map(state["outer"]) if self.outer.handles(block) else Identity(block.tensors)
 
     def observe(self, state: State, seen: Seen) -> None:
         if self.outer.handles(state["outer"].block):
@@ -80,7 +84,7 @@ class Composition(Preconditioner):
 
     def map(self, state: State) -> LinearMap:
         block = state["inner"].block
-        inner = self.inner.map(state["inner"]) if self.inner.handles(block) else Identity(block.params)
+        inner = self.inner.map(state["inner"]) if self.inner.handles(block) else Identity(block.tensors)
         return self._outer(state) @ inner
 
     def wanted(self, state: State) -> Iterable[tuple[str, Request, Reference | None]]:

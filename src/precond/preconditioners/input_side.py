@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,20 +14,30 @@ from precond import blocks
 from precond.blocks import Block, Leaf, State
 from precond.inputs import Moments, Reference, Request, Site
 from precond.inputs.moments import outer
-from precond.maps import Identity, LinearMap, Sliced
-from precond.preconditioners.base import Part, Preconditioner, Seen
+from precond.maps import Identity, Layout, LinearMap, Sliced
+from precond.preconditioners.base import Needs, Part, Preconditioner, Seen
 from precond.vec import Vec
 
 
 @dataclass(frozen=True)
 class LayerPart:
-    """A weight of a block with its bias: positions in the block, entries of the bias, and the site that observes it."""
+    """A weight of a block with its bias: positions in the block, entries of the bias, and the site that observes it.
+
+    Attributes:
+        held: which of its rows this process holds; None: all.
+    """
 
     weight: int
     bias: int | None
     rows: slice
     site: Site
     number: int
+    held: range | None = None
+
+    def layout(self, request: Request) -> Layout:
+        """How the rows that this process holds are seen by statistics of a request."""
+        layout = self.site.layout(request)
+        return layout if self.held is None else layout.part(self.held, self.site.weight.shape)
 
     def of(self, v: Vec) -> Vec:
         """(weight, bias) or (weight,) of a vector of the block."""
@@ -47,6 +57,10 @@ class InputSide(Preconditioner):
     @abstractmethod
     def request(self) -> Request:
         """What it wants to know of the inputs."""
+
+    @property
+    def needs(self) -> Needs:
+        return "row"
 
     @property
     def requests(self) -> frozenset[Request]:
@@ -69,9 +83,30 @@ class InputSide(Preconditioner):
         """The observed weights of a block."""
         place = {leaf.param: i for i, leaf in enumerate(block.leaves)}
         sites = [s for s in dict.fromkeys(s for leaf in block.leaves for s in leaf.sites) if s.weight in place]
-        return [
+        parts = [
             LayerPart(place[s.weight], None if s.bias is None else place.get(s.bias), s.rows, s, k) for k, s in enumerate(sites)
         ]
+        return [replace(p, held=self.held(p, block)) for p in parts] if block.sharded else parts
+
+    def held(self, part: LayerPart, block: Block) -> range | None:
+        """The rows that this process holds of a weight and of its bias alike."""
+        weight, bias = block.leaves[part.weight], None if part.bias is None else block.leaves[part.bias]
+        if weight.shard is None and (bias is None or bias.shard is None):
+            return None
+        layout = part.site.layout(self.request)
+        rows = weight.shard.span(1 if layout.transposed else 0) if weight.shard is not None else None
+        if rows is None or (layout.transposed and layout.groups > 1):
+            raise ValueError(
+                f"{type(self).__name__}: {weight.name!r} is not divided by rows, whose inputs are seen whole; shard a transposed "
+                "convolution without groups along its outputs, fully_shard(..., shard_placement_fn=lambda p: Shard(1)), or leave "
+                "the layer out of sharding or of this preconditioner (Route)"
+            )
+        if bias is not None and (part.rows != slice(None) or bias.shard is None or bias.shard.span(0) != rows):
+            raise ValueError(
+                f"{type(self).__name__}: {weight.name!r} and {bias.name!r} are divided differently, so that no process holds a row "
+                "with its bias; build the layer with bias=False, freeze the bias, or leave both out of sharding (ignored_params)"
+            )
+        return rows
 
     @abstractmethod
     def fresh(self, part: LayerPart, block: Block) -> dict[str, Tensor]:
@@ -142,7 +177,7 @@ class InputSide(Preconditioner):
         return self.damping * square + rare / 3 * square.mean(-1, keepdim=True)
 
     def map(self, state: State) -> LinearMap:
-        like = state.block.params
+        like = state.block.tensors
         maps = []
         for part in self.parts(state.block):
             mine = self._of(part, state)

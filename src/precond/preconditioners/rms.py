@@ -91,4 +91,4 @@ class RMS(Preconditioner):
             torch._foreach_add_(h, self.eps)
         else:
             h = tuple(torch.where(x == 0, torch.inf, x) for x in h)
-        return InverseRoot(tuple(h), holes=self.eps == 0)
+        return InverseRoot(tuple(h), holes=self.eps == 0, means=state.block.means)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from precond.blocks import Block, State
 from precond.inputs import Reference, Request
 from precond.maps import BlockDiagonal, LinearMap
-from precond.preconditioners.base import Part, Preconditioner, Seen
+from precond.preconditioners.base import Needs, Part, Preconditioner, Seen, strictest
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,10 @@ class Split(Preconditioner):
     """Parts of a block, each with its own preconditioner: what :func:`over` makes where a block joins several."""
 
     parts: tuple[Part, ...]
+
+    @property
+    def needs(self) -> Needs:
+        return strictest(p.preconditioner for p in self.parts)
 
     @property
     def requests(self) -> frozenset[Request]:
@@ -57,7 +61,7 @@ class Split(Preconditioner):
             part.preconditioner.observe(sub, Seen(own, seen.inputs, average))
 
     def map(self, state: State) -> LinearMap:
-        return BlockDiagonal([(p.index, p.preconditioner.map(sub)) for p, sub in self._each(state)], state.block.params)
+        return BlockDiagonal([(p.index, p.preconditioner.map(sub)) for p, sub in self._each(state)], state.block.tensors)
 
     def wanted(self, state: State) -> Iterable[tuple[str, Request, Reference | None]]:
         for part, sub in self._each(state):

@@ -86,7 +86,7 @@ class Whitening(InputSide):
         return mean, torch.where(std > 0, std, 1.0), C
 
     def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec) -> LinearMap:
-        layout = part.site.layout(self.request)
+        layout = part.layout(self.request)
         mean, std, _ = self.centered(part, state)
         # One sample has no covariance; and before the first refresh the factor is the identity, which leaves BNP's arrow.
         if bool((state["count"] < 2).any()):

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precond import checks, vec
+from precond import checks
 from precond.blocks import Rule
 from precond.maps import LinearMap
 from precond.preconditioners.base import Preconditioner
+from precond.sharding import ALONE, Sums
 from precond.spaces import Space, Tangent, Term
 from precond.vec import Scalar, Vec
 
@@ -32,6 +33,7 @@ class At:
         found: the gradients at the probed points, in the order of :meth:`Regularizer.probe`.
         hessian: v ↦ H v by double backprop, where the closure allows it.
         memo: what ``probe`` leaves for ``term`` of the same step.
+        sums: products and norms of vectors over all entries, whoever holds them.
     """
 
     def __init__(
@@ -47,9 +49,10 @@ class At:
         found: tuple[Vec, ...] = (),
         hessian: Callable[[Vec], Vec] | None = None,
         memo: dict[str, Any] | None = None,
+        sums: Sums = ALONE,
     ):
         self.p, self.g, self.lr, self.takes_part, self.dtype, self.found = p, g, lr, takes_part, dtype, found
-        self.hessian, self.memo = hessian, {} if memo is None else memo
+        self.hessian, self.memo, self.sums = hessian, {} if memo is None else memo, sums
         self._values, self._make_space, self._make_map = values, make_space, make_map
 
     @cached_property
@@ -69,7 +72,7 @@ class At:
     @property
     def size(self) -> Tensor:
         """‖p‖ over the parameters that take part: the scale of finite-difference steps."""
-        return vec.norm(tuple(t for t, m in zip(self.p, self.takes_part, strict=True) if m))
+        return self.sums.norm(tuple(t if m else t.new_empty(0) for t, m in zip(self.p, self.takes_part, strict=True)))
 
 
 class Regularizer(ABC):

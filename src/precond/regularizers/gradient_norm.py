@@ -15,6 +15,7 @@ from precond.blocks import Rule
 from precond.preconditioners.base import Preconditioner
 from precond.regularizers.base import At, Regularizer, needs_root, uniform
 from precond.schedules import Schedule
+from precond.sharding import Sums
 from precond.spaces import Cotangent, Tangent, Term
 from precond.vec import Scalar, Vec
 
@@ -104,16 +105,16 @@ class GradientNorm(Regularizer):
             factor: Scalar = 2.0 if self.power == 2 else inverse(at.space.dual_norm(at.g, sharp))
             return Tangent(sharp, lam[0] * factor if uniform(lam) else [x * factor for x in lam])
         y = at.space.pull(at.g)
-        length = vec.norm(y, self.q)
+        length = at.sums.norm(y, self.q)
         factor = 2 * length if self.power == 2 else 1.0
-        return Tangent(at.space.push(vec.scale(_dual(y, self.q, length), lam)), factor)
+        return Tangent(at.space.push(vec.scale(_dual(y, self.q, length, at.sums), lam)), factor)
 
     def _epsilon(self, at: At, d: Tangent) -> Tensor:
         step = self.step
         if step is None:
             step = _STEPS[at.dtype][self.method == "central"]
         size = at.size
-        length = vec.norm(d.formed()) if isinstance(d.scale, Sequence) else vec.norm(d.vec).mul(d.scale).abs()
+        length = at.sums.norm(d.formed()) if isinstance(d.scale, Sequence) else at.sums.norm(d.vec).mul(d.scale).abs()
         return torch.where(length > 0, step * torch.where(size > 0, size, 1) / length, 1)
 
     def probe(self, at: At) -> tuple[Tangent, ...]:
@@ -140,7 +141,7 @@ class GradientNorm(Regularizer):
         return Cotangent(vec.scale(vec.sub(at.found[0], at.g), sign / eps))
 
     def value(self, at: At) -> Tensor | float:
-        length = at.space.dual_norm(at.g) if self.q == 2 else vec.norm(at.space.pull(at.g), self.q)
+        length = at.space.dual_norm(at.g) if self.q == 2 else at.sums.norm(at.space.pull(at.g), self.q)
         return max(at["lam"]) * length**self.power
 
 
@@ -149,13 +150,12 @@ def inverse(length: Tensor) -> Tensor:
     return torch.where(length > 0, 1 / length, 0)
 
 
-def _dual(y: Vec, q: float, length: Tensor) -> Vec:
+def _dual(y: Vec, q: float, length: Tensor, sums: Sums) -> Vec:
     """u_q with ⟨u_q, y⟩ = ‖y‖_q: the gradient of the q-norm (a subgradient for q = 1, ∞); 0 at 0."""
     if q == 1:
         return vec.map_(torch.sign, y)
     if math.isinf(q):
-        peaks = vec.map_(lambda t: (t.abs() == length) & (t != 0), y)
-        count = sum(t.sum() for t in peaks).clamp_min(1)  # type: ignore[union-attr]
-        return tuple(t.sign() * peak / count for t, peak in zip(y, peaks, strict=True))
+        peaks = vec.map_(lambda t: t.sign() * (t.abs() == length), y)
+        return vec.scale(peaks, 1 / sums.norm(peaks, 1).clamp_min(1))
     scale = inverse(length)
     return vec.map_(lambda t: t.sign() * (t.abs() * scale) ** (q - 1), y)

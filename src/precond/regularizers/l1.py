@@ -78,7 +78,7 @@ class L1(Regularizer):
         return _soft(p, vec.scale(vec.map_(torch.abs, weights), threshold))
 
     def value(self, at: At) -> Tensor | float:
-        return vec.norm(vec.scale(at.space.solve(at.p), at["lam"]), 1)
+        return at.sums.norm(vec.scale(at.space.solve(at.p), at["lam"]), 1)
 
 
 def _soft(x: Vec, threshold: Vec) -> Vec:

@@ -51,4 +51,4 @@ class L2(Regularizer):
 
     def value(self, at: At) -> Tensor | float:
         z = at.space.solve(at.p)
-        return vec.dot(vec.scale(z, at["lam"]), z)
+        return at.sums.dot(vec.scale(z, at["lam"]), z)

@@ -71,7 +71,7 @@ class SAM(Regularizer):
             y = at.space.pull(at.g)
             T = vec.map_(lambda z: z.abs() + self.eta, at.space.solve(at.p))
             Ty = vec.mul(T, y)
-            return (Tangent(at.space.push(vec.scale(vec.mul(T, Ty), rho)), inverse(vec.norm(Ty))),)
+            return (Tangent(at.space.push(vec.scale(vec.mul(T, Ty), rho)), inverse(at.sums.norm(Ty))),)
         sharp = at.space.sharp(at.g)
         shrink = inverse(at.space.dual_norm(at.g, sharp))
         if uniform(rho):

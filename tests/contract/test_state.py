@@ -1,0 +1,252 @@
+"""Resuming is as if never stopped; inf and NaN change nothing where that is asked for; loading is all or nothing."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import precond
+from contract.table import EVERY, OWN, TWINS, batches, closure, flat, net, snapshot, train
+from precond import RMS, SAM, PreconditionedGD
+
+each = pytest.mark.parametrize("name", EVERY)
+
+
+def saved(optimizer, model):
+    file = io.BytesIO()
+    torch.save({"optimizer": optimizer.state_dict(), "model": model.state_dict()}, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each
+def test_resume_is_as_if_never_stopped(name, dtype):
+    if dtype == torch.bfloat16 and ("SAM" in name or "gradient norm" in name):
+        pytest.skip("finite differences are refused there")
+    data = batches(20, dtype)
+    whole = net(dtype)
+    train(whole, EVERY[name](whole), data)
+    model = net(dtype)
+    optimizer = EVERY[name](model)
+    train(model, optimizer, data[:9])
+    file = saved(optimizer, model)
+    model = net(dtype)
+    model.load_state_dict(file["model"])
+    optimizer = EVERY[name](model, lr=99.0)
+    optimizer.load_state_dict(file["optimizer"])
+    for t, batch in enumerate(data[9:], start=9):
+        torch.manual_seed(100 + t)
+        optimizer.step(closure(model, optimizer, batch))
+    assert torch.equal(flat(model), flat(whole))
+
+
+@pytest.mark.parametrize("where", ["gradient", "loss", "second gradient"])
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+@each
+def test_inf_and_nan_change_nothing(name, policy, where):
+    model = net()
+    optimizer = EVERY[name](model, nonfinite=policy)
+    train(model, optimizer, batches(3))
+    if where == "second gradient" and optimizer.last.gradients == 1:
+        pytest.skip("asks for one gradient only")
+    before, states = flat(model), snapshot(optimizer)
+    run = closure(model, optimizer, batches(1)[0])
+    calls = 0
+
+    def poisoned():
+        nonlocal calls
+        calls += 1
+        loss = run()
+        if where == "loss":
+            return loss * torch.nan
+        if where == "gradient" or calls == 2:
+            model.head.weight.grad[0, 0] = torch.inf
+        return loss
+
+    if policy == "raise":
+        with pytest.raises(FloatingPointError, match="nothing was changed"):
+            optimizer.step(poisoned)
+    else:
+        optimizer.step(poisoned)
+        assert optimizer.last.skipped
+    assert torch.equal(flat(model), before)
+    assert all(torch.equal(a, b) for a, b in zip(states, snapshot(optimizer), strict=True))
+    train(model, optimizer, batches(1))
+    assert not torch.equal(flat(model), before) and flat(model).isfinite().all()
+
+
+@pytest.mark.parametrize("twin", TWINS, ids=str)
+def test_nan_propagates_as_in_torch(twin):
+    ends = []
+    for make in (twin.ours, twin.theirs):
+        model = net()
+        optimizer = make(model.parameters())
+        closure(model, optimizer, batches(1)[0])()
+        model.conv.bias.grad[1] = torch.nan
+        optimizer.step()
+        ends.append(flat(model).isnan())
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("name", ["adamw(lr=0.005)", "composition", "plain"])
+def test_deepcopy_and_pickle_go_on(name):
+    model = net()
+    optimizer = EVERY[name](model)
+    train(model, optimizer, batches(3))
+    model2, optimizer2 = copy.deepcopy((model, optimizer))
+    train(model2, optimizer2, batches(3, seed=2))
+    train(model, optimizer, batches(3, seed=2))
+    assert torch.equal(flat(model), flat(model2))
+
+
+@pytest.mark.parametrize("twin", TWINS, ids=str)
+def test_frozen_and_thawed_in_mid_training(twin):
+    ends = []
+    for make in (twin.ours, twin.theirs):
+        model = net()
+        model.conv.weight.requires_grad_(False)
+        optimizer = make(model.parameters())
+
+        def hook(t, model=model):
+            if t == 3:
+                model.conv.weight.requires_grad_(True)
+            if t == 6:
+                model.head.bias.requires_grad_(False)
+                model.head.bias.grad = None
+
+        train(model, optimizer, batches(9), hook)
+        ends.append(flat(model))
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-14)
+
+
+def test_loading_by_name_follows_parameters_that_moved():
+    model = net()
+    optimizer = precond.adamw(model)
+    train(model, optimizer, batches(3))
+    other = precond.adamw(list(reversed(list(model.named_parameters()))))
+    other.load_state_dict(optimizer.state_dict())
+    for p in model.parameters():
+        assert torch.equal(other.state[p]["exp_avg"], optimizer.state[p]["exp_avg"])
+    fewer = precond.adamw([(n, p) for n, p in model.named_parameters() if "head" in n])
+    with pytest.warns(UserWarning, match=r"ignored: conv\.bias"):
+        fewer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("name", OWN)
+def test_distributed_checkpoint_state_dicts(name, flatten):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model = net()
+    optimizer = OWN[name](model)
+    train(model, optimizer, batches(2))
+    state = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    fresh = OWN[name](model, lr=99.0)
+    set_optimizer_state_dict(model, fresh, state, options=options)
+    for p in model.parameters():
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(fresh.state[p][key], value), key
+
+
+def test_hooks_of_torch_run():
+    model = net()
+    optimizer = precond.adamw(model)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *a: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda *a: seen.append("post"))
+    optimizer.register_state_dict_post_hook(lambda o, d: seen.append("save"))
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append("load"))
+    train(model, optimizer, batches(1))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == ["pre", "post", "save", "load"]
+
+
+def test_kahan_adds_up_what_rounding_loses():
+    ends = {}
+    for rounding in ("nearest", "kahan"):
+        p = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+        optimizer = precond.sgd([p], lr=1e-4, rounding=rounding)
+        for _ in range(100):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        ends[rounding] = p.float().mean().item()
+    assert ends["nearest"] == 1.0 and abs(ends["kahan"] - 0.99) < 4e-3
+    assert precond.adamw([p]).state[p]["exp_avg_sq"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**10])
+@pytest.mark.parametrize("regularizer", [None, SAM(0.02), precond.GradientNorm(1e-3, method="central")], ids=str)
+def test_the_loss_scale_does_not_matter(regularizer, scale):
+    ends = []
+    for scaled in (False, True):
+        model = net(torch.float32)
+        optimizer = precond.adamw(model, lr=0.003, regularizers=[] if regularizer is None else [regularizer])
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scaled)
+        for t, (x, y) in enumerate(batches(4, torch.float32)):
+            torch.manual_seed(t)
+            optimizer.zero_grad()
+            scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+            while optimizer.probe(grad_scale=scaler.get_scale() if scaled else None):
+                scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+            if t == 2:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        ends.append(flat(model))
+    torch.testing.assert_close(*ends, rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_overflow_in_either_pass_skips_and_backs_off(which):
+    model = net(torch.float32)
+    optimizer = precond.adamw(model, regularizers=[SAM(0.02)])
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = flat(model)
+    x, y = batches(1, torch.float32)[0]
+    backward = 0
+
+    def run():
+        nonlocal backward
+        backward += 1
+        scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+        if backward == which:
+            model.conv.weight.grad[0] = torch.inf
+
+    run()
+    while optimizer.probe(grad_scale=scaler.get_scale()):
+        run()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(flat(model), before) and scaler.get_scale() == 512.0 and optimizer.last.skipped
+    assert all(t == 0 for e in optimizer.state.values() for k, t in e.items() if k == "step")
+
+
+def test_autocast():
+    model = net(torch.float32)
+    optimizer = precond.adamw(model, regularizers=[SAM(0.02)])
+    for x, y in batches(3, torch.float32):
+
+        def run(x=x, y=y):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(run)
+    assert flat(model).isfinite().all()
+
+
+def test_odd_shapes():
+    params = [nn.Parameter(torch.zeros(0)), nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.ones(1, 1))]
+    optimizer = PreconditionedGD(params, lr=0.1, preconditioner=RMS(), max_norm=1.0, nonfinite="raise")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert params[1].item() < 1 and params[2].item() < 1

@@ -1,0 +1,129 @@
+"""Each recipe follows torch.optim's class of the same name, and their state dicts are one."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+
+from contract.table import TWINS, Twin, batches, flat, net, train
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+by_name = pytest.mark.parametrize("twin", TWINS, ids=str)
+
+
+def two_groups(model, **first):
+    return [
+        {"params": [model.conv.weight, model.head.weight], **first},
+        {"params": [model.conv.bias, model.norm.weight], "lr": 1e-3},
+    ]
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@by_name
+def test_a_hundred_steps_under_a_scheduler_with_groups(twin: Twin, engine: str, dtype: torch.dtype):
+    ends = []
+    for make in (lambda p: twin.ours(p, engine=engine), twin.theirs):
+        model = net(dtype)
+        other = {"weight_decay": 0.05}
+        optimizer = make(two_groups(model, **other))
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 20, 0.5)
+
+        def hook(t, optimizer=optimizer, model=model, scheduler=scheduler):
+            scheduler.step()
+            if t == 40:
+                optimizer.add_param_group({"params": [model.head.bias, model.norm.bias], "lr": 2e-3})
+
+        train(model, optimizer, batches(100, dtype), hook)
+        ends.append(flat(model))
+    assert relative(*ends) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("moment", [0, 7])
+@pytest.mark.parametrize("back", [False, True], ids=["torch to ours", "ours to torch"])
+@by_name
+def test_state_dicts_load_into_each_other_without_a_jump(twin: Twin, back: bool, moment: int):
+    first, second = (twin.ours, twin.theirs) if back else (twin.theirs, twin.ours)
+    data = batches(20)
+    reference = net()
+    train(reference, twin.theirs(reference.parameters()), data)
+    model = net()
+    optimizer = first(list(model.parameters()))
+    train(model, optimizer, data[:moment])
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    successor = second(list(model.parameters()), lr=123.0)
+    successor.load_state_dict(state)
+    for t, batch in enumerate(data[moment:], start=moment):
+        torch.manual_seed(100 + t)
+        successor.zero_grad()
+        torch.nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+        successor.step()
+    assert relative(flat(model), flat(reference)) <= 1e-12
+
+
+@pytest.mark.parametrize("twin", [t for t in TWINS if "momentum" in t.options or "betas" in t.options], ids=str)
+def test_one_cycle_moves_momentum(twin: Twin):
+    ends = []
+    for make in (twin.ours, twin.theirs):
+        model = net()
+        optimizer = make(model.parameters())
+        try:
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=30)
+        except ValueError:  # Adam without momentum has nothing to cycle
+            pytest.skip("no momentum")
+        train(model, optimizer, batches(30), lambda t, s=scheduler: s.step() if t < 29 else None)
+        ends.append(flat(model))
+    assert relative(*ends) <= 1e-12
+
+
+@by_name
+def test_a_learning_rate_may_be_a_tensor(twin: Twin):
+    ends = []
+    for lr in (twin.options["lr"], torch.tensor(twin.options["lr"], dtype=torch.float64)):
+        model = net()
+        train(model, twin.ours(model.parameters(), lr=lr), batches(10))
+        ends.append(flat(model))
+    assert relative(*ends) <= 1e-12
+
+
+@pytest.mark.parametrize("option", ["differentiable", "capturable"])
+@by_name
+def test_what_is_left_out_raises_and_says_so(twin: Twin, option: str):
+    if option == "capturable" and twin.recipe in ("sgd", "adagrad"):
+        pytest.skip("torch has no such option there")
+    with pytest.raises(ValueError, match=f"{option}=True is not supported"):
+        twin.ours(net().parameters(), **{option: True})
+
+
+@by_name
+def test_a_parameter_without_gradient_is_left_alone(twin: Twin):
+    ends = []
+    for make in (twin.ours, twin.theirs):
+        model = net()
+        optimizer = make(model.parameters())
+        for t, batch in enumerate(batches(6)):
+            torch.manual_seed(t)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+            if t % 2:
+                model.head.weight.grad = None
+            optimizer.step()
+        ends.append(flat(model))
+    assert relative(*ends) <= 1e-12
+
+
+def test_adamw_state_is_eight_bytes_a_parameter():
+    model = net(torch.float32)
+    optimizer = TWINS[-3].ours(model.parameters())
+    train(model, optimizer, batches(1, torch.float32))
+    size = sum(t.numel() * t.element_size() for e in optimizer.state.values() for k, t in e.items() if k != "step")
+    assert size == 8 * sum(p.numel() for p in model.parameters())
