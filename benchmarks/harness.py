@@ -47,8 +47,10 @@ def parameters(shapes: Sequence[tuple[int, ...]], seed: int = 0) -> list[nn.Para
     return out
 
 
-def take_turns(candidates: Mapping[str, Callable[[], object]], rounds: int = 60, warm: int = 5) -> dict[str, float]:
-    """Median seconds of each candidate over rounds in which all take their turn."""
+def take_turns(
+    candidates: Mapping[str, Callable[[], object]], rounds: int = 60, warm: int = 5, mean: bool = False
+) -> dict[str, float]:
+    """Median (or mean, where some steps do more than others) seconds over rounds in which all take their turn."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(warm):
         for f in candidates.values():
@@ -58,7 +60,8 @@ def take_turns(candidates: Mapping[str, Callable[[], object]], rounds: int = 60,
             start = time.perf_counter()
             f()
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
+    middle = statistics.fmean if mean else statistics.median
+    return {name: middle(t) for name, t in times.items()}
 
 
 def copy_bandwidth(numel: int) -> float:

@@ -7,6 +7,7 @@ All parameters are one flat vector. ``tensors`` are the index ranges that the te
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -244,7 +245,11 @@ def gradient(f: Callable[[Tensor], Tensor], x: Tensor, create_graph: bool = Fals
 
 @dataclass
 class Descent:
-    """p after each :meth:`step`. ``alpha`` may hold one learning rate per entry (of p)."""
+    """p after each :meth:`step`. ``alpha`` may hold one learning rate per entry (of p).
+
+    ``statistics_from``: the gradient that P is built from is that of L (``"loss"``) or that of L + λR (``"total"``); where R
+    itself needs P, it takes the one before the step (``"lagged"``; in the first step the one that ∇L makes).
+    """
 
     loss: Callable[[Tensor], Tensor]
     p: Tensor
@@ -260,7 +265,12 @@ class Descent:
     def step(self) -> Tensor:
         self.t += 1
         g = gradient(self.loss, self.p)
-        if self.statistics_from == "total":  # no penalty needs P here
+        self.lens = self.preconditioner
+        if self.statistics_from == "lagged":
+            self.lens = copy.deepcopy(self.preconditioner)
+            if self.t == 1:
+                self.lens.see(g)
+        if self.statistics_from != "loss":
             g = gradient(self._through(torch.eye(len(g), dtype=g.dtype)), self.p)
         self.preconditioner.see(g)
         P = self.preconditioner.P()
@@ -304,7 +314,7 @@ class Descent:
     def _chart(self, penalty: GradientNorm | SAM) -> Tensor:
         """The map from the coordinates in which a penalty measures lengths to p."""
         identity = torch.eye(len(self.p), dtype=self.p.dtype)
-        return identity if penalty.space == "p" else self.preconditioner.damped(penalty.damping)
+        return identity if penalty.space == "p" else self.lens.damped(penalty.damping)
 
     def _shift(self, penalty: SAM) -> Tensor:
         C = self._chart(penalty)

@@ -399,6 +399,21 @@ def test_statistics_of_the_regularized_gradient(name, penalty):
     assert (end - compare(name, [ours], [theirs])).abs().max() > 1e-5
 
 
+@pytest.mark.parametrize("penalty", ["GN-z-1", "GN-z-2-1", "GN-advised", "SAM-z", "ASAM-z"])
+@pytest.mark.parametrize("name", ["adagrad", "rms", "rms-first", "dense@rms", "structured@rms", "route"])
+def test_statistics_of_the_regularized_gradient_with_the_p_before(name, penalty):
+    ours, theirs = PENALTIES[penalty]
+    end = compare(name, [ours], [theirs], statistics_from="lagged")
+    assert (end - compare(name, [ours], [theirs])).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("penalty", ["L2-z", "L1-p", "GN-p-1", "SAM-p"])
+def test_without_a_penalty_that_needs_p_nothing_lags(penalty):
+    ours = [PENALTIES[penalty][0]]
+    lagged, total = (list(run(RMS(0.9), ours, statistics_from=x)) for x in ("lagged", "total"))
+    assert all(map(torch.equal, lagged, total))
+
+
 FUSED = {
     "identity": [None, {"kind": "heavy_ball"}, {"kind": "nesterov", "start": "first_gradient"}],
     "adagrad": [None],

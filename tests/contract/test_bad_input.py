@@ -163,7 +163,7 @@ def test_sparse_gradients():
     table = nn.Embedding(5, 2, sparse=True)
     optimizer = precond.adamw(table)
     table(torch.tensor([1])).sum().backward()
-    with pytest.raises(TypeError, match="weight.*sparse=False"):
+    with pytest.raises(TypeError, match=r"weight.*sparse=False"):
         optimizer.step()
 
 
