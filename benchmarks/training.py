@@ -1,6 +1,6 @@
 """Whole training steps with input-side preconditioners, against plain SGD, the same net with BN layers, and AdamW.
 
-    python benchmarks/training.py
+python benchmarks/training.py
 """
 
 from __future__ import annotations

@@ -264,8 +264,9 @@ SINGULAR, HOLES = RANK_2 @ RANK_2.T, torch.tensor([0.0, 2.0, 0.5, 0.0], dtype=DT
         (Diagonal((HOLES,)), torch.diag(HOLES)),
         (InverseRoot((torch.tensor([math.inf, 4.0], dtype=DTYPE),)), torch.diag(torch.tensor([0.0, 0.5], dtype=DTYPE))),
         (GramOnly(SINGULAR @ SINGULAR, on((4,))), SINGULAR),
+        (RowMatrix(SINGULAR[None], on((3, 4), (3,)), maps.Layout()), block(*3 * [SINGULAR], eye(3))),
     ],
-    ids=["dense", "kronecker", "diagonal", "inverse-root", "gram-only"],
+    ids=["dense", "kronecker", "diagonal", "inverse-root", "gram-only", "row-matrix"],
 )  # fmt: skip
 def test_singular_maps_are_damped_over_their_range(P, matrix):
     v = vector(P.like)

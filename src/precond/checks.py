@@ -21,6 +21,17 @@ def non_negative(owner: str, **values: Any) -> None:
             raise ValueError(f"{owner}: {name} must be a finite number >= 0, got {value!r}; give a number such as 0.001")
 
 
+def learning_rate(owner: str, lr: Any) -> None:
+    """Raise where a learning rate is no number >= 0 and no tensor that holds one (which is read here, once)."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(
+                f"{owner}: lr must hold one number, got a tensor of shape {tuple(lr.shape)}; use one group per rate"
+            )
+        lr = lr.item()
+    non_negative(owner, lr=lr)
+
+
 def positive(owner: str, **values: Any) -> None:
     """Raise ValueError where a number is not positive and finite."""
     non_negative(owner, **values)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import torch
@@ -33,7 +33,7 @@ from precond.record import Record
 from precond.regularizers import Regularizer
 from precond.replicas import agreed, averaged, distributed
 from precond.sharding import local
-from precond.vec import Scalar, Vec
+from precond.vec import Scalar, Tensors, Vec
 
 
 class PreconditionedGD(torch.optim.Optimizer):
@@ -94,7 +94,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         choice = Choice(preconditioner, momentum, tuple(regularizers))
         self.naming = Naming.generic(choice) if naming is None else naming
         name = self.naming.name
-        checks.non_negative(name, lr=lr)
+        checks.learning_rate(name, lr)
         checks.one_of(name, "statistics_from", statistics_from, ("loss", "total", "lagged"))
         checks.one_of(name, "norm_space", norm_space, ("z", "p"))
         checks.one_of(name, "nonfinite", nonfinite, ("propagate", "raise", "skip"))
@@ -147,12 +147,29 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def _read_options(self) -> list[tuple[Any, ...]]:
         keys = self.naming.defaults
-        return [tuple(group.get(k) for k in keys) for group in self.param_groups]
+        return [tuple(_as_it_is(group.get(k)) for k in keys) for group in self.param_groups]
+
+    def choices(self, groups: Iterable[Mapping[str, Any]]) -> list[Choice]:
+        """The strategies of groups.
+
+        Raises:
+            ValueError: for numbers out of range, and where groups differ in what a penalty is, not in its weight alone.
+        """
+        choices = [self.naming.build(g) for g in groups]
+        for choice in choices[1:]:
+            for r, first in zip(choice.regularizers, choices[0].regularizers, strict=True):
+                for f in fields(r):  # type: ignore[arg-type]
+                    if f.name not in r.scalars and getattr(r, f.name) != getattr(first, f.name):
+                        raise ValueError(
+                            f"{self.naming.name}: groups may differ in {' and '.join(r.scalars)} of {type(r).__name__}, not in "
+                            f"{f.name}; give all groups one value, or leave parameters out by {r.scalars[0]}=0"
+                        )
+        return choices
 
     def _bind(self) -> None:
         """Make cells and state for the parameters that want gradients, keeping the state that exists."""
         leaves = self.owners.leaves(self.param_groups, bool(self._requests))
-        choices = [self.naming.build(g) for g in self.param_groups]
+        choices = self.choices(self.param_groups)
         cells, entries = engine_cells.build(leaves, choices, self.state, self.naming.outside)
         self.adopt(leaves, choices, cells, [*entries, *self.residuals(leaves)], keep=True)
 
@@ -191,7 +208,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         if not alive or _structure(options) != _structure(self._options):
             self._bind()
         else:
-            self._choices = [self.naming.build(g) for g in self.param_groups]
+            self._choices = self.choices(self.param_groups)
             live = [i for cell in self._cells for i in sorted(cell.index)]
             plan = engine_cells.strategies(self._leaves, sorted(live), self._choices)
             for cell, (_, preconditioner, momentum) in zip(self._cells, plan, strict=True):
@@ -200,14 +217,15 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its ``"params"`` may be a module. State is made at once."""
+        checks.learning_rate(self.naming.name, param_group.get("lr", 0.0))
         if not self._leaves:  # called by torch.optim.Optimizer's constructor, on groups that are parsed already
             super().add_param_group(param_group)
             return
         modules: list[nn.Module] = []
-        (group,) = to_groups([param_group], modules)
+        (group,) = to_groups([param_group], modules, self.param_groups)
         super().add_param_group(group)
         try:
-            self.naming.build(group)
+            _check_precision(self.owners.leaves([group]), self.choices(self.param_groups)[-1], self.rounding)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -326,7 +344,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         elif self._gradient_based is not None:
             self._check_probed()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._own_precision():
                 if not self._fuse(loss):
                     self._finish(loss, graph)
         finally:
@@ -365,6 +383,18 @@ class PreconditionedGD(torch.optim.Optimizer):
             p.grad = g
         return loss, graph
 
+    def _own_precision(self) -> AbstractContextManager[Any]:
+        """No autocast within a step, though the user may have put one around it."""
+        kind = self._leaves[0].param.device.type
+        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+    def _watches(self, scale: float | Tensor | None) -> bool:
+        """Whether inf and NaN in a gradient forbid the step."""
+        return self.nonfinite != "propagate" or scale is not None
+
+    def _good(self, gradients: Sequence[Tensor | None]) -> bool:
+        return self._agreed(vec.all_finite(tuple(local(g) for g in gradients if g is not None)))
+
     def _agreed(self, good: bool) -> bool:
         return agreed(good, self._leaves[0].param.device)
 
@@ -393,11 +423,12 @@ class PreconditionedGD(torch.optim.Optimizer):
     @torch.no_grad()
     def _next_probe(self, grad_scale: float | Tensor | None, recorder: Recorder | None) -> bool:
         if self._pending is None:
-            self._pending = self._first_probe(grad_scale)
+            with self._own_precision():
+                self._pending = self._first_probe(grad_scale)
             if self._observer is not None:
                 self._observer.enabled = False
         elif self._pending.moved:
-            self._pending.collect()
+            self._pending.collect(self._good if self._watches(self._pending.scale) else lambda g: True)
         return self._pending is not None and self._pending.move(recorder)
 
     def _first_probe(self, grad_scale: float | Tensor | None) -> Probe | None:
@@ -415,7 +446,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             )
         k = self._gradient_based or 0
         regularizer = self._choices[0].regularizers[k]
-        watch = self.nonfinite != "propagate" or grad_scale is not None
+        watch = self._watches(grad_scale)
         gradients = [leaf.param.grad for leaf in self._leaves]
         point = self._point(unscaled(gradients, grad_scale))
         if not self._collect() or (watch and not self._agreed(vec.all_finite(point.g))):
@@ -488,7 +519,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             return False
         if not self._collect():
             return False
-        work = []
+        work: list[tuple[fused.Kernel, Cell, Tensors]] = []
         for cell, kernel in zip(self._cells, kernels, strict=True):
             grads = cell.block.gradients
             g = [x for x in grads if x is not None]
@@ -500,14 +531,14 @@ class PreconditionedGD(torch.optim.Optimizer):
                 cell = cell.restricted(tuple(i for i, x in enumerate(grads) if x is not None))
             if any(x.is_sparse or x.dtype != p.dtype for x, p in zip(g, cell.block.tensors, strict=True)):
                 return False
-            work.append((kernel, cell, g))
+            work.append((kernel, cell, fused.aligned(g, cell.block.tensors)))
         if self.nonfinite != "propagate":
             finite = all(vec.all_finite(tuple(g)) for _, _, g in work) and (loss is None or finite_loss(loss))
             if not self._agreed(finite):
                 return False
-        for kernel, cell, g in work:
+        for kernel, cell, aligned in work:
             leaf = cell.block.leaves[0]
-            kernel(cell, cell.block.tensors, g, self._lr(leaf), self.param_groups[leaf.group]["maximize"])
+            kernel(cell, cell.block.tensors, aligned, self._lr(leaf), self.param_groups[leaf.group]["maximize"])
         self.last = Record(self, loss)
         return True
 
@@ -520,17 +551,20 @@ class PreconditionedGD(torch.optim.Optimizer):
         at = point.at(k, point.maps, found=found, memo=evidence.memo)
         a = loop.assemble(point.g, [point.choices[0].regularizers[k].term(at)])
         for kernel, (cell, span) in zip(kernels, point.spans, strict=True):
-            kernel(cell, cell.block.tensors, a[span], self._lr(cell.block.leaves[0]), False)
+            p = cell.block.tensors
+            kernel(cell, p, fused.aligned(a[span], p), self._lr(cell.block.leaves[0]), False)
         return True
 
     def _finish(self, loss: Any, graph: list[Tensor | None] | None) -> None:
         """Take the step by the reference engine, or skip it."""
         pending, self._pending = self._pending, None
         scale = getattr(self, "grad_scale", None)
-        good_inputs = pending is not None or self._collect()
+        good_inputs, good_products = pending is not None or self._collect(), True
         if pending is None:
             point = self._point(unscaled([leaf.param.grad for leaf in self._leaves], scale))
             evidence = Evidence(hessian=None if graph is None else self._hessian(point, graph))
+            if graph is not None and self.nonfinite != "propagate":
+                good_products = self._products(point, evidence)
         else:
             if not hasattr(self, "grad_scale"):  # not called by a GradScaler: the scale is the one that probe() was told
                 scale = pending.scale
@@ -538,7 +572,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             if not pending.refused:
                 evidence = pending.complete(scale, self._signed)
         count = 1 + (pending.asked if pending is not None else 0)
-        if self._skip(point, pending, loss, good_inputs):
+        if self._skip(point, pending, loss, good_inputs, good_products):
             self.last = Record(self, loss, gradients=count, skipped=True, scale=scale)
         elif point.cells:
             length = None
@@ -550,7 +584,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         if pending is not None:
             pending.give_back()
 
-    def _skip(self, point: Point, pending: Probe | None, loss: Any, good_inputs: bool) -> bool:
+    def _skip(self, point: Point, pending: Probe | None, loss: Any, good_inputs: bool, good_products: bool) -> bool:
         """Whether inf or NaN forbid the step; raises where that was asked for."""
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and not self._agreed(not found_inf.item()):
@@ -559,6 +593,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             return not good_inputs or (pending is not None and pending.refused)
         good = (
             good_inputs
+            and good_products
             and vec.all_finite(point.g)
             and (pending is None or pending.finite)
             and (loss is None or finite_loss(loss))
@@ -568,8 +603,9 @@ class PreconditionedGD(torch.optim.Optimizer):
             if pending is not None:
                 pending.give_back()
             names = [leaf.name for leaf, g in zip(point.leaves, point.g, strict=False) if not g.isfinite().all()]
-            inputs = "the loss or a probed gradient" if good_inputs else "what a layer receives"
-            where = f"the gradient of {', '.join(names[:3])}" if names else inputs
+            second = "the loss or a second derivative" if pending is None else "the loss or a probed gradient"
+            other = second if good_inputs else "what a layer receives"
+            where = f"the gradient of {', '.join(names[:3])}" if names else other
             raise FloatingPointError(
                 f"{where} holds inf or NaN: nothing was changed; lower the learning rate, clip, or pass nonfinite='skip'"
             )
@@ -596,6 +632,23 @@ class PreconditionedGD(torch.optim.Optimizer):
             return vec.scale(tuple(t for t in averaged(mine, mine) if t is not None), signs)
 
         return hessian
+
+    def _products(self, point: Point, evidence: Evidence) -> bool:
+        """Take the product with the Hessian ahead of the step, which then finds it known; False where it holds inf or NaN."""
+        known: list[Vec] = []
+        hessian = evidence.hessian
+        assert hessian is not None
+
+        def once(v: Vec) -> Vec:
+            if not known:
+                known.append(hessian(v))
+            return known[0]
+
+        evidence.hessian = once
+        k = self._gradient_based or 0
+        at = point.at(k, lambda: point.maps(loop.ahead(point, self.rules)), hessian=once)
+        point.choices[0].regularizers[k].term(at)
+        return all(vec.all_finite(v) for v in known)
 
     def _residual(self, leaf: Leaf) -> Tensor | None:
         residual = self.state[leaf.param].get("residual") if self.rounding == "kahan" else None
@@ -694,8 +747,10 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.restore()
-        derived = {"_leaves", "_pending", "_spare", "last", *_DERIVED}
-        return {k: v for k, v in self.__dict__.items() if k not in derived and "hook" not in k}
+        # An LR scheduler puts a `step` on the instance that calls this very optimizer's.
+        derived = {"step", "_leaves", "_pending", "_spare", "last", *_DERIVED}
+        state = {k: v for k, v in self.__dict__.items() if k not in derived and "hook" not in k}
+        return {**state, "owners": Owners(known=self.owners.leaves(self.param_groups))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -726,6 +781,11 @@ _DERIVED = (
         "_collected",
     ),
 )
+
+
+def _as_it_is(option: Any) -> Any:
+    """An option; a tensor with its version, since it may be changed in place."""
+    return (option, option._version) if isinstance(option, Tensor) else option
 
 
 def _structure(options: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

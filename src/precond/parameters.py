@@ -24,8 +24,10 @@ def clean(name: str) -> str:
     return ".".join(p for p in parts if p not in ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
 
 
-def to_groups(params: Params, modules: list[nn.Module]) -> list[dict[str, Any]]:
+def to_groups(params: Params, modules: list[nn.Module], before: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
     """Parameter groups for ``torch.optim.Optimizer``; the modules met are appended to ``modules``.
+
+    Groups that come after others (``before``) have names if those have, and names of their own.
 
     Raises:
         TypeError: for something that holds no parameters, sparse, complex or integer ones.
@@ -49,16 +51,22 @@ def to_groups(params: Params, modules: list[nn.Module]) -> list[dict[str, Any]]:
         if not isinstance(item, Mapping) or "params" not in item:
             raise TypeError(f"params mixes groups with other things: expected a dict with 'params', got {type(item).__name__}")
         groups.append({**item, "params": _named(item["params"], modules)})
-    named = all(name is not None for group in groups for name, _ in group["params"])
-    names: set[str] = set()
-    for k, group in enumerate(groups):
+    if before:
+        named = all("param_names" in group for group in before)
+    else:
+        named = all(name is not None for group in groups for name, _ in group["params"])
+    names: set[str] = {name for group in before for name in group.get("param_names", ())}
+    for k, group in enumerate(groups, start=len(before)):
         pairs = []
-        for name, param in group["params"]:
-            if name is not None and name in names:
+        for i, (name, param) in enumerate(group["params"]):
+            name = name or f"param_{i}"
+            if name in names:
                 name = f"{k}.{name}"  # two submodules given as groups may use one name
             names.add(name)
             pairs.append((name, param))
         group["params"] = pairs if named else [p for _, p in pairs]
+        if named and not pairs:
+            group["param_names"] = []  # which torch would miss
     _check([p for g in groups for p in (x[1] if named else x for x in g["params"])])
     return groups
 
@@ -114,8 +122,10 @@ class ModuleGroups(list[dict[str, Any]]):
 class Owners:
     """Which module owns a parameter, for the modules that were given; holds them weakly."""
 
-    def __init__(self, modules: Iterable[nn.Module] = ()):
+    def __init__(self, modules: Iterable[nn.Module] = (), known: Iterable[Leaf] = ()):
         self.modules: list[weakref.ref[nn.Module]] = [weakref.ref(m) for m in modules]
+        # Layer and kind of parameters whose module is not known any more.
+        self._known = {leaf.param: (leaf.layer, leaf.kind) for leaf in known}
         self._survey: Survey | None = None
 
     def add(self, modules: Iterable[nn.Module]) -> None:
@@ -125,7 +135,7 @@ class Owners:
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be copied, and the modules of a copied optimizer are not these.
-        return {"modules": [], "_survey": None}
+        return {"modules": [], "_known": self._known, "_survey": None}
 
     def alive(self) -> list[nn.Module]:
         """The modules that still exist."""
@@ -162,7 +172,10 @@ class Owners:
                 path, module = owner.get(param, (None, None))
                 name = name or f"param_{len(leaves)}"
                 layer = path if path is not None else name.rpartition(".")[0] or name
-                leaves.append(Leaf(name, param, kind_of(name, param, module), layer, module, k, tuple(sites.get(param, ()))))
+                kind = kind_of(name, param, module)
+                if module is None and param in self._known:
+                    layer, kind = self._known[param]
+                leaves.append(Leaf(name, param, kind, layer, module, k, tuple(sites.get(param, ()))))
         return leaves
 
 

@@ -173,6 +173,7 @@ class Probe:
         self._buffers = Buffers(self.modules)
         self.moved = True
         self.asked += 1
+        torch.clear_autocast_cache()  # its 16-bit copies of the weights are those of the point left
         if all(p.dtype == d.dtype for p, d in zip(storage, delta.vec, strict=True)):
             delta.add_to_(storage)
         else:
@@ -184,11 +185,18 @@ class Probe:
             restore_random_state(recorder.random)
         return True
 
-    def collect(self) -> None:
-        """The parameters go back; the gradient found is kept, the last one in ``.grad`` until the step."""
+    def collect(self, good: Callable[[Gradients], bool]) -> None:
+        """The parameters go back; the gradient found is kept, the last one in ``.grad`` until the step.
+
+        One that is not ``good`` stays in ``.grad``, where a GradScaler sees it, and no further one is asked for.
+        """
         self.back()
         if self._deltas:
-            self._found.append(unscaled(take_gradients(self.leaves), self.scale))
+            if good([leaf.param.grad for leaf in self.leaves]):
+                self._found.append(unscaled(take_gradients(self.leaves), self.scale))
+            else:
+                self.refused = True
+                self._deltas.clear()
 
     def back(self) -> None:
         """Put parameters and buffers back, bit for bit."""
@@ -198,6 +206,7 @@ class Probe:
                     p.copy_(value)
             if self._buffers is not None:
                 self._buffers.restore()
+            torch.clear_autocast_cache()
         self.moved, self._saved, self._buffers = False, (), None
 
     def give_back(self) -> None:

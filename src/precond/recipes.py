@@ -110,13 +110,16 @@ def sgd(
     checks.non_negative("sgd", dampening=dampening, weight_decay=weight_decay)
     if nesterov and (momentum <= 0 or dampening != 0):
         raise ValueError("sgd: nesterov=True needs momentum > 0 and dampening=0")
-    defaults = {"momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov}
-    return _with_maximize(
-        _make(
-            "sgd", params, lr, _sgd, defaults, {"m": "momentum_buffer"}, {"differentiable": differentiable},
-            regularizers, options, only_started=True,
-        ),
-        maximize,
+    defaults = {
+        "momentum": momentum,
+        "dampening": dampening,
+        "weight_decay": weight_decay,
+        "nesterov": nesterov,
+        "maximize": maximize,
+    }
+    return _make(
+        "sgd", params, lr, _sgd, defaults, {"m": "momentum_buffer"}, {"differentiable": differentiable},
+        regularizers, options, only_started=True,
     )  # fmt: skip
 
 
@@ -151,12 +154,10 @@ def adagrad(
         "eps": eps,
         "weight_decay": weight_decay,
         "initial_accumulator_value": initial_accumulator_value,
+        "maximize": maximize,
     }
-    return _with_maximize(
-        _make(
-            "adagrad", params, lr, _adagrad, defaults, {"r": "sum"}, {"differentiable": differentiable}, regularizers, options
-        ),
-        maximize,
+    return _make(
+        "adagrad", params, lr, _adagrad, defaults, {"r": "sum"}, {"differentiable": differentiable}, regularizers, options
     )
 
 
@@ -188,22 +189,36 @@ def rmsprop(
     checks.non_negative("rmsprop", eps=eps, weight_decay=weight_decay)
     regularizers = tuple(regularizers)
     options.setdefault("statistics_from", _statistics(regularizers))
-    defaults = {"momentum": momentum, "alpha": alpha, "eps": eps, "centered": centered, "weight_decay": weight_decay}
+    defaults = {
+        "momentum": momentum,
+        "alpha": alpha,
+        "eps": eps,
+        "centered": centered,
+        "weight_decay": weight_decay,
+        "maximize": maximize,
+    }
     state = {"r": "square_avg", "mean": "grad_avg", "m": "momentum_buffer"}
     unsupported = {"differentiable": differentiable, "capturable": capturable}
-    return _with_maximize(_make("rmsprop", params, lr, _rmsprop, defaults, state, unsupported, regularizers, options), maximize)
+    return _make("rmsprop", params, lr, _rmsprop, defaults, state, unsupported, regularizers, options)
 
 
 @dataclass(frozen=True)
 class _Adam:
+    decoupled: bool
     inputs: Preconditioner | None = None
 
     def __call__(self, group: Mapping[str, Any]) -> Choice:
+        if bool(group["decoupled_weight_decay"]) != self.decoupled:
+            mine, other = ("adamw", "adam") if self.decoupled else ("adam", "adamw")
+            raise ValueError(
+                f"{mine}: a group or state dict with decoupled_weight_decay={group['decoupled_weight_decay']!r} is another "
+                f"recipe's; use precond.{other} for it"
+            )
         beta1, beta2 = group["betas"]
         P: Preconditioner = RMS(beta2, group["eps"], amsgrad=group["amsgrad"])
         if self.inputs is not None:
             P = replaced(self.inputs, group) @ P
-        space: Literal["z", "p"] = "z" if group["decoupled_weight_decay"] else "p"
+        space: Literal["z", "p"] = "z" if self.decoupled else "p"
         return Choice(P, Momentum(beta1), (L2(group["weight_decay"] / 2, space=space),))
 
 
@@ -243,17 +258,18 @@ def adam(
     coupled = not decoupled_weight_decay or any(r.probes or r.exact for r in regularizers)
     options.setdefault("statistics_from", _statistics(regularizers) if coupled else "loss")
     defaults = {
-        "betas": betas,
+        "betas": tuple(betas),
         "eps": eps,
         "weight_decay": weight_decay,
         "amsgrad": amsgrad,
+        "maximize": maximize,
         "decoupled_weight_decay": decoupled_weight_decay,
     }
     unsupported = {"differentiable": differentiable, "capturable": capturable}
     if inputs is not None:
         defaults = {**defaults, **numbers(inputs)}
     state = _ADAM_STATE if inputs is None else {"m": "exp_avg", "inner.r": "exp_avg_sq", "inner.r_max": "max_exp_avg_sq"}
-    return _with_maximize(_make(name, params, lr, _Adam(inputs), defaults, state, unsupported, regularizers, options), maximize)
+    return _make(name, params, lr, _Adam(decoupled_weight_decay, inputs), defaults, state, unsupported, regularizers, options)
 
 
 def adamw(
@@ -321,8 +337,9 @@ def bnp(
         "damping": damping,
         "conv": conv,
         "width_scaling": width_scaling,
+        "maximize": maximize,
     }
-    return _with_maximize(_make("bnp", params, lr, _bnp, defaults, {}, {}, regularizers, options), maximize)
+    return _make("bnp", params, lr, _bnp, defaults, {}, {}, regularizers, options)
 
 
 def whitening(
@@ -342,13 +359,6 @@ def whitening(
         lr, betas, eps, weight_decay, options: as in :func:`adamw`.
     """
     return adamw(params, lr, betas, eps, weight_decay, inputs=Whitening() if inputs is None else inputs, **options)
-
-
-def _with_maximize(optimizer: PreconditionedGD, maximize: bool) -> PreconditionedGD:
-    optimizer.defaults["maximize"] = maximize
-    for group in optimizer.param_groups:
-        group["maximize"] = group["maximize"] or maximize
-    return optimizer
 
 
 RECIPES: dict[str, Callable[..., PreconditionedGD]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,11 +49,11 @@ def load(optimizer: PreconditionedGD, state_dict: Mapping[str, Any]) -> None:
         )
     identity = _match(groups, saved_groups)
     new_groups = [
-        {**ours, **{k: v for k, v in saved.items() if k not in ("params", "param_names")}}
+        {**ours, **{k: deepcopy(v) for k, v in saved.items() if k not in ("params", "param_names")}}
         for ours, saved in zip(groups, saved_groups, strict=True)
     ]
     leaves = optimizer.owners.leaves(groups, optimizer.observes)
-    choices = [optimizer.naming.build(g) for g in new_groups]
+    choices = optimizer.choices(new_groups)
     fresh, entries = cells.build(leaves, choices, {}, optimizer.naming.outside)
     entries = [*entries, *optimizer.residuals(leaves)]
     known: dict[Tensor, dict[str, Tensor]] = {}
@@ -63,7 +64,7 @@ def load(optimizer: PreconditionedGD, state_dict: Mapping[str, Any]) -> None:
     copies: list[tuple[Tensor, Tensor]] = []
     for param, mine in known.items():
         theirs = saved_state.get(identity.get(param), {})
-        theirs = {optimizer.naming.inside(k): v for k, v in theirs.items() if v is not None}
+        theirs = {optimizer.naming.inside(k): v for k, v in theirs.items() if isinstance(v, Tensor | int | float)}
         copies += _fit(optimizer.naming.name, names[param], mine, theirs)
     with torch.no_grad():
         for target, value in copies:
@@ -71,6 +72,9 @@ def load(optimizer: PreconditionedGD, state_dict: Mapping[str, Any]) -> None:
     for ours, new in zip(groups, new_groups, strict=True):
         ours.update(new)
     optimizer.adopt(leaves, choices, fresh, entries)
+    for param, key in identity.items():
+        if not param.requires_grad and key in saved_state:  # frozen now; its state waits until it is thawed
+            optimizer.state[param] = deepcopy(dict(saved_state[key]))
 
 
 def _match(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, Any]:

@@ -12,7 +12,7 @@ from precond.curvature.spectrum import Method, Settings, Spectrum, spectrum
 from precond.curvature.subspace import Subspace
 from precond.curvature.symmetric import example_of
 from precond.maps import LinearMap
-from precond.vec import Vec
+from precond.vec import Vec, flatten, unflatten
 
 Which = Literal["largest", "smallest", "both"]
 
@@ -132,4 +132,33 @@ def _ends(count: int, low: int, high: int) -> Tensor:
 
 def _with_zeros(found: Spectrum, low: int, high: int, zeros: int, tol: float, like: Vec, descending: bool) -> Eigenvalues:
     """The wanted ends of the computed values and of ``zeros`` exact zeros."""
-    raise NotImplementedError
+    count = len(found.values)
+    near = _ends(count, min(low, count), min(high, count)).unique()
+    added = min(zeros, low + high)
+    null = torch.zeros(added, dtype=torch.float64)
+    values = torch.cat([found.values.double()[near], null])
+    order = values.argsort(descending=descending)
+    size = len(order)
+    wanted = order[:high] if descending else order[_ends(size, low, high)]
+
+    def joined(computed: Tensor, exact: Tensor) -> Tensor:
+        return torch.cat([computed[near], exact])[wanted]
+
+    rows = found.rows(near).cpu()
+    if added:
+        assert found.kept is not None
+        at = (~found.kept).nonzero()[:added, 0].cpu()
+        rows = torch.cat([rows, torch.nn.functional.one_hot(at, len(found.kept)).to(rows)])
+    flat = flatten(like)
+    return Eigenvalues(
+        values[wanted],
+        tuple(unflatten(row.to(flat), like) for row in rows[wanted]),
+        joined(found.residuals.double(), null),
+        joined(found.errors.double() + found.floor, null),
+        joined(found.resolved(tol), null == 0),
+        found.floor,
+        found.threshold,
+        found.complete,
+        found.products,
+        found.method,
+    )

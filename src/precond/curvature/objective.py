@@ -67,6 +67,7 @@ class Objective:
             do not exist, are frozen or are complex, a loss that is not one number.
 
     Example:
+        >>> from precond.curvature import hessian
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
         >>> half_square = lambda out, y: 0.5 * (out - y).square().mean()

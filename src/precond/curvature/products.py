@@ -10,7 +10,7 @@ from torch import Tensor
 
 from precond import vec
 from precond.curvature.errors import NoSecondDerivative
-from precond.curvature.graph import size_of
+from precond.curvature.graph import GraphSize, size_of
 from precond.curvature.objective import Evaluation, Objective
 from precond.curvature.symmetric import Block, SymmetricMap, stacked, unstacked
 from precond.vec import Vec
@@ -19,11 +19,16 @@ from precond.vec import Vec
 class _Graph(ABC):
     """What is kept of one batch: A_b, its part of the matrix, as a function v ↦ A_b v.
 
+    Attributes:
+        size: of the graph that is kept.
+
     Args:
         at: the batch, forwarded.
         weight: w_b.
         params: what the derivatives are taken by.
     """
+
+    size: GraphSize
 
     def __init__(self, at: Evaluation, weight: float, params: Vec):
         self.params = params

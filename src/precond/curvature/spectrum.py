@@ -75,6 +75,7 @@ class Spectrum:
         deflated: dimension of the subspace that the caller took out.
         products: matrix–vector products used.
         method: ``"dense"`` or ``"lanczos"``.
+        kept: False at coordinates where the map is exactly zero and which Lanczos left out; None: nowhere.
     """
 
     values: Tensor
@@ -88,6 +89,7 @@ class Spectrum:
     deflated: int
     products: int
     method: str
+    kept: Tensor | None = None
 
     def resolved(self, tol: float) -> Tensor:
         """Which values are accurate to ``tol`` relative to themselves, or known to be null."""
@@ -206,5 +208,5 @@ def _found(run: Lanczos, settings: Settings, dtype: torch.dtype, out: Coordinate
     floor = max(run.noise, torch.finfo(dtype).eps / 4 * scale)
     return Spectrum(
         ritz.values, ritz.residuals, ritz.errors, lambda at: run.vectors(ritz.coordinates[:, at]), run.exhausted, floor,
-        _threshold(settings, dtype, scale, floor), out.zeros, out.dim - out.zeros, run.products + 1, "lanczos",
+        _threshold(settings, dtype, scale, floor), out.zeros, out.dim - out.zeros, run.products + 1, "lanczos", out.kept,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from precond.engine.arrow import arrow
 from precond.engine.cells import Cell, Choice
@@ -36,9 +37,7 @@ class _Decay:
 def kernel(cell: Cell, choice: Choice, rules: Rules) -> Kernel | None:
     """The fused kernel that computes exactly this configuration, or None."""
     decay = _decay(choice, rules)
-    plain = all(
-        leaf.param.device.type == "cpu" and leaf.param.dtype in (torch.float32, torch.float64) for leaf in cell.block.leaves
-    )
+    plain = all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) and _dense(t) for t in cell.block.tensors)
     if decay is None or rules.max_norm is not None or not plain:
         return None
     P, momentum = cell.preconditioner, cell.momentum
@@ -63,6 +62,18 @@ def kernel(cell: Cell, choice: Choice, rules: Rules) -> Kernel | None:
         case Fixed(map_=Identity()), Momentum(kind="heavy_ball" | "nesterov", of="cotangent", dampening=0.0):
             return _SGD(momentum.beta, momentum.kind == "nesterov", decay)
     return None
+
+
+def aligned(gradients: Tensors, p: Tensors) -> Tensors:
+    """Gradients laid out in memory as the parameters are: the kernels walk along all tensors side by side."""
+    if all(x.stride() == y.stride() for x, y in zip(gradients, p, strict=True)):
+        return gradients
+    return [x if x.stride() == y.stride() else torch.empty_like(y).copy_(x) for x, y in zip(gradients, p, strict=True)]
+
+
+def _dense(t: Tensor) -> bool:
+    """Whether its entries fill its memory, so that state made like it has its layout."""
+    return torch.empty_like(t, device="meta").stride() == t.stride()
 
 
 def _decay(choice: Choice, rules: Rules) -> _Decay | None:

@@ -48,8 +48,9 @@ class LinearMap(ABC):
         return self.mv(self.rmv(v))
 
     def damped(self, delta: float) -> LinearMap:
-        r"""The map whose Gram matrix is (M⁻¹ + δ·d̄·I)⁻¹, d̄ the mean of M⁻¹'s eigenvalues; its root is P(I + δd̄PᵀP)^(−1/2).
+        r"""The map whose Gram matrix is (M⁻¹ + δ·d̄·I)⁻¹, d̄ the mean of M⁻¹'s eigenvalues.
 
+        Its root is P(I + δd̄PᵀP)^(−1/2) up to signs, or (BNP's arrow) another one in closed form that tends to P with δ.
         It bounds how far a penalty in z reaches along directions in which M is huge.
         """
         if delta == 0:

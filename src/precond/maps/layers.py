@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from precond.maps.base import LinearMap
+from precond.maps.dense import _mean_inverse
 from precond.maps.diagonal import Diagonal
 from precond.vec import Vec
 
@@ -248,9 +249,8 @@ class RowMatrix(LinearMap):
         if delta == 0:
             return self
         s, V = torch.linalg.eigh(self.R.mT @ self.R)
-        s = s.clamp_min(torch.finfo(s.dtype).tiny)
-        bias = self.layout.groups if len(self.like) > 1 else 0
-        absolute = delta * ((1 / s).sum() + bias) / (s.numel() + bias)  # per row of each group
+        bias = s.new_ones(self.layout.groups if len(self.like) > 1 else 0)
+        absolute = delta * _mean_inverse(torch.cat([s.flatten(), bias]))  # per row of each group
         inner = RowMatrix(self.R @ (V * (1 + absolute * s).rsqrt()[..., None, :]) @ V.mT, self.like, self.layout)
         if len(self.like) == 1:
             return inner

@@ -1,0 +1,187 @@
+"""Parameter groups: overrides, later additions, freezing; names; what is refused leaves the optimizer as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import precond
+from contract.table import EVERY, TWINS, Twin, batches, closure, flat, net, snapshot, train
+from precond import L2, RMS, SAM, AdaGrad, Fixed, GradientNorm, PreconditionedGD, Route, is_matrix
+
+each = pytest.mark.parametrize("name", EVERY)
+by_name = pytest.mark.parametrize("twin", TWINS, ids=str)
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@by_name
+def test_a_group_may_override_every_option(twin: Twin):
+    """Each other number, and the opposite of each switch, in the second of two groups."""
+    changed = {
+        "lr": 2e-3, "momentum": 0.3, "weight_decay": 0.07, "maximize": not twin.options.get("maximize", False),
+        "lr_decay": 0.02, "eps": 1e-4, "alpha": 0.7, "centered": True, "betas": (0.5, 0.6), "amsgrad": not twin.options.get("amsgrad", False),
+    }  # fmt: skip
+    known = twin.theirs([nn.Parameter(torch.ones(1))]).param_groups[0]
+    second = {k: v for k, v in changed.items() if k in known}
+    ends = []
+    for make in (twin.ours, twin.theirs):
+        model = net()
+        groups = [{"params": [model.conv.weight, model.norm.weight]}, {"params": list(model.head.parameters()), **second}]
+        optimizer = make(groups)
+        train(model, optimizer, batches(6))
+        for key, value in second.items():
+            optimizer.param_groups[1][key] = value * 1.1 if isinstance(value, float) else value
+        train(model, optimizer, batches(6))
+        ends.append(flat(model))
+    assert relative(*ends) <= 1e-12
+
+
+def test_a_tensor_option_may_change_in_place():
+    ends = []
+    for make in (precond.sgd, torch.optim.SGD):
+        model = net()
+        decay = torch.tensor(0.1, dtype=torch.float64)
+        optimizer = make(model.parameters(), lr=0.1, weight_decay=decay)
+        train(model, optimizer, batches(4), lambda t, decay=decay: decay.mul_(2))
+        ends.append(flat(model))
+    assert relative(*ends) <= 1e-12
+
+
+def test_a_group_without_weight_takes_no_part():
+    """SAM of the first layer alone (R9): its radius is that of the first layer's gradient."""
+    weights = []
+    for only in (True, False):
+        model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 2, bias=False)).double()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.arange(1.0, p.numel() + 1).view(p.shape) / 10)
+        rest = {"params": model[1], "sam.rho": 0.0, "lr": 0.0}
+        groups = [{"params": model[0]}, rest] if only else model[0]
+        optimizer = PreconditionedGD(groups, lr=0.1, preconditioner=Fixed(), regularizers=[SAM(0.5)])
+        optimizer.step(precond.LossClosure(lambda m=model: m(torch.ones(1, 3).double()).square().sum()))
+        weights.append(model[0].weight.detach().clone())
+    assert torch.equal(*weights)
+
+
+def test_names_of_groups_that_come_later():
+    model = net()
+    optimizer = precond.adam(model.conv)
+    optimizer.add_param_group({"params": model.norm})
+    optimizer.add_param_group({"params": model.head.parameters()})
+    names = [n for g in optimizer.param_groups for n in g["param_names"]]
+    assert names == ["weight", "bias", "1.weight", "1.bias", "param_0", "param_1"]
+    train(model, optimizer, batches(2))
+    fresh = precond.adam(model.conv)
+    fresh.add_param_group({"params": model.norm})
+    fresh.add_param_group({"params": model.head.parameters()})
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert all(torch.equal(a, b) for a, b in zip(snapshot(fresh), snapshot(optimizer), strict=True))
+
+
+def test_a_module_may_join_parameters_without_names():
+    model = net()
+    optimizer = precond.adam(list(model.conv.parameters()))
+    optimizer.add_param_group({"params": model.head, "lr": 0.5})
+    assert "param_names" not in optimizer.param_groups[1] and len(optimizer.state) == 4
+
+
+@each
+def test_state_of_frozen_parameters_waits_in_the_state_dict(name):
+    model = net()
+    optimizer = EVERY[name](model)
+    train(model, optimizer, batches(3))
+    model.head.weight.requires_grad_(False)
+    before = model.head.weight.detach().clone()
+    train(model, optimizer, batches(2, seed=2))
+    assert torch.equal(model.head.weight, before)
+    ends = []
+    other = net()
+    other.load_state_dict(model.state_dict())
+    other.head.weight.requires_grad_(False)
+    successor = EVERY[name](other)
+    successor.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for m, o in ((model, optimizer), (other, successor)):
+        m.head.weight.requires_grad_(True)
+        train(m, o, batches(3, seed=3))
+        ends.append(flat(m))
+    assert torch.equal(*ends) and not torch.equal(model.head.weight, before)
+
+
+def route(rule):
+    return Route([(rule, AdaGrad(), 0.5)], otherwise=RMS())
+
+
+def test_a_rule_may_be_a_predicate_or_a_pattern():
+    ends = []
+    for rule in (is_matrix, "*e*d.weight", lambda leaf: leaf.name == "head.weight"):
+        model = net()
+        model.conv.requires_grad_(False)
+        train(model, PreconditionedGD(model, lr=0.01, preconditioner=route(rule)), batches(3))
+        ends.append(flat(model))
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+
+
+REFUSED = {
+    "negative lr": ({"lr": -1.0}, ValueError, "lr must be a finite number >= 0"),
+    "lr of two numbers": ({"lr": torch.ones(2)}, ValueError, "one group per rate"),
+    "betas": ({"betas": (0.9, 2.0)}, ValueError, "must lie in"),
+    "another recipe": ({"decoupled_weight_decay": False}, ValueError, r"use precond\.adam for it"),
+    "another penalty": ({"sam.adaptive": True}, ValueError, "groups may differ in rho of SAM, not in adaptive"),
+    "16 bits": ({"params": [nn.Parameter(torch.ones(2, dtype=torch.bfloat16))]}, ValueError, "rounding='kahan'"),
+    "nothing": ({"params": []}, ValueError, "nothing to optimize"),
+    "integers": ({"params": [nn.Parameter(torch.ones(2, dtype=torch.long), requires_grad=False)]}, ValueError, "no floating-point"),
+    "complex": ({"params": [nn.Parameter(torch.ones(2, dtype=torch.complex64))]}, TypeError, "view_as_real"),
+}  # fmt: skip
+
+
+REFUSED["twice"] = ({"params": None}, ValueError, "same parameter twice|more than one")
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "later"])
+def test_refused_groups_change_nothing(case, late):
+    model = net()
+    options, error, words = REFUSED[case]
+    bad = {"params": [nn.Parameter(torch.ones(2))], **options}
+    bad["params"] = model.head if bad["params"] is None else bad["params"]
+    recipe = {"lr": 0.01, "regularizers": [SAM(0.1)]}
+    if not late:
+        if case in ("nothing", "integers"):  # harmless beside others
+            assert precond.adamw([{"params": model}, bad], **recipe).param_groups[1]["params"] == []
+            return
+        with pytest.raises(error, match=words):
+            precond.adamw([{"params": model}, bad], **recipe)
+        return
+    optimizer = precond.adamw(model, **recipe)
+    train(model, optimizer, batches(2))
+    before, states = flat(model), snapshot(optimizer)
+    with pytest.raises(error, match=words):
+        optimizer.add_param_group(bad)
+    assert len(optimizer.param_groups) == 1 and len(optimizer.state) == 6 and torch.equal(flat(model), before)
+    assert all(torch.equal(a, b) for a, b in zip(states, snapshot(optimizer), strict=True))
+    train(model, optimizer, batches(1))
+    assert not torch.equal(flat(model), before)
+
+
+def test_scalars_that_differ_and_structure_that_does_not():
+    model = net()
+    groups = [{"params": model.conv, "gradientnorm.lam": 0.1}, {"params": model.head, "gradientnorm.lam": 0.2, "l2.lam": 0.0}]
+    options = {"preconditioner": RMS(), "regularizers": [GradientNorm(0.3), L2(0.1)]}
+    optimizer = PreconditionedGD(groups, **options)
+    optimizer.step(closure(model, optimizer, batches(1)[0]))
+    optimizer.param_groups[1]["gradientnorm.power"] = 1
+    with pytest.raises(ValueError, match="not in power"):
+        optimizer.step(closure(model, optimizer, batches(1)[0]))
+
+
+def test_decay_groups_leave_biases_norms_and_embeddings_out():
+    model = nn.ModuleDict({"table": nn.Embedding(3, 2), "norm": nn.LayerNorm(2), "out": nn.Linear(2, 2)})
+    decayed, spared = precond.adamw(precond.decay_groups(model, 0.1)).param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    assert decayed["param_names"] == ["out.weight"] and len(spared["params"]) == 4
