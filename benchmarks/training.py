@@ -6,6 +6,7 @@ python benchmarks/training.py
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from harness import table, take_turns
@@ -19,7 +20,7 @@ BATCH = 128
 def mlp(batch_norm: bool = False) -> nn.Module:
     widths = [784, 300, 100, 10]
     layers: list[nn.Module] = []
-    for k, (n, m) in enumerate(zip(widths, widths[1:], strict=False)):
+    for k, (n, m) in enumerate(pairwise(widths)):
         layers += [nn.ReLU()] * (k > 0) + [nn.BatchNorm1d(n)] * batch_norm + [nn.Linear(n, m)]
     return nn.Sequential(nn.Flatten(), *layers)
 

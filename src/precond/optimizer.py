@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -579,7 +580,8 @@ class PreconditionedGD(torch.optim.Optimizer):
             if not self._fuse_probed(point, evidence):
                 u = loop.step(point, self.rules, evidence)
                 self._write_back(point)
-                length = point.sums.norm(vec.scale(u, point.lr))
+                # Of each tensor what this process holds; put together when it is asked for.
+                length = partial(point.sums.norm, tuple(torch._foreach_norm(vec.scale(u, point.lr))))
             self.last = Record(self, loss, gradients=count, scale=None if pending is not None else scale, length=length)
         if pending is not None:
             pending.give_back()
@@ -698,7 +700,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         return explain(self._leaves, self._cells)
 
     @torch.no_grad()
-    def measure(self, name: str, scale: float | Tensor | None, length: Tensor | None) -> Tensor | float:
+    def measure(self, name: str, scale: float | Tensor | None, length: Callable[[], Tensor] | None) -> Tensor | float:
         """A number of the last step, from gradients and state as they are now: see :class:`precond.record.Record`."""
         point = self._point(unscaled([leaf.param.grad for leaf in self._leaves], scale))
         if not point.cells:
@@ -716,9 +718,8 @@ class PreconditionedGD(torch.optim.Optimizer):
                 kept = self._gradient_based is None or all("m" in c.average for c in point.cells)
                 if length is None and not kept:
                     return float("nan")
-                if length is None:
-                    length = point.sums.norm(vec.scale(loop.last_update(point), point.lr))
-                return length / point.sums.norm(point.p)
+                moved = point.sums.norm(vec.scale(loop.last_update(point), point.lr)) if length is None else length()
+                return moved / point.sums.norm(point.p)
 
     # --- saving ----------------------------------------------------------------------------------------------------------
 

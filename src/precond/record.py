@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 class Record:
     """The last step; numbers that cost a pass over the parameters are computed when they are first read.
 
-    Read them before ``zero_grad``: they use the gradients and the state as the step left them.
+    Read them before ``zero_grad``: they use the gradients and the state as the step left them. Where parameters are divided
+    among processes (FSDP2), each of them must read: the numbers are sums over all.
 
     Attributes:
         loss: the clean loss that the closure returned, or None.
@@ -29,7 +31,7 @@ class Record:
         gradients: int = 1,
         skipped: bool = False,
         scale: float | Tensor | None = None,
-        length: Tensor | None = None,
+        length: Callable[[], Tensor] | None = None,
     ):
         self.loss, self.gradients, self.skipped = loss, gradients, skipped
         self._optimizer, self._scale, self._length = weakref.ref(optimizer), scale, length

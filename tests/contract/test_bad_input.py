@@ -39,6 +39,8 @@ CONSTRUCTION = {
     "space, near": (lambda: SAM(0.1, space="zz"), ValueError, "did you mean 'z'"),
     "negative lr": (lambda: gd(lr=-1), ValueError, "lr must be a finite number >= 0, got -1"),
     "nan lr": (lambda: gd(lr=float("nan")), ValueError, "lr must be a finite number"),
+    "negative lr, a tensor": (lambda: gd(lr=torch.tensor(-1.0)), ValueError, "lr must be a finite number >= 0, got -1"),
+    "two lr": (lambda: gd(lr=torch.ones(2)), ValueError, "one group per rate"),
     "negative λ": (lambda: L2(-0.1), ValueError, "lam must be a finite number >= 0"),
     "negative ρ": (lambda: SAM(-0.1), ValueError, "rho must be a finite number >= 0"),
     "text λ": (lambda: L1("x"), TypeError, "lam must be a number"),

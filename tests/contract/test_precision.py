@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -57,11 +58,8 @@ def test_unscaling_and_clipping_before_the_step(name):
     assert torch.equal(*ends)
 
 
-@pytest.mark.parametrize("which", [1, 2, 3])
-@each
+@pytest.mark.parametrize(("name", "which"), [(name, k + 1) for name in PROBING for k in range(GRADIENTS[name])])
 def test_overflow_in_any_pass_skips_and_backs_off(name, which):
-    if which > GRADIENTS[name]:
-        pytest.skip("asks for fewer gradients")
     model = net(torch.float32)
     optimizer = precond.adamw(model, regularizers=[PROBING[name]])
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -84,7 +82,7 @@ def test_overflow_in_any_pass_skips_and_backs_off(name, which):
     assert not torch.equal(flat(model), before) and flat(model).isfinite().all()
 
 
-MATRIX = torch.eye(239) + 0.05 * torch.randn(239, 239, generator=torch.Generator().manual_seed(0))
+MATRIX = torch.eye(243) + 0.05 * torch.randn(243, 243, generator=torch.Generator().manual_seed(0))
 UNDER_AUTOCAST = {
     **{name: OWN[name] for name in OWN if "whitening" in name or "bnp" in name.lower() or "SAM" in name},
     "dense map": lambda p, **more: PreconditionedGD(
@@ -111,7 +109,7 @@ def test_autocast_around_the_step_is_autocast_around_the_forward(name, engine):
                 return loss
 
             torch.manual_seed(0)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=outside):
+            with torch.autocast("cpu", dtype=torch.bfloat16) if outside else nullcontext():
                 optimizer.step(run)
         ends.append(flat(model))
     assert torch.equal(*ends)

@@ -239,7 +239,7 @@ def parameter_sized() -> int:
 @pytest.mark.parametrize(
     ("regularizer", "nonfinite", "extra"),
     [(SAM(0.1), "propagate", 1), (SAM(0.1, space="p"), "propagate", 1), (SAM(0.1), "raise", 2), (GradientNorm(0.1), "propagate", 2),
-     (GradientNorm(0.1, space="p"), "skip", 2)],
+     (GradientNorm(0.1, space="p"), "skip", 2), (GradientNorm(0.1, method="central"), "propagate", 3)],
 )  # fmt: skip
 @pytest.mark.parametrize("statistics", ["loss", "lagged"])
 def test_buffers_alive_in_the_second_pass(regularizer, nonfinite, extra, statistics):
@@ -258,9 +258,9 @@ def test_buffers_alive_in_the_second_pass(regularizer, nonfinite, extra, statist
     optimizer.step(run)
     alive.clear()
     optimizer.step(run)
-    first, second = alive
+    first, *later = alive
     spare = 1  # the buffer that the second pass uses is kept between steps
-    assert second - (first - spare) == extra
+    assert max(later) - (first - spare) == extra
 
 
 def test_exact_asks_for_one_gradient_and_a_loss_closure():

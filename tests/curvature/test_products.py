@@ -130,7 +130,7 @@ def test_an_unsymmetric_map_is_refused():
     from precond.maps import Dense
 
     A = Dense(torch.tensor([[1.0, 2.0], [0.0, 1.0]]), like=(torch.zeros(2),))
-    with pytest.raises(NotSymmetric, match="P.T @ H @ P"):
+    with pytest.raises(NotSymmetric, match=r"P.T @ H @ P"):
         eigenvalues(A)
 
 

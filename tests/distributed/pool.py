@@ -68,8 +68,8 @@ class Pool:
                 raise TimeoutError(f"{function.__name__}{args}: a rank does not answer")
             good, value = pipe.recv()
             found.append(value if good else Failed(*value))
-        if any(isinstance(x, Failed) for x in found):
-            self.stop()  # the ranks may stand at different collectives
+        if len({x.kind if isinstance(x, Failed) else None for x in found}) > 1:
+            self.stop()  # the ranks stand at different collectives
         return found
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:

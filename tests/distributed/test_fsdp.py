@@ -4,14 +4,141 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
+from distributed import agreement, sharded
+from distributed.pool import Failed
 from distributed.test_ddp import check
 from distributed.training import OPTIMIZERS, Setting
+from precond.inputs import survey
 
 torch.set_num_threads(1)
 SHARDABLE = [name for name in OPTIMIZERS if "exact" not in name]
 
 
+def check_equal(a, b, **within) -> None:
+    for kind in ("params", "state"):
+        assert a[kind].keys() == b[kind].keys()
+        for name, t in a[kind].items():
+            if name.endswith("activity") and within["rtol"]:  # it is measured against what one forward shows
+                continue
+            torch.testing.assert_close(t, b[kind][name], **within, msg=lambda m, name=name: f"{name}: {m}")
+
+
 @pytest.mark.parametrize("optimizer", SHARDABLE)
 def test_two_ranks_are_one_process(ranks, optimizer):
     check(ranks, Setting(optimizer, (7, 5), wrap="fsdp"))
+
+
+@pytest.mark.parametrize("wrap", ["fsdp, partly", "hsdp, two parts", "hsdp, two copies"])
+@pytest.mark.parametrize("optimizer", ["adamw, clipped", "BNP", "SAM", "gradient norm, q=∞"])
+def test_parameters_that_are_whole_on_some_ranks_count_once(ranks, optimizer, wrap):
+    check(ranks, Setting(optimizer, wrap=wrap))
+
+
+@pytest.mark.parametrize("optimizer", ["SAM", "gradient norm, central"])
+def test_probes_without_closure(ranks, optimizer):
+    check(ranks, Setting(optimizer, wrap="fsdp", how="probe", parts=2))
+
+
+def test_parameters_and_their_state_are_divided_and_statistics_are_not(ranks):
+    first, second = ranks.run(sharded.shapes, Setting("BNP @ RMS", wrap="fsdp"))
+    for name, here, there in [
+        ("attention.in_proj_weight ", (9, 6), (9, 6)),
+        ("attention.in_proj_weight inner.r", (9, 6), (9, 6)),
+        ("head.weight inner.r", (2, 6), (1, 6)),
+        ("head.weight m", (2, 6), (1, 6)),
+        ("last.weight inner.r", (1, 3), (0, 3)),
+    ]:
+        assert first[name] == (True, here) and second[name] == (True, there)
+    assert first["last.weight outer.mean"] == second["last.weight outer.mean"] == (False, (1, 3))
+    assert not first["head.weight step"][0]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "calls"),
+    [("adamw", 0), ("BNP", 1), ("BNP @ RMS", 1), ("L1", 1), ("adamw, clipped", 1), ("BNP, clipped", 2), ("SAM in p", 1)],
+)
+def test_rows_need_no_communication(ranks, optimizer, calls):
+    """One call for the statistics of all inputs, one for each norm; none for M."""
+    for counts in ranks.run(agreement.calls_per_step, Setting(optimizer, wrap="fsdp"), 3):
+        assert counts == [calls] * 3
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["divided", "whole"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "BNP", "BNP @ RMS"])
+def test_resuming_from_a_distributed_checkpoint(ranks, optimizer, whole, tmp_path):
+    for first, twin in ranks.run(sharded.saved_and_resumed, Setting(optimizer, wrap="fsdp"), str(tmp_path / "saved"), whole):
+        check_equal(first, twin, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "BNP @ RMS"])
+def test_resuming_from_each_rank_s_own_state_dict(ranks, optimizer):
+    for first, twin in ranks.run(sharded.plainly_resumed, Setting(optimizer, wrap="fsdp")):
+        check_equal(first, twin, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "BNP @ RMS"])
+def test_a_checkpoint_of_two_ranks_is_resumed_by_one(ranks, optimizer, tmp_path):
+    """State of a parameter's shape is divided like it, so that it can be divided anew."""
+    path = str(tmp_path / "saved")
+    ranks.run(sharded.saved, Setting(optimizer, wrap="fsdp"), path)
+    there = ranks.run(sharded.loaded_and_trained, Setting(optimizer, wrap="fsdp"), path)[0]
+    alone = sharded.loaded_and_trained(Setting(optimizer), path)
+    check_equal(there, alone, rtol=1e-6, atol=1e-8)
+
+
+# --- layers that are divided in other ways, and what cannot be ----------------------------------------------------------------
+
+REFUSALS = {
+    "transposed": "not divided by rows",
+    "transposed, groups": "not divided by rows",
+    "linear, along inputs": "not divided by rows",
+    "separate projections": "divided differently, so that no process holds a row with its bias",
+}
+
+
+@pytest.mark.parametrize("name", [n for n in sharded.LAYERS if n not in REFUSALS])
+def test_layers_divided_by_rows(ranks, name):
+    alone = sharded.layer(name, alone=True)
+    for found in ranks.run(sharded.layer, name):
+        check_equal(found, alone, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "message"), REFUSALS.items(), ids=REFUSALS)
+def test_layers_whose_rows_are_cut_are_refused(ranks, name, message):
+    for outcome in ranks.outcomes(sharded.layer, name):
+        assert isinstance(outcome, Failed) and outcome.kind == "ValueError" and message in outcome.message
+
+
+@pytest.mark.parametrize("name", sharded.REFUSED)
+def test_what_needs_whole_parameters_is_refused(ranks, name):
+    message = "differentiates twice" if name == "exact" else "as a whole, of which each process holds a part"
+    for outcome in ranks.outcomes(sharded.refused, name):
+        assert isinstance(outcome, Failed) and outcome.kind == "ValueError" and message in outcome.message
+
+
+def test_fsdp1_is_refused_where_inputs_are_observed():
+    """Its constructor wants an accelerator; what is known of it is its class."""
+    model = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(model)
+    model._fsdp_wrapped_module = nn.Linear(3, 2)
+    with pytest.raises(TypeError, match=r"FSDP1 .*fully_shard \(FSDP2\)"):
+        survey([("", model)])
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+def test_a_bad_row_on_one_rank_is_skipped_on_all(ranks, nonfinite):
+    for one in ranks.run(sharded.bad_row, nonfinite):
+        assert one == {"raised": nonfinite == "raise", "unchanged": True}
+
+
+def test_bfloat16_with_kept_rounding(ranks):
+    alone = sharded.kahan(alone=True)
+    for found in ranks.run(sharded.kahan):
+        check_equal(found, alone, rtol=2e-2, atol=2e-3)
+        assert found["state"]["weight residual"].abs().max() > 0

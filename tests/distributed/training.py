@@ -26,6 +26,7 @@ from precond import (
     LossClosure,
     Momentum,
     PreconditionedGD,
+    Whitening,
     adagrad,
     adamw,
     rmsprop,
@@ -65,6 +66,8 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], PreconditionedGD]] = {
     "BNP, clipped": lambda m: PreconditionedGD(m, 0.05, preconditioner=BNP(damping=0.0), max_norm=0.1),
     "BNP @ RMS": lambda m: _bnp(m, BNP(damping=0.0) @ RMS(eps=EPS), momentum=Momentum(0.9)),
     "BNP @ AdaGrad": lambda m: _bnp(m, BNP(damping=0.0) @ AdaGrad(eps=EPS)),
+    "Whitening": lambda m: _bnp(m, Whitening(damping=0.05)),
+    "Whitening, SAM": lambda m: _bnp(m, Whitening(damping=0.05, root="cholesky") @ RMS(eps=EPS), SAM(0.1, damping=0.2)),
     "L1": lambda m: _bnp(m, BNP(damping=0.0) @ RMS(eps=EPS), L1(0.1)),
     "L1, proximal": lambda m: _bnp(m, BNP(damping=0.0) @ RMS(eps=EPS), L1(0.1, proximal=True)),
     "L1 in p": lambda m: adamw(m, lr=0.01, eps=EPS, regularizers=[L1(0.1, space="p", proximal=True)]),
@@ -74,6 +77,8 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], PreconditionedGD]] = {
     "SAM in p": lambda m: adamw(m, lr=0.01, eps=EPS, regularizers=[SAM(0.1, space="p")]),
     "SAM, RMS": lambda m: adamw(m, lr=0.01, eps=EPS, regularizers=[SAM(0.1)]),
     "SAM, adaptive": lambda m: _bnp(m, BNP(damping=0.0) @ RMS(eps=EPS), SAM(0.1, adaptive=True)),
+    "SAM, lagged": lambda m: _bnp(m, BNP(damping=0.0) @ RMS(eps=EPS), SAM(0.1), statistics_from="lagged"),
+    "SAM, damped whitening": lambda m: _bnp(m, Whitening(damping=0.05), SAM(0.1, damping=0.2)),
     "SAM, some": lambda m: _bnp(m, RMS(eps=EPS), SAM(0.1, where="*.weight")),
     "gradient norm": lambda m: _bnp(m, BNP(damping=0.0) @ RMS(eps=EPS), GradientNorm(0.002)),
     "gradient norm, central": lambda m: _bnp(m, BNP(damping=0.0), GradientNorm(0.002, method="central", power=1, space="p")),
@@ -189,13 +194,9 @@ def full(t: Tensor) -> Tensor:
     return (t.full_tensor() if isinstance(t, DTensor) else t).clone()
 
 
-def _mesh(*shape: int) -> Any:
-    return init_device_mesh("cpu", shape)
-
-
 def fsdp(model: nn.Module) -> nn.Module:
     """Rows divided: 18 of the attention within a group, 3 of the head unevenly, 1 of the last layer to one rank alone."""
-    mesh = _mesh(dist.get_world_size())
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for module in (model.conv, model.attention, model.head):
         fully_shard(module, mesh=mesh)
     return fully_shard(model, mesh=mesh)
@@ -204,10 +205,21 @@ def fsdp(model: nn.Module) -> nn.Module:
 def fsdp_partly(model: nn.Module) -> nn.Module:
     """Some layers whole on each rank."""
     ignored = {*model.head.parameters(), *model.norm.parameters()}
-    model = fully_shard(model, mesh=_mesh(dist.get_world_size()), ignored_params=ignored)
+    model = fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), ignored_params=ignored)
     for p in ignored:
         p.register_post_accumulate_grad_hook(_average)
     return model
+
+
+def hsdp(*shape: int) -> Callable[[nn.Module], nn.Module]:
+    """Whole copies along the first dimension of the mesh, parts along the second."""
+
+    def wrap(model: nn.Module) -> nn.Module:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "parts"))
+        fully_shard(model.attention, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    return wrap
 
 
 def _average(p: Tensor) -> None:
@@ -219,4 +231,6 @@ WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "ddp": DistributedDataParallel,
     "fsdp": fsdp,
     "fsdp, partly": fsdp_partly,
+    "hsdp, two parts": hsdp(1, 2),
+    "hsdp, two copies": hsdp(2, 1),
 }

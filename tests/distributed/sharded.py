@@ -1,0 +1,182 @@
+"""What is asked of ranks that hold parts of a model: run on each of them by :class:`distributed.pool.Pool`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from distributed.training import Setting, build, contents, fit
+from precond import BNP, RMS, Dense, Diagonal, Fixed, GradientNorm, LossClosure, PreconditionedGD, Route
+
+
+def shapes(setting: Setting) -> dict[str, Any]:
+    """How parameters and state are divided: (is a DTensor, local shape) by name."""
+    model, optimizer = build(setting, dist.get_rank())
+    fit(setting, model, optimizer, dist.get_rank())
+    out = {}
+    for name, p in model.named_parameters():
+        for key, t in {"": p, **optimizer.state[p]}.items():
+            out[f"{name} {key}"] = (isinstance(t, DTensor), tuple(t.to_local().shape if isinstance(t, DTensor) else t.shape))
+    return out
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------------
+
+
+def saved_and_resumed(setting: Setting, path: str, whole: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A training, and the same one resumed from torch.distributed.checkpoint (or from whole tensors of rank 0)."""
+    rank = dist.get_rank()
+    first, twin = build(setting, rank), build(setting, rank)
+    fit(setting, *first, rank)
+    fit(setting, *twin, rank, first=20)
+    if whole:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        model_state, optimizer_state = get_state_dict(*first, options=options)
+        payload = [model_state, optimizer_state]
+        dist.broadcast_object_list(payload, 0)
+        set_state_dict(*twin, model_state_dict=payload[0], optim_state_dict=payload[1], options=options)
+        if rank == 0:
+            torch.save(payload, path)
+    else:
+        model_state, optimizer_state = get_state_dict(*first)
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
+        model_state, optimizer_state = get_state_dict(*twin)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        dcp.load(state, checkpoint_id=path)
+        set_state_dict(*twin, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    fit(setting, *first, rank, first=10)
+    fit(setting, *twin, rank, first=10)
+    return contents(*first), contents(*twin)
+
+
+def saved(setting: Setting, path: str) -> None:
+    """Train and save."""
+    pair = build(setting, dist.get_rank())
+    fit(setting, *pair, dist.get_rank())
+    model_state, optimizer_state = get_state_dict(*pair)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
+
+
+def loaded_and_trained(setting: Setting, path: str) -> dict[str, Any]:
+    """Load what :func:`saved` wrote, whoever it was, and go on."""
+    rank = dist.get_rank() if dist.is_initialized() else None
+    pair = build(setting, rank)
+    model_state, optimizer_state = get_state_dict(*pair)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=path)
+    set_state_dict(*pair, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    fit(setting, *pair, rank, first=10)
+    return contents(*pair)
+
+
+def plainly_resumed(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The optimizer's own state dict on each rank, as torch.save would write it."""
+    rank = dist.get_rank()
+    first, twin = build(setting, rank), build(setting, rank)
+    fit(setting, *first, rank)
+    twin[0].load_state_dict(first[0].state_dict())
+    twin[1].load_state_dict(first[1].state_dict())
+    fit(setting, *first, rank, first=10)
+    fit(setting, *twin, rank, first=10)
+    return contents(*first), contents(*twin)
+
+
+# --- layers that are divided in other ways, and what cannot be ----------------------------------------------------------------
+
+
+def _mesh() -> Any:
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def _along_outputs(p: nn.Parameter) -> Shard:
+    return Shard(1) if p.ndim > 1 else Shard(0)
+
+
+class Attention(nn.Module):
+    def __init__(self, **options: Any):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(4, 2, batch_first=True, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x, x[..., : self.inner.vdim])[0]
+
+
+LAYERS: dict[str, tuple[Any, tuple[int, ...], Any]] = {
+    "transposed, along outputs": (lambda: nn.ConvTranspose1d(3, 4, 2), (4, 3, 6), _along_outputs),
+    "transposed": (lambda: nn.ConvTranspose1d(4, 2, 2), (4, 4, 6), None),
+    "transposed, groups": (lambda: nn.ConvTranspose1d(4, 8, 2, groups=2), (4, 4, 6), _along_outputs),
+    "linear, along inputs": (lambda: nn.Linear(4, 2), (4, 4), _along_outputs),
+    "depthwise": (lambda: nn.Conv1d(5, 5, 2, groups=5), (4, 5, 6), None),
+    "separate projections": (lambda: Attention(vdim=3), (4, 6, 4), None),
+    "separate, no bias": (lambda: Attention(vdim=3, bias=False), (4, 6, 4), None),
+}
+
+
+def layer(name: str, alone: bool = False) -> dict[str, Any]:
+    """Three steps of a layer."""
+    make, shape, placement = LAYERS[name]
+    torch.manual_seed(0)
+    model: nn.Module = nn.Sequential(make()).double()
+    if not alone:
+        model = fully_shard(model, mesh=_mesh(), shard_placement_fn=placement)
+    optimizer = PreconditionedGD(model, 0.02, preconditioner=BNP(damping=0.0, width_scaling=True) @ RMS(eps=1e-3))
+    for k in range(3):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(k), dtype=torch.float64) * 3 + 1
+        x = _share(x, alone)
+        optimizer.step(LossClosure(lambda x=x: model(x).square().mean()))
+    return contents(model, optimizer)
+
+
+def _share(x: Tensor, alone: bool) -> Tensor:
+    return x if alone else x.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+REFUSED: dict[str, Any] = {
+    "Dense": lambda m: PreconditionedGD(m, preconditioner=Fixed(Dense(torch.eye(8)))),
+    "Diagonal": lambda m: PreconditionedGD(m, preconditioner=Fixed(Diagonal((torch.ones(2, 3), torch.ones(2))))),
+    "routed": lambda m: PreconditionedGD(m, preconditioner=Route([("*", BNP() @ Fixed(Dense(torch.eye(8))))])),
+    "exact": lambda m: PreconditionedGD(m, preconditioner=RMS(), regularizers=[GradientNorm(0.1, method="exact")]),
+}
+
+
+def refused(name: str) -> None:
+    REFUSED[name](fully_shard(nn.Linear(3, 2), mesh=_mesh()))
+
+
+def bad_row(nonfinite: str) -> dict[str, Any]:
+    """A gradient with NaN in a row that rank 1 holds."""
+    torch.manual_seed(0)
+    model = fully_shard(nn.Linear(3, 2), mesh=_mesh())
+    optimizer = PreconditionedGD(model, 0.1, preconditioner=BNP() @ RMS(), nonfinite=nonfinite)
+    before = contents(model, optimizer)["params"]
+    model(torch.ones(4, 3)).sum().backward()
+    if dist.get_rank() == 1:
+        model.weight.grad.to_local().fill_(torch.nan)
+    raised = False
+    try:
+        optimizer.step()
+    except FloatingPointError:
+        raised = True
+    after = contents(model, optimizer)["params"]
+    return {"raised": raised, "unchanged": all(torch.equal(t, after[name]) for name, t in before.items())}
+
+
+def kahan(alone: bool = False) -> dict[str, Any]:
+    """bfloat16 parameters whose rounding errors are kept."""
+    torch.manual_seed(0)
+    model: nn.Module = nn.Linear(6, 3).bfloat16()
+    if not alone:
+        model = fully_shard(model, mesh=_mesh())
+    optimizer = PreconditionedGD(model, 1e-3, preconditioner=BNP(damping=0.0) @ RMS(), rounding="kahan")
+    for k in range(3):
+        x = _share(torch.randn(8, 6, generator=torch.Generator().manual_seed(k)).bfloat16(), alone)
+        optimizer.step(LossClosure(lambda x=x: model(x).float().square().mean()))
+    return contents(model, optimizer)

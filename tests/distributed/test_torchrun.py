@@ -1,0 +1,35 @@
+"""A script started with torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from distributed.training import Setting, train
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("torchrun")
+    script = Path(__file__).with_name("train_script.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_two_ranks_end_alike_and_where_one_process_ends(folder, wrap):
+    alone = train(Setting("BNP @ RMS", (7, 5)))
+    first, second = (torch.load(folder / f"{wrap}{rank}.pt") for rank in range(2))
+    for name, p in alone["params"].items():
+        assert torch.equal(first["params"][name], second["params"][name])
+        torch.testing.assert_close(first["params"][name], p, rtol=1e-6, atol=1e-8)
