@@ -10,7 +10,23 @@ import torch
 from torch import nn
 
 import precond
-from precond import BNP, L1, L2, RMS, SAM, AdaGrad, Fixed, GradientNorm, Momentum, PreconditionedGD, Route, Whitening
+from precond import (
+    BNP,
+    L1,
+    L2,
+    RMS,
+    SAM,
+    AdaGrad,
+    Fixed,
+    GradientNorm,
+    Momentum,
+    PreconditionedGD,
+    Route,
+    TimesLr,
+    Warmup,
+    Whitening,
+    is_matrix,
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +101,11 @@ OWN: dict[str, Callable[..., PreconditionedGD]] = {
     "composition": _gd(AdaGrad() @ RMS(), L2(0.01), max_norm=5.0),
     "BNP with AdaGrad, SAM in z": _gd(BNP() @ AdaGrad(), SAM(0.01)),
     "route": _gd(Route([("*bias", AdaGrad(), 0.5)], otherwise=RMS()), momentum=Momentum(0.5)),
+    "route, SAM in p, warm-up": _gd(
+        Route([(is_matrix, AdaGrad())], otherwise=RMS()), SAM(Warmup(0.05, 10), space="p"), L1(1e-4), momentum=Momentum(0.9)
+    ),
+    "RMS, gradient norm of power 1, q = 1, times lr": _gd(RMS(), GradientNorm(TimesLr(0.5), power=1, q=1)),
+    "momentum of tangents, amsgrad": _gd(RMS(amsgrad=True), L1(1e-3), momentum=Momentum(0.9, of="tangent"), max_norm=3.0),
     "plain": _gd(Fixed(), L2(0.1), momentum=Momentum(0.9, "nesterov")),
 }
 

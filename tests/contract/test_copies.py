@@ -13,7 +13,7 @@ from torch import nn
 
 import precond
 from contract.table import EVERY, TWINS, Twin, batches, closure, flat, net, train
-from precond import L2, RMS, AdaGrad, PreconditionedGD, Route, is_decayed, is_matrix
+from precond import L2, RMS, AdaGrad, GradientNorm, LossClosure, PreconditionedGD, Route, is_decayed, is_matrix
 
 each = pytest.mark.parametrize("name", EVERY)
 
@@ -158,3 +158,26 @@ def test_another_recipe_s_state_is_refused(recipe, other):
         optimizer.load_state_dict(theirs.state_dict())
     assert all(optimizer.state[p][k] is t for p, e in before.items() for k, t in e.items())
     assert optimizer.state_dict()["param_groups"] == groups
+
+
+@pytest.mark.parametrize("policy", ["propagate", "raise"])
+@pytest.mark.parametrize("space", ["z", "p"])
+def test_double_backprop_resumes_as_if_never_stopped(space, policy):
+    def make(model):
+        return precond.adamw(model, regularizers=[GradientNorm(0.01, method="exact", space=space)], nonfinite=policy)
+
+    def go_on(model, optimizer, data):
+        for batch in data:
+            torch.manual_seed(0)
+            optimizer.step(LossClosure(lambda m=model, b=batch: nn.functional.cross_entropy(m(b[0]), b[1])))
+
+    model = net()
+    optimizer = make(model)
+    go_on(model, optimizer, batches(3))
+    other = net()
+    other.load_state_dict(model.state_dict())
+    successor = make(other)
+    successor.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    go_on(model, optimizer, batches(3, seed=2))
+    go_on(other, successor, batches(3, seed=2))
+    assert torch.equal(flat(model), flat(other)) and optimizer.last.gradients == 1
