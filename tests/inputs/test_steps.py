@@ -175,10 +175,18 @@ def test_resuming_is_never_having_stopped(choice, penalties, dtype):
 @pytest.mark.parametrize("stop", [18, 21, 22, 24, 25])
 def test_resuming_keeps_the_rhythm_of_observation(stop):
     """After 20 steps each fourth one is observed: which one belongs to the state."""
+
+    def step(model: nn.Module, optimizer: PreconditionedGD, k: int) -> None:
+        optimizer.zero_grad()
+        model(batch(k)).square().mean().backward()
+        optimizer.step()
+
     pair = make(BNP(decay=0.9) @ RMS())
     for k in range(stop):
         step(*pair, k)
     resumed = make(BNP(decay=0.9) @ RMS())
+    step(*resumed, 99)
+    resumed[0](batch(98))  # seen before, and of no step
     resumed[0].load_state_dict(pair[0].state_dict())
     resumed[1].load_state_dict(copy.deepcopy(pair[1].state_dict()))
     for k in range(stop, stop + 5):
