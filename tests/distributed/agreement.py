@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,26 +15,46 @@ from distributed.training import Setting, build, contents, fit
 from precond import BNP, RMS, SAM, GradientNorm, LossClosure, PreconditionedGD, Whitening
 
 
-def calls_per_step(setting: Setting, steps: int) -> list[int]:
-    """How many times the optimizer calls ``all_reduce`` in each step."""
-    model, optimizer = build(setting, dist.get_rank())
-    original, counts = dist.all_reduce, []
-    made: list[int] = []
+@contextmanager
+def counted_calls() -> Iterator[list[int]]:
+    """Grows by one with each call of ``all_reduce``."""
+    original, made = dist.all_reduce, []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         made.append(1)
         return original(*args, **kwargs)
 
+    dist.all_reduce = counted
+    try:
+        yield made
+    finally:
+        dist.all_reduce = original
+
+
+def calls_per_step(setting: Setting, steps: int) -> list[int]:
+    """How many times the optimizer calls ``all_reduce`` in each step."""
+    model, optimizer = build(setting, dist.get_rank())
+    counts = []
     for k in range(steps):
-        made.clear()
-        dist.all_reduce = counted
-        try:
-            x = torch.randn(4, 4, 5, dtype=setting.dtype, generator=torch.Generator().manual_seed(k))
+        x = torch.randn(4, 4, 5, dtype=setting.dtype, generator=torch.Generator().manual_seed(k))
+        with counted_calls() as made:
             optimizer.step(LossClosure(lambda x=x: model(x).square().mean()))
-        finally:
-            dist.all_reduce = original
         counts.append(len(made))
     return counts
+
+
+def calls_of_a_skipped_step() -> int:
+    """Fused kernels look at the inputs first, and leave the step to the loop where they are bad."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Linear(3, 2))
+    optimizer = PreconditionedGD(model, 0.05, preconditioner=BNP())
+    x = torch.ones(4, 3)
+    x[0, 0] = torch.inf
+    model(x).sum().backward()
+    with counted_calls() as made:
+        optimizer.step()
+    assert optimizer.last.skipped
+    return len(made)
 
 
 MODELS = {

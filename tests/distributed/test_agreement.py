@@ -29,6 +29,10 @@ def test_statistics_of_all_layers_are_one_call_a_step(ranks, optimizer, expected
         assert counts == expected
 
 
+def test_a_skipped_step_is_one_call_too(ranks):
+    assert ranks.run(agreement.calls_of_a_skipped_step) == [1, 1]
+
+
 @pytest.mark.parametrize("name", agreement.MODELS)
 def test_different_models_are_refused_on_every_rank(ranks, name):
     for outcome in ranks.outcomes(agreement.different_models, name):

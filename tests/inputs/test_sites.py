@@ -11,36 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from inputs.layers import data
-from precond import BNP, RMS, PreconditionedGD, Route, adamw, decay_groups
+from inputs.steps import check_step, copies, stepped
+from precond import BNP, PreconditionedGD
 
 torch.set_num_threads(1)
-
-
-def stepped(model: nn.Module, forward: Callable[[], Tensor], preconditioner=None, groups=None) -> PreconditionedGD:
-    """The optimizer after one step of exact, undamped BNP at lr = 0.1."""
-    preconditioner = BNP(decay=0.0, damping=0.0) if preconditioner is None else preconditioner
-    optimizer = PreconditionedGD(model if groups is None else groups, lr=0.1, preconditioner=preconditioner)
-    forward().square().mean().backward()
-    optimizer.step()
-    return optimizer
-
-
-def expected(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> tuple[Tensor, ...]:
-    """M g of eq. (25), from the gradients and all inputs of a weight."""
-    if bias is None:
-        return (weight.grad / inputs.square().mean(0),)
-    dw = (weight.grad - bias.grad[:, None] * inputs.mean(0)) / inputs.var(0, correction=0)
-    return dw, bias.grad - dw @ inputs.mean(0)
-
-
-def check_step(params: list[Tensor], inputs: Tensor, before: list[Tensor]) -> None:
-    weight, bias = (*params, None)[:2]
-    for p, p0, step in zip(params, before, expected(weight, bias, inputs), strict=True):
-        torch.testing.assert_close(p.detach(), p0 - 0.1 * step, rtol=1e-9, atol=1e-10)
-
-
-def copies(*params: Tensor) -> list[Tensor]:
-    return [p.detach().clone() for p in params]
 
 
 # --- shared weights ------------------------------------------------------------------------------------------------------
@@ -256,108 +230,3 @@ def test_a_layer_without_inputs_in_a_step_keeps_its_statistics():
         optimizer.step()
     counts = [optimizer.state[layer.weight]["count"].item() for layer in model]
     assert counts == [12, 12]
-
-
-# --- what is given as params -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "wrap", [lambda m: m.parameters(), lambda m: m.named_parameters(), lambda m: [{"params": m.parameters()}]]
-)
-@pytest.mark.parametrize(
-    "make", [lambda p: BNP(), lambda p: BNP() @ RMS(), lambda p: Route([("*", BNP())])], ids=["BNP", "@", "Route"]
-)
-def test_parameters_instead_of_a_module_are_refused(wrap, make):
-    model = nn.Linear(3, 2)
-    with pytest.raises(TypeError, match="observes the inputs of layers: pass the model itself"):
-        PreconditionedGD(wrap(model), preconditioner=make(None))
-
-
-def test_groups_of_modules_and_of_decay_are_observed():
-    """A weight and its bias stay one block also where their groups differ."""
-    torch.manual_seed(0)
-    x = data(6, 4)
-    for groups in (decay_groups, lambda m: [{"params": m[0]}, {"params": m[1]}]):
-        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double()
-        before = copies(*model[0].parameters())
-        stepped(
-            model,
-            lambda model=model: model(x),
-            groups=groups(model) if groups is not decay_groups else decay_groups(model, 0.1),
-        )
-        check_step(list(model[0].parameters()), x, before)
-
-
-@pytest.mark.parametrize("make", [adamw, lambda m: PreconditionedGD(m, preconditioner=BNP())], ids=["adamw", "BNP"])
-def test_lazy_modules_need_a_first_forward(make):
-    model = nn.Sequential(nn.LazyConv1d(4, 1), nn.Flatten(), nn.LazyLinear(2))
-    with pytest.raises(ValueError, match=r"lazy modules .* call the model on a batch first"):
-        make(model)
-    model(torch.randn(2, 3, 5))
-    optimizer = make(model)
-    model(torch.randn(2, 3, 5)).sum().backward()
-    optimizer.step()
-    if make is not adamw:
-        assert optimizer.state[model[2].weight]["count"].item() == 2
-
-
-def test_parameters_frozen_and_thawed_in_mid_training():
-    torch.manual_seed(0)
-    layer, x = nn.Linear(4, 3).double(), data(6, 4)
-    optimizer = PreconditionedGD(layer, lr=0.1, preconditioner=BNP(decay=0.0, damping=0.0))
-
-    def step() -> list[Tensor]:
-        before = copies(layer.weight, layer.bias)
-        optimizer.zero_grad()
-        layer(x).square().mean().backward()
-        optimizer.step()
-        return before
-
-    check_step([layer.weight, layer.bias], x, step())
-    layer.bias.requires_grad_(False)
-    before = step()
-    check_step([layer.weight], x, before[:1])
-    assert torch.equal(layer.bias, before[1])
-    layer.bias.requires_grad_(True)
-    check_step([layer.weight, layer.bias], x, step())
-    layer.weight.requires_grad_(False)
-    before = step()
-    assert torch.equal(layer.weight, before[0])
-    torch.testing.assert_close(layer.bias.detach(), before[1] - 0.1 * layer.bias.grad)
-
-
-def test_a_weight_that_was_frozen_is_observed_from_its_first_step():
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double(), data(6, 4)
-    model[0].requires_grad_(False)
-    optimizer = PreconditionedGD(model, lr=0.1, preconditioner=BNP(decay=0.0, damping=0.0))
-    for thawed in (False, True):
-        model[0].requires_grad_(thawed)
-        before = copies(model[0].weight, model[0].bias)
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-    check_step([model[0].weight, model[0].bias], x, before)
-
-
-def test_a_frozen_weight_is_no_reason_for_a_warning():
-    layer = nn.Linear(4, 2).double()
-    layer.weight.requires_grad_(False)
-    optimizer = PreconditionedGD(layer, lr=0.1, preconditioner=BNP())
-    layer(data(6, 4)).sum().backward()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        optimizer.step()
-
-
-def test_a_block_that_a_group_adds_is_observed():
-    first, second = nn.Linear(4, 4).double(), nn.Linear(4, 2).double()
-    optimizer = PreconditionedGD(first, lr=0.1, preconditioner=BNP(decay=0.0, damping=0.0))
-    optimizer.add_param_group({"params": second})
-    x = data(6, 4)
-    with torch.no_grad():
-        hidden = first(x)
-    before = copies(second.weight, second.bias)
-    second(first(x)).square().mean().backward()
-    optimizer.step()
-    check_step([second.weight, second.bias], hidden, before)

@@ -101,7 +101,7 @@ class InputSide(Preconditioner):
                 "convolution without groups along its outputs, fully_shard(..., shard_placement_fn=lambda p: Shard(1)), or leave "
                 "the layer out of sharding or of this preconditioner (Route)"
             )
-        if bias is not None and (part.rows != slice(None) or bias.shard is None or bias.shard.span(0) != rows):
+        if bias is not None and (bias.shard is None or bias.shard.span(0) != rows):
             raise ValueError(
                 f"{type(self).__name__}: {weight.name!r} and {bias.name!r} are divided differently, so that no process holds a row "
                 "with its bias; build the layer with bias=False, freeze the bias, or leave both out of sharding (ignored_params)"
