@@ -3,15 +3,15 @@ r"""The ends of the spectrum of a symmetric map."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from precond.curvature.operators import as_map
 from precond.curvature.spectrum import Method, Settings, Spectrum, spectrum
 from precond.curvature.subspace import Subspace
 from precond.curvature.symmetric import example_of
-from precond.maps import LinearMap
 from precond.vec import Vec, flatten, unflatten
 
 Which = Literal["largest", "smallest", "both"]
@@ -59,7 +59,7 @@ class Eigenvalues:
 
 
 def eigenvalues(
-    map: LinearMap,
+    map: Any,
     k: int | tuple[int, int] = 1,
     which: Which = "largest",
     *,
@@ -77,7 +77,7 @@ def eigenvalues(
     Lanczos with full reorthogonalization (without it copies of one eigenvalue pass for several), both ends from one run.
 
     Args:
-        map: a symmetric map, such as ``hessian(objective)`` or ``P.T @ hessian(objective) @ P``.
+        map: a symmetric map, such as ``hessian(objective)`` or ``P.T @ hessian(objective) @ P``; a matrix; a SciPy ``LinearOperator``.
         k: how many; for ``"both"`` also (number of smallest, number of largest).
         which: ``"largest"``, ``"smallest"``, or ``"both"`` (all ascending).
         tol: relative accuracy.
@@ -107,6 +107,7 @@ def eigenvalues(
     low, high = (k if isinstance(k, tuple) else (k, k)) if which == "both" else (0, k) if which == "largest" else (k, 0)
     if not (isinstance(low, int) and isinstance(high, int) and low >= 0 and high >= 0 and low + high > 0):
         raise ValueError(f"eigenvalues: k must be a positive whole number, or a pair of them for which='both', got {k!r}")
+    map = as_map(map, "eigenvalues")
     settings = Settings(tol, null_tol, method, max_products, block, basis, seed)
 
     def done(found: Spectrum) -> bool:

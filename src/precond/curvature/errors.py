@@ -20,7 +20,11 @@ class NotResolved(CurvatureError):
 
 
 class Indefinite(CurvatureError):
-    """κ was asked of a matrix that is not positive definite (not positive semidefinite for κ₊)."""
+    """κ or κ₊ was asked of a matrix that has a negative eigenvalue."""
+
+
+class Singular(CurvatureError):
+    """κ was asked of a matrix that has a null eigenvalue, or κ₊ where null and positive ones are not apart."""
 
 
 class CoupledSamples(CurvatureError):

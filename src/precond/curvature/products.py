@@ -106,6 +106,10 @@ class CurvatureMap(SymmetricMap):
         self._stamp: tuple[Any, ...] = ()
         self._one_by_one = False
 
+    def on(self, objective: Objective) -> CurvatureMap:
+        """The same kind of matrix for another objective."""
+        return CurvatureMap(objective, self._kind, self._memory)
+
     def mv(self, v: Vec) -> Vec:
         self._check(v, 0)
         return self._sum(v, lambda graph, x: graph.product(x))

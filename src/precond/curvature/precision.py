@@ -1,0 +1,49 @@
+"""Maps in another precision: the same mathematics on copies of the numbers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from precond.curvature.objective import Objective
+from precond.curvature.products import CurvatureMap
+from precond.maps import LinearMap
+
+
+def in_float64(map: LinearMap) -> LinearMap:
+    """The same map in float64: curvatures on a copy of the model (:meth:`Objective.double`), other maps on copies of their tensors.
+
+    Example:
+        >>> from precond.maps import Diagonal
+        >>> import torch
+        >>> in_float64(Diagonal((torch.ones(1),))).d
+        (tensor([1.], dtype=torch.float64),)
+    """
+    if isinstance(map, CurvatureMap):
+        return map.on(map.objective.double())
+    other = copy.copy(map)
+    for name, value in vars(map).items():
+        if isinstance(getattr(type(map), name, None), cached_property):
+            del vars(other)[name]  # made again, in the new precision
+        else:
+            vars(other)[name] = _doubled(value)
+    return other
+
+
+def _doubled(x: Any) -> Any:
+    match x:
+        case LinearMap():
+            return in_float64(x)
+        case Objective():
+            return x.double()
+        case Tensor():
+            return x.double() if x.is_floating_point() else x
+        case Mapping():
+            return {key: _doubled(value) for key, value in x.items()}
+        case tuple() | list() if not hasattr(x, "_fields"):
+            return type(x)(_doubled(part) for part in x)
+    return x
