@@ -1,0 +1,169 @@
+r"""The P in force of an optimizer, ours or another, aligned with the parameters of an objective."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from precond.curvature import Objective
+from precond.diagnostics import torch_optimizers  # noqa: F401 - registers them
+from precond.diagnostics.registry import registered
+from precond.maps import BlockDiagonal, Diagonal, Identity, InverseRoot, LinearMap, Scaled
+from precond.optimizer import PreconditionedGD
+from precond.vec import Vec
+
+
+def preconditioner_of(
+    optimizer: torch.optim.Optimizer,
+    params: Objective | Iterable[Tensor] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> LinearMap:
+    r"""P of p ← p − αM·(averaged gradient), M = P Pᵀ, as it is after the last step: ``P.T @ hessian(objective) @ P`` is H in z.
+
+    Momentum is no part of P. The learning rate α is none either, but where groups (or routes) differ in theirs, their ratio is:
+    P of a group is multiplied by √(α_group/α), with α the largest one, :func:`step_size`. So PᵀHP is what the steps go by, and
+    α·λ_max(PᵀHP) < 2 is their limit of stability without momentum. (Where all rates are 0 there is no ratio, and none is
+    taken.) Frozen parameters are left as they are, P = I.
+
+    Args:
+        optimizer: :class:`PreconditionedGD`, or SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta, Muon of
+            torch.optim, or of a class made known by :func:`register`.
+        params: what P is aligned with: an objective's parameters, or these; None: all of the optimizer's that require a
+            gradient, in order.
+        dtype: of P; None: as the optimizer's state. For ``hessian(objective.double())`` give float64.
+
+    Raises:
+        RuntimeError: before the first step, where P depends on gradients.
+        TypeError: for an optimizer whose P is not known.
+        ValueError: for parameters that are not the optimizer's.
+
+    Example:
+        >>> p = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = torch.optim.RMSprop([p], alpha=0.0, eps=0.0)
+        >>> p.grad = torch.tensor([4.0, 0.25]); optimizer.step()
+        >>> preconditioner_of(optimizer).to_dense()  # diag(1/√|g|)
+        tensor([[0.5000, 0.0000],
+                [0.0000, 2.0000]])
+
+    References:
+        Ye, eqs. (4)–(8).
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"preconditioner_of: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    wanted, names = _aligned(optimizer, params)
+    with torch.no_grad():
+        if isinstance(optimizer, PreconditionedGD):
+            map_ = optimizer.map(wanted)
+        else:
+            map_ = _from_state(optimizer, wanted, names)
+        map_ = _weighted(map_, _ratios(optimizer, wanted))
+        return map_ if dtype is None else _cast(map_, dtype)
+
+
+def step_size(optimizer: torch.optim.Optimizer, params: Objective | Iterable[Tensor] | None = None) -> float:
+    """α, the largest learning rate of any of the parameters, which :func:`preconditioner_of` relates the others to."""
+    wanted, _ = _aligned(optimizer, params)
+    return max(_rates(optimizer, wanted), default=0.0)
+
+
+def _aligned(optimizer: torch.optim.Optimizer, params: Objective | Iterable[Tensor] | None) -> tuple[Vec, Sequence[str]]:
+    """The parameters that P is aligned with, and what they are called in messages."""
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    if params is None:
+        params = [p for p in own if p.requires_grad]
+    names = params.names if isinstance(params, Objective) else None
+    wanted = params.params if isinstance(params, Objective) else tuple(params)
+    names = names or [f"params[{i}] of shape {tuple(p.shape)}" for i, p in enumerate(wanted)]
+    known = {id(p) for p in own}
+    alien = [name for name, p in zip(names, wanted, strict=True) if id(p) not in known]
+    if alien:
+        raise ValueError(
+            f"preconditioner_of: {alien[0]} is not a parameter of this optimizer ({len(alien)} of {len(wanted)} are not); give an "
+            "Objective of the model that it trains (objective.double() holds a copy: give the objective itself and dtype=), with "
+            "params= those that it steps"
+        )
+    return wanted, names
+
+
+def _from_state(optimizer: torch.optim.Optimizer, wanted: Vec, names: Sequence[str]) -> LinearMap:
+    map_of, stateless = registered(optimizer)
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    maps: list[LinearMap] = []
+    for name, p in zip(names, wanted, strict=True):
+        state = optimizer.state.get(p, {})
+        if not p.requires_grad and not state:
+            maps.append(Identity((p.detach(),)))
+        elif not stateless and (not state or float(state.get("step", 1)) == 0):
+            raise RuntimeError(
+                f"preconditioner_of: {type(optimizer).__name__} has seen no gradient of {name} yet, so P is not known; take a step "
+                "first, or leave the parameter out of params"
+            )
+        else:
+            maps.append(map_of(p, state, group_of[id(p)]))
+    return side_by_side(maps, tuple(p.detach() for p in wanted))
+
+
+def side_by_side(maps: Sequence[LinearMap], like: Vec) -> LinearMap:
+    """One map per tensor as one map; diagonal ones as one diagonal."""
+    if all(isinstance(m, InverseRoot) for m in maps):
+        return InverseRoot(tuple(m.denominator[0] for m in maps))  # type: ignore[attr-defined]
+    if all(isinstance(m, Identity) for m in maps):
+        return Identity(like)
+    return BlockDiagonal([((i,), m) for i, m in enumerate(maps)], like)
+
+
+def _rates(optimizer: torch.optim.Optimizer, wanted: Vec) -> list[float]:
+    """The learning rate of each parameter."""
+    rate = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+    if isinstance(optimizer, PreconditionedGD):
+        choices = optimizer.choices(optimizer.param_groups)
+        for leaf in optimizer.owners.leaves(optimizer.param_groups, optimizer.observes):
+            rate[id(leaf.param)] *= choices[leaf.group].preconditioner.lr_scale(leaf)
+    return [rate[id(p)] for p in wanted]
+
+
+def _ratios(optimizer: torch.optim.Optimizer, wanted: Vec) -> list[float]:
+    rates = _rates(optimizer, wanted)
+    largest = max(rates, default=0.0)
+    return [r / largest if largest > 0 else 1.0 for r in rates]
+
+
+def _weighted(map_: LinearMap, ratios: Sequence[float]) -> LinearMap:
+    """√ratio·P of each tensor. M stays a map that the steps go by: blocks that act jointly have one learning rate."""
+    if all(r == 1 for r in ratios):
+        return map_
+    like = map_.like
+    assert like is not None
+    if isinstance(map_, BlockDiagonal):
+        parts = []
+        for index, part in map_.blocks:
+            own = [ratios[i] for i in index]
+            if len(set(own)) == 1:
+                parts.append((index, part if own[0] == 1 else Scaled(part, own[0] ** 0.5)))
+            else:
+                parts.append((index, _roots(own, tuple(like[i] for i in index)) @ part))
+        rest = [((i,), _roots([ratios[i]], (like[i],))) for i in set(range(len(like))) - {i for p, _ in parts for i in p}]
+        return BlockDiagonal([*parts, *rest], like)
+    return _roots(ratios, like) @ map_
+
+
+def _roots(ratios: Sequence[float], like: Vec) -> Diagonal:
+    return Diagonal(tuple(torch.full_like(t, r**0.5) for t, r in zip(like, ratios, strict=True)))
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """A map with all that it is made of in another dtype."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, LinearMap):
+        other = copy.copy(value)
+        other.__dict__ = {name: _cast(part, dtype) for name, part in value.__dict__.items()}
+        return other
+    if isinstance(value, tuple | list):
+        return type(value)(_cast(part, dtype) for part in value)
+    return value
