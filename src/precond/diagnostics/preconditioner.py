@@ -2,9 +2,7 @@ r"""The P in force of an optimizer, ours or another, aligned with the parameters
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,22 +18,21 @@ from precond.vec import Vec
 def preconditioner_of(
     optimizer: torch.optim.Optimizer,
     params: Objective | Iterable[Tensor] | None = None,
-    *,
-    dtype: torch.dtype | None = None,
 ) -> LinearMap:
     r"""P of p ← p − αM·(averaged gradient), M = P Pᵀ, as it is after the last step: ``P.T @ hessian(objective) @ P`` is H in z.
 
     Momentum is no part of P. The learning rate α is none either, but where groups (or routes) differ in theirs, their ratio is:
     P of a group is multiplied by √(α_group/α), with α the largest one, :func:`step_size`. So PᵀHP is what the steps go by, and
     α·λ_max(PᵀHP) < 2 is their limit of stability without momentum. (Where all rates are 0 there is no ratio, and none is
-    taken.) Frozen parameters are left as they are, P = I.
+    taken.) That is exact where the tensors of one joint block share a rate. Frozen parameters are left as they are, P = I.
+
+    ``condition_number(P.T @ hessian(objective) @ P, float64=True)`` takes both to float64.
 
     Args:
         optimizer: :class:`PreconditionedGD`, or SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta, Muon of
             torch.optim, or of a class made known by :func:`register`.
         params: what P is aligned with: an objective's parameters, or these; None: all of the optimizer's that require a
             gradient, in order.
-        dtype: of P; None: as the optimizer's state. For ``hessian(objective.double())`` give float64.
 
     Raises:
         RuntimeError: before the first step, where P depends on gradients.
@@ -61,8 +58,7 @@ def preconditioner_of(
             map_ = optimizer.map(wanted)
         else:
             map_ = _from_state(optimizer, wanted, names)
-        map_ = _weighted(map_, _ratios(optimizer, wanted))
-        return map_ if dtype is None else _cast(map_, dtype)
+        return _weighted(map_, _ratios(optimizer, wanted))
 
 
 def step_size(optimizer: torch.optim.Optimizer, params: Objective | Iterable[Tensor] | None = None) -> float:
@@ -76,16 +72,19 @@ def _aligned(optimizer: torch.optim.Optimizer, params: Objective | Iterable[Tens
     own = [p for group in optimizer.param_groups for p in group["params"]]
     if params is None:
         params = [p for p in own if p.requires_grad]
-    names = params.names if isinstance(params, Objective) else None
-    wanted = params.params if isinstance(params, Objective) else tuple(params)
-    names = names or [f"params[{i}] of shape {tuple(p.shape)}" for i, p in enumerate(wanted)]
+    names: Sequence[str]
+    if isinstance(params, Objective):
+        wanted, names = params.params, params.names
+    else:
+        wanted = tuple(params)
+        names = [f"params[{i}] of shape {tuple(p.shape)}" for i, p in enumerate(wanted)]
     known = {id(p) for p in own}
     alien = [name for name, p in zip(names, wanted, strict=True) if id(p) not in known]
     if alien:
         raise ValueError(
             f"preconditioner_of: {alien[0]} is not a parameter of this optimizer ({len(alien)} of {len(wanted)} are not); give an "
-            "Objective of the model that it trains (objective.double() holds a copy: give the objective itself and dtype=), with "
-            "params= those that it steps"
+            "Objective of the model that it trains (not objective.double(), which holds a copy), "
+            "with params= those that it steps"
         )
     return wanted, names
 
@@ -154,16 +153,3 @@ def _weighted(map_: LinearMap, ratios: Sequence[float]) -> LinearMap:
 
 def _roots(ratios: Sequence[float], like: Vec) -> Diagonal:
     return Diagonal(tuple(torch.full_like(t, r**0.5) for t, r in zip(like, ratios, strict=True)))
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """A map with all that it is made of in another dtype."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, LinearMap):
-        other = copy.copy(value)
-        other.__dict__ = {name: _cast(part, dtype) for name, part in value.__dict__.items()}
-        return other
-    if isinstance(value, tuple | list):
-        return type(value)(_cast(part, dtype) for part in value)
-    return value

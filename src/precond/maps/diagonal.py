@@ -75,8 +75,10 @@ class InverseRoot(Diagonal):
         means: the mean over the finite entries of each tensor of a vector, where other processes hold some of them.
     """
 
+    denominator: Vec = ()  # given, not computed and cached as a diagonal's
+
     def __init__(self, denominator: Vec, holes: bool = True, means: Callable[[Vec], Sequence[Tensor]] | None = None):
-        self.__dict__["denominator"] = self.like = denominator
+        self.denominator = self.like = denominator
         self.holes, self.means = holes, means
 
     @cached_property
