@@ -20,7 +20,7 @@ from precond.blocks import (
     matches,
     together,
 )
-from precond.parameters import Owners
+from precond.optimizer.parameters import Owners
 from precond.preconditioners import Split
 from precond.preconditioners.split import over
 

@@ -1,6 +1,7 @@
 """Preconditioned optimization and regularization: choose the coordinates z, p = P z, in which a network is trained."""
 
 from precond.blocks import Block, Leaf, State, is_decayed, is_matrix
+from precond.diagnostics import preconditioner_of
 from precond.maps import (
     BlockDiagonal,
     Dense,
@@ -16,10 +17,10 @@ from precond.maps import (
 )
 from precond.momentum import Momentum
 from precond.optimizer import PreconditionedGD
-from precond.parameters import decay_groups
-from precond.passes import frozen_statistics
+from precond.optimizer.parameters import decay_groups
+from precond.optimizer.passes import frozen_statistics
+from precond.optimizer.probing import LossClosure
 from precond.preconditioners import BNP, RMS, AdaGrad, Composition, Fixed, Preconditioner, Route, Seen, Whitening
-from precond.probing import LossClosure
 from precond.recipes import RECIPES, adagrad, adam, adamw, bnp, rmsprop, sgd, whitening
 from precond.regularizers import L1, L2, SAM, At, GradientNorm, Regularizer
 from precond.schedules import Schedule, TimesLr, Warmup
@@ -75,6 +76,7 @@ __all__ = [
     "frozen_statistics",
     "is_decayed",
     "is_matrix",
+    "preconditioner_of",
     "rmsprop",
     "sgd",
     "whitening",

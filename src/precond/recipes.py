@@ -16,9 +16,9 @@ from torch import Tensor
 from precond import checks
 from precond.engine.cells import Choice
 from precond.momentum import Momentum
-from precond.naming import Naming
 from precond.optimizer import PreconditionedGD
-from precond.parameters import Params
+from precond.optimizer.naming import Naming
+from precond.optimizer.parameters import Params
 from precond.preconditioners import BNP, RMS, AdaGrad, Fixed, Preconditioner, Whitening
 from precond.regularizers import L2, Regularizer
 from precond.schedules import numbers, replaced

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from precond.optimizer import PreconditionedGD
+    from precond.optimizer.preconditioned import PreconditionedGD
 
 
 class Record:

@@ -12,7 +12,7 @@ from precond import vec
 from precond.blocks import Leaf
 from precond.engine.loop import Evidence
 from precond.engine.point import Point
-from precond.passes import Buffers, Random, Recorder, random_state, restore_random_state
+from precond.optimizer.passes import Buffers, Random, Recorder, random_state, restore_random_state
 from precond.spaces import Tangent
 from precond.vec import Vec
 

@@ -14,7 +14,7 @@ from precond.engine import cells
 from precond.sharding import copy_
 
 if TYPE_CHECKING:
-    from precond.optimizer import PreconditionedGD
+    from precond.optimizer.preconditioned import PreconditionedGD
 
 
 def started(state_dict: dict[str, Any], optimizer: PreconditionedGD) -> dict[str, Any]:

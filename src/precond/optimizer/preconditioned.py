@@ -13,24 +13,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from precond import checks, serialization, vec
+from precond import checks, vec
 from precond.blocks import Leaf
 from precond.engine import cells as engine_cells
 from precond.engine import fused, loop
 from precond.engine.cells import Cell, Choice
 from precond.engine.loop import Evidence, Rules
 from precond.engine.point import Point, gather
-from precond.explanation import Explanation, explain
 from precond.inputs import Observer, Reference, Request
 from precond.inputs.sync import check_alike, synchronized
 from precond.maps import BlockDiagonal, LinearMap
 from precond.momentum import Momentum
-from precond.naming import Naming
-from precond.parameters import Owners, Params, to_groups
-from precond.passes import Recorder, random_state, restore_random_state
+from precond.optimizer import serialization
+from precond.optimizer.explanation import Explanation, explain
+from precond.optimizer.naming import Naming
+from precond.optimizer.parameters import Owners, Params, to_groups
+from precond.optimizer.passes import Recorder, random_state, restore_random_state
+from precond.optimizer.probing import Probe, exact_gradient, finite_loss, loss_gradient, take_gradients, unscaled
+from precond.optimizer.record import Record
 from precond.preconditioners import Preconditioner
-from precond.probing import Probe, exact_gradient, finite_loss, loss_gradient, take_gradients, unscaled
-from precond.record import Record
 from precond.regularizers import Regularizer
 from precond.replicas import agreed, averaged, distributed
 from precond.sharding import local
@@ -701,7 +702,7 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def measure(self, name: str, scale: float | Tensor | None, length: Callable[[], Tensor] | None) -> Tensor | float:
-        """A number of the last step, from gradients and state as they are now: see :class:`precond.record.Record`."""
+        """A number of the last step, from gradients and state as they are now: see :class:`precond.optimizer.record.Record`."""
         point = self._point(unscaled([leaf.param.grad for leaf in self._leaves], scale))
         if not point.cells:
             return float("nan")
