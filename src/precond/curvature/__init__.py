@@ -2,7 +2,16 @@
 
 from precond.curvature.condition import Conditioning, Inertia, condition_number
 from precond.curvature.eigen import Eigenvalues, eigenvalues
-from precond.curvature.errors import CurvatureError, Indefinite, NoSecondDerivative, NotResolved, NotSymmetric, Singular
+from precond.curvature.errors import (
+    CoupledSamples,
+    CurvatureError,
+    Indefinite,
+    NoSecondDerivative,
+    NotResolved,
+    NotSymmetric,
+    Singular,
+)
+from precond.curvature.neurons import LayerInputs, NeuronHessian, neuron_hessian, neuron_hessians
 from precond.curvature.objective import Objective
 from precond.curvature.operators import as_map, to_scipy
 from precond.curvature.precision import in_float64
@@ -12,10 +21,13 @@ from precond.curvature.symmetric import Shifted
 
 __all__ = [
     "Conditioning",
+    "CoupledSamples",
     "CurvatureError",
     "Eigenvalues",
     "Indefinite",
     "Inertia",
+    "LayerInputs",
+    "NeuronHessian",
     "NoSecondDerivative",
     "NotResolved",
     "NotSymmetric",
@@ -30,5 +42,7 @@ __all__ = [
     "gauss_newton",
     "hessian",
     "in_float64",
+    "neuron_hessian",
+    "neuron_hessians",
     "to_scipy",
 ]

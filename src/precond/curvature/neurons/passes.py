@@ -1,0 +1,190 @@
+r"""S of any model: blocks of ∂²L/∂a∂aᵀ by double backprop through the pre-activations a of one layer, all samples at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from precond.curvature import batches
+from precond.curvature.errors import CoupledSamples, CurvatureError, NoSecondDerivative
+from precond.curvature.graph import size_of
+from precond.curvature.neurons.layer import Call, Layer, arrangements
+from precond.curvature.objective import Evaluation, Objective
+from precond.inputs.moments import Request
+
+_PATCH = Request("covariance")
+_CHECKED = 1e-3  # relative difference up to which two float32 computations of one gradient count as equal
+
+
+@dataclass(frozen=True)
+class BatchOfNeurons:
+    """What one batch contributes.
+
+    Attributes:
+        inputs: (groups, N, T, n).
+        s: S of each unit asked for, (units, N, T, T).
+    """
+
+    inputs: Tensor
+    s: Tensor
+
+
+def batch_of_neurons(objective: Objective, index: int, layer: Layer, units: Sequence[int]) -> BatchOfNeurons:
+    """Inputs and S of some neurons of a layer in batch ``index``."""
+    with objective.measuring(index):
+        with layer.perturbed() as calls:
+            at = objective.evaluate(index)
+        if not calls:
+            raise ValueError(
+                f"layer {layer.name!r} was not called as a module in the forward pass (nn.MultiheadAttention applies out_proj itself, and "
+                "F.linear(x, layer.weight) passes by the module); choose a layer that is called"
+            )
+        _refuse_recurrence(layer, calls)
+        slopes = _Slopes(objective, index, layer, calls, at)
+        places = slopes.arranged(batches.size((at.inputs, at.targets), index))
+        inputs = torch.cat([layer.inputs(call) for call in calls], dim=1)
+        _check_gradient(layer, calls, slopes, inputs)
+        return BatchOfNeurons(inputs[:, places], slopes.blocks(places, units).detach())
+
+
+class _Slopes:
+    """∂L/∂a of all calls of a layer, whose own derivatives by a are taken row by row of H."""
+
+    def __init__(self, objective: Objective, index: int, layer: Layer, calls: Sequence[Call], at: Evaluation):
+        self.layer, self.deltas, self.model = layer, tuple(c.delta for c in calls), objective.model
+        self.loss = at.loss * objective.weights[index]
+        if not torch.isfinite(self.loss):
+            raise ValueError(
+                f"the loss of batch {index} is {at.loss.item()}; curvature needs finite losses, look for divergence or bad data"
+            )
+        g = torch.autograd.grad(self.loss, self.deltas, create_graph=True, allow_unused=True) if self.loss.requires_grad else ()
+        self.g = tuple(
+            torch.zeros_like(d) if t is None else t for t, d in zip(g or [None] * len(calls), self.deltas, strict=True)
+        )
+        self.curved = tuple(t for t in self.g if t.requires_grad)
+        self.size = size_of((self.loss, *self.g))
+
+    @property
+    def rows(self) -> Tensor:
+        """g as (places of all calls, units)."""
+        return torch.cat([self.layer.rows(t) for t in self.g])
+
+    def products(self, rows: Tensor, batched: bool = False) -> Tensor:
+        """H V for V given as rows, (places, units), or several of them."""
+        counts = [self.layer.rows(d).shape[0] for d in self.deltas]
+        v = [self.layer.back(r, d) for r, d in zip(rows.split(counts, dim=-2), self.deltas, strict=True)]
+        chosen = [x for x, t in zip(v, self.g, strict=True) if t.requires_grad]
+        if not self.curved:
+            return torch.zeros_like(rows)
+        try:
+            found = torch.autograd.grad(
+                self.curved, self.deltas, chosen, retain_graph=True, allow_unused=True, is_grads_batched=batched
+            )
+        except (RuntimeError, NotImplementedError) as error:
+            if "derivative" in str(error) or "backward" in str(error):
+                raise NoSecondDerivative(f"no second derivative: {str(error).splitlines()[0]}") from error
+            raise
+        parts = [torch.zeros_like(x) if t is None else t for t, x in zip(found, v, strict=True)]
+        if not batched:
+            return torch.cat([self.layer.rows(t) for t in parts])
+        return torch.stack([torch.cat([self.layer.rows(t) for t in one]) for one in zip(*parts, strict=True)])
+
+    def arranged(self, samples: int) -> Tensor:
+        """The places of each sample, (samples, positions).
+
+        Raises:
+            CoupledSamples: where ∂L/∂a of one sample changes with a of another.
+        """
+        possible: list[list[Tensor]] = [list(arrangements(self.layer.lead(d), samples)) for d in self.deltas]
+        offsets = torch.tensor([0, *(self.layer.rows(d).shape[0] for d in self.deltas)]).cumsum(0).tolist()
+        options = [
+            torch.cat([at + offset for at, offset in zip(ats, offsets, strict=False)], dim=1)
+            for ats in zip(*possible, strict=False)
+        ]
+        if not options:
+            raise ValueError(
+                f"layer {self.layer.name!r} has pre-activations of shape {tuple(self.deltas[0].shape)} for {samples} samples, which do not "
+                "belong to one sample each in any regular order; give batches of one sample"
+            )
+        for places in options:
+            if samples == 1 or self._separate(places):
+                return places
+        statistics = [
+            name
+            for name, m in self.model.named_modules()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None)
+        ]
+        remedy = (
+            f"batch normalization {statistics[0]!r} uses the batch's statistics: use Objective(..., mode='eval')"
+            if statistics
+            else "is it computed within the batch (a contrastive loss, a normalization over samples)? hessian(objective) covers such losses"
+        )
+        raise CoupledSamples(
+            f"the loss of one sample depends on the pre-activations of layer {self.layer.name!r} for another, so S has no block per "
+            f"sample; {remedy}"
+        )
+
+    def _separate(self, places: Tensor) -> bool:
+        """Whether H maps vectors on a random half of the samples into that half (exactly: the rest is computed from zeros)."""
+        generator = torch.Generator().manual_seed(0)
+        inside = torch.randperm(len(places), generator=generator) < len(places) // 2
+        like = self.rows
+        v = torch.zeros_like(like)
+        own = places[inside].flatten().to(v.device)
+        v[own] = torch.rand(len(own), v.shape[1], generator=generator).to(v) + 0.5
+        other = places[~inside].flatten().to(v.device)
+        return not bool(self.products(v)[other].any())
+
+    def blocks(self, places: Tensor, units: Sequence[int]) -> Tensor:
+        """S of each unit, (units, N, T, T), by one product per unit and position."""
+        rows = self.rows.detach()
+        (samples, positions), at = places.shape, places.to(rows.device)
+        S = rows.new_empty(len(units), samples, positions, positions)
+        wanted = [(k, unit, t) for k, unit in enumerate(units) for t in range(positions)]
+        chunk = self.size.chunk if self.size.batchable and len(wanted) > 1 else 1
+        for start in range(0, len(wanted), chunk):
+            part = wanted[start : start + chunk]
+            V = rows.new_zeros(len(part), *rows.shape)
+            for i, (_, unit, t) in enumerate(part):
+                V[i, at[:, t], unit] = 1
+            found = self.products(V, True) if len(part) > 1 else self.products(V[0])[None]
+            for i, (k, unit, t) in enumerate(part):
+                S[k, :, :, t] = found[i, at, unit]
+        return (S + S.mT) / 2
+
+
+def _refuse_recurrence(layer: Layer, calls: Sequence[Call]) -> None:
+    """Raise where an input of a call depends on the outputs of an earlier one."""
+    for i, call in enumerate(calls[1:], 1):
+        x = call.input
+        if x.requires_grad:
+            earlier = torch.autograd.grad(
+                x, [c.delta for c in calls[:i]], torch.zeros_like(x), retain_graph=True, allow_unused=True
+            )
+            if any(t is not None for t in earlier):
+                raise CurvatureError(
+                    f"layer {layer.name!r} is applied to its own outputs (call {i + 1} of {len(calls)}), so its inputs change with its weights "
+                    "and ∇² is not of the form H_e S H_eᵀ; take hessian(Objective(..., params=[the weight, the bias])) instead"
+                )
+
+
+def _check_gradient(layer: Layer, calls: Sequence[Call], slopes: _Slopes, inputs: Tensor) -> None:
+    """Raise where ∇_W L is not Σ g hᵀ: then the weight acts elsewhere as well."""
+    weight = layer.module._parameters.get("weight")
+    if weight is None or not weight.requires_grad or not slopes.loss.requires_grad:
+        return
+    (found,) = torch.autograd.grad(slopes.loss, weight, retain_graph=True, allow_unused=True)
+    g = slopes.rows.detach().to(inputs.dtype)
+    g = g.reshape(len(g), layer.groups, -1).permute(1, 2, 0)
+    view = layer.tap.layout(layer.tap.weights[0], _PATCH).view
+    expected = g @ inputs
+    actual = torch.zeros_like(expected) if found is None else view(found).to(expected)
+    size = torch.linalg.vector_norm(g.abs() @ inputs.abs())
+    if torch.linalg.vector_norm(actual - expected) > _CHECKED * size:
+        raise CurvatureError(
+            f"the weight of layer {layer.name!r} acts on the loss outside the layer as well (a tied layer, or a penalty in the loss), so its "
+            "Hessian is not H_e S H_eᵀ alone; leave the penalty out of the loss and add its second derivative, or take hessian(objective)"
+        )
