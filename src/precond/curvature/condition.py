@@ -43,8 +43,8 @@ class Inertia:
     null_error: float | None = None
 
     def __str__(self) -> str:
-        least = "" if self.exact else "≥ "
-        text = f"{least}{self.negative} negative, {least}{self.null} null, {least}{self.positive} positive"
+        least = "" if self.exact else "at least "
+        text = f"{least}{self.negative} negative, {self.null} null, {self.positive} positive"
         if not self.exact and self.null_estimate is not None:
             text += f" (about {self.null_estimate:.0f} ± {self.null_error:.0f} null)"
         return text
@@ -268,7 +268,7 @@ def condition_number(
         block: vectors at once in Lanczos.
         basis: Lanczos vectors kept in memory; None: 1 GiB of them.
         deflate: a subspace that is left out, such as ``invariances(objective)``.
-        float64: compute in float64, on a copy of the model: float32 cannot resolve λ_min to 1e-3 from κ ≈ 3e4 on.
+        float64: compute in float64, with copies of all numbers: float32 cannot resolve λ_min to 1e-3 from κ ≈ 3e4 on.
         seed: of Lanczos' first vector.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Literal
 
@@ -29,22 +29,36 @@ def moded(model: nn.Module, mode: Mode) -> Iterator[None]:
 
 
 @contextmanager
-def lent_buffers(model: nn.Module) -> Iterator[None]:
-    """Copies of the buffers in their places inside, so that a forward pass updates the copies.
+def lent_tensors(module: nn.Module, twins: Mapping[int, Tensor]) -> Iterator[None]:
+    """Parameters that have a twin replaced by it inside, and buffers by copies (of their twins), so that a forward updates copies.
 
-    The originals are not even touched: a graph that outlives this context holds the copies.
+    The originals are not even touched: a graph that outlives this context holds the copies. The module stays the object that it
+    is, so that whatever refers to it (a penalty on its parameters) sees the twins too.
+
+    Args:
+        module: whose tensors are replaced, in all its submodules.
+        twins: stand-ins, by the id of the tensor that they stand for.
     """
     copies: dict[int, Tensor] = {}
-    before = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    before = [(m, dict(m._parameters), dict(m._buffers)) for m in module.modules() if m._parameters or m._buffers]
+    weights = [(m, m._flat_weights) for m in module.modules() if isinstance(m, nn.RNNBase)]
     try:
-        for module, buffers in before:
+        for m, parameters, buffers in before:
             for name, buffer in buffers.items():
                 if buffer is not None:
-                    module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
+                    m._buffers[name] = copies.setdefault(id(buffer), twins.get(id(buffer), buffer).detach().clone())
+            for name, p in parameters.items():
+                if id(p) in twins:
+                    m._parameters[name] = twins[id(p)]  # type: ignore[assignment]
+        for m, flat in weights:
+            m._flat_weights = [twins.get(id(w), w) for w in flat]
         yield
     finally:
-        for module, buffers in before:
-            module._buffers.update(buffers)
+        for m, parameters, buffers in before:
+            m._parameters.update(parameters)
+            m._buffers.update(buffers)
+        for m, flat in weights:
+            m._flat_weights = flat
 
 
 @contextmanager
@@ -90,13 +104,22 @@ def twice_differentiable(model: nn.Module, device: torch.device) -> Iterator[Non
 
 
 @contextmanager
-def isolated(model: nn.Module, mode: Mode, devices: Iterable[torch.device], seed: int | None) -> Iterator[None]:
+def isolated(
+    model: nn.Module,
+    mode: Mode,
+    devices: Iterable[torch.device],
+    seed: int | None,
+    twins: Mapping[int, Tensor],
+    loss: nn.Module | None,
+) -> Iterator[None]:
     """All of it together, unseen by whatever observes the model's layers."""
     devices = list(devices)
     with ExitStack() as stack:
         stack.enter_context(unwatched())
         stack.enter_context(moded(model, mode))
-        stack.enter_context(lent_buffers(model))
+        stack.enter_context(lent_tensors(model, twins))
+        if loss is not None:
+            stack.enter_context(lent_tensors(loss, twins))
         stack.enter_context(forked_random(devices, seed))
         stack.enter_context(twice_differentiable(model, devices[0]))
         yield

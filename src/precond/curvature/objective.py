@@ -97,6 +97,8 @@ class Objective:
         self.reduction, self.mode, self.seed, self._size = reduction, mode, seed, size
         self.names, self.params = _selected(model, params)
         self.dtype: torch.dtype | None = None
+        self._twins: dict[int, Tensor] = {}
+        self._tensors: tuple[Tensor, ...] = ()
         self._structure = batches.structure(batches.checked(self.batches[0], 0))
 
     @property
@@ -120,7 +122,9 @@ class Objective:
     @contextmanager
     def measuring(self, index: int = 0) -> Iterator[None]:
         """The state in which batch ``index`` is evaluated; everything is as before afterwards."""
-        with isolated(self.model, self.mode, [p.device for p in self.params], None if self.seed is None else self.seed + index):
+        seed = None if self.seed is None else self.seed + index
+        loss = self.loss_fn if isinstance(self.loss_fn, nn.Module) else None
+        with isolated(self.model, self.mode, [p.device for p in self.params], seed, self._twins, loss):
             yield
 
     def evaluate(self, index: int) -> Evaluation:
@@ -163,20 +167,25 @@ class Objective:
         return total
 
     def double(self) -> Objective:
-        """The same objective in float64, on a copy of the model: what small eigenvalues need (float32 loses λ_min from κ ≈ 1e5)."""
-        model, loss_fn = copy.deepcopy(
-            (self.model, self.loss_fn) if isinstance(self.loss_fn, nn.Module) else (self.model, None)
-        )
+        """The same objective in float64: what small eigenvalues need (float32 loses λ_min from κ ≈ 1e5).
+
+        The model itself stays as it is: while the new objective measures, float64 copies, made here, take the places of its
+        parameters and buffers, also for a loss that refers to them. ``params`` are these copies.
+        """
+        if self._twins:
+            return self
+        loss = (self.loss_fn,) if isinstance(self.loss_fn, nn.Module) else ()
+        tensors = [t for m in (self.model, *loss) for t in (*m.parameters(), *m.buffers())]
         other = copy.copy(self)
-        other.model = model.double()
-        other.loss_fn = self.loss_fn if loss_fn is None else loss_fn.double()
-        other.names, other.params = _selected(other.model, self.names)
+        other._twins = {id(t): _twin(t) for t in tensors if t.is_floating_point()}
+        other._tensors = tuple(other._twins.get(id(t), t) for t in tensors)
+        other.params = tuple(other._twins[id(p)] for p in self.params)
         other.dtype = torch.float64
         return other
 
     def stamp(self) -> tuple[Any, ...]:
         """What a graph of this objective depends on: it is stale as soon as this changes."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
+        tensors = self._tensors or [*self.model.parameters(), *self.model.buffers()]
         modes = tuple(module.training for module in self.model.modules()) if self.mode == "unchanged" else ()
         return tuple((t._version, t.data_ptr()) for t in tensors if not t.is_inference()), modes
 
@@ -194,6 +203,11 @@ def _call(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def _twin(t: Tensor) -> Tensor:
+    copied = t.detach().to(torch.float64, copy=True)
+    return nn.Parameter(copied, t.requires_grad) if isinstance(t, nn.Parameter) else copied
 
 
 def _dropouts(model: nn.Module) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from precond.curvature.objective import Objective
@@ -15,16 +16,15 @@ from precond.maps import LinearMap
 
 
 def in_float64(map: LinearMap) -> LinearMap:
-    """The same map in float64: curvatures on a copy of the model (:meth:`Objective.double`), other maps on copies of their tensors.
+    """The same map in float64: curvatures by :meth:`Objective.double`, other maps on copies of their tensors.
 
     Example:
         >>> from precond.maps import Diagonal
-        >>> import torch
         >>> in_float64(Diagonal((torch.ones(1),))).d
         (tensor([1.], dtype=torch.float64),)
     """
     if isinstance(map, CurvatureMap):
-        return map.on(map.objective.double())
+        return map if all(p.dtype == torch.float64 for p in map.objective.params) else map.on(map.objective.double())
     other = copy.copy(map)
     for name, value in vars(map).items():
         if isinstance(getattr(type(map), name, None), cached_property):

@@ -18,7 +18,7 @@ from precond.vec import Vec, flatten, unflatten
 
 Method = Literal["auto", "dense", "lanczos"]
 # Below this many entries all products cost little more than those of a Lanczos run, and give all eigenvalues.
-_SMALL = 512
+SMALL = 512
 _BASIS_BYTES = 2**30
 
 
@@ -114,9 +114,25 @@ def spectrum(
     n = length(like)
     if n == 0:
         raise ValueError(f"{caller}: the map acts on no entries; choose parameters")
-    if settings.method == "dense" or (settings.method == "auto" and n <= _SMALL):
+    if settings.method == "dense" or (settings.method == "auto" and n <= SMALL):
         return _dense(map, deflate, settings, like)
     return _lanczos(map, done, deflate, settings, like)
+
+
+def row_product(map: LinearMap, like: Vec) -> Callable[[Tensor], Tensor]:
+    """A on each row of a matrix (k, n), refused where it is not finite."""
+
+    def product(rows: Tensor) -> Tensor:
+        if len(rows) == 1:
+            out = flatten(map.mv(unflatten(rows[0], like)))[None]
+        else:
+            out = to_rows(apply_block(map, from_rows(rows, like)))
+        out = out.to(rows)
+        if not torch.isfinite(out).all():
+            raise ValueError("a product of the map is not finite; look for divergence or bad data")
+        return out
+
+    return product
 
 
 def _threshold(settings: Settings, dtype: torch.dtype, scale: float, floor: float) -> float:
@@ -164,16 +180,7 @@ def _lanczos(
     generator = torch.Generator().manual_seed(settings.seed)
     random = lambda k: torch.randn(k, n, generator=generator, dtype=torch.float64).to(flat)  # noqa: E731
 
-    def product(rows: Tensor) -> Tensor:
-        if len(rows) == 1:
-            out = flatten(map.mv(unflatten(rows[0], like)))[None]
-        else:
-            out = to_rows(apply_block(map, from_rows(rows, like)))
-        out = out.to(rows)
-        if not torch.isfinite(out).all():
-            raise ValueError("a product of the map is not finite; look for divergence or bad data")
-        return out
-
+    product = row_product(map, like)
     # Rows of the map that are exactly zero (inputs that are always 0, units that never fire) are null vectors one knows.
     out = Coordinates(product(random(1))[0] != 0, deflate)
     room = n - out.dim

@@ -11,6 +11,9 @@ from torch import Tensor
 from precond.curvature.symmetric import stacked, to_rows
 from precond.vec import Vec
 
+# Vectors that are made dense at once.
+_ROWS = 64
+
 
 class Subspace(ABC):
     """A subspace of the parameters' space, given by the projection along it.
@@ -52,12 +55,63 @@ class Span(Subspace):
         self.dim = len(self.rows)
 
     def removed(self, rows: Tensor) -> Tensor:
-        return rows - (rows @ self.rows.T) @ self.rows
+        Q = self.rows.to(rows)
+        return rows - (rows @ Q.T) @ Q
 
     def within(self, kept: Tensor) -> Subspace:
         other = Span.__new__(Span)
         other._set(self.rows * kept, self._rtol)
         return other
+
+
+class SparseSpan(Subspace):
+    """The span of k sparse vectors, projected away by normal equations, x − Sᵀ(SSᵀ)⁺S x.
+
+    Args:
+        row: which vector an entry belongs to, (m,).
+        column: its position, (m,).
+        values: the entries, (m,).
+        shape: (k, n).
+    """
+
+    def __init__(self, row: Tensor, column: Tensor, values: Tensor, shape: tuple[int, int]):
+        self._row, self._column, self._shape = row, column, shape
+        square = values.double().new_zeros(shape[0]).index_add(0, row, values.double().square())
+        # Kept in float64, so that the same directions serve the same map in float64.
+        self._values = values.double() * square[row].clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
+        self._cast: dict[torch.dtype, tuple[Tensor, Tensor, Tensor]] = {}
+        S = self._sparse(torch.float64)
+        G = torch.cat([torch.sparse.mm(S, self._dense(i, min(i + _ROWS, shape[0])).T) for i in range(0, shape[0], _ROWS)], 1)
+        s, V = torch.linalg.eigh(G)
+        # Dependent vectors (those of dead units, or zero) are dropped; s are squares of singular values.
+        keep = s > torch.finfo(values.dtype).eps ** 0.7 * s[-1:].clamp_min(1)
+        self.dim = int(keep.sum())
+        self._inverse = (V[:, keep] / s[keep]) @ V[:, keep].T
+
+    def _sparse(self, dtype: torch.dtype) -> Tensor:
+        indices = torch.stack([self._row, self._column])
+        return torch.sparse_coo_tensor(indices, self._values.to(dtype), self._shape, check_invariants=False).coalesce()
+
+    def _dense(self, first: int, last: int) -> Tensor:
+        at = (self._row >= first) & (self._row < last)
+        flat = (self._row[at] - first) * self._shape[1] + self._column[at]
+        return (
+            self._values.new_zeros((last - first) * self._shape[1]).index_add(0, flat, self._values[at]).view(last - first, -1)
+        )
+
+    def rows(self) -> Tensor:
+        """The unit vectors, (k, n), dense, float64."""
+        return self._dense(0, self._shape[0])
+
+    def removed(self, rows: Tensor) -> Tensor:
+        if rows.dtype not in self._cast:
+            S = self._sparse(rows.dtype)
+            self._cast[rows.dtype] = S, S.t().coalesce(), self._inverse.to(rows.dtype)
+        S, St, inverse = self._cast[rows.dtype]
+        return rows - torch.sparse.mm(St, inverse @ torch.sparse.mm(S, rows.T)).T
+
+    def within(self, kept: Tensor) -> SparseSpan:
+        return SparseSpan(self._row, self._column, self._values * kept[self._column], self._shape)
 
 
 class Coordinates(Subspace):

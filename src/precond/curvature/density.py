@@ -1,0 +1,144 @@
+r"""The density of all eigenvalues, by stochastic Lanczos quadrature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from precond.curvature.lanczos import Lanczos
+from precond.curvature.operators import as_map
+from precond.curvature.spectrum import SMALL, Method, Settings, row_product, spectrum
+from precond.curvature.subspace import Coordinates, Subspace
+from precond.curvature.symmetric import example_of, length
+from precond.vec import flatten
+
+
+@dataclass(frozen=True)
+class SpectralDensity:
+    r"""φ(t) = (1/n) Σ_i δ(t − λ_i), estimated by one quadrature Σ_k w_k δ(t − θ_k) for each probe.
+
+    Attributes:
+        nodes: θ, (probes, k), float64; all eigenvalues in one row where ``exact``.
+        weights: w, (probes, k), each row sums to 1.
+        n: number of eigenvalues that the density is of (without the deflated ones).
+        exact: whether the nodes are the eigenvalues.
+        products: matrix–vector products used.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    n: int
+    exact: bool
+    products: int
+
+    def mean(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean over all eigenvalues of a function whose values at the nodes are (probes, k, …), and its standard error, (…)."""
+        weights = self.weights.reshape(*self.weights.shape, *(1,) * (values.ndim - 2))
+        each = (weights * values).sum(1)
+        if self.exact:
+            return each[0], torch.zeros_like(each[0])
+        return each.mean(0), each.std(0) / len(each) ** 0.5
+
+    def smoothed(self, t: Tensor, width: float | None = None) -> tuple[Tensor, Tensor]:
+        """The density under a Gaussian of standard deviation ``width``, at points t, (m,), and its standard error.
+
+        Args:
+            t: where, (m,).
+            width: None: a fiftieth of the spectrum's range.
+        """
+        s = self._width if width is None else width
+        if not s > 0:
+            raise ValueError(f"smoothed: width must be positive, got {width!r}")
+        z = (t.double().cpu() - self.nodes[..., None]) / s
+        return self.mean(torch.exp(-z.square() / 2) / (s * (2 * torch.pi) ** 0.5))
+
+    def count(self, low: float, high: float) -> tuple[float, float]:
+        """The number of eigenvalues in [low, high], and its standard error."""
+        mean, error = self.mean(((self.nodes >= low) & (self.nodes <= high)).double())
+        return self.n * float(mean), self.n * float(error)
+
+    def grid(self, points: int = 400, width: float | None = None) -> Tensor:
+        """Points t for :meth:`smoothed` that cover the spectrum and three widths beyond."""
+        s = self._width if width is None else width
+        return torch.linspace(float(self.nodes.min()) - 3 * s, float(self.nodes.max()) + 3 * s, points, dtype=torch.float64)
+
+    @property
+    def _width(self) -> float:
+        span = float(self.nodes.max() - self.nodes.min())
+        return span / 50 if span > 0 else max(abs(float(self.nodes.max())), 1.0) / 50
+
+    def __str__(self) -> str:
+        ends = f"{float(self.nodes.min()):+.4e} to {float(self.nodes.max()):+.4e}"
+        if self.exact:
+            return f"{self.n} eigenvalues from {ends}; {self.products} products, dense"
+        trace, error = (self.n * float(x) for x in self.mean(self.nodes))
+        return (
+            f"density of {self.n} eigenvalues from {ends}, trace {trace:.4e} ± {error:.0e}; "
+            f"{len(self.nodes)} probes × {self.nodes.shape[1]} nodes, {self.products} products"
+        )
+
+
+def spectral_density(
+    map: Any,
+    *,
+    probes: int = 8,
+    steps: int = 64,
+    method: Method = "auto",
+    deflate: Subspace | None = None,
+    seed: int = 0,
+) -> SpectralDensity:
+    r"""The density of the eigenvalues of a symmetric map, with error bars.
+
+    vᵀf(A)v = Σ_k w_k f(θ_k) for polynomials f of degree < 2·steps, θ and the squared first components w from a Lanczos run (fully
+    reorthogonalized) that starts at v; for random directions v the mean is tr f(A)/n.
+
+    Args:
+        map: a symmetric map, a matrix, or a SciPy ``LinearOperator``.
+        probes: independent random directions; error bars are over these.
+        steps: Lanczos steps for each.
+        method: ``"dense"`` (all eigenvalues), ``"lanczos"``, or ``"auto"``: dense up to 512 entries.
+        deflate: a subspace that is left out.
+        seed: of the directions.
+
+    Returns:
+        Nodes and weights; ``smoothed(t, width)`` gives the density as a curve, ``count(low, high)`` the number of eigenvalues.
+
+    Raises:
+        NotSymmetric: for a map that is not symmetric.
+
+    Example:
+        >>> density = spectral_density(torch.diag(torch.tensor([0.0, 0.0, 1.0, 3.0])))
+        >>> density.count(0.5, 4.0)
+        (2.0, 0.0)
+
+    References:
+        Golub & Meurant (2010), Matrices, moments and quadrature; Ubaru, Chen & Saad (2017); Ghorbani, Krishnan & Xiao (2019).
+    """
+    map = as_map(map, "spectral_density")
+    for name, value, least in (("probes", probes, 2), ("steps", steps, 2)):
+        if not (isinstance(value, int) and value >= least):
+            raise ValueError(f"spectral_density: {name} must be a whole number >= {least}, got {value!r}")
+    like = example_of(map, "spectral_density")
+    n = length(like)
+    if method == "dense" or (method == "auto" and n <= SMALL):
+        values = spectrum(map, lambda s: True, deflate, Settings(method="dense", vectors=False), "spectral_density").values
+        return SpectralDensity(values[None], torch.full((1, len(values)), 1 / len(values)).double(), len(values), True, n)
+    flat = flatten(like)
+    generator = torch.Generator().manual_seed(seed)
+    product = row_product(map, like)
+    outside = deflate if deflate is not None else Coordinates(torch.ones(n, dtype=torch.bool, device=flat.device))
+    room = n - outside.dim
+    nodes, weights, products = [], [], 0
+    for _ in range(probes):
+        start = outside.removed(torch.randn(1, n, generator=generator, dtype=torch.float64).to(flat))
+        run = Lanczos(lambda rows: outside.removed(product(rows)), start, room, steps + 2, generator, outside.removed)
+        while run.size < min(steps, room):
+            run.step()
+        ritz = run.ritz()
+        nodes.append(ritz.values)
+        weights.append(ritz.coordinates[0].square())
+        products += run.products
+    return SpectralDensity(torch.stack(nodes), torch.stack(weights), room, False, products)
