@@ -1,6 +1,7 @@
 """Curvature of a mean loss: Hessian and Gauss–Newton matrix as maps, and the ends of their spectra."""
 
 from precond.curvature.condition import Conditioning, Inertia, condition_number
+from precond.curvature.density import SpectralDensity, spectral_density
 from precond.curvature.eigen import Eigenvalues, eigenvalues
 from precond.curvature.errors import (
     CoupledSamples,
@@ -11,6 +12,8 @@ from precond.curvature.errors import (
     NotSymmetric,
     Singular,
 )
+from precond.curvature.estimates import Estimate, diagonal, trace
+from precond.curvature.invariances import Invariance, Invariances, invariances
 from precond.curvature.neurons import LayerInputs, NeuronHessian, neuron_hessian, neuron_hessians
 from precond.curvature.objective import Objective
 from precond.curvature.operators import as_map, to_scipy
@@ -24,8 +27,11 @@ __all__ = [
     "CoupledSamples",
     "CurvatureError",
     "Eigenvalues",
+    "Estimate",
     "Indefinite",
     "Inertia",
+    "Invariance",
+    "Invariances",
     "LayerInputs",
     "NeuronHessian",
     "NoSecondDerivative",
@@ -35,14 +41,19 @@ __all__ = [
     "Shifted",
     "Singular",
     "Span",
+    "SpectralDensity",
     "Subspace",
     "as_map",
     "condition_number",
+    "diagonal",
     "eigenvalues",
     "gauss_newton",
     "hessian",
     "in_float64",
+    "invariances",
     "neuron_hessian",
     "neuron_hessians",
+    "spectral_density",
     "to_scipy",
+    "trace",
 ]
