@@ -1,6 +1,8 @@
 """A problem and an optimizer together: what makes training slow, what would mend it, and what happens while it runs."""
 
+from precond.diagnostics.advice import Advice
+from precond.diagnostics.diagnosis import Diagnosis, Layer, diagnose
 from precond.diagnostics.preconditioner import preconditioner_of, step_size
 from precond.diagnostics.registry import register
 
-__all__ = ["preconditioner_of", "register", "step_size"]
+__all__ = ["Advice", "Diagnosis", "Layer", "diagnose", "preconditioner_of", "register", "step_size"]

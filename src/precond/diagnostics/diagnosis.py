@@ -1,0 +1,300 @@
+r"""What makes training slow, in which layer, what would mend it, and by how much."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from precond import checks
+from precond.curvature import (
+    Conditioning,
+    CurvatureError,
+    Objective,
+    condition_number,
+    eigenvalues,
+    gauss_newton,
+    hessian,
+)
+from precond.diagnostics.advice import Advice, advise, number
+from precond.diagnostics.conditioning import Spectra, neurons_of, restricted, spectra, with_bias
+from precond.diagnostics.findings import Drivers, Units, drivers, units
+from precond.diagnostics.gathering import Gathered, gather
+from precond.diagnostics.preconditioner import preconditioner_of, step_size
+from precond.maps import LinearMap
+
+Matrix = Literal["none", "hessian", "gauss_newton"]
+_MATRICES = {"hessian": hessian, "gauss_newton": gauss_newton}
+_HEAT = 48  # inputs of a layer of which the correlation is kept
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """A layer's block of the Hessian or Gauss–Newton matrix.
+
+    Attributes:
+        before: in p.
+        after: in z, of PᵀHP; None where P is not known.
+        refused: why there is none, in words.
+    """
+
+    before: Conditioning | None
+    after: Conditioning | None
+    refused: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer.
+
+    Attributes:
+        name: of the layer (of the weight, where it is not called ``weight``).
+        weight: shape of the weight.
+        source: what its inputs come from: ``"data"`` or an operation.
+        biased: whether a bias is trained.
+        samples: inputs seen: examples, or examples and positions.
+        used: how many of them the spectra are made of.
+        spectra: of the mean of ĥĥᵀ in several coordinates.
+        drivers: what drives κ.
+        units: inputs that carry little.
+        kappa_biased: κ of standardized inputs, had a layer without bias one; NaN otherwise.
+        correlation: of (at most 48) inputs.
+        curvature: of its block of H or G, where it was asked for.
+    """
+
+    name: str
+    weight: tuple[int, ...]
+    source: str
+    biased: bool
+    samples: int
+    used: int
+    spectra: Spectra
+    drivers: Drivers
+    units: Units
+    kappa_biased: float
+    correlation: Tensor = field(repr=False)
+    curvature: Curvature | None = None
+
+    @property
+    def kappa_now(self) -> float:
+        """κ with the optimizer's P, or of the raw inputs where that is not known."""
+        own = self.spectra.kappa("optimizer")
+        return self.spectra.kappa("raw") if math.isnan(own) else own
+
+    def as_dict(self) -> dict[str, Any]:
+        """Numbers by name."""
+        blocks = self.curvature
+        return {
+            "name": self.name,
+            "weight": list(self.weight),
+            "source": self.source,
+            "biased": self.biased,
+            "samples": self.samples,
+            "used": self.used,
+            "rank": self.spectra.rank,
+            "size": self.spectra.size,
+            "kappa": {name: self.spectra.kappa(name) for name in self.spectra.values},
+            "drivers": vars(self.drivers),
+            "units": vars(self.units),
+            "block": None if blocks is None else {"before": _kappa(blocks.before), "after": _kappa(blocks.after)},
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """What was found; ``print`` it, or make a page of it with :func:`precond.report.diagnosis.save_diagnosis`.
+
+    Attributes:
+        layers: in the order of the model.
+        advice: what to do, the largest predicted gain first.
+        notes: what could not be seen.
+        loss: L(p).
+        optimizer: its class, or None.
+        lr: its largest learning rate.
+        lam_max: λ_max of PᵀHP (or PᵀGP), where curvature was asked for.
+        matrix: of which.
+    """
+
+    layers: tuple[Layer, ...]
+    advice: tuple[Advice, ...]
+    notes: tuple[str, ...]
+    loss: float
+    optimizer: str | None = None
+    lr: float | None = None
+    lam_max: float | None = None
+    matrix: Matrix = "none"
+
+    @property
+    def columns(self) -> list[str]:
+        """Coordinates in which κ is known of some layer."""
+        order = ["raw", "centered", "scaled", "bnp", "whitened", "optimizer"]
+        return [name for name in order if any(name in layer.spectra.values for layer in self.layers)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All numbers, for JSON."""
+        plain = {name: getattr(self, name) for name in ("loss", "optimizer", "lr", "lam_max", "matrix")}
+        advice = [{**vars(a), "layers": list(a.layers)} for a in self.advice]
+        return {**plain, "layers": [layer.as_dict() for layer in self.layers], "advice": advice, "notes": list(self.notes)}
+
+    def __str__(self) -> str:
+        rows = [["layer", "from", "inputs", "rank", *(LABELS.get(c, c) for c in self.columns), "driven by", "units"]]
+        for layer in self.layers:
+            kappas = [number(layer.spectra.kappa(c)) for c in self.columns]
+            size = layer.spectra.size - layer.biased
+            rows.append(
+                [layer.name, layer.source, str(size), f"{layer.spectra.rank}/{layer.spectra.size}", *kappas, layer.drivers.main,
+                 str(layer.units)]
+            )  # fmt: skip
+        lines = ["κ of the layers' extended inputs, the mean of ĥĥᵀ, ĥ = [1; h]", *_table(rows)]
+        if self.matrix != "none":
+            what = "Hessian" if self.matrix == "hessian" else "Gauss–Newton matrix"
+            blocks = [["layer", f"κ₊ of its block of the {what}", "in z"]]
+            blocks += [[layer.name, *block_texts(layer)] for layer in self.layers]
+            lines += ["", *_table(blocks)]
+        if self.lam_max is not None and self.lr is not None:
+            lines += [
+                "",
+                f"λ_max of PᵀHP {number(self.lam_max)}, learning rate {number(self.lr)}, 2/λ_max {number(2 / self.lam_max)}",
+            ]
+        lines += [
+            "",
+            "What to do, with the predicted gain in steps of the layer that gains most"
+            if self.advice
+            else "Nothing stands out.",
+        ]
+        for i, a in enumerate(self.advice, 1):
+            lines += [f"{i}. {a.what}  (×{number(a.gain)})", f"   {a.why}", f"   {a.code}"]
+        if self.notes:
+            lines += ["", *(f"Note: {note}." for note in self.notes)]
+        return "\n".join(lines)
+
+
+LABELS = {"bnp": "BNP", "optimizer": "its P"}
+
+
+def diagnose(
+    objective: Objective,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    curvature: Matrix = "none",
+    samples: int = 16384,
+    max_inputs: int = 2048,
+) -> Diagnosis:
+    r"""Where a model trains slowly, and what would mend it.
+
+    For each linear, convolutional and attention layer: κ of the mean of ĥĥᵀ, ĥ = [1; h] what a neuron receives (a patch for a
+    convolution), which is κ of each neuron's Hessian H_e S H_eᵀ (Theorem 3) for S = I: as it is, centered, scaled, both (BNP),
+    whitened, and with the optimizer's P. The gain of a remedy is the ratio of predicted steps in the layer that gains most, for S = I and
+    gradient descent at its best learning rate, (κ − 1)/(κ + 1) per step: it ranks remedies, and bounds what the whole network gains where
+    that layer sets the pace. A remedy changes what later layers receive: diagnose again after it.
+
+    Nothing about the model, the optimizer or the random state changes, and the result is the same every time.
+
+    Args:
+        objective: the mean loss; a few thousand examples are enough.
+        optimizer: whose P is looked at; None, or one that has made no step: P = I.
+        curvature: also κ of each layer's block of the Hessian or Gauss–Newton matrix in float64, before and after P, and λ_max of the whole
+            in z; costs some hundred products per layer.
+        samples: inputs per layer of which spectra are made; beyond, about as many are drawn, the same ones every time.
+        max_inputs: layers with more inputs are passed by, with a note (spectra cost their third power).
+
+    Returns:
+        A record that prints as a table with a ranked list.
+
+    Raises:
+        ValueError: for numbers out of range, or where the optimizer's parameters are not the objective's.
+
+    Example:
+        >>> from torch import nn
+        >>> x = torch.tensor([[-1.0, -100.0], [1.0, -100.0], [-1.0, 100.0], [1.0, 100.0]])
+        >>> objective = Objective(nn.Linear(2, 1), nn.functional.mse_loss, [(x, torch.zeros(4, 1))])
+        >>> layer, = diagnose(objective).layers
+        >>> round(layer.spectra.kappa("raw")), round(layer.spectra.kappa("bnp")), layer.drivers.main
+        (10000, 1, 'scales')
+
+    References:
+        Ye, Theorem 3 and eqs. (16)–(27); Lange, Helfrich & Ye (2022).
+    """
+    checks.one_of("diagnose", "curvature", curvature, ("none", "hessian", "gauss_newton"))
+    checks.positive("diagnose", samples=samples, max_inputs=max_inputs)
+    gathered, notes = gather(objective, samples, max_inputs)
+    P: LinearMap | None = None
+    if optimizer is not None:
+        try:
+            P = preconditioner_of(optimizer, objective)
+        except RuntimeError as error:
+            notes.append(f"the optimizer's P is left out: {error}")
+    layers = [_layer(objective, seen, P, curvature, notes) for seen in gathered]
+    lam_max = None
+    if curvature != "none":
+        A = _MATRICES[curvature](objective)
+        lam_max = float(eigenvalues(A if P is None else P.T @ A @ P, 1).values[0])
+    found = Diagnosis(
+        tuple(layers), (), tuple(notes), objective.value(), None if optimizer is None else type(optimizer).__name__,
+        None if optimizer is None else step_size(optimizer, objective), lam_max, curvature,
+    )  # fmt: skip
+    return replace(found, advice=advise(found, optimizer))
+
+
+def _layer(objective: Objective, seen: Gathered, P: LinearMap | None, curvature: Matrix, notes: list[str]) -> Layer:
+    place = {id(p): i for i, p in enumerate(objective.params)}
+    bias = place[id(seen.site.bias)] if seen.biased else None
+    index = [place[id(seen.site.weight)], *([] if bias is None else [bias])]
+    own = None if P is None else restricted(P, index)
+    neurons = None if own is None else neurons_of(own, seen, 0, None if bias is None else 1)
+    if own is not None and neurons is None:
+        notes.append(f"the optimizer's P mixes neurons of {seen.name}, or is too large there: κ with it is left out")
+    k, found = spectra(seen, neurons)
+    block = None
+    if curvature != "none":
+        part = copy.copy(objective)
+        part.names, part.params = tuple(objective.names[i] for i in index), tuple(objective.params[i] for i in index)
+        block = _curvature(part, own, curvature)
+    R = seen.R[k][1:, 1:] if seen.biased else seen.R[k][:, 1:]
+    R = R[:, torch.linspace(0, R.shape[1] - 1, min(_HEAT, R.shape[1])).round().long()]
+    R = R / torch.linalg.vector_norm(R, dim=0).clamp_min(torch.finfo(R.dtype).tiny)
+    return Layer(
+        seen.name, tuple(seen.site.weight.shape), seen.source, seen.biased, seen.count, seen.used, found, drivers(seen, k, found),
+        units(seen), math.nan if seen.biased else with_bias(seen, k), R.T @ R, block,
+    )  # fmt: skip
+
+
+def _curvature(part: Objective, P: LinearMap | None, curvature: Matrix) -> Curvature:
+    try:
+        A = _MATRICES[curvature](part)
+        before = condition_number(A, float64=True, max_products=400)
+        return Curvature(before, None if P is None else condition_number(P.T @ A @ P, float64=True, max_products=400))
+    except CurvatureError as error:
+        return Curvature(None, None, str(error))
+
+
+def _kappa(found: Conditioning | None) -> float | None:
+    return found.kappa_positive if found is not None and found.why_positive is None else None
+
+
+def block_texts(layer: Layer) -> list[str]:
+    """κ₊ of a layer's block before and after P, or why there is none."""
+    block = layer.curvature
+    if block is None:
+        return ["–", "–"]
+    if block.before is None:
+        return [block.refused.partition(";")[0], "–"]
+    return [_conditioning_text(block.before), _conditioning_text(block.after)]
+
+
+def _conditioning_text(found: Conditioning | None) -> str:
+    if found is None:
+        return "–"
+    if found.indefinite:
+        return f"indefinite ({found.inertia.negative}+ negative, λ from {number(found.lam_min)} to {number(found.lam_max)})"
+    kappa = _kappa(found)
+    return "not resolved" if kappa is None else number(kappa)
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,36 @@
+"""Which operation a tensor comes from, read from autograd's graph."""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor
+
+# They move or choose entries and leave their values alone.
+_MOVES = re.compile(
+    r"((Unsafe)?(View|Reshape)|T|Transpose|Permute|Expand|Clone|Squeeze|Unsqueeze|Slice|Select|Alias|ToCopy|MaxPool.*)\d*"
+)
+_NAMES = {
+    "NativeBatchNorm": "batch norm", "NativeLayerNorm": "layer norm", "NativeGroupNorm": "group norm", "FusedRmsNorm": "rms norm",
+    "Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid", "Hardtanh": "hardtanh", "Hardsigmoid": "hardsigmoid",
+    "Gelu": "gelu", "Silu": "silu", "LeakyRelu": "leaky relu", "Elu": "elu", "Softplus": "softplus", "Softmax": "softmax",
+    "Embedding": "embedding", "Addmm": "linear", "Mm": "linear", "Bmm": "product", "Convolution": "convolution", "Add": "sum",
+}  # fmt: skip
+
+
+def source_of(x: Tensor) -> str:
+    """``"data"`` for a tensor without a graph, else what made its values.
+
+    Example:
+        >>> import torch
+        >>> w = torch.ones(2, 3, requires_grad=True)
+        >>> source_of(torch.ones(3)), source_of(torch.tanh(w).reshape(-1))
+        ('data', 'tanh')
+    """
+    node = x.grad_fn
+    while node is not None:
+        name = type(node).__name__.partition("Backward")[0]
+        if not _MOVES.fullmatch(name):
+            return _NAMES.get(name, name.lower())
+        node = next((below for below, _ in node.next_functions if below is not None), None)
+    return "data"

@@ -1,0 +1,376 @@
+"""κ of layer inputs against numpy on inputs that are written out, and planted problems that must be named."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import precond
+from precond import BNP, RMS, PreconditionedGD
+from precond.curvature import Objective
+from precond.diagnostics import diagnose, preconditioner_of
+
+
+def objective_of(model, x, outputs=2, batches=3, **options):
+    torch.manual_seed(2)
+    y = torch.randn(len(x), outputs, dtype=x.dtype)
+    return Objective(model, lambda out, t: (out.flatten(1)[:, :outputs] - t).square().mean(), list(zip(x.split(-(-len(x) // batches)), y.split(-(-len(x) // batches)), strict=True)), **options)  # fmt: skip
+
+
+def spread_inputs(n=200, features=6, dtype=torch.float64):
+    torch.manual_seed(0)
+    mix = torch.eye(features, dtype=dtype) + 0.3 * torch.randn(features, features, dtype=dtype)
+    return torch.randn(n, features, dtype=dtype) @ mix * torch.logspace(-2, 2, features, dtype=dtype) + torch.linspace(
+        -5, 9, features, dtype=dtype
+    )
+
+
+def kappa(rows, rank=None):
+    values = np.linalg.svd(rows, compute_uv=False)[: rank or min(rows.shape)]
+    return float((values[0] / values[-1]) ** 2)
+
+
+def extended(h):
+    return np.concatenate([np.ones((len(h), 1)), h], axis=1)
+
+
+def step(model, objective, optimizer, times=4):
+    for _ in range(times):
+        for x, y in objective.batches:
+            optimizer.zero_grad()
+            objective.loss_fn(model(x), y).backward()
+            optimizer.step()
+    return optimizer
+
+
+def test_kappas_of_both_layers():
+    torch.manual_seed(1)
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2)).double(), spread_inputs()
+    found = diagnose(objective_of(model, x))
+    with torch.no_grad():
+        inputs = {"0": x.numpy(), "2": model[:2](x).numpy()}
+    assert [layer.name for layer in found.layers] == ["0", "2"]
+    assert [layer.source for layer in found.layers] == ["data", "tanh"]
+    for layer in found.layers:
+        h = inputs[layer.name]
+        mean, std = h.mean(0), h.std(0)
+        expected = {"raw": h, "centered": h - mean, "scaled": h / std, "bnp": (h - mean) / std}
+        for name, rows in expected.items():
+            np.testing.assert_allclose(layer.spectra.kappa(name), kappa(extended(rows)), rtol=1e-8, err_msg=name)
+        C = np.cov(h.T, bias=True)
+        damped = C + 1e-3 * np.diag((h**2).mean(0))
+        values = np.append(np.linalg.eigvals(np.linalg.solve(damped, C)).real, 1.0)
+        np.testing.assert_allclose(layer.spectra.kappa("whitened"), values.max() / values.min(), rtol=1e-8)
+        np.testing.assert_allclose(layer.correlation, np.corrcoef(h.T), atol=1e-10)
+        d = layer.drivers
+        np.testing.assert_allclose(d.means * d.scales * d.correlation, layer.spectra.kappa("raw"))
+        np.testing.assert_allclose([d.offset, d.spread], [(abs(mean) / std).max(), std.max() / std.min()], rtol=1e-8)
+        assert layer.samples == layer.used == 200
+
+
+def test_badly_scaled_inputs_keep_their_digits():
+    # κ = 1e24 is beyond what squares in float64 hold.
+    x = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]]).double() * torch.tensor([1e-6, 1e6]).double()
+    (layer,) = diagnose(objective_of(nn.Linear(2, 2).double(), x, batches=1)).layers
+    assert layer.spectra.kappa("raw") == pytest.approx(1e24, rel=1e-3)
+    assert layer.spectra.kappa("bnp") == pytest.approx(1.0)
+    assert layer.spectra.rank == 3
+
+
+def test_rank_does_not_depend_on_scales():
+    x = spread_inputs(features=4)
+    x = torch.cat([x, x[:, :2].sum(1, keepdim=True), torch.zeros(len(x), 1), torch.full((len(x), 1), 7.0)], 1).double()
+    for dtype in (torch.float64, torch.float32):
+        (layer,) = diagnose(objective_of(nn.Linear(7, 2).to(dtype), x.to(dtype))).layers
+        assert (layer.spectra.rank, layer.spectra.size) == (5, 8)
+        assert (layer.units.dead, layer.units.constant) == (1, 1)
+        assert layer.spectra.kappa("raw") == pytest.approx(kappa(extended(x.numpy()), 5), rel=1e-4)
+
+
+def test_without_a_bias():
+    x = spread_inputs()
+    model = nn.Linear(6, 2, bias=False).double()
+    (layer,) = diagnose(objective_of(model, x)).layers
+    h = x.numpy()
+    assert layer.spectra.kappa("raw") == pytest.approx(kappa(h))
+    assert layer.spectra.kappa("bnp") == pytest.approx(kappa(h / np.sqrt((h**2).mean(0))))
+    assert math.isnan(layer.spectra.kappa("centered"))
+    assert layer.kappa_biased == pytest.approx(kappa(extended((h - h.mean(0)) / h.std(0))))
+    # A bias that is not among the objective's parameters does not count either.
+    frozen = nn.Linear(6, 2).double()
+    (other,) = diagnose(objective_of(frozen, x, params="weight")).layers
+    assert other.spectra.kappa("raw") == pytest.approx(kappa(h))
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_convolutions_see_patches(padding):
+    torch.manual_seed(3)
+    x = torch.randn(9, 2, 5, 5).double() * torch.tensor([1.0, 30.0]).double()[:, None, None] + 4
+    model = nn.Conv2d(2, 3, 3, padding=padding).double()
+    (layer,) = diagnose(objective_of(model, x)).layers
+    patches = nn.functional.unfold(x, 3, padding=padding).transpose(1, 2).reshape(-1, 18).numpy()
+    assert layer.spectra.kappa("raw") == pytest.approx(kappa(extended(patches)), rel=1e-8)
+    mean, std = x.mean((0, 2, 3)).repeat_interleave(9).numpy(), x.std((0, 2, 3), correction=0).repeat_interleave(9).numpy()
+    assert layer.spectra.kappa("bnp") == pytest.approx(kappa(extended((patches - mean) / std)), rel=1e-4)
+    assert layer.units.total == 2
+
+
+def test_groups_show_the_worst():
+    torch.manual_seed(3)
+    x = torch.randn(50, 4, 3).double() * torch.tensor([1.0, 1.0, 1.0, 100.0]).double()[:, None]
+    (layer,) = diagnose(objective_of(nn.Conv1d(4, 4, 1, groups=2).double(), x)).layers
+    assert layer.spectra.kappa("raw") == pytest.approx(kappa(extended(x[:, 2:].transpose(1, 2).reshape(-1, 2).numpy())))
+
+
+def test_attention_and_shared_layers():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.shared = nn.Linear(4, 4)
+
+        def forward(self, x):
+            h, _ = self.attention(x, x, x)
+            return self.shared(torch.tanh(self.shared(h)))
+
+    torch.manual_seed(4)
+    model, x = Net().double().eval(), spread_inputs(60, 4).reshape(15, 4, 4)
+    seen = []
+    handle = model.shared.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().reshape(-1, 4)))
+    model(x)
+    handle.remove()
+    layers = {layer.name: layer for layer in diagnose(objective_of(model, x, batches=1)).layers}
+    assert layers["attention.in_proj_weight"].spectra.kappa("raw") == pytest.approx(kappa(extended(x.reshape(-1, 4).numpy())))
+    assert layers["attention.out_proj"].source == "attention"
+    assert layers["shared"].samples == 120
+    assert layers["shared"].spectra.kappa("raw") == pytest.approx(kappa(extended(torch.cat(seen).numpy())), rel=1e-6)
+
+
+OPTIMIZERS = {
+    "torch Adam": lambda model: torch.optim.Adam(model.parameters()),
+    "RMSprop": lambda model: precond.rmsprop(model),
+    "BNP": lambda model: PreconditionedGD(model, preconditioner=BNP()),
+    "BNP∘RMS": lambda model: PreconditionedGD(model, preconditioner=BNP() @ RMS()),
+    "whitening∘adam": lambda model: precond.adam(model, inputs=precond.Whitening()),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_kappa_with_the_optimizers_own_p(name):
+    torch.manual_seed(1)
+    model, x = nn.Sequential(nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 2)).double(), spread_inputs()
+    objective = objective_of(model, x)
+    optimizer = step(model, objective, OPTIMIZERS[name](model))
+    layer = diagnose(objective, optimizer).layers[0]
+    # Row r of the weight and entry r of the bias, cut out of the dense P.
+    P = preconditioner_of(optimizer, objective).to_dense().numpy()
+    kappas = []
+    for r in range(3):
+        own = [18 + r, *range(6 * r, 6 * r + 6)]
+        kappas.append(kappa(extended(x.numpy()) @ P[np.ix_(own, own)]))
+    assert layer.spectra.kappa("optimizer") == pytest.approx(sorted(kappas)[1], rel=1e-6)
+    assert layer.kappa_now == layer.spectra.kappa("optimizer")
+
+
+def test_a_p_that_mixes_neurons_is_left_out_with_a_note():
+    torch.manual_seed(1)
+    model, x = nn.Linear(6, 2).double(), spread_inputs()
+    objective = objective_of(model, x)
+    mixing = PreconditionedGD(model, preconditioner=precond.Fixed(precond.Dense(torch.randn(14, 14).double())))
+    found = diagnose(objective, mixing)
+    assert "optimizer" not in found.columns and "mixes neurons" in found.notes[0]
+
+
+def test_the_matrix_of_a_layer():
+    torch.manual_seed(1)
+    model, x = nn.Linear(6, 2).double(), spread_inputs()
+    objective = objective_of(model, x)
+    optimizer = step(model, objective, PreconditionedGD(model, preconditioner=BNP(decay=0.0, damping=0.0)))
+    found = diagnose(objective, optimizer, curvature="hessian")
+    block = found.layers[0].curvature
+    # The loss averages squares over 2 outputs: H = ĥĥᵀ ⊗ I.
+    assert block.before.kappa == pytest.approx(kappa(extended(x.numpy())), rel=1e-3)
+    P = preconditioner_of(optimizer, objective).to_dense().numpy()
+    H = np.kron(np.eye(2), extended(x.numpy()).T @ extended(x.numpy()) / len(x))
+    order = [*range(1, 7), *range(8, 14), 0, 7]
+    values = np.linalg.eigvalsh(P.T @ H[np.ix_(order, order)] @ P)
+    assert block.after.kappa == pytest.approx(values[-1] / values[0], rel=1e-3)
+    assert found.lam_max == pytest.approx(values[-1], rel=1e-3)
+
+
+# --- planted problems ------------------------------------------------------------------------------------------------------
+
+
+def mlp(features=8, hidden=16, activation=nn.ReLU):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(features, hidden), activation(), nn.Linear(hidden, 2))
+
+
+def test_bad_scales_are_named_first():
+    x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 8)
+    first = diagnose(objective_of(mlp(), x)).advice[0]
+    assert "Standardize the data" in first.what and "from scales" in first.why and first.layers == ("0",)
+    assert first.gain > 1e4
+
+
+def test_large_means_are_named_first():
+    x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0)) + 500
+    found = diagnose(objective_of(mlp(), x))
+    assert found.layers[0].drivers.main == "means"
+    assert "Standardize the data" in found.advice[0].what and "from means" in found.advice[0].why
+
+
+def test_dead_units_are_named():
+    model = mlp()
+    with torch.no_grad():
+        model[0].bias[:12] = -100.0
+    x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    found = diagnose(objective_of(model, x))
+    assert found.layers[1].units.dead == 12
+    (about,) = [a for a in found.advice if "died" in a.what]
+    assert "12 of the 16 units" in about.why and about.gain == 4.0 and about.layers == ("2",)
+
+
+def test_saturated_units_are_named():
+    model = mlp(activation=nn.Tanh)
+    with torch.no_grad():
+        model[0].weight[:8] *= 1000
+    x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    found = diagnose(objective_of(model, x))
+    assert found.layers[1].units.saturated == 8
+    assert any("saturation" in a.what for a in found.advice)
+
+
+def test_constant_features_and_a_missing_bias_are_named():
+    x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0)) + 30
+    x[:, :2] = 4.0
+    model = mlp()
+    model[0] = nn.Linear(8, 16, bias=False)
+    advice = diagnose(objective_of(model, x)).advice
+    assert any("carry nothing" in a.what and "2 of the 8 features" in a.why for a in advice)
+    assert any("bias" in a.what and a.layers == ("0",) for a in advice)
+
+
+def test_a_learning_rate_beyond_stability_is_named():
+    model, x = mlp(), torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    objective = objective_of(model, x)
+    found = diagnose(objective, torch.optim.SGD(model.parameters(), lr=100.0), curvature="gauss_newton")
+    assert "Lower the learning rate" in found.advice[0].what
+    assert found.lr == 100.0 and 2 / found.lam_max < 100
+
+
+def test_nothing_stands_out():
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
+    found = diagnose(objective_of(nn.Linear(3, 2), signs, batches=1))
+    assert found.advice == () and "Nothing stands out" in str(found)
+
+
+def test_advice_fits_the_optimizer():
+    x = torch.randn(100, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 8)
+    for make, code in (
+        (lambda m: torch.optim.SGD(m.parameters(), lr=1e-9), "precond.bnp(model"),
+        (lambda m: torch.optim.AdamW(m.parameters()), "precond.adamw(model, lr=..., inputs=precond.BNP())"),
+        (lambda m: precond.adam(m), "precond.adam(model, lr=..., inputs=precond.BNP())"),
+        (lambda m: torch.optim.Adagrad(m.parameters()), "precond.BNP() @ precond.AdaGrad()"),
+        (lambda m: torch.optim.RMSprop(m.parameters()), "precond.BNP() @ precond.RMS("),
+    ):
+        model = mlp()
+        objective = objective_of(model, x)
+        advice = diagnose(objective, step(model, objective, make(model), 1)).advice
+        assert any(code in a.code for a in advice), code
+        # The code works.
+        for a in advice:
+            if a.code.startswith("optimizer ="):
+                exec(a.code.replace("lr=...", "lr=0.1"), {"precond": precond, "model": model})
+
+
+# --- leaving no trace --------------------------------------------------------------------------------------------------------
+
+
+def alike(a, b):
+    """Equal, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return a == b
+
+
+def test_it_changes_nothing_and_repeats_itself():
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 2))
+    objective = objective_of(model, torch.randn(40, 1, 8, 8))
+    optimizer = step(model, objective, precond.adam(model, inputs=BNP()), 1)
+    model[1].eval()
+    before = copy.deepcopy(
+        (model.state_dict(), optimizer.state_dict(), [m.training for m in model.modules()], torch.get_rng_state())
+    )
+    grads = [p.grad.clone() for p in model.parameters()]
+    hooks = [len(m._forward_pre_hooks) for m in model.modules()]
+    texts = {str(diagnose(objective, optimizer, samples=500)) for _ in range(2)}
+    assert len(texts) == 1
+    after = (model.state_dict(), optimizer.state_dict(), [m.training for m in model.modules()], torch.get_rng_state())
+    assert alike(after, before)
+    assert hooks == [len(m._forward_pre_hooks) for m in model.modules()]
+    for p, g in zip(model.parameters(), grads, strict=True):
+        assert p.grad.equal(g)
+
+
+def test_hooks_go_when_the_forward_fails():
+    class Fails(nn.Linear):
+        def forward(self, x):
+            raise RuntimeError("no forward")
+
+    model = nn.Sequential(nn.Linear(8, 8), Fails(8, 2))
+    with pytest.raises(RuntimeError, match="no forward"):
+        diagnose(objective_of(model, torch.randn(10, 8)))
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_samples_are_drawn():
+    x = spread_inputs(4000)
+    model = nn.Linear(6, 2).double()
+    full, drawn = diagnose(objective_of(model, x)).layers[0], diagnose(objective_of(model, x), samples=600).layers[0]
+    assert full.used == 4000 and 500 < drawn.used < 700 and drawn.samples == 4000
+    assert drawn.spectra.kappa("raw") == pytest.approx(full.spectra.kappa("raw"), rel=0.3)
+
+
+def test_notes():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.out, self.unused = nn.LSTM(8, 4, batch_first=True), nn.Linear(4, 2), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.out(self.rnn(x[:, None])[0])
+
+    model = Net()
+    objective = objective_of(model, torch.randn(30, 8))
+    notes = " ".join(diagnose(objective, torch.optim.Adam(model.parameters())).notes)
+    assert "rnn is a LSTM" in notes and "unused.weight was not called" in notes and "take a step" in notes
+    assert "more than max_inputs=3" in " ".join(diagnose(objective, max_inputs=3).notes)
+    with torch.no_grad():
+        model.out.weight.fill_(math.nan)
+        model.rnn.weight_ih_l0.fill_(math.nan)
+    with pytest.raises(ValueError, match=r"what out\.weight receives holds inf or NaN; look for divergence"):
+        diagnose(objective)
+    for bad in ({"samples": 0}, {"max_inputs": -1}, {"curvature": "fisher"}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            diagnose(objective, **bad)
+
+
+def test_numbers_for_json():
+    import json
+
+    model = mlp()
+    objective = objective_of(model, torch.randn(30, 8))
+    found = diagnose(objective, torch.optim.SGD(model.parameters()), curvature="gauss_newton")
+    text = json.dumps(found.as_dict())
+    assert json.loads(text)["layers"][0]["name"] == "0"
