@@ -169,7 +169,7 @@ def fit(setting: Setting, model: nn.Module, optimizer: PreconditionedGD, rank: i
 
 def _forget(optimizer: PreconditionedGD) -> None:
     """The loss that was looked at is no forward of the step."""
-    optimizer._watch_again()
+    optimizer._listening.again(optimizer._bound.cells)
 
 
 def train(setting: Setting) -> dict[str, Any]:

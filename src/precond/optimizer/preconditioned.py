@@ -6,7 +6,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import fields, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -15,17 +14,20 @@ from torch import Tensor, nn
 
 from precond import checks, vec
 from precond.blocks import Leaf
-from precond.engine import cells as engine_cells
 from precond.engine import fused, loop
-from precond.engine.cells import Cell, Choice
+from precond.engine.cells import Choice
+from precond.engine.fused import Kernel
 from precond.engine.loop import Evidence, Rules
 from precond.engine.point import Point, gather
-from precond.inputs import Observer, Reference, Request
-from precond.inputs.sync import check_alike, synchronized
-from precond.maps import BlockDiagonal, LinearMap
+from precond.maps import LinearMap
 from precond.momentum import Momentum
 from precond.optimizer import serialization
+from precond.optimizer.binding import Binding, bind, choices_of
+from precond.optimizer.compatibility import check_precision, validate
 from precond.optimizer.explanation import Explanation, explain
+from precond.optimizer.fusing import kernels_of, work_of
+from precond.optimizer.listening import Listening
+from precond.optimizer.looking import map_in_force, measure
 from precond.optimizer.naming import Naming
 from precond.optimizer.parameters import Owners, Params, to_groups
 from precond.optimizer.passes import Recorder, random_state, restore_random_state
@@ -33,9 +35,9 @@ from precond.optimizer.probing import Probe, exact_gradient, finite_loss, loss_g
 from precond.optimizer.record import Record
 from precond.preconditioners import Preconditioner
 from precond.regularizers import Regularizer
-from precond.replicas import agreed, averaged, distributed
+from precond.replicas import agreed, averaged
 from precond.sharding import local
-from precond.vec import Scalar, Tensors, Vec
+from precond.vec import Scalar, Vec
 
 
 class PreconditionedGD(torch.optim.Optimizer):
@@ -104,22 +106,26 @@ class PreconditionedGD(torch.optim.Optimizer):
         checks.one_of(name, "rounding", rounding, ("nearest", "kahan"))
         if max_norm is not None:
             checks.positive(name, max_norm=max_norm)
-        _validate(name, choice, statistics_from)
+        validate(name, choice, statistics_from)
         self.rules = Rules(statistics_from, max_norm, norm_space)
         self.nonfinite, self.engine, self.rounding = nonfinite, engine, rounding
         self._gradient_based = next((k for k, r in enumerate(choice.regularizers) if r.probes or r.exact), None)
         self._probing = self._gradient_based is not None and choice.regularizers[self._gradient_based].probes
+        self._requests = preconditioner.requests
         self._forget()
         modules: list[nn.Module] = []
         groups = to_groups(params, modules)
         self.owners = Owners(modules)
-        self._requests = preconditioner.requests
         if self._requests and not modules:
             raise TypeError(f"{name}: {preconditioner!r} observes the inputs of layers: pass the model itself as params")
         super().__init__(groups, {"lr": lr, "maximize": False, **self.naming.defaults})
         self._bind()
-        _check_precision(self._leaves, choice, rounding)
-        if self._gradient_based is not None and not self._probing and any(leaf.shard is not None for leaf in self._leaves):
+        check_precision(self._bound.leaves, choice, rounding)
+        if (
+            self._gradient_based is not None
+            and not self._probing
+            and any(leaf.shard is not None for leaf in self._bound.leaves)
+        ):
             raise ValueError(
                 f"{self._regularizer_name}(method='exact') differentiates twice, which FSDP's sharded parameters do not allow; "
                 "use method='forward' or 'central'"
@@ -132,102 +138,48 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Drop what is derived from groups and state; it is made again when needed."""
-        self._cells: list[Cell] = []
-        self._leaves: list[Leaf] = []
-        self._choices: list[Choice] = []
-        self._options: list[tuple[Any, ...]] = []
-        self._live: list[bool] = []
-        self._fused: list[fused.Kernel] | None = None
-        self._fuses: bool | None = None
+        self._bound = Binding()
+        self._kernels_of: tuple[list[Kernel] | None] | None = None
         self._pending: Probe | None = None
         self._spare: dict[Tensor, Tensor] = {}
-        self._recorder: Recorder | None = None
-        self._observer: Observer | None = None
-        self._warned = self._told = False
-        self._collected: bool | None = None
+        self._listening = Listening(self._requests)
+        self._warned = False
         self.last = Record(self)
-
-    def _read_options(self) -> list[tuple[Any, ...]]:
-        keys = self.naming.defaults
-        return [tuple(_as_it_is(group.get(k)) for k in keys) for group in self.param_groups]
-
-    def choices(self, groups: Iterable[Mapping[str, Any]]) -> list[Choice]:
-        """The strategies of groups.
-
-        Raises:
-            ValueError: for numbers out of range, and where groups differ in what a penalty is, not in its weight alone.
-        """
-        choices = [self.naming.build(g) for g in groups]
-        for choice in choices[1:]:
-            for r, first in zip(choice.regularizers, choices[0].regularizers, strict=True):
-                for f in fields(r):  # type: ignore[arg-type]
-                    if f.name not in r.scalars and getattr(r, f.name) != getattr(first, f.name):
-                        raise ValueError(
-                            f"{self.naming.name}: groups may differ in {' and '.join(r.scalars)} of {type(r).__name__}, not in "
-                            f"{f.name}; give all groups one value, or leave parameters out by {r.scalars[0]}=0"
-                        )
-        return choices
 
     def _bind(self) -> None:
         """Make cells and state for the parameters that want gradients, keeping the state that exists."""
-        leaves = self.owners.leaves(self.param_groups, bool(self._requests))
-        choices = self.choices(self.param_groups)
-        cells, entries = engine_cells.build(leaves, choices, self.state, self.naming.outside)
-        self.adopt(leaves, choices, cells, [*entries, *self.residuals(leaves)], keep=True)
+        self.adopt(self.bound_to(self.param_groups, self.state), self.state)
 
-    def adopt(
-        self, leaves: list[Leaf], choices: list[Choice], cells: list[Cell], entries: list[tuple[Leaf, str, Tensor]], keep=False
-    ) -> None:
-        """Take cells and their state entries as the optimizer's own."""
-        if not keep:
-            self.state = defaultdict(dict)
-        for leaf, key, tensor in entries:
+    def bound_to(self, groups: Sequence[Mapping[str, Any]], existing: Mapping[Tensor, dict[str, Any]]) -> Binding:
+        """What groups come to, with the state that exists; nothing of the optimizer's own changes."""
+        return bind(groups, self.owners, self.naming, self.observes, self.rounding, existing)
+
+    def adopt(self, bound: Binding, state: defaultdict[Tensor, Any]) -> None:
+        """Take a binding and its state as the optimizer's own."""
+        self.state = state
+        for leaf, key, tensor in bound.entries:
             self.state[leaf.param][self.naming.outside(key)] = tensor
-        self._leaves, self._choices, self._cells = leaves, choices, cells
-        self._options, self._fuses, self._pending = self._read_options(), None, None
-        self._live = [leaf.param.requires_grad for leaf in leaves]
-
-    def residuals(self, leaves: Sequence[Leaf]) -> list[tuple[Leaf, str, Tensor]]:
-        """State entries of the Kahan compensation of 16-bit parameters."""
-        if self.rounding != "kahan":
-            return []
-        return [
-            (
-                leaf,
-                "residual",
-                self.state.get(leaf.param, {}).get("residual", torch.zeros_like(leaf.param, requires_grad=False)),
-            )
-            for leaf in leaves
-            if leaf.param.requires_grad and leaf.param.dtype in (torch.bfloat16, torch.float16)
-        ]
+        self._bound, self._kernels_of, self._pending = bound, None, None
 
     def _follow_groups(self) -> None:
         """Follow the groups: their numbers may have changed, parameters may have been frozen or thawed."""
-        options = self._read_options()
-        alive = self._live == [p.requires_grad for group in self.param_groups for p in group["params"]]
-        if alive and options == self._options:
-            return
-        if not alive or _structure(options) != _structure(self._options):
-            self._bind()
-        else:
-            self._choices = self.choices(self.param_groups)
-            live = [i for cell in self._cells for i in sorted(cell.index)]
-            plan = engine_cells.strategies(self._leaves, sorted(live), self._choices)
-            for cell, (_, preconditioner, momentum) in zip(self._cells, plan, strict=True):
-                cell.preconditioner, cell.momentum = preconditioner, momentum
-            self._options, self._fuses = options, None
+        match self._bound.follow(self.param_groups, self.naming):
+            case "broken":
+                self._bind()
+            case "renumbered":
+                self._kernels_of = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its ``"params"`` may be a module. State is made at once."""
         checks.learning_rate(self.naming.name, param_group.get("lr", 0.0))
-        if not self._leaves:  # called by torch.optim.Optimizer's constructor, on groups that are parsed already
+        if not self._bound.leaves:  # called by torch.optim.Optimizer's constructor, on groups that are parsed already
             super().add_param_group(param_group)
             return
         modules: list[nn.Module] = []
         (group,) = to_groups([param_group], modules, self.param_groups)
         super().add_param_group(group)
         try:
-            _check_precision(self.owners.leaves([group]), self.choices(self.param_groups)[-1], self.rounding)
+            check_precision(self.owners.leaves([group]), choices_of(self.param_groups, self.naming)[-1], self.rounding)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -237,24 +189,12 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def _lr(self, leaf: Leaf) -> Scalar:
         lr = self.param_groups[leaf.group]["lr"]
-        scale = self._choices[leaf.group].preconditioner.lr_scale(leaf)
+        scale = self._bound.choices[leaf.group].preconditioner.lr_scale(leaf)
         return lr if scale == 1 else lr * scale
 
     def _listen(self) -> None:
         """Put the hooks on the model that second passes and input statistics need."""
-        self.close()
-        modules = self.owners.alive()
-        if self._probing and modules:
-            self._recorder = Recorder(modules, self._devices)
-        if self._requests:
-            found = self.owners.survey()
-            if found.passed_by:
-                names = "; ".join(f"{name!r} {why}" for name, why in found.passed_by)
-                warnings.warn(f"no input statistics for some layers, which keep their gradient: {names}", stacklevel=4)
-            self._observer = Observer(found.sites, self._requests)
-            self._want()
-            if distributed():
-                check_alike(self._observer)
+        self._listening.begin(self.owners, self._devices if self._probing else None, self._bound.cells)
 
     def watch(self, model: nn.Module) -> None:
         """Observe a model again, whose parameters these are: after the optimizer was copied or unpickled.
@@ -273,52 +213,6 @@ class PreconditionedGD(torch.optim.Optimizer):
     def observes(self) -> bool:
         """Whether it observes the inputs of layers."""
         return bool(self._requests)
-
-    def _collect(self) -> bool:
-        """Hand what was seen of layer inputs to the cells, once a step; False where it holds inf or NaN."""
-        if self._collected is None:
-            self._collected = self._hand_out()
-        return self._collected
-
-    def _hand_out(self) -> bool:
-        if self._observer is None:
-            if self._requests:
-                raise RuntimeError("this optimizer was copied or unpickled and observes no model: call watch(model) first")
-            return True
-        seen = synchronized(self._observer) if distributed() else self._observer.collect()
-        for cell in self._cells:
-            cell.inputs = seen
-        if not seen and self._observer.expecting and not self._told:
-            self._told = True
-            warnings.warn(
-                "no layer inputs were observed since the last step: was the model compiled and called before the optimizer was "
-                "made, or are layers called by their forward() or by functions? Such layers keep their gradient",
-                stacklevel=5,
-            )
-        # A sum is inf or NaN where a term is: one number is read.
-        parts = [t.reshape(-1) for m in seen.values() for t in (m.mean, m.spread)]
-        return not parts or bool(torch.cat([t.double() for t in parts]).sum().isfinite())
-
-    def _want(self) -> None:
-        """Tell the observer what the next step needs."""
-        assert self._observer is not None
-        # A frozen weight may be thawed before the next forward, which the observer then sees.
-        frozen = [site.name for site in self._observer.sites if not site.weight.requires_grad]
-        wanted: dict[tuple[str, Request], Reference | None] = dict.fromkeys((f, r) for f in frozen for r in self._requests)
-        for cell in self._cells:
-            if cell.handled:
-                wanted |= {(site, request): known for site, request, known in cell.preconditioner.wanted(cell.state)}
-        self._observer.wanted = wanted
-
-    def _watch_again(self) -> None:
-        """The step is over: the next forwards are its successor's."""
-        self._collected = None
-        if self._recorder is not None:
-            self._recorder.arm()
-        if self._observer is not None:
-            self._observer.clear()
-            self._observer.enabled = True
-            self._want()
 
     # --- the step ------------------------------------------------------------------------------------------------------
 
@@ -341,7 +235,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         loss, graph = None, None
         if closure is not None:
             self.restore()
-            self._watch_again()  # the closure makes the gradient anew, and its forward shows all inputs
+            self._listening.again(self._bound.cells)  # the closure makes the gradient anew, and its forward shows all inputs
             loss, graph = self._gradients(closure)
         elif self._gradient_based is not None:
             self._check_probed()
@@ -350,22 +244,22 @@ class PreconditionedGD(torch.optim.Optimizer):
                 if not self._fuse(loss):
                     self._finish(loss, graph)
         finally:
-            self._watch_again()
+            self._listening.again(self._bound.cells)
         return loss
 
     def _gradients(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
         """The clean pass, and the probes with the random state forked around them; the loss and the gradient's graph."""
         if self._gradient_based is None:
-            return loss_gradient(self._leaves, closure), None
+            return loss_gradient(self._bound.leaves, closure), None
         if not self._probing:
             return self._exact_gradient(closure)
         before = random_state(self._devices)
-        loss = loss_gradient(self._leaves, closure)
+        loss = loss_gradient(self._bound.leaves, closure)
         after = random_state(self._devices)
         try:
             while (self.nonfinite == "propagate" or self._agreed(finite_loss(loss))) and self._next_probe(None, None):
                 restore_random_state(before)
-                loss_gradient(self._leaves, closure)
+                loss_gradient(self._bound.leaves, closure)
         except BaseException:
             self.restore()
             raise
@@ -379,15 +273,15 @@ class PreconditionedGD(torch.optim.Optimizer):
             for module in self.owners.alive():
                 if isinstance(module, nn.parallel.DistributedDataParallel):
                     stack.enter_context(module.no_sync())
-            loss, graph = exact_gradient(self._leaves, closure, self._regularizer_name)
-        params = [leaf.param for leaf in self._leaves]
+            loss, graph = exact_gradient(self._bound.leaves, closure, self._regularizer_name)
+        params = [leaf.param for leaf in self._bound.leaves]
         for p, g in zip(params, averaged([p.grad for p in params], params), strict=True):
             p.grad = g
         return loss, graph
 
     def _own_precision(self) -> AbstractContextManager[Any]:
         """No autocast within a step, though the user may have put one around it."""
-        kind = self._leaves[0].param.device.type
+        kind = self._bound.leaves[0].param.device.type
         return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
     def _watches(self, scale: float | Tensor | None) -> bool:
@@ -398,7 +292,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         return self._agreed(vec.all_finite(tuple(local(g) for g in gradients if g is not None)))
 
     def _agreed(self, good: bool) -> bool:
-        return agreed(good, self._leaves[0].param.device)
+        return agreed(good, self._bound.leaves[0].param.device)
 
     @property
     def probing(self) -> bool:
@@ -420,22 +314,21 @@ class PreconditionedGD(torch.optim.Optimizer):
             return False
         if self._pending is None:
             self._follow_groups()
-        return self._next_probe(grad_scale, self._recorder)
+        return self._next_probe(grad_scale, self._listening.recorder)
 
     @torch.no_grad()
     def _next_probe(self, grad_scale: float | Tensor | None, recorder: Recorder | None) -> bool:
         if self._pending is None:
             with self._own_precision():
                 self._pending = self._first_probe(grad_scale)
-            if self._observer is not None:
-                self._observer.enabled = False
+            self._listening.pause()
         elif self._pending.moved:
             self._pending.collect(self._good if self._watches(self._pending.scale) else lambda g: True)
         return self._pending is not None and self._pending.move(recorder)
 
     def _first_probe(self, grad_scale: float | Tensor | None) -> Probe | None:
         """Take the clean gradient and find where else gradients are wanted; None where there is no gradient at all."""
-        if all(leaf.param.grad is None for leaf in self._leaves):
+        if all(leaf.param.grad is None for leaf in self._bound.leaves):
             return None
         modules = self.owners.alive()
         if not modules and not self._warned:
@@ -447,13 +340,15 @@ class PreconditionedGD(torch.optim.Optimizer):
                 stacklevel=5,
             )
         k = self._gradient_based or 0
-        regularizer = self._choices[0].regularizers[k]
+        regularizer = self._bound.choices[0].regularizers[k]
         watch = self._watches(grad_scale)
-        gradients = [leaf.param.grad for leaf in self._leaves]
+        gradients = [leaf.param.grad for leaf in self._bound.leaves]
         point = self._point(unscaled(gradients, grad_scale))
-        if not self._collect() or (watch and not self._agreed(vec.all_finite(point.g))):
-            return Probe(self._leaves, modules, point, gradients, grad_scale, k, Evidence(), (), self._spare, refused=True)
-        taken = unscaled(take_gradients(self._leaves), grad_scale)
+        if not self._listening.collect(self._bound.cells) or (watch and not self._agreed(vec.all_finite(point.g))):
+            return Probe(
+                self._bound.leaves, modules, point, gradients, grad_scale, k, Evidence(), (), self._spare, refused=True
+            )
+        taken = unscaled(take_gradients(self._bound.leaves), grad_scale)
         clean: list[Tensor | None] | None = taken
         point = self._point(taken)
         # With SAM nothing but the statistics asks for the clean gradient later: commit them now and let it go.
@@ -466,31 +361,29 @@ class PreconditionedGD(torch.optim.Optimizer):
         deltas = regularizer.probe(point.at(k, lambda: point.maps(states), memo=evidence.memo))
         if let_go:
             clean, point.g = None, ()
-        return Probe(self._leaves, modules, point, clean, grad_scale, k, evidence, deltas, self._spare)
+        return Probe(self._bound.leaves, modules, point, clean, grad_scale, k, evidence, deltas, self._spare)
 
     def restore(self) -> None:
         """Forget a probe that was not followed by its step (after an exception, say): parameters, gradients, random state."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.cancel()
-            self._collected = None
-            if self._observer is not None:
-                self._observer.enabled = True
+            self._listening.resume()
 
     @property
     def _devices(self) -> set[torch.device]:
-        return {leaf.param.device for leaf in self._leaves}
+        return {leaf.param.device for leaf in self._bound.leaves}
 
     @property
     def _regularizer_name(self) -> str:
-        return type(self._choices[0].regularizers[self._gradient_based or 0]).__name__
+        return type(self._bound.choices[0].regularizers[self._gradient_based or 0]).__name__
 
     def _check_probed(self) -> None:
         pending = self._pending
-        if pending is not None and pending.moved and self._next_probe(None, self._recorder):
+        if pending is not None and pending.moved and self._next_probe(None, self._listening.recorder):
             self.restore()
             raise RuntimeError(f"{self._regularizer_name} wants another gradient: call probe() until it returns False")
-        if pending is None and any(leaf.param.grad is not None for leaf in self._leaves):
+        if pending is None and any(leaf.param.grad is not None for leaf in self._bound.leaves):
             how = (
                 "pass a closure to step(), or call `while opt.probe(): loss_fn(...).backward()` between backward() and step()"
                 if self._probing
@@ -498,42 +391,23 @@ class PreconditionedGD(torch.optim.Optimizer):
             )
             raise RuntimeError(f"{self._regularizer_name} needs a second gradient: {how}")
 
-    def _kernels(self) -> list[fused.Kernel] | None:
-        """The fused kernel of each cell, or None where some cell has none."""
-        if self._fuses is None:
-            # With statistics of the regularized gradient the step after a probe is a plain step with that gradient.
-            plain = self._gradient_based is None or self.rules.statistics_from != "loss"
-            found = [self._kernel(cell) for cell in self._cells] if self.engine != "loop" and plain else [None]
-            kernels = [k for k in found if k is not None]
-            self._fuses = len(kernels) == len(found)
-            self._fused = kernels if self._fuses else None
-        return self._fused
-
-    def _kernel(self, cell: Cell) -> fused.Kernel | None:
-        choice = self._choices[cell.block.leaves[0].group]
-        others = tuple(r for k, r in enumerate(choice.regularizers) if k != self._gradient_based)
-        return fused.kernel(cell, replace(choice, regularizers=others), self.rules)
+    def _kernels(self) -> list[Kernel] | None:
+        """The fused kernel of each cell, or None where they are not to be used or some cell has none."""
+        if self._kernels_of is None:
+            found = kernels_of(self._bound.cells, self._bound.choices, self.rules, self._gradient_based)
+            self._kernels_of = (None if self.engine == "loop" else found,)
+        return self._kernels_of[0]
 
     def _fuse(self, loss: Any) -> bool:
         """Take a step without second gradients by fused kernels, where they compute it; False where they do not."""
         kernels = self._kernels()
         if kernels is None or self._gradient_based is not None or getattr(self, "found_inf", None) is not None:
             return False
-        if not self._collect():
+        if not self._listening.collect(self._bound.cells):
             return False
-        work: list[tuple[fused.Kernel, Cell, Tensors]] = []
-        for cell, kernel in zip(self._cells, kernels, strict=True):
-            grads = cell.block.gradients
-            g = [x for x in grads if x is not None]
-            if not g:
-                continue
-            if len(g) < len(grads):
-                if not cell.preconditioner.entrywise:
-                    return False
-                cell = cell.restricted(tuple(i for i, x in enumerate(grads) if x is not None))
-            if any(x.is_sparse or x.dtype != p.dtype for x, p in zip(g, cell.block.tensors, strict=True)):
-                return False
-            work.append((kernel, cell, fused.aligned(g, cell.block.tensors)))
+        work = work_of(kernels, self._bound.cells)
+        if work is None:
+            return False
         if self.nonfinite != "propagate":
             finite = all(vec.all_finite(tuple(g)) for _, _, g in work) and (loss is None or finite_loss(loss))
             if not self._agreed(finite):
@@ -547,7 +421,7 @@ class PreconditionedGD(torch.optim.Optimizer):
     def _fuse_probed(self, point: Point, evidence: Evidence) -> bool:
         """The same with the gradient that a probing regularizer has made; False where no kernels compute that."""
         kernels = self._kernels()
-        if kernels is None or not evidence.found or point.cells != self._cells:
+        if kernels is None or not evidence.found or point.cells != self._bound.cells:
             return False
         ((k, found),) = evidence.found.items()
         at = point.at(k, point.maps, found=found, memo=evidence.memo)
@@ -561,9 +435,9 @@ class PreconditionedGD(torch.optim.Optimizer):
         """Take the step by the reference engine, or skip it."""
         pending, self._pending = self._pending, None
         scale = getattr(self, "grad_scale", None)
-        good_inputs, good_products = pending is not None or self._collect(), True
+        good_inputs, good_products = pending is not None or self._listening.collect(self._bound.cells), True
         if pending is None:
-            point = self._point(unscaled([leaf.param.grad for leaf in self._leaves], scale))
+            point = self._point(unscaled([leaf.param.grad for leaf in self._bound.leaves], scale))
             evidence = Evidence(hessian=None if graph is None else self._hessian(point, graph))
             if graph is not None and self.nonfinite != "propagate":
                 good_products = self._products(point, evidence)
@@ -615,18 +489,18 @@ class PreconditionedGD(torch.optim.Optimizer):
         return not good
 
     def _point(self, gradients: Sequence[Tensor | None]) -> Point:
-        return gather(self._cells, self._choices, self._lr, self._signed(gradients), self._residual)
+        return gather(self._bound.cells, self._bound.choices, self._lr, self._signed(gradients), self._residual)
 
     def _signed(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """The gradients of what is minimized: negated in groups that maximize."""
         if not any(group["maximize"] for group in self.param_groups):
             return gradients
-        turned = [self.param_groups[leaf.group]["maximize"] for leaf in self._leaves]
+        turned = [self.param_groups[leaf.group]["maximize"] for leaf in self._bound.leaves]
         return [-g if g is not None and t else g for g, t in zip(gradients, turned, strict=True)]
 
     def _hessian(self, point: Point, graph: Sequence[Tensor | None]) -> Callable[[Vec], Vec]:
         """v ↦ H v in the order of the point, H of what is minimized, from the graph of the gradient of each leaf."""
-        place = {leaf: i for i, leaf in enumerate(self._leaves)}
+        place = {leaf: i for i, leaf in enumerate(self._bound.leaves)}
         product = point.hessian([graph[place[leaf]] for leaf in point.leaves])
         signs = [-1.0 if self.param_groups[leaf.group]["maximize"] else 1.0 for leaf in point.leaves]
 
@@ -676,51 +550,17 @@ class PreconditionedGD(torch.optim.Optimizer):
             ValueError: where a block is asked for in part, or a parameter is not this optimizer's.
         """
         self._follow_groups()
-        wanted = [leaf.param for leaf in self._leaves] if params is None else list(params)
-        place = {p: i for i, p in enumerate(wanted)}
-        if alien := [tuple(p.shape) for p in wanted if p not in {leaf.param for leaf in self._leaves}]:
-            raise ValueError(f"map: a parameter of shape {alien[0]} is not this optimizer's")
-        blocks = []
-        for cell in self._cells:
-            inside = tuple(i for i, p in enumerate(cell.block.params) if p in place)
-            if not inside:
-                continue
-            if len(inside) < len(cell.index):
-                if not cell.preconditioner.entrywise:
-                    raise ValueError(f"map: the block {cell.block.name!r} acts jointly; ask for all of its parameters")
-                cell = cell.restricted(inside)
-            if len(cell.state) > 1 and min(cell.state.steps) == 0:
-                raise RuntimeError(f"map: {cell.block.name!r} has seen no gradient yet; take a step first")
-            with torch.no_grad():
-                blocks.append(([place[p] for p in cell.block.params], cell.map(cell.state)))
-        return BlockDiagonal(blocks, tuple(local(p).detach() for p in wanted))
+        return map_in_force(self._bound.leaves, self._bound.cells, params)
 
     def explain(self) -> Explanation:
         """Which preconditioner acts on which parameter, and which parameters it takes jointly; ``print`` it."""
         self._follow_groups()
-        return explain(self._leaves, self._cells)
+        return explain(self._bound.leaves, self._bound.cells)
 
-    @torch.no_grad()
     def measure(self, name: str, scale: float | Tensor | None, length: Callable[[], Tensor] | None) -> Tensor | float:
         """A number of the last step, from gradients and state as they are now: see :class:`precond.optimizer.record.Record`."""
-        point = self._point(unscaled([leaf.param.grad for leaf in self._leaves], scale))
-        if not point.cells:
-            return float("nan")
-        match name:
-            case "grad_norm":
-                return point.sums.norm(point.g)
-            case "preconditioned_grad_norm":
-                return point.sums.dot(point.g, point.joined(point.maps()).gram(point.g)).clamp_min(0).sqrt()
-            case "penalty":
-                point.steps = [t - 1 for t in point.steps]
-                regularizers = point.choices[0].regularizers
-                return sum((r.value(point.at(k, point.maps)) for k, r in enumerate(regularizers)), start=0.0)
-            case _:
-                kept = self._gradient_based is None or all("m" in c.average for c in point.cells)
-                if length is None and not kept:
-                    return float("nan")
-                moved = point.sums.norm(vec.scale(loop.last_update(point), point.lr)) if length is None else length()
-                return moved / point.sums.norm(point.p)
+        point = self._point(unscaled([leaf.param.grad for leaf in self._bound.leaves], scale))
+        return measure(point, name, self._gradient_based, length)
 
     # --- saving ----------------------------------------------------------------------------------------------------------
 
@@ -743,14 +583,14 @@ class PreconditionedGD(torch.optim.Optimizer):
             state_dict = state_dict if changed is None else changed
         self.restore()
         serialization.load(self, state_dict)
-        self._watch_again()
+        self._listening.again(self._bound.cells)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self.restore()
         # An LR scheduler puts a `step` on the instance that calls this very optimizer's.
-        derived = {"step", "_leaves", "_pending", "_spare", "last", *_DERIVED}
+        derived = {"step", "last", "_bound", "_kernels_of", "_pending", "_spare", "_listening", "_warned"}
         state = {k: v for k, v in self.__dict__.items() if k not in derived and "hook" not in k}
         return {**state, "owners": Owners(known=self.owners.leaves(self.param_groups))}
 
@@ -762,68 +602,4 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Remove the hooks on the model. The optimizer's end does it too."""
-        for listener in (self._recorder, self._observer):
-            if listener is not None:
-                listener.close()
-        self._recorder = self._observer = None
-
-
-_DERIVED = (
-    *(
-        "_cells",
-        "_choices",
-        "_options",
-        "_live",
-        "_fused",
-        "_fuses",
-        "_recorder",
-        "_observer",
-        "_warned",
-        "_told",
-        "_collected",
-    ),
-)
-
-
-def _as_it_is(option: Any) -> Any:
-    """An option; a tensor with its version, since it may be changed in place."""
-    return (option, option._version) if isinstance(option, Tensor) else option
-
-
-def _structure(options: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """What decides which state is kept: options themselves, of numbers whether they are zero."""
-    return [
-        tuple(tuple(bool(y) for y in x) if isinstance(x, tuple) else bool(x) if isinstance(x, int | float) else x for x in o)
-        for o in options
-    ]
-
-
-def _validate(name: str, choice: Choice, statistics_from: str) -> None:
-    """Raise where strategies do not go together."""
-    if not isinstance(choice.preconditioner, Preconditioner):
-        raise TypeError(f"{name}: preconditioner must be one, such as precond.RMS(), got {choice.preconditioner!r}")
-    if choice.momentum is not None and not isinstance(choice.momentum, Momentum):
-        raise TypeError(f"{name}: momentum must be a precond.Momentum or None, got {choice.momentum!r}; Momentum(0.9) is one")
-    for r in choice.regularizers:
-        if not isinstance(r, Regularizer):
-            raise TypeError(f"{name}: regularizers must hold regularizers such as precond.L2(1e-4), got {r!r}")
-        r.validate(choice.preconditioner)
-        if statistics_from == "total" and r.circular:
-            raise ValueError(
-                f"{name}: statistics_from='total' builds P from the regularized gradient, and {type(r).__name__} in z needs P "
-                "for that gradient; use statistics_from='loss' or 'lagged', or space='p'"
-            )
-    second = [type(r).__name__ for r in choice.regularizers if r.probes or r.exact]
-    if len(second) > 1:
-        raise ValueError(f"{name}: {' and '.join(second)} both need a second gradient; at most one regularizer may")
-
-
-def _check_precision(leaves: Sequence[Leaf], choice: Choice, rounding: str) -> None:
-    """Refuse finite differences on 16-bit parameters that would mostly not move."""
-    narrow = [leaf.name for leaf in leaves if leaf.param.dtype in (torch.float16, torch.bfloat16)]
-    for r in choice.regularizers:
-        if r.probes and narrow and rounding != "kahan":
-            raise ValueError(
-                f"{type(r).__name__} moves parameters by steps that 16-bit parameters ({narrow[0]}) mostly round away: keep "
-                "float32 parameters under torch.autocast, or pass rounding='kahan'"
-            )
+        self._listening.close()

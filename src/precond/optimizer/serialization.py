@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from precond.engine import cells
 from precond.sharding import copy_
 
 if TYPE_CHECKING:
@@ -52,13 +52,10 @@ def load(optimizer: PreconditionedGD, state_dict: Mapping[str, Any]) -> None:
         {**ours, **{k: deepcopy(v) for k, v in saved.items() if k not in ("params", "param_names")}}
         for ours, saved in zip(groups, saved_groups, strict=True)
     ]
-    leaves = optimizer.owners.leaves(groups, optimizer.observes)
-    choices = optimizer.choices(new_groups)
-    fresh, entries = cells.build(leaves, choices, {}, optimizer.naming.outside)
-    entries = [*entries, *optimizer.residuals(leaves)]
+    bound = optimizer.bound_to(new_groups, {})
     known: dict[Tensor, dict[str, Tensor]] = {}
     names = {}
-    for leaf, key, tensor in entries:
+    for leaf, key, tensor in bound.entries:
         known.setdefault(leaf.param, {})[key] = tensor
         names[leaf.param] = leaf.name
     copies: list[tuple[Tensor, Tensor]] = []
@@ -71,7 +68,7 @@ def load(optimizer: PreconditionedGD, state_dict: Mapping[str, Any]) -> None:
             copy_(target, value)
     for ours, new in zip(groups, new_groups, strict=True):
         ours.update(new)
-    optimizer.adopt(leaves, choices, fresh, entries)
+    optimizer.adopt(bound, defaultdict(dict))
     for param, key in identity.items():
         if not param.requires_grad and key in saved_state:  # frozen now; its state waits until it is thawed
             optimizer.state[param] = deepcopy(dict(saved_state[key]))

@@ -1,0 +1,115 @@
+"""What parameter groups come to: leaves, the strategies of each group, and cells with their state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from precond.blocks import Leaf
+from precond.engine import cells as engine_cells
+from precond.engine.cells import Cell, Choice
+from precond.optimizer.naming import Naming
+from precond.optimizer.parameters import Owners
+
+
+@dataclass
+class Binding:
+    """Derived from groups and state, and made again when these change in kind.
+
+    Attributes:
+        entries: (leaf, key, tensor) of all state.
+        options: the groups' options when it was made.
+        live: which leaves wanted gradients then.
+    """
+
+    leaves: list[Leaf] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+    cells: list[Cell] = field(default_factory=list)
+    entries: list[tuple[Leaf, str, Tensor]] = field(default_factory=list)
+    options: list[tuple[Any, ...]] = field(default_factory=list)
+    live: list[bool] = field(default_factory=list)
+
+    def follow(self, groups: Sequence[Mapping[str, Any]], naming: Naming) -> Following:
+        """Take over numbers that have changed in the groups."""
+        options = read_options(groups, naming)
+        if self.live != [p.requires_grad for group in groups for p in group["params"]]:
+            return "broken"
+        if options == self.options:
+            return "same"
+        if _structure(options) != _structure(self.options):
+            return "broken"
+        self.choices = choices_of(groups, naming)
+        live = sorted(i for cell in self.cells for i in cell.index)
+        plan = engine_cells.strategies(self.leaves, live, self.choices)
+        for cell, (_, preconditioner, momentum) in zip(self.cells, plan, strict=True):
+            cell.preconditioner, cell.momentum = preconditioner, momentum
+        self.options = options
+        return "renumbered"
+
+
+Following = str
+"""``"same"``: nothing had changed; ``"renumbered"``: numbers had; ``"broken"``: parameters or strategies had."""
+
+
+def bind(
+    groups: Sequence[Mapping[str, Any]],
+    owners: Owners,
+    naming: Naming,
+    observed: bool,
+    rounding: str,
+    existing: Mapping[Tensor, dict[str, Any]],
+) -> Binding:
+    """Cells for the parameters that want gradients; state that ``existing`` holds is taken over as it is."""
+    leaves = owners.leaves(groups, observed)
+    choices = choices_of(groups, naming)
+    cells, entries = engine_cells.build(leaves, choices, existing, naming.outside)
+    if rounding == "kahan":
+        entries += _residuals(leaves, existing)
+    live = [leaf.param.requires_grad for leaf in leaves]
+    return Binding(leaves, choices, cells, entries, read_options(groups, naming), live)
+
+
+def choices_of(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[Choice]:
+    """The strategies of groups.
+
+    Raises:
+        ValueError: for numbers out of range, and where groups differ in what a penalty is, not in its weight alone.
+    """
+    choices = [naming.build(g) for g in groups]
+    for choice in choices[1:]:
+        for r, first in zip(choice.regularizers, choices[0].regularizers, strict=True):
+            for f in fields(r):  # type: ignore[arg-type]
+                if f.name not in r.scalars and getattr(r, f.name) != getattr(first, f.name):
+                    raise ValueError(
+                        f"{naming.name}: groups may differ in {' and '.join(r.scalars)} of {type(r).__name__}, not in "
+                        f"{f.name}; give all groups one value, or leave parameters out by {r.scalars[0]}=0"
+                    )
+    return choices
+
+
+def read_options(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[tuple[Any, ...]]:
+    """The options of groups; of tensors also their versions, since they may be changed in place."""
+    found = [[group.get(k) for k in naming.defaults] for group in groups]
+    return [tuple((x, x._version) if isinstance(x, Tensor) else x for x in options) for options in found]
+
+
+def _structure(options: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """What decides which state is kept: options themselves, of numbers whether they are zero."""
+    return [
+        tuple(tuple(bool(y) for y in x) if isinstance(x, tuple) else bool(x) if isinstance(x, int | float) else x for x in o)
+        for o in options
+    ]
+
+
+def _residuals(leaves: Sequence[Leaf], existing: Mapping[Tensor, dict[str, Any]]) -> list[tuple[Leaf, str, Tensor]]:
+    """State entries of the Kahan compensation of 16-bit parameters."""
+    narrow = [p for p in leaves if p.param.requires_grad and p.param.dtype in (torch.bfloat16, torch.float16)]
+    known = [existing.get(leaf.param, {}).get("residual") for leaf in narrow]
+    return [
+        (leaf, "residual", torch.zeros_like(leaf.param, requires_grad=False) if r is None else r)
+        for leaf, r in zip(narrow, known, strict=True)
+    ]

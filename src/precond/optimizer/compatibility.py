@@ -1,0 +1,44 @@
+"""Which strategies go together, and which parameters they can step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from precond.blocks import Leaf
+from precond.engine.cells import Choice
+from precond.momentum import Momentum
+from precond.preconditioners import Preconditioner
+from precond.regularizers import Regularizer
+
+
+def validate(name: str, choice: Choice, statistics_from: str) -> None:
+    """Raise where strategies do not go together."""
+    if not isinstance(choice.preconditioner, Preconditioner):
+        raise TypeError(f"{name}: preconditioner must be one, such as precond.RMS(), got {choice.preconditioner!r}")
+    if choice.momentum is not None and not isinstance(choice.momentum, Momentum):
+        raise TypeError(f"{name}: momentum must be a precond.Momentum or None, got {choice.momentum!r}; Momentum(0.9) is one")
+    for r in choice.regularizers:
+        if not isinstance(r, Regularizer):
+            raise TypeError(f"{name}: regularizers must hold regularizers such as precond.L2(1e-4), got {r!r}")
+        r.validate(choice.preconditioner)
+        if statistics_from == "total" and r.circular:
+            raise ValueError(
+                f"{name}: statistics_from='total' builds P from the regularized gradient, and {type(r).__name__} in z needs P "
+                "for that gradient; use statistics_from='loss' or 'lagged', or space='p'"
+            )
+    second = [type(r).__name__ for r in choice.regularizers if r.probes or r.exact]
+    if len(second) > 1:
+        raise ValueError(f"{name}: {' and '.join(second)} both need a second gradient; at most one regularizer may")
+
+
+def check_precision(leaves: Sequence[Leaf], choice: Choice, rounding: str) -> None:
+    """Refuse finite differences on 16-bit parameters that would mostly not move."""
+    narrow = [leaf.name for leaf in leaves if leaf.param.dtype in (torch.float16, torch.bfloat16)]
+    for r in choice.regularizers:
+        if r.probes and narrow and rounding != "kahan":
+            raise ValueError(
+                f"{type(r).__name__} moves parameters by steps that 16-bit parameters ({narrow[0]}) mostly round away: keep "
+                "float32 parameters under torch.autocast, or pass rounding='kahan'"
+            )

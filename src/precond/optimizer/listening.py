@@ -1,0 +1,111 @@
+"""What an optimizer hears of its model: the inputs of layers, and the random state of a step's first forward."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from precond.engine.cells import Cell
+from precond.inputs import Observer, Reference, Request
+from precond.inputs.sync import check_alike, synchronized
+from precond.optimizer.parameters import Owners
+from precond.optimizer.passes import Recorder
+from precond.replicas import distributed
+
+
+class Listening:
+    """Hooks on the model; without one (a copied or unpickled optimizer) it hears nothing.
+
+    Attributes:
+        recorder: of the random state, or None where no second pass wants it.
+        observer: of layer inputs, or None where no preconditioner wants them.
+    """
+
+    def __init__(self, requests: frozenset[Request]):
+        self.requests = requests
+        self.recorder: Recorder | None = None
+        self.observer: Observer | None = None
+        self._heard: bool | None = None
+        self._told = False
+
+    def begin(self, owners: Owners, recorded: Iterable[torch.device] | None, cells: Sequence[Cell]) -> None:
+        """Put the hooks on the models; ``recorded``: the devices whose random state second passes want, or None."""
+        self.close()
+        modules = owners.alive()
+        if recorded is not None and modules:
+            self.recorder = Recorder(modules, recorded)
+        if self.requests:
+            found = owners.survey()
+            if found.passed_by:
+                names = "; ".join(f"{name!r} {why}" for name, why in found.passed_by)
+                warnings.warn(f"no input statistics for some layers, which keep their gradient: {names}", stacklevel=5)
+            self.observer = Observer(found.sites, self.requests)
+            self._want(cells)
+            if distributed():
+                check_alike(self.observer)
+
+    def collect(self, cells: Sequence[Cell]) -> bool:
+        """Hand what was seen of layer inputs to the cells, once a step; False where it holds inf or NaN."""
+        if self._heard is None:
+            self._heard = self._hand_out(cells)
+        return self._heard
+
+    def _hand_out(self, cells: Sequence[Cell]) -> bool:
+        if self.observer is None:
+            if self.requests:
+                raise RuntimeError("this optimizer was copied or unpickled and observes no model: call watch(model) first")
+            return True
+        seen = synchronized(self.observer) if distributed() else self.observer.collect()
+        for cell in cells:
+            cell.inputs = seen
+        if not seen and self.observer.expecting and not self._told:
+            self._told = True
+            warnings.warn(
+                "no layer inputs were observed since the last step: was the model compiled and called before the optimizer was "
+                "made, or are layers called by their forward() or by functions? Such layers keep their gradient",
+                stacklevel=6,
+            )
+        # A sum is inf or NaN where a term is: one number is read.
+        parts = [t.reshape(-1) for m in seen.values() for t in (m.mean, m.spread)]
+        return not parts or bool(torch.cat([t.double() for t in parts]).sum().isfinite())
+
+    def _want(self, cells: Sequence[Cell]) -> None:
+        """Tell the observer what the next step needs."""
+        assert self.observer is not None
+        # A frozen weight may be thawed before the next forward, which the observer then sees.
+        frozen = [site.name for site in self.observer.sites if not site.weight.requires_grad]
+        wanted: dict[tuple[str, Request], Reference | None] = dict.fromkeys((f, r) for f in frozen for r in self.requests)
+        for cell in cells:
+            if cell.handled:
+                wanted |= {(site, request): known for site, request, known in cell.preconditioner.wanted(cell.state)}
+        self.observer.wanted = wanted
+
+    def pause(self) -> None:
+        """Until the step is over, forwards are those of second passes."""
+        if self.observer is not None:
+            self.observer.enabled = False
+
+    def resume(self) -> None:
+        """The second passes were given up: what was seen stays, further forwards count."""
+        self._heard = None
+        if self.observer is not None:
+            self.observer.enabled = True
+
+    def again(self, cells: Sequence[Cell]) -> None:
+        """The step is over: the next forwards are its successor's."""
+        self._heard = None
+        if self.recorder is not None:
+            self.recorder.arm()
+        if self.observer is not None:
+            self.observer.clear()
+            self.observer.enabled = True
+            self._want(cells)
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for listener in (self.recorder, self.observer):
+            if listener is not None:
+                listener.close()
+        self.recorder = self.observer = None

@@ -1,0 +1,65 @@
+"""Looking at an optimizer: the P in force, and numbers of the last step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from precond import vec
+from precond.blocks import Leaf
+from precond.engine import loop
+from precond.engine.cells import Cell
+from precond.engine.point import Point
+from precond.maps import BlockDiagonal, LinearMap
+from precond.sharding import local
+
+
+@torch.no_grad()
+def map_in_force(leaves: Sequence[Leaf], cells: Sequence[Cell], params: Iterable[Tensor] | None = None) -> LinearMap:
+    """P aligned to ``params`` (None: all in order); see :meth:`precond.PreconditionedGD.map`."""
+    wanted = [leaf.param for leaf in leaves] if params is None else list(params)
+    place = {p: i for i, p in enumerate(wanted)}
+    if alien := [tuple(p.shape) for p in wanted if p not in {leaf.param for leaf in leaves}]:
+        raise ValueError(f"map: a parameter of shape {alien[0]} is not this optimizer's")
+    blocks = []
+    for cell in cells:
+        inside = tuple(i for i, p in enumerate(cell.block.params) if p in place)
+        if not inside:
+            continue
+        if len(inside) < len(cell.index):
+            if not cell.preconditioner.entrywise:
+                raise ValueError(f"map: the block {cell.block.name!r} acts jointly; ask for all of its parameters")
+            cell = cell.restricted(inside)
+        if len(cell.state) > 1 and min(cell.state.steps) == 0:
+            raise RuntimeError(f"map: {cell.block.name!r} has seen no gradient yet; take a step first")
+        blocks.append(([place[p] for p in cell.block.params], cell.map(cell.state)))
+    return BlockDiagonal(blocks, tuple(local(p).detach() for p in wanted))
+
+
+@torch.no_grad()
+def measure(point: Point, name: str, second: int | None, length: Callable[[], Tensor] | None) -> Tensor | float:
+    """A number of the last step, from gradients and state as they are now: see :class:`precond.optimizer.record.Record`.
+
+    Args:
+        second: the number of the regularizer that wants a second gradient, or None.
+        length: gives |Δp| where the step knows it.
+    """
+    if not point.cells:
+        return float("nan")
+    match name:
+        case "grad_norm":
+            return point.sums.norm(point.g)
+        case "preconditioned_grad_norm":
+            return point.sums.dot(point.g, point.joined(point.maps()).gram(point.g)).clamp_min(0).sqrt()
+        case "penalty":
+            point.steps = [t - 1 for t in point.steps]
+            regularizers = point.choices[0].regularizers
+            return sum((r.value(point.at(k, point.maps)) for k, r in enumerate(regularizers)), start=0.0)
+        case _:
+            kept = second is None or all("m" in c.average for c in point.cells)
+            if length is None and not kept:
+                return float("nan")
+            moved = point.sums.norm(vec.scale(loop.last_update(point), point.lr)) if length is None else length()
+            return moved / point.sums.norm(point.p)
