@@ -1,0 +1,1 @@
+"""Each statement of the paper as a measurement on real data."""
