@@ -60,7 +60,7 @@ class Conditioning:
     Attributes:
         lam_max: largest eigenvalue.
         lam_min: smallest eigenvalue, negative for an indefinite map; outside what was deflated.
-        lam_min_positive: smallest eigenvalue above ``threshold``; None: not found.
+        lam_min_positive: smallest eigenvalue above ``threshold``; None: not found, as Lanczos does not inside an indefinite spectrum.
         lam_max_error: bound of the error of ``lam_max``: its residual bound and the precision floor.
         lam_min_error: the same of ``lam_min``.
         lam_min_positive_error: the same of ``lam_min_positive``; None with it.
@@ -326,6 +326,9 @@ def _conditioning(found: Spectrum, before: int, tol: float, n: int, dtype: torch
     values, residuals, errors = values[order], residuals[order], errors[order]
     null = values.abs() <= found.threshold
     positive = (values > found.threshold).nonzero()[:, 0]
+    if not found.complete and float(values[0]) < -found.threshold:
+        # Inside the spectrum of an indefinite map Lanczos has passed over eigenvalues.
+        positive = positive[:0]
     first = int(positive[0]) if len(positive) else None
     return Conditioning(
         lam_max=float(values[-1]),
