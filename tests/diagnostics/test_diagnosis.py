@@ -19,15 +19,19 @@ from precond.diagnostics import diagnose, preconditioner_of
 def objective_of(model, x, outputs=2, batches=3, **options):
     torch.manual_seed(2)
     y = torch.randn(len(x), outputs, dtype=x.dtype)
-    return Objective(model, lambda out, t: (out.flatten(1)[:, :outputs] - t).square().mean(), list(zip(x.split(-(-len(x) // batches)), y.split(-(-len(x) // batches)), strict=True)), **options)  # fmt: skip
+    size = -(-len(x) // batches)
+
+    def loss(out, t):
+        return (out.flatten(1)[:, :outputs] - t).square().mean()
+
+    return Objective(model, loss, list(zip(x.split(size), y.split(size), strict=True)), **options)
 
 
-def spread_inputs(n=200, features=6, dtype=torch.float64):
+def spread_inputs(n=200, features=6):
     torch.manual_seed(0)
-    mix = torch.eye(features, dtype=dtype) + 0.3 * torch.randn(features, features, dtype=dtype)
-    return torch.randn(n, features, dtype=dtype) @ mix * torch.logspace(-2, 2, features, dtype=dtype) + torch.linspace(
-        -5, 9, features, dtype=dtype
-    )
+    mix = torch.eye(features).double() + 0.3 * torch.randn(features, features).double()
+    scaled = torch.randn(n, features).double() @ mix * torch.logspace(-2, 2, features).double()
+    return scaled + torch.linspace(-5, 9, features).double()
 
 
 def kappa(rows, rank=None):

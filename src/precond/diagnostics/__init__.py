@@ -2,7 +2,20 @@
 
 from precond.diagnostics.advice import Advice
 from precond.diagnostics.diagnosis import Diagnosis, Layer, diagnose
+from precond.diagnostics.monitor import Monitor
 from precond.diagnostics.preconditioner import preconditioner_of, step_size
 from precond.diagnostics.registry import register
+from precond.diagnostics.sinks import Jsonl, TensorBoard
 
-__all__ = ["Advice", "Diagnosis", "Layer", "diagnose", "preconditioner_of", "register", "step_size"]
+__all__ = [
+    "Advice",
+    "Diagnosis",
+    "Jsonl",
+    "Layer",
+    "Monitor",
+    "TensorBoard",
+    "diagnose",
+    "preconditioner_of",
+    "register",
+    "step_size",
+]

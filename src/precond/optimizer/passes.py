@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from precond.hooks import WeakHook, remove
+from precond.observing import watching
 
 Random = dict[torch.device, Tensor]
 
@@ -86,7 +87,7 @@ class Recorder:
 
     def note(self, module: nn.Module, args: Any) -> None:
         """Called before a forward."""
-        if self._armed and module.training and torch.is_grad_enabled():
+        if self._armed and module.training and torch.is_grad_enabled() and watching():
             self.random, self._armed = random_state(self.devices), False
 
     def close(self) -> None:
