@@ -21,8 +21,6 @@ def check_equal(a, b, **within) -> None:
     for kind in ("params", "state"):
         assert a[kind].keys() == b[kind].keys()
         for name, t in a[kind].items():
-            if name.endswith("activity") and within["rtol"]:  # it is measured against what one forward shows
-                continue
             torch.testing.assert_close(t, b[kind][name], **within, msg=lambda m, name=name: f"{name}: {m}")
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from precond.inputs.moments import Moments, Reference, Request, covariance, of_rows
+from precond.inputs.moments import Moments, Request, covariance, of_rows
 from precond.inputs.taps import Tap, Weight
 from precond.maps import Layout
 
@@ -33,16 +33,16 @@ class AttentionTap(Tap):
         return Layout(3) if weight.slot == _PACKED else Layout()
 
     def moments(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight, request: Request, reference: Reference | None
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight, request: Request, center: Tensor | None
     ) -> Moments:
         if weight.slot != _PACKED:
-            return super().moments(args, kwargs, weight, request, reference)
+            return super().moments(args, kwargs, weight, request, center)
         # Queries may be more or fewer than keys: one group each.
         parts = []
         for i, x in enumerate(self._inputs(args, kwargs)):
-            own = None if reference is None else Reference(reference.mean[i : i + 1], reference.variance[i : i + 1])
+            own = None if center is None else center[i : i + 1]
             parts.append(covariance(self._flat(x), own) if request.kind == "covariance" else of_rows(self._flat(x), own))
-        return Moments(*(torch.cat([getattr(p, name) for p in parts]) for name in ("count", "mean", "spread", "activity")))
+        return Moments(*(torch.cat([getattr(p, name) for p in parts]) for name in ("count", "mean", "spread", "deviation")))
 
     def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight) -> Tensor:
         inputs = self._inputs(args, kwargs)

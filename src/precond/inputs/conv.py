@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from precond.inputs.moments import Moments, Reference, Request, of_columns, widened
+from precond.inputs.moments import Moments, Request, of_columns, widened
 from precond.inputs.taps import Tap, Weight
 from precond.maps import Layout
 
@@ -32,12 +32,12 @@ class ConvTap(Tap):
         return x if x.ndim == self.module.weight.ndim else x[None]
 
     def moments(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight, request: Request, reference: Reference | None
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight, request: Request, center: Tensor | None
     ) -> Moments:
         if request.kind == "covariance" or request.conv == "patch":
-            return super().moments(args, kwargs, weight, request, reference)
+            return super().moments(args, kwargs, weight, request, center)
         x = self._batch(args, kwargs).detach()
-        return of_columns(x.transpose(0, 1).reshape(self.module.groups, x.shape[1] // self.module.groups, -1), reference)
+        return of_columns(x.transpose(0, 1).reshape(self.module.groups, x.shape[1] // self.module.groups, -1), center)
 
     def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight) -> Tensor:
         m = self.module

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from precond.hooks import WeakHook, remove
-from precond.inputs.moments import Moments, Reference, Request, pool
+from precond.inputs.moments import Moments, Request, pool
 from precond.inputs.sites import Site
 from precond.inputs.taps import Tap
 from precond.observing import watching
@@ -30,7 +30,7 @@ class Observer:
     def __init__(self, sites: Sequence[Site], requests: Iterable[Request]):
         self.sites, self.requests = tuple(sites), tuple(requests)
         self.enabled = True
-        self.wanted: dict[tuple[str, Request], Reference | None] = {}
+        self.wanted: dict[tuple[str, Request], Tensor | None] = {}
         self._seen: Seen = {}
         self._without_grad: dict[nn.Module, int] = {}
         by_module: dict[nn.Module, list[tuple[Site, Tap, Any]]] = {}

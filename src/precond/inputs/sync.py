@@ -50,6 +50,6 @@ def synchronized(observer: Observer) -> Seen:
             start += size
         if parts[0].min() > 0:
             dtype = torch.float64 if site.weight.dtype == torch.float64 else torch.float32
-            count, total, spread, activity = parts
-            out[site.name, request] = Moments.from_raw(count, total, spread, activity, dtype)
+            count, total, spread, deviation = parts
+            out[site.name, request] = Moments.from_raw(count, total, spread, deviation, dtype)
     return out

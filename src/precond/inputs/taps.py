@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from precond.inputs.moments import Moments, Reference, Request, covariance, of_rows
+from precond.inputs.moments import Moments, Request, covariance, of_rows
 from precond.maps import Layout
 
 
@@ -49,11 +49,11 @@ class Tap(ABC):
         """All inputs that a row of the weight meets in a call, shape (groups, N, n)."""
 
     def moments(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight, request: Request, reference: Reference | None
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight, request: Request, center: Tensor | None
     ) -> Moments:
         """Moments of these inputs."""
         x = self.rows(args, kwargs, weight).detach()
-        return covariance(x, reference) if request.kind == "covariance" else of_rows(x, reference)
+        return covariance(x, center) if request.kind == "covariance" else of_rows(x, center)
 
 
 class LinearTap(Tap):

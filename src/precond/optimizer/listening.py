@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 from precond.engine.cells import Cell
-from precond.inputs import Observer, Reference, Request
+from precond.inputs import Observer, Request
 from precond.inputs.sync import check_alike, synchronized
 from precond.optimizer.parameters import Owners
 from precond.optimizer.passes import Recorder
@@ -76,7 +77,7 @@ class Listening:
         assert self.observer is not None
         # A frozen weight may be thawed before the next forward, which the observer then sees.
         frozen = [site.name for site in self.observer.sites if not site.weight.requires_grad]
-        wanted: dict[tuple[str, Request], Reference | None] = dict.fromkeys((f, r) for f in frozen for r in self.requests)
+        wanted: dict[tuple[str, Request], Tensor | None] = dict.fromkeys((f, r) for f in frozen for r in self.requests)
         for cell in cells:
             if cell.handled:
                 wanted |= {(site, request): known for site, request, known in cell.preconditioner.wanted(cell.state)}

@@ -5,13 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
 
 from precond import blocks
 from precond.blocks import Block, Leaf, State
-from precond.inputs import Moments, Reference, Request
+from precond.inputs import Moments, Request
 from precond.maps import LinearMap
 from precond.vec import Vec
+
+if TYPE_CHECKING:
+    from precond.momentum import Momentum
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,8 @@ class Seen:
     Attributes:
         gradient: the loss gradient in this preconditioner's coordinates, one tensor per leaf of the block.
         inputs: statistics of layer inputs by site name and request, or None.
-        momentum: the momentum of the clean gradient, or None.
+        momentum: the momentum of the clean gradient as this step makes it, where :attr:`Preconditioner.uses_momentum` asks for
+            it; None: there is none, or it was not asked for.
     """
 
     gradient: Vec
@@ -56,12 +62,16 @@ class Preconditioner(ABC):
         diagonal: its map is diagonal, as every entrywise one is.
         states_root: its map states a root P of M = P Pᵀ.
         invertible: P has an inverse.
+        uses_momentum: its map is made of the momentum.
+        momentum: an average of its own for the parameters that it acts on, in place of the optimizer's; None: the optimizer's.
         advised_damping: the damping of M that penalties in z take unless told otherwise (math: M_r = (M⁻¹ + δI)⁻¹).
     """
 
     entrywise: bool = False
     states_root: bool = True
     invertible: bool = True
+    uses_momentum: bool = False
+    momentum: Momentum | None = None
     advised_damping: float = 0.0
 
     @property
@@ -103,12 +113,21 @@ class Preconditioner(ABC):
     def map(self, state: State) -> LinearMap:
         """P, from the statistics."""
 
-    def wanted(self, state: State) -> Iterable[tuple[str, Request, Reference | None]]:
-        """(site name, request, what is known already) to observe before the next step; nothing by default."""
+    def wanted(self, state: State) -> Iterable[tuple[str, Request, Tensor | None]]:
+        """(site name, request, the mean that deviations are measured from) to observe before the next step; nothing by default."""
         return ()
 
-    def refresh(self, state: State) -> None:  # noqa: B027
-        """Work after the step, such as new eigenbases; nothing by default."""
+    def frame(self, state: State) -> LinearMap | None:
+        """Orthogonal coordinates in which the momentum of cotangents is kept, p = Q·(…); None: those of the parameters."""
+        return None
+
+    def refresh(self, state: State) -> LinearMap | None:
+        """Work after the step, such as new eigenbases; nothing by default.
+
+        Returns:
+            What carries a vector from the frame before into the frame after, Q₁ᵀQ₀; None where the frame stands.
+        """
+        return None
 
     def __matmul__(self, other: Preconditioner) -> Preconditioner:
         from precond.preconditioners.compose import Composition

@@ -74,7 +74,7 @@ class BNP(InputSide):
         weight = block.leaves[part.weight].param
         shape = part.site.shape(self.request)
         zeros = lambda shape: torch.zeros(shape, dtype=state_dtype(weight.dtype), device=weight.device)  # noqa: E731
-        return {"count": zeros(shape[:1]), "mean": zeros(shape), "variance": zeros(shape), "activity": zeros(shape).half()}
+        return {"count": zeros(shape[:1]), "mean": zeros(shape), "variance": zeros(shape), "activity": zeros(shape)}
 
     def scales(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(μ, σ̃) of each feature."""

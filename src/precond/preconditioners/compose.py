@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from precond import blocks
 from precond.blocks import Block, Leaf, State
-from precond.inputs import Reference, Request
+from precond.inputs import Request
 from precond.maps import Identity, LinearMap
 from precond.preconditioners.base import Needs, Part, Preconditioner, Seen, strictest
 from precond.preconditioners.split import over
@@ -48,6 +50,14 @@ class Composition(Preconditioner):
         return self.outer.invertible and self.inner.invertible
 
     @property
+    def uses_momentum(self) -> bool:  # type: ignore[override]
+        return self.outer.uses_momentum or self.inner.uses_momentum
+
+    @property
+    def momentum(self):  # type: ignore[override]
+        return self.outer.momentum if self.inner.momentum is None else self.inner.momentum
+
+    @property
     def advised_damping(self) -> float:  # type: ignore[override]
         return self.inner.advised_damping
 
@@ -79,7 +89,8 @@ class Composition(Preconditioner):
         if self.outer.handles(state["outer"].block):
             self.outer.observe(state["outer"], seen)
         if self.inner.handles(state["inner"].block):
-            in_z1 = Seen(self._outer(state).rmv(seen.gradient), seen.inputs, seen.momentum)
+            pull = self._outer(state).rmv
+            in_z1 = Seen(pull(seen.gradient), seen.inputs, None if seen.momentum is None else pull(seen.momentum))
             self.inner.observe(state["inner"], in_z1)
 
     def map(self, state: State) -> LinearMap:
@@ -87,7 +98,7 @@ class Composition(Preconditioner):
         inner = self.inner.map(state["inner"]) if self.inner.handles(block) else Identity(block.tensors)
         return self._outer(state) @ inner
 
-    def wanted(self, state: State) -> Iterable[tuple[str, Request, Reference | None]]:
+    def wanted(self, state: State) -> Iterable[tuple[str, Request, Tensor | None]]:
         for name, part in (("outer", self.outer), ("inner", self.inner)):
             if part.handles(state[name].block):
                 yield from part.wanted(state[name])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from precond import blocks
 from precond.blocks import Block, Leaf, State
-from precond.inputs import Moments, Reference, Request, Site
+from precond.inputs import Moments, Request, Site
 from precond.inputs.moments import outer
 from precond.maps import Identity, Layout, LinearMap, Sliced
 from precond.preconditioners.base import Needs, Part, Preconditioner, Seen
@@ -120,14 +120,14 @@ class InputSide(Preconditioner):
         """Whether the inputs of the next step are to be observed."""
         return True
 
-    def wanted(self, state: State) -> list[tuple[str, Request, Reference | None]]:
+    def wanted(self, state: State) -> list[tuple[str, Request, Tensor | None]]:
         if not self.wants(state):
             return []
-        # After two steps there is something to measure activity against; before, the batch is its own reference.
-        known = self.damping > 0 and self.decay > 0 and min(state.steps) >= 2
-        return [
-            (p.site.name, self.request, self.reference(self._of(p, state)) if known else None) for p in self.parts(state.block)
-        ]
+        return [(p.site.name, self.request, self._center(self._of(p, state))) for p in self.parts(state.block)]
+
+    def _center(self, state: dict[str, Tensor]) -> Tensor | None:
+        """The mean that deviations are measured from."""
+        return state["mean"] if self.damping > 0 and bool((state["count"] > 0).all()) else None
 
     def init(self, block: Block) -> dict[str, Any]:
         return {_key(k, part): v for part in self.parts(block) for k, v in self.fresh(part, block).items()}
@@ -155,25 +155,24 @@ class InputSide(Preconditioner):
         delta = new.mean - mine["mean"]
         name = "variance" if "variance" in mine else "covariance"
         gain_ = gain if name == "variance" else gain[..., None]
+        # E|h − μ| and E(h − μ)² of all samples about the old μ, and their ratio.
+        variance = _variance(mine[name], delta)
+        deviation = (mine["activity"] * variance.sqrt()).lerp_(new.deviation, gain)
+        about = variance.lerp(_variance(new.spread, delta) + delta.square(), gain)
+        mine["activity"].copy_((deviation * about.rsqrt()).nan_to_num_(0.0, 0.0))
         mine[name].lerp_(new.spread, gain_).addcmul_(outer(delta, new.spread), gain_ * (1 - gain_))
         mine["mean"].addcmul_(delta, gain)
-        mine["activity"].lerp_(new.activity.to(mine["activity"].dtype), gain.to(mine["activity"].dtype))
-
-    def reference(self, state: dict[str, Tensor]) -> Reference:
-        """What is known of the inputs already."""
-        variance = state["variance"] if "variance" in state else state["covariance"].diagonal(dim1=-2, dim2=-1)
-        return Reference(state["mean"], variance)
 
     def damping_of(self, square: Tensor, activity: Tensor) -> Tensor:
         r"""What damping adds to a variance: ε E[h²], and for inputs that are rarely active a share of the layer's mean E[h²].
 
         The scale of an input that few samples show is hardly known, and steps along it would be as long as it is rare. The
-        share is ⅓·(1 − 4a)₊ with a = E[min(1, (h−μ)²/σ²)], about ½ for a normal distribution and 2π for an input that is
-        nonzero in a fraction π of the samples: inputs that are always active keep their own scale, whatever it is.
+        share is ⅓·(1 − 3a²)₊ with the activity a = E|h−μ|/σ, a² = 2/π for a normal distribution and about 4f for an input
+        that is nonzero in a small fraction f of the samples: inputs that are always active keep their own scale, whatever it is.
         """
         if self.damping == 0:
             return torch.zeros_like(square)
-        rare = (1 - 4 * activity.to(square.dtype)).clamp_min(0)
+        rare = (1 - 3 * activity.square()).clamp_min(0)
         return self.damping * square + rare / 3 * square.mean(-1, keepdim=True)
 
     def map(self, state: State) -> LinearMap:
@@ -207,3 +206,8 @@ def _key(name: str, part: LayerPart) -> str:
 def _number(key: str) -> int:
     _, dot, number = key.rpartition(".")
     return int(number) if dot else 0
+
+
+def _variance(spread: Tensor, like: Tensor) -> Tensor:
+    """The variances in a spread of either kind."""
+    return spread if spread.ndim == like.ndim else spread.diagonal(dim1=-2, dim2=-1)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from precond.blocks import Block, State
-from precond.inputs import Reference, Request
+from precond.inputs import Request
 from precond.maps import BlockDiagonal, LinearMap
 from precond.preconditioners.base import Needs, Part, Preconditioner, Seen, strictest
 
@@ -38,6 +40,14 @@ class Split(Preconditioner):
         return all(p.preconditioner.invertible for p in self.parts)
 
     @property
+    def uses_momentum(self) -> bool:  # type: ignore[override]
+        return any(p.preconditioner.uses_momentum for p in self.parts)
+
+    @property
+    def momentum(self):  # type: ignore[override]
+        return next((p.preconditioner.momentum for p in self.parts if p.preconditioner.momentum is not None), None)
+
+    @property
     def advised_damping(self) -> float:  # type: ignore[override]
         return max(p.preconditioner.advised_damping for p in self.parts)
 
@@ -63,7 +73,7 @@ class Split(Preconditioner):
     def map(self, state: State) -> LinearMap:
         return BlockDiagonal([(p.index, p.preconditioner.map(sub)) for p, sub in self._each(state)], state.block.tensors)
 
-    def wanted(self, state: State) -> Iterable[tuple[str, Request, Reference | None]]:
+    def wanted(self, state: State) -> Iterable[tuple[str, Request, Tensor | None]]:
         for part, sub in self._each(state):
             yield from part.preconditioner.wanted(sub)
 

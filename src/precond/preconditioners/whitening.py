@@ -71,7 +71,7 @@ class Whitening(InputSide):
             "count": zeros(groups),
             "mean": zeros(groups, n),
             "covariance": zeros(groups, n, n),
-            "activity": zeros(groups, n).half(),
+            "activity": zeros(groups, n),
             "factor": zeros(groups, n, n) + torch.eye(n, dtype=state_dtype(weight.dtype), device=weight.device),
         }
 
