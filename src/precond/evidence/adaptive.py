@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -263,33 +263,51 @@ _METHODS: dict[str, Callable[[nn.Module], PreconditionedGD]] = {
 
 
 @cache
-def _conditioned(problem_name: str) -> dict[str, float]:
-    """κ at the minimum: of H, and of PᵀHP with the P of each method after 500 steps of its training from the start."""
-    if problem_name == "regression":
-        problem, p_star = _unscaled()
-        start = torch.zeros_like(p_star)
-    else:
-        problem = tanh_network(penalty=0.003)
-        start = problem.p
-        p_star = problem.minimum()
+def _regression() -> dict[str, float]:
+    """κ of H at the minimum, and of PᵀHP with each method's P after 500 steps from 0."""
+    problem, p_star = _unscaled()
     found = {"none": condition_number(hessian(problem.objective())).kappa}
     for name, make in _METHODS.items():
-        problem.set(start)
-        optimizer = make(problem.model)
-        problem.iterates(optimizer, 500)
-        problem.set(p_star)
-        P = preconditioner_of(optimizer, problem.objective())
-        found[name] = condition_number(P.T @ hessian(problem.objective()) @ P).kappa
+        problem.set(torch.zeros_like(p_star))
+        found[name] = _in_z(problem, make, 500, p_star)
+    problem.set(p_star)
     return found
 
 
-def _improves(name: str, problem: str, on: str) -> Finding:
-    kappas = _conditioned(problem)
-    return Finding("κ(PᵀHP), at most κ(H)", kappas["none"], kappas[name], 0.0, "≤", on=on, figure=Bars("κ(PᵀHP)", tuple(kappas.items())))
+def _in_z(problem: Problem, make: Callable[[nn.Module], PreconditionedGD], steps: int, p_star: Tensor | None = None) -> float:
+    """κ(PᵀHP) at p*, or at the minimum that the training leads to, with the P that a method has found on its way."""
+    optimizer = make(problem.model)
+    problem.iterates(optimizer, steps)
+    problem.set(problem.minimum() if p_star is None else p_star)
+    P = preconditioner_of(optimizer, problem.objective())
+    return condition_number(P.T @ hessian(problem.objective()) @ P).kappa
+
+
+@CHAPTER.statement("rows-network", "Theorem 2", "At the minimum of a network, too, M = diag(1/‖h_i‖) improves κ.")
+def _rows_network() -> Finding:
+    problem = tanh_network()
+    H = problem.hessian(problem.minimum())
+    d = H.norm(dim=1).rsqrt()
+    return Finding("κ(PᵀHP), at most κ(H)", condition_number(H).kappa, condition_number(d[:, None] * H * d).kappa, 0.0, "≤", on="tanh network 13–6–3, wine")
+
+
+def _improves(name: str) -> Finding:
+    kappas = _regression()
+    problem = tanh_network()
+    after = _in_z(problem, _METHODS[name], 1000)
+    before = condition_number(hessian(problem.objective())).kappa
+    bars = (("regression, H", kappas["none"]), (f"regression, {name}", kappas[name]), ("network, H", before), (f"network, {name}", after))
+    return Finding(
+        "κ(PᵀHP)/κ(H), regression (printed: a network)", 1.0, kappas[name] / kappas["none"], 0.0, "≤", printed=after / before,
+        on="logistic regression, scaled wine; tanh network 13–6–3, wine", figure=Bars("κ", bars),
+    )  # fmt: skip
 
 
 for _name in _METHODS:
-    for _problem, _on in (("regression", "logistic regression, scaled wine"), ("network", "tanh network 13–6–3, wine")):
-        CHAPTER.statement(f"kappa-{_name.lower()}-{_problem}", _name, f"{_name}'s P after 500 steps improves κ at the minimum.")(
-            lambda name=_name, problem=_problem, on=_on: _improves(name, problem, on)
-        )
+    CHAPTER.statement(
+        f"kappa-{_name.lower()}",
+        _name,
+        f"{_name}'s P, built on the way to the minimum, improves κ there.",
+        "Not in general: it does where the scales of features drive κ, and made κ worse at the minimum of a network with standardized inputs, "
+        "where row norms improve it. The p − p* of a training is no random vector, so ḡ_i need not follow ‖h_i‖.",
+    )(partial(_improves, _name))
