@@ -8,7 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from precond.curvature import Span, condition_number, hessian
+from precond.convergence import predict
+from precond.curvature import Conditioning, Span, condition_number, hessian
 from precond.evidence.problems import Problem, half_square, logistic_regression, random, relative, seeded, standardized, tanh_network
 from precond.evidence.statement import Chapter, Finding, Line, Plot
 from precond.maps import Dense
@@ -37,11 +38,6 @@ def _relu_network() -> Problem:
     return problem
 
 
-def contraction(alpha: float, lam_min: float, lam_max: float) -> float:
-    """r = max(|1 − αλ_min|, |1 − αλ_max|)."""
-    return max(abs(1 - alpha * lam_min), abs(1 - alpha * lam_max))
-
-
 def _errors(problem: Problem, p_star: Tensor, alpha: float, r: float, P: Tensor | None = None) -> Tensor:
     """‖z_t − z*‖ of a run of the library's optimizer from near p*, where the bound is attained: in the slowest directions."""
     P = torch.eye(len(p_star), dtype=torch.float64) if P is None else P
@@ -65,19 +61,18 @@ def _rate(errors: Tensor) -> float:
     return float((errors[-1] / errors[-1 - half]) ** (1 / half))
 
 
-def _best(name: str) -> tuple[Problem, Tensor, float, float]:
+def _ends(name: str) -> tuple[Problem, Tensor, Conditioning]:
     """A problem at its minimum with the ends of its spectrum as the library finds them."""
     problem, p_star = _at_minimum(name)
-    ends = condition_number(hessian(problem.objective()), tol=1e-9)
-    return problem, p_star, ends.lam_min, ends.lam_max
+    return problem, p_star, condition_number(hessian(problem.objective()), tol=1e-9)
 
 
 @CHAPTER.statement("rate", "Theorem 1, (3)", "Near a minimum, GD with α = 2/(λ_min + λ_max) contracts the error by r = (κ − 1)/(κ + 1) a step.")
 def _rate_of_regression() -> Finding:
-    problem, p_star, low, high = _best("logistic")
-    kappa = high / low
-    r = (kappa - 1) / (kappa + 1)
-    errors = _errors(problem, p_star, 2 / (low + high), r)
+    problem, p_star, ends = _ends("logistic")
+    best = predict(ends)
+    r, kappa = best.rate, best.kappa
+    errors = _errors(problem, p_star, best.lr, r)
     t = torch.arange(len(errors), dtype=torch.float64)
     figure = Plot(
         "steps",
@@ -90,20 +85,17 @@ def _rate_of_regression() -> Finding:
 
 @CHAPTER.statement("rate-network", "Theorem 1, (3)", "The same for a network, at a minimum of its non-convex loss.")
 def _rate_of_network() -> Finding:
-    problem, p_star, low, high = _best("network")
-    kappa = high / low
-    r = (kappa - 1) / (kappa + 1)
-    return Finding(
-        "contraction per step", r, _rate(_errors(problem, p_star, 2 / (low + high), r)), 0.02 * (1 - r), on=f"tanh network 13–6–3, wine, κ = {kappa:.4g}"
-    )
+    problem, p_star, ends = _ends("network")
+    best = predict(ends)
+    measured = _rate(_errors(problem, p_star, best.lr, best.rate))
+    return Finding("contraction per step", best.rate, measured, 0.02 * (1 - best.rate), on=f"tanh network 13–6–3, wine, κ = {best.kappa:.4g}")
 
 
 @CHAPTER.statement("rate-alpha", "Theorem 1, (2)", "With any α, GD contracts by r = max(|1 − αλ_min|, |1 − αλ_max|).")
 def _rates() -> Finding:
-    problem, p_star, low, high = _best("logistic")
-    best = 2 / (low + high)
-    alphas = [best * s for s in (0.4, 0.6, 0.8, 0.9, 0.95, 1.0, 1.01, 1.02, 1.03)]
-    predicted = [contraction(a, low, high) for a in alphas]
+    problem, p_star, ends = _ends("logistic")
+    alphas = [predict(ends).lr * s for s in (0.4, 0.6, 0.8, 0.9, 0.95, 1.0, 1.01, 1.02, 1.03)]
+    predicted = [predict(ends, a).rate for a in alphas]
     observed = [_rate(_errors(problem, p_star, a, r)) for a, r in zip(alphas, predicted, strict=True)]
     off = max(abs(o - r) / (1 - r) for o, r in zip(observed, predicted, strict=True))
     figure = Plot("α", "1 − contraction per step", (Line("predicted", tuple(alphas), tuple(1 - r for r in predicted)), Line("measured", tuple(alphas), tuple(1 - o for o in observed), True)))
@@ -112,24 +104,23 @@ def _rates() -> Finding:
 
 @CHAPTER.statement("rate-bound", "Theorem 1, (2)", "From any start nearby no step contracts by less than r + ε.")
 def _bound() -> Finding:
-    problem, p_star, low, high = _best("network")
-    alpha = 2 / (low + high)
-    r, worst = contraction(alpha, low, high), 0.0
+    problem, p_star, ends = _ends("network")
+    best, worst = predict(ends), 0.0
     for seed in range(10):
         start = random(len(p_star), seed=seed)
         problem.set(p_star + 1e-4 * p_star.norm() * start / start.norm())
-        errors = (problem.iterates(PreconditionedGD(problem.model, alpha, preconditioner=Fixed()), 50) - p_star).norm(dim=1)
+        errors = (problem.iterates(PreconditionedGD(problem.model, best.lr, preconditioner=Fixed()), 50) - p_star).norm(dim=1)
         worst = max(worst, float((errors[1:] / errors[:-1]).max()))
     problem.set(p_star)
-    return Finding("largest ratio of successive errors, 10 random starts", r, worst, 1e-3, "≤", on="tanh network 13–6–3, wine")
+    return Finding("largest ratio of successive errors, 10 random starts", best.rate, worst, 1e-3, "≤", on="tanh network 13–6–3, wine")
 
 
 @CHAPTER.statement("best-alpha", "Theorem 1", "α = 2/(λ_min + λ_max) is the best learning rate.")
 def _best_alpha() -> Finding:
-    problem, p_star, low, high = _best("logistic")
-    best = 2 / (low + high)
+    problem, p_star, ends = _ends("logistic")
+    best = predict(ends).lr
     scales = [0.9 + 0.01 * i for i in range(11)] + [1 + 0.001 * i for i in range(1, 5)]
-    observed = {s: _rate(_errors(problem, p_star, s * best, contraction(s * best, low, high))) for s in scales}
+    observed = {s: _rate(_errors(problem, p_star, s * best, predict(ends, s * best).rate)) for s in scales}
     return Finding("fastest of 15 values, as a multiple of the predicted α", 1.0, min(observed, key=lambda s: observed[s]), 0.0051, on="logistic regression, breast cancer")
 
 
@@ -179,11 +170,10 @@ def _rate_preconditioned() -> Finding:
     H = problem.hessian(p_star)
     P = torch.diag(H.diagonal().rsqrt()) @ (torch.eye(n, dtype=torch.float64) + 0.1 * n**-0.5 * random(n, n, seed=3))
     map_ = Dense(P, tuple(q.detach() for q in problem.model.parameters()))
-    ends = condition_number(map_.T @ hessian(problem.objective()) @ map_, tol=1e-9)
-    r = (ends.kappa - 1) / (ends.kappa + 1)
-    errors = _errors(problem, p_star, 2 / (ends.lam_min + ends.lam_max), r, P)
+    best = predict(condition_number(map_.T @ hessian(problem.objective()) @ map_, tol=1e-9))
+    measured = _rate(_errors(problem, p_star, best.lr, best.rate, P))
     before = condition_number(hessian(problem.objective())).kappa
-    return Finding("contraction per step", r, _rate(errors), 0.02 * (1 - r), on=f"tanh network, wine, κ from {before:.4g} to κ_M = {ends.kappa:.4g}")
+    return Finding("contraction per step", best.rate, measured, 0.02 * (1 - best.rate), on=f"tanh network, wine, κ from {before:.4g} to κ_M = {best.kappa:.4g}")
 
 
 def _scalings(problem: Problem) -> Span:
@@ -207,14 +197,14 @@ def _null_space() -> Finding:
 @CHAPTER.statement("rate-positive", "end of the theory", "There the rate is that of the smallest positive eigenvalue.")
 def _rate_positive() -> Finding:
     problem, p_star = _at_minimum("scale-invariant")
-    ends = condition_number(hessian(problem.objective()), deflate=_scalings(problem), tol=1e-9)
-    r = (ends.kappa - 1) / (ends.kappa + 1)
+    best = predict(condition_number(hessian(problem.objective()), deflate=_scalings(problem), tol=1e-9))
+    r = best.rate
     problem.set(p_star + _slowest(problem.hessian(p_star), 1e-4 * p_star.norm()))
     steps = 2 * math.ceil(math.log(_FALL) / math.log(r) / 2)
-    found = problem.iterates(PreconditionedGD(problem.model, 2 / (ends.lam_min + ends.lam_max), preconditioner=Fixed()), steps)
+    found = problem.iterates(PreconditionedGD(problem.model, best.lr, preconditioner=Fixed()), steps)
     problem.set(p_star)
     # GD ends in some point of the curve of minima; the gradient tells the way to it.
     gradients = torch.stack([problem.gradient(p).norm() for p in found])
-    return Finding("contraction of the gradient per step", r, _rate(gradients), 0.02 * (1 - r), on=f"ReLU network 6–2–1, κ₊ = {ends.kappa:.4g}")
+    return Finding("contraction of the gradient per step", r, _rate(gradients), 0.02 * (1 - r), on=f"ReLU network 6–2–1, κ₊ = {best.kappa:.4g}")
 
 

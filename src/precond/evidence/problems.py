@@ -28,12 +28,12 @@ def logistic(out: Tensor, y: Tensor) -> Tensor:
 
 
 @cache
-def raw(name: str) -> tuple[Tensor, Tensor]:
-    """Features (N, n) as they are, without constant ones, and classes (N,), of "wine", "breast cancer" or "digits"."""
+def raw(name: str, constant: bool = False) -> tuple[Tensor, Tensor]:
+    """Features (N, n) as they are, constant ones only if wanted, and classes (N,), of "wine", "breast cancer" or "digits"."""
     load = {"wine": load_wine, "breast cancer": load_breast_cancer, "digits": load_digits}[name]
     features, classes = load(return_X_y=True)
     x = torch.as_tensor(features, dtype=torch.float64)
-    return x[:, x.std(0) > 0], torch.as_tensor(classes)
+    return x if constant else x[:, x.std(0) > 0], torch.as_tensor(classes)
 
 
 @cache
