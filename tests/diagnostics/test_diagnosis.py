@@ -265,7 +265,7 @@ def test_a_learning_rate_beyond_stability_is_named():
     objective = objective_of(model, x)
     found = diagnose(objective, torch.optim.SGD(model.parameters(), lr=100.0), curvature="gauss_newton")
     assert "Lower the learning rate" in found.advice[0].what
-    assert found.lr == 100.0 and 2 / found.lam_max < 100
+    assert found.lr == 100.0 and found.lr_limit == 2 / found.lam_max < 100
 
 
 def test_nothing_stands_out():

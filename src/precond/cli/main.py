@@ -10,6 +10,7 @@ import tyro
 
 from precond.cli.compare import Compare
 from precond.cli.config import config_path, from_toml
+from precond.cli.diagnose import Diagnose
 from precond.cli.errors import UserError
 from precond.cli.report import Report
 from precond.cli.settings import Settings
@@ -17,7 +18,7 @@ from precond.cli.train import Train
 from precond.report.environment import versions
 
 # A new command is one file with a dataclass that has ``run(argv) -> int``, and one row here.
-COMMANDS: dict[str, type[Any]] = {"train": Train, "compare": Compare, "report": Report}
+COMMANDS: dict[str, type[Any]] = {"train": Train, "compare": Compare, "diagnose": Diagnose, "report": Report}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ from precond.diagnostics.monitor import Monitor
 from precond.diagnostics.preconditioner import preconditioner_of, step_size
 from precond.diagnostics.registry import register
 from precond.diagnostics.sinks import Jsonl, TensorBoard
+from precond.diagnostics.stability import stable_factor
 
 __all__ = [
     "Advice",
@@ -17,5 +18,6 @@ __all__ = [
     "diagnose",
     "preconditioner_of",
     "register",
+    "stable_factor",
     "step_size",
 ]

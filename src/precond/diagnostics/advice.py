@@ -122,22 +122,24 @@ def _reason(layer: Layer) -> str:
 
 
 def _single_inputs(found: Diagnosis) -> list[Advice]:
-    out = []
+    """One piece of advice for each thing that is wrong with single inputs, about all layers where it is."""
+    about: dict[tuple[str, str], list[tuple[float, str, str]]] = {}
     for layer in found.layers:
         u, data = layer.units, layer.source == "data"
         revive = ("Drop features that carry nothing", _DROP) if data else ("Revive units that have died", _LEAKY)
-        for count, state, (what, code) in (
+        for count, state, remedy in (
             (u.dead, "are always 0", revive),
             (u.constant, "never change", revive),
             (u.saturated, f"sit at an end of {layer.source} in 90 % of the samples", ("Get units out of saturation", _SMALLER)),
         ):
-            share = count / u.total
-            if share < _FEW:
-                continue
-            whose = "features" if data else "units"
-            why = f"{count} of the {u.total} {whose} that {layer.name!r} receives {state} ({100 * share:.0f} %)."
-            gain = max(_WORTH, u.total / max(u.total - count, 1))
-            out.append(Advice(what, why, code, gain, (layer.name,)))
+            if count / u.total >= _FEW:
+                whose = "features" if data else "units"
+                why = f"{count} of the {u.total} {whose} that {layer.name!r} receives {state} ({100 * count / u.total:.0f} %)."
+                about.setdefault(remedy, []).append((u.total / max(u.total - count, 1), why, layer.name))
+    out = []
+    for (what, code), cases in about.items():
+        gains, whys, names = zip(*cases, strict=True)
+        out.append(Advice(what, " ".join(whys), code, max(_WORTH, *gains), names))
     return out
 
 
@@ -163,11 +165,12 @@ def _biases(found: Diagnosis) -> list[Advice]:
 
 
 def _learning_rate(found: Diagnosis) -> list[Advice]:
-    if found.lam_max is None or found.lr is None or found.lr * found.lam_max <= 2:
+    if found.lr_limit is None or found.lr is None or found.lr <= found.lr_limit:
         return []
-    limit = 2 / found.lam_max
-    why = f"It is {number(found.lr)}; above 2/λ_max = {number(limit)} steps without momentum grow along the steepest direction."
-    return [Advice("Lower the learning rate", why, f"lr={number(limit / 2)}", max(_WORTH, found.lr / limit), ())]
+    why = f"It is {number(found.lr)}; above {number(found.lr_limit)} steps grow along the steepest direction of the loss."
+    return [
+        Advice("Lower the learning rate", why, f"lr={number(found.lr_limit / 2)}", max(_WORTH, found.lr / found.lr_limit), ())
+    ]
 
 
 def _with_inputs(optimizer: torch.optim.Optimizer | None, inputs: str) -> str:

@@ -148,62 +148,67 @@ def with_bias(layer: Gathered, k: int) -> float:
     return float(values.max() / values.min())
 
 
-def neurons_of(P: LinearMap, layer: Gathered, weight: int, bias: int | None) -> Callable[[int], list[Tensor]] | None:
-    """P of single neurons of a layer, from P on (…, weight, …, bias, …); None where P mixes neurons, or would take too long to find.
+def neurons_of(P: LinearMap, layer: Gathered, g: Vec) -> Callable[[int], list[Tensor]] | None:
+    """P of some neurons of a layer, of those that have a gradient; None where P mixes neurons, or would take too long to find.
 
     Args:
-        P: on the layer's tensors at positions ``weight`` and ``bias``.
+        P: on (weight, bias) of the layer, or (weight,).
         layer: what was gathered.
-        weight: position.
-        bias: position, or None.
+        g: the gradient of the same.
+
+    Returns:
+        A group's number ↦ matrices on ŵ = [b; w], or on w.
     """
-    assert P.like is not None
-    like, site = P.like, layer.site
+    like, site = g, layer.site
     layout = site.layout(_PATCH)
-    view = layout.view(like[weight])
-    n = view.shape[-1]
-    b = None if bias is None else like[bias][site.rows]
+    view = layout.view(like[0])
+    column = layout.column(like[1][site.rows]) if len(like) > 1 else None
 
-    def apply(W: Tensor, column: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        v = [torch.zeros_like(t) for t in like]
-        v[weight] = layout.back(W, like[weight])
-        if bias is not None and column is not None:
-            v[bias][site.rows] = layout.back(column, b).reshape(-1)  # type: ignore[arg-type]
+    def apply(W: Tensor, b: Tensor | None) -> Tensor:
+        """P on rows [b; w], (groups, rows, n + 1)."""
+        v = [layout.back(W, like[0])]
+        if b is not None:
+            v.append(torch.zeros_like(like[1]))
+            v[1][site.rows] = layout.back(b, like[1][site.rows])
         out = P.mv(tuple(v))
-        return layout.view(out[weight]), None if bias is None else layout.column(out[bias][site.rows])
+        W = layout.view(out[0])
+        return W if b is None else torch.cat([layout.column(out[1][site.rows]), W], dim=-1)
 
-    ones = None if b is None else torch.ones_like(layout.column(b))
-    rows = torch.linspace(0, view.shape[1] - 1, min(_NEURONS, view.shape[1])).round().long()
+    zero, none = torch.zeros_like(view), None if column is None else torch.zeros_like(column)
+    groups, n = view.shape[0], view.shape[-1]
+    alive = view.abs().sum(-1) > 0
+    # Neurons without a gradient come last, and are only taken where there are no others.
+    rows = torch.stack([_spread(alive[k]) for k in range(groups)])
+    at = torch.arange(groups)[:, None], rows
     if P.diagonal:
-        W, column = apply(torch.ones_like(view), ones)
-        d = W if column is None else torch.cat([column, W], dim=-1)
-        return lambda k: [torch.diag(d[k, r]).double().cpu() for r in rows]
-    if n * sum(t.numel() for t in like) > _WORK or not _by_neuron(apply, view, ones):
+        d = apply(torch.ones_like(view), None if none is None else torch.ones_like(none))[at]
+        return lambda k: [torch.diag(row).double().cpu() for row in d[k]]
+    if n * view.numel() > _WORK or not _by_neuron(apply, zero, none):
         return None
-    columns = []
-    if ones is not None:
-        columns.append(apply(torch.zeros_like(view), ones))
+    columns = [] if none is None else [apply(zero, torch.ones_like(none))[at]]
     for j in range(n):
-        unit = torch.zeros_like(view)
+        unit = zero.clone()
         unit[..., j] = 1
-        columns.append(apply(unit, None if ones is None else torch.zeros_like(ones)))
-    stacked = torch.stack([W[:, rows] if c is None else torch.cat([c[:, rows], W[:, rows]], -1) for W, c in columns], dim=-1)
-    return lambda k: [stacked[k, i].double().cpu() for i in range(len(rows))]
+        columns.append(apply(unit, none)[at])
+    stacked = torch.stack(columns, dim=-1)
+    return lambda k: [matrix.double().cpu() for matrix in stacked[k]]
 
 
-def _by_neuron(apply: Callable[..., tuple[Tensor, Tensor | None]], view: Tensor, ones: Tensor | None) -> bool:
+def _spread(alive: Tensor) -> Tensor:
+    """Positions of a few neurons at equal distances."""
+    found = alive.nonzero()[:, 0] if alive.any() else torch.arange(len(alive))
+    return found[torch.linspace(0, len(found) - 1, min(_NEURONS, len(alive))).round().long()]
+
+
+def _by_neuron(apply: Callable[[Tensor, Tensor | None], Tensor], zero: Tensor, none: Tensor | None) -> bool:
     """Whether P keeps a vector that is zero outside one neuron so."""
-    W = torch.zeros_like(view)
-    W[0, 0] = torch.linspace(1, 2, view.shape[-1])
-    column = None
-    if ones is not None:
-        column = torch.zeros_like(ones)
-        column[0, 0] = 1
-    out, c = apply(W, column)
+    W, b = zero.clone(), None if none is None else none.clone()
+    W[0, 0] = torch.linspace(1, 2, zero.shape[-1])
+    if b is not None:
+        b[0, 0] = 1
+    out = apply(W, b)
     out[0, 0] = 0
-    if c is not None:
-        c[0, 0] = 0
-    return not out.any() and (c is None or not c.any())
+    return not out.any()
 
 
 def restricted(P: LinearMap, index: Sequence[int]) -> LinearMap:

@@ -25,7 +25,9 @@ from precond.diagnostics.conditioning import Spectra, neurons_of, restricted, sp
 from precond.diagnostics.findings import Drivers, Units, drivers, units
 from precond.diagnostics.gathering import Gathered, gather
 from precond.diagnostics.preconditioner import preconditioner_of, step_size
+from precond.diagnostics.stability import stable_factor
 from precond.maps import LinearMap
+from precond.vec import Vec
 
 Matrix = Literal["none", "hessian", "gauss_newton"]
 _MATRICES = {"hessian": hessian, "gauss_newton": gauss_newton}
@@ -62,7 +64,7 @@ class Layer:
         drivers: what drives κ.
         units: inputs that carry little.
         kappa_biased: κ of standardized inputs, had a layer without bias one; NaN otherwise.
-        correlation: of (at most 48) inputs.
+        correlation: of (at most 48) inputs that vary.
         curvature: of its block of H or G, where it was asked for.
     """
 
@@ -116,6 +118,7 @@ class Diagnosis:
         optimizer: its class, or None.
         lr: its largest learning rate.
         lam_max: λ_max of PᵀHP (or PᵀGP), where curvature was asked for.
+        lr_limit: the largest stable learning rate, 2/λ_max times what momentum makes of it; None with ``lam_max``.
         matrix: of which.
     """
 
@@ -126,6 +129,7 @@ class Diagnosis:
     optimizer: str | None = None
     lr: float | None = None
     lam_max: float | None = None
+    lr_limit: float | None = None
     matrix: Matrix = "none"
 
     @property
@@ -136,7 +140,7 @@ class Diagnosis:
 
     def as_dict(self) -> dict[str, Any]:
         """All numbers, for JSON."""
-        plain = {name: getattr(self, name) for name in ("loss", "optimizer", "lr", "lam_max", "matrix")}
+        plain = {name: getattr(self, name) for name in ("loss", "optimizer", "lr", "lam_max", "lr_limit", "matrix")}
         advice = [{**vars(a), "layers": list(a.layers)} for a in self.advice]
         return {**plain, "layers": [layer.as_dict() for layer in self.layers], "advice": advice, "notes": list(self.notes)}
 
@@ -155,11 +159,8 @@ class Diagnosis:
             blocks = [["layer", f"κ₊ of its block of the {what}", "in z"]]
             blocks += [[layer.name, *block_texts(layer)] for layer in self.layers]
             lines += ["", *_table(blocks)]
-        if self.lam_max is not None and self.lr is not None:
-            lines += [
-                "",
-                f"λ_max of PᵀHP {number(self.lam_max)}, learning rate {number(self.lr)}, 2/λ_max {number(2 / self.lam_max)}",
-            ]
+        if self.lr is not None and self.lr_limit is not None:
+            lines += ["", f"Learning rate {number(self.lr)}; steps become unstable above {number(self.lr_limit)}"]
         lines += [
             "",
             "What to do, with the predicted gain in steps of the layer that gains most"
@@ -228,24 +229,27 @@ def diagnose(
             P = preconditioner_of(optimizer, objective)
         except RuntimeError as error:
             notes.append(f"the optimizer's P is left out: {error}")
-    layers = [_layer(objective, seen, P, curvature, notes) for seen in gathered]
-    lam_max = None
+    g = objective.gradient()
+    layers = [_layer(objective, seen, P, g, curvature, notes) for seen in gathered]
+    lam_max = limit = None
     if curvature != "none":
         A = _MATRICES[curvature](objective)
         lam_max = float(eigenvalues(A if P is None else P.T @ A @ P, 1).values[0])
+        if optimizer is not None and lam_max > 0:
+            limit = 2 * stable_factor(optimizer) / lam_max
     found = Diagnosis(
         tuple(layers), (), tuple(notes), objective.value(), None if optimizer is None else type(optimizer).__name__,
-        None if optimizer is None else step_size(optimizer, objective), lam_max, curvature,
+        None if optimizer is None else step_size(optimizer, objective), lam_max, limit, curvature,
     )  # fmt: skip
     return replace(found, advice=advise(found, optimizer))
 
 
-def _layer(objective: Objective, seen: Gathered, P: LinearMap | None, curvature: Matrix, notes: list[str]) -> Layer:
+def _layer(objective: Objective, seen: Gathered, P: LinearMap | None, g: Vec, curvature: Matrix, notes: list[str]) -> Layer:
     place = {id(p): i for i, p in enumerate(objective.params)}
     bias = place[id(seen.site.bias)] if seen.biased else None
     index = [place[id(seen.site.weight)], *([] if bias is None else [bias])]
     own = None if P is None else restricted(P, index)
-    neurons = None if own is None else neurons_of(own, seen, 0, None if bias is None else 1)
+    neurons = None if own is None else neurons_of(own, seen, tuple(g[i] for i in index))
     if own is not None and neurons is None:
         notes.append(f"the optimizer's P mixes neurons of {seen.name}, or is too large there: κ with it is left out")
     k, found = spectra(seen, neurons)
@@ -254,13 +258,21 @@ def _layer(objective: Objective, seen: Gathered, P: LinearMap | None, curvature:
         part = copy.copy(objective)
         part.names, part.params = tuple(objective.names[i] for i in index), tuple(objective.params[i] for i in index)
         block = _curvature(part, own, curvature)
-    R = seen.R[k][1:, 1:] if seen.biased else seen.R[k][:, 1:]
-    R = R[:, torch.linspace(0, R.shape[1] - 1, min(_HEAT, R.shape[1])).round().long()]
-    R = R / torch.linalg.vector_norm(R, dim=0).clamp_min(torch.finfo(R.dtype).tiny)
     return Layer(
         seen.name, tuple(seen.site.weight.shape), seen.source, seen.biased, seen.count, seen.used, found, drivers(seen, k, found),
-        units(seen), math.nan if seen.biased else with_bias(seen, k), R.T @ R, block,
+        units(seen), math.nan if seen.biased else with_bias(seen, k), _correlation(seen, k), block,
     )  # fmt: skip
+
+
+def _correlation(seen: Gathered, k: int) -> Tensor:
+    """Of (at most 48) inputs that vary."""
+    R = seen.R[k][1:, 1:]
+    lengths = torch.linalg.vector_norm(R, dim=0)
+    R = R[:, lengths > 0] / lengths[lengths > 0]
+    if not R.numel():
+        return R.new_zeros(0, 0)
+    R = R[:, torch.linspace(0, R.shape[1] - 1, min(_HEAT, R.shape[1])).round().long()]
+    return R.T @ R
 
 
 def _curvature(part: Objective, P: LinearMap | None, curvature: Matrix) -> Curvature:

@@ -19,6 +19,7 @@ from precond.diagnostics.live import Top, kappa_of_moments, largest
 from precond.diagnostics.preconditioner import preconditioner_of, step_size
 from precond.diagnostics.registry import registered
 from precond.diagnostics.sinks import Sink, as_sink
+from precond.diagnostics.stability import stable_factor
 from precond.hooks import remove
 from precond.inputs import Moments, Request, Site, Tap, Weight, pool, survey
 from precond.maps import LinearMap
@@ -37,8 +38,8 @@ class Monitor:
     - ``loss``, L(p); ``grad_norm``, ‖g‖, g = ∇L; ``grad_norm_z``, ‖Pᵀg‖ = √(gᵀMg); ``alignment``, gᵀMg/(‖g‖‖Mg‖), the cosine of
       gradient and preconditioned gradient;
     - ``lambda_max``, of PᵀHP, a lower bound from a few products that start where the last measurement ended, and
-      ``lambda_max_error``, its residual; ``lr``, ``lr_limit`` = 2/λ_max, where gradient descent without momentum becomes unstable, and
-      ``lr_ratio``, their quotient (heavy-ball momentum β moves the limit to 1 + β, an average of gradients to (1 + β)/(1 − β));
+      ``lambda_max_error``, its residual; ``lr``, ``lr_limit``, 2/λ_max times what momentum makes of it (:func:`stable_factor`), and
+      ``lr_ratio``, their quotient, above 1 where steps grow along the steepest direction;
     - ``update_ratio``, |Δp|/|p| of the step;
     - ``inputs/<layer>``, κ of the mean of ĥĥᵀ with covariances dropped: what means and scales do to the layer.
 
@@ -236,7 +237,7 @@ class Monitor:
         if P is not None:
             top: Top | None = self._guarded("λ_max", partial(self._top, P))
             if top is not None:
-                limit = 2 / top.value if top.value > 0 else math.inf
+                limit = 2 * stable_factor(self._optimizer) / top.value if top.value > 0 else math.inf
                 metrics |= {
                     "lambda_max": top.value,
                     "lambda_max_error": top.residual,

@@ -1,0 +1,88 @@
+"""What a monitor costs: training with one at its default, against training without.
+
+python benchmarks/monitor.py
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from harness import table
+from torch import nn
+
+import precond
+from precond.curvature import Objective
+from precond.diagnostics import Monitor
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
+
+
+def convnet() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(1568, 10))
+
+
+OPTIMIZERS = {
+    "torch AdamW": lambda net: torch.optim.AdamW(net.parameters(), fused=True),
+    "precond adamw": precond.adamw,
+    "precond BNP∘Adam": lambda net: precond.adam(net, inputs=precond.BNP()),
+}
+
+
+class Training:
+    """Steps of one model on one batch, with a monitor on a batch of the same size or without."""
+
+    def __init__(self, build, optimizer, batch: int, watched: bool):
+        self.net = build()
+        self.optimizer = optimizer(self.net)
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(batch, 1, 28, 28, generator=generator)
+        self.y = torch.randint(0, 10, (batch,), generator=generator)
+        self.monitor = None
+        if watched:
+            objective = Objective(self.net, nn.functional.cross_entropy, [(self.x, self.y)])
+            self.monitor = Monitor(objective).attach(self.optimizer)
+
+    def run(self, steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            nn.functional.cross_entropy(self.net(self.x), self.y).backward()
+            self.optimizer.step()
+        return time.perf_counter() - start
+
+
+def main(batch: int = 128, rounds: int = 8) -> None:
+    torch.set_num_threads(2)
+    rows = [["model", "optimizer", "step ms", "measurement ms", "in steps", "one in", "training with / without"]]
+    for label, build, steps in (("MLP 784-300-100-10", mlp, 500), ("conv net", convnet, 120)):
+        for name, optimizer in OPTIMIZERS.items():
+            without, watched = Training(build, optimizer, batch, False), Training(build, optimizer, batch, True)
+            for training in (without, watched):
+                training.run(steps // 4)
+            seconds = {True: 0.0, False: 0.0}
+            counts = []
+            watched.monitor.sinks.append(lambda metrics, step, counts=counts: counts.append(step))
+            ratios = []
+            for _ in range(rounds):
+                a, b = without.run(steps), watched.run(steps)
+                seconds[False] += a
+                seconds[True] += b
+                ratios.append(b / a)
+            per_step = seconds[False] / rounds / steps
+            cost = watched.monitor.state_dict()["cost"]
+            rows.append(
+                [label, name, f"{1e3 * per_step:.2f}", f"{1e3 * cost:.1f}", f"{cost / per_step:.1f}",
+                 f"{rounds * steps / max(len(counts), 1):.0f}", f"{statistics.median(ratios):.3f}"]
+            )  # fmt: skip
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

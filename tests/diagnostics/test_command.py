@@ -1,0 +1,151 @@
+"""``precond diagnose`` and its page."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from torch import nn
+
+from precond.cli.main import main
+from precond.curvature import Objective
+from precond.diagnostics import diagnose
+from precond.report.diagnosis import render_diagnosis
+
+FACTORIES = """
+import torch
+from torch import nn
+from precond.curvature import Objective
+
+def parts():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    x = torch.randn(50, 4) * torch.tensor([1e-3, 1.0, 10.0, 1e3])
+    return model, nn.functional.cross_entropy, [(x, torch.randint(0, 2, (50,)))]
+
+def objective():
+    return Objective(*parts())
+
+def with_optimizer():
+    found = objective()
+    return found, torch.optim.Adam(found.model.parameters(), lr=1e-3)
+
+def nothing():
+    return None
+
+def three():
+    return 1, 2, 3
+
+def fails():
+    raise KeyError("column")
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "factories_to_diagnose.py").write_text(FACTORIES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    sys.modules.pop("factories_to_diagnose", None)
+
+
+class Page(HTMLParser):
+    """Collects what a page would load, and whether its elements are closed."""
+
+    VOID = frozenset({"meta", "link", "br", "img"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.loads, self.ids = [], [], []
+        self.feed(text)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href") and not value.startswith(("#", "data:")):
+                self.loads.append(value)
+            if name == "id":
+                self.ids.append(value)
+
+    def handle_endtag(self, tag):
+        assert tag in self.VOID or self.open.pop() == tag
+
+
+def run(capsys, *argv):
+    code = main(["diagnose", *argv])
+    found = capsys.readouterr()
+    return code, found.out, found.err
+
+
+@pytest.mark.parametrize("target", ["factories_to_diagnose:parts", "factories_to_diagnose:objective", "wine"])
+def test_table_page_and_numbers(target, folder, capsys):
+    code, out, _ = run(capsys, target, "--out", "found", "--widths", "8")
+    assert code == 0
+    assert "Standardize the data" in out and "diagnosis.html" in out
+    numbers = json.loads((folder / "found" / "diagnosis.json").read_text())
+    assert numbers["layers"][0]["drivers"]["spread"] > 100
+    page = Page((folder / "found" / "diagnosis.html").read_text())
+    assert page.open == [] and page.loads == []
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_an_optimizer_its_steps_and_curvature(folder, capsys):
+    code, out, _ = run(capsys, "factories_to_diagnose:with_optimizer", "--steps", "3", "--curvature", "gauss_newton")
+    assert code == 0 and "its P" in out and "unstable above" in out
+    assert (folder / "runs" / "diagnose-factories_to_diagnose-with_optimizer" / "diagnosis.html").exists()
+    code, out, _ = run(capsys, "factories_to_diagnose:with_optimizer")
+    assert code == 0 and "its P" not in out and "take a step" in out
+    code, out, _ = run(capsys, "wine", "--recipe", "adam(inputs=BNP())", "--steps", "4", "--model", "linear")
+    assert code == 0 and "its P" in out
+
+
+def test_the_same_every_time(folder, capsys):
+    assert len({run(capsys, "wine", "--recipe", "adam", "--steps", "5")[1] for _ in range(2)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere:f"], r"cannot import 'nowhere'.*PYTHONPATH"),
+        (["factories_to_diagnose:objectiv"], r"has no 'objectiv'; did you mean 'objective'"),
+        (["factories_to_diagnose:nothing"], r"must return an Objective, .* it returned a NoneType"),
+        (["factories_to_diagnose:three"], r"it returned a tuple of \(int, int, int\)"),
+        (["factories_to_diagnose:fails"], r"factories_to_diagnose:fails\(\) failed: KeyError"),
+        (["factories_to_diagnose:with_optimizer", "--recipe", "adam"], "leave --recipe out"),
+        (["wines"], r"unknown data 'wines'; did you mean 'wine'"),
+        (["wine", "--steps", "3"], "--steps needs an optimizer; give --recipe"),
+        (["wine", "--lr", "3"], "--lr belongs to a recipe"),
+        (["wine", "--recipe", "adam,sgd"], "--recipe takes one recipe, got 2"),
+        (["wine", "--recipe", "adan"], r"unknown recipe 'adan'; did you mean"),
+        (["wine", "--recipe", "sgd", "--lr", "1e30", "--steps", "9"], "training diverged at step .*"),
+        (["wine", "--samples", "0"], "samples must be > 0"),
+    ],
+)
+def test_what_a_user_can_put_right(argv, message, capsys):
+    code, _, err = run(capsys, *argv)
+    assert code == 2 and re.search(message, err), err
+
+
+def test_text_is_escaped():
+    model = nn.Sequential()
+    model.add_module("<b>", nn.Linear(3, 2))
+    objective = Objective(model, nn.functional.mse_loss, [(torch.randn(20, 3) + 90, torch.randn(20, 2))])
+    text = render_diagnosis(diagnose(objective), "<i>", {"<u>": "&"})
+    assert "<b>" not in text and "<i>" not in text and "<u>" not in text and "&lt;b&gt;" in text
+
+
+def test_nothing_to_show_is_a_page_too():
+    model = nn.LSTM(3, 2, batch_first=True)
+    objective = Objective(model, lambda out, y: out[0].square().mean(), [(torch.randn(5, 4, 3), torch.zeros(5))])
+    text = render_diagnosis(diagnose(objective), "LSTM", {})
+    assert "Nothing stands out" in text and "is a LSTM" in text
