@@ -21,7 +21,7 @@ from precond.report import load_results
 # Dropout, batch statistics, a second gradient per step, a search and two seeds: everything that a resumption must bring back.
 ARGS = [
     "compare", "digits", "--recipes", "adam,adamw+SAM(0.01,space='z')", "--widths", "16", "--normalization", "batch",
-    "--dropout", "0.2", "--steps", "120", "--evaluations", "4", "--grid", "1e-3,1e-2,2", "--seeds", "0,1",
+    "--dropout", "0.2", "--steps", "120", "--evaluations", "4", "--lr-range", "1e-3,1e-2", "--trials", "2", "--seeds", "0,1",
     "--checkpoint-seconds", "0.02",
 ]  # fmt: skip
 _COMMAND = "import sys; from precond.cli.main import main; sys.exit(main(sys.argv[1:]))"
@@ -36,7 +36,7 @@ def start(out: Path) -> subprocess.Popen[str]:
 def under_way(out: Path, process: subprocess.Popen[str]) -> None:
     """Wait until the first checkpoint is there, and then a random time."""
     deadline = time.monotonic() + 60
-    while not list(out.glob("trainings/*.pt")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(out.glob("trainings/*/*.pt")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     time.sleep(random.uniform(0, 0.5))
 
@@ -46,7 +46,7 @@ def numbers(out: Path) -> Any:
 
     def stripped(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: stripped(v) for k, v in value.items() if k not in ("seconds", "created", "command")}
+            return {k: stripped(v) for k, v in value.items() if k not in ("seconds", "cpu_seconds", "created", "command")}
         return [stripped(item) for item in value] if isinstance(value, list) else value
 
     return stripped(json.loads((out / "results.json").read_text()))
@@ -62,11 +62,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_results_page_and_readable_text(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = load_results(whole / "results.json")
+    loaded = load_results(whole / "results.json")
+    (found,) = loaded.tasks
     assert [len(e.search) for e in found.entries] == [2, 2]
     assert [len(e.runs) for e in found.entries] == [2, 2]
-    assert not list(whole.glob("trainings/*.pt"))
-    assert found.settings["threads"] == 1
+    assert not list(whole.glob("trainings/*/*.pt"))
+    assert (loaded.settings["threads"], loaded.clock) == (1, "cpu_seconds")
     page = (whole / "report.html").read_text()
     assert "adamw + SAM(0.01, space=&#39;z&#39;)" in page
     # The same command again trains nothing.
@@ -130,7 +131,7 @@ def test_other_settings_are_named_and_no_resume_starts_over(
     assert main([*args, "--batch-size", "32", "--no-resume"]) == 0
 
 
-@pytest.mark.parametrize("name", ["settings.json", "trainings/00-sgd-seed-0.json"])
+@pytest.mark.parametrize("name", ["settings.json", "trainings/wine/00-sgd-seed-0.json"])
 def test_damaged_files_are_named(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["compare", "wine", "--recipes", "sgd", "--lr", "1e-6", "--steps", "3", "--seeds", "0", "--out", str(tmp_path)]
     assert main(args) == 0
@@ -151,7 +152,7 @@ def test_divergence_is_reported_and_the_others_go_on(tmp_path: Path, capsys: pyt
     args = ["compare", "digits", "--recipes", "sgd(lr=1e30),adam", "--lr", "0.003", "--steps", "20", "--seeds", "0,1"]
     assert main([*args, "--out", str(tmp_path)]) == 0
     assert "sgd(lr=1e+30), seed 0: diverged at step" in capsys.readouterr().out
-    first, second = load_results(tmp_path / "results.json").entries
+    first, second = load_results(tmp_path / "results.json").tasks[0].entries
     assert [run.status for run in (*first.runs, *second.runs)] == ["diverged", "diverged", "finished", "finished"]
     assert "<strong>sgd(lr=1e+30) diverged</strong> with 2 of 2 seeds" in (tmp_path / "report.html").read_text()
 
@@ -162,8 +163,10 @@ def test_a_search_in_which_all_diverge(tmp_path: Path) -> None:
         "digits",
         "--recipes",
         "sgd",
-        "--grid",
-        "1e30,1e31,2",
+        "--lr-range",
+        "1e30,1e31",
+        "--trials",
+        "2",
         "--steps",
         "5",
         "--seeds",
@@ -172,7 +175,7 @@ def test_a_search_in_which_all_diverge(tmp_path: Path) -> None:
         str(tmp_path),
     ]
     assert main(args) == 0
-    assert load_results(tmp_path / "results.json").entries[0].lr == 1e30
+    assert load_results(tmp_path / "results.json").tasks[0].entries[0].lr == 1.778e30
 
 
 def test_train_saves_the_model(tmp_path: Path) -> None:
@@ -180,7 +183,7 @@ def test_train_saves_the_model(tmp_path: Path) -> None:
     assert main(args) == 0
     state = torch.load(tmp_path / "model.pt", weights_only=True)
     assert [v.shape for v in state.values()] == [(1, 10), (1,)]
-    found = load_results(tmp_path / "results.json")
+    (found,) = load_results(tmp_path / "results.json").tasks
     assert (found.metric, found.entries[0].lr, found.entries[0].lr_from) == ("R²", 0.01, "own")
 
 

@@ -67,8 +67,13 @@ def test_files_that_cannot_be_used(tmp_path: Path, text: str, words: str) -> Non
         (["compare", "--seeds", "1,1"], "seeds must be different"),
         (["compare", "--seeds", ""], "seeds must be different whole numbers >= 0, got none"),
         (["compare", "--lr", "-1"], "lr must be > 0"),
-        (["compare", "--grid", "1,2"], "grid: need lowest, highest"),
-        (["compare", "--grid", "1e-3,1e-4,3"], "grid: need 0 < lowest <= highest"),
+        (["compare", "--lr-range", "1,2,3"], "lr_range: need lowest and highest"),
+        (["compare", "--lr-range", "1e-3,1e-4"], "need 0 < lowest < highest"),
+        (["compare", "--trials", "0"], "trials must be at least 1"),
+        (["bench", "fashion-mnist", "--tasks", "nonsense"], "there are MLP, batch 128; conv net"),
+        (["bench", "fashion-mnist", "--seeds", "1,1"], "seeds must be different"),
+        (["bench", "fashion-mnist", "--scale", "0"], "scale must be > 0"),
+        (["bench", "fashion-mnist", "--data-dir", "/nonexistent"], "apt-get install dataset-fashion-mnist"),
         (["compare", "--epochs", "0"], "epochs must be > 0"),
         (["compare", "--steps", "5", "--warmup", "5"], "warmup must be shorter"),
         (["compare", "--device", "warp"], "device 'warp' does not work"),
@@ -108,7 +113,7 @@ def test_every_setting_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> Non
             main([name, "--help"])
         shown = capsys.readouterr().out
         for field in fields(cls):
-            assert field.name.replace("_", "-") in shown.lower() or field.name in ("data", "results")
+            assert field.name.replace("_", "-") in shown.lower() or field.name in ("data", "results", "target", "name")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

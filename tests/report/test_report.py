@@ -14,7 +14,7 @@ from precond.report import (
     Results,
     ResultsError,
     Target,
-    Trial,
+    TaskResults,
     default_target,
     load_results,
     render,
@@ -22,8 +22,8 @@ from precond.report import (
     table,
 )
 from precond.report.style import pen
-from precond.report.summary import Spread, work_to_target
-from precond.workloads import Curve, Outcome
+from precond.report.summary import Spread, profile, work_to_target
+from precond.workloads import Curve, Outcome, Trial
 
 
 def run(seed: int, losses: list[float], *, probes: int = 1, metric: float = 0.9) -> Outcome:
@@ -33,6 +33,7 @@ def run(seed: int, losses: list[float], *, probes: int = 1, metric: float = 0.9)
         steps,
         [probes * s for s in steps],
         [0.1 * i for i in range(n)],
+        [0.05 * i for i in range(n)],
         losses,
         [metric] * n,
         [2 * x for x in losses],
@@ -48,26 +49,29 @@ ENTRIES = (
         "searched",
         (run(0, [1.0, 0.5, 0.25]), run(1, [1.0, 0.6, 0.2]), DIVERGED),
         (Trial(0.01, 0.5), Trial(1.0, math.nan)),
+        (0.001, 3.0),
     ),
     Entry("adam + SAM(0.1, space='z')", "given", (run(0, [1.0, 0.2, 0.1], probes=2), run(1, [1.0, 0.3, 0.1], probes=2))),
     Entry("<b>&x</b>", "default", (DIVERGED,)),
 )
 
 
-def results(**changes: object) -> Results:
-    plain = Results(
+def task(**changes: object) -> TaskResults:
+    plain = TaskResults("digits", "accuracy", {"data": "digits <raw>"}, default_target(ENTRIES), ENTRIES)
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def results(*tasks: TaskResults, clock: str = "cpu_seconds") -> Results:
+    return Results(
         title="<script>alert(1)</script>",
         command="precond compare digits --recipes 'a & b'",
         created="2026-01-01 00:00",
-        metric="accuracy",
-        facts={"data": "digits <raw>"},
+        clock=clock,  # type: ignore[arg-type]
         settings={"epochs": 3.0, "widths": [64, 64], "target": None, "resume": True},
         versions={"python": "3", "torch": "2", "precond": "0"},
         machine={"processor": "x"},
-        target=default_target(ENTRIES),
-        entries=ENTRIES,
+        tasks=tasks or (task(),),
     )
-    return replace(plain, **changes)  # type: ignore[arg-type]
 
 
 class Loads(HTMLParser):
@@ -89,7 +93,7 @@ class Loads(HTMLParser):
 
 @pytest.mark.parametrize("metric", ["accuracy", "R²", None])
 def test_page_is_self_contained_and_escaped(metric: str | None) -> None:
-    page = render(results(metric=metric))
+    page = render(results(task(metric=metric)))
     seen = Loads(page)
     assert all(load.startswith(("#", "data:")) for load in seen.loads)
     assert not re.search(r"url\((?!#)|@import", page)
@@ -109,9 +113,11 @@ def test_page_is_self_contained_and_escaped(metric: str | None) -> None:
 
 
 def test_a_page_without_validation_test_or_probes() -> None:
-    bare = Outcome(0, 0.1, Curve([0, 5], [0, 5], [0.0, 1.0], [-1.0, -2.0], [math.nan] * 2))
+    bare = Outcome(0, 0.1, Curve([0, 5], [0, 5], [0.0, 1.0], [0.0, 1.0], [-1.0, -2.0], [math.nan] * 2))
     page = render(
-        results(metric=None, entries=(Entry("sgd", "given", (bare,)),), target=default_target([Entry("x", "given", (bare,))]))
+        results(
+            task(metric=None, entries=(Entry("sgd", "given", (bare,)),), target=default_target([Entry("x", "given", (bare,))]))
+        )
     )
     assert "Training loss" in page
     assert "Validation loss" not in page
@@ -120,25 +126,25 @@ def test_a_page_without_validation_test_or_probes() -> None:
 
 def test_a_page_of_divergence_only() -> None:
     nothing = Outcome(0, 0.1, Curve(), "diverged", 0)
-    page = render(results(entries=(Entry("sgd", "given", (nothing,)),), target=default_target([])))
-    assert "every entrant diverged" in page
+    page = render(results(task(entries=(Entry("sgd", "given", (nothing,)),), target=default_target([]))))
+    assert "no entrant finished" in page
 
 
 def test_numbers_survive(tmp_path: Path) -> None:
     before = results()
-    save_results(tmp_path / "results.json", before, [row.as_dict() for row in table(before)])
+    save_results(tmp_path / "results.json", before, [[row.as_dict() for row in table(one)] for one in before.tasks])
     text = (tmp_path / "results.json").read_text()
     assert "NaN" not in text
     after = load_results(tmp_path / "results.json")
     # NaN differs from itself.
     assert repr(asdict(after)) == repr(asdict(before))
-    assert len(json.loads(text)["table"]) == 3
+    assert len(json.loads(text)["tasks"][0]["table"]) == 3
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "there is no"), ("{", "is no JSON"), ("[]", "no results of layout"), ('{"schema": 99}', "no results of layout"),
-     ('{"schema": 1}', "lacks what results hold")],
+    [(None, "there is no"), ("{", "is no JSON"), ("[]", "no results of layout"), ('{"schema": 1}', "no results of layout"),
+     ('{"schema": 2}', "lacks what results hold")],
 )  # fmt: skip
 def test_files_that_hold_no_results(tmp_path: Path, content: str | None, words: str) -> None:
     path = tmp_path / "results.json"
@@ -156,11 +162,11 @@ def test_target_is_the_first_finished_entrants_and_work_is_the_first_evaluation_
 
 
 def test_table() -> None:
-    sgd, adam, none = table(results())
+    sgd, adam, none = table(task())
     assert (sgd.seeds, sgd.diverged, adam.diverged, none.train_loss) == (3, 1, 0, None)
-    assert sgd.train_loss == Spread(pytest.approx(0.225), pytest.approx(0.0353553, rel=1e-4))  # type: ignore[arg-type]
+    assert sgd.train_loss == Spread(0.225, 0.2, 0.25)
     assert adam.test_loss is not None
-    assert adam.test_loss.mean == pytest.approx(0.3)
+    assert adam.test_loss.median == pytest.approx(0.3)
     assert sgd.to_target["step"].reached == 1
     assert math.isnan(sgd.to_target["step"].median)
     assert adam.to_target["step"].median == 15
@@ -169,3 +175,41 @@ def test_table() -> None:
 
 def test_pens_repeat_only_after_thirty() -> None:
     assert len({(pen(i).color, str(pen(i).dashes)) for i in range(30)}) == 30
+
+
+def test_the_clock_is_said_and_used() -> None:
+    for clock, words, most in (
+        ("cpu_seconds", "CPU seconds of training", "0.10 s"),
+        ("seconds", ">seconds of training", "0.20 s"),
+    ):
+        page = render(results(clock=clock))
+        assert words in page
+        assert most in page
+
+
+def test_a_page_of_several_tasks() -> None:
+    failed = replace(DIVERGED, status="failed", diverged_at=None, error="ValueError: <no>")
+    other = task(
+        name="<other>", entries=(ENTRIES[1], Entry("sgd", "given", (failed,))), target=Target(0.25, "validation", "it")
+    )
+    page = render(results(task(), other))
+    seen = Loads(page)
+    assert len(seen.ids) == len(set(seen.ids))
+    assert seen.open.count("details") == 2
+    for words in ("Performance profiles", "&lt;other&gt;", "ValueError: &lt;no&gt;", "1 of 1 diverged"):
+        assert words in page
+
+
+def test_profile_is_the_ratio_to_the_least_work_of_each_task() -> None:
+    a, b = Entry("a", "given", (run(0, [1.0, 0.2, 0.1]),)), Entry("b", "given", (run(0, [1.0, 0.5, 0.1]),))
+    never = Entry("c", "given", (run(0, [1.0, 1.0, 1.0]),))
+    goal = Target(0.5, "validation", "")  # the validation loss is twice the training loss
+    one = task(entries=(a, b, never), target=goal)
+    unreached = task(entries=(never,), target=goal)
+    found = profile(results(one, task(entries=(b, a), target=Target(0.2, "validation", "")), unreached), "step")
+    assert found == {"a": [1.0, 1.0], "b": [1.0, 2.0], "c": [math.inf, math.inf]}
+
+
+def test_targets_of_a_named_reference() -> None:
+    assert default_target(ENTRIES, ENTRIES[1].label, 0.0).value == 0.2
+    assert default_target(ENTRIES, ENTRIES[2].label, 0.0).value == 0.45  # it did not finish: the first that did

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from precond.workloads import (
     CheckpointError,
     Interrupted,
     Outcome,
+    Peer,
     Plan,
     Workload,
     WriteError,
@@ -27,7 +29,6 @@ from precond.workloads import (
     train,
 )
 from precond.workloads.factory import Factory
-from precond.workloads.learning_rates import Grid
 
 PLAN = Plan(lr=0.003, steps=23, seed=3, decay="cosine", warmup=4, evaluations=5)
 
@@ -55,7 +56,7 @@ ENTRANTS = ["sgd(momentum=0.9)", "rmsprop", "adamw + SAM(0.01, space='z')", "sgd
 def numbers(outcome: Outcome) -> dict[str, Any]:
     """All but the seconds."""
     found = dataclasses.asdict(outcome)
-    del found["curve"]["seconds"]
+    del found["curve"]["seconds"], found["curve"]["cpu_seconds"]
     return found
 
 
@@ -145,8 +146,50 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
         train(WORKLOADS["digits"], parse_entrants("rmsprop")[0], PLAN, checkpoint=checkpoint)
 
 
-def test_grid() -> None:
-    assert Grid(1e-4, 1, 9).values()[::2] == (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-    for bad in ((0, 1, 3), (1, 0.1, 3), (0.1, 1, 1), (0.1, math.inf, 3)):
-        with pytest.raises(ValueError, match="grid: need"):
-            Grid(*bad)
+def test_an_optimizer_of_another_package_is_counted_by_its_closure_and_stopped_at_nan() -> None:
+    twice = Peer("lbfgs", lambda model, lr: torch.optim.LBFGS(model.parameters(), lr, max_iter=2, max_eval=2))
+    curve = train(WORKLOADS["digits"], twice, PLAN)[0].curve
+    assert curve.gradients[-1] == 2 * PLAN.steps
+    wild = Peer("sgd", lambda model, lr: torch.optim.SGD(model.parameters(), lr))
+    outcome, _ = train(WORKLOADS["digits"], wild, dataclasses.replace(PLAN, lr=1e30, warmup=0))
+    assert outcome.status == "diverged"
+    with pytest.raises(ValueError, match="has no learning rate of its own"):
+        train(WORKLOADS["digits"], wild, dataclasses.replace(PLAN, lr=None))
+
+
+def test_a_peer_and_the_recipe_of_the_same_name_go_the_same_way() -> None:
+    peer = Peer("sgd", lambda model, lr: torch.optim.SGD(model.parameters(), lr))
+    a, b = (train(WORKLOADS["digits"], one, dataclasses.replace(PLAN, lr=0.01))[0] for one in (peer, parse_entrants("sgd")[0]))
+    assert a.curve.train_loss == pytest.approx(b.curve.train_loss, rel=1e-5)
+    assert a.curve.gradients == b.curve.gradients
+
+
+def test_seconds_of_the_processor_leave_out_evaluation_and_sleep() -> None:
+    class Slow(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            time.sleep(0.02)
+            return super().step(closure)
+
+    slow = Peer("slow", lambda model, lr: Slow(model.parameters(), lr))
+    curve = train(WORKLOADS["digits"], slow, PLAN)[0].curve
+    assert curve.seconds[-1] >= 0.02 * PLAN.steps
+    assert 0 < curve.cpu_seconds[-1] < 0.02 * PLAN.steps
+    assert curve.cpu_seconds == sorted(curve.cpu_seconds)
+
+
+def test_without_test_the_test_part_is_not_read() -> None:
+    class Forbidden:
+        def __iter__(self) -> Any:
+            raise AssertionError("the test part was read")
+
+        def __len__(self) -> int:
+            return 1
+
+    def made() -> Any:
+        model, loss_fn, parts = loader()
+        return model, loss_fn, {**parts, "test": Forbidden()}
+
+    one = parse_entrants("sgd")[0]
+    assert train(Factory("mine:made", made), one, dataclasses.replace(PLAN, test=False))[0].test_loss is None
+    with pytest.raises(AssertionError, match="was read"):
+        train(Factory("mine:made", made), one, PLAN)

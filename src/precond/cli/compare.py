@@ -9,8 +9,8 @@ from typing import Annotated
 import tyro
 
 from precond.cli.errors import as_user_errors
-from precond.cli.launch import launch
 from precond.cli.settings import Integers, Lr, Settings
+from precond.cli.single import compare
 from precond.workloads import parse_entrants
 
 # The famous ones; one penalty in z and in p; Adam in the coordinates of standardized inputs; a second gradient per step.
@@ -46,4 +46,4 @@ class Compare(Settings):
         """The exit code."""
         with as_user_errors():
             entrants = parse_entrants(self.recipes)
-        return launch("compare", self, entrants, self.seeds, self.lr, argv)
+        return compare("compare", self, entrants, self.seeds, self.lr, argv)

@@ -18,8 +18,8 @@ class Folder:
     """One experiment on the disk.
 
     Args:
-        path: the folder: ``settings.json``, ``results.json``, ``report.html``, and under ``trainings/`` one file per training,
-            ``.json`` when it is done, ``.pt`` while it is under way.
+        path: the folder: ``settings.json``, ``results.json``, ``report.html``, and under ``trainings/`` a folder per task with one file per
+            training, ``.json`` when it is done, ``.pt`` while it is under way.
         checkpoint_seconds: the shortest time between two checkpoints.
     """
 
@@ -59,7 +59,7 @@ class Folder:
             raise UserError(f"{self.path} holds a run with other settings: {changes}; {remedy}")
 
     def _clear(self) -> None:
-        for pattern in ("trainings/*.json", "trainings/*.pt", "settings.json", "results.json", "report.html", "model.pt"):
+        for pattern in ("trainings/**/*.json", "trainings/**/*.pt", "settings.json", "results.json", "report.html", "model.pt"):
             for file in self.path.glob(pattern):
                 file.unlink()
 

@@ -1,16 +1,14 @@
-"""From settings to results: what ``compare`` and ``train`` share."""
+"""From tasks to results: what ``compare``, ``train`` and ``bench`` share."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,63 +17,78 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from precond.cli.errors import UserError, as_user_errors
-from precond.cli.experiment import Experiment
+from precond.cli.errors import UserError
 from precond.cli.folder import Folder
 from precond.cli.progress import Live
-from precond.cli.settings import RUNNING, Lr, Settings
 from precond.cli.stopping import stopping
-from precond.cli.tables import final_table
-from precond.report import Results, Target, default_target, save_page, save_results, table
+from precond.cli.study import Study
+from precond.cli.tables import final_tables
+from precond.report import Clock, Results, save_page, save_results, table
 from precond.report.environment import machine, versions
-from precond.report.results import to_json
-from precond.workloads import CheckpointError, Entrant, Interrupted, Plan, Problem, Workload, WriteError, load_workload
-from precond.workloads.randomness import isolated
+from precond.workloads import CheckpointError, Interrupted, Task, WriteError
 
 
-def launch(
-    command: str, settings: Settings, entrants: Sequence[Entrant], seeds: tuple[int, ...], lr: Lr, argv: Sequence[str]
-) -> int:
+@dataclass(frozen=True)
+class Where:
+    """Where a command works, and how.
+
+    Attributes:
+        out: the folder; None: one that is named by command and settings.
+        resume: go on in it.
+        checkpoint_seconds: shortest time between two checkpoints.
+        device: where to train.
+        model: save the last model.
+    """
+
+    out: Path | None
+    resume: bool
+    checkpoint_seconds: float
+    device: str = "cpu"
+    model: bool = False
+
+
+def launch(title: str, tasks: Sequence[Task], settings: dict[str, Any], where: Where, argv: Sequence[str]) -> int:
     """Train, show, and save; the exit code.
+
+    Args:
+        title: of the command, such as ``"compare digits"``.
+        tasks: in order.
+        settings: everything that the results depend on, as JSON's own types.
+        where: folder and device.
+        argv: the command's own arguments.
 
     Raises:
         UserError: for anything that the user can put right.
     """
-    with as_user_errors():
-        settings.check()
-        torch.set_num_threads(settings.threads)
-        identity = {"command": command, **to_json(asdict(settings)), **versions()}
-        identity = {name: value for name, value in identity.items() if name not in RUNNING}
-        experiment, problem = _experiment(settings, tuple(entrants), seeds, lr)
-    folder = Folder(settings.out or _default_folder(command, settings.data, identity), settings.checkpoint_seconds)
-    if command == "train":
-        experiment = replace(experiment, model_path=folder.path / "model.pt")
+    identity = {**settings, **versions()}
+    folder = Folder(where.out or _default_folder(title, identity), where.checkpoint_seconds)
+    study = Study(tasks, folder.path / "model.pt" if where.model else None)
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=160)
     line = shlex.join(["precond", *argv])
     try:
-        lock = folder.claim(identity, settings.resume)
-        with stopping() as stop, Live(console, experiment.amount(), stop, problem.metric) as live:
+        lock = folder.claim(identity, where.resume)
+        for words in study.budget():
+            console.print(Text(words), soft_wrap=True)
+        with stopping() as stop, Live(console, study.amount, stop) as live:
             try:
-                entries = experiment.run(folder, live)
+                found = study.run(folder, live)
             except Interrupted as interrupted:
                 return _interrupted(live, interrupted, folder, line, stop.signal or signal.SIGINT)
-        target = default_target(entries) if settings.target is None else _given(settings.target, problem)
+        # With one thread on the processor its own clock counts the work of this process alone.
+        clock: Clock = "cpu_seconds" if torch.get_num_threads() == 1 and where.device == "cpu" else "seconds"
         results = Results(
-            title=f"precond {command}: {settings.data}",
+            title=f"precond {title}",
             command=line,
             created=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-            metric=problem.metric,
-            facts=dict(experiment.workload.facts),
-            settings={name: value for name, value in identity.items() if name not in versions()},
+            clock=clock,
+            settings=settings,
             versions=versions(),
-            machine=machine(settings.device),
-            target=target,
-            entries=entries,
+            machine=machine(where.device),
+            tasks=found,
         )
-        rows = table(results)
-        save_results(folder.path / "results.json", results, [row.as_dict() for row in rows])
+        save_results(folder.path / "results.json", results, [[row.as_dict() for row in table(task)] for task in found])
         save_page(folder.path / "report.html", results)
     except (CheckpointError, WriteError) as error:
         raise UserError(str(error)) from error
@@ -84,65 +97,19 @@ def launch(
     if lock is not None:
         lock.close()
     if live.known:
-        console.print(f"{live.known} of {experiment.amount()} trainings were done before (--no-resume repeats them).")
-    console.print(final_table(results, rows))
-    saved = ["report.html", "results.json"] + (["model.pt"] if experiment.model_path else [])
+        console.print(f"{live.known} of {study.amount} trainings were done before (--no-resume repeats them).")
+    for drawn in final_tables(results):
+        console.print(drawn)
+    saved = ["report.html", "results.json"] + (["model.pt"] if where.model else [])
     console.print(Text(f"Saved in {folder.path}: {', '.join(saved)}"), soft_wrap=True)
-    return 0
+    # An entrant that failed is a result among others; where nothing else came out, the command failed.
+    return 1 if all(run.status == "failed" for task in found for entry in task.entries for run in entry.runs) else 0
 
 
-def _experiment(
-    settings: Settings, entrants: tuple[Entrant, ...], seeds: tuple[int, ...], lr: Lr
-) -> tuple[Experiment, Problem]:
-    """Everything that can be checked before training starts is."""
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ValueError(f"seeds must be different whole numbers >= 0, got {','.join(map(str, seeds)) or 'none'}")
-    if isinstance(lr, float) and not 0 < lr < math.inf:
-        raise ValueError(f"lr must be > 0, got {lr:g}")
-    workload = _workload(settings)
-    with isolated(seeds[0]):
-        problem = workload.problem()
-        for entrant in entrants:
-            with as_user_errors(f"{entrant.label}: "):
-                entrant.optimizer(problem.model, entrant.lr)
-    steps = settings.steps or max(1, round(settings.epochs * len(problem.parts["train"])))
-    if settings.warmup >= steps:
-        raise ValueError(f"warmup must be shorter than the training of {steps} steps, got {settings.warmup}")
-    plan = Plan(None, steps, seeds[0], settings.schedule, settings.warmup, settings.evaluations)
-    experiment = Experiment(workload, entrants, plan, seeds, lr, settings.candidates(), settings.search_seed)
-    searched = [entrant.label for entrant in entrants if experiment.lr_from(entrant) == "searched"]
-    if searched and "validation" not in problem.parts:
-        raise ValueError(f"a search of the learning rate needs validation data, and {settings.data} has none; give --lr")
-    return experiment, problem
-
-
-def _workload(settings: Settings) -> Workload:
-    try:
-        torch.zeros((), device=settings.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {settings.device!r} does not work: {str(error).splitlines()[0]}; use --device cpu") from error
-    if ":" in settings.data:
-        # A console script does not look in the current folder by itself.
-        sys.path.insert(0, os.getcwd())
-    return load_workload(
-        settings.data,
-        settings.architecture(),
-        batch_size=settings.batch_size,
-        device=settings.device,
-        folder=settings.data_dir,
-        examples=settings.examples,
-        seed=settings.split_seed,
-    )
-
-
-def _default_folder(command: str, data: str, identity: dict[str, Any]) -> Path:
+def _default_folder(title: str, identity: dict[str, Any]) -> Path:
     """Other settings, other folder: the same command finds its own work again."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
-    return Path("runs") / f"{command}-{data.replace(':', '-')}-{digest}"
-
-
-def _given(value: float, problem: Problem) -> Target:
-    return Target(value, "validation" if "validation" in problem.parts else "train", "given with --target")
+    return Path("runs") / f"{title.replace(' ', '-').replace(':', '-')}-{digest}"
 
 
 def _interrupted(live: Live, interrupted: Interrupted, folder: Folder, line: str, number: int) -> int:

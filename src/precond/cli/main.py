@@ -8,6 +8,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from precond.cli.bench import Bench
 from precond.cli.compare import Compare
 from precond.cli.config import config_path, from_toml
 from precond.cli.diagnose import Diagnose
@@ -18,7 +19,14 @@ from precond.cli.train import Train
 from precond.report.environment import versions
 
 # A new command is one file with a dataclass that has ``run(argv) -> int``, and one row here.
-COMMANDS: dict[str, type[Any]] = {"train": Train, "compare": Compare, "diagnose": Diagnose, "report": Report}
+COMMANDS: dict[str, type[Any]] = {
+    "train": Train,
+    "compare": Compare,
+    "bench": Bench,
+    "diagnose": Diagnose,
+    "verify": Verify,
+    "report": Report,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -9,10 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from precond.cli.experiment import Job
 from precond.cli.stopping import Stop
-from precond.report import Trial, numbers
-from precond.workloads import Entrant, Outcome
+from precond.cli.study import Job
+from precond.report import numbers
+from precond.workloads import Entrant, Outcome, Trial
 
 _REFRESH = 0.1
 
@@ -26,11 +27,10 @@ class Live:
         console: where to.
         amount: number of trainings.
         stop: asked after each step.
-        metric: name of the metric, or None.
     """
 
-    def __init__(self, console: Console, amount: int, stop: Stop, metric: str | None) -> None:
-        self._console, self._amount, self._stop, self._metric = console, amount, stop, metric
+    def __init__(self, console: Console, amount: int, stop: Stop) -> None:
+        self._console, self._amount, self._stop = console, amount, stop
         self.done = self.known = 0
         self._searched = False
         self.current: Job | None = None
@@ -79,24 +79,28 @@ class Live:
         if job.is_trial:
             self._searched = True
         else:
-            self._say(f"{job.title}: {self._result(outcome)}")
+            self._say(f"{job.title}: {self._result(job, outcome)}")
 
-    def chosen(self, entrant: Entrant, trials: tuple[Trial, ...], lr: float) -> None:
-        if self._searched:
-            self._say(f"{entrant.label}: lr {lr:g} is best of {len(trials)} trials on the validation part")
+    def chosen(self, title: str, entrant: Entrant, trials: tuple[Trial, ...], lr: float) -> None:
+        if self._searched and not any(math.isfinite(trial.loss) for trial in trials):
+            self._say(f"{title}{entrant.label}: none of {len(trials)} trials finished")
+        elif self._searched:
+            self._say(f"{title}{entrant.label}: lr {lr:g} is best of {len(trials)} trials on the validation part")
         self._searched = False
 
     def _say(self, line: str) -> None:
         width = len(str(self._amount))
         self._console.print(Text(f"[{self.done:{width}d}/{self._amount}] {line}"), soft_wrap=True)
 
-    def _result(self, outcome: Outcome) -> str:
+    def _result(self, job: Job, outcome: Outcome) -> str:
         curve = outcome.curve
+        if outcome.status == "failed":
+            return f"failed: {outcome.error}"
         if outcome.status == "diverged":
             return f"diverged at step {outcome.diverged_at} (lr {outcome.lr:g})"
         parts = [f"training loss {numbers.short(curve.train_loss[-1])}"]
         if curve.validation_loss:
             parts.append(f"validation loss {numbers.short(curve.validation_loss[-1])}")
-        if outcome.test_metric is not None and self._metric:
-            parts.append(f"test {self._metric} {numbers.metric(outcome.test_metric, self._metric)}")
+        if outcome.test_metric is not None and job.metric:
+            parts.append(f"test {job.metric} {numbers.metric(outcome.test_metric, job.metric)}")
         return ", ".join([*parts, numbers.seconds(curve.seconds[-1])])

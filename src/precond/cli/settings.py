@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from precond.workloads.learning_rates import Decay, Grid
+from precond.workloads.learning_rates import Decay
 from precond.workloads.models import Activation, Architecture, Kind, Normalization
+from precond.workloads.search import LogUniform, Search
 
 
 def _listed(metavar: str, convert: Callable[[str], Any], kind: type) -> Any:
@@ -25,6 +26,7 @@ def _listed(metavar: str, convert: Callable[[str], Any], kind: type) -> Any:
 
 
 Integers = Annotated[tuple[int, ...], _listed("INT,INT,…", int, int)]
+Texts = Annotated[tuple[str, ...], _listed("A,B,…", str, str)]
 Numbers = Annotated[tuple[float, ...], _listed("FLOAT,FLOAT,…", float, float)]
 Lr = float | Literal["search", "default"]
 
@@ -46,8 +48,9 @@ class Settings:
         batch_size: Largest batch of the data sets (a factory makes its own batches).
         schedule: Learning rate after its warm-up.
         warmup: Steps over which the learning rate rises from 0.
-        grid: Log-uniform grid of the search of the learning rate: lowest, highest, number of points. The same for every
-            entrant; each point is trained in full with a seed of its own, and the lowest final validation loss wins.
+        lr_range: Log-uniform range of the search of the learning rate: lowest, highest.
+        trials: Learning rates that every entrant tries; each is trained in full with a seed of its own, and the lowest final
+            validation loss wins.
         search_seed: Seed of the search.
         examples: Train on a stratified sample of so many examples.
         data_dir: Folder of the IDX files of fashion-mnist; where Debian's package puts them if not given.
@@ -76,7 +79,8 @@ class Settings:
     batch_size: int = 64
     schedule: Decay = "cosine"
     warmup: int = 0
-    grid: Numbers = (1e-4, 10.0, 11)
+    lr_range: Numbers = (1e-4, 10.0)
+    trials: int = 11
     search_seed: int = 1000
 
     examples: int | None = None
@@ -96,17 +100,23 @@ class Settings:
         """The model of a data set."""
         return Architecture(self.model, self.widths, self.normalization, self.activation, self.dropout)
 
-    def candidates(self) -> tuple[float, ...]:
+    def space(self) -> LogUniform:
         """Learning rates of a search.
 
         Raises:
-            ValueError: for a grid that is none.
+            ValueError: for a range that is none.
         """
-        if len(self.grid) != 3 or self.grid[2] != int(self.grid[2]):
-            raise ValueError(
-                f"grid: need lowest, highest and number of points, such as 1e-4,10,11; got {','.join(map(str, self.grid))}"
-            )
-        return Grid(self.grid[0], self.grid[1], int(self.grid[2])).values()
+        if len(self.lr_range) != 2:
+            raise ValueError(f"lr_range: need lowest and highest, such as 1e-4,10; got {','.join(map(str, self.lr_range))}")
+        return LogUniform(*self.lr_range)
+
+    def search(self) -> Search:
+        """Its budget.
+
+        Raises:
+            ValueError: for fewer than one trial.
+        """
+        return Search(self.trials, self.search_seed)
 
     def check(self) -> None:
         """Raise ValueError for numbers that cannot work."""

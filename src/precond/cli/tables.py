@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.table import Table
 from rich.text import Text
 
-from precond.report import Results, Row, numbers
+from precond.report import Clock, Results, TaskResults, numbers, table
 
 
-def final_table(results: Results, rows: list[Row]) -> Table:
-    """Entrants, their losses after the last step, and the work to the target (medians over seeds)."""
+def final_tables(results: Results) -> Iterator[Table]:
+    """Of each task: entrants, their losses after the last step, and the work to the target (medians over seeds)."""
+    for task in results.tasks:
+        title = f"{results.title}: {task.name}" if len(results.tasks) > 1 else results.title
+        yield _final_table(title, task, results.clock)
+
+
+def _final_table(title: str, results: TaskResults, clock: Clock) -> Table:
     metric = results.metric
     goal = f"{results.target.part} loss {numbers.short(results.target.value)}"
-    drawn = Table(title=f"{results.title}: final losses; steps, gradients and time to {goal}", title_justify="left")
+    drawn = Table(title=f"{title}: final losses; steps, gradients and time to {goal}", title_justify="left")
     drawn.add_column("entrant", overflow="fold")
     headings = ["lr", "training", *(["validation"] if results.held_out else []), "test"]
-    for heading in (*headings, *([f"test {metric}"] if metric else []), "steps", "gradients", "time"):
+    for heading in (
+        *headings,
+        *([f"test {metric}"] if metric else []),
+        "steps",
+        "gradients",
+        "CPU time" if clock == "cpu_seconds" else "time",
+    ):
         drawn.add_column(heading, justify="right")
-    for row in rows:
+    for row in table(results):
         cells = [numbers.short(row.lr), numbers.loss_spread(row.train_loss)]
         if results.held_out:
             cells.append(numbers.loss_spread(row.validation_loss))
@@ -28,8 +42,9 @@ def final_table(results: Results, rows: list[Row]) -> Table:
         cells += [
             numbers.short(reach["step"].median),
             numbers.short(reach["gradients"].median),
-            numbers.seconds(reach["seconds"].median),
+            numbers.seconds(reach[clock].median),
         ]
         label = row.label + (f" ({row.diverged} of {row.seeds} diverged)" if row.diverged else "")
+        label += f" (failed: {row.error})" if row.error else ""
         drawn.add_row(Text(label), *map(Text, cells))
     return drawn

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from precond.cli.errors import UserError, as_user_errors
-from precond.cli.launch import launch
 from precond.cli.settings import Lr, Settings
+from precond.cli.single import compare
 from precond.workloads import parse_entrants
 
 
@@ -33,4 +33,4 @@ class Train(Settings):
             entrants = parse_entrants(self.recipe)
         if len(entrants) > 1:
             raise UserError(f"train takes one recipe, got {len(entrants)}; precond compare takes several")
-        return launch("train", self, entrants, (self.seed,), self.lr, argv)
+        return compare("train", self, entrants, (self.seed,), self.lr, argv)

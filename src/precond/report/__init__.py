@@ -3,11 +3,12 @@
 from precond.report import numbers
 from precond.report.page import render, save_page
 from precond.report.results import (
+    Clock,
     Entry,
     Results,
     ResultsError,
     Target,
-    Trial,
+    TaskResults,
     load_results,
     outcome_from_json,
     outcome_to_json,
@@ -16,12 +17,13 @@ from precond.report.results import (
 from precond.report.summary import Row, default_target, table
 
 __all__ = [
+    "Clock",
     "Entry",
     "Results",
     "ResultsError",
     "Row",
     "Target",
-    "Trial",
+    "TaskResults",
     "default_target",
     "load_results",
     "numbers",

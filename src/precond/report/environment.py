@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -11,12 +12,15 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """Of Python, torch and precond."""
+    """Of Python, torch, precond, and what searches learning rates."""
     try:
         own = version("precond")
     except PackageNotFoundError:
         own = "not installed"
-    return {"python": platform.python_version(), "torch": torch.__version__, "precond": own}
+    found = {"python": platform.python_version(), "torch": torch.__version__, "precond": own}
+    with suppress(PackageNotFoundError):
+        found["optuna"] = version("optuna")
+    return found
 
 
 def machine(device: str) -> dict[str, str]:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from precond.report.results import Entry, Results
-from precond.report.style import log_axis, pen, svg, thousands
-from precond.report.summary import Work
+from precond.report.results import Entry, Results, TaskResults
+from precond.report.style import Pen, log_axis, svg, thousands
+from precond.report.summary import Work, profile
 
-WORK_LABELS: dict[Work, str] = {"step": "steps", "gradients": "gradient evaluations", "seconds": "seconds of training"}
+WORK_LABELS: dict[Work, str] = {
+    "step": "steps",
+    "gradients": "gradient evaluations",
+    "seconds": "seconds of training",
+    "cpu_seconds": "CPU seconds of training",
+}
 
 # Losses that spread over a larger ratio are drawn on a logarithmic scale.
 _LOG_FROM = 8.0
@@ -47,13 +52,15 @@ def band(entry: Entry, column: str, work: Work) -> Band:
     return Band(x, middle, low, high)
 
 
-def curves(results: Results, column: str, work: Work) -> str:
+def curves(results: TaskResults, pens: Mapping[str, Pen], column: str, work: Work, name: str) -> str:
     """All entrants in one figure: medians with bands from the smallest to the largest seed.
 
     Args:
         results: what to draw.
+        pens: by label.
         column: ``"validation_loss"``, ``"train_metric"``, ….
         work: the abscissa.
+        name: of the figure on its page.
 
     Returns:
         An SVG element.
@@ -62,10 +69,10 @@ def curves(results: Results, column: str, work: Work) -> str:
     is_loss = column.endswith("loss")
 
     def draw(axes: Axes) -> None:
-        for index, (entry, one) in enumerate(zip(results.entries, bands, strict=True)):
+        for entry, one in zip(results.entries, bands, strict=True):
             if not one.x:
                 continue
-            look = pen(index)
+            look = pens[entry.label]
             axes.plot(one.x, one.middle, color=look.color, linestyle=look.dashes, zorder=3)
             if len(entry.runs) > 1:
                 axes.fill_between(one.x, one.low, one.high, color=look.color, alpha=0.13, linewidth=0, zorder=2)
@@ -80,10 +87,10 @@ def curves(results: Results, column: str, work: Work) -> str:
             _metric_axis(axes, bands, results.metric)
         axes.set_xlim(0, max((one.x[-1] for one in bands if one.x), default=1) * 1.01 or 1)
         axes.set_xlabel(WORK_LABELS[work])
-        if work != "seconds":
+        if work in ("step", "gradients"):
             thousands(axes)
 
-    return svg(draw, f"{column}-{work}")
+    return svg(draw, name)
 
 
 def _target_line(axes: Axes, value: float) -> None:
@@ -116,15 +123,15 @@ def _metric_axis(axes: Axes, bands: Sequence[Band], metric: str | None) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %" if y <= 1 else ""))
 
 
-def searches(results: Results) -> str:
+def searches(results: TaskResults, pens: Mapping[str, Pen], name: str) -> str:
     """Final validation loss of every trial against its learning rate; the chosen one is marked."""
 
     def draw(axes: Axes) -> None:
         losses = [trial.loss for entry in results.entries for trial in entry.search if math.isfinite(trial.loss)]
         axes.set_xscale("log")
-        for index, entry in enumerate(results.entries):
-            look = pen(index)
-            trials = [trial for trial in entry.search if math.isfinite(trial.loss)]
+        for entry in results.entries:
+            look = pens[entry.label]
+            trials = sorted((t for t in entry.search if math.isfinite(t.loss)), key=lambda t: t.lr)
             style: dict[str, Any] = {"color": look.color, "linestyle": look.dashes}
             axes.plot([t.lr for t in trials], [t.loss for t in trials], marker="o", markersize=3.5, **style)
             chosen = [t for t in trials if t.lr == entry.lr]
@@ -143,4 +150,28 @@ def searches(results: Results) -> str:
         axes.set_xlabel("learning rate")
         axes.set_ylabel("final validation loss")
 
-    return svg(draw, "searches", (8.0, 3.3))
+    return svg(draw, name, (8.0, 3.3))
+
+
+def profiles(results: Results, pens: Mapping[str, Pen], work: Work, name: str) -> str:
+    """Performance profile: the share of the tasks in which an entrant's work to the target is at most τ times the least."""
+    found = profile(results, work)
+    finite = [x for ratios in found.values() for x in ratios if math.isfinite(x)]
+    end = max(2.0, 1.1 * max(finite, default=2.0))
+
+    def draw(axes: Axes) -> None:
+        for label, ratios in found.items():
+            reached = [x for x in ratios if math.isfinite(x)]
+            share = [(i + 1) / len(ratios) for i in range(len(reached))]
+            look = pens[label]
+            axes.step([1.0, *reached, end], [0.0, *share, *(share[-1:] or [0.0])], where="post", color=look.color,
+                      linestyle=look.dashes)  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_xlim(1.0, end)
+        axes.set_ylim(0, 1.02)
+        log_axis(axes.xaxis)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
+        axes.set_xlabel(f"{WORK_LABELS[work]} to target, times the least")
+        axes.set_ylabel("tasks")
+
+    return svg(draw, name)

@@ -37,36 +37,29 @@ def metric(x: float, name: str | None) -> str:
 
 
 def loss_spread(spread: Spread | None) -> str:
-    """Mean ± standard deviation, the deviation to two digits and the mean to the same place.
+    """Median and range.
 
     Example:
-        >>> loss_spread(Spread(0.123456, 0.0123)), loss_spread(Spread(0.123456, float("nan"))), loss_spread(None)
-        ('0.123 ± 0.012', '0.123', '–')
+        >>> loss_spread(Spread(0.123456, 0.11, 0.1412)), loss_spread(Spread(0.1, 0.1, 0.1)), loss_spread(None)
+        ('0.123 (0.11–0.141)', '0.1', '–')
     """
     if spread is None:
         return NONE
-    if not (math.isfinite(spread.std) and spread.std > 0):
-        return short(spread.mean)
-    if max(abs(spread.mean), spread.std) < 1e-4 or abs(spread.mean) >= 1e4:
-        return f"{short(spread.mean)} ± {spread.std:.1e}"
-    places = max(0, 1 - math.floor(math.log10(spread.std)))
-    return f"{spread.mean:.{places}f} ± {spread.std:.{places}f}"
+    middle, low, high = map(short, (spread.median, spread.low, spread.high))
+    return middle if low == high else f"{middle} ({low}–{high})"
 
 
 def metric_spread(spread: Spread | None, name: str | None) -> str:
-    """Mean ± standard deviation of a metric.
+    """Median and range of a metric.
 
     Example:
-        >>> metric_spread(Spread(0.9721, 0.004), "accuracy")
-        '97.2 ± 0.4 %'
+        >>> metric_spread(Spread(0.9721, 0.968, 0.9744), "accuracy")
+        '97.2 % (96.8–97.4)'
     """
     if spread is None:
         return NONE
-    if not math.isfinite(spread.std):
-        return metric(spread.mean, name)
-    if name == "accuracy":
-        return f"{100 * spread.mean:.1f} ± {100 * spread.std:.1f} %"
-    return f"{spread.mean:.3f} ± {spread.std:.3f}"
+    middle, low, high = (metric(x, name) for x in (spread.median, spread.low, spread.high))
+    return middle if low == high else f"{middle} ({low.removesuffix(' %')}–{high.removesuffix(' %')})"
 
 
 def seconds(x: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from precond.report import numbers
-from precond.report.figures import WORK_LABELS, curves, searches
-from precond.report.results import Results
+from precond.report.figures import WORK_LABELS, curves, profiles, searches
+from precond.report.results import Clock, Results, TaskResults
 from precond.report.style import Pen, pen
-from precond.report.summary import WORKS, Row, Spread, Work, at_edge, table
+from precond.report.summary import Row, Spread, Work, at_edge, table
 from precond.workloads import write_atomically
 
 
@@ -38,28 +38,35 @@ class Bar:
     ticks: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """One number per task and entrant."""
+
+    heading: str
+    note: str
+    rows: list[tuple[str, list[Cell]]]
+
+
 def render(results: Results) -> str:
     """The page, with styles and figures inside and nothing loaded from elsewhere; all text is escaped."""
     environment = Environment(
         loader=PackageLoader("precond.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    rows = table(results)
-    works: list[Work] = [work for work in WORKS if work != "gradients" or results.probes]
+    labels = list(dict.fromkeys(entry.label for task in results.tasks for entry in task.entries))
+    pens = {label: pen(index) for index, label in enumerate(labels)}
+    several = len(results.tasks) > 1
     return environment.get_template("report.html").render(
         results=results,
+        several=several,
         style=Markup((Path(__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")),
-        legend=[(entry.label, pen(index)) for index, entry in enumerate(results.entries)],
-        cards=_cards(results, rows),
-        rows=_rows(results, rows),
-        columns=_columns(results),
-        target=numbers.short(results.target.value),
-        bars=_bars(rows, works),
-        works=[WORK_LABELS[work] for work in works],
-        sections=_sections(results, works),
-        searches=Markup(searches(results)) if any(entry.search for entry in results.entries) else None,
-        edges=[entry.label for entry in results.entries if at_edge(entry)],
-        diverged=[(row.label, row.diverged, row.seeds) for row in rows if row.diverged],
-        seeds=[run.seed for run in results.entries[0].runs],
+        legend=list(pens.items()),
+        cards=[] if several else _cards(results.tasks[0], table(results.tasks[0]), results.clock),
+        tasks=[_task(task, results.clock, pens, f"{number}-") for number, task in enumerate(results.tasks)],
+        matrices=_matrices(results, labels) if several else [],
+        profiles=[Markup(profiles(results, pens, work, f"profile-{work}")) for work in ("step", results.clock)]
+        if several
+        else [],
+        clock=WORK_LABELS[results.clock],
         settings={key: _setting(value) for key, value in results.settings.items()},
     )
 
@@ -73,37 +80,111 @@ def save_page(path: Path, results: Results) -> None:
     write_atomically(path, render(results).encode())
 
 
-def _sections(results: Results, works: list[Work]) -> list[tuple[str, str, list[Markup]]]:
-    """Heading, explanation and figures of each quantity."""
-    parts = ("validation", "train") if results.held_out else ("train",)
+def _task(task: TaskResults, clock: Clock, pens: Mapping[str, Pen], prefix: str) -> dict[str, Any]:
+    """What the template says of one task; figures are named by a prefix."""
+    rows = table(task)
+    works: list[Work] = ["step", *(["gradients"] if task.probes else []), clock]  # type: ignore[list-item]
+    return {
+        "name": task.name,
+        "facts": task.facts,
+        "rows": _rows(task, rows, pens, clock),
+        "columns": _columns(task),
+        "target": task.target,
+        "goal": numbers.short(task.target.value),
+        "bars": _bars(rows, works, pens),
+        "works": [WORK_LABELS[work] for work in works],
+        "sections": _sections(task, works, pens, prefix),
+        "searches": Markup(searches(task, pens, f"{prefix}searches")) if any(e.search for e in task.entries) else None,
+        "spaces": [(e.label, f"{e.bounds[0]:g} to {e.bounds[1]:g}", len(e.search)) for e in task.entries if e.bounds],
+        "edges": [entry.label for entry in task.entries if at_edge(entry)],
+        "diverged": [(row.label, row.diverged, row.seeds) for row in rows if row.diverged],
+        "failed": [(row.label, row.error) for row in rows if row.error],
+        "probes": task.probes,
+        "seeds": [run.seed for run in task.entries[0].runs],
+    }
+
+
+def _matrices(results: Results, labels: list[str]) -> list[Matrix]:
+    """Tasks × entrants: what was reached, and after how much work."""
+
+    def matrix(heading: str, note: str, of: Callable[[TaskResults, Row], tuple[float, str]], least: bool) -> Matrix:
+        rows = []
+        for task in results.tasks:
+            found = {row.label: of(task, row) for row in table(task)}
+            values = [value for value, _ in found.values() if math.isfinite(value)]
+            top = (min if least else max)(values, default=math.nan)
+            cells = [found.get(label, (math.nan, numbers.NONE)) for label in labels]
+            rows.append((task.name, [Cell(text, value == top) for value, text in cells]))
+        return Matrix(heading, note, rows)
+
+    def ended(row: Row, text: str) -> str:
+        if row.error:
+            return "failed"
+        diverged = f"{row.diverged} of {row.seeds} diverged"
+        return diverged if row.diverged == row.seeds else f"{text}, {diverged}" if row.diverged else text
+
+    def tested(task: TaskResults, row: Row) -> tuple[float, str]:
+        spread = row.test_metric
+        return (math.nan if spread is None else spread.median), ended(row, numbers.metric_spread(spread, task.metric))
+
+    def loss(task: TaskResults, row: Row) -> tuple[float, str]:
+        spread = row.validation_loss or row.train_loss
+        return (math.nan if spread is None else spread.median), ended(row, numbers.loss_spread(spread))
+
+    def reach(work: Work) -> Callable[[TaskResults, Row], tuple[float, str]]:
+        def of(task: TaskResults, row: Row) -> tuple[float, str]:
+            x = row.to_target[work].median
+            return x, numbers.short(x) if work == "step" else numbers.seconds(x)
+
+        return of
+
+    over = "Medians over seeds, with the smallest and the largest in parentheses; the best of a task is in bold."
+    target = "Medians over seeds at the first evaluation that meets the task's target; – where it was not met."
+    metrics = {task.metric for task in results.tasks} - {None}
+    shown = [matrix(f"Test {' or '.join(sorted(map(str, metrics)))}", over, tested, least=False)] if metrics else []
+    return [
+        *shown,
+        matrix("Final validation loss", over, loss, least=True),
+        matrix("Steps to target", target, reach("step"), least=True),
+        matrix(
+            f"{WORK_LABELS[results.clock].capitalize()} to target".replace("Cpu", "CPU"), target, reach(results.clock), True
+        ),
+    ]
+
+
+def _sections(
+    task: TaskResults, works: list[Work], pens: Mapping[str, Pen], prefix: str
+) -> list[tuple[str, str, list[Markup]]]:
+    """Heading, name and figures of each quantity."""
+    parts = ("validation", "train") if task.held_out else ("train",)
     names = {"validation": "Validation", "train": "Training"}
     found = []
-    for quantity in ("loss", "metric") if results.metric else ("loss",):
+    for quantity in ("loss", "metric") if task.metric else ("loss",):
         for part in parts:
-            heading = f"{names[part]} {results.metric if quantity == 'metric' else 'loss'}"
-            figures = [Markup(curves(results, f"{part}_{quantity}", work)) for work in works]
-            found.append((heading, f"{part}_{quantity}", figures))
+            heading, column = f"{names[part]} {task.metric if quantity == 'metric' else 'loss'}", f"{part}_{quantity}"
+            figures = [Markup(curves(task, pens, column, work, f"{prefix}{column}-{work}")) for work in works]
+            found.append((heading, column, figures))
     return found
 
 
-def _columns(results: Results) -> list[str]:
+def _columns(results: TaskResults) -> list[str]:
     held_out = ["validation loss"] if results.held_out else []
     tested = ["test loss"] + ([f"test {results.metric}"] if results.metric else [])
     return ["lr", "training loss", *held_out, *(tested if _tested(results) else []), "gradients", "time"]
 
 
-def _tested(results: Results) -> bool:
+def _tested(results: TaskResults) -> bool:
     return any(run.test_loss is not None for entry in results.entries for run in entry.runs)
 
 
-def _rows(results: Results, rows: list[Row]) -> list[tuple[str, Pen, list[Cell]]]:
+def _rows(results: TaskResults, rows: list[Row], pens: Mapping[str, Pen], clock: Clock) -> list[tuple[str, Pen, list[Cell]]]:
     def best(of: Callable[[Row], Spread | None], least: bool = True) -> float:
-        means = [spread.mean for row in rows if (spread := of(row)) is not None]
-        return math.nan if len(means) < 2 else (min if least else max)(means)
+        medians = [spread.median for row in rows if (spread := of(row)) is not None]
+        return math.nan if len(medians) < 2 else (min if least else max)(medians)
 
     def cells(of: Callable[[Row], Spread | None], text: Callable[[Spread | None], str], least: bool = True) -> list[Cell]:
         top = best(of, least)
-        return [Cell(text(spread := of(row)), spread is not None and spread.mean == top) for row in rows]
+        return [Cell(text(spread := of(row)), spread is not None and spread.median == top) for row in rows]
 
     columns = [
         [Cell(numbers.short(row.lr)) for row in rows],
@@ -115,46 +196,47 @@ def _rows(results: Results, rows: list[Row]) -> list[tuple[str, Pen, list[Cell]]
         columns.append(cells(lambda row: row.test_loss, numbers.loss_spread))
         if results.metric:
             columns.append(cells(lambda row: row.test_metric, lambda s: numbers.metric_spread(s, results.metric), least=False))
-    columns.append([Cell(numbers.NONE if row.gradients is None else numbers.short(row.gradients.mean)) for row in rows])
-    columns.append([Cell(numbers.NONE if row.seconds is None else numbers.seconds(row.seconds.mean)) for row in rows])
-    return [(row.label, pen(i), [column[i] for column in columns]) for i, row in enumerate(rows)]
+    columns.append([Cell(numbers.NONE if row.gradients is None else numbers.short(row.gradients.median)) for row in rows])
+    times = [row.cpu_seconds if clock == "cpu_seconds" else row.seconds for row in rows]
+    columns.append([Cell(numbers.NONE if time is None else numbers.seconds(time.median)) for time in times])
+    return [(row.label, pens[row.label], [column[i] for column in columns]) for i, row in enumerate(rows)]
 
 
-def _bars(rows: list[Row], works: list[Work]) -> list[tuple[str, Pen, list[Bar]]]:
+def _bars(rows: list[Row], works: list[Work], pens: Mapping[str, Pen]) -> list[tuple[str, Pen, list[Bar]]]:
     largest = {
         work: max((x for row in rows for x in row.to_target[work].seeds if math.isfinite(x)), default=1.0) for work in works
     }
     found = []
-    for index, row in enumerate(rows):
+    for row in rows:
         bars = []
         for work in works:
             reach, scale = row.to_target[work], 100 / (largest[work] or 1.0)
-            text = numbers.seconds(reach.median) if work == "seconds" else numbers.short(reach.median)
+            text = numbers.seconds(reach.median) if "seconds" in work else numbers.short(reach.median)
             reached = f"{reach.reached} of {len(reach.seeds)} seeds" if reach.reached < len(reach.seeds) else ""
             width = reach.median * scale if math.isfinite(reach.median) else 0.0
             bars.append(Bar(text, reached, width, tuple(x * scale for x in reach.seeds if math.isfinite(x))))
-        found.append((row.label, pen(index), bars))
+        found.append((row.label, pens[row.label], bars))
     return found
 
 
-def _cards(results: Results, rows: list[Row]) -> list[tuple[str, str, str]]:
+def _cards(results: TaskResults, rows: list[Row], clock: Clock) -> list[tuple[str, str, str]]:
     """What a reader wants to know first: heading, number, entrant."""
     cards = []
     tested = [(row.test_metric, row) for row in rows if row.test_metric is not None]
     if tested:
-        spread, row = max(tested, key=lambda pair: pair[0].mean)
+        spread, row = max(tested, key=lambda pair: pair[0].median)
         cards.append((f"Best test {results.metric}", numbers.metric_spread(spread, results.metric), row.label))
     losses = [(loss, row) for row in rows if (loss := row.test_loss or row.validation_loss or row.train_loss) is not None]
     if losses:
-        lowest, row = min(losses, key=lambda pair: pair[0].mean)
+        lowest, row = min(losses, key=lambda pair: pair[0].median)
         part = "test" if row.test_loss else "validation" if row.validation_loss else "training"
         cards.append((f"Lowest {part} loss", numbers.loss_spread(lowest), row.label))
-    headings: dict[Work, str] = {"gradients": "Fewest gradients to target", "seconds": "Least time to target"}
+    headings: dict[Work, str] = {"gradients": "Fewest gradients to target", clock: "Least time to target"}
     for work, heading in headings.items():
         reached = [(row.to_target[work].median, row) for row in rows if math.isfinite(row.to_target[work].median)]
         if reached:
             amount, row = min(reached, key=lambda pair: pair[0])
-            cards.append((heading, numbers.seconds(amount) if work == "seconds" else numbers.short(amount), row.label))
+            cards.append((heading, numbers.seconds(amount) if work == clock else numbers.short(amount), row.label))
     return cards
 
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from precond.workloads import Curve, Outcome, write_atomically
+from precond.workloads import Curve, LrFrom, Outcome, Trial, write_atomically
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the file's layout; it changes when a reader of an older file would be misled."""
 
-# Fields that are read back as dataclasses.
-_MADE = ("target", "entries")
-
-LrFrom = Literal["given", "own", "searched", "default"]
+Clock = Literal["cpu_seconds", "seconds"]
 
 
 class ResultsError(ValueError):
@@ -24,26 +21,24 @@ class ResultsError(ValueError):
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One candidate of a learning-rate search: its final validation loss, NaN where it diverged."""
-
-    lr: float
-    loss: float
-
-
-@dataclass(frozen=True)
 class Entry:
-    """One entrant: where its learning rate comes from, the trials of its search, and one training per seed."""
+    """One entrant: where its learning rate comes from, one training per seed, and of its search the trials and the range."""
 
     label: str
     lr_from: LrFrom
     runs: tuple[Outcome, ...]
     search: tuple[Trial, ...] = ()
+    bounds: tuple[float, float] | None = None
 
     @property
     def lr(self) -> float:
         """Its peak learning rate."""
         return self.runs[0].lr
+
+    @property
+    def error(self) -> str | None:
+        """What the first training that failed raised."""
+        return next((run.error for run in self.runs if run.status == "failed"), None)
 
 
 @dataclass(frozen=True)
@@ -56,30 +51,20 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Results:
-    """A comparison.
+class TaskResults:
+    """What came of one task.
 
     Attributes:
-        title: what it is called.
-        command: the command line that makes it.
-        created: local date and time.
+        name: of the task.
         metric: ``"accuracy"``, ``"R²"`` or None.
         facts: what is said of data and model.
-        settings: every setting.
-        versions: of Python, torch, precond.
-        machine: processor, cores, threads.
         target: the loss to be reached.
         entries: in the order in which they were named.
     """
 
-    title: str
-    command: str
-    created: str
+    name: str
     metric: str | None
     facts: dict[str, str]
-    settings: dict[str, Any]
-    versions: dict[str, str]
-    machine: dict[str, str]
     target: Target
     entries: tuple[Entry, ...]
 
@@ -94,8 +79,33 @@ class Results:
         return any(r.curve.validation_loss for e in self.entries for r in e.runs)
 
 
+@dataclass(frozen=True)
+class Results:
+    """A comparison.
+
+    Attributes:
+        title: what it is called.
+        command: the command line that makes it.
+        created: local date and time.
+        clock: the seconds that are shown: of the processor, where one thread does all the work, else those that passed.
+        settings: every setting.
+        versions: of Python, torch, precond.
+        machine: processor, cores, threads.
+        tasks: in order.
+    """
+
+    title: str
+    command: str
+    created: str
+    clock: Clock
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    machine: dict[str, str]
+    tasks: tuple[TaskResults, ...]
+
+
 def to_json(value: Any) -> Any:
-    """Dataclasses and tuples as JSON's own types; NaN and infinities, which JSON lacks, as null."""
+    """Tuples and paths as JSON's own types; NaN and infinities, which JSON lacks, as null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -113,22 +123,31 @@ def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def outcome_from_json(found: dict[str, Any]) -> Outcome:
-    """The inverse; null in a curve is NaN."""
+    """The inverse; null is NaN in a curve and as a learning rate."""
     columns: dict[str, Any] = {name: [math.nan if x is None else x for x in column] for name, column in found["curve"].items()}
-    return Outcome(**{**found, "curve": Curve(**columns)})
+    return Outcome(**{**found, "lr": math.nan if found["lr"] is None else found["lr"], "curve": Curve(**columns)})
 
 
-def save_results(path: Path, results: Results, table: list[dict[str, Any]]) -> None:
-    """Write results.json, with the final table beside what it is computed from.
+def save_results(path: Path, results: Results, tables: list[list[dict[str, Any]]]) -> None:
+    """Write results.json, with the final table of each task beside what it is computed from.
 
     Raises:
         WriteError: where it cannot be written.
     """
-    content = {"schema": SCHEMA, **to_json({f.name: getattr(results, f.name) for f in fields(results) if f.name not in _MADE})}
-    content["target"] = to_json(asdict(results.target))
-    content["entries"] = [to_json(asdict(entry)) for entry in results.entries]
-    content["table"] = to_json(table)
-    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode())
+    content = {"schema": SCHEMA, **asdict(results)}
+    for task, table in zip(content["tasks"], tables, strict=True):
+        task["table"] = table
+    write_atomically(path, (_text(to_json(content), "") + "\n").encode())
+
+
+def _text(value: Any, indent: str) -> str:
+    """JSON with lists of numbers on one line."""
+    if isinstance(value, dict) and value:
+        inner = [f"{indent} {json.dumps(key, ensure_ascii=False)}: {_text(item, indent + ' ')}" for key, item in value.items()]
+        return "{\n" + ",\n".join(inner) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        return "[\n" + ",\n".join(f"{indent} {_text(item, indent + ' ')}" for item in value) + f"\n{indent}]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def load_results(path: Path) -> Results:
@@ -146,16 +165,18 @@ def load_results(path: Path) -> Results:
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise ResultsError(f"{path} holds no results of layout {SCHEMA}; run the comparison again with this version of precond")
     try:
-        value = found["target"]["value"]
-        target = Target(**{**found["target"], "value": math.nan if value is None else value})
-        entries = tuple(_entry(entry) for entry in found["entries"])
-        return Results(
-            **{k: v for k, v in found.items() if k not in ("schema", "table", *_MADE)}, target=target, entries=entries
-        )
+        return Results(**{k: v for k, v in found.items() if k != "schema"} | {"tasks": tuple(map(_task, found["tasks"]))})
     except (KeyError, TypeError, AttributeError) as error:
         raise ResultsError(f"{path} lacks what results hold ({error}); run the comparison again") from error
 
 
+def _task(found: dict[str, Any]) -> TaskResults:
+    value = found["target"]["value"]
+    target = Target(**{**found["target"], "value": math.nan if value is None else value})
+    return TaskResults(found["name"], found["metric"], found["facts"], target, tuple(map(_entry, found["entries"])))
+
+
 def _entry(found: dict[str, Any]) -> Entry:
     trials = tuple(Trial(t["lr"], math.nan if t["loss"] is None else t["loss"]) for t in found["search"])
-    return Entry(found["label"], found["lr_from"], tuple(outcome_from_json(run) for run in found["runs"]), trials)
+    bounds = None if found["bounds"] is None else tuple(found["bounds"])
+    return Entry(found["label"], found["lr_from"], tuple(outcome_from_json(run) for run in found["runs"]), trials, bounds)

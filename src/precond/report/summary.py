@@ -8,22 +8,20 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from precond.report.results import Entry, Results, Target
+from precond.report.results import Entry, Results, Target, TaskResults
 from precond.workloads import Outcome
 
-ALLOWANCE = 0.1
-"""The default target lies by so much above the reference, so that it is met before the very last evaluation."""
-
-Work = Literal["step", "gradients", "seconds"]
-WORKS: tuple[Work, ...] = ("step", "gradients", "seconds")
+Work = Literal["step", "gradients", "seconds", "cpu_seconds"]
+WORKS: tuple[Work, ...] = ("step", "gradients", "seconds", "cpu_seconds")
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation over the seeds that finished (NaN for fewer than two)."""
+    """Median, smallest and largest value over the seeds that finished."""
 
-    mean: float
-    std: float
+    median: float
+    low: float
+    high: float
 
     @staticmethod
     def of(values: Iterable[float | None]) -> Spread | None:
@@ -31,7 +29,7 @@ class Spread:
         found = [x for x in values if x is not None and math.isfinite(x)]
         if not found:
             return None
-        return Spread(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else math.nan)
+        return Spread(statistics.median(found), min(found), max(found))
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,7 @@ class Row:
     lr: float
     seeds: int
     diverged: int
+    error: str | None
     train_loss: Spread | None
     validation_loss: Spread | None
     validation_metric: Spread | None
@@ -67,6 +66,7 @@ class Row:
     test_metric: Spread | None
     gradients: Spread | None
     seconds: Spread | None
+    cpu_seconds: Spread | None
     to_target: dict[Work, Reach]
 
     def as_dict(self) -> dict[str, Any]:
@@ -75,19 +75,26 @@ class Row:
         return {**asdict(self), "to_target": reach}
 
 
-def default_target(entries: Iterable[Entry]) -> Target:
-    """The first entrant that finished is the reference: the median over its seeds of its best validation loss, and 10 % more.
+def default_target(entries: Iterable[Entry], reference: str | None = None, allowance: float = 0.1) -> Target:
+    """The best validation loss of a reference (median over its seeds), and an allowance, so that it is met before the end.
 
     Where there is no validation part, the training loss takes its place.
+
+    Args:
+        entries: all entrants.
+        reference: its label; None, or where it did not finish: the first entrant that did.
+        allowance: in units of that loss.
     """
-    for entry in entries:
+    for entry in sorted(entries, key=lambda e: e.label != reference):
         finished = [run for run in entry.runs if run.status == "finished"]
         if finished:
             part: Literal["validation", "train"] = "validation" if finished[0].curve.validation_loss else "train"
             best = statistics.median(min(losses(run, part)) for run in finished)
-            rule = f"the best {part} loss of {entry.label} (median over seeds) and {ALLOWANCE:.0%} more"
-            return Target(float(f"{best + ALLOWANCE * abs(best):.4g}"), part, rule)
-    return Target(math.nan, "validation", "none, because every entrant diverged")
+            rule = f"the best {part} loss of {entry.label} (median over seeds)" + (
+                f" and {allowance:.0%} more" if allowance else ""
+            )
+            return Target(float(f"{best + allowance * abs(best):.4g}"), part, rule)
+    return Target(math.nan, "validation", "none, because no entrant finished")
 
 
 def losses(run: Outcome, part: Literal["validation", "train"]) -> list[float]:
@@ -101,9 +108,27 @@ def work_to_target(run: Outcome, target: Target, work: Work) -> float:
     return next((float(w) for w, loss in zip(column, losses(run, target.part), strict=True) if loss <= target.value), math.nan)
 
 
-def table(results: Results) -> list[Row]:
+def table(task: TaskResults) -> list[Row]:
     """The final table, in the order of the entrants."""
-    return [_row(entry, results.target) for entry in results.entries]
+    return [_row(entry, task.target) for entry in task.entries]
+
+
+def profile(results: Results, work: Work) -> dict[str, list[float]]:
+    """For each entrant how many times as much work as the least of a task its target took, inf where it was not reached.
+
+    Sorted; one number for each task in which someone reached the target. Performance profiles (Dolan & Moré, 2002) show for
+    how large a share of the tasks an entrant stays below a ratio.
+    """
+    found: dict[str, list[float]] = {entry.label: [] for task in results.tasks for entry in task.entries}
+    for task in results.tasks:
+        medians = {row.label: row.to_target[work].median for row in table(task)}
+        least = min((x for x in medians.values() if math.isfinite(x)), default=math.nan)
+        if not math.isfinite(least):
+            continue
+        for label, ratios in found.items():
+            x = medians.get(label, math.nan)
+            ratios.append(math.inf if math.isnan(x) else x / least if least > 0 else 1.0 if x == 0 else math.inf)
+    return {label: sorted(ratios) for label, ratios in found.items()}
 
 
 def _row(entry: Entry, target: Target) -> Row:
@@ -116,7 +141,8 @@ def _row(entry: Entry, target: Target) -> Row:
         entry.label,
         entry.lr,
         len(entry.runs),
-        len(entry.runs) - len(done),
+        sum(run.status == "diverged" for run in entry.runs),
+        entry.error,
         last("train_loss"),
         last("validation_loss"),
         last("validation_metric"),
@@ -124,6 +150,7 @@ def _row(entry: Entry, target: Target) -> Row:
         Spread.of(run.test_metric for run in done),
         last("gradients"),
         last("seconds"),
+        last("cpu_seconds"),
         {work: Reach(tuple(work_to_target(run, target, work) for run in entry.runs)) for work in WORKS},
     )
 
@@ -131,4 +158,4 @@ def _row(entry: Entry, target: Target) -> Row:
 def at_edge(entry: Entry) -> bool:
     """Whether a search ended at an end of its grid, so that a better learning rate may lie beyond."""
     rates = [trial.lr for trial in entry.search]
-    return len(rates) > 2 and entry.lr in (min(rates), max(rates))
+    return len(rates) > 2 and any(math.isfinite(t.loss) for t in entry.search) and entry.lr in (min(rates), max(rates))

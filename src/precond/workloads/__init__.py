@@ -3,14 +3,15 @@
 from precond.workloads.catalog import DATA, load_data, load_workload
 from precond.workloads.checkpoint import Checkpoint, CheckpointError
 from precond.workloads.curve import Curve, Outcome
-from precond.workloads.entrant import Entrant
+from precond.workloads.entrant import Entrant, Peer, Recipe
 from precond.workloads.evaluation import Score, evaluate
 from precond.workloads.factory import FactoryError
 from precond.workloads.files import WriteError, write_atomically
 from precond.workloads.idx import DataError, read_idx
-from precond.workloads.learning_rates import Grid
 from precond.workloads.models import Architecture, count_parameters
 from precond.workloads.problem import BuiltIn, Problem, Workload
+from precond.workloads.search import LogUniform, Search, Trial
+from precond.workloads.study import Contender, LrFrom, Task
 from precond.workloads.syntax import parse_entrants
 from precond.workloads.training import Interrupted, Plan, train
 
@@ -20,16 +21,23 @@ __all__ = [
     "BuiltIn",
     "Checkpoint",
     "CheckpointError",
+    "Contender",
     "Curve",
     "DataError",
     "Entrant",
     "FactoryError",
-    "Grid",
     "Interrupted",
+    "LogUniform",
+    "LrFrom",
     "Outcome",
+    "Peer",
     "Plan",
     "Problem",
+    "Recipe",
     "Score",
+    "Search",
+    "Task",
+    "Trial",
     "Workload",
     "WriteError",
     "count_parameters",

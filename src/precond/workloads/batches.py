@@ -44,7 +44,7 @@ class TensorBatches(Batches):
         at_most: evaluate on the first so many examples of a fixed permutation; None: on all.
     """
 
-    _EVALUATED_AT_ONCE = 2048
+    _EVALUATED_AT_ONCE = 256  # so many fit into the cache with the activations of a small convolutional net
 
     def __init__(self, part: Part, size: int, at_most: int | None = None) -> None:
         self._part = self._evaluated = part

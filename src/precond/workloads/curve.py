@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-Status = Literal["finished", "diverged"]
+Status = Literal["finished", "diverged", "failed"]
 
 
 @dataclass
@@ -16,6 +16,7 @@ class Curve:
         step: steps done.
         gradients: gradient evaluations done.
         seconds: seconds of training done, evaluation excluded.
+        cpu_seconds: processor time of the same, which other programs on the machine do not count in.
         train_loss, train_metric: on (a fixed sample of) the training part.
         validation_loss, validation_metric: on the validation part; empty where there is none.
     """
@@ -23,6 +24,7 @@ class Curve:
     step: list[int] = field(default_factory=list)
     gradients: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     train_loss: list[float] = field(default_factory=list)
     train_metric: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
@@ -41,9 +43,10 @@ class Outcome:
         seed: of its random generators.
         lr: its peak learning rate.
         curve: its evaluations.
-        status: ``"finished"``, or ``"diverged"``: a loss or a gradient was inf or NaN.
+        status: ``"finished"``; ``"diverged"``: a loss or a gradient was inf or NaN; ``"failed"``: it raised an error.
         diverged_at: the step of which that was so.
-        test_loss, test_metric: after the last step; None where there is no test part, or where it diverged.
+        error: what it raised.
+        test_loss, test_metric: after the last step; None where there is no test part, in a search, or where it did not finish.
     """
 
     seed: int
@@ -51,5 +54,6 @@ class Outcome:
     curve: Curve
     status: Status = "finished"
     diverged_at: int | None = None
+    error: str | None = None
     test_loss: float | None = None
     test_metric: float | None = None

@@ -1,7 +1,8 @@
-"""One contender: a recipe with its options and penalties."""
+"""Contenders: recipes of this library with their options and penalties, and optimizers of others."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,14 +16,39 @@ from precond.regularizers import Regularizer
 RECIPES: Mapping[str, Callable[..., Optimizer]] = recipes.RECIPES
 
 
-@dataclass(frozen=True)
-class Entrant:
-    """A recipe with its options and penalties.
+class Entrant(ABC):
+    """Makes the optimizer of a training.
 
     Attributes:
-        label: how it is written, ``"adamw + SAM(0.05, space='z')"``.
+        label: what it is called.
+        slug: part of file names.
+        lr: its own learning rate, which no search changes; None: it has none.
+        exact: whether a penalty needs double backprop, and with it a closure that calls no backward.
+    """
+
+    label: str
+    slug: str
+    lr: float | None = None
+    exact: bool = False
+
+    @abstractmethod
+    def optimizer(self, model: nn.Module, lr: float | None) -> Optimizer:
+        """A fresh optimizer of the model.
+
+        Args:
+            model: the module itself, so that dropout masks and batch statistics are protected in second passes.
+            lr: the learning rate; None: its own, or the optimizer's default.
+        """
+
+
+@dataclass(frozen=True)
+class Recipe(Entrant):
+    """A recipe of this library; its optimizer raises FloatingPointError at inf or NaN.
+
+    Attributes:
+        label: how it is written, ``"adamw + SAM(0.05, space='z')"``, or another name.
         recipe: a name among :data:`precond.recipes.RECIPES`.
-        options: keyword arguments of the recipe; ``lr`` is one's own learning rate, which no search changes.
+        options: keyword arguments of the recipe; ``lr`` is one's own learning rate.
         regularizers: its penalties.
     """
 
@@ -32,21 +58,37 @@ class Entrant:
     regularizers: tuple[Regularizer, ...] = ()
 
     @property
-    def lr(self) -> float | None:
-        """Its own learning rate, or None."""
+    def slug(self) -> str:  # type: ignore[override]
+        return self.recipe
+
+    @property
+    def lr(self) -> float | None:  # type: ignore[override]
         return self.options.get("lr")
 
     @property
-    def exact(self) -> bool:
-        """Whether a penalty needs double backprop, and with it a closure that calls no backward."""
+    def exact(self) -> bool:  # type: ignore[override]
         return any(r.exact for r in self.regularizers)
 
     def optimizer(self, model: nn.Module, lr: float | None) -> Optimizer:
-        """A fresh optimizer of the model that raises FloatingPointError at inf or NaN.
-
-        Args:
-            model: the module itself, so that dropout masks and batch statistics are protected in second passes.
-            lr: the learning rate; None: its own, or the recipe's default.
-        """
         options = {**self.options, **({} if lr is None else {"lr": lr})}
         return RECIPES[self.recipe](model, **options, regularizers=self.regularizers, nonfinite="raise")
+
+
+@dataclass(frozen=True)
+class Peer(Entrant):
+    """Any other optimizer; one gradient is counted for each time that it calls its closure.
+
+    Attributes:
+        label: what it is called.
+        make: (model, learning rate) ↦ optimizer.
+        slug: part of file names.
+    """
+
+    label: str
+    make: Callable[[nn.Module, float], Optimizer]
+    slug: str = "peer"
+
+    def optimizer(self, model: nn.Module, lr: float | None) -> Optimizer:
+        if lr is None:
+            raise ValueError(f"{self.label} has no learning rate of its own; give one, or search it")
+        return self.make(model, lr)

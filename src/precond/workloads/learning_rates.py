@@ -1,10 +1,9 @@
-"""Learning rates: over the steps of a training, and as candidates of a search."""
+"""Learning rates over the steps of a training."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 Decay = Literal["constant", "cosine", "linear"]
@@ -30,28 +29,3 @@ def factor(decay: Decay, warmup: int, steps: int) -> Callable[[int], float]:
         return 1 - done if decay == "linear" else (1 + math.cos(math.pi * done)) / 2
 
     return at
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A log-uniform grid.
-
-    Example:
-        >>> Grid(1e-4, 1.0, 5).values()
-        (0.0001, 0.001, 0.01, 0.1, 1.0)
-    """
-
-    low: float
-    high: float
-    points: int
-
-    def __post_init__(self) -> None:
-        if not (0 < self.low <= self.high < math.inf):
-            raise ValueError(f"grid: need 0 < lowest <= highest, got {self.low:g} and {self.high:g}")
-        if self.points < 1 or (self.points == 1 and self.low < self.high):
-            raise ValueError(f"grid: need at least 2 points between {self.low:g} and {self.high:g}, got {self.points}")
-
-    def values(self) -> tuple[float, ...]:
-        """Its points, to six significant digits, so that what is printed is what is used."""
-        ratio = math.log(self.high / self.low) / max(1, self.points - 1)
-        return tuple(float(f"{self.low * math.exp(ratio * i):.6g}") for i in range(self.points))

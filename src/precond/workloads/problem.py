@@ -60,6 +60,14 @@ class BuiltIn(Workload):
 
     Classification is by cross entropy and reports the accuracy; regression is by mean squared error and reports R².
 
+    Args:
+        data: in parts.
+        architecture: of the model.
+        batch_size: largest batch in training.
+        device: where it is trained.
+        evaluated: curves are those of so many examples of the training and of the validation part at most, always the same
+            ones; None: 10,000 of training and all of validation.
+
     Raises:
         ValueError: for a model that does not fit the data.
     """
@@ -68,6 +76,7 @@ class BuiltIn(Workload):
     architecture: Architecture
     batch_size: int
     device: str = "cpu"
+    evaluated: int | None = None
 
     def __post_init__(self) -> None:
         if self.architecture.kind == "logistic" and self.data.task == "regression":
@@ -88,10 +97,8 @@ class BuiltIn(Workload):
 
     def problem(self) -> Problem:
         model = self.architecture.build(self.data.input_shape, self.data.outputs).to(self.device)
-        parts = {
-            name: TensorBatches(part, self.batch_size, EVALUATED_TRAINING_EXAMPLES if name == "train" else None)
-            for name, part in self.data.parts.items()
-        }
+        limits = {"train": self.evaluated or EVALUATED_TRAINING_EXAMPLES, "validation": self.evaluated}
+        parts = {name: TensorBatches(part, self.batch_size, limits.get(name)) for name, part in self.data.parts.items()}
         if self.data.task == "classification":
             return Problem(model, F.cross_entropy, parts, "accuracy")
         return Problem(model, F.mse_loss, parts, "R²")

@@ -11,7 +11,7 @@ from typing import Any
 
 from precond import PreconditionedGD, preconditioners, schedules
 from precond.regularizers import L1, L2, SAM, GradientNorm, Regularizer
-from precond.workloads.entrant import RECIPES, Entrant
+from precond.workloads.entrant import RECIPES, Recipe
 from precond.workloads.suggestions import did_you_mean
 
 REGULARIZERS: Mapping[str, type[Regularizer]] = {cls.__name__: cls for cls in (L1, L2, GradientNorm, SAM)}
@@ -33,7 +33,7 @@ class SyntaxProblem(ValueError):
     """An entrant is not written as it should be; the message names it and the remedy."""
 
 
-def parse_entrants(text: str) -> tuple[Entrant, ...]:
+def parse_entrants(text: str) -> tuple[Recipe, ...]:
     """Entrants separated by commas.
 
     Values are Python literals, ``inf``, a schedule of a penalty's number (``TimesLr(0.25)``, ``Warmup(0.1, 500)``), or a
@@ -64,7 +64,18 @@ def parse_entrants(text: str) -> tuple[Entrant, ...]:
     return entrants
 
 
-def _entrant(node: ast.expr) -> Entrant:
+def parse_recipe(text: str, label: str | None = None) -> Recipe:
+    """One entrant, under a name of one's own.
+
+    Example:
+        >>> parse_recipe("adam(inputs=BNP())", "BNP∘Adam").label
+        'BNP∘Adam'
+    """
+    (recipe,) = parse_entrants(text)
+    return recipe if label is None else dataclasses.replace(recipe, label=label)
+
+
+def _entrant(node: ast.expr) -> Recipe:
     label = ast.unparse(node)
     recipe, *penalties = _summands(node)
     name, positional, options = _call(recipe, label)
@@ -83,7 +94,7 @@ def _entrant(node: ast.expr) -> Entrant:
     lr = options.get("lr")
     if lr is not None and not (isinstance(lr, int | float) and 0 < lr < math.inf):
         raise SyntaxProblem(f"{label!r}: lr must be a number > 0, got {lr!r}")
-    return Entrant(label, name, options, tuple(_penalty(node, label) for node in penalties))
+    return Recipe(label, name, options, tuple(_penalty(node, label) for node in penalties))
 
 
 def _options(recipe: Callable[..., Any]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from precond import LossClosure
+from precond import LossClosure, PreconditionedGD
 from precond.workloads.checkpoint import Checkpoint, CheckpointError
 from precond.workloads.curve import Curve, Outcome
 from precond.workloads.entrant import Entrant
@@ -37,6 +37,7 @@ class Plan:
         decay: of the learning rate after its warm-up.
         warmup: steps over which the learning rate rises from 0.
         evaluations: number of evaluations, equally spaced, after the one before the first step.
+        test: evaluate on the test part after the last step; a search does not look at it.
     """
 
     lr: float | None
@@ -45,6 +46,7 @@ class Plan:
     decay: Decay = "constant"
     warmup: int = 0
     evaluations: int = 40
+    test: bool = True
 
 
 class Interrupted(Exception):
@@ -65,8 +67,9 @@ def train(
 ) -> tuple[Outcome, nn.Module]:
     """Train a fresh model of the workload, or go on from the checkpoint to the same numbers (all but the seconds).
 
-    Gradients are those that the optimizer evaluated; seconds are those of its steps and of fetching batches, not of evaluation.
-    inf or NaN, in a gradient or an evaluated loss, ends the training as diverged. The caller's random generators are untouched.
+    Gradients are those that the optimizer evaluated; seconds, and those of the processor, are of its steps and of fetching
+    batches, not of evaluation. inf or NaN, in a gradient or an evaluated loss, ends the training as diverged. The caller's
+    random generators are untouched.
 
     Args:
         workload: makes the model and the data.
@@ -93,15 +96,16 @@ class _Training:
         self, problem: Problem, entrant: Entrant, plan: Plan, checkpoint: Checkpoint | None, watch: Watch | None
     ) -> None:
         self.problem, self._plan, self._checkpoint, self._watch = problem, plan, checkpoint, watch
-        self._exact = entrant.exact
         self._identity = {"entrant": entrant.label, **asdict(plan)}
         self._optimizer: Any = entrant.optimizer(problem.model, plan.lr)
+        self._exact, self._ours = entrant.exact, isinstance(self._optimizer, PreconditionedGD)
+        self._calls = 0  # of the closure, in this step
         self._lr = float(self._optimizer.param_groups[0]["lr"])
         self._scheduler = LambdaLR(self._optimizer, factor(plan.decay, plan.warmup, plan.steps))
         evaluations = min(plan.evaluations, plan.steps)
         self._evaluated = {round(i * plan.steps / evaluations) for i in range(1, evaluations + 1)}
         self._step = self._gradients = 0
-        self._seconds = 0.0
+        self._seconds = self._cpu_seconds = 0.0
         self._random: dict[str, Any] | None = None
         self._curve = Curve()
         self._saved_at = time.monotonic()
@@ -128,25 +132,30 @@ class _Training:
             restore_random_states(self._random)
             self._random = None
         began = self._step
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         for inputs, targets in stream:
+            closure = self._closure(inputs, targets)
             try:
-                loss = self._optimizer.step(self._closure(inputs, targets))
+                loss = self._optimizer.step(closure)
             except FloatingPointError:
+                return False
+            if not self._ours and not math.isfinite(float(torch.as_tensor(loss).detach())):
                 return False
             self._scheduler.step()
             self._step += 1
-            self._gradients += self._optimizer.last.gradients
+            self._gradients += self._optimizer.last.gradients if self._ours else self._calls
+            self._calls = 0
             evaluated = self._step in self._evaluated
             if evaluated and torch.cuda.is_available():
                 torch.cuda.synchronize()
             self._seconds += time.perf_counter() - start
+            self._cpu_seconds += time.process_time() - cpu_start
             if evaluated and not self._evaluate():
                 return False
             self._look_up(loss)
             if self._step == self._plan.steps:
                 return True
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
         if self._step < began - position + len(batches):
             raise ValueError(
                 f"the training data held {self._step - began + position} batches in epoch {epoch}, {len(batches)} before"
@@ -158,6 +167,7 @@ class _Training:
             return self.problem.loss_fn(self.problem.model(inputs), targets)
 
         def closure() -> Tensor:
+            self._calls += 1
             self._optimizer.zero_grad()
             value = loss()
             value.backward()
@@ -175,6 +185,7 @@ class _Training:
         curve.step.append(self._step)
         curve.gradients.append(self._gradients)
         curve.seconds.append(self._seconds)
+        curve.cpu_seconds.append(self._cpu_seconds)
         curve.train_loss.append(train.loss)
         curve.train_metric.append(train.metric)
         if held_out is not None:
@@ -198,6 +209,7 @@ class _Training:
             "step": self._step,
             "gradients": self._gradients,
             "seconds": self._seconds,
+            "cpu_seconds": self._cpu_seconds,
             "model": self.problem.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
@@ -214,7 +226,8 @@ class _Training:
             raise CheckpointError(
                 f"{self._checkpoint.path} belongs to {state['identity']}, not to {self._identity}; use another folder"
             )
-        self._step, self._gradients, self._seconds = state["step"], state["gradients"], state["seconds"]
+        self._step, self._gradients = state["step"], state["gradients"]
+        self._seconds, self._cpu_seconds = state["seconds"], state["cpu_seconds"]
         self.problem.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
@@ -225,7 +238,7 @@ class _Training:
         outcome = Outcome(self._plan.seed, self._lr, self._curve)
         if diverged:
             outcome.status, outcome.diverged_at = "diverged", self._step
-        elif "test" in self.problem.parts:
+        elif self._plan.test and "test" in self.problem.parts:
             score = evaluate(self.problem, "test")
             outcome.test_loss, outcome.test_metric = score.loss, score.metric
         return outcome

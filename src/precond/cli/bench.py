@@ -1,0 +1,72 @@
+"""``precond bench``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from precond.cli.errors import UserError, as_user_errors
+from precond.cli.launch import Where, launch
+from precond.cli.settings import Integers, Texts
+from precond.report.results import to_json
+from precond.workloads import Task
+from precond.workloads.fashion_study import fashion_tasks
+
+Name = Literal["fashion-mnist"]
+
+# A new study is a function that makes its tasks, and one row here.
+STUDIES: dict[str, Callable[..., tuple[Task, ...]]] = {"fashion-mnist": fashion_tasks}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Run an experiment of this project: a table of tasks and entrants, with a search for each, and a report.
+
+    Attributes:
+        name: Which.
+        tasks: Only the tasks whose names contain one of these words.
+        trials: Learning rates that each entrant tries in each task, on the validation part only.
+        seeds: One training per seed with the best of them.
+        scale: Times the steps of the table; less for a first look.
+        examples: Train on a stratified sample of so many examples.
+        data_dir: Folder of the IDX files of fashion-mnist; where Debian's package puts them if not given.
+        out: Output folder; runs/bench-NAME if not given.
+        resume: Go on where the same command left off in the output folder; otherwise start all over.
+        checkpoint_seconds: Shortest time between two checkpoints.
+    """
+
+    name: tyro.conf.Positional[Name]
+    tasks: Texts = ()
+    trials: int = 5
+    seeds: Integers = (0, 1, 2)
+    scale: float = 1.0
+    examples: int | None = None
+    data_dir: Path | None = None
+    out: Path | None = None
+    resume: bool = True
+    checkpoint_seconds: float = 30.0
+
+    def run(self, argv: Sequence[str]) -> int:
+        """The exit code."""
+        # One thread, so that the processor's clock tells the work of each training whatever else the machine does.
+        torch.set_num_threads(1)
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise UserError(f"seeds must be different whole numbers >= 0, got {','.join(map(str, self.seeds)) or 'none'}")
+        if not self.scale > 0:
+            raise UserError(f"scale must be > 0, got {self.scale:g}")
+        with as_user_errors():
+            every = STUDIES[self.name](self.seeds, self.trials, self.scale, self.data_dir, self.examples)
+        chosen = tuple(task for task in every if not self.tasks or any(word in task.name for word in self.tasks))
+        if not chosen:
+            raise UserError(f"no task of {self.name} contains {' or '.join(map(repr, self.tasks))}; there are "
+                            f"{'; '.join(task.name for task in every)}")  # fmt: skip
+        settings: dict[str, Any] = to_json(
+            {"name": self.name, "trials": self.trials, "seeds": self.seeds, "scale": self.scale, "examples": self.examples}
+        )
+        where = Where(self.out or Path("runs") / f"bench-{self.name}", self.resume, self.checkpoint_seconds)
+        return launch(f"bench {self.name}", chosen, settings, where, argv)

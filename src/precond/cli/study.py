@@ -1,0 +1,168 @@
+"""Searches, then trainings with every seed: one after the other, each kept when it is done."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from precond.cli.folder import Folder
+from precond.report import Entry, Target, TaskResults, default_target
+from precond.workloads import (
+    CheckpointError,
+    Contender,
+    Curve,
+    Entrant,
+    Interrupted,
+    LogUniform,
+    Outcome,
+    Plan,
+    Task,
+    Trial,
+    WriteError,
+    train,
+    write_atomically,
+)
+from precond.workloads.search import best
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: of which contender, how, under which file name, what it is called, its metric, and whether it is part of a search."""
+
+    contender: Contender
+    plan: Plan
+    slug: str
+    title: str
+    metric: str | None = None
+    is_trial: bool = False
+
+
+class Watcher(Protocol):
+    """Sees trainings come and go."""
+
+    def started(self, job: Job) -> None:
+        """A training begins or goes on."""
+
+    def stepped(self, step: int, loss: object) -> bool:
+        """Steps done and the last loss; True asks to stop."""
+
+    def finished(self, job: Job, outcome: Outcome, known: bool) -> None:
+        """A training ended, in an earlier process if ``known``."""
+
+    def chosen(self, title: str, entrant: Entrant, trials: tuple[Trial, ...], lr: float) -> None:
+        """A search ended."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Tasks, one after the other.
+
+    Attributes:
+        tasks: in order; names differ.
+        model_path: where the last trained model is saved; None: nowhere.
+    """
+
+    tasks: Sequence[Task]
+    model_path: Path | None = None
+
+    @property
+    def amount(self) -> int:
+        """Number of trainings."""
+        return sum(task.amount for task in self.tasks)
+
+    def budget(self) -> list[str]:
+        """One line for each task: who may spend how much."""
+        lines = []
+        for task in self.tasks:
+            searched = [c for c in task.contenders if c.lr_from == "searched"]
+            search = f"{task.search.trials} trials for each of {len(searched)} entrants and then " if searched else ""
+            lines.append(
+                f"{self._prefix(task)}{search}{len(task.seeds)} seed{'s' if len(task.seeds) > 1 else ''} for each of "
+                f"{len(task.contenders)}, {task.plan.steps:,} steps each"
+            )
+        return lines
+
+    def run(self, folder: Folder, watcher: Watcher) -> tuple[TaskResults, ...]:
+        """Train what is not trained yet.
+
+        Raises:
+            Interrupted, CheckpointError, WriteError, UserError: see :func:`precond.workloads.train` and :class:`Folder`.
+        """
+        return tuple(self._task(task, folder, watcher) for task in self.tasks)
+
+    def _task(self, task: Task, folder: Folder, watcher: Watcher) -> TaskResults:
+        entries = []
+        for index, contender in enumerate(task.contenders):
+            slug = f"{_file_name(task.name)}/{index:02d}-{_file_name(contender.entrant.slug)}"
+            title = f"{self._prefix(task)}{contender.label}"
+            trials = tuple[Trial, ...]()
+            lr = contender.lr if isinstance(contender.lr, float) and contender.lr_from == "given" else None
+            if contender.lr_from == "searched":
+                assert isinstance(contender.lr, LogUniform)
+
+                def loss(number: int, rate: float, c: Contender = contender, s: str = slug, t: str = title) -> float:
+                    plan = replace(task.plan, lr=rate, seed=task.search_seed, evaluations=1, test=False)
+                    job = Job(c, plan, f"{s}-search-{number:02d}", f"{t}, trial lr {rate:g}", task.metric, True)
+                    outcome = self._train(task, job, folder, watcher)
+                    return outcome.curve.validation_loss[-1] if outcome.status == "finished" else math.nan
+
+                trials = task.search.run(contender.lr, loss)
+                lr = best(trials)
+                watcher.chosen(self._prefix(task), contender.entrant, trials, lr)
+            runs = []
+            for seed in task.seeds:
+                plan = replace(task.plan, lr=lr, seed=seed)
+                job = Job(contender, plan, f"{slug}-seed-{seed}", f"{title}, seed {seed}", task.metric)
+                runs.append(self._train(task, job, folder, watcher))
+            space = contender.lr if isinstance(contender.lr, LogUniform) and trials else None
+            bounds = None if space is None else (space.low, space.high)
+            entries.append(Entry(contender.label, contender.lr_from, tuple(runs), trials, bounds))
+        found = tuple(entries)
+        target = default_target(found, task.reference, task.allowance)
+        if task.target is not None:
+            target = Target(task.target, target.part, "given with --target")
+        return TaskResults(task.name, task.metric, dict(task.facts), target, found)
+
+    def _prefix(self, task: Task) -> str:
+        return f"{task.name}: " if len(self.tasks) > 1 else ""
+
+    def _train(self, task: Task, job: Job, folder: Folder, watcher: Watcher) -> Outcome:
+        outcome = folder.outcome(job.slug)
+        known = outcome is not None
+        if outcome is None:
+            watcher.started(job)
+            checkpoint = folder.checkpoint(job.slug)
+            entrant = job.contender.entrant
+            try:
+                outcome, model = train(
+                    job.contender.workload(), entrant, job.plan, checkpoint=checkpoint, watch=watcher.stepped
+                )
+            except (Interrupted, CheckpointError, WriteError):
+                raise
+            except Exception as error:
+                # An entrant that cannot do a task is a result. It is not kept: the same command tries again.
+                reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+                outcome = Outcome(job.plan.seed, job.plan.lr or math.nan, Curve(), "failed", error=reason)
+                checkpoint.discard()
+            else:
+                if self.model_path is not None and not job.is_trial:
+                    _save_model(self.model_path, model)
+                folder.finish(job.slug, outcome)
+        watcher.finished(job, outcome, known)
+        return outcome
+
+
+def _file_name(text: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in text).split()) or "x"
+
+
+def _save_model(path: Path, model: torch.nn.Module) -> None:
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,111 @@
+"""Search of a learning rate: the same number of trials for everyone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+# With few trials in one dimension, evenly spaced ones find more than a sampler does that must first learn where to look.
+_ALL_EVEN = 8
+
+
+@dataclass(frozen=True)
+class LogUniform:
+    """Learning rates from ``low`` to ``high``, each decade alike.
+
+    Example:
+        >>> LogUniform(1e-4, 1.0).even(4)
+        (0.0003162, 0.003162, 0.03162, 0.3162)
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low < self.high < math.inf:
+            raise ValueError(f"range of learning rates: need 0 < lowest < highest, got {self.low:g} and {self.high:g}")
+
+    def even(self, n: int) -> tuple[float, ...]:
+        """The middles of n equal parts of the logarithmic scale."""
+        decades = math.log10(self.high / self.low)
+        return tuple(rounded(self.low * 10 ** (decades * (i + 0.5) / n)) for i in range(n))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One learning rate of a search: its final validation loss, NaN where it diverged or failed."""
+
+    lr: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """How learning rates are searched: the budget is the number of trials, each trained in full.
+
+    The first trials are evenly spaced over the range: all of up to 8, three quarters of more. The rest are drawn by Optuna's
+    TPE sampler from what the trials before them found.
+
+    Args:
+        trials: of each entrant.
+        seed: of the sampler.
+    """
+
+    trials: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.trials < 1:
+            raise ValueError(f"trials must be at least 1, got {self.trials}")
+
+    def run(self, space: LogUniform, loss: Callable[[int, float], float]) -> tuple[Trial, ...]:
+        """All trials, in their order. The same losses give the same trials, so that a search can be replayed.
+
+        Args:
+            space: where learning rates come from.
+            loss: number of the trial and its learning rate ↦ final validation loss, NaN where there is none.
+
+        Raises:
+            ImportError: where Optuna is not installed.
+        """
+        optuna = _optuna()
+        even = self.trials if self.trials <= _ALL_EVEN else math.ceil(0.75 * self.trials)
+        study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=even))
+        for lr in space.even(even):
+            study.enqueue_trial({"lr": lr})
+        found = []
+        for number in range(self.trials):
+            asked = study.ask()
+            lr = rounded(asked.suggest_float("lr", space.low, space.high, log=True))
+            value = loss(number, lr)
+            study.tell(asked, value if math.isfinite(value) else math.inf)
+            found.append(Trial(lr, value))
+        return tuple(found)
+
+
+def best(trials: tuple[Trial, ...]) -> float:
+    """The learning rate of the lowest loss; where every trial diverged, the smallest, which shows it.
+
+    Example:
+        >>> best((Trial(0.1, 2.0), Trial(0.2, 1.0), Trial(0.4, math.nan)))
+        0.2
+    """
+    return min(trials, key=lambda t: (not math.isfinite(t.loss), t.loss if math.isfinite(t.loss) else t.lr)).lr
+
+
+def rounded(lr: float) -> float:
+    """To four significant digits, so that what is printed is what is used."""
+    return float(f"{lr:.4g}")
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ImportError(
+            "a search of the learning rate needs Optuna; install it: pip install 'precond[cli]', or give --lr"
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna

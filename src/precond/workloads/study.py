@@ -1,0 +1,80 @@
+"""What is compared with what: tasks, and who contends in each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from precond.workloads.entrant import Entrant
+from precond.workloads.problem import Metric, Workload
+from precond.workloads.search import LogUniform, Search
+from precond.workloads.training import Plan
+
+LrFrom = Literal["given", "own", "searched", "default"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An entrant, what it trains, and where its learning rate comes from.
+
+    Args:
+        entrant: makes the optimizer; its own learning rate goes before.
+        workload: makes what is trained; what it raises is reported as the entrant's failure.
+        lr: a range that is searched, a number, or None for the recipe's default.
+    """
+
+    entrant: Entrant
+    workload: Callable[[], Workload]
+    lr: LogUniform | float | None = None
+
+    @property
+    def label(self) -> str:
+        """Its entrant's."""
+        return self.entrant.label
+
+    @property
+    def lr_from(self) -> LrFrom:
+        """Where its learning rate comes from."""
+        if self.entrant.lr is not None:
+            return "own"
+        if isinstance(self.lr, LogUniform):
+            return "searched"
+        return "default" if self.lr is None else "given"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Contenders on the same data for the same number of steps.
+
+    Args:
+        name: part of titles and file names.
+        contenders: in order.
+        plan: what all trainings share; learning rate and seed are replaced.
+        seeds: of the trainings that are reported.
+        search: the budget of each contender.
+        search_seed: of the trials' initialization and order of data.
+        metric: what is reported beside the loss.
+        facts: what is said of data and model.
+        reference: label of the contender that sets the target; None: the first that finishes.
+        target: the loss to be reached, where it is given.
+        allowance: by so much of itself the target lies above the reference's best loss.
+    """
+
+    name: str
+    contenders: tuple[Contender, ...]
+    plan: Plan
+    seeds: tuple[int, ...]
+    search: Search
+    search_seed: int = 1000
+    metric: Metric | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+    reference: str | None = None
+    allowance: float = 0.1
+    target: float | None = None
+
+    @property
+    def amount(self) -> int:
+        """Number of trainings."""
+        searched = sum(c.lr_from == "searched" for c in self.contenders)
+        return searched * self.search.trials + len(self.contenders) * len(self.seeds)
