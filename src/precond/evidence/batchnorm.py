@@ -24,17 +24,19 @@ _ON = "ReLU network 64–16–10 at initialization, digits"
 def _problem(with_norm: bool = False, affine: bool = False) -> Problem:
     """64–16–10 with ReLU on digits; with batch normalization behind the ReLU, its statistics those of all samples."""
     pixels, y = raw("digits", constant=True)
-    make = lambda: nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))  # noqa: E731
-    model = seeded(make, 0)
+    model = seeded(lambda: nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)), 0)
     assert isinstance(model, nn.Sequential)
     x = pixels / 16
     if with_norm:
-        norm = nn.BatchNorm1d(16, eps=0.0, affine=affine).double()
+        norm = nn.BatchNorm1d(16, eps=1e-5 if affine else 0.0, affine=affine).double()
         with torch.no_grad():
             h = model[1](model[0](x))
             assert norm.running_mean is not None and norm.running_var is not None
             norm.running_mean.copy_(h.mean(0))
             norm.running_var.copy_(h.var(0, correction=0))
+            if affine:
+                norm.weight.copy_(1 + 0.5 * random(16, seed=8))
+                norm.bias.copy_(random(16, seed=9))
         model = nn.Sequential(model[0], model[1], norm, model[2])
     return Problem(model.eval(), nn.functional.cross_entropy, x, y)
 
@@ -77,28 +79,25 @@ def _observed() -> _Observed:
     return _Observed(problem, whole[first][:, first])
 
 
-@CHAPTER.statement("affine", "after (23)", "BN's γ and β are an over-parameterization: Ŵ = W diag(γ), b̂ = Wβ + b and B₀,₁ are the same network.")
+@CHAPTER.statement(
+    "affine",
+    "after (23)",
+    "BN's γ and β are an over-parameterization: Ŵ = W diag(γ), b̂ = Wβ + b and B₀,₁ are the same network.",
+)
 def _affine() -> Finding:
     problem = _problem(with_norm=True, affine=True)
-    assert isinstance(problem.model, nn.Sequential)
-    norm = problem.model[2]
+    problem.model.train()
     with torch.no_grad():
-        norm.weight.copy_(1 + 0.5 * random(16, seed=8))
-        norm.bias.copy_(random(16, seed=9))
-        norm.eps = 1e-5  # torch wants some where statistics are the batch's
-        problem.model.train()
-        collapsed = collapse_affine(problem.model).train()
-        off = relative(collapsed(problem.x), problem.model(problem.x))
+        off = relative(collapse_affine(problem.model).train()(problem.x), problem.model(problem.x))
     return Finding("error of the outputs in training, relative", 0.0, off, 1e-12, on=_ON)
 
 
-@CHAPTER.statement("affine-inference", "after (23)", "At inference the whole BN, with its running statistics, is a change of Ŵ and b̂.")
+@CHAPTER.statement(
+    "affine-inference", "after (23)", "At inference the whole BN, with its running statistics, is a change of Ŵ and b̂."
+)
 def _folded() -> Finding:
     problem = _problem(with_norm=True, affine=True)
-    assert isinstance(problem.model, nn.Sequential)
     with torch.no_grad():
-        problem.model[2].weight.copy_(1 + 0.5 * random(16, seed=8))
-        problem.model[2].bias.copy_(random(16, seed=9))
         off = relative(fold_batchnorm(problem.model)(problem.x), problem.model(problem.x))
     return Finding("error of the outputs, relative", 0.0, off, 1e-12, on=_ON)
 
@@ -124,7 +123,14 @@ def _median_kappa(matrices: list[Tensor]) -> float:
 def _bn_kappa() -> Finding:
     before = [n.conditioning().kappa for n in neuron_hessians(_problem().objective(), "2")]
     after = [n.conditioning().kappa for n in neuron_hessians(_problem(with_norm=True).objective(), "3")]
-    return Finding("largest κ with BN over κ without, 10 neurons", 1.0, max(a / b for a, b in zip(after, before, strict=True)), 0.0, "≤", on=_ON)
+    return Finding(
+        "largest κ with BN over κ without, 10 neurons",
+        1.0,
+        max(a / b for a, b in zip(after, before, strict=True)),
+        0.0,
+        "≤",
+        on=_ON,
+    )
 
 
 @CHAPTER.statement("bnp-map", "(25)", "BNP's map is P = U D: centering, then scaling.")
@@ -139,7 +145,9 @@ def _bnp_inputs() -> Finding:
     seen = _observed()
     h = _hidden(seen.problem)
     G_e = seen.P.T @ extended(h)
-    return Finding("error of G_e, relative", 0.0, relative(G_e, extended((h - h.mean(0)) / h.std(0, correction=0))), 1e-11, on=_ON)
+    return Finding(
+        "error of G_e, relative", 0.0, relative(G_e, extended((h - h.mean(0)) / h.std(0, correction=0))), 1e-11, on=_ON
+    )
 
 
 @CHAPTER.statement(
@@ -171,7 +179,15 @@ def _bnp_kappa() -> Finding:
     in_z = {"none": torch.eye(len(U), dtype=torch.float64), "centering": U, "scaling": D, "BNP": seen.P}
     kappas = {name: _median_kappa([P.T @ A @ P for A in matrices]) for name, P in in_z.items()}
     best_half = min(kappas["none"], kappas["centering"], kappas["scaling"])
-    return Finding("median κ of 10 neurons, at most that of none or of one half", best_half, kappas["BNP"], 0.0, "≤", on=_ON, figure=Bars("κ(PᵀHP), median of 10 neurons", tuple(kappas.items())))
+    return Finding(
+        "median κ of 10 neurons, at most that of none or of one half",
+        best_half,
+        kappas["BNP"],
+        0.0,
+        "≤",
+        on=_ON,
+        figure=Bars("κ(PᵀHP), median of 10 neurons", tuple(kappas.items())),
+    )
 
 
 @CHAPTER.statement("bnp-vectors", "(27)", "P and Pᵀ take vector operations alone: dw = (g_w − g_b μ)/σ², db = g_b − μᵀdw.")
@@ -210,12 +226,17 @@ def _bnp_is_standardization() -> Finding:
     x, y = raw("wine")
     z, _ = standardized("wine")
     mean, std = x.mean(0), x.std(0, correction=0)
-    make = lambda: nn.Linear(13, 3)  # noqa: E731
-    plain = Problem(seeded(make, 0), nn.functional.cross_entropy, z, y)
-    bnp = Problem(seeded(make, 0), nn.functional.cross_entropy, x, y)
+    plain = Problem(seeded(lambda: nn.Linear(13, 3), 0), nn.functional.cross_entropy, z, y)
+    bnp = Problem(seeded(lambda: nn.Linear(13, 3), 0), nn.functional.cross_entropy, x, y)
     W, b = plain.pieces(plain.p)
     bnp.set(torch.cat([(W / std).flatten(), b - (W / std) @ mean]))
     plain.iterates(PreconditionedGD(plain.model, 0.5, preconditioner=Fixed()), 200)
     bnp.iterates(PreconditionedGD(bnp.model, 0.5, preconditioner=BNP(decay=0.0, damping=0.0)), 200)
     with torch.no_grad():
-        return Finding("error of the outputs after 200 steps, relative", 0.0, relative(bnp.model(x), plain.model(z)), 1e-9, on="softmax regression, wine, raw")
+        return Finding(
+            "error of the outputs after 200 steps, relative",
+            0.0,
+            relative(bnp.model(x), plain.model(z)),
+            1e-9,
+            on="softmax regression, wine, raw",
+        )

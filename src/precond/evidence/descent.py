@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from precond.convergence import predict
 from precond.curvature import Conditioning, Span, condition_number, hessian
-from precond.evidence.problems import Problem, half_square, logistic_regression, random, relative, seeded, standardized, tanh_network
+from precond.evidence.problems import (
+    Problem,
+    half_square,
+    logistic_regression,
+    random,
+    relative,
+    seeded,
+    standardized,
+    tanh_network,
+)
 from precond.evidence.statement import Chapter, Finding, Line, Plot
 from precond.maps import Dense
 from precond.optimizer import PreconditionedGD
@@ -24,7 +33,11 @@ _FALL = 1e-6
 
 @cache
 def _at_minimum(name: str) -> tuple[Problem, Tensor]:
-    problem = {"logistic": lambda: logistic_regression(penalty=0.005), "network": tanh_network, "scale-invariant": _relu_network}[name]()
+    problem = {
+        "logistic": lambda: logistic_regression(penalty=0.005),
+        "network": tanh_network,
+        "scale-invariant": _relu_network,
+    }[name]()
     return problem, problem.minimum()
 
 
@@ -33,7 +46,9 @@ def _relu_network() -> Problem:
     x, classes = standardized("wine")
     model = seeded(lambda: nn.Sequential(nn.Linear(6, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False)), 5)
     problem = Problem(model, half_square, x[:, [0, 3, 6, 9, 10, 12]], classes[:, None] - 1.0)
-    search = torch.optim.LBFGS(model.parameters(), max_iter=300, line_search_fn="strong_wolfe", tolerance_grad=1e-14, tolerance_change=1e-16)
+    search = torch.optim.LBFGS(
+        model.parameters(), max_iter=300, line_search_fn="strong_wolfe", tolerance_grad=1e-14, tolerance_change=1e-16
+    )
     search.step(problem.closure())
     return problem
 
@@ -67,7 +82,9 @@ def _ends(name: str) -> tuple[Problem, Tensor, Conditioning]:
     return problem, p_star, condition_number(hessian(problem.objective()), tol=1e-9)
 
 
-@CHAPTER.statement("rate", "Theorem 1, (3)", "Near a minimum, GD with α = 2/(λ_min + λ_max) contracts the error by r = (κ − 1)/(κ + 1) a step.")
+@CHAPTER.statement(
+    "rate", "Theorem 1, (3)", "Near a minimum, GD with α = 2/(λ_min + λ_max) contracts the error by r = (κ − 1)/(κ + 1) a step."
+)
 def _rate_of_regression() -> Finding:
     problem, p_star, ends = _ends("logistic")
     best = predict(ends)
@@ -77,10 +94,20 @@ def _rate_of_regression() -> Finding:
     figure = Plot(
         "steps",
         "‖p − p*‖",
-        (Line("measured", tuple(t.tolist()), tuple(errors.tolist())), Line("predicted slope", tuple(t.tolist()), tuple((errors[0] * r**t).tolist()))),
+        (
+            Line("measured", tuple(t.tolist()), tuple(errors.tolist())),
+            Line("predicted slope", tuple(t.tolist()), tuple((errors[0] * r**t).tolist())),
+        ),
         "y",
     )
-    return Finding("contraction per step", r, _rate(errors), 0.02 * (1 - r), on=f"logistic regression, breast cancer, κ = {kappa:.4g}", figure=figure)
+    return Finding(
+        "contraction per step",
+        r,
+        _rate(errors),
+        0.02 * (1 - r),
+        on=f"logistic regression, breast cancer, κ = {kappa:.4g}",
+        figure=figure,
+    )
 
 
 @CHAPTER.statement("rate-network", "Theorem 1, (3)", "The same for a network, at a minimum of its non-convex loss.")
@@ -88,7 +115,13 @@ def _rate_of_network() -> Finding:
     problem, p_star, ends = _ends("network")
     best = predict(ends)
     measured = _rate(_errors(problem, p_star, best.lr, best.rate))
-    return Finding("contraction per step", best.rate, measured, 0.02 * (1 - best.rate), on=f"tanh network 13–6–3, wine, κ = {best.kappa:.4g}")
+    return Finding(
+        "contraction per step",
+        best.rate,
+        measured,
+        0.02 * (1 - best.rate),
+        on=f"tanh network 13–6–3, wine, κ = {best.kappa:.4g}",
+    )
 
 
 @CHAPTER.statement("rate-alpha", "Theorem 1, (2)", "With any α, GD contracts by r = max(|1 − αλ_min|, |1 − αλ_max|).")
@@ -98,8 +131,22 @@ def _rates() -> Finding:
     predicted = [predict(ends, a).rate for a in alphas]
     observed = [_rate(_errors(problem, p_star, a, r)) for a, r in zip(alphas, predicted, strict=True)]
     off = max(abs(o - r) / (1 - r) for o, r in zip(observed, predicted, strict=True))
-    figure = Plot("α", "1 − contraction per step", (Line("predicted", tuple(alphas), tuple(1 - r for r in predicted)), Line("measured", tuple(alphas), tuple(1 - o for o in observed), True)))
-    return Finding("largest error of 1 − r, relative, over 9 values of α", 0.0, off, 0.02, on="logistic regression, breast cancer", figure=figure)
+    figure = Plot(
+        "α",
+        "1 − contraction per step",
+        (
+            Line("predicted", tuple(alphas), tuple(1 - r for r in predicted)),
+            Line("measured", tuple(alphas), tuple(1 - o for o in observed), True),
+        ),
+    )
+    return Finding(
+        "largest error of 1 − r, relative, over 9 values of α",
+        0.0,
+        off,
+        0.02,
+        on="logistic regression, breast cancer",
+        figure=figure,
+    )
 
 
 @CHAPTER.statement("rate-bound", "Theorem 1, (2)", "From any start nearby no step contracts by less than r + ε.")
@@ -112,7 +159,9 @@ def _bound() -> Finding:
         errors = (problem.iterates(PreconditionedGD(problem.model, best.lr, preconditioner=Fixed()), 50) - p_star).norm(dim=1)
         worst = max(worst, float((errors[1:] / errors[:-1]).max()))
     problem.set(p_star)
-    return Finding("largest ratio of successive errors, 10 random starts", best.rate, worst, 1e-3, "≤", on="tanh network 13–6–3, wine")
+    return Finding(
+        "largest ratio of successive errors, 10 random starts", best.rate, worst, 1e-3, "≤", on="tanh network 13–6–3, wine"
+    )
 
 
 @CHAPTER.statement("best-alpha", "Theorem 1", "α = 2/(λ_min + λ_max) is the best learning rate.")
@@ -121,7 +170,13 @@ def _best_alpha() -> Finding:
     best = predict(ends).lr
     scales = [0.9 + 0.01 * i for i in range(11)] + [1 + 0.001 * i for i in range(1, 5)]
     observed = {s: _rate(_errors(problem, p_star, s * best, predict(ends, s * best).rate)) for s in scales}
-    return Finding("fastest of 15 values, as a multiple of the predicted α", 1.0, min(observed, key=lambda s: observed[s]), 0.0051, on="logistic regression, breast cancer")
+    return Finding(
+        "fastest of 15 values, as a multiple of the predicted α",
+        1.0,
+        min(observed, key=lambda s: observed[s]),
+        0.0051,
+        on="logistic regression, breast cancer",
+    )
 
 
 @CHAPTER.statement("implicit", "(4), (5)", "GD in z, p = P z, is p ← p − αM∇L(p) with M = P Pᵀ.")
@@ -135,7 +190,13 @@ def _implicit() -> Finding:
         z.requires_grad_()
         (g,) = torch.autograd.grad(problem.at(P @ z), z)
         z = (z - alpha * g).detach()
-    return Finding("distance after 200 steps, relative to the way", 0.0, float((p - P @ z).norm() / (p - start).norm()), 1e-11, on="tanh network, a full P, not symmetric")
+    return Finding(
+        "distance after 200 steps, relative to the way",
+        0.0,
+        float((p - P @ z).norm() / (p - start).norm()),
+        1e-11,
+        on="tanh network, a full P, not symmetric",
+    )
 
 
 @CHAPTER.statement("hessian-z", "after (4)", "The Hessian in z is PᵀHP.")
@@ -159,10 +220,18 @@ def _spectra() -> Finding:
     H = hessian(problem.objective())
     symmetric = torch.linalg.eigvalsh((map_.T @ H @ map_).to_dense())
     product = torch.linalg.eigvals(P @ P.T @ problem.hessian(problem.p)).real.sort().values
-    return Finding("largest relative error of an eigenvalue", 0.0, float(((product - symmetric) / symmetric).abs().max()), 1e-9, on="tanh network at its minimum, a full P")
+    return Finding(
+        "largest relative error of an eigenvalue",
+        0.0,
+        float(((product - symmetric) / symmetric).abs().max()),
+        1e-9,
+        on="tanh network at its minimum, a full P",
+    )
 
 
-@CHAPTER.statement("rate-preconditioned", "after (5)", "Preconditioned GD contracts by r_M = (κ_M − 1)/(κ_M + 1), κ_M = κ(PᵀHP), in z.")
+@CHAPTER.statement(
+    "rate-preconditioned", "after (5)", "Preconditioned GD contracts by r_M = (κ_M − 1)/(κ_M + 1), κ_M = κ(PᵀHP), in z."
+)
 def _rate_preconditioned() -> Finding:
     problem, p_star = _at_minimum("network")
     n = len(p_star)
@@ -173,7 +242,13 @@ def _rate_preconditioned() -> Finding:
     best = predict(condition_number(map_.T @ hessian(problem.objective()) @ map_, tol=1e-9))
     measured = _rate(_errors(problem, p_star, best.lr, best.rate, P))
     before = condition_number(hessian(problem.objective())).kappa
-    return Finding("contraction per step", best.rate, measured, 0.02 * (1 - best.rate), on=f"tanh network, wine, κ from {before:.4g} to κ_M = {best.kappa:.4g}")
+    return Finding(
+        "contraction per step",
+        best.rate,
+        measured,
+        0.02 * (1 - best.rate),
+        on=f"tanh network, wine, κ from {before:.4g} to κ_M = {best.kappa:.4g}",
+    )
 
 
 def _scalings(problem: Problem) -> Span:
@@ -187,7 +262,11 @@ def _scalings(problem: Problem) -> Span:
     return Span(found)
 
 
-@CHAPTER.statement("null-space", "end of the theory", "A positively scale-invariant network has a null direction for each of its ReLUs, so that λ_min = 0.")
+@CHAPTER.statement(
+    "null-space",
+    "end of the theory",
+    "A positively scale-invariant network has a null direction for each of its ReLUs, so that λ_min = 0.",
+)
 def _null_space() -> Finding:
     problem, _ = _at_minimum("scale-invariant")
     ends = condition_number(hessian(problem.objective()), null_tol=1e-10, method="dense")
@@ -205,6 +284,10 @@ def _rate_positive() -> Finding:
     problem.set(p_star)
     # GD ends in some point of the curve of minima; the gradient tells the way to it.
     gradients = torch.stack([problem.gradient(p).norm() for p in found])
-    return Finding("contraction of the gradient per step", r, _rate(gradients), 0.02 * (1 - r), on=f"ReLU network 6–2–1, κ₊ = {best.kappa:.4g}")
-
-
+    return Finding(
+        "contraction of the gradient per step",
+        r,
+        _rate(gradients),
+        0.02 * (1 - r),
+        on=f"ReLU network 6–2–1, κ₊ = {best.kappa:.4g}",
+    )

@@ -22,15 +22,20 @@ _ON_SETS = "wine, breast cancer, digits"
 @cache
 def _deep() -> Problem:
     x, y = standardized("wine")
-    make = lambda: nn.Sequential(nn.Linear(13, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))  # noqa: E731
-    return Problem(seeded(make, 0), nn.functional.cross_entropy, x, y)
+    model = seeded(lambda: nn.Sequential(nn.Linear(13, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)), 0)
+    return Problem(model, nn.functional.cross_entropy, x, y)
 
 
 @cache
 def _convolutional() -> Problem:
     pixels, y = raw("digits", constant=True)
-    make = lambda: nn.Sequential(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 3, 3, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(27, 10))  # noqa: E731
-    return Problem(seeded(make, 0), nn.functional.cross_entropy, pixels[:200] / 16, y[:200])
+    model = seeded(
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 3, 3, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(27, 10)
+        ),
+        0,
+    )
+    return Problem(model, nn.functional.cross_entropy, pixels[:200] / 16, y[:200])
 
 
 def _block(problem: Problem, H: Tensor, layer: str, unit: int) -> Tensor:
@@ -50,16 +55,25 @@ def _largest_error(problem: Problem, layers: tuple[str, ...]) -> float:
     )
 
 
-@CHAPTER.statement("neuron", "Theorem 3, (16)", "The Hessian by a neuron's weights is H_e S H_eᵀ with S = diag(L″)/N, in every layer.")
+@CHAPTER.statement(
+    "neuron", "Theorem 3, (16)", "The Hessian by a neuron's weights is H_e S H_eᵀ with S = diag(L″)/N, in every layer."
+)
 def _theorem3() -> Finding:
-    return Finding("largest error over 17 neurons of 3 layers, relative", 0.0, _largest_error(_deep(), ("0", "2", "4")), 1e-11, on="tanh network 13–8–6–3, wine")
+    return Finding(
+        "largest error over 17 neurons of 3 layers, relative",
+        0.0,
+        _largest_error(_deep(), ("0", "2", "4")),
+        1e-11,
+        on="tanh network 13–8–6–3, wine",
+    )
 
 
 @CHAPTER.statement(
     "neuron-conv",
     "Theorem 3, (16)",
     "The same for a convolution.",
-    "Printed for layers that meet a sample once. A convolution meets it at T positions: S has one T×T block per sample, and its diagonal alone is wrong.",
+    "Printed for layers that meet a sample once. A convolution meets it at T positions: S has one T×T block per sample, and its diagonal "
+    "alone is wrong.",
 )
 def _theorem3_conv() -> Finding:
     problem = _convolutional()
@@ -68,7 +82,14 @@ def _theorem3_conv() -> Finding:
     for neuron in neuron_hessians(problem.objective(), "1"):
         s = neuron.s.diagonal(dim1=1, dim2=2).flatten()
         diagonal = max(diagonal, relative((neuron.H_e * s) @ neuron.H_e.T, _block(problem, H, "1", neuron.unit)))
-    return Finding("largest error over 3 channels, relative", 0.0, _largest_error(problem, ("1",)), 1e-11, printed=diagonal, on="conv net on 200 digits")
+    return Finding(
+        "largest error over 3 channels, relative",
+        0.0,
+        _largest_error(problem, ("1",)),
+        1e-11,
+        printed=diagonal,
+        on="conv net on 200 digits",
+    )
 
 
 @CHAPTER.statement("linear-regression", "after Theorem 3", "Linear regression: ∇²L = X_e X_eᵀ/N.")
@@ -102,7 +123,14 @@ def _bound() -> Finding:
         for x in (standardized(name)[0], MinMax().fit(raw(name)[0]).transform(raw(name)[0])):
             neuron = neuron_hessian(_classifier(name, x).objective(), "", 0)
             worst = max(worst, neuron.conditioning().kappa / neuron.bound)
-    return Finding("largest κ(∇²L)/(κ(X_e)²κ(S)) of 4", 1.0, worst, 0.0, "≤", on="logistic regression, wine and breast cancer, standardized and min–max")
+    return Finding(
+        "largest κ(∇²L)/(κ(X_e)²κ(S)) of 4",
+        1.0,
+        worst,
+        0.0,
+        "≤",
+        on="logistic regression, wine and breast cancer, standardized and min–max",
+    )
 
 
 @CHAPTER.statement(
@@ -118,7 +146,8 @@ def _bound_hidden() -> Finding:
     output = neuron_hessians(objective, "4")
     return Finding(
         "share of negative L″ in hidden layers (printed: of the output layer)", 0.05, negative, 0.0, "≥",
-        printed=sum(n.signs.negative for n in output) / sum(len(n.curvatures) for n in output), on="tanh network 13–8–6–3 at initialization, wine",
+        printed=sum(n.signs.negative for n in output) / sum(len(n.curvatures) for n in output),
+        on="tanh network 13–8–6–3 at initialization, wine",
     )  # fmt: skip
 
 
@@ -133,7 +162,9 @@ def _full_rank(name: str) -> Tensor:
     return x[:, (x != x[0]).sum(0) >= 50] if name == "digits" else x
 
 
-@CHAPTER.statement("rows-standardized", "Input Data Normalization", "Standardized, all rows of X̃_e have norm √N, also the row of ones.")
+@CHAPTER.statement(
+    "rows-standardized", "Input Data Normalization", "Standardized, all rows of X̃_e have norm √N, also the row of ones."
+)
 def _rows() -> Finding:
     worst = 0.0
     for name in _SETS:
@@ -156,15 +187,32 @@ def _theorem4() -> Finding:
     return Finding("largest κ(centered)/κ(raw) over 600 random subsets of features", 1.0, max(ratios), 1e-9, "≤", on=_ON_SETS)
 
 
-@CHAPTER.statement("centering-amount", "after Theorem 4", "How much centering improves depends on how large μ is; centered data stay as they are.")
+@CHAPTER.statement(
+    "centering-amount",
+    "after Theorem 4",
+    "How much centering improves depends on how large μ is; centered data stay as they are.",
+)
 def _amount() -> Finding:
     x, _ = standardized("wine")
     shifts = [10.0 ** (k / 4) for k in range(-8, 9)]
     kappas = [_kappa(extended(x + shift)) for shift in shifts]
     centered = _kappa(extended(x))
     falls = [kappas[i] - kappas[i + 1] for i in range(len(kappas) - 1)]
-    figure = Plot("mean of every feature, in standard deviations", "κ(X_e)", (Line("shifted", tuple(shifts), tuple(kappas), True), Line("centered", (shifts[0], shifts[-1]), (centered, centered))), "xy")
-    return Finding("largest fall of κ(X_e) as μ grows, relative", 0.0, max(falls) / centered, 1e-9, "≤", on="wine, standardized and shifted", figure=figure)
+    figure = Plot(
+        "mean of every feature, in standard deviations",
+        "κ(X_e)",
+        (Line("shifted", tuple(shifts), tuple(kappas), True), Line("centered", (shifts[0], shifts[-1]), (centered, centered))),
+        "xy",
+    )
+    return Finding(
+        "largest fall of κ(X_e) as μ grows, relative",
+        0.0,
+        max(falls) / centered,
+        1e-9,
+        "≤",
+        on="wine, standardized and shifted",
+        figure=figure,
+    )
 
 
 @CHAPTER.statement("standardization", "after Theorem 4", "Standardization improves κ(X_e).")
@@ -179,18 +227,30 @@ def _standardization() -> Finding:
     return Finding("largest κ(standardized)/κ(raw) of 3", 1.0, worst, 0.0, "≤", on=_ON_SETS, figure=Bars("κ(X_e)", tuple(bars)))
 
 
-@CHAPTER.statement("min-max", "after Theorem 4", "Min–max normalized entries lie in [0, 1], rows of X̃_e have 1-norms up to N and 2-norms up to √N.")
+@CHAPTER.statement(
+    "min-max",
+    "after Theorem 4",
+    "Min–max normalized entries lie in [0, 1], rows of X̃_e have 1-norms up to N and 2-norms up to √N.",
+)
 def _min_max() -> Finding:
     worst = -math.inf
     for name in _SETS:
         x = _full_rank(name)
         X_e = extended(MinMax().fit(x).transform(x))
         n = len(x)
-        worst = max(worst, float(-X_e.min()), float(X_e.max()) - 1, float(X_e.norm(1, dim=1).max()) / n - 1, float(X_e.norm(dim=1).max()) / n**0.5 - 1)
+        worst = max(
+            worst,
+            float(-X_e.min()),
+            float(X_e.max()) - 1,
+            float(X_e.norm(1, dim=1).max()) / n - 1,
+            float(X_e.norm(dim=1).max()) / n**0.5 - 1,
+        )
     return Finding("largest excess over a bound", 0.0, worst, 1e-12, "≤", on=_ON_SETS)
 
 
-@CHAPTER.statement("min-max-kappa", "after Theorem 4", "Min–max normalization evens out row norms and so should improve κ(X_e).")
+@CHAPTER.statement(
+    "min-max-kappa", "after Theorem 4", "Min–max normalization evens out row norms and so should improve κ(X_e)."
+)
 def _min_max_kappa() -> Finding:
     bars, worst = [], 0.0
     for name in _SETS:
@@ -213,4 +273,12 @@ def _input_layer() -> Finding:
     with torch.no_grad():
         before.set(torch.cat([w[1:] / standard.width, w[:1] - (w[1:] * standard.offset / standard.width).sum()]))
     kappas = [neuron_hessian(p.objective(), "", 0).conditioning().kappa for p in (before, after)]
-    return Finding("κ(∇²L) standardized, at most raw", kappas[0], kappas[1], 0.0, "≤", on="logistic regression, wine", figure=Bars("κ(∇²L)", (("raw", kappas[0]), ("standardized", kappas[1]))))
+    return Finding(
+        "κ(∇²L) standardized, at most raw",
+        kappas[0],
+        kappas[1],
+        0.0,
+        "≤",
+        on="logistic regression, wine",
+        figure=Bars("κ(∇²L)", (("raw", kappas[0]), ("standardized", kappas[1]))),
+    )

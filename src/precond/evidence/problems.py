@@ -115,7 +115,7 @@ class Problem:
         """The parameters before each of ``steps`` steps and after the last, (steps + 1, n)."""
         closure, found = self.closure(), [self.p]
         for _ in range(steps):
-            optimizer.step(closure)
+            optimizer.step(closure)  # type: ignore[arg-type] # torch's stubs want a float
             found.append(self.p)
         return torch.stack(found)
 
@@ -126,7 +126,9 @@ class Problem:
             g = self.gradient(p)
             lam, V = torch.linalg.eigh(self.hessian(p))
             keep = lam.abs() > 1e-9 * lam.abs().max()
-            step = V[:, keep] @ ((V[:, keep].T @ g) / lam[keep].abs().clamp_min(1e-4 * lam.abs().max() * min(1.0, float(g.norm()))))
+            step = V[:, keep] @ (
+                (V[:, keep].T @ g) / lam[keep].abs().clamp_min(1e-4 * lam.abs().max() * min(1.0, float(g.norm())))
+            )
             scale, before = 1.0, self.at(p)
             while scale > 1e-6 and not self.at(p - scale * step) <= before:
                 scale /= 2
@@ -141,7 +143,8 @@ class Problem:
 def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     """A float64 model with weights N(0, 1/fan_in) and biases N(0, 0.01) of a generator of its own."""
     draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
+    # Modules draw their first weights from the global generator.
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         model = make().double()
         for p in model.parameters():
             scale = p[0].numel() ** -0.5 if p.ndim > 1 else 0.1
@@ -163,8 +166,8 @@ def logistic_regression(name: str = "breast cancer", penalty: float = 0.01, raw_
 def tanh_network(hidden: int = 6, penalty: float = 0.01, seed: int = 0) -> Problem:
     """n–hidden–3 with tanh and cross-entropy on standardized wine."""
     x, y = standardized("wine")
-    make = lambda: nn.Sequential(nn.Linear(x.shape[1], hidden), nn.Tanh(), nn.Linear(hidden, 3))  # noqa: E731
-    return Problem(seeded(make, seed), nn.functional.cross_entropy, x, y, penalty)
+    model = seeded(lambda: nn.Sequential(nn.Linear(x.shape[1], hidden), nn.Tanh(), nn.Linear(hidden, 3)), seed)
+    return Problem(model, nn.functional.cross_entropy, x, y, penalty)
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -57,7 +57,13 @@ def _l2_in_z() -> Finding:
     decayed = P @ P.T @ problem.gradient(problem.p) + 2 * lam * problem.p
     in_z = _gradient_in_z(problem, P, lambda z: lam * z.square().sum())
     ours = _step(problem, Fixed(Dense(P)), [L2(lam, space="z")])
-    return Finding("error of the step, the larger of two forms, relative", 0.0, max(relative(ours, decayed), relative(ours, in_z)), 1e-11, on=f"{_ON}, a full P")
+    return Finding(
+        "error of the step, the larger of two forms, relative",
+        0.0,
+        max(relative(ours, decayed), relative(ours, in_z)),
+        1e-11,
+        on=f"{_ON}, a full P",
+    )
 
 
 @CHAPTER.statement("l2-z-adamw", "(9)", "Adam with λ‖z‖² is torch.optim.AdamW with weight_decay = 2λ.")
@@ -65,10 +71,20 @@ def _l2_is_adamw() -> Finding:
     ours, peer = _network(), _network()
     a = ours.iterates(adamw(ours.model, 0.01, weight_decay=0.2), 100)
     b = peer.iterates(torch.optim.AdamW(peer.model.parameters(), 0.01, weight_decay=0.2), 100)
-    return Finding("distance after 100 steps, relative to the way", 0.0, float((a[-1] - b[-1]).norm() / (b[-1] - b[0]).norm()), 1e-12, on=_ON)
+    return Finding(
+        "distance after 100 steps, relative to the way",
+        0.0,
+        float((a[-1] - b[-1]).norm() / (b[-1] - b[0]).norm()),
+        1e-12,
+        on=_ON,
+    )
 
 
-@CHAPTER.statement("l2-other", "Regularization with Preconditioning", "With M ≠ cI no λ′ makes λ′‖p‖² in the preconditioned loss equal to weight decay 2λp.")
+@CHAPTER.statement(
+    "l2-other",
+    "Regularization with Preconditioning",
+    "With M ≠ cI no λ′ makes λ′‖p‖² in the preconditioned loss equal to weight decay 2λp.",
+)
 def _no_equal_lambda() -> Finding:
     problem = _network()
     optimizer = adamw(problem.model, 0.01)
@@ -78,17 +94,34 @@ def _no_equal_lambda() -> Finding:
     p = problem.p
     # The step differs by 2λp − 2λ′Mp; the best λ′ leaves the part of p that is orthogonal to Mp.
     rest = p - (p @ Mp) / (Mp @ Mp) * Mp
-    return Finding("what the best λ′ leaves of 2λp, relative", 0.1, float(rest.norm() / p.norm()), 0.0, "≥", on=f"{_ON}, M of AdamW after 100 steps")
+    return Finding(
+        "what the best λ′ leaves of 2λp, relative",
+        0.1,
+        float(rest.norm() / p.norm()),
+        0.0,
+        "≥",
+        on=f"{_ON}, M of AdamW after 100 steps",
+    )
 
 
-@CHAPTER.statement("scale-adjusted", "Regularization with Preconditioning", "With M = diag(1/r), weight decay is preconditioned GD on L + λ‖p√r‖².")
+@CHAPTER.statement(
+    "scale-adjusted",
+    "Regularization with Preconditioning",
+    "With M = diag(1/r), weight decay is preconditioned GD on L + λ‖p√r‖².",
+)
 def _scale_adjusted() -> Finding:
     problem, lam = _network(), 0.1
     r = random(len(problem.p), seed=5).exp()
     p = problem.p.requires_grad_()
     (g,) = torch.autograd.grad(problem.at(p) + lam * (p * r.sqrt()).square().sum(), p)
     diagonal = Diagonal(problem.pieces(r.rsqrt()))
-    return Finding("error of the step, relative", 0.0, relative(_step(problem, Fixed(diagonal), [L2(lam, space="z")]), g / r), 1e-12, on=f"{_ON}, a random r")
+    return Finding(
+        "error of the step, relative",
+        0.0,
+        relative(_step(problem, Fixed(diagonal), [L2(lam, space="z")]), g / r),
+        1e-12,
+        on=f"{_ON}, a random r",
+    )
 
 
 @CHAPTER.statement(
@@ -103,7 +136,9 @@ def _l2_in_p() -> Finding:
     in_z = _gradient_in_z(problem, P, lambda z: lam * (P @ z).square().sum())
     ours = _step(problem, Fixed(Dense(P)), [L2(lam, space="p")])
     printed = P @ P.T @ (problem.gradient(problem.p) - 2 * lam * problem.p)
-    return Finding("error of the step, relative", 0.0, relative(ours, in_z), 1e-11, printed=relative(printed, in_z), on=f"{_ON}, a full P")
+    return Finding(
+        "error of the step, relative", 0.0, relative(ours, in_z), 1e-11, printed=relative(printed, in_z), on=f"{_ON}, a full P"
+    )
 
 
 @CHAPTER.statement(
@@ -138,7 +173,13 @@ def _gradient_in_norm() -> Finding:
     M, g, H = P @ P.T, problem.gradient(problem.p), problem.hessian(problem.p)
     twelve = M @ g + 2 * lam * M @ H @ M @ g
     ours = _step(problem, Fixed(Dense(P)), [GradientNorm(lam, space="z", method="exact")])
-    return Finding("error of the step, the larger of two forms, relative", 0.0, max(relative(ours, twelve), relative(ours, _norm_in_z(problem, P, lam))), 1e-11, on=f"{_ON}, a full P, against the exact H")
+    return Finding(
+        "error of the step, the larger of two forms, relative",
+        0.0,
+        max(relative(ours, twelve), relative(ours, _norm_in_z(problem, P, lam))),
+        1e-11,
+        on=f"{_ON}, a full P, against the exact H",
+    )
 
 
 @CHAPTER.statement("gradient-z-rms", "(12)", "The same with RMSProp's P, which is held still within the step.")
@@ -149,7 +190,13 @@ def _gradient_in_norm_rms() -> Finding:
     m = 1 / (g.abs() + 1e-3)  # after one gradient, r̂ = g²
     ours = _step(problem, preconditioner, [GradientNorm(lam, space="z", method="exact", damping=0.0)])
     problem.set(p)
-    return Finding("error of the step, relative", 0.0, relative(ours, m * g + 2 * lam * m * (H @ (m * g))), 1e-11, on=f"{_ON}, against the exact H")
+    return Finding(
+        "error of the step, relative",
+        0.0,
+        relative(ours, m * g + 2 * lam * m * (H @ (m * g))),
+        1e-11,
+        on=f"{_ON}, against the exact H",
+    )
 
 
 @CHAPTER.statement("gradient-p", "(11)", "Regularizing ‖∇_pL‖² instead gives p ← p − αM(∇L + 2λH∇L).")
@@ -158,7 +205,13 @@ def _gradient_in_p() -> Finding:
     P = _full_root(len(problem.p))
     g, H = problem.gradient(problem.p), problem.hessian(problem.p)
     ours = _step(problem, Fixed(Dense(P)), [GradientNorm(lam, space="p", method="exact")])
-    return Finding("error of the step, relative", 0.0, relative(ours, P @ P.T @ (g + 2 * lam * H @ g)), 1e-11, on=f"{_ON}, a full P, against the exact H")
+    return Finding(
+        "error of the step, relative",
+        0.0,
+        relative(ours, P @ P.T @ (g + 2 * lam * H @ g)),
+        1e-11,
+        on=f"{_ON}, a full P, against the exact H",
+    )
 
 
 @CHAPTER.statement("differences", "after (11)", "Finite differences of gradients compute the same.")
@@ -174,10 +227,19 @@ def _finite_differences() -> Finding:
         errors = [relative(_step(problem, P, [GradientNorm(lam, method=method, step=s)]) - plain, exact) for s in steps]
         lines.append(Line(method, tuple(steps), tuple(errors), True))
     default = relative(_step(problem, P, [GradientNorm(lam, method="central")]) - plain, exact)
-    return Finding("error of the penalty's part, central, relative", 0.0, default, 1e-8, on=f"{_ON}, a full P", figure=Plot("length of the difference, relative to ‖p‖", "relative error", tuple(lines), "xy"))
+    return Finding(
+        "error of the penalty's part, central, relative",
+        0.0,
+        default,
+        1e-8,
+        on=f"{_ON}, a full P",
+        figure=Plot("length of the difference, relative to ‖p‖", "relative error", tuple(lines), "xy"),
+    )
 
 
-@CHAPTER.statement("sam-p", "Gradient Regularization", "SAM is the penalty ρ‖∇L‖ to first order in its radius ρ: they differ by O(ρ²).")
+@CHAPTER.statement(
+    "sam-p", "Gradient Regularization", "SAM is the penalty ρ‖∇L‖ to first order in its radius ρ: they differ by O(ρ²)."
+)
 def _sam_order() -> Finding:
     return _order("p", Fixed(), torch.eye(len(_network().p), dtype=torch.float64), _ON)
 
@@ -195,11 +257,21 @@ def _order(space: Literal["p", "z"], preconditioner: Preconditioner, P: Tensor, 
     radii = [0.1 * 2.0**-k for k in range(7)]
     off = [float((_step(problem, preconditioner, [SAM(rho, space=space)]) - M @ (g + rho * H @ sharp)).norm()) for rho in radii]
     slope = math.log(off[-2] / off[-1]) / math.log(2)
-    figure = Plot("ρ", "‖step of SAM − step of the penalty‖", (Line("measured", tuple(radii), tuple(off), True), Line("∝ ρ²", tuple(radii), tuple(off[-1] * (r / radii[-1]) ** 2 for r in radii))), "xy")
+    figure = Plot(
+        "ρ",
+        "difference of the steps",
+        (
+            Line("measured", tuple(radii), tuple(off), True),
+            Line("∝ ρ²", tuple(radii), tuple(off[-1] * (r / radii[-1]) ** 2 for r in radii)),
+        ),
+        "xy",
+    )
     return Finding("order of the difference in ρ", 2.0, slope, 0.1, on=on, figure=figure)
 
 
-@CHAPTER.statement("sam-difference", "Gradient Regularization", "SAM in z is that penalty by one forward difference of length ρ, exactly.")
+@CHAPTER.statement(
+    "sam-difference", "Gradient Regularization", "SAM in z is that penalty by one forward difference of length ρ, exactly."
+)
 def _sam_is_difference() -> Finding:
     problem, rho = _network(), 0.05
     P = _full_root(len(problem.p))
@@ -240,12 +312,26 @@ def _implicit(P: Tensor, preconditioner: Preconditioner, on: str) -> Finding:
         to_plain.append(float((end - plain).norm()))
         to_modified.append(float((end - _flow(problem, start, M, time / n, time, 200)).norm()))
     alphas = tuple(time / n for n in counts)
-    lines = (Line("to the flow of L", alphas, tuple(to_plain), True), Line("to the flow of L + (α/4)gᵀMg", alphas, tuple(to_modified), True))
+    lines = (
+        Line("to the flow of L", alphas, tuple(to_plain), True),
+        Line("to the flow of L + (α/4)gᵀMg", alphas, tuple(to_modified), True),
+    )
     order = math.log(to_modified[-2] / to_modified[-1]) / math.log(2)
-    return Finding("order in α of the distance to that flow (to the flow of L: 1)", 2.0, order, 0.1, on=on, figure=Plot("α", "distance of GD at time 2", lines, "xy"))
+    return Finding(
+        "order in α of the distance to that flow (to the flow of L: 1)",
+        2.0,
+        order,
+        0.1,
+        on=on,
+        figure=Plot("α", "distance of GD at time 2", lines, "xy"),
+    )
 
 
-@CHAPTER.statement("implicit-gd", "Gradient Regularization", "Plain GD regularizes by itself: it follows the gradient flow of L + (α/4)‖∇L‖² to second order in α.")
+@CHAPTER.statement(
+    "implicit-gd",
+    "Gradient Regularization",
+    "Plain GD regularizes by itself: it follows the gradient flow of L + (α/4)‖∇L‖² to second order in α.",
+)
 def _implicit_gd() -> Finding:
     n = len(_network().p)
     return _implicit(torch.eye(n, dtype=torch.float64), Fixed(), _ON)

@@ -1,0 +1,86 @@
+"""``precond verify``."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from precond.cli.errors import as_user_errors
+from precond.evidence import Section, as_expected, chosen, measured, sections
+from precond.report.environment import machine, versions
+from precond.report.evidence import SIGNS, counts, expected, number, save_evidence, tolerance
+
+_COLORS = {"holds": "green", "holds as corrected": "yellow", "fails": "bold red"}
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Measure each statement of the paper on real data: a table with expected, measured, tolerance and verdict, and one HTML page.
+
+    The exit code is 0 where all verdicts are as expected (a statement that is not right as printed counts where its correction holds), else 1.
+
+    Attributes:
+        only: Statements by name or pattern, with commas: "rate,l2-*"; all if not given.
+        out: Folder for evidence.html (with plots) and verify.md (the table).
+    """
+
+    only: Annotated[str, tyro.conf.arg(metavar="A,B,…")] = ""
+    out: Path = Path("runs/verify")
+
+    def run(self, argv: Sequence[str]) -> int:
+        """The exit code."""
+        with as_user_errors():
+            entries = chosen([part.strip() for part in self.only.split(",") if part.strip()])
+        # Small matrices: more threads only wait for each other.
+        torch.set_num_threads(1)
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console = Console(highlight=False, width=160)
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        found = []
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task("", total=len(entries))
+            for chapter, entry in entries:
+                progress.update(task, description=entry.name)
+                found.append((chapter, measured(entry)))
+                progress.advance(task)
+        parts = sections(found)
+        show(parts, console)
+        with as_user_errors():
+            save_evidence(self.out, parts, {**versions(), **machine("cpu")}, shlex.join(["precond", *argv]))
+        console.print(Text(f"Saved in {self.out}: evidence.html, verify.md"), soft_wrap=True)
+        return 0 if as_expected(parts) else 1
+
+
+def show(parts: Sequence[Section], console: Console) -> None:
+    """The table of each chapter, then the corrections, then the sum."""
+    for section in parts:
+        table = Table(title=section.title, title_justify="left")
+        table.add_column("statement", overflow="fold", ratio=1)
+        for heading in ("expected", "measured", "tolerance"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("verdict")
+        for s in section.statements:
+            claim = Text.assemble((s.name, "bold"), f"  {s.claim} ", (f"{s.where}; {s.finding.quantity}", "dim"))
+            verdict = Text(f"{SIGNS[s.verdict]} {s.verdict}", style=_COLORS[s.verdict])
+            table.add_row(claim, expected(s), number(s.finding.measured), tolerance(s), verdict)
+        console.print(table)
+    for s in (s for section in parts for s in section.statements if s.correction):
+        printed = "" if s.finding.printed is None else f" As printed: {number(s.finding.printed)}."
+        console.print(Text.assemble((s.name, "bold"), f"  {s.correction}{printed}"))
+    console.print(Text(", ".join(f"{count} {verdict}" for verdict, count in counts(parts).items() if count)))
