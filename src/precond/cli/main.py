@@ -16,6 +16,7 @@ from precond.cli.errors import UserError
 from precond.cli.report import Report
 from precond.cli.settings import Settings
 from precond.cli.train import Train
+from precond.cli.verify import Verify
 from precond.report.environment import versions
 
 # A new command is one file with a dataclass that has ``run(argv) -> int``, and one row here.
