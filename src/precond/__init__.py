@@ -1,7 +1,7 @@
 """Preconditioned optimization and regularization: choose the coordinates z, p = P z, in which a network is trained."""
 
 from precond.blocks import Block, Leaf, State, is_decayed, is_matrix
-from precond.diagnostics import preconditioner_of
+from precond.diagnostics import Diagnosis, Monitor, diagnose, preconditioner_of
 from precond.maps import (
     BlockDiagonal,
     Dense,
@@ -40,6 +40,7 @@ __all__ = [
     "Composition",
     "Cotangent",
     "Dense",
+    "Diagnosis",
     "Diagonal",
     "Fixed",
     "GradientNorm",
@@ -52,6 +53,7 @@ __all__ = [
     "LinearMap",
     "LossClosure",
     "Momentum",
+    "Monitor",
     "PreconditionedGD",
     "Preconditioner",
     "Product",
@@ -73,6 +75,7 @@ __all__ = [
     "adamw",
     "bnp",
     "decay_groups",
+    "diagnose",
     "frozen_statistics",
     "is_decayed",
     "is_matrix",

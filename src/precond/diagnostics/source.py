@@ -14,7 +14,8 @@ _NAMES = {
     "NativeBatchNorm": "batch norm", "NativeLayerNorm": "layer norm", "NativeGroupNorm": "group norm", "FusedRmsNorm": "rms norm",
     "Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid", "Hardtanh": "hardtanh", "Hardsigmoid": "hardsigmoid",
     "Gelu": "gelu", "Silu": "silu", "LeakyRelu": "leaky relu", "Elu": "elu", "Softplus": "softplus", "Softmax": "softmax",
-    "Embedding": "embedding", "Addmm": "linear", "Mm": "linear", "Bmm": "product", "Convolution": "convolution", "Add": "sum",
+    "AdaptiveAvgPool1D": "average pool", "AdaptiveAvgPool2D": "average pool",
+    "AvgPool2D": "average pool", "Embedding": "embedding", "Addmm": "linear", "Mm": "linear", "Bmm": "product", "Convolution": "convolution", "Add": "sum",
 }  # fmt: skip
 
 
