@@ -45,7 +45,7 @@ def penalized(model: nn.Module, lam: float):
     return lambda out, y: CROSS(out, y) + lam / 2 * sum(p.square().sum() for p in model.parameters())
 
 
-def minimized(model: nn.Module, x: Tensor, y: Tensor, lam: float = 0.0, steps: int = 60) -> float:
+def minimized(model: nn.Module, x: Tensor, y: Tensor, lam: float = 0.0, steps: int = 20) -> float:
     """Gradient norm after L-BFGS and Newton's method on the dense Hessian (with its absolute eigenvalues, null ones left out)."""
     loss = penalized(model, lam)
     opt = torch.optim.LBFGS(model.parameters(), max_iter=600, line_search_fn="strong_wolfe", tolerance_grad=1e-12)
@@ -62,7 +62,7 @@ def minimized(model: nn.Module, x: Tensor, y: Tensor, lam: float = 0.0, steps: i
     for _ in range(steps):
         g = vec.flatten(torch.autograd.grad(loss(model(x), y), params))
         norm = g.norm().item()
-        if norm < 1e-13:
+        if norm < 1e-11:
             break
         lam, V = torch.linalg.eigh(hessian_of(model, x, y, lam))
         keep = lam.abs() > 1e-10 * lam.abs().max()

@@ -98,12 +98,12 @@ def test_random_spectra(positive, null, negative, method, seed):
 @pytest.mark.parametrize("seed", range(4))
 def test_nothing_smaller_is_missed_and_bounds_hold(seed):
     generator = torch.Generator().manual_seed(seed)
-    d = 10 ** (-4 * torch.rand(600, generator=generator, dtype=torch.float64))
+    d = 10 ** (-3 * torch.rand(600, generator=generator, dtype=torch.float64))
     found = condition_number(Diagonal((d,)), method="lanczos", tol=1e-3, max_products=600, seed=seed)
-    assert found.converged and found.products < 550
-    assert abs(found.lam_min - d.min()) <= found.lam_min_error + 1e-14
-    assert abs(found.lam_max - d.max()) <= found.lam_max_error + 1e-14
-    assert found.kappa == pytest.approx((d.max() / d.min()).item(), abs=found.kappa_error)
+    assert found.converged and found.products < 500
+    for value, residual, end in zip((found.lam_max, found.lam_min), found.residuals[:2], (d.max(), d.min()), strict=True):
+        assert (d - value).abs().min() <= residual + 1e-14 and abs(value - end) <= 1e-3 * end
+    assert found.kappa == pytest.approx((d.max() / d.min()).item(), rel=2e-3)
 
 
 def test_out_of_products_is_said():

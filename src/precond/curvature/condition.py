@@ -61,10 +61,11 @@ class Conditioning:
         lam_max: largest eigenvalue.
         lam_min: smallest eigenvalue, negative for an indefinite map; outside what was deflated.
         lam_min_positive: smallest eigenvalue above ``threshold``; None: not found, as Lanczos does not inside an indefinite spectrum.
-        lam_max_error: bound of the error of ``lam_max``: its residual bound and the precision floor.
+        lam_max_error: bound of the error of ``lam_max``: residual, or residual²/gap where that is smaller, plus the precision floor. The
+            gap is the one seen; where two eigenvalues lie closer together than the residual, the residual is the bound.
         lam_min_error: the same of ``lam_min``.
         lam_min_positive_error: the same of ``lam_min_positive``; None with it.
-        residuals: ‖A x − λ x‖ of λ_max, λ_min and λ_min₊ (NaN where there is none).
+        residuals: ‖A x − λ x‖ of λ_max, λ_min and λ_min₊ (NaN where there is none): an eigenvalue lies within it, whatever the gaps.
         inertia: numbers of negative, null and positive eigenvalues.
         threshold: magnitude up to which an eigenvalue counts as null.
         null_level: largest magnitude among the null ones, at least ``floor``.
@@ -258,6 +259,9 @@ def condition_number(
     ``"auto"`` computes all eigenvalues of up to 512 entries; above, a Lanczos run that reorthogonalizes always gives both ends. Where that
     leaves λ_min₊ open (inside the spectrum of a map with null directions, Lanczos may not get there), and the map has at most 10,000
     entries, all eigenvalues are computed after all.
+
+    An eigenvalue lies within the residual of each number; that it is the outermost one rests on the random first vector, as in all
+    Krylov methods, and is confirmed by further products. Eigenvalues closer together than ``tol`` may be taken for one.
 
     Args:
         map: a symmetric map, such as ``hessian(objective)`` or ``P.T @ hessian(objective) @ P``; a matrix; a SciPy ``LinearOperator``.

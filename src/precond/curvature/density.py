@@ -125,7 +125,9 @@ def spectral_density(
     n = length(like)
     if method == "dense" or (method == "auto" and n <= SMALL):
         values = spectrum(map, lambda s: True, deflate, Settings(method="dense", vectors=False), "spectral_density").values
-        return SpectralDensity(values[None], torch.full((1, len(values)), 1 / len(values)).double(), len(values), True, n)
+        return SpectralDensity(
+            values[None], torch.full((1, len(values)), 1 / len(values), dtype=torch.float64), len(values), True, n
+        )
     flat = flatten(like)
     generator = torch.Generator().manual_seed(seed)
     product = row_product(map, like)

@@ -34,7 +34,11 @@ class Ritz:
 
     @property
     def errors(self) -> Tensor:
-        r"""Bounds of |θ − λ|: the residual ρ, and ρ²/γ where a neighbor at a distance γ > 0 is resolved (Kato–Temple)."""
+        r"""Bounds of |θ − λ|: the residual ρ, or ρ²/γ where the neighbors are a distance γ > ρ away (Kato–Temple).
+
+        γ is read from the Ritz values, so the second form supposes that no eigenvalue is hidden between them; of two eigenvalues that lie
+        closer together than ρ one may be. The residual holds always.
+        """
         theta, rho = self.values, self.residuals
         if len(theta) < 2:
             return rho

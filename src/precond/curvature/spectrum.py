@@ -102,8 +102,9 @@ class Spectrum:
 
     def settled(self, tol: float) -> Tensor:
         """Which values further products would not improve to any purpose: resolved, or at the floor."""
-        enough = torch.maximum(tol * self.values.abs() - self.floor, torch.tensor(max(self.floor, self.threshold / 4)))
-        return self.errors <= enough
+        size = self.values.abs()
+        null = torch.tensor(max(self.floor, self.threshold / 4), dtype=size.dtype)
+        return self.errors <= torch.where(size <= self.threshold, null, (tol * size - self.floor).clamp_min(self.floor))
 
 
 def spectrum(
@@ -198,15 +199,17 @@ def _lanczos(
         generator,
         out.removed,
     )
-    check = 0
+    check, before = 0, False
     while True:
         run.step()
         last = run.exhausted or run.products + settings.block + 1 > settings.max_products
         if run.size >= check or last:
             found = _found(run, settings, dtype, out)
-            if last or done(found):
+            # Twice: a Ritz value may come to rest at the second eigenvalue before it feels the first.
+            now = done(found)
+            if last or (now and before):
                 return found
-            check = run.size + max(settings.block, run.size // 16)
+            check, before = run.size + max(settings.block, run.size // 16), now
         if run.size + 2 * settings.block > basis:
             ends, j = basis // 4, run.size
             run.restart(torch.tensor([i for i in range(j) if i < ends or i >= j - ends]))
