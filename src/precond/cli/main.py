@@ -13,6 +13,7 @@ from precond.cli.compare import Compare
 from precond.cli.config import config_path, from_toml
 from precond.cli.diagnose import Diagnose
 from precond.cli.errors import UserError
+from precond.cli.logistic import LogisticRegression
 from precond.cli.report import Report
 from precond.cli.settings import Settings
 from precond.cli.train import Train
@@ -24,6 +25,7 @@ COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "compare": Compare,
     "bench": Bench,
+    "logistic": LogisticRegression,
     "diagnose": Diagnose,
     "verify": Verify,
     "report": Report,
