@@ -5,8 +5,8 @@ import torch
 
 from precond.curvature.neurons.form import NeuronHessian
 from precond.evidence import chosen, measured
-from precond.maps import Dense, Standardizing
-from precond.preconditioners import RMS
+from precond.maps import Dense
+from precond.preconditioners import BNP, RMS
 from precond.regularizers import L2, SAM
 from precond.spaces import Cotangent, Tangent
 
@@ -50,7 +50,7 @@ def _broken_l2(self, at):
         ("adam-zero", RMS, "observe", lambda self, state, seen: [r.add_(g.square()) for r, g in zip(state["r"], seen.gradient, strict=True)]),
         ("sam-z", SAM, "probe", lambda self, at: (Tangent(at.g, self.rho),)),
         ("neuron", NeuronHessian, "to_dense", lambda self: (self.H_e * self.s.abs()) @ self.H_e.T),
-        ("bnp-step", Standardizing, "gram", lambda self, v: v),
+        ("bnp-step", BNP, "damping_of", lambda self, square, activity: 0.01 * square),
     ],
 )  # fmt: skip
 def test_a_wrong_piece_is_noticed(monkeypatch, name, owner, attribute, broken):

@@ -360,7 +360,7 @@ def _adam_first() -> Finding:
 
 @CHAPTER.statement("adam-zero", "after (8)", "Adam from zero with its bias corrections is torch.optim.Adam.")
 def _adam_zero() -> Finding:
-    _, _, points, _ = _history(lambda model: adam(model, 0.01, eps=1e-8), 100)
+    _, _, points, _ = _history(lambda model: adam(model, 0.01, eps=1e-8, engine="loop"), 100)
     peer = tanh_network()
     ends = peer.iterates(torch.optim.Adam(peer.model.parameters(), 0.01, eps=1e-8), 100)
     return Finding(

@@ -69,7 +69,7 @@ def _l2_in_z() -> Finding:
 @CHAPTER.statement("l2-z-adamw", "(9)", "Adam with λ‖z‖² is torch.optim.AdamW with weight_decay = 2λ.")
 def _l2_is_adamw() -> Finding:
     ours, peer = _network(), _network()
-    a = ours.iterates(adamw(ours.model, 0.01, weight_decay=0.2), 100)
+    a = ours.iterates(adamw(ours.model, 0.01, weight_decay=0.2, engine="loop"), 100)
     b = peer.iterates(torch.optim.AdamW(peer.model.parameters(), 0.01, weight_decay=0.2), 100)
     return Finding(
         "distance after 100 steps, relative to the way",

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from precond.evidence import Bars, Plot, Section, Statement
 from precond.report.style import log_axis, pen, svg
@@ -36,7 +37,8 @@ def number(x: float) -> str:
     return f"{x:.1e}".replace(".0e", "e")
 
 
-_INDEX = re.compile(r"([_^])(?:\{([^}]*)\}|(\w+|⁺))")
+# An underscore within a word, as in weight_decay, is none.
+_INDEX = re.compile(r"(?<![A-Za-z]{2})([_^])(?:\{([^}]*)\}|(min|max|[A-Za-z0-9]))")
 
 
 def formula(text: str) -> Markup:
@@ -172,10 +174,12 @@ def _plot(axes: Axes, plot: Plot) -> None:
             axes.plot(
                 line.x, line.y, linewidth=1.8 if index == 0 else 4.5, alpha=1 if index == 0 else 0.35, zorder=3 - index, **look
             )
-    if "x" in plot.log:
-        log_axis(axes.xaxis)
-    if "y" in plot.log:
-        log_axis(axes.yaxis)
+    for axis, name in ((axes.xaxis, "x"), (axes.yaxis, "y")):
+        if name in plot.log:
+            log_axis(axis)
+            low, high = sorted(axis.get_view_interval())
+            if high > 1e6 * low:
+                axis.set_major_locator(LogLocator(100.0))
     axes.set_xlabel(plot.x)
     axes.set_ylabel(plot.y)
     if len(plot.lines) > 1:
