@@ -1,11 +1,11 @@
 """What a monitor costs: training with one at its default, against training without.
 
-python benchmarks/monitor.py
+python benchmarks/monitor.py [mlp] [conv]
 """
 
 from __future__ import annotations
 
-import statistics
+import sys
 import time
 
 import torch
@@ -58,31 +58,30 @@ class Training:
         return time.perf_counter() - start
 
 
-def main(rounds: int = 4) -> None:
+MODELS = {"mlp": (mlp, 128, 400), "conv": (convnet, 32, 300)}
+
+
+def main(names: list[str], rounds: int = 4) -> None:
     torch.set_num_threads(2)
     rows = [["model", "batch", "optimizer", "step ms", "measurement ms", "in steps", "one in", "training with / without"]]
-    for label, build, batch, steps in (("MLP 784-300-100-10", mlp, 128, 400), ("conv net", convnet, 32, 300)):
+    for label in names or MODELS:
+        build, batch, steps = MODELS[label]
         for name, optimizer in OPTIMIZERS.items():
             without, watched = Training(build, optimizer, batch, False), Training(build, optimizer, batch, True)
             for training in (without, watched):
                 training.run(steps // 4)
-            seconds = {True: 0.0, False: 0.0}
-            counts = []
+            counts: list[int] = []
             watched.monitor.sinks.append(lambda metrics, step, counts=counts: counts.append(step))
-            ratios = []
-            for _ in range(rounds):
-                a, b = without.run(steps), watched.run(steps)
-                seconds[False] += a
-                seconds[True] += b
-                ratios.append(b / a)
-            per_step = seconds[False] / rounds / steps
+            times = [(without.run(steps), watched.run(steps)) for _ in range(rounds)]
+            per_step = sum(a for a, _ in times) / rounds / steps
             cost = watched.monitor.state_dict()["cost"]
             rows.append(
                 [label, str(batch), name, f"{1e3 * per_step:.2f}", f"{1e3 * cost:.1f}", f"{cost / per_step:.1f}",
-                 f"{rounds * steps / max(len(counts), 1):.0f}", f"{statistics.median(ratios):.3f}"]
+                 f"{rounds * steps / max(len(counts), 1):.0f}", f"{sum(b for _, b in times) / sum(a for a, _ in times):.3f}"]
             )  # fmt: skip
+            print(*rows[-1], sep="\t", flush=True)
     print(table(rows))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -124,6 +124,13 @@ def test_convolutions_see_patches(padding):
     assert layer.units.total == 2
 
 
+def test_a_channel_is_dead_where_all_its_entries_are():
+    x = torch.randn(20, 3, 1, 1, generator=torch.Generator().manual_seed(0))  # of a patch only the middle is not padding
+    x[:, 1] = 0
+    (layer,) = diagnose(objective_of(nn.Conv2d(3, 2, 3, padding=1), x)).layers
+    assert (layer.units.total, layer.units.dead) == (3, 1)
+
+
 def test_groups_show_the_worst():
     torch.manual_seed(3)
     x = torch.randn(50, 4, 3).double() * torch.tensor([1.0, 1.0, 1.0, 100.0]).double()[:, None]
@@ -179,6 +186,20 @@ def test_kappa_with_the_optimizers_own_p(name):
         kappas.append(kappa(extended(x.numpy()) @ P[np.ix_(own, own)]))
     assert layer.spectra.kappa("optimizer") == pytest.approx(sorted(kappas)[1], rel=1e-6)
     assert layer.kappa_now == layer.spectra.kappa("optimizer")
+
+
+def test_neurons_without_a_gradient_do_not_hide_the_others():
+    torch.manual_seed(1)
+    model, x = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 2)).double(), spread_inputs()
+    with torch.no_grad():
+        model[0].bias[:7] = -1e4
+    objective = objective_of(model, x)
+    optimizer = step(model, objective, torch.optim.Adam(model.parameters(), lr=1e-4))
+    P = preconditioner_of(optimizer, objective).to_dense().diagonal().numpy()
+    kappas = [kappa(extended(x.numpy()) * P[[54 + r, *range(6 * r, 6 * r + 6)]]) for r in (7, 8)]
+    (layer, _) = diagnose(objective, optimizer).layers
+    assert min(abs(layer.spectra.kappa("optimizer") / k - 1) for k in kappas) < 1e-6
+    assert layer.spectra.kappa("optimizer") != pytest.approx(layer.spectra.kappa("raw"), rel=0.01)
 
 
 def test_a_p_that_mixes_neurons_is_left_out_with_a_note():

@@ -215,10 +215,9 @@ class _Part:
         self.rows += x.shape[1]
 
     def factors(self) -> Tensor:
-        """R/√N of each group, with a positive first entry."""
+        """R/√N of each group."""
         assert self.R is not None
-        R = torch.linalg.qr(self.R, mode="r").R / self.rows**0.5
-        return R * R[:, :1, :1].sign()
+        return torch.linalg.qr(self.R, mode="r").R / self.rows**0.5
 
 
 def _at_edges(x: Tensor, source: str) -> Tensor:

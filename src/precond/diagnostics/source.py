@@ -15,7 +15,8 @@ _NAMES = {
     "Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid", "Hardtanh": "hardtanh", "Hardsigmoid": "hardsigmoid",
     "Gelu": "gelu", "Silu": "silu", "LeakyRelu": "leaky relu", "Elu": "elu", "Softplus": "softplus", "Softmax": "softmax",
     "AdaptiveAvgPool1D": "average pool", "AdaptiveAvgPool2D": "average pool",
-    "AvgPool2D": "average pool", "Embedding": "embedding", "Addmm": "linear", "Mm": "linear", "Bmm": "product", "Convolution": "convolution", "Add": "sum",
+    "AvgPool2D": "average pool", "Embedding": "embedding", "Addmm": "linear", "Mm": "linear", "Bmm": "product",
+    "Convolution": "convolution", "Add": "sum",
 }  # fmt: skip
 
 
