@@ -234,7 +234,7 @@ class Momentum:
         w = torch.tensor([(1 - self.dampening) * self.beta ** (t - s) for s in range(1, t + 1)], dtype=torch.float64)
         if self.start == "first_gradient":
             w[0] = self.beta ** (t - 1)
-        return mean(a, w) if self.kind == "heavy_ball" else a[-1] + self.beta * mean(a, w)
+        return mean(a, w) if self.kind == "heavy_ball" else (1 - self.dampening) * a[-1] + self.beta * mean(a, w)
 
 
 def gradient(f: Callable[[Tensor], Tensor], x: Tensor, create_graph: bool = False) -> Tensor:

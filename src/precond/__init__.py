@@ -1,6 +1,6 @@
 """Preconditioned optimization and regularization: choose the coordinates z, p = P z, in which a network is trained."""
 
-from precond.blocks import Block, Leaf, State, is_decayed, is_matrix
+from precond.blocks import Block, Leaf, State, is_decayed, is_hidden, is_matrix
 from precond.diagnostics import Diagnosis, Monitor, diagnose, preconditioner_of
 from precond.maps import (
     BlockDiagonal,
@@ -20,8 +20,8 @@ from precond.optimizer import PreconditionedGD
 from precond.optimizer.parameters import decay_groups
 from precond.optimizer.passes import frozen_statistics
 from precond.optimizer.probing import LossClosure
-from precond.preconditioners import BNP, RMS, AdaGrad, Composition, Fixed, Preconditioner, Route, Seen, Whitening
-from precond.recipes import RECIPES, adagrad, adam, adamw, bnp, rmsprop, sgd, whitening
+from precond.preconditioners import BNP, RMS, AdaGrad, Composition, Fixed, Muon, Preconditioner, Route, Seen, Whitening
+from precond.recipes import RECIPES, adagrad, adam, adamw, bnp, muon, rmsprop, sgd, whitening
 from precond.regularizers import L1, L2, SAM, At, GradientNorm, Regularizer
 from precond.schedules import Schedule, TimesLr, Warmup
 from precond.spaces import Cotangent, Instead, Prox, Space, Tangent
@@ -54,6 +54,7 @@ __all__ = [
     "LossClosure",
     "Momentum",
     "Monitor",
+    "Muon",
     "PreconditionedGD",
     "Preconditioner",
     "Product",
@@ -78,7 +79,9 @@ __all__ = [
     "diagnose",
     "frozen_statistics",
     "is_decayed",
+    "is_hidden",
     "is_matrix",
+    "muon",
     "preconditioner_of",
     "rmsprop",
     "sgd",

@@ -23,6 +23,8 @@ _NORMS: tuple[type[nn.Module], ...] = (
 )
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
+_OUTPUTS = {"head", "heads", "lm_head", "classifier", "output", "readout", "unembed", "logits"}
+
 
 @dataclass(frozen=True, eq=False)
 class Leaf:
@@ -94,6 +96,11 @@ def is_matrix(leaf: Leaf) -> bool:
     return leaf.kind == "weight" and leaf.ndim >= 2
 
 
+def is_hidden(leaf: Leaf) -> bool:
+    """A matrix between layers: not an embedding, and by its name not the layer that makes the outputs."""
+    return is_matrix(leaf) and _OUTPUTS.isdisjoint(leaf.name.split("."))
+
+
 @dataclass(frozen=True, eq=False)
 class Block:
     """Leaves that one map acts on jointly, in this order."""
@@ -160,12 +167,16 @@ class State(dict[str, Any]):
 
     def ahead(self) -> State:
         """A copy with tensors of its own and the step counts one ahead: what the statistics would become."""
+        return self.copied(1)
+
+    def copied(self, steps: int = 0) -> State:
+        """A copy with tensors of its own, its step counts so many ahead."""
         out = State(self.block)
         for key, value in self.items():
             if isinstance(value, State):
-                out[key] = value.ahead()
+                out[key] = value.copied(steps)
             elif key == "step":
-                out[key] = tuple(t + 1 for t in value)
+                out[key] = tuple(t + steps for t in value)
             else:
                 out[key] = tuple(t.clone() for t in value) if isinstance(value, tuple) else value.clone()
         return out
@@ -181,19 +192,24 @@ class State(dict[str, Any]):
         return out
 
     def entries(self, prefix: str = "") -> Iterable[tuple[Leaf, str, Tensor]]:
-        """(leaf, key, tensor) of everything but the step counts; parts add their name and a dot to the key.
+        """(leaf, key, tensor) of everything but the step counts; parts add their name and a dot to the key (:func:`within`).
 
         Of a divided parameter the tensors of its shape are divided like it.
         """
         for key, value in self.items():
             if isinstance(value, State):
-                yield from value.entries(f"{prefix}{key}.")
+                yield from value.entries(prefix + within(key))
             elif key != "step":
                 if isinstance(value, tuple):
                     for leaf, tensor in zip(self.block.leaves, value, strict=True):
                         yield leaf, prefix + key, leaf.whole(tensor)
                 else:
                     yield self.block.leaves[0], prefix + key, value
+
+
+def within(key: str) -> str:
+    """What the keys of a part's tensors begin with; numbered parts (``#0``) hold different leaves and add nothing."""
+    return "" if key.startswith("#") else f"{key}."
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

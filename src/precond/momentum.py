@@ -20,7 +20,7 @@ class Momentum:
     |---|---|---|
     | ``"ema"`` | m ← βm + (1−β)a (Ye, eq. 8) | m, or m/(1−βᵗ) |
     | ``"heavy_ball"`` | m ← βm + (1−τ)a | m |
-    | ``"nesterov"`` | m ← βm + a | a + βm |
+    | ``"nesterov"`` | m ← βm + (1−τ)a | (1−τ)a + βm |
 
     An average of cotangents stays valid when P changes; M is applied after it.
 
@@ -29,7 +29,7 @@ class Momentum:
         start: ``"zero"``, m₀ = 0, or ``"first_gradient"``, m₁ = a₁.
         bias_correction: None means True for an EMA from zero and False otherwise; True elsewhere is a contradiction.
         of: ``"cotangent"``, or ``"tangent"`` as torch's RMSprop alone has it.
-        dampening: τ ≥ 0, for ``"heavy_ball"``.
+        dampening: τ ≥ 0, for ``"heavy_ball"`` and ``"nesterov"``; with τ = β they are averages.
 
     References:
         Polyak (1964); Nesterov (1983) in the form of Sutskever et al. (2013); Kingma & Ba (2015).
@@ -53,8 +53,8 @@ class Momentum:
                 f"Momentum: bias_correction=True corrects an EMA that starts at zero; kind={self.kind!r}, "
                 f"start={self.start!r} has no bias to correct, leave bias_correction out"
             )
-        if self.dampening and self.kind != "heavy_ball":
-            raise ValueError(f"Momentum: dampening belongs to kind='heavy_ball', got kind={self.kind!r}; set dampening=0")
+        if self.dampening and self.kind == "ema":
+            raise ValueError("Momentum: dampening belongs to kind='heavy_ball' and 'nesterov', got kind='ema'; set dampening=0")
 
     @property
     def corrected(self) -> bool:
@@ -85,7 +85,8 @@ class Momentum:
             return a
         m = state["m"]
         if self.kind == "nesterov":
-            return tuple(torch._foreach_add(a, m, alpha=self.beta))
+            new = torch._foreach_mul(a, 1 - self.dampening) if self.dampening else a
+            return tuple(torch._foreach_add(new, m, alpha=self.beta))
         if self.corrected:
             return tuple(torch._foreach_div(m, [1 - self.beta**t for t in state.steps]))
         return m

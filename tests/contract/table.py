@@ -20,6 +20,7 @@ from precond import (
     Fixed,
     GradientNorm,
     Momentum,
+    Muon,
     PreconditionedGD,
     Route,
     TimesLr,
@@ -106,6 +107,15 @@ OWN: dict[str, Callable[..., PreconditionedGD]] = {
     ),
     "RMS, gradient norm of power 1, q = 1, times lr": _gd(RMS(), GradientNorm(TimesLr(0.5), power=1, q=1)),
     "momentum of tangents, amsgrad": _gd(RMS(amsgrad=True), L1(1e-3), momentum=Momentum(0.9, of="tangent"), max_norm=3.0),
+    "muon": lambda p, **more: precond.muon(p, **{"lr": 0.01, "where": is_matrix, **more}),
+    "muon, SAM in z": lambda p, **more: precond.muon(
+        p, **{"lr": 0.01, "where": is_matrix, "regularizers": [SAM(0.02)], **more}
+    ),
+    "muon with whitening": lambda p, **more: precond.muon(
+        p,
+        **{"lr": 0.01, "where": is_matrix, "inputs": Whitening(every=7, observe_steps=2), "nesterov": False, **more},
+    ),
+    "Muon, exact root, L2 in p": _gd(Muon(root="eigh"), L2(0.01, "p"), momentum=Momentum(0.9)),
     "plain": _gd(Fixed(), L2(0.1), momentum=Momentum(0.9, "nesterov")),
 }
 

@@ -28,7 +28,13 @@ def same(a, b):
 
 
 # SAM with statistics of the clean gradient has folded that in, and let it go, by its second pass: one buffer, not two.
-LETS_GO = {"RMS, SAM in z", "RMS, adaptive SAM in z", "BNP with AdaGrad, SAM in z", "route, SAM in p, warm-up"}
+LETS_GO = {
+    "RMS, SAM in z",
+    "RMS, adaptive SAM in z",
+    "BNP with AdaGrad, SAM in z",
+    "route, SAM in p, warm-up",
+    "muon, SAM in z",
+}
 PASSES = [(name, 1) for name in EVERY] + [(n, 2) for n in OWN if ("SAM" in n or "gradient norm" in n) and n not in LETS_GO]
 
 

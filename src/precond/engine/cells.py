@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precond.blocks import Block, Leaf, State
+from precond.blocks import Block, Leaf, State, within
 from precond.inputs.observer import Seen
 from precond.maps import Identity, LinearMap
 from precond.momentum import Momentum
@@ -69,7 +69,39 @@ class Cell:
     def observe(self, state: State, gradient: Vec) -> None:
         """Fold a gradient into ``state`` (the cell's own, or a copy of it)."""
         if self.handled:
-            self.preconditioner.observe(state, Evidence(gradient, self.inputs))
+            self.preconditioner.observe(state, Evidence(gradient, self.inputs, self._clean_momentum(state, gradient)))
+
+    def _clean_momentum(self, state: State, gradient: Vec) -> Vec | None:
+        """The momentum of the clean gradient after the step in progress, where the map is made of it.
+
+        It is the step's own, as it will be, unless regularizers add to the gradient: then it is an average of its own, ``clean``,
+        which moves with the cell's own state.
+        """
+        if not self.preconditioner.uses_momentum or self.momentum is None or self.momentum.of != "cotangent":
+            return None
+        kept = self.average.get("clean", self.average.get("m"))
+        own = State(state.block, {} if kept is None else {"m": kept}, step=state["step"])
+        if state is not self.state or "clean" not in self.average:
+            own = own.copied()
+        self.momentum.fold(own, gradient)
+        return self.momentum.current(own, gradient)
+
+    def frame(self) -> LinearMap | None:
+        """The coordinates in which the momentum of cotangents is kept; None: those of the parameters."""
+        return self.preconditioner.frame(self.state) if self.handled else None
+
+    def refresh(self) -> None:
+        """Work after the step; the momentum moves with its frame."""
+        if self.handled and (change := self.preconditioner.refresh(self.state)) is not None and self.keeps_cotangents:
+            for name in ("m", "clean"):
+                if name in self.average:
+                    for kept, moved in zip(self.average[name], change.mv(self.average[name]), strict=True):
+                        kept.copy_(moved)
+
+    @property
+    def keeps_cotangents(self) -> bool:
+        """Whether the average is one of cotangents."""
+        return self.momentum is not None and self.momentum.of == "cotangent"
 
     def map(self, state: State) -> LinearMap:
         """P from ``state``."""
@@ -97,6 +129,8 @@ def build(
             )
         state = State(block, preconditioner.init(block) if preconditioner.handles(block) else {})
         average = State(block, momentum.init(block) if momentum is not None else {})
+        if "m" in average and preconditioner.uses_momentum and any(map(_adds, choices[block.leaves[0].group].regularizers)):
+            average["clean"] = block.zeros()
         steps = tuple(_known(existing, leaf, "step", _fresh_step) for leaf in block.leaves)
         for s in (state, average):
             _adopt(s, existing, steps, outside)
@@ -115,8 +149,15 @@ def strategies(
     out = []
     for k, part in enumerate(plans[0]):
         group = chosen[part.index[0]].group
-        out.append((tuple(live[i] for i in part.index), plans[group][k].preconditioner, choices[group].momentum))
+        preconditioner = plans[group][k].preconditioner
+        momentum = choices[group].momentum if preconditioner.momentum is None else preconditioner.momentum
+        out.append((tuple(live[i] for i in part.index), preconditioner, momentum))
     return out
+
+
+def _adds(r: Regularizer) -> bool:
+    """Whether a regularizer adds to the gradient, so that the momentum is not the clean gradient's."""
+    return r.probes or r.exact or (r.space == "p" and not getattr(r, "proximal", False))
 
 
 def _fresh_step(leaf: Leaf) -> Tensor:
@@ -136,7 +177,7 @@ def _adopt(
     by_leaf = dict(zip(state.block.leaves, steps, strict=True)) if steps else {}
     for key, value in list(state.items()):
         if isinstance(value, State):
-            _adopt(value, existing, tuple(by_leaf[leaf] for leaf in value.block.leaves), outside, f"{prefix}{key}.")
+            _adopt(value, existing, tuple(by_leaf[leaf] for leaf in value.block.leaves), outside, prefix + within(key))
         else:
             fresh = value if isinstance(value, tuple) else (value,)
             kept = []

@@ -120,8 +120,7 @@ def step(point: Point, rules: Rules, evidence: Evidence) -> Vec:
         if isinstance(term, Prox):
             torch._foreach_copy_(point.p, term.apply(point.p))
     for cell in point.cells:
-        if cell.handled:
-            cell.preconditioner.refresh(cell.state)
+        cell.refresh()
     return u
 
 
@@ -149,9 +148,12 @@ def _average(point: Point, a: Vec, of: str, fold: bool = True) -> Vec:
         if momentum is None or momentum.of != of:
             out += a[span]
         else:
+            frame = cell.frame() if of == "cotangent" else None
+            mine = a[span] if frame is None else frame.rmv(a[span])
             if fold:
-                momentum.fold(cell.average, a[span])
-            out += momentum.current(cell.average, a[span])
+                momentum.fold(cell.average, mine)
+            mine = momentum.current(cell.average, mine)
+            out += mine if frame is None else frame.mv(mine)
     return tuple(out)
 
 

@@ -8,6 +8,7 @@ from precond.maps.base import Identity, LinearMap, Scaled, Transposed
 from precond.maps.composite import BlockDiagonal, Product, block_diagonal, compose
 from precond.maps.dense import Dense, GramOnly, Kronecker
 from precond.maps.diagonal import Diagonal, InverseRoot
+from precond.maps.kronecker_gram import KroneckerGram
 from precond.maps.layers import Layout, RowMatrix, Sliced, Standardizing
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Identity",
     "InverseRoot",
     "Kronecker",
+    "KroneckerGram",
     "Layout",
     "LinearMap",
     "Product",

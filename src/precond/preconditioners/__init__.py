@@ -5,9 +5,23 @@ from precond.preconditioners.base import Part, Preconditioner, Seen
 from precond.preconditioners.bnp import BNP
 from precond.preconditioners.compose import Composition
 from precond.preconditioners.fixed import Fixed
+from precond.preconditioners.muon import Muon
 from precond.preconditioners.rms import RMS
 from precond.preconditioners.route import Route
 from precond.preconditioners.split import Split
 from precond.preconditioners.whitening import Whitening
 
-__all__ = ["BNP", "RMS", "AdaGrad", "Composition", "Fixed", "Part", "Preconditioner", "Route", "Seen", "Split", "Whitening"]
+__all__ = [
+    "BNP",
+    "RMS",
+    "AdaGrad",
+    "Composition",
+    "Fixed",
+    "Muon",
+    "Part",
+    "Preconditioner",
+    "Route",
+    "Seen",
+    "Split",
+    "Whitening",
+]

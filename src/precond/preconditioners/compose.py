@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from torch import Tensor
 
@@ -66,10 +67,13 @@ class Composition(Preconditioner):
 
     def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
         a, b = self.outer.partition(leaves), self.inner.partition(leaves)
-        # An entrywise map takes any block, so the other one alone decides.
-        fine = [p.index for p in b] if self.outer.entrywise else [p.index for p in a] if self.inner.entrywise else None
-        if fine is None:
-            fine = blocks.join([p.index for p in a], [p.index for p in b])
+        # A part that acts entry by entry takes any block: the others decide, and what is left goes together.
+        fine = blocks.join(*([p.index for p in parts if not p.preconditioner.entrywise] for parts in (a, b)))
+        joined = {i for index in fine for i in index}
+        loose: dict[tuple[int, int], list[int]] = {}
+        for (j, x), (k, y) in product(enumerate(a), enumerate(b)):
+            loose[j, k] = sorted(set(x.index) & set(y.index) - joined)
+        fine += [tuple(i) for i in loose.values() if i]
         return [Part(i, Composition(over(i, a), over(i, b))) for i in fine]
 
     def handles(self, block: Block) -> bool:

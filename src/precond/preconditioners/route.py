@@ -64,6 +64,10 @@ class Route(Preconditioner):
         return all(p.invertible for p in self._all())
 
     @property
+    def uses_momentum(self) -> bool:  # type: ignore[override]
+        return any(p.uses_momentum for p in self._all())
+
+    @property
     def advised_damping(self) -> float:  # type: ignore[override]
         return max(p.advised_damping for p in self._all())
 

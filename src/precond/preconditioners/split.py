@@ -55,12 +55,12 @@ class Split(Preconditioner):
         out = {}
         for k, part in enumerate(self.parts):
             sub = block.subset(part.index)
-            out[str(k)] = State(sub, part.preconditioner.init(sub)) if part.preconditioner.handles(sub) else State(sub)
+            out[f"#{k}"] = State(sub, part.preconditioner.init(sub)) if part.preconditioner.handles(sub) else State(sub)
         return out
 
     def _each(self, state: State):
         for k, part in enumerate(self.parts):
-            sub = state[str(k)]
+            sub = state[f"#{k}"]
             if part.preconditioner.handles(sub.block):
                 yield part, sub
 

@@ -1,13 +1,8 @@
-"""The famous optimizers as choices of map, momentum and penalty, with torch.optim's signatures.
-
-Parameter groups and state dicts go under torch's names, and load into torch's class of the same name and back.
-``weight_decay`` means what it means there. Beyond torch's options each takes those of
-:class:`~precond.PreconditionedGD`: ``regularizers``, ``max_norm`` (in p, as ``clip_grad_norm_``), ``nonfinite``, ….
-"""
+"""SGD, AdaGrad, RMSProp and Adam with torch.optim's signatures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,62 +12,13 @@ from precond import checks
 from precond.engine.cells import Choice
 from precond.momentum import Momentum
 from precond.optimizer import PreconditionedGD
-from precond.optimizer.naming import Naming
 from precond.optimizer.parameters import Params
-from precond.preconditioners import BNP, RMS, AdaGrad, Fixed, Preconditioner, Whitening
+from precond.preconditioners import RMS, AdaGrad, Fixed, Preconditioner
+from precond.recipes.making import make, statistics
 from precond.regularizers import L2, Regularizer
 from precond.schedules import numbers, replaced
 
 _ADAM_STATE = {"m": "exp_avg", "r": "exp_avg_sq", "r_max": "max_exp_avg_sq"}
-
-
-@dataclass(frozen=True)
-class _Build:
-    """A group's options → strategies: a recipe's own, and the user's further regularizers."""
-
-    recipe: Callable[[Mapping[str, Any]], Choice]
-    extra: tuple[Regularizer, ...]
-
-    def __call__(self, group: Mapping[str, Any]) -> Choice:
-        choice = self.recipe(group)
-        return Choice(choice.preconditioner, choice.momentum, choice.regularizers + replaced(self.extra, group))
-
-
-def _make(
-    name: str,
-    params: Params,
-    lr: float | Tensor,
-    recipe: Callable[[Mapping[str, Any]], Choice],
-    defaults: dict[str, Any],
-    state: Mapping[str, str],
-    unsupported: Mapping[str, Any],
-    regularizers: Iterable[Regularizer],
-    options: dict[str, Any],
-    only_started: bool = False,
-) -> PreconditionedGD:
-    for option, value in unsupported.items():
-        if value:
-            raise ValueError(f"{name}: {option}={value!r} is not supported; leave it out (torch.optim's own class has it)")
-    extra = tuple(regularizers)
-    defaults = {**defaults, "foreach": None, "capturable": False, "differentiable": False, "fused": None}
-    build = _Build(recipe, extra)
-    choice = build(defaults)
-    options.setdefault("norm_space", "p")
-    naming = Naming(name, {**defaults, **numbers(extra)}, build, state, only_started)
-    return PreconditionedGD(
-        params,
-        lr,
-        preconditioner=choice.preconditioner,
-        momentum=choice.momentum,
-        regularizers=choice.regularizers,
-        naming=naming,
-        **options,
-    )
-
-
-def _statistics(regularizers: Iterable[Regularizer]) -> str:
-    """From the regularized gradient, as torch's coupled decay and the literature's SAM-Adam; penalties in z take the P before."""
-    return "lagged" if any(r.circular for r in regularizers) else "total"
 
 
 def _sgd(group: Mapping[str, Any]) -> Choice:
@@ -117,7 +63,7 @@ def sgd(
         "nesterov": nesterov,
         "maximize": maximize,
     }
-    return _make(
+    return make(
         "sgd", params, lr, _sgd, defaults, {"m": "momentum_buffer"}, {"differentiable": differentiable},
         regularizers, options, only_started=True,
     )  # fmt: skip
@@ -148,7 +94,7 @@ def adagrad(
         "adagrad", lr_decay=lr_decay, weight_decay=weight_decay, initial_accumulator_value=initial_accumulator_value, eps=eps
     )
     regularizers = tuple(regularizers)
-    options.setdefault("statistics_from", _statistics(regularizers))
+    options.setdefault("statistics_from", statistics(regularizers))
     defaults = {
         "lr_decay": lr_decay,
         "eps": eps,
@@ -156,7 +102,7 @@ def adagrad(
         "initial_accumulator_value": initial_accumulator_value,
         "maximize": maximize,
     }
-    return _make(
+    return make(
         "adagrad", params, lr, _adagrad, defaults, {"r": "sum"}, {"differentiable": differentiable}, regularizers, options
     )
 
@@ -188,7 +134,7 @@ def rmsprop(
     checks.fraction("rmsprop", alpha=alpha, momentum=momentum)
     checks.non_negative("rmsprop", eps=eps, weight_decay=weight_decay)
     regularizers = tuple(regularizers)
-    options.setdefault("statistics_from", _statistics(regularizers))
+    options.setdefault("statistics_from", statistics(regularizers))
     defaults = {
         "momentum": momentum,
         "alpha": alpha,
@@ -199,7 +145,7 @@ def rmsprop(
     }
     state = {"r": "square_avg", "mean": "grad_avg", "m": "momentum_buffer"}
     unsupported = {"differentiable": differentiable, "capturable": capturable}
-    return _make("rmsprop", params, lr, _rmsprop, defaults, state, unsupported, regularizers, options)
+    return make("rmsprop", params, lr, _rmsprop, defaults, state, unsupported, regularizers, options)
 
 
 @dataclass(frozen=True)
@@ -256,7 +202,7 @@ def adam(
     checks.non_negative(name, eps=eps, weight_decay=weight_decay)
     regularizers = tuple(regularizers)
     coupled = not decoupled_weight_decay or any(r.probes or r.exact for r in regularizers)
-    options.setdefault("statistics_from", _statistics(regularizers) if coupled else "loss")
+    options.setdefault("statistics_from", statistics(regularizers) if coupled else "loss")
     defaults = {
         "betas": tuple(betas),
         "eps": eps,
@@ -269,7 +215,7 @@ def adam(
     if inputs is not None:
         defaults = {**defaults, **numbers(inputs)}
     state = _ADAM_STATE if inputs is None else {"m": "exp_avg", "inner.r": "exp_avg_sq", "inner.r_max": "max_exp_avg_sq"}
-    return _make(name, params, lr, _Adam(decoupled_weight_decay, inputs), defaults, state, unsupported, regularizers, options)
+    return make(name, params, lr, _Adam(decoupled_weight_decay, inputs), defaults, state, unsupported, regularizers, options)
 
 
 def adamw(
@@ -297,77 +243,3 @@ def adamw(
         params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable,
         differentiable=differentiable, fused=fused, decoupled_weight_decay=True, inputs=inputs, regularizers=regularizers, **options,
     )  # fmt: skip
-
-
-def _bnp(group: Mapping[str, Any]) -> Choice:
-    P = BNP(group["decay"], group["damping"], group["conv"], group["width_scaling"])
-    momentum = Momentum(group["momentum"], "heavy_ball", start="first_gradient")
-    return Choice(P, momentum, (L2(group["weight_decay"] / 2, space="z"),))
-
-
-def bnp(
-    params: Params,
-    lr: float | Tensor = 0.1,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
-    decay: float = 0.99,
-    damping: float = 0.01,
-    conv: str = "channel",
-    width_scaling: bool = False,
-    *,
-    maximize: bool = False,
-    regularizers: Iterable[Regularizer] = (),
-    **options: Any,
-) -> PreconditionedGD:
-    """Gradient descent in the coordinates of standardized layer inputs (Lange, Helfrich & Ye, 2022; Ye, eqs. 25–27).
-
-    Args:
-        params: the model, whose inputs are observed.
-        lr, momentum: as in :func:`sgd`.
-        weight_decay: decoupled: λ‖z‖² with λ = weight_decay/2.
-        decay, damping, conv, width_scaling: see :class:`~precond.BNP`.
-        regularizers, options: as in :func:`sgd`.
-    """
-    checks.fraction("bnp", momentum=momentum, decay=decay)
-    checks.non_negative("bnp", damping=damping, weight_decay=weight_decay)
-    defaults = {
-        "momentum": momentum,
-        "weight_decay": weight_decay,
-        "decay": decay,
-        "damping": damping,
-        "conv": conv,
-        "width_scaling": width_scaling,
-        "maximize": maximize,
-    }
-    return _make("bnp", params, lr, _bnp, defaults, {}, {}, regularizers, options)
-
-
-def whitening(
-    params: Params,
-    lr: float | Tensor = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 1e-2,
-    inputs: Preconditioner | None = None,
-    **options: Any,
-) -> PreconditionedGD:
-    """AdamW in the coordinates of whitened layer inputs: ``adamw(..., inputs=Whitening())``.
-
-    Args:
-        params: the model, whose inputs are observed.
-        inputs: the whitening; None: ``Whitening()``.
-        lr, betas, eps, weight_decay, options: as in :func:`adamw`.
-    """
-    return adamw(params, lr, betas, eps, weight_decay, inputs=Whitening() if inputs is None else inputs, **options)
-
-
-RECIPES: dict[str, Callable[..., PreconditionedGD]] = {
-    "sgd": sgd,
-    "adagrad": adagrad,
-    "rmsprop": rmsprop,
-    "adam": adam,
-    "adamw": adamw,
-    "bnp": bnp,
-    "whitening": whitening,
-}
-"""All recipes by name."""

@@ -1,0 +1,134 @@
+"""Orthogonalized momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from precond import checks
+from precond.blocks import Block, Leaf, State, state_dtype
+from precond.maps import KroneckerGram, LinearMap
+from precond.preconditioners.base import Part, Preconditioner, Seen
+from precond.preconditioners.fixed import Fixed
+from precond.preconditioners.newton_schulz import JORDAN, Coefficients, polynomial
+
+if TYPE_CHECKING:
+    from precond.momentum import Momentum
+
+
+@dataclass(frozen=True)
+class Muon(Preconditioner):
+    r"""Momentum with its singular values made equal: M = γ(m mᵀ)^(−1/2) for the momentum m of the clean gradient, so that M m = γUVᵀ.
+
+    The map is frozen within a step; terms of regularizers are added to m after it is made. A weight of more than two dimensions
+    is the matrix (out, rest); the root is that of the smaller side's Gram matrix, mᵀm where a matrix is tall. What is no matrix keeps
+    its momentum: :class:`~precond.Route` gives it another preconditioner.
+
+    Args:
+        root: ``"newton-schulz"``, the polynomial Q(mmᵀ/‖m‖²)/‖m‖ of that iteration, which is positive also where m is singular; or
+            ``"eigh"``, the exact root, zero on the null space of m.
+        steps, coefficients: of the Newton–Schulz iteration.
+        eps: ε > 0, the least ‖m‖ that m is divided by; with ``"eigh"``, singular values below ε of the largest count as zero.
+        scale: γ for a matrix (A, B): ``"original"``, √max(1, A/B) (Jordan et al.); ``"match_rms_adamw"``, 0.2·√max(A, B), with
+            which the root mean square of a step is that of AdamW's (Liu et al.); or ``"none"``, 1.
+        arithmetic: of the fused step for float32 parameters: ``"bfloat16"``, 1 to 9 % from the polynomial, as torch's own
+            Muon, or ``"full"``. The reference engine, and float64 parameters, use the parameters' own in any case.
+        momentum: the average of these parameters, in place of the optimizer's; None: the optimizer's.
+
+    References:
+        Jordan et al. (2024), Muon; Liu et al. (2025), Muon is scalable for LLM training; Carlson et al. (2015).
+    """
+
+    root: Literal["newton-schulz", "eigh"] = "newton-schulz"
+    steps: int = 5
+    coefficients: Coefficients = JORDAN
+    eps: float = 1e-7
+    scale: Literal["original", "match_rms_adamw", "none"] = "original"
+    arithmetic: Literal["bfloat16", "full"] = "bfloat16"
+    momentum: Momentum | None = None
+
+    uses_momentum = True
+    states_root = False
+    invertible = False
+
+    def __post_init__(self) -> None:
+        checks.one_of("Muon", "root", self.root, ("newton-schulz", "eigh"))
+        checks.one_of("Muon", "scale", self.scale, ("original", "match_rms_adamw", "none"))
+        checks.one_of("Muon", "arithmetic", self.arithmetic, ("bfloat16", "full"))
+        checks.positive("Muon", eps=self.eps, steps=self.steps)
+        if not 1 <= self.steps < 100 or self.steps != int(self.steps):
+            raise ValueError(f"Muon: steps must be a whole number from 1 to 99, got {self.steps!r}; 5 is usual")
+        if len(self.coefficients) != 3:
+            raise ValueError(f"Muon: coefficients must be the three of a + bx + cx², got {self.coefficients!r}")
+
+    def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
+        """Each matrix by itself; what is none together, as it is."""
+        matrices = [i for i, leaf in enumerate(leaves) if is_full_matrix(leaf)]
+        rest = [i for i, leaf in enumerate(leaves) if not is_full_matrix(leaf)]
+        kept = Fixed().partition([leaves[i] for i in rest])
+        return [*(Part((i,), self) for i in matrices), *(Part(tuple(rest[i] for i in p.index), p.preconditioner) for p in kept)]
+
+    def handles(self, block: Block) -> bool:
+        return all(map(is_full_matrix, block.leaves))
+
+    def init(self, block: Block) -> dict:
+        (p,) = block.tensors
+        s, dtype = min(as_matrix(p).shape), state_dtype(p.dtype)
+        return {
+            "gram": torch.zeros(s, s, dtype=dtype, device=p.device),
+            "norm": torch.zeros((), dtype=dtype, device=p.device),
+        }
+
+    def observe(self, state: State, seen: Seen) -> None:
+        (m,) = seen.gradient if seen.momentum is None else seen.momentum
+        X, norm = normalized(as_matrix(m), self.eps)
+        state["norm"].copy_(norm)
+        torch.mm(X, X.T, out=state["gram"]) if X.shape[0] <= X.shape[1] else torch.mm(X.T, X, out=state["gram"])
+
+    def map(self, state: State) -> LinearMap:
+        like = state.block.tensors
+        rows, columns = as_matrix(like[0]).shape
+        gain = torch.where(state["norm"] > 0, self.factor(rows, columns) / state["norm"].clamp_min(self.eps), 0.0)
+        Q = gain * self._root(state["gram"])
+        return KroneckerGram(Q, None, like) if rows <= columns else KroneckerGram(None, Q, like)
+
+    def factor(self, rows: int, columns: int) -> float:
+        """γ of a matrix."""
+        match self.scale:
+            case "original":
+                return max(1.0, rows / columns) ** 0.5
+            case "match_rms_adamw":
+                return 0.2 * max(rows, columns) ** 0.5
+            case _:
+                return 1.0
+
+    def _root(self, gram: Tensor) -> Tensor:
+        if self.root == "newton-schulz":
+            return polynomial(gram, self.coefficients, self.steps)
+        values, V = torch.linalg.eigh(gram)
+        least = values.amax() * max(self.eps**2, len(gram) * torch.finfo(gram.dtype).eps)
+        return (V * torch.where(values > least, values, torch.inf).rsqrt()) @ V.T
+
+
+def is_full_matrix(leaf: Leaf) -> bool:
+    """A tensor of at least two dimensions that has entries."""
+    return leaf.ndim >= 2 and leaf.param.numel() > 0
+
+
+def as_matrix(t: Tensor) -> Tensor:
+    """(out, rest)."""
+    return t.reshape(t.shape[0], -1)
+
+
+def normalized(m: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(m / max(‖m‖, ε), ‖m‖), the squares of whose entries do not overflow; the first is 0 where m is."""
+    largest = m.abs().amax()
+    shrunk = m / torch.where(largest > 0, largest, 1.0)
+    norm = shrunk.norm()
+    size = largest * norm
+    # Multiplied back only where ε counts: the norm of a huge m overflows, and with it that of m / ‖m‖ would vanish.
+    return torch.where(size > eps, shrunk / norm, m / eps), size

@@ -1,0 +1,27 @@
+"""The famous optimizers as choices of map, momentum and penalty, with torch.optim's signatures.
+
+Parameter groups and state dicts go under torch's names, and load into torch's class of the same name and back.
+``weight_decay`` means what it means there. Beyond torch's options each takes those of
+:class:`~precond.PreconditionedGD`: ``regularizers``, ``max_norm`` (in p, as ``clip_grad_norm_``), ``nonfinite``, ….
+"""
+
+from collections.abc import Callable
+
+from precond.optimizer import PreconditionedGD
+from precond.recipes.input_side import bnp, whitening
+from precond.recipes.matrices import muon
+from precond.recipes.torch_named import adagrad, adam, adamw, rmsprop, sgd
+
+RECIPES: dict[str, Callable[..., PreconditionedGD]] = {
+    "sgd": sgd,
+    "adagrad": adagrad,
+    "rmsprop": rmsprop,
+    "adam": adam,
+    "adamw": adamw,
+    "bnp": bnp,
+    "whitening": whitening,
+    "muon": muon,
+}
+"""All recipes by name."""
+
+__all__ = ["RECIPES", "adagrad", "adam", "adamw", "bnp", "muon", "rmsprop", "sgd", "whitening"]

@@ -1,0 +1,65 @@
+"""What recipes are made of: a group's options → strategies → the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from precond.engine.cells import Choice
+from precond.optimizer import PreconditionedGD
+from precond.optimizer.naming import Naming
+from precond.optimizer.parameters import Params
+from precond.regularizers import Regularizer
+from precond.schedules import numbers, replaced
+
+
+@dataclass(frozen=True)
+class Build:
+    """A group's options → strategies: a recipe's own, and the user's further regularizers."""
+
+    recipe: Callable[[Mapping[str, Any]], Choice]
+    extra: tuple[Regularizer, ...]
+
+    def __call__(self, group: Mapping[str, Any]) -> Choice:
+        choice = self.recipe(group)
+        return Choice(choice.preconditioner, choice.momentum, choice.regularizers + replaced(self.extra, group))
+
+
+def make(
+    name: str,
+    params: Params,
+    lr: float | Tensor,
+    recipe: Callable[[Mapping[str, Any]], Choice],
+    defaults: dict[str, Any],
+    state: Mapping[str, str],
+    unsupported: Mapping[str, Any],
+    regularizers: Iterable[Regularizer],
+    options: dict[str, Any],
+    only_started: bool = False,
+) -> PreconditionedGD:
+    for option, value in unsupported.items():
+        if value:
+            raise ValueError(f"{name}: {option}={value!r} is not supported; leave it out (torch.optim's own class has it)")
+    extra = tuple(regularizers)
+    defaults = {**defaults, "foreach": None, "capturable": False, "differentiable": False, "fused": None}
+    build = Build(recipe, extra)
+    choice = build(defaults)
+    options.setdefault("norm_space", "p")
+    naming = Naming(name, {**defaults, **numbers(extra)}, build, state, only_started)
+    return PreconditionedGD(
+        params,
+        lr,
+        preconditioner=choice.preconditioner,
+        momentum=choice.momentum,
+        regularizers=choice.regularizers,
+        naming=naming,
+        **options,
+    )
+
+
+def statistics(regularizers: Iterable[Regularizer]) -> str:
+    """From the regularized gradient, as torch's coupled decay and the literature's SAM-Adam; penalties in z take the P before."""
+    return "lagged" if any(r.circular for r in regularizers) else "total"
