@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -16,9 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from precond.cli.errors import as_user_errors
-from precond.evidence import Section, as_expected, chosen, measured, sections
+from precond.evidence import Section, as_expected, chosen, measured, sections, study
 from precond.report.environment import machine, versions
-from precond.report.evidence import SIGNS, counts, expected, number, save_evidence, tolerance
+from precond.report.evidence import SIGNS, counts, expected, number, save_evidence, save_study, tolerance
 
 _COLORS = {"holds": "green", "holds as corrected": "yellow", "fails": "bold red"}
 
@@ -31,11 +31,13 @@ class Verify:
 
     Attributes:
         only: Statements by name or pattern, with commas: "rate,l2-*"; all if not given.
-        out: Folder for evidence.html (with plots) and verify.md (the table).
+        out: Folder for evidence.html (with plots) and verify.md (the table), or z-versus-p.md.
+        experiment: Instead of the statements, a study: z-versus-p trains with penalties in p and in z on a few digits (some minutes).
     """
 
     only: Annotated[str, tyro.conf.arg(metavar="A,B,…")] = ""
     out: Path = Path("runs/verify")
+    experiment: Literal["z-versus-p"] | None = None
 
     def run(self, argv: Sequence[str]) -> int:
         """The exit code."""
@@ -46,6 +48,8 @@ class Verify:
         console = Console(highlight=False)
         if not console.is_terminal:
             console = Console(highlight=False, width=160)
+        if self.experiment is not None:
+            return self._study(console, argv)
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
@@ -65,6 +69,18 @@ class Verify:
             save_evidence(self.out, parts, {**versions(), **machine("cpu")}, shlex.join(["precond", *argv]))
         console.print(Text(f"Saved in {self.out}: evidence.html, verify.md"), soft_wrap=True)
         return 0 if as_expected(parts) else 1
+
+    def _study(self, console: Console, argv: Sequence[str]) -> int:
+        found = []
+        for index, result in enumerate(study.results(), 1):
+            loss, width = study.interval([score.test for score in result.scores])
+            text = f"{index} of {len(study.methods())}  {result.method}: test loss {loss:.3f} ± {width:.3f}"
+            console.print(Text(text))
+            found.append(result)
+        with as_user_errors():
+            save_study(self.out, found, shlex.join(["precond", *argv]))
+        console.print(Text(f"Saved in {self.out}: z-versus-p.md"), soft_wrap=True)
+        return 0
 
 
 def show(parts: Sequence[Section], console: Console) -> None:
