@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class Bench:
 
     Attributes:
         name: Which.
-        tasks: Only the tasks whose names contain one of these words.
+        tasks: Only the tasks whose names contain one of these, as whole words: "batch 60" or MLP.
         trials: Learning rates that each entrant tries in each task, on the validation part only.
         seeds: One training per seed with the best of them.
         scale: Times the steps of the table; less for a first look.
@@ -61,7 +62,7 @@ class Bench:
             raise UserError(f"scale must be > 0, got {self.scale:g}")
         with as_user_errors():
             every = STUDIES[self.name](self.seeds, self.trials, self.scale, self.data_dir, self.examples)
-        chosen = tuple(task for task in every if not self.tasks or any(word in task.name for word in self.tasks))
+        chosen = tuple(task for task in every if not self.tasks or any(_names(word, task.name) for word in self.tasks))
         if not chosen:
             raise UserError(f"no task of {self.name} contains {' or '.join(map(repr, self.tasks))}; there are "
                             f"{'; '.join(task.name for task in every)}")  # fmt: skip
@@ -70,3 +71,7 @@ class Bench:
         )
         where = Where(self.out or Path("runs") / f"bench-{self.name}", self.resume, self.checkpoint_seconds)
         return launch(f"bench {self.name}", chosen, settings, where, argv)
+
+
+def _names(word: str, name: str) -> bool:
+    return re.search(rf"\b{re.escape(word)}\b", name) is not None

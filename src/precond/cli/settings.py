@@ -80,7 +80,7 @@ class Settings:
     schedule: Decay = "cosine"
     warmup: int = 0
     lr_range: Numbers = (1e-4, 10.0)
-    trials: int = 11
+    trials: int = 8
     search_seed: int = 1000
 
     examples: int | None = None

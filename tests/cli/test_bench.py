@@ -1,0 +1,54 @@
+"""The tables of the experiments say the same for every entrant, and tasks are chosen by whole words."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from precond.cli import bench
+from precond.cli.bench import Bench
+from precond.cli.main import main
+from precond.workloads import LogUniform, Task
+from precond.workloads.fashion_mnist import FOLDER
+from precond.workloads.fashion_study import ENTRANTS, fashion_tasks
+
+needs_data = pytest.mark.skipif(not FOLDER.is_dir(), reason="Fashion-MNIST is not installed")
+
+
+@needs_data
+def test_every_entrant_of_every_task_has_the_same_budget() -> None:
+    tasks = fashion_tasks((0, 1, 2), trials=5, examples=1000)
+    assert [task.name for task in tasks] == [f"{net}, batch {b}" for b in (128, 60, 6, 2, 1) for net in ("MLP", "conv net")]
+    for task in tasks:
+        assert (task.search.trials, task.seeds, task.reference, task.allowance) == (5, (0, 1, 2), "Adam", 0.0)
+        assert [c.label for c in task.contenders] == [label for label, *_ in ENTRANTS]
+        assert {c.lr_from for c in task.contenders} == {"searched"}
+        widths = [math.log10(c.lr.high / c.lr.low) for c in task.contenders if isinstance(c.lr, LogUniform)]
+        assert widths == pytest.approx([3.477] * len(ENTRANTS), abs=0.05)
+    assert [t.plan.steps for t in fashion_tasks((0,), 5, scale=0.1, examples=1000)][:2] == [80, 20]
+
+
+@needs_data
+def test_tasks_are_chosen_by_whole_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def tasks(*args: object) -> tuple[Task, ...]:
+        every = fashion_tasks((0,), 1, 0.002, None, 300)
+        return tuple(t for t in every if "MLP" in t.name)
+
+    def launch(title: str, chosen: list[Task], *rest: object) -> int:
+        made.extend(task.name for task in chosen)
+        return 0
+
+    monkeypatch.setitem(bench.STUDIES, "fashion-mnist", tasks)
+    monkeypatch.setattr(bench, "launch", launch)
+    assert main(["bench", "fashion-mnist", "--tasks", "batch 6,batch 1", "--out", str(tmp_path)]) == 0
+    assert made == ["MLP, batch 6", "MLP, batch 1"]
+
+
+def test_the_settings_that_decide_a_result_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, object] = {}
+    monkeypatch.setitem(bench.STUDIES, "fashion-mnist", lambda *args: (Task("one", (), None, (), None),))  # type: ignore[arg-type]
+    monkeypatch.setattr(bench, "launch", lambda title, tasks, settings, where, argv: seen.update(settings) or 0)
+    assert Bench("fashion-mnist", trials=3, seeds=(1,), scale=0.5).run(["x"]) == 0
+    assert seen == {"name": "fashion-mnist", "trials": 3, "seeds": [1], "scale": 0.5, "examples": None}
