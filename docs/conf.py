@@ -21,6 +21,7 @@ extensions = [
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"precond {version}"
+html_extra_path = ["evidence.html"]  # made by precond verify
 
 autosummary_generate = True
 autodoc_member_order = "bysource"
