@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from precond import checks
 from precond.inputs.conv import ConvTap
+from precond.inputs.moments import Request
 from precond.inputs.taps import LinearTap, Tap
 
 _CONV = nn.modules.conv._ConvNd
@@ -111,6 +112,10 @@ class Layer:
         if not self.conv:
             return tuple(a.shape[:-1])
         return (a.shape[0], math.prod(a.shape[2:])) if a.ndim == self.module.weight.ndim else (1, math.prod(a.shape[1:]))
+
+    def view(self, weight: Tensor) -> Tensor:
+        """The weight, or a gradient of it, as (groups, units of a group, n)."""
+        return self.tap.layout(self.tap.weights[0], Request("covariance")).view(weight)
 
     def inputs(self, call: Call) -> Tensor:
         """What the weight meets at each place, (groups, places, n)."""

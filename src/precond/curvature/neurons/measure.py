@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from precond.curvature.neurons.curvatures import chain_curvatures
 from precond.curvature.neurons.form import LayerInputs, NeuronHessian
 from precond.curvature.neurons.layer import Layer
-from precond.curvature.neurons.passes import batch_of_neurons
+from precond.curvature.neurons.passes import Slopes, opened
 from precond.curvature.objective import Objective
+
+_FEW = 8  # up to so many units, a double backprop each is faster than the recursion through all layers behind
 
 
 def neuron_hessian(objective: Objective, layer: str, unit: int) -> NeuronHessian:
@@ -58,21 +61,33 @@ def neuron_hessians(objective: Objective, layer: str, units: Sequence[int] | Non
     caller = "neuron_hessian"
     at = Layer(objective.model, layer, caller)
     chosen = [at.checked(unit, caller) for unit in (range(at.units) if units is None else units)]
-    parts = [batch_of_neurons(objective, index, at, chosen) for index in range(len(objective.batches))]
-    lengths = sorted({part.s.shape[2] for part in parts})
-    if len(lengths) > 1:
-        raise ValueError(
-            f"{caller}: layer {layer!r} is applied at {lengths[0]} to {lengths[-1]} positions per sample, depending on the batch; give an "
-            "objective over batches of one length"
-        )
+    inputs: list[list[Tensor]] = [[] for _ in range(at.groups)]
+    S: list[Tensor] = []
+    for index in range(len(objective.batches)):
+        with opened(objective, index, at) as slopes:
+            if S and S[0].shape[2] != slopes.places.shape[1]:
+                raise ValueError(
+                    f"{caller}: layer {layer!r} is applied at {S[0].shape[2]} positions per sample in batch 0, at {slopes.places.shape[1]} in "
+                    f"batch {index}; give an objective over batches of one length"
+                )
+            for group, h in enumerate(slopes.inputs):
+                inputs[group].append(h[slopes.places.flatten()])
+            S.append(_blocks(objective, index, slopes, chosen))
     bias = at.module.bias is not None
-    inputs = [
-        LayerInputs(extended(torch.cat([part.inputs[group].flatten(0, 1) for part in parts]), bias), bias)
-        for group in range(at.groups)
-    ]
-    S = torch.cat([part.s for part in parts], dim=1)
-    S = S[..., 0, 0] if S.shape[2] == 1 else S
-    return tuple(NeuronHessian(layer, unit, inputs[at.group(unit)], s) for unit, s in zip(chosen, S, strict=True))
+    H_e = [LayerInputs(extended(torch.cat(h), bias), bias) for h in inputs]
+    s = torch.cat(S, dim=1)
+    s = s[..., 0, 0] if s.shape[2] == 1 else s
+    return tuple(NeuronHessian(layer, unit, H_e[at.group(unit)], one) for unit, one in zip(chosen, s, strict=True))
+
+
+def _blocks(objective: Objective, index: int, slopes: Slopes, units: Sequence[int]) -> Tensor:
+    """S of some units, (units, N, T, T)."""
+    layer = slopes.layer
+    if len(units) > _FEW and slopes.places.shape[1] == 1:
+        found = chain_curvatures(objective, index, [layer.name]).get(layer.name)
+        if found is not None:
+            return found.T[list(units), :, None, None]
+    return slopes.blocks(units)
 
 
 def extended(rows: Tensor, bias: bool) -> Tensor:

@@ -2,8 +2,8 @@ r"""S of any model: blocks of ∂²L/∂a∂aᵀ by double backprop through the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,48 +13,47 @@ from precond.curvature.errors import CoupledSamples, CurvatureError, NoSecondDer
 from precond.curvature.graph import size_of
 from precond.curvature.neurons.layer import Call, Layer, arrangements
 from precond.curvature.objective import Evaluation, Objective
-from precond.inputs.moments import Request
 
-_PATCH = Request("covariance")
 _CHECKED = 1e-3  # relative difference up to which two float32 computations of one gradient count as equal
 
 
-@dataclass(frozen=True)
-class BatchOfNeurons:
-    """What one batch contributes.
+@contextmanager
+def opened(objective: Objective, index: int, layer: Layer) -> Iterator[Slopes]:
+    """A layer in batch ``index``, ready to be differentiated by its pre-activations.
 
-    Attributes:
-        inputs: (groups, N, T, n).
-        s: S of each unit asked for, (units, N, T, T).
+    Raises:
+        NotCalled: where the forward pass does not call it.
+        CoupledSamples, CurvatureError: where its Hessians are not of the form H_e S H_eᵀ with a block per sample.
     """
-
-    inputs: Tensor
-    s: Tensor
-
-
-def batch_of_neurons(objective: Objective, index: int, layer: Layer, units: Sequence[int]) -> BatchOfNeurons:
-    """Inputs and S of some neurons of a layer in batch ``index``."""
     with objective.measuring(index):
         with layer.perturbed() as calls:
             at = objective.evaluate(index)
         if not calls:
-            raise ValueError(
+            raise NotCalled(
                 f"layer {layer.name!r} was not called as a module in the forward pass (nn.MultiheadAttention applies out_proj itself, and "
                 "F.linear(x, layer.weight) passes by the module); choose a layer that is called"
             )
         _refuse_recurrence(layer, calls)
-        slopes = _Slopes(objective, index, layer, calls, at)
-        places = slopes.arranged(batches.size((at.inputs, at.targets), index))
-        inputs = torch.cat([layer.inputs(call) for call in calls], dim=1)
-        _check_gradient(layer, calls, slopes, inputs)
-        return BatchOfNeurons(inputs[:, places], slopes.blocks(places, units).detach())
+        slopes = Slopes(objective, index, layer, calls, at)
+        slopes.check_gradient()
+        yield slopes
 
 
-class _Slopes:
-    """∂L/∂a of all calls of a layer, whose own derivatives by a are taken row by row of H."""
+class NotCalled(ValueError):
+    """The forward pass does not call a layer."""
+
+
+class Slopes:
+    """∂L/∂a of all calls of a layer, whose own derivatives by a are taken row by row of H.
+
+    Attributes:
+        places: of each sample, (N, T): numbers of rows of all calls.
+        inputs: what the weight meets at all of them, (groups, places, n).
+    """
 
     def __init__(self, objective: Objective, index: int, layer: Layer, calls: Sequence[Call], at: Evaluation):
-        self.layer, self.deltas, self.model = layer, tuple(c.delta for c in calls), objective.model
+        self.layer, self.calls, self.model = layer, calls, objective.model
+        self.deltas = tuple(c.delta for c in calls)
         self.loss = at.loss * objective.weights[index]
         if not torch.isfinite(self.loss):
             raise ValueError(
@@ -66,6 +65,8 @@ class _Slopes:
         )
         self.curved = tuple(t for t in self.g if t.requires_grad)
         self.size = size_of((self.loss, *self.g))
+        self.places = self._arranged(batches.size((at.inputs, at.targets), index)).to(self.loss.device)
+        self.inputs = torch.cat([layer.inputs(call) for call in calls], dim=1)
 
     @property
     def rows(self) -> Tensor:
@@ -92,7 +93,25 @@ class _Slopes:
             return torch.cat([self.layer.rows(t) for t in parts])
         return torch.stack([torch.cat([self.layer.rows(t) for t in one]) for one in zip(*parts, strict=True)])
 
-    def arranged(self, samples: int) -> Tensor:
+    def check_gradient(self) -> None:
+        """Raise where ∇_W L is not Σ g hᵀ: then the weight acts elsewhere as well."""
+        weight = self.layer.module._parameters.get("weight")
+        if weight is None or not weight.requires_grad or not self.loss.requires_grad:
+            return
+        (found,) = torch.autograd.grad(self.loss, weight, retain_graph=True, allow_unused=True)
+        rows = self.rows.detach().to(self.inputs.dtype)
+        g = rows.reshape(len(rows), self.layer.groups, -1).permute(1, 2, 0)
+        expected = g @ self.inputs
+        actual = torch.zeros_like(expected) if found is None else self.layer.view(found).to(expected)
+        size = torch.linalg.vector_norm(g.abs() @ self.inputs.abs())
+        if torch.linalg.vector_norm(actual - expected) > _CHECKED * size:
+            raise CurvatureError(
+                f"the weight of layer {self.layer.name!r} acts on the loss outside the layer as well (a tied layer, or a penalty in the loss), "
+                "so its Hessian is not H_e S H_eᵀ alone; leave the penalty out of the loss and add its second derivative, or take "
+                "hessian(objective)"
+            )
+
+    def _arranged(self, samples: int) -> Tensor:
         """The places of each sample, (samples, positions).
 
         Raises:
@@ -138,10 +157,10 @@ class _Slopes:
         other = places[~inside].flatten().to(v.device)
         return not bool(self.products(v)[other].any())
 
-    def blocks(self, places: Tensor, units: Sequence[int]) -> Tensor:
+    def blocks(self, units: Sequence[int]) -> Tensor:
         """S of each unit, (units, N, T, T), by one product per unit and position."""
-        rows = self.rows.detach()
-        (samples, positions), at = places.shape, places.to(rows.device)
+        rows, at = self.rows.detach(), self.places
+        samples, positions = at.shape
         S = rows.new_empty(len(units), samples, positions, positions)
         wanted = [(k, unit, t) for k, unit in enumerate(units) for t in range(positions)]
         chunk = self.size.chunk if self.size.batchable and len(wanted) > 1 else 1
@@ -169,22 +188,3 @@ def _refuse_recurrence(layer: Layer, calls: Sequence[Call]) -> None:
                     f"layer {layer.name!r} is applied to its own outputs (call {i + 1} of {len(calls)}), so its inputs change with its weights "
                     "and ∇² is not of the form H_e S H_eᵀ; take hessian(Objective(..., params=[the weight, the bias])) instead"
                 )
-
-
-def _check_gradient(layer: Layer, calls: Sequence[Call], slopes: _Slopes, inputs: Tensor) -> None:
-    """Raise where ∇_W L is not Σ g hᵀ: then the weight acts elsewhere as well."""
-    weight = layer.module._parameters.get("weight")
-    if weight is None or not weight.requires_grad or not slopes.loss.requires_grad:
-        return
-    (found,) = torch.autograd.grad(slopes.loss, weight, retain_graph=True, allow_unused=True)
-    g = slopes.rows.detach().to(inputs.dtype)
-    g = g.reshape(len(g), layer.groups, -1).permute(1, 2, 0)
-    view = layer.tap.layout(layer.tap.weights[0], _PATCH).view
-    expected = g @ inputs
-    actual = torch.zeros_like(expected) if found is None else view(found).to(expected)
-    size = torch.linalg.vector_norm(g.abs() @ inputs.abs())
-    if torch.linalg.vector_norm(actual - expected) > _CHECKED * size:
-        raise CurvatureError(
-            f"the weight of layer {layer.name!r} acts on the loss outside the layer as well (a tied layer, or a penalty in the loss), so its "
-            "Hessian is not H_e S H_eᵀ alone; leave the penalty out of the loss and add its second derivative, or take hessian(objective)"
-        )
