@@ -14,7 +14,7 @@ from precond.curvature.errors import (
 )
 from precond.curvature.estimates import Estimate, diagonal, trace
 from precond.curvature.invariances import Invariance, Invariances, invariances
-from precond.curvature.neurons import LayerInputs, NeuronHessian, neuron_hessian, neuron_hessians
+from precond.curvature.neurons import LayerInputs, NeuronHessian, neuron_hessian, neuron_hessians, unit_curvatures
 from precond.curvature.objective import Objective
 from precond.curvature.operators import as_map, to_scipy
 from precond.curvature.precision import in_float64
@@ -55,5 +55,6 @@ __all__ = [
     "neuron_hessians",
     "spectral_density",
     "to_scipy",
+    "unit_curvatures",
     "trace",
 ]
