@@ -20,8 +20,8 @@ from precond.optimizer import PreconditionedGD
 from precond.optimizer.parameters import decay_groups
 from precond.optimizer.passes import frozen_statistics
 from precond.optimizer.probing import LossClosure
-from precond.preconditioners import BNP, RMS, AdaGrad, Composition, Fixed, Muon, Preconditioner, Route, Seen, Whitening
-from precond.recipes import RECIPES, adagrad, adam, adamw, bnp, muon, rmsprop, sgd, whitening
+from precond.preconditioners import BNP, RMS, SOAP, AdaGrad, Composition, Fixed, Muon, Preconditioner, Route, Seen, Whitening
+from precond.recipes import RECIPES, adagrad, adam, adamw, bnp, muon, rmsprop, sgd, soap, whitening
 from precond.regularizers import L1, L2, SAM, At, GradientNorm, Regularizer
 from precond.schedules import Schedule, TimesLr, Warmup
 from precond.spaces import Cotangent, Instead, Prox, Space, Tangent
@@ -33,6 +33,7 @@ __all__ = [
     "RECIPES",
     "RMS",
     "SAM",
+    "SOAP",
     "AdaGrad",
     "At",
     "Block",
@@ -85,5 +86,6 @@ __all__ = [
     "preconditioner_of",
     "rmsprop",
     "sgd",
+    "soap",
     "whitening",
 ]

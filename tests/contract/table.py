@@ -16,6 +16,7 @@ from precond import (
     L2,
     RMS,
     SAM,
+    SOAP,
     AdaGrad,
     Fixed,
     GradientNorm,
@@ -116,6 +117,30 @@ OWN: dict[str, Callable[..., PreconditionedGD]] = {
         **{"lr": 0.01, "where": is_matrix, "inputs": Whitening(every=7, observe_steps=2), "nesterov": False, **more},
     ),
     "Muon, exact root, L2 in p": _gd(Muon(root="eigh"), L2(0.01, "p"), momentum=Momentum(0.9)),
+    "soap": lambda p, **more: precond.soap(p, **{"lr": 0.01, "precondition_frequency": 3, "max_precond_dim": 4, **more}),
+    "soap, one side, drift, gradient norm in z": lambda p, **more: precond.soap(
+        p,
+        **{
+            "lr": 0.01,
+            "sides": "smaller",
+            "drift": 0.3,
+            "precondition_frequency": 2,
+            "factor_frequency": 2,
+            "regularizers": [GradientNorm(1e-3)],
+            **more,
+        },
+    ),
+    "soap with whitening": lambda p, **more: precond.soap(
+        p,
+        **{
+            "lr": 0.01,
+            "inputs": Whitening(every=7, observe_steps=2),
+            "precondition_frequency": 3,
+            "max_precond_dim": 4,
+            **more,
+        },
+    ),
+    "SOAP, SAM in z, heavy ball": _gd(SOAP(every=2), SAM(0.01), L1(1e-4), momentum=Momentum(0.9, "heavy_ball"), max_norm=2.0),
     "plain": _gd(Fixed(), L2(0.1), momentum=Momentum(0.9, "nesterov")),
 }
 

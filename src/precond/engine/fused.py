@@ -13,11 +13,12 @@ from torch import Tensor
 
 from precond.engine.arrow import arrow
 from precond.engine.cells import Cell, Choice
+from precond.engine.eigenbasis import soap
 from precond.engine.loop import Rules
 from precond.engine.orthogonal import muon
 from precond.maps import Identity
 from precond.momentum import Momentum
-from precond.preconditioners import BNP, RMS, AdaGrad, Fixed, Muon
+from precond.preconditioners import BNP, RMS, SOAP, AdaGrad, Fixed, Muon
 from precond.regularizers import L2
 from precond.vec import Scalar, Tensors
 
@@ -50,6 +51,8 @@ def kernel(cell: Cell, choice: Choice, rules: Rules) -> Kernel | None:
         P = Fixed()
     if isinstance(P, Muon) and not decay.coupled:
         return muon(cell, P, momentum, decay.decoupled)
+    if isinstance(P, SOAP) and not decay.coupled:
+        return soap(cell, P, momentum, decay.decoupled)
     match P, momentum:
         case RMS(start="zero", bias_correction=True, centered=False), Momentum(kind="ema", start="zero", of="cotangent"):
             if P.eps > 0 and momentum.corrected and not (decay.coupled and decay.decoupled):

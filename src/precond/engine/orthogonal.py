@@ -11,7 +11,8 @@ from precond.engine.cells import Cell
 from precond.engine.workspace import WORKSPACE
 from precond.momentum import Momentum
 from precond.preconditioners import Muon
-from precond.preconditioners.muon import as_matrix, normalized
+from precond.preconditioners.kronecker import as_matrix
+from precond.preconditioners.muon import normalized
 from precond.preconditioners.newton_schulz import Iteration
 from precond.vec import Scalar, Tensors
 
@@ -31,7 +32,7 @@ class Orthogonal:
         X, norm = self._unit(m)
         narrow = W.dtype == torch.float32 and self.P.arithmetic == "bfloat16"
         dtype = torch.bfloat16 if narrow else W.dtype
-        # One request holds all: X is the first of what the iteration is given.
+        # X lies at the start of the workspace: in the same dtype this is its own memory.
         held, *rest = WORKSPACE.take(dtype, W.shape, W.shape, *[(min(W.shape),) * 2] * 6)
         held.copy_(X)
         end, gram = Iteration(self.P.coefficients, int(self.P.steps))(held, lambda *shapes: rest)

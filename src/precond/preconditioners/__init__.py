@@ -8,12 +8,14 @@ from precond.preconditioners.fixed import Fixed
 from precond.preconditioners.muon import Muon
 from precond.preconditioners.rms import RMS
 from precond.preconditioners.route import Route
+from precond.preconditioners.soap import SOAP
 from precond.preconditioners.split import Split
 from precond.preconditioners.whitening import Whitening
 
 __all__ = [
     "BNP",
     "RMS",
+    "SOAP",
     "AdaGrad",
     "Composition",
     "Fixed",

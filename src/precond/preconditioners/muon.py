@@ -14,6 +14,7 @@ from precond.blocks import Block, Leaf, State, state_dtype
 from precond.maps import KroneckerGram, LinearMap
 from precond.preconditioners.base import Part, Preconditioner, Seen
 from precond.preconditioners.fixed import Fixed
+from precond.preconditioners.kronecker import as_matrix, split
 from precond.preconditioners.newton_schulz import JORDAN, Coefficients, polynomial
 
 if TYPE_CHECKING:
@@ -67,10 +68,7 @@ class Muon(Preconditioner):
 
     def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
         """Each matrix by itself; what is none together, as it is."""
-        matrices = [i for i, leaf in enumerate(leaves) if is_full_matrix(leaf)]
-        rest = [i for i, leaf in enumerate(leaves) if not is_full_matrix(leaf)]
-        kept = Fixed().partition([leaves[i] for i in rest])
-        return [*(Part((i,), self) for i in matrices), *(Part(tuple(rest[i] for i in p.index), p.preconditioner) for p in kept)]
+        return split(leaves, self, [is_full_matrix(leaf) for leaf in leaves], Fixed())
 
     def handles(self, block: Block) -> bool:
         return all(map(is_full_matrix, block.leaves))
@@ -117,11 +115,6 @@ class Muon(Preconditioner):
 def is_full_matrix(leaf: Leaf) -> bool:
     """A tensor of at least two dimensions that has entries."""
     return leaf.ndim >= 2 and leaf.param.numel() > 0
-
-
-def as_matrix(t: Tensor) -> Tensor:
-    """(out, rest)."""
-    return t.reshape(t.shape[0], -1)
 
 
 def normalized(m: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from precond.optimizer import PreconditionedGD
 from precond.recipes.input_side import bnp, whitening
-from precond.recipes.matrices import muon
+from precond.recipes.matrices import muon, soap
 from precond.recipes.torch_named import adagrad, adam, adamw, rmsprop, sgd
 
 RECIPES: dict[str, Callable[..., PreconditionedGD]] = {
@@ -21,7 +21,8 @@ RECIPES: dict[str, Callable[..., PreconditionedGD]] = {
     "bnp": bnp,
     "whitening": whitening,
     "muon": muon,
+    "soap": soap,
 }
 """All recipes by name."""
 
-__all__ = ["RECIPES", "adagrad", "adam", "adamw", "bnp", "muon", "rmsprop", "sgd", "whitening"]
+__all__ = ["RECIPES", "adagrad", "adam", "adamw", "bnp", "muon", "rmsprop", "sgd", "soap", "whitening"]

@@ -14,12 +14,12 @@ from precond.engine.cells import Choice
 from precond.momentum import Momentum
 from precond.optimizer import PreconditionedGD
 from precond.optimizer.parameters import Params
-from precond.preconditioners import RMS, Muon, Preconditioner, Route
+from precond.preconditioners import RMS, SOAP, Muon, Preconditioner, Route
+from precond.preconditioners.kronecker import Sides
+from precond.preconditioners.newton_schulz import JORDAN
 from precond.recipes.making import make
 from precond.regularizers import L2, Regularizer
 from precond.schedules import numbers, replaced
-
-JORDAN = (3.4445, -4.7750, 2.0315)
 
 
 @dataclass(frozen=True)
@@ -103,3 +103,75 @@ def muon(
     }
     state = {"m": "momentum_buffer", "r": "exp_avg_sq"}
     return make("muon", params, lr, _Muon(where, root, arithmetic, inputs), defaults, state, {}, regularizers, options)
+
+
+@dataclass(frozen=True)
+class _SOAP:
+    sides: Sides
+    drift: float | None
+    inputs: Preconditioner | None
+
+    def __call__(self, group: Mapping[str, Any]) -> Choice:
+        beta1, beta2 = group["betas"]
+        P: Preconditioner = SOAP(
+            beta2,
+            group["eps"],
+            None if group["shampoo_beta"] < 0 else group["shampoo_beta"],
+            group["precondition_frequency"],
+            self.drift,
+            group["factor_frequency"],
+            self.sides,
+            group["max_precond_dim"],
+        )
+        if self.inputs is not None:
+            P = replaced(self.inputs, group) @ P
+        return Choice(P, Momentum(beta1), (L2(group["weight_decay"] / 2, space="z"),))
+
+
+def soap(
+    params: Params,
+    lr: float | Tensor = 3e-3,
+    betas: tuple[float, float] = (0.95, 0.95),
+    shampoo_beta: float = -1,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    precondition_frequency: int = 10,
+    max_precond_dim: int = 10000,
+    *,
+    factor_frequency: int = 1,
+    sides: Sides = "both",
+    drift: float | None = None,
+    inputs: Preconditioner | None = None,
+    maximize: bool = False,
+    regularizers: Iterable[Regularizer] = (),
+    **options: Any,
+) -> PreconditionedGD:
+    """AdamW in the eigenbases of Shampoo's factors, with the argument names of its authors (Vyas et al., 2025).
+
+    The step is theirs, weight by weight, from any state; but they let the first gradient pass, and the first step here is AdamW's.
+
+    Args:
+        params: see :class:`~precond.PreconditionedGD`.
+        lr, betas, eps, weight_decay: as in :func:`adamw`.
+        shampoo_beta: decay of the factors; negative: ``betas[1]``.
+        precondition_frequency, factor_frequency: steps between refreshes of the bases, and between updates of the factors.
+        max_precond_dim: longer sides are not rotated.
+        sides, drift: see :class:`~precond.SOAP`; ``sides="smaller"`` with ``factor_frequency=5`` costs a fifth.
+        inputs: ``BNP()`` or ``Whitening()``: everything in the coordinates of layer inputs.
+        maximize, regularizers, options: as in :func:`sgd`.
+    """
+    checks.fraction("soap", **{"betas[0]": betas[0], "betas[1]": betas[1]})
+    checks.non_negative("soap", eps=eps, weight_decay=weight_decay)
+    defaults = {
+        "betas": tuple(betas),
+        "shampoo_beta": shampoo_beta,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "precondition_frequency": precondition_frequency,
+        "factor_frequency": factor_frequency,
+        "max_precond_dim": max_precond_dim,
+        "maximize": maximize,
+        **({} if inputs is None else numbers(inputs)),
+    }
+    state = {"m": "exp_avg", "r": "exp_avg_sq"}
+    return make("soap", params, lr, _SOAP(sides, drift, inputs), defaults, state, {}, regularizers, options)

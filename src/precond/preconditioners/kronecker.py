@@ -1,0 +1,54 @@
+"""What preconditioners with a factor per side of a matrix share: which sides, and their statistics Σ GGᵀ and Σ GᵀG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from precond.blocks import Leaf
+from precond.preconditioners.base import Part, Preconditioner
+
+Sides = Literal["both", "smaller", "left", "right"]
+SIDES = ("both", "smaller", "left", "right")
+
+
+def as_matrix(t: Tensor) -> Tensor:
+    """(out, rest)."""
+    return t.reshape(t.shape[0], -1)
+
+
+def sides_of(shape: Sequence[int], sides: Sides, limit: int) -> tuple[bool, bool]:
+    """Whether the left and the right side of a tensor, seen as a matrix (out, rest), have a factor: 2 ≤ their length ≤ limit."""
+    if len(shape) < 2:
+        return False, False
+    rows, columns = shape[0], torch.Size(shape[1:]).numel()
+    if rows * columns == 0:
+        return False, False
+    left = 2 <= rows <= limit and sides != "right"
+    right = 2 <= columns <= limit and sides != "left"
+    if sides == "smaller" and left and right:
+        left, right = rows <= columns, rows > columns
+    return left, right
+
+
+def split(leaves: Sequence[Leaf], matrices: Preconditioner, chosen: Sequence[bool], others: Preconditioner) -> list[Part]:
+    """Each chosen leaf by itself with one preconditioner, the rest with another."""
+    index = [i for i, c in enumerate(chosen) if c]
+    rest = [i for i, c in enumerate(chosen) if not c]
+    parts = [Part((i,), matrices) for i in index]
+    return parts + [
+        Part(tuple(rest[i] for i in p.index), p.preconditioner) for p in others.partition([leaves[i] for i in rest])
+    ]
+
+
+def fold(S: Tensor, G: Tensor, right: bool, keep: float, add: float) -> None:
+    """S ← keep·S + add·GGᵀ (or GᵀG) in place; blocks below the diagonal are copied, not computed."""
+    A, B = (G.T, G) if right else (G, G.T)
+    n = len(S)
+    step = n if n < 256 else -(-n // 4)
+    for i in range(0, n, step):
+        S[i : i + step, i:].addmm_(A[i : i + step], B[:, i:], beta=keep, alpha=add)
+        S[i + step :, i : i + step].copy_(S[i : i + step, i + step :].T)
