@@ -55,6 +55,6 @@ __all__ = [
     "neuron_hessians",
     "spectral_density",
     "to_scipy",
-    "unit_curvatures",
     "trace",
+    "unit_curvatures",
 ]
