@@ -69,7 +69,7 @@ def kappa_of_moments(moments: Moments, biased: bool) -> float:
         moments: mean and variance, (groups, n).
         biased: whether a bias goes with the inputs.
     """
-    mean, variance = moments.mean.double(), moments.spread.double()
+    mean, variance = moments.mean.double().cpu(), moments.spread.double().cpu()
     rounding = 8 * torch.finfo(moments.mean.dtype).eps * mean.abs()
     d = torch.where(variance > rounding.square(), variance, 0.0)
     v = mean.square()
@@ -92,12 +92,27 @@ def kappa_of_moments(moments: Moments, biased: bool) -> float:
 
 
 def _root(d: Tensor, v: Tensor, above: Tensor, width: Tensor) -> Tensor:
-    """The root of 1 + Σ v/(d − λ), which increases, with λ − ``above`` in (0, ``width``]; by bisection, one per group."""
-    low, high = torch.zeros_like(width), width
+    """The root of 1 + Σ v/(d − λ) with t = λ − ``above`` in (0, ``width``], one per group.
+
+    ``above`` is one of the d, whose v is w; with φ(t) = 1 + the sum over the others it is the root of tφ(t) − w, found by Newton's method
+    within a bracket.
+    """
     shifted = d - above[:, None]
+    pole = shifted == 0
+    w = torch.where(pole, v, 0).sum(1)
+    v = torch.where(pole, 0, v)
+    shifted = torch.where(v > 0, shifted, torch.inf)
+    low, high = torch.zeros_like(width), width
+    t = high / 2
     for _ in range(100):
-        t = (low + high) / 2
         gap = shifted - t[:, None]
-        value = 1 + torch.where(v > 0, v / gap, 0).sum(1)
+        terms = v / gap
+        phi = 1 + terms.sum(1)
+        value = t * phi - w
         low, high = torch.where(value < 0, t, low), torch.where(value < 0, high, t)
-    return above + (low + high) / 2
+        new = t - value / (phi + t * (terms / gap).sum(1))
+        new = torch.where((new > low) & (new < high), new, (low + high) / 2)
+        if bool(((new - t).abs() <= 1e-14 * new).all()):
+            break
+        t = new
+    return above + t
