@@ -25,6 +25,8 @@ from precond.curvature import (
 )
 from precond.curvature.neurons import Signs
 from precond.curvature.neurons.curvatures import chain_curvatures
+from precond.curvature.neurons.layer import Layer
+from precond.curvature.neurons.passes import opened
 
 torch.set_num_threads(1)
 CROSS = nn.CrossEntropyLoss()
@@ -251,6 +253,75 @@ def test_curvatures_of_any_model(name):
         for neuron in neuron_hessians(objective, layer):
             torch.testing.assert_close(s[:, neuron.unit], neuron.s, rtol=1e-9, atol=1e-13)
     assert "layer" not in found  # called twice, or at several positions
+
+
+class Skips(nn.Module):
+    """Piecewise linear, with a skip connection, a pool and a mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(2, 5, 3, padding=1), nn.BatchNorm2d(5)
+        self.second, self.out = nn.Conv2d(5, 5, 3, padding=1), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.norm(self.first(x))), 2)
+        x = F.leaky_relu_(x + 0.5 * self.second(x))
+        return self.out(torch.cat([x[..., :1], x[..., 1:]], -1).mean((2, 3)))
+
+
+PIECEWISE = {
+    "skips": (Skips, (2, 4, 4), ["first", "second", "out"]),
+    "conv net": (lambda: nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Dropout(), nn.Linear(16, 3)),
+        (1, 8, 8), ["0", "3", "6"]),
+    "sequence": (lambda: Model(lambda m, x: m.out(m.layer(x).relu().transpose(0, 1).sum(0)), **linears()), (5, 4), ["layer"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", PIECEWISE)
+def test_piecewise_linear_models_by_backward_passes_of_their_outputs(name, loss):
+    build, shape, layers = PIECEWISE[name]
+    model, data = problem(build, shape, (4,))
+    objective = Objective(model, LOSSES[loss], data)
+    for layer in layers:
+        at = Layer(model, layer, "test")
+        with opened(objective, 0, at) as slopes:
+            fast = slopes._blocks_of_outputs(range(at.units))
+            assert fast is not None or layer in ("6", "out")  # as few units as outputs
+            if fast is not None:
+                torch.testing.assert_close(fast, slopes._blocks_by_products(range(at.units)), rtol=1e-9, atol=1e-13)
+
+
+NOT_PIECEWISE = {
+    "smooth": lambda m, x: m.out(m.layer(x).tanh()),
+    "product of two": lambda m, x: m.out(m.layer(x) * m.layer(x.flip(1)).relu()),
+    "divided by": lambda m, x: m.out(x[:, :1] / (2 + m.layer(x).relu())),
+    "softmax": lambda m, x: m.out(m.layer(x).softmax(-1)),
+}
+
+
+@pytest.mark.parametrize("name", NOT_PIECEWISE)
+def test_curved_models_do_not_pass_for_piecewise_linear(name):
+    model, data = problem(lambda: Model(NOT_PIECEWISE[name], **linears()), (4,), (5,))
+    for loss in (CROSS, lambda out, y: out.square().sum()):
+        with opened(Objective(model, loss, data), 0, Layer(model, "layer", "test")) as slopes:
+            assert slopes._blocks_of_outputs(range(6)) is None
+
+
+def test_a_loss_that_reads_activations_is_not_one_of_outputs():
+    kept = {}
+    model, data = problem(
+        lambda: Model(lambda m, x: m.out(kept.__setitem__("h", m.layer(x).relu()) or kept["h"]), **linears()), (4,), (5,)
+    )
+
+    def loss(out, y):
+        return CROSS(out, y) + kept["h"].pow(3).mean()
+
+    for layer in ("layer", "out"):
+        with opened(Objective(model, loss, data), 0, Layer(model, layer, "test")) as slopes:
+            assert slopes._blocks_of_outputs(range(slopes.layer.units)) is None
+    assert chain_curvatures(Objective(model, loss, data), 0, ["layer"]) == {}
 
 
 def test_many_neurons_at_once_are_single_ones():

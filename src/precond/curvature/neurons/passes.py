@@ -12,6 +12,9 @@ from precond.curvature import batches
 from precond.curvature.errors import CoupledSamples, CurvatureError, NoSecondDerivative
 from precond.curvature.graph import size_of
 from precond.curvature.neurons.layer import Call, Layer, arrangements
+from precond.curvature.neurons.loss import loss_curvature
+from precond.curvature.neurons.piecewise import piecewise_linear, pulled_back
+from precond.curvature.neurons.record import Record
 from precond.curvature.objective import Evaluation, Objective
 
 _CHECKED = 1e-3  # relative difference up to which two float32 computations of one gradient count as equal
@@ -26,7 +29,7 @@ def opened(objective: Objective, index: int, layer: Layer) -> Iterator[Slopes]:
         CoupledSamples, CurvatureError: where its Hessians are not of the form H_e S H_eᵀ with a block per sample.
     """
     with objective.measuring(index):
-        with layer.perturbed() as calls:
+        with layer.perturbed() as calls, Record() as record:
             at = objective.evaluate(index)
         if not calls:
             raise NotCalled(
@@ -34,7 +37,7 @@ def opened(objective: Objective, index: int, layer: Layer) -> Iterator[Slopes]:
                 "F.linear(x, layer.weight) passes by the module); choose a layer that is called"
             )
         _refuse_recurrence(layer, calls)
-        slopes = Slopes(objective, index, layer, calls, at)
+        slopes = Slopes(objective, index, layer, calls, at, record)
         slopes.check_gradient()
         yield slopes
 
@@ -51,10 +54,11 @@ class Slopes:
         inputs: what the weight meets at all of them, (groups, places, n).
     """
 
-    def __init__(self, objective: Objective, index: int, layer: Layer, calls: Sequence[Call], at: Evaluation):
+    def __init__(self, objective: Objective, index: int, layer: Layer, calls: Sequence[Call], at: Evaluation, record: Record):
         self.layer, self.calls, self.model = layer, calls, objective.model
+        self.at, self.record, self.weight = at, record, objective.weights[index]
         self.deltas = tuple(c.delta for c in calls)
-        self.loss = at.loss * objective.weights[index]
+        self.loss = at.loss * self.weight
         if not torch.isfinite(self.loss):
             raise ValueError(
                 f"the loss of batch {index} is {at.loss.item()}; curvature needs finite losses, look for divergence or bad data"
@@ -85,7 +89,7 @@ class Slopes:
                 self.curved, self.deltas, chosen, retain_graph=True, allow_unused=True, is_grads_batched=batched
             )
         except (RuntimeError, NotImplementedError) as error:
-            if "derivative" in str(error) or "backward" in str(error):
+            if not batched and ("derivative" in str(error) or "backward" in str(error)):
                 raise NoSecondDerivative(f"no second derivative: {str(error).splitlines()[0]}") from error
             raise
         parts = [torch.zeros_like(x) if t is None else t for t, x in zip(found, v, strict=True)]
@@ -158,7 +162,27 @@ class Slopes:
         return not bool(self.products(v)[other].any())
 
     def blocks(self, units: Sequence[int]) -> Tensor:
-        """S of each unit, (units, N, T, T), by one product per unit and position."""
+        """S of each unit, (units, N, T, T)."""
+        found = self._blocks_of_outputs(units)
+        return self._blocks_by_products(units) if found is None else found
+
+    def _blocks_of_outputs(self, units: Sequence[int]) -> Tensor | None:
+        """Jᵀ(∇²_f ℓ)J where all behind the layer is piecewise linear and there are fewer outputs than units and positions; else None."""
+        f, (samples, positions) = self.at.outputs, self.places.shape
+        if not isinstance(f, Tensor) or f.numel() >= samples * positions * len(units):
+            return None
+        if not piecewise_linear(self.record, self.deltas, f):
+            return None
+        loss = loss_curvature(self.at, self.weight, samples)
+        if loss is None:
+            return None
+        rows, w = pulled_back(f, self.deltas, loss)
+        J = torch.stack([torch.cat([self.layer.rows(t) for t in one])[self.places][..., list(units)] for one in rows])
+        left = J if w is None else J * w[:, :, None, None]
+        return torch.einsum("rntu,rnsu->unts", left, J)
+
+    def _blocks_by_products(self, units: Sequence[int]) -> Tensor:
+        """One product of H per unit and position."""
         rows, at = self.rows.detach(), self.places
         samples, positions = at.shape
         S = rows.new_empty(len(units), samples, positions, positions)
@@ -169,10 +193,17 @@ class Slopes:
             V = rows.new_zeros(len(part), *rows.shape)
             for i, (_, unit, t) in enumerate(part):
                 V[i, at[:, t], unit] = 1
-            found = self.products(V, True) if len(part) > 1 else self.products(V[0])[None]
-            for i, (k, unit, t) in enumerate(part):
-                S[k, :, :, t] = found[i, at, unit]
+            for (k, unit, t), one in zip(part, self._block_product(V), strict=True):
+                S[k, :, :, t] = one[at, unit]
         return (S + S.mT) / 2
+
+    def _block_product(self, V: Tensor) -> Tensor | list[Tensor]:
+        if len(V) > 1:
+            try:
+                return self.products(V, True)
+            except (RuntimeError, NotImplementedError):
+                pass  # an operation without a batching rule; if it is something else, it comes again
+        return [self.products(v) for v in V]
 
 
 def _refuse_recurrence(layer: Layer, calls: Sequence[Call]) -> None:
