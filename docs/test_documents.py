@@ -108,6 +108,10 @@ def test_api_names_everything_public():
     assert set(precond.__all__) - {"RECIPES"} <= listed
 
 
+def test_curvature():
+    run("curvature", *(code for blocks in sections("docs/curvature.md").values() for _, code in blocks))
+
+
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
 def test_document(document):
     for heading, blocks in sections(document).items():

@@ -1,6 +1,16 @@
 """Preconditioned optimization and regularization: choose the coordinates z, p = P z, in which a network is trained."""
 
 from precond.blocks import Block, Leaf, State, is_decayed, is_hidden, is_matrix
+from precond.curvature import (
+    Conditioning,
+    Objective,
+    condition_number,
+    eigenvalues,
+    gauss_newton,
+    hessian,
+    invariances,
+    spectral_density,
+)
 from precond.diagnostics import Diagnosis, Monitor, diagnose, preconditioner_of
 from precond.maps import (
     BlockDiagonal,
@@ -39,6 +49,7 @@ __all__ = [
     "Block",
     "BlockDiagonal",
     "Composition",
+    "Conditioning",
     "Cotangent",
     "Dense",
     "Diagnosis",
@@ -56,6 +67,7 @@ __all__ = [
     "Momentum",
     "Monitor",
     "Muon",
+    "Objective",
     "PreconditionedGD",
     "Preconditioner",
     "Product",
@@ -76,9 +88,14 @@ __all__ = [
     "adam",
     "adamw",
     "bnp",
+    "condition_number",
     "decay_groups",
     "diagnose",
+    "eigenvalues",
     "frozen_statistics",
+    "gauss_newton",
+    "hessian",
+    "invariances",
     "is_decayed",
     "is_hidden",
     "is_matrix",
@@ -87,5 +104,6 @@ __all__ = [
     "rmsprop",
     "sgd",
     "soap",
+    "spectral_density",
     "whitening",
 ]

@@ -1,0 +1,260 @@
+"""Hessian products and eigenvalues, counted in products and in gradients of time, against peers where they are installed.
+
+Times are CPU time of one thread, so that other work on the machine counts as little as can be.
+
+python benchmarks/curvature.py [products] [ends] [kappa]
+"""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+from types import ModuleType
+from typing import Any
+
+import torch
+from harness import table
+from torch import Tensor, nn
+
+from precond import vec
+from precond.curvature import Objective, condition_number, eigenvalues, hessian, to_scipy
+from precond.curvature.symmetric import stacked
+from precond.workloads import load_data
+
+CROSS = nn.CrossEntropyLoss()
+PEERS = {"curvlinops": "curvlinops-for-pytorch", "pyhessian": "PyHessian", "hessian_eigenthings": "hessian-eigenthings"}
+
+
+def peers() -> dict[str, ModuleType]:
+    """The peers that can be imported; why the others are skipped."""
+    found = {}
+    for name, package in PEERS.items():
+        try:
+            found[name] = importlib.import_module(name)
+        except ImportError as error:
+            print(f"skipped {name}: {error}; pip install -c constraints.txt {package}")
+    return found
+
+
+def mlp() -> nn.Module:
+    """784-256-128-10, 235,146 parameters."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.Tanh(), nn.Linear(256, 128), nn.Tanh(), nn.Linear(128, 10))
+
+
+def convnet() -> nn.Module:
+    """Two convolutions and two linear layers, 191,911 parameters."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(3136, 55), nn.ReLU(), nn.Linear(55, 10))
+
+
+def fashion(count: int) -> tuple[Tensor, Tensor]:
+    part = load_data("fashion-mnist").parts["train"]
+    return part.inputs[:count], part.targets[:count]
+
+
+def gradient_of(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], object]:
+    params = list(model.parameters())
+    return lambda: torch.autograd.grad(CROSS(model(x), y), params)
+
+
+def turns(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median CPU seconds over rounds in which all take their turn."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for i in range(rounds + 1):
+        for name, f in candidates.items():
+            start = time.process_time()
+            f()
+            if i:
+                times[name].append(time.process_time() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def _pulled(package: ModuleType, single: Any, v: tuple[Tensor, ...]) -> Callable[[], object]:
+    return lambda: package.hessian_vector_product(single.gradsH, single.params, list(v))
+
+
+def products(available: dict[str, ModuleType]) -> None:
+    """Time of one product on a fixed batch over the time of a gradient."""
+    rows = [["model", "batch", "what", "ms", "gradients"]]
+    for name, build, batch in (("MLP 235 k", mlp, 512), ("MLP 235 k", mlp, 2000), ("conv net 192 k", convnet, 128)):
+        x, y = fashion(batch)
+        model = build()
+        params = list(model.parameters())
+        v = tuple(torch.randn_like(p) for p in params)
+        flat, objective = vec.flatten(v), Objective(model, CROSS, [(x, y)])
+        H = hessian(objective)
+        block = stacked([tuple(torch.randn_like(p) for p in params) for _ in range(8)])
+        run: dict[str, Callable[[], object]] = {"gradient": gradient_of(model, x, y), "product": lambda H=H, v=v: H.mv(v)}
+        run["8 vectors as a block"] = lambda H=H, block=block: H.mm(block)
+        run["set-up"] = lambda o=objective: hessian(o)._graph(0)
+        if "curvlinops" in available:
+            theirs = available["curvlinops"].HessianLinearOperator(model, CROSS, params, [(x, y)], check_deterministic=False)
+            run["curvlinops"] = lambda A=theirs, flat=flat: A @ flat
+        if "hessian_eigenthings" in available:
+            package = available["hessian_eigenthings"]
+            other = package.HessianOperator(model, [(x, y)], package.supervised_loss(CROSS))
+            run["hessian_eigenthings"] = lambda A=other, flat=flat: A.matvec(flat)
+        if "pyhessian" in available:
+            package = available["pyhessian"]
+            loader = package.hessian(model, CROSS, dataloader=[(x, y)], cuda=False)
+            run["pyhessian, loader"] = lambda h=loader, v=v: h.dataloader_hv_product(list(v))
+            single = package.hessian(model, CROSS, data=(x, y), cuda=False)
+            run["pyhessian, one batch"] = _pulled(package, single, v)
+        times = turns(run, rounds=10)
+        for what, seconds in times.items():
+            share = seconds / times["gradient"] / (8 if "block" in what else 1)
+            rows.append(
+                [name, str(batch), what, f"{1e3 * seconds:.2f}", f"{share:.2f}" + (" a vector" if "block" in what else "")]
+            )
+        print(*rows[-len(times) :], sep="\n", file=sys.stderr)
+    print(table(rows))
+
+
+def trained(model: nn.Module, x: Tensor, y: Tensor, epochs: int = 12) -> None:
+    opt = torch.optim.Adam(model.parameters(), 1e-3)
+    for epoch in range(epochs):
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch))
+        for at in order.split(128):
+            opt.zero_grad()
+            CROSS(model(x[at]), y[at]).backward()
+            opt.step()
+
+
+class Counted:
+    """A map whose products are counted."""
+
+    def __init__(self, apply: Callable):
+        self.apply, self.count = apply, 0
+
+    def __call__(self, x):
+        self.count += 1 if x.ndim == 1 else x.shape[1]
+        return self.apply(x)
+
+
+def ends(available: dict[str, ModuleType]) -> None:
+    """λ_max, the top five and λ_min of the trained MLP to 1e-3, in float32."""
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    x, y = fashion(2000)
+    model = mlp()
+    trained(model, x, y)
+    n, params = 235146, list(model.parameters())
+    gradient = turns({"g": gradient_of(model, x, y)}, rounds=15)["g"]
+    exact = eigenvalues(hessian(Objective(model, CROSS, (x, y)).double()), (1, 5), "both", tol=1e-8).values
+    rows = [["method", "products", "gradients of time", "largest relative error", "of λ_min"]]
+
+    def report(name: str, f: Callable[[], tuple[Tensor, Tensor | None, int | None]]) -> None:
+        start = time.process_time()
+        top, low, count = f()
+        seconds = time.process_time() - start
+        error = ((top.double().sort().values - exact[-5:]) / exact[-5:]).abs().max().item()
+        of_low = "not offered" if low is None else f"{abs(low.double() / exact[0] - 1).max().item():.0e}"
+        rows.append([name, "?" if count is None else str(count), f"{seconds / gradient:.0f}", f"{error:.0e}", of_low])
+
+    def ours():
+        found = eigenvalues(hessian(Objective(model, CROSS, (x, y))), (1, 5), "both", tol=1e-3)
+        assert found.converged
+        return found.values[-5:], found.values[:1], found.products
+
+    report("precond", ours)
+
+    def arpack(apply: Callable) -> tuple[Tensor, Tensor, int]:
+        counted = Counted(apply)
+        operator = LinearOperator((n, n), matvec=counted, dtype="float32")
+        top = eigsh(operator, k=5, which="LA", tol=1e-3, return_eigenvectors=False)
+        low = eigsh(operator, k=1, which="SA", tol=1e-3, return_eigenvectors=False)
+        return torch.from_numpy(top), torch.from_numpy(low), counted.count
+
+    report("precond products, ARPACK", lambda: arpack(to_scipy(hessian(Objective(model, CROSS, (x, y)))).matvec))
+    if "curvlinops" in available:
+        build = available["curvlinops"].HessianLinearOperator
+        report("curvlinops, ARPACK", lambda: arpack(build(model, CROSS, params, [(x, y)]).to_scipy().matvec))
+    if "pyhessian" in available:
+        package = available["pyhessian"]
+
+        def power():
+            values, _ = package.hessian(model, CROSS, data=(x, y), cuda=False).eigenvalues(top_n=5)
+            return torch.tensor(values), None, None
+
+        report("PyHessian, power iteration", power)
+    if "hessian_eigenthings" in available:
+        package = available["hessian_eigenthings"]
+
+        def lanczos():
+            counted = Counted(package.HessianOperator(model, [(x, y)], package.supervised_loss(CROSS)).matvec)
+            operator = package.LambdaOperator(counted, size=n, dtype=torch.float32, device=torch.device("cpu"))
+            top = package.lanczos(operator, k=5, which="LA", tol=1e-3, seed=0)
+            low = package.lanczos(operator, k=1, which="SA", tol=1e-3, seed=0)
+            return top.eigenvalues, low.eigenvalues, counted.count
+
+        report("hessian-eigenthings, Lanczos", lanczos)
+    print(
+        f"\nexact: λ_min {exact[0]:.5f}, top five {[round(v, 4) for v in exact[-5:].tolist()]}; a gradient {1e3 * gradient:.1f} ms"
+    )
+    print(table(rows))
+
+
+def kappa(available: dict[str, ModuleType]) -> None:
+    """κ of penalized tanh networks at their minimum, to 1e-8 in float64."""
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    data = load_data("digits").parts["train"]
+    x, y = data.inputs.flatten(1).double(), data.targets
+    rows = [["parameters", "κ", "bound", "method", "products", "CPU s"]]
+    for widths, lam in (((64, 27, 10), 2e-4), ((64, 134, 10), 2e-4), ((64, 277, 277, 10), 2e-4)):
+        torch.manual_seed(0)
+        layers: list[nn.Module] = []
+        for a, b in pairwise(widths):
+            layers += [nn.Linear(a, b), nn.Tanh()]
+        model = nn.Sequential(*layers[:-1]).double()
+        params = list(model.parameters())
+        n = sum(p.numel() for p in params)
+        loss = lambda out, y, params=params, lam=lam: CROSS(out, y) + lam / 2 * sum(p.square().sum() for p in params)  # noqa: E731
+        opt = torch.optim.LBFGS(params, max_iter=400, line_search_fn="strong_wolfe", tolerance_grad=1e-7, tolerance_change=0)
+
+        def closure(opt=opt, model=model, loss=loss):
+            opt.zero_grad()
+            value = loss(model(x), y)
+            value.backward()
+            return value
+
+        opt.step(closure)
+        H = hessian(Objective(model, loss, (x, y)))
+        start = time.process_time()
+        found = condition_number(H, tol=1e-8, method="lanczos", max_products=2000)
+        seconds = time.process_time() - start
+        value, bound = (
+            (f"{found.kappa:.6e}", f"{found.kappa_error / found.kappa:.0e}") if found.why is None else (found.why, "")
+        )
+        rows.append([f"{n:,}", value, bound, "precond", str(found.products), f"{seconds:.2f}"])
+        print(*rows[-1], file=sys.stderr, flush=True)
+        if n < 5_000:
+            counted = Counted(to_scipy(H).matvec)
+            operator = LinearOperator((n, n), matvec=counted, dtype="float64")
+            start = time.process_time()
+            top, low = (
+                eigsh(operator, k=1, which=w, tol=1e-8, return_eigenvectors=False, maxiter=10**6)[0] for w in ("LA", "SA")
+            )
+            seconds = time.process_time() - start
+            rows.append([f"{n:,}", f"{top / low:.6e}", "", "ARPACK", str(counted.count), f"{seconds:.2f}"])
+    print(table(rows))
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore", message=".*backward\\(\\) with create_graph=True.*")
+    torch.set_num_threads(1)
+    available = peers()
+    for name in sys.argv[1:] or ["products", "ends", "kappa"]:
+        print(f"\n{name}")
+        {"products": products, "ends": ends, "kappa": kappa}[name](available)
+
+
+if __name__ == "__main__":
+    main()
