@@ -86,7 +86,7 @@ class BNP(InputSide):
             # One sample has no variance: scale without centering until there are two.
             one = (state["count"] < 2)[:, None]
             mean, variance = torch.where(one, 0, mean), torch.where(one, square, variance)
-        std = (variance + self.damping_of(square, state["activity"])).sqrt()
+        std = (variance + self.damping_of(square, state)).sqrt()
         # An input that was always zero has no scale, and its weight has had no gradient.
         return mean, torch.where(std > 0, std, 1.0)
 

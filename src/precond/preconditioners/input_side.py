@@ -163,16 +163,18 @@ class InputSide(Preconditioner):
         mine[name].lerp_(new.spread, gain_).addcmul_(outer(delta, new.spread), gain_ * (1 - gain_))
         mine["mean"].addcmul_(delta, gain)
 
-    def damping_of(self, square: Tensor, activity: Tensor) -> Tensor:
+    def damping_of(self, square: Tensor, state: dict[str, Tensor]) -> Tensor:
         r"""What damping adds to a variance: ε E[h²], and for inputs that are rarely active a share of the layer's mean E[h²].
 
         The scale of an input that few samples show is hardly known, and steps along it would be as long as it is rare. The
-        share is ⅓·(1 − 3a²)₊ with the activity a = E|h−μ|/σ, a² = 2/π for a normal distribution and about 4f for an input
-        that is nonzero in a small fraction f of the samples: inputs that are always active keep their own scale, whatever it is.
+        share is ⅓·(1 − 3a²N/(N+8))₊ with the activity a = E|h−μ|/σ, a² = 2/π for a normal distribution and about 4f for an
+        input that is nonzero in a small fraction f of the samples: inputs that are always active keep their own scale, whatever
+        it is, once N samples, ten or so, have shown it.
         """
         if self.damping == 0:
             return torch.zeros_like(square)
-        rare = (1 - 3 * activity.square()).clamp_min(0)
+        known = (state["count"] / (state["count"] + 8))[:, None]
+        rare = (1 - 3 * known * state["activity"].square()).clamp_min(0)
         return self.damping * square + rare / 3 * square.mean(-1, keepdim=True)
 
     def map(self, state: State) -> LinearMap:

@@ -81,7 +81,7 @@ class Whitening(InputSide):
         square = C.diagonal(dim1=-2, dim2=-1) + mean.square()
         if part.bias is None:
             C, mean = C + outer(mean, C), torch.zeros_like(mean)
-        C = C + torch.diag_embed(self.damping_of(square, state["activity"]))
+        C = C + torch.diag_embed(self.damping_of(square, state))
         std = C.diagonal(dim1=-2, dim2=-1).sqrt()
         return mean, torch.where(std > 0, std, 1.0), C
 
