@@ -47,7 +47,7 @@ class Monitor:
     measurement that fails is reported by one warning, and training goes on; a sink that failed is called again next time.
 
     Args:
-        objective: small, for example one batch: a measurement costs about seven gradients of it.
+        objective: small, for example one batch: a measurement costs about as much as ten training steps on it.
         every: steps between two measurements; ``"auto"``: as often as ``budget`` allows, the first one at once.
         sinks: paths (JSONL), SummaryWriters, or functions of (metrics, step).
         budget: with ``"auto"``, the share of the training time that measurements may take.
