@@ -108,8 +108,9 @@ def test_api_names_everything_public():
     assert set(precond.__all__) - {"RECIPES"} <= listed
 
 
-def test_curvature():
-    run("curvature", *(code for blocks in sections("docs/curvature.md").values() for _, code in blocks))
+@pytest.mark.parametrize("page", ["curvature", "neurons", "normalization"])
+def test_page(page):
+    run(page, *(code for blocks in sections(f"docs/{page}.md").values() for _, code in blocks))
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])

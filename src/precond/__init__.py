@@ -1,6 +1,7 @@
 """Preconditioned optimization and regularization: choose the coordinates z, p = P z, in which a network is trained."""
 
 from precond.blocks import Block, Leaf, State, is_decayed, is_hidden, is_matrix
+from precond.convergence import observed_rate, optimal_lr, predict, rate
 from precond.curvature import (
     Conditioning,
     Objective,
@@ -9,7 +10,10 @@ from precond.curvature import (
     gauss_newton,
     hessian,
     invariances,
+    neuron_hessian,
+    neuron_hessians,
     spectral_density,
+    unit_curvatures,
 )
 from precond.diagnostics import Diagnosis, Monitor, diagnose, preconditioner_of
 from precond.maps import (
@@ -26,6 +30,7 @@ from precond.maps import (
     Standardizing,
 )
 from precond.momentum import Momentum
+from precond.normalization import MinMax, Standardize, collapse_affine, fold_batchnorm
 from precond.optimizer import PreconditionedGD
 from precond.optimizer.parameters import decay_groups
 from precond.optimizer.passes import frozen_statistics
@@ -64,6 +69,7 @@ __all__ = [
     "Leaf",
     "LinearMap",
     "LossClosure",
+    "MinMax",
     "Momentum",
     "Monitor",
     "Muon",
@@ -78,6 +84,7 @@ __all__ = [
     "Schedule",
     "Seen",
     "Space",
+    "Standardize",
     "Standardizing",
     "State",
     "Tangent",
@@ -88,10 +95,12 @@ __all__ = [
     "adam",
     "adamw",
     "bnp",
+    "collapse_affine",
     "condition_number",
     "decay_groups",
     "diagnose",
     "eigenvalues",
+    "fold_batchnorm",
     "frozen_statistics",
     "gauss_newton",
     "hessian",
@@ -100,10 +109,17 @@ __all__ = [
     "is_hidden",
     "is_matrix",
     "muon",
+    "neuron_hessian",
+    "neuron_hessians",
+    "observed_rate",
+    "optimal_lr",
     "preconditioner_of",
+    "predict",
+    "rate",
     "rmsprop",
     "sgd",
     "soap",
     "spectral_density",
+    "unit_curvatures",
     "whitening",
 ]
