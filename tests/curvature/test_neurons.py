@@ -523,6 +523,8 @@ def test_curvatures_of_layers_that_are_asked_for():
         unit_curvatures(Objective(model, CROSS, data), [layer])
     with pytest.raises(CoupledSamples):
         unit_curvatures(objective_of(normalized, mode="train"), ["0"])
+    with pytest.raises(CoupledSamples):
+        unit_curvatures(REFUSED["contrastive loss"][0]())
 
 
 def test_positions_must_not_vary():
