@@ -6,12 +6,15 @@ python benchmarks/neurons.py
 from __future__ import annotations
 
 import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping
 
 import torch
-from harness import table, take_turns
+from harness import table
 from torch import nn
 
-from precond.curvature import Objective, unit_curvatures
+from precond.curvature import Objective, neuron_hessians, unit_curvatures
 from precond.curvature.neurons.curvatures import chain_curvatures
 from precond.curvature.neurons.layer import Layer
 from precond.curvature.neurons.passes import opened
@@ -21,20 +24,30 @@ WIDTHS = {
     "784-300-100-10": (784, 300, 100, 10),
     "784-100-100-10": (784, 100, 100, 10),
     "784-600-200-10": (784, 600, 200, 10),
-    "784-100×3-10": (784, 100, 100, 100, 10),
-    "784-100×4-10": (784, 100, 100, 100, 100, 10),
+    "784-100×3-10": (784, *[100] * 3, 10),
+    "784-100×4-10": (784, *[100] * 4, 10),
     "784-100×6-10": (784, *[100] * 6, 10),
 }
 
 
-def problem(widths: tuple[int, ...], activation: type[nn.Module], samples: int = SAMPLES) -> Objective:
+def mlp(widths: tuple[int, ...], activation: type[nn.Module]) -> Objective:
     torch.manual_seed(0)
     layers = [part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), activation())]
-    return Objective(
-        nn.Sequential(*layers[:-1]),
-        nn.CrossEntropyLoss(),
-        (torch.rand(samples, widths[0]), torch.randint(0, widths[-1], (samples,))),
+    data = (torch.rand(SAMPLES, widths[0]), torch.randint(0, widths[-1], (SAMPLES,)))
+    return Objective(nn.Sequential(*layers[:-1]), nn.CrossEntropyLoss(), data)
+
+
+def convnet(activation: type[nn.Module], samples: int) -> Objective:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2),
+        activation(),
+        nn.Conv2d(8, 16, 3, stride=2),
+        activation(),
+        nn.Flatten(),
+        nn.Linear(576, 10),
     )
+    return Objective(model, nn.CrossEntropyLoss(), (torch.rand(samples, 1, 28, 28), torch.randint(0, 10, (samples,))))
 
 
 def gradient(objective: Objective) -> None:
@@ -47,32 +60,46 @@ def one_by_one(objective: Objective) -> None:
     for name, module in objective.model.named_modules():
         if isinstance(module, nn.Linear):
             with opened(objective, 0, Layer(objective.model, name, "benchmark")) as slopes:
-                slopes.blocks(range(module.out_features))
+                slopes._blocks_by_products(range(module.out_features))
+
+
+def cpu_seconds(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Medians of the processor's time over rounds in which all take their turn; on one thread other load does not count."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for i in range(rounds + 1):
+        for name, f in candidates.items():
+            start = time.process_time()
+            f()
+            if i:
+                times[name].append(time.process_time() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
 
 
 def main() -> None:
-    torch.set_num_threads(2)
-    rows = [["network", "activation", "units", "gradient ms", "all L'' ms", "gradients"]]
+    torch.set_num_threads(1)
+    rows = [["network", "activation", "what", "gradient ms", "it ms", "gradients"]]
+
+    def add(
+        label: str, activation: type[nn.Module], what: str, objective: Objective, f: Callable[[], object], rounds: int
+    ) -> None:
+        t = cpu_seconds({"gradient": lambda: gradient(objective), "it": f}, rounds)
+        times = [f"{1e3 * t[k]:.1f}" for k in ("gradient", "it")]
+        rows.append([label, activation.__name__, what, *times, f"{t['it'] / t['gradient']:.1f}"])
+
     for label, widths in WIDTHS.items():
         for activation in (nn.Tanh, nn.ReLU):
-            objective = problem(widths, activation)
+            objective = mlp(widths, activation)
             names = [name for name, m in objective.model.named_modules() if isinstance(m, nn.Linear)]
             assert set(chain_curvatures(objective, 0, names)) == set(names)
-            rounds = 15 if len(widths) == 4 else 5
-            times = take_turns(
-                {"gradient": lambda o=objective: gradient(o), "all": lambda o=objective: unit_curvatures(o)},
-                rounds=rounds,
-                warm=2,
-            )
-            ratio = times["all"] / times["gradient"]
-            units = str(sum(widths[1:]) - widths[-1] if False else sum(widths[1:]))
-            rows.append(
-                [label, activation.__name__, units, *(f"{1e3 * times[k]:.1f}" for k in ("gradient", "all")), f"{ratio:.2f}"]
-            )
+            what = f"L'' of {sum(widths[1:])} units"
+            add(label, activation, what, objective, lambda o=objective: unit_curvatures(o), 9 if len(widths) == 4 else 3)
+    objective = mlp(WIDTHS["784-300-100-10"], nn.Tanh)
+    add("784-300-100-10", nn.Tanh, "one double backprop per unit", objective, lambda: one_by_one(objective), 1)
+    for activation, units in ((nn.ReLU, 16), (nn.Tanh, 1)):
+        net = convnet(activation, 200)
+        what = f"S of {units} channels at 36 positions"
+        add("conv net", activation, what, net, lambda n=net, u=units: neuron_hessians(n, "2", range(u)), 3)
     print(table(rows))
-    objective = problem(WIDTHS["784-300-100-10"], nn.Tanh)
-    times = take_turns({"gradient": lambda: gradient(objective), "one": lambda: one_by_one(objective)}, rounds=3, warm=1)
-    print(f"\none double backprop per unit, 784-300-100-10, tanh: {times['one'] / times['gradient']:.0f} gradients")
 
 
 if __name__ == "__main__":

@@ -346,7 +346,20 @@ class Tied(nn.Module):
         return self.other(self.out(self.bn(x.relu())).relu())
 
 
+class Skip(nn.Module):
+    """The layer before the normalization feeds something else as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.bn = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        x = self.layer(x)
+        return self.bn(x).relu() + x
+
+
 STAYS = {
+    "skip connection": (Skip, (4,), "feeds 'relu'"),
     "between activations": (lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)), (4,), "'1': it feeds 2"),
     "at the end": (lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm1d(4)), (4,), "feeds the output"),
     "layer called twice": (Shared, (4,), "used elsewhere"),

@@ -210,13 +210,12 @@ class _Carried:
         if self.full is not None:
             total += self.full.diagonal(dim1=1, dim2=2)
         for F_, w in self.factors:
-            if w is None:
-                for row in F_:
-                    total.addcmul_(row, row)
-            elif F_.shape[1] == 1:
+            if w is not None and F_.shape[1] == 1:
                 total.addmm_(w.T, F_[:, 0].square())
-            else:
-                total += torch.einsum("rni,rn->ni", F_.square(), w)
+                continue
+            # Row by row, in cache: squares of all of F would be another pass through memory.
+            for r, row in enumerate(F_):
+                total.addcmul_(row if w is None else row * w[r, :, None], row)
         return total
 
     def to_diagonal(self) -> None:

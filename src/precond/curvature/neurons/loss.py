@@ -65,7 +65,6 @@ def _curvature(at: Evaluation, outputs: Tensor, targets: Any, weight: float) -> 
     if N * C * C > _ENTRIES:
         return None
     H = _rows(g, f)
-    H = (H + H.mT) / 2
     F = _cholesky(H)
     if F is not None:
         return LossCurvature(g.detach(), (F, None), None)
@@ -98,7 +97,7 @@ def _cholesky(H: Tensor) -> Tensor | None:
     (N, C), rest = H.shape[:2], H.permute(1, 2, 0).contiguous()
     diagonal = rest.diagonal().T  # a view, (C, N)
     # Rounding in H has the size of a derivative that does not cancel: confident samples have no larger entries than that.
-    null = C * torch.finfo(H.dtype).eps * diagonal.max()
+    null = 4 * C * torch.finfo(H.dtype).eps * diagonal.max()
     samples = torch.arange(N, device=H.device)
     found = []
     for _ in range(C):
