@@ -28,7 +28,7 @@ def descent(lam: torch.Tensor, lr: float, steps: int, heavy: float = 0.0, offset
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.floats(1e-3, 1e3), st.floats(1.0, 1e6))
+@given(st.floats(1e-3, 1e3), st.floats(1.001, 1e6))
 def test_closed_forms(low, kappa):
     high = low * kappa
     best = predict((low, high))
@@ -36,11 +36,13 @@ def test_closed_forms(low, kappa):
     assert best.lr == optimal_lr(low, high)
     for factor in (0.9, 1.1):  # no other learning rate is better
         assert predict((low, high), lr=factor * best.lr).rate >= best.rate - 1e-12
-    assert best.steps(1e-3) == pytest.approx(math.log(1e-3) / math.log(best.rate) if best.rate else 0.0, rel=1e-6, abs=1e-9)
-    assert best.steps(1e-3) == pytest.approx(
-        3 * math.log(10) / (2 * math.atanh(1 / kappa)) if kappa > 1 else 0.0, rel=1e-9, abs=1e-9
-    )
+    assert best.steps(1e-3) == pytest.approx(math.log(1e-3) / math.log(best.rate), rel=1e-6)
+    assert best.steps(1e-3) == pytest.approx(3 * math.log(10) / (2 * math.atanh(1 / kappa)), rel=1e-9)
     assert not best.diverges and predict((low, high), lr=2.1 / high).diverges
+
+
+def test_one_eigenvalue_takes_one_step():
+    assert rate(1.0) == 0 and predict((2.0, 2.0)).rate == 0 and predict((2.0, 2.0)).steps(1e-9) == 0
 
 
 SPECTRA = {

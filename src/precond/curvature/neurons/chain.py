@@ -164,9 +164,7 @@ def diagonals(steps: Sequence[Linear | Elementwise], loss: LossCurvature, wanted
             if step.name in wanted:
                 out.setdefault(step.name, []).append(carried.diagonal())
             if k < end:
-                carried.through_weight(step.weight)
-            if k == last:
-                carried.to_diagonal()
+                carried.through_weight(step.weight, only_diagonal=k == last)
     return {name: torch.cat(parts) for name, parts in out.items()}
 
 
@@ -218,19 +216,21 @@ class _Carried:
                 total.addcmul_(row if w is None else row * w[r, :, None], row)
         return total
 
-    def to_diagonal(self) -> None:
-        """Keep of H what its diagonal further down, without another weight, depends on."""
-        self.c, self.factors, self.full = self.diagonal(), [], None
-
-    def through_weight(self, W: Tensor) -> None:
-        """H ← WᵀHW, g ← Wᵀg."""
+    def through_weight(self, W: Tensor, only_diagonal: bool) -> None:
+        """H ← WᵀHW, g ← Wᵀg; of H only the diagonal, where no other weight follows."""
+        self.gradient = self.gradient @ W
         self.factors = [(F_ @ W, w) for F_, w in self.factors]
         if self.c is not None:
             self.factors.append((W[:, None], self.c.T))
             self.c = None
-        if self.full is not None:
-            self.full = W.T @ self.full @ W
-        self.gradient = self.gradient @ W
+        HW = None if self.full is None else self.full @ W
+        if not only_diagonal:
+            self.full = None if HW is None else HW.mT @ W  # H is symmetric
+            return
+        self.full = None
+        self.c, self.factors = self.diagonal(), []
+        if HW is not None:
+            self.c += (HW * W).sum(1)
 
     def through_activation(self, step: Elementwise, part: slice) -> None:
         """H ← DHD + diag(φ''∘g), g ← Dg."""
