@@ -187,14 +187,15 @@ def ends(available: dict[str, ModuleType]) -> None:
     if "hessian_eigenthings" in available:
         package = available["hessian_eigenthings"]
 
-        def lanczos():
+        def lanczos(reorthogonalize: bool | None):
             counted = Counted(package.HessianOperator(model, [(x, y)], package.supervised_loss(CROSS)).matvec)
             operator = package.LambdaOperator(counted, size=n, dtype=torch.float32, device=torch.device("cpu"))
-            top = package.lanczos(operator, k=5, which="LA", tol=1e-3, max_iter=100, seed=0)
-            low = package.lanczos(operator, k=1, which="SA", tol=1e-3, max_iter=100, seed=0)
+            top = package.lanczos(operator, k=5, which="LA", tol=1e-3, max_iter=100, seed=0, reorthogonalize=reorthogonalize)
+            low = package.lanczos(operator, k=1, which="SA", tol=1e-3, max_iter=100, seed=0, reorthogonalize=reorthogonalize)
             return top.eigenvalues, low.eigenvalues, counted.count
 
-        report("hessian-eigenthings, Lanczos", lanczos)
+        report("hessian-eigenthings, Lanczos, its defaults", lambda: lanczos(None))
+        report("hessian-eigenthings, Lanczos, reorthogonalized", lambda: lanczos(True))
     print(
         f"\nexact: λ_min {exact[0]:.5f}, top five {[round(v, 4) for v in exact[-5:].tolist()]}; a gradient {1e3 * gradient:.1f} ms"
     )

@@ -85,6 +85,7 @@ def test_an_lstm():
     torch.testing.assert_close(
         hessian(Objective(model.float(), CROSS, (x.float(), y)).double()).to_dense(), exact, rtol=1e-4, atol=1e-6
     )
+    assert all(w is p for w, p in zip(model.lstm._flat_weights, model.lstm.parameters(), strict=True))
     assert next(model.parameters()).dtype == torch.float32 and model(x.float()).dtype == torch.float32
 
 

@@ -41,6 +41,7 @@ def lent_tensors(module: nn.Module, twins: Mapping[int, Tensor]) -> Iterator[Non
     """
     copies: dict[int, Tensor] = {}
     before = [(m, dict(m._parameters), dict(m._buffers)) for m in module.modules() if m._parameters or m._buffers]
+    # A recurrent layer's own list of its weights follows them in its forward pass, and would keep the twins after.
     weights = [(m, m._flat_weights) for m in module.modules() if isinstance(m, nn.RNNBase)]
     try:
         for m, parameters, buffers in before:
@@ -50,8 +51,6 @@ def lent_tensors(module: nn.Module, twins: Mapping[int, Tensor]) -> Iterator[Non
             for name, p in parameters.items():
                 if id(p) in twins:
                     m._parameters[name] = twins[id(p)]  # type: ignore[assignment]
-        for m, flat in weights:
-            m._flat_weights = [twins.get(id(w), w) for w in flat]
         yield
     finally:
         for m, parameters, buffers in before:
