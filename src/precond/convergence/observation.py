@@ -1,8 +1,4 @@
-r"""How fast gradient descent converges: predicted from the spectrum, observed in a trace, and both side by side.
-
-Near a minimum the error of (preconditioned) gradient descent shrinks by r = max(|1 − αλ_min|, |1 − αλ_max|) per step, λ the eigenvalues of
-the Hessian, of PᵀHP with a preconditioner (Ye, Theorem 1). The loss, being quadratic there, shrinks by r².
-"""
+"""The rate that a trace shows."""
 
 from __future__ import annotations
 
@@ -17,147 +13,13 @@ import torch
 from torch import Tensor
 
 from precond import checks
-from precond.curvature import Conditioning, Singular
+from precond.convergence.numbers import decimals, steps_of
 
 Kind = Literal["loss", "error"]
 _FEWEST = 8  # points of a fit
 _MOST = 300  # points that pairwise slopes are taken over
 _ABOVE = 30.0  # times the floor: what lies below is not fitted
 _SETTLED = 0.02  # relative difference of the decay in both halves of a window up to which it counts as constant
-
-
-def optimal_lr(lam_min: float, lam_max: float) -> float:
-    r"""α = 2/(λ_min + λ_max), the learning rate of the smallest rate r.
-
-    Raises:
-        ValueError: unless 0 < λ_min ≤ λ_max.
-
-    Example:
-        >>> optimal_lr(1.0, 3.0)
-        0.5
-
-    References:
-        Ye, Theorem 1; Saad (2003), Iterative methods for sparse linear systems, Example 4.1.
-    """
-    _check_ends("optimal_lr", lam_min, lam_max)
-    return 2 / (lam_min + lam_max)
-
-
-def rate(kappa: float) -> float:
-    r"""r = (κ − 1)/(κ + 1), the factor per step at the best learning rate (Ye, eq. 3); 1 for κ = ∞.
-
-    Raises:
-        ValueError: unless κ ≥ 1.
-
-    Example:
-        >>> rate(3.0)
-        0.5
-    """
-    if not kappa >= 1:
-        raise ValueError(
-            f"rate: kappa must be a number >= 1, got {kappa!r}; it is lam_max/lam_min of a positive definite matrix"
-        )
-    return 1.0 if math.isinf(kappa) else (kappa - 1) / (kappa + 1)
-
-
-def steps(rate: float, tolerance: float) -> float:
-    r"""ln(tolerance)/ln(r): steps in which the error shrinks by ``tolerance``; ∞ where r ≥ 1.
-
-    Example:
-        >>> round(steps(0.5, 1 / 8), 6)
-        3.0
-    """
-    checks.non_negative("steps", rate=rate)
-    return _steps(-math.log(rate) if rate > 0 else math.inf, tolerance)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    r"""The rate that a spectrum predicts for a learning rate.
-
-    Attributes:
-        lr: α.
-        lam_min: the smallest eigenvalue that counts.
-        lam_max: the largest.
-        lam_min_error: bound of its error.
-        lam_max_error: bound of its error.
-    """
-
-    lr: float
-    lam_min: float
-    lam_max: float
-    lam_min_error: float = 0.0
-    lam_max_error: float = 0.0
-
-    @property
-    def kappa(self) -> float:
-        """κ = λ_max/λ_min."""
-        return self.lam_max / self.lam_min
-
-    @property
-    def rate(self) -> float:
-        """r = max(|1 − αλ_min|, |1 − αλ_max|)."""
-        return max(abs(1 - self.lr * self.lam_min), abs(1 - self.lr * self.lam_max))
-
-    @property
-    def error(self) -> float:
-        """Bound of the error of r that follows from those of the eigenvalues."""
-        return self.lr * max(self.lam_min_error, self.lam_max_error)
-
-    @property
-    def decay(self) -> float:
-        """−ln r per step, accurate where r is close to 1; negative where the steps diverge."""
-        # 1 − r has no rounding in it where the slow end decides, as it does at the best learning rate.
-        low, high = self.lr * self.lam_min, self.lr * self.lam_max
-        gap = min(low if low <= 1 else 2 - low, high if high <= 1 else 2 - high)
-        return -math.log1p(-gap) if gap < 1 else math.inf
-
-    @property
-    def diverges(self) -> bool:
-        """Whether α > 2/λ_max."""
-        return self.lr * self.lam_max > 2
-
-    def steps(self, tolerance: float) -> float:
-        """Steps in which the error shrinks by ``tolerance``."""
-        return _steps(self.decay, tolerance)
-
-    def __str__(self) -> str:
-        return (
-            f"r = {_decimals(self.rate, self.error)} per step at lr {self.lr:.4g} (κ = {self.kappa:.4g}, λ from {self.lam_min:.3e} to "
-            f"{self.lam_max:.3e})" + ("; diverges" if self.diverges else "")
-        )
-
-
-def predict(conditioning: Conditioning | tuple[float, float], lr: float | None = None, *, positive: bool = False) -> Prediction:
-    r"""The rate of gradient descent from the ends of a spectrum.
-
-    Args:
-        conditioning: of the Hessian, or of ``P.T @ hessian(objective) @ P`` for the method that P preconditions; or (λ_min, λ_max).
-        lr: α; None: the best one, 2/(λ_min + λ_max), at which r = (κ − 1)/(κ + 1).
-        positive: take the smallest *positive* eigenvalue for λ_min where directions are null, as in scale-invariant networks, whose
-            steps never leave the other directions' complement.
-
-    Raises:
-        CurvatureError: where κ (with ``positive``, κ₊) is refused: an indefinite or singular Hessian, an end that was not resolved.
-
-    Example:
-        >>> predict((1.0, 3.0)).rate
-        0.5
-        >>> predict((1.0, 3.0)).steps(1e-3)  # doctest: +ELLIPSIS
-        9.96...
-
-    References:
-        Ye, Theorem 1 and the remark on (5).
-    """
-    if isinstance(conditioning, Conditioning):
-        low, high, *errors = _ends(conditioning, positive)
-    else:
-        low, high = conditioning
-        errors = []
-    _check_ends("predict", low, high)
-    if lr is not None:
-        checks.positive("predict", lr=lr)
-    return Prediction(optimal_lr(low, high) if lr is None else lr, low, high, *errors)
 
 
 @dataclass(frozen=True)
@@ -194,7 +56,7 @@ class ObservedRate:
 
     def steps(self, tolerance: float) -> float:
         """Steps in which the error shrinks by ``tolerance`` at this rate."""
-        return _steps(self.decay, tolerance)
+        return steps_of(self.decay, tolerance)
 
     def __str__(self) -> str:
         notes = [f"steps {self.start} to {self.stop - 1} of the {self.kind}"]
@@ -204,7 +66,7 @@ class ObservedRate:
             notes.append("not settled")
         if self.decay < 0:
             notes.append("growing")
-        return f"r = {_decimals(self.rate, self.error)} per step ({', '.join(notes)})"
+        return f"r = {decimals(self.rate, self.error)} per step ({', '.join(notes)})"
 
 
 def observed_rate(
@@ -256,70 +118,6 @@ def observed_rate(
     halved = 2 if kind == "loss" else 1
     decay = -slope / halved
     return ObservedRate(math.exp(-decay), decay, error / halved, start, below, settled, floor, below < len(excess), kind)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What a spectrum predicts and what a trace shows, side by side.
-
-    Attributes:
-        predicted: from the spectrum.
-        observed: from the trace.
-    """
-
-    predicted: Prediction
-    observed: ObservedRate
-
-    @property
-    def ratio(self) -> float:
-        """Steps observed over steps predicted, to any tolerance."""
-        return self.predicted.decay / self.observed.decay if self.observed.decay else math.inf
-
-    @property
-    def agrees(self) -> bool:
-        """Whether the two decays differ by at most twice the sum of their errors, or by 1 % (first-order theory holds no further)."""
-        error = self.observed.decay_error + self.predicted.error / max(self.predicted.rate, 1e-300)
-        return abs(self.predicted.decay - self.observed.decay) <= max(2 * error, 0.01 * abs(self.predicted.decay))
-
-    def __str__(self) -> str:
-        p, o = self.predicted, self.observed
-        rows = [
-            ("", "predicted", "observed"),
-            ("rate per step", _decimals(p.rate, p.error), f"{_decimals(o.rate, o.error)}"),
-            ("steps to 1e-3", f"{p.steps(1e-3):.4g}", f"{o.steps(1e-3):.4g}"),
-            ("steps to 1e-6", f"{p.steps(1e-6):.4g}", f"{o.steps(1e-6):.4g}"),
-        ]
-        lines = [f"{a:<14} {b:<24} {c}" for a, b, c in rows]
-        verdict = "agree" if self.agrees else f"differ: {self.ratio:.3g} times as many steps as predicted"
-        return "\n".join([*lines, f"{verdict}; {o}"])
-
-
-def _ends(c: Conditioning, positive: bool) -> tuple[float, float, float, float]:
-    if c.why is not None and positive:
-        _ = c.kappa_positive  # raises where it is refused
-        assert c.lam_min_positive is not None and c.lam_min_positive_error is not None
-        return c.lam_min_positive, c.lam_max, c.lam_min_positive_error, c.lam_max_error
-    try:
-        _ = c.kappa
-    except Singular as error:
-        if c.why_positive is None:
-            raise Singular(f"{error}; predict(..., positive=True) takes the smallest positive eigenvalue") from None
-        raise
-    return c.lam_min, c.lam_max, c.lam_min_error, c.lam_max_error
-
-
-def _check_ends(caller: str, lam_min: float, lam_max: float) -> None:
-    if not 0 < lam_min <= lam_max < math.inf:
-        raise ValueError(
-            f"{caller}: needs 0 < lam_min <= lam_max, got lam_min={lam_min!r}, lam_max={lam_max!r}; where the Hessian is singular take "
-            "the smallest positive eigenvalue, where it is indefinite there is no rate"
-        )
-
-
-def _steps(decay: float, tolerance: float) -> float:
-    if not 0 < tolerance < 1:
-        raise ValueError(f"steps: tolerance must lie in (0, 1), got {tolerance!r}; usual values are 1e-3 to 1e-12")
-    return -math.log(tolerance) / decay if decay > 0 else math.inf
 
 
 def _excess(values: list[float], kind: Kind, minimum: float | None) -> tuple[list[float], float]:
@@ -393,9 +191,3 @@ def _line(y: list[float]) -> tuple[float, float]:
     correlation = min(max(float((residual[1:] * residual[:-1]).sum()) / square, 0.0), 0.98) if square > 0 else 0.0
     spread = float((at - at.mean()).square().sum()) ** 0.5
     return slope, scale / spread * ((1 + correlation) / (1 - correlation)) ** 0.5
-
-
-def _decimals(x: float, error: float) -> str:
-    """x with two digits more than 1 − x needs, and its error."""
-    digits = 4 if x == 1 or not math.isfinite(x) else min(max(4, 3 - math.floor(math.log10(abs(1 - x)))), 15)
-    return f"{x:.{digits}f}" + (f" ± {error:.0e}" if error else "")
