@@ -22,6 +22,8 @@ from precond.maps import (
     Scaled,
     Sliced,
     Standardizing,
+    SymmetricKronecker,
+    Tiled,
     Transposed,
 )
 
@@ -113,6 +115,15 @@ def on(*shapes):
 
 D1, D3, C1, C2 = positive(2), positive(3), square(1), square(6)
 WIDE, WIDE_STD = draw(6), positive(6)
+
+
+def half(S):
+    s, V = torch.linalg.eigh(S)
+    return V @ torch.diag(s.sqrt()) @ V.T
+
+
+SA, SK, SB, SC = (square(n) @ square(n).T for n in (4, 3, 3, 6))
+SA, SK, SB, SC = ((S + S.T) / 2 + 0.2 * eye(len(S)) for S in (SA @ SA.T, SK @ SK.T, SB @ SB.T, SC @ SC.T))
 OTHERS = {
     "kronecker": (Kronecker(A, K, on((4, 3))), torch.kron(A, K), None),
     "kronecker-left": (Kronecker(A, None, on((4, 3))), torch.kron(A, eye(3)), None),
@@ -141,6 +152,20 @@ OTHERS = {
     "standardizing-one": (Standardizing(MEAN[:1], STD[:1], on((1, 1), (1,))), arrow(1, MEAN[:1, None], STD[:1, None]), None),
     "standardizing-no-rows": (Standardizing(MEAN, STD, on((0, 3), (0,))), eye(0), None),
     "row-matrix-no-bias": (RowMatrix(R, on((4, 3)), maps.Layout()), block(*4 * [R[0]]), None),
+    "symmetric": (SymmetricKronecker(SA, SK, on((4, 3))), torch.kron(half(SA), half(SK)), None),
+    "symmetric-left": (SymmetricKronecker(SA, None, on((4, 3))), torch.kron(half(SA), eye(3)), None),
+    "symmetric-conv": (SymmetricKronecker(None, SC, on((2, 3, 2))), torch.kron(eye(2), half(SC)), None),
+    "symmetric-vector": (SymmetricKronecker(SA, None, on((4,))), half(SA), None),
+    "symmetric-no-rows": (SymmetricKronecker(square(0), SK, on((0, 3))), eye(0), None),
+    "tiled": (
+        Tiled([
+                (slice(0, 1), slice(0, 3), Kronecker(None, K, on((1, 3)))),
+                (slice(1, 4), slice(0, 2), SymmetricKronecker(SB, None, on((3, 2)))),
+                (slice(1, 4), slice(2, 3), Kronecker(SB, None, on((3, 1)))),
+            ], on((4, 3))),
+        None,
+        None,
+    ),
     "sliced-two": (
         Sliced(
             [
@@ -157,6 +182,10 @@ two, one = arrow(2, MEAN.expand(2, 3), STD.expand(2, 3)), arrow(1, WIDE[None], W
 sliced = eye(15)
 first, second = torch.tensor([0, 1, 2, 3, 4, 5, 12, 13]), torch.tensor([6, 7, 8, 9, 10, 11, 14])
 sliced[first[:, None], first], sliced[second[:, None], second] = two, one
+tiled, tiles = eye(12), [torch.arange(3), torch.tensor([3, 4, 6, 7, 9, 10]), torch.tensor([5, 8, 11])]
+for tile, of_tile in zip(tiles, (K, torch.kron(half(SB), eye(2)), SB), strict=True):
+    tiled[tile[:, None], tile] = of_tile
+OTHERS["tiled"] = (OTHERS["tiled"][0], tiled, tiles)
 OTHERS["sliced-two"] = (OTHERS["sliced-two"][0], sliced, [first, second])
 TABLE = LAYER | OTHERS
 TABLE |= {f"{name}ᵀ": (P.T, matrix.T, None) for name, (P, matrix, _) in TABLE.items()}

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 import oracle
+from matrix import oracles
 from precond import (
     L1,
     L2,
     RMS,
     SAM,
+    SOAP,
     AdaGrad,
     BlockDiagonal,
     Dense,
@@ -24,9 +26,11 @@ from precond import (
     Kronecker,
     LossClosure,
     Momentum,
+    Muon,
     PreconditionedGD,
     Route,
     Scaled,
+    Shampoo,
     Standardizing,
     TimesLr,
     Warmup,
@@ -207,6 +211,38 @@ PRECONDITIONERS = {
         ),
     ),
 }
+
+
+def with_matrices(make, others):
+    """One oracle for each of the two weights, another for the three tensors that are none."""
+    rest = [SCALE, B, C]
+    index = torch.cat(rest)
+    return oracle.Parts([(W, make(4, 3)), (V, make(2, 4)), (index, others(within(index, *rest)))], diagonal=False)
+
+
+PRECONDITIONERS |= {
+    "shampoo": (
+        Shampoo(decay=0.9, damping=0.1, every=2),
+        lambda: with_matrices(lambda *s: oracles.Shampoo(*s, decay=0.9, damping=0.1, every=2), oracle.rms(0.999)),
+    ),
+    "shampoo-left": (
+        Shampoo(0.5, sides="left", every=1, damping=0.1, graft="sgd"),
+        lambda: with_matrices(
+            lambda *s: oracles.Grafted(oracles.Shampoo(*s, 0.5, damping=0.1, sides="left")), oracle.adagrad(1e-8)
+        ),
+    ),
+    # The larger side of one gradient has a null space, in which a basis is whatever rounding makes it.
+    "soap": (
+        SOAP(0.9, every=2, sides="smaller"),
+        lambda: with_matrices(
+            lambda r, c: oracles.SOAP(r, c, 0.9, every=2, sides=("left",) if r <= c else ("right",)), oracle.rms(0.9)
+        ),
+    ),
+    "muon": (
+        Route([(is_matrix, Muon())], otherwise=RMS(0.9)),
+        lambda: with_matrices(lambda r, c: oracles.Muon(r, c, scale=max(1.0, r / c) ** 0.5), oracle.rms(0.9)),
+    ),
+}
 ALPHAS = {"route": LR * per_tensor(1, 0.5, 1, 0.5, 1)}
 """Learning rates per entry, where they differ."""
 
@@ -268,6 +304,14 @@ def compare(name, ours, theirs, momentum=None, objective=flat_loss, statistics_f
     return expected
 
 
+def refused(penalty):
+    try:
+        penalty.validate(PRECONDITIONERS["muon"][0])
+    except ValueError:
+        return True
+    return False
+
+
 @cache
 def plain(name):
     """The end without a penalty."""
@@ -275,6 +319,8 @@ def plain(name):
 
 
 def defined(name, penalty):
+    if name == "muon":  # M alone: no root, and none where z itself is asked for
+        return PENALTIES[penalty][0] == () or not refused(PENALTIES[penalty][0])
     ours, explicit = PENALTIES[penalty][0], PRECONDITIONERS[name][1]()
     if penalty == "L1-p-prox":  # a threshold in p
         return explicit.diagonal
@@ -293,7 +339,7 @@ def test_sweep(name, penalty):
     assert (end - plain(name)).abs().max() > 1e-5  # the penalty was felt
 
 
-SOME = ["identity", "rms", "dense", "dense@rms", "structured@rms", "route"]
+SOME = ["identity", "rms", "dense", "dense@rms", "structured@rms", "route", "soap"]
 EVERYTHING = (
     [L2(0.1), L1(0.05), L2(0.03, "p"), L1(0.02, "p"), GradientNorm(0.01, method="exact", damping=0.2)],
     [

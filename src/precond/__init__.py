@@ -35,14 +35,30 @@ from precond.optimizer import PreconditionedGD
 from precond.optimizer.parameters import decay_groups
 from precond.optimizer.passes import frozen_statistics
 from precond.optimizer.probing import LossClosure
-from precond.preconditioners import BNP, RMS, SOAP, AdaGrad, Composition, Fixed, Muon, Preconditioner, Route, Seen, Whitening
-from precond.recipes import RECIPES, adagrad, adam, adamw, bnp, muon, rmsprop, sgd, soap, whitening
+from precond.preconditioners import (
+    BNP,
+    KFAC,
+    RMS,
+    SOAP,
+    AdaGrad,
+    Composition,
+    Fixed,
+    Muon,
+    OutputFactor,
+    Preconditioner,
+    Route,
+    Seen,
+    Shampoo,
+    Whitening,
+)
+from precond.recipes import RECIPES, adagrad, adam, adamw, bnp, muon, rmsprop, sgd, shampoo, soap, whitening
 from precond.regularizers import L1, L2, SAM, At, GradientNorm, Regularizer
 from precond.schedules import Schedule, TimesLr, Warmup
 from precond.spaces import Cotangent, Instead, Prox, Space, Tangent
 
 __all__ = [
     "BNP",
+    "KFAC",
     "L1",
     "L2",
     "RECIPES",
@@ -74,6 +90,7 @@ __all__ = [
     "Monitor",
     "Muon",
     "Objective",
+    "OutputFactor",
     "PreconditionedGD",
     "Preconditioner",
     "Product",
@@ -83,6 +100,7 @@ __all__ = [
     "Scaled",
     "Schedule",
     "Seen",
+    "Shampoo",
     "Space",
     "Standardize",
     "Standardizing",
@@ -118,6 +136,7 @@ __all__ = [
     "rate",
     "rmsprop",
     "sgd",
+    "shampoo",
     "soap",
     "spectral_density",
     "unit_curvatures",

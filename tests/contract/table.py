@@ -12,6 +12,7 @@ from torch import nn
 import precond
 from precond import (
     BNP,
+    KFAC,
     L1,
     L2,
     RMS,
@@ -24,6 +25,7 @@ from precond import (
     Muon,
     PreconditionedGD,
     Route,
+    Shampoo,
     TimesLr,
     Warmup,
     Whitening,
@@ -141,6 +143,24 @@ OWN: dict[str, Callable[..., PreconditionedGD]] = {
         },
     ),
     "SOAP, SAM in z, heavy ball": _gd(SOAP(every=2), SAM(0.01), L1(1e-4), momentum=Momentum(0.9, "heavy_ball"), max_norm=2.0),
+    "shampoo": lambda p, **more: precond.shampoo(p, **{"lr": 0.01, "precondition_frequency": 3, **more}),
+    "shampoo, sums, tiles, adaptive SAM in z": lambda p, **more: precond.shampoo(
+        p,
+        **{
+            "lr": 0.01,
+            "precondition_frequency": 2,
+            "shampoo_beta": -1,
+            "block_size": 5,
+            "graft": "adagrad",
+            "method": "newton",
+            "regularizers": [SAM(0.01, adaptive=True)],
+            **more,
+        },
+    ),
+    "Shampoo, one side, qr, proximal L1": _gd(
+        Shampoo(0.5, 0.9, sides="left", method="qr", every=2, graft="sgd"), L1(1e-3, proximal=True)
+    ),
+    "KFAC on whitening": _gd(KFAC(every=7, output_every=3), momentum=Momentum(0.9, "heavy_ball")),
     "plain": _gd(Fixed(), L2(0.1), momentum=Momentum(0.9, "nesterov")),
 }
 

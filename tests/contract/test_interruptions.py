@@ -34,6 +34,7 @@ LETS_GO = {
     "BNP with AdaGrad, SAM in z",
     "route, SAM in p, warm-up",
     "muon, SAM in z",
+    "shampoo, sums, tiles, adaptive SAM in z",
     "SOAP, SAM in z, heavy ball",
 }
 PASSES = [(name, 1) for name in EVERY] + [(n, 2) for n in OWN if ("SAM" in n or "gradient norm" in n) and n not in LETS_GO]

@@ -8,8 +8,8 @@ from precond.maps.base import Identity, LinearMap, Scaled, Transposed
 from precond.maps.composite import BlockDiagonal, Product, block_diagonal, compose
 from precond.maps.dense import Dense, GramOnly, Kronecker
 from precond.maps.diagonal import Diagonal, InverseRoot
-from precond.maps.kronecker_gram import KroneckerGram
 from precond.maps.layers import Layout, RowMatrix, Sliced, Standardizing
+from precond.maps.symmetric import SymmetricKronecker, Tiled, Unrooted
 
 __all__ = [
     "BlockDiagonal",
@@ -19,7 +19,6 @@ __all__ = [
     "Identity",
     "InverseRoot",
     "Kronecker",
-    "KroneckerGram",
     "Layout",
     "LinearMap",
     "Product",
@@ -27,7 +26,10 @@ __all__ = [
     "Scaled",
     "Sliced",
     "Standardizing",
+    "SymmetricKronecker",
+    "Tiled",
     "Transposed",
+    "Unrooted",
     "block_diagonal",
     "compose",
 ]

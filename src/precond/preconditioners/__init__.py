@@ -5,25 +5,30 @@ from precond.preconditioners.base import Part, Preconditioner, Seen
 from precond.preconditioners.bnp import BNP
 from precond.preconditioners.compose import Composition
 from precond.preconditioners.fixed import Fixed
+from precond.preconditioners.kfac import KFAC, OutputFactor
 from precond.preconditioners.muon import Muon
 from precond.preconditioners.rms import RMS
 from precond.preconditioners.route import Route
+from precond.preconditioners.shampoo import Shampoo
 from precond.preconditioners.soap import SOAP
 from precond.preconditioners.split import Split
 from precond.preconditioners.whitening import Whitening
 
 __all__ = [
     "BNP",
+    "KFAC",
     "RMS",
     "SOAP",
     "AdaGrad",
     "Composition",
     "Fixed",
     "Muon",
+    "OutputFactor",
     "Part",
     "Preconditioner",
     "Route",
     "Seen",
+    "Shampoo",
     "Split",
     "Whitening",
 ]

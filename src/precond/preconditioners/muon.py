@@ -11,7 +11,7 @@ from torch import Tensor
 
 from precond import checks
 from precond.blocks import Block, Leaf, State, state_dtype
-from precond.maps import KroneckerGram, LinearMap
+from precond.maps import LinearMap, SymmetricKronecker, Unrooted
 from precond.preconditioners.base import Part, Preconditioner, Seen
 from precond.preconditioners.fixed import Fixed
 from precond.preconditioners.kronecker import as_matrix, split
@@ -92,7 +92,7 @@ class Muon(Preconditioner):
         rows, columns = as_matrix(like[0]).shape
         gain = torch.where(state["norm"] > 0, self.factor(rows, columns) / state["norm"].clamp_min(self.eps), 0.0)
         Q = gain * self._root(state["gram"])
-        return KroneckerGram(Q, None, like) if rows <= columns else KroneckerGram(None, Q, like)
+        return Unrooted(SymmetricKronecker(Q, None, like) if rows <= columns else SymmetricKronecker(None, Q, like))
 
     def factor(self, rows: int, columns: int) -> float:
         """γ of a matrix."""

@@ -47,6 +47,62 @@ def power_step(S: Tensor, Q: Tensor) -> tuple[Tensor, Tensor] | None:
     return basis, order
 
 
+def inverse_root(S: Tensor, power: float, damping: float, method: str = "eigh", basis: Tensor | None = None) -> Tensor | None:
+    r"""(S + ε λ_max I)^(−power) of a symmetric positive S (n, n); None where that fails. S = 0 gives the identity.
+
+    Args:
+        damping: ε, relative to the largest eigenvalue; what is smaller than rounding in S counts as that.
+        method: ``"eigh"``; ``"newton"``, the coupled iteration, for a whole 1/power; or ``"basis"``, with Sq·q for eigenvalues.
+        basis: of ``"basis"``: columns near the eigenvectors of S.
+
+    References:
+        Guo & Higham (2006), A Schur–Newton method for the matrix pth root; Anil et al. (2020), Scalable second order optimization.
+    """
+    eye = torch.eye(len(S), dtype=S.dtype, device=S.device)
+    rounding = len(S) * torch.finfo(S.dtype).eps
+    if bool(S.diagonal().sum() == 0):
+        return eye
+    if method == "newton" and (found := _newton(S, round(1 / power), max(damping, rounding), eye)) is not None:
+        return found
+    if method == "basis" and basis is not None:
+        values, V = (basis * (S @ basis)).sum(0), basis
+        if not bool(values.isfinite().all()):
+            kept(S)
+            return None
+    else:
+        if (found_basis := eigenbasis(S)) is None:
+            return None
+        values, V = found_basis
+    top = values.amax()
+    values = (values + damping * top).clamp_min(rounding * top) if damping < rounding else values.clamp_min(0) + damping * top
+    return (V * values**-power) @ V.T
+
+
+def _newton(S: Tensor, p: int, damping: float, eye: Tensor) -> Tensor | None:
+    """S^(−1/p) by the coupled iteration X ← X T, N ← Tᵖ N with T = ((p+1)I − N)/p; None where it does not converge."""
+    # The trace, unlike a few power iterations, is never below the largest eigenvalue; the power iteration makes it tight.
+    v = S.sum(1)
+    for _ in range(10):
+        v = S @ (v / v.norm())
+    top = v.norm()
+    if not bool(top.isfinite()):
+        return None
+    A = S + damping * top * eye
+    z = (1 + p) / (2 * 1.1 * top)
+    X, N = eye * z ** (1 / p), A * z
+    best = torch.inf
+    for _ in range(60):
+        T = ((p + 1) * eye - N) / p
+        X, N = X @ T, torch.linalg.matrix_power(T, p) @ N
+        error = float((N - eye).abs().amax())
+        if not error < best:  # also NaN
+            break
+        best = error
+        if error < 10 * len(S) * torch.finfo(S.dtype).eps:
+            break
+    return (X + X.T) / 2 if best < 1e-2 else None
+
+
 def drift(S: Tensor, Q: Tensor, first: int, count: int = 32) -> float:
     r"""How far columns of Q are from being eigenvectors of S: √(Σ‖Sq − (qᵀSq)q‖² / Σ‖Sq‖²) over a sample, in [0, 1].
 

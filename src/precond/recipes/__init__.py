@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from precond.optimizer import PreconditionedGD
 from precond.recipes.input_side import bnp, whitening
-from precond.recipes.matrices import muon, soap
+from precond.recipes.matrices import muon, shampoo, soap
 from precond.recipes.torch_named import adagrad, adam, adamw, rmsprop, sgd
 
 RECIPES: dict[str, Callable[..., PreconditionedGD]] = {
@@ -22,7 +22,8 @@ RECIPES: dict[str, Callable[..., PreconditionedGD]] = {
     "whitening": whitening,
     "muon": muon,
     "soap": soap,
+    "shampoo": shampoo,
 }
 """All recipes by name."""
 
-__all__ = ["RECIPES", "adagrad", "adam", "adamw", "bnp", "muon", "rmsprop", "sgd", "soap", "whitening"]
+__all__ = ["RECIPES", "adagrad", "adam", "adamw", "bnp", "muon", "rmsprop", "sgd", "shampoo", "soap", "whitening"]

@@ -1,0 +1,140 @@
+"""Kronecker products that are given by their Gram matrix, maps whose root is not stated, and matrices cut into tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from precond.maps.base import LinearMap
+from precond.maps.dense import Kronecker, _mean_inverse
+from precond.maps.diagonal import InverseRoot
+from precond.vec import Vec
+
+
+class SymmetricKronecker(LinearMap):
+    """P = (A ⊗ B)^(1/2), given by M = A ⊗ B with symmetric positive A, B, on one tensor W seen row-major as a matrix (out, rest).
+
+    M vec(W) = vec(A W B) takes no root; P is symmetric, and taken by eigendecompositions only when asked for. None stands for the
+    identity on that side.
+
+    Example:
+        >>> P = SymmetricKronecker(torch.diag(torch.tensor([4.0, 1.0])), None)
+        >>> P.gram((torch.ones(2, 1),))[0].T, P.mv((torch.ones(2, 1),))[0].T
+        (tensor([[4., 1.]]), tensor([[2., 1.]]))
+    """
+
+    def __init__(self, A: Tensor | None, B: Tensor | None, like: Vec | None = None):
+        self.A, self.B, self.like = A, B, like
+
+    @cached_property
+    def _eigen(self) -> list[tuple[Tensor, Tensor] | None]:
+        return [None if X is None else torch.linalg.eigh(X) for X in (self.A, self.B)]
+
+    def _power(self, power: float, v: Vec) -> Vec:
+        left, right = (None if eigen is None else _powered(*eigen, power) for eigen in self._eigen)
+        return Kronecker(left, right).mv(v)
+
+    def mv(self, v: Vec) -> Vec:
+        return self._power(0.5, v)
+
+    rmv = mv
+
+    def solve(self, v: Vec) -> Vec:
+        return self._power(-0.5, v)
+
+    rsolve = solve
+
+    def gram(self, v: Vec) -> Vec:
+        return Kronecker(self.A, self.B).mv(v)
+
+    def damped(self, delta: float) -> LinearMap:
+        if delta == 0:
+            return self
+        if self.like is None:
+            raise ValueError("SymmetricKronecker: give `like` to damp it")
+        (W,) = self.like
+        (a, U), (b, V) = (
+            (W.new_ones(n), None) if eigen is None else eigen
+            for eigen, n in zip(self._eigen, Kronecker._sides(W), strict=True)
+        )  # fmt: skip
+        m = (a[:, None] * b[None, :]).clamp_min(0)  # what is singular may have rounded below zero
+        rotation = Kronecker(U, V, self.like)
+        return rotation @ InverseRoot(((1 / m + delta * _mean_inverse(m)).reshape(W.shape),)) @ rotation.T
+
+    @property
+    def T(self) -> LinearMap:
+        return self
+
+
+def _powered(values: Tensor, V: Tensor, power: float) -> Tensor:
+    """A power of a symmetric positive matrix; eigenvalues that are zero to rounding stay zero."""
+    least = values.amax() * len(values) * torch.finfo(values.dtype).eps if len(values) else 0.0
+    some = values > least
+    return (V * torch.where(some, torch.where(some, values, 1.0) ** power, 0.0)) @ V.T
+
+
+class Unrooted(LinearMap):
+    """The Gram matrix of a map, of which no root is stated: what needs one is refused."""
+
+    root = False
+
+    def __init__(self, map: LinearMap):
+        self.map, self.like = map, map.like
+
+    def _refuse(self, v: Vec) -> Vec:
+        raise ValueError("this preconditioner states M = P Pᵀ and no root P; use space='p', or a penalty that M alone serves")
+
+    mv = rmv = solve = rsolve = _refuse
+
+    def gram(self, v: Vec) -> Vec:
+        return self.map.gram(v)
+
+    def damped(self, delta: float) -> LinearMap:
+        return self if delta == 0 else Unrooted(self.map.damped(delta))
+
+
+class Tiled(LinearMap):
+    """One tensor, seen as a matrix (out, rest) that is cut into tiles, with a map for each.
+
+    Args:
+        tiles: (rows, columns, a map of one tensor of that shape).
+        like: example of the tensor.
+    """
+
+    like: Vec
+
+    def __init__(self, tiles: Sequence[tuple[slice, slice, LinearMap]], like: Vec):
+        self.tiles, self.like = tuple(tiles), like
+        self.root, self.diagonal = all(m.root for *_, m in tiles), all(m.diagonal for *_, m in tiles)
+
+    def _each(self, method: str, v: Vec) -> Vec:
+        (W,) = v
+        out = W.reshape(W.shape[0], -1).clone()
+        for rows, columns, tile in self.tiles:
+            (out[rows, columns],) = getattr(tile, method)((out[rows, columns].contiguous(),))
+        return (out.reshape(W.shape),)
+
+    def mv(self, v: Vec) -> Vec:
+        return self._each("mv", v)
+
+    def rmv(self, v: Vec) -> Vec:
+        return self._each("rmv", v)
+
+    def solve(self, v: Vec) -> Vec:
+        return self._each("solve", v)
+
+    def rsolve(self, v: Vec) -> Vec:
+        return self._each("rsolve", v)
+
+    def gram(self, v: Vec) -> Vec:
+        return self._each("gram", v)
+
+    def damped(self, delta: float) -> LinearMap:
+        return self if delta == 0 else Tiled([(r, c, m.damped(delta)) for r, c, m in self.tiles], self.like)
+
+    @property
+    def T(self) -> LinearMap:
+        return Tiled([(r, c, m.T) for r, c, m in self.tiles], self.like)

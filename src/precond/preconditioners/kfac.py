@@ -1,0 +1,101 @@
+"""Factors of both sides of a layer: K-FAC's B ⊗ A from gradients in whitened coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from precond import blocks, checks
+from precond.blocks import Block, Leaf, State, state_dtype
+from precond.maps import BlockDiagonal, LinearMap, SymmetricKronecker
+from precond.preconditioners.base import Part, Preconditioner, Seen
+from precond.preconditioners.kronecker import as_matrix, fold
+from precond.preconditioners.roots import inverse_root
+from precond.preconditioners.whitening import Whitening
+
+
+@dataclass(frozen=True)
+class OutputFactor(Preconditioner):
+    r"""M = (B/β + ε′I)^(−e) on the outputs of each layer: one matrix for the rows of its weight and for its bias.
+
+    B is the mean of GGᵀ + g_b g_bᵀ over steps, β its mean eigenvalue, by which it is divided so that M keeps the gradient's scale.
+    A layer is a weight (out, rest) and a bias (out,); what is none is left as it is.
+
+    Args:
+        power: e; 1 is the natural gradient's.
+        decay: ρ of B in [0, 1).
+        damping: ε ≥ 0, relative to the largest eigenvalue.
+        every: steps between roots, which are also taken at step 1.
+        max_dim: layers of more outputs are left as they are.
+    """
+
+    power: float = 1.0
+    decay: float = 0.95
+    damping: float = 1e-2
+    every: int = 10
+    max_dim: int = 8192
+
+    def __post_init__(self) -> None:
+        checks.fraction("OutputFactor", decay=self.decay)
+        checks.non_negative("OutputFactor", damping=self.damping)
+        checks.positive("OutputFactor", power=self.power, every=self.every, max_dim=self.max_dim)
+
+    def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
+        """A block per layer."""
+        return [Part(i, self) for i in blocks.by_layer(leaves)]
+
+    def handles(self, block: Block) -> bool:
+        outputs = {leaf.shape[0] if leaf.ndim else 1 for leaf in block.leaves}
+        weights = [leaf for leaf in block.leaves if leaf.ndim >= 2 and leaf.kind == "weight" and leaf.param.numel()]
+        biases = [leaf for leaf in block.leaves if leaf.kind == "bias" and leaf.ndim == 1]
+        if any(isinstance(leaf.module, nn.modules.conv._ConvTransposeNd) for leaf in weights):
+            return False  # their rows are inputs
+        known = len(weights) + len(biases) == len(block.leaves) and bool(weights)
+        return known and len(outputs) == 1 and 2 <= next(iter(outputs)) <= self.max_dim
+
+    def init(self, block: Block) -> dict:
+        p = block.tensors[0]
+        n, dtype = p.shape[0], state_dtype(p.dtype)
+        return {
+            "outputs": torch.zeros(n, n, dtype=dtype, device=p.device),
+            "outputs_root": torch.eye(n, dtype=dtype, device=p.device),
+        }
+
+    def observe(self, state: State, seen: Seen) -> None:
+        t = min(state.steps)
+        B = state["outputs"].mul_(self.decay)
+        for g in seen.gradient:
+            fold(B, as_matrix(g), False, 1.0, 1 - self.decay)
+        if t == 1 or t % self.every == 0:
+            mean = B.diagonal().mean()
+            root = inverse_root(torch.where(mean > 0, B / mean, 0.0), self.power, self.damping)
+            if root is not None:
+                state["outputs_root"].copy_(root)
+
+    def map(self, state: State) -> LinearMap:
+        like = state.block.tensors
+        sides = [((i,), SymmetricKronecker(state["outputs_root"], None, (t,))) for i, t in enumerate(like)]
+        return BlockDiagonal(sides, like)
+
+
+def KFAC(
+    decay: float = 0.95, damping: float = 1e-3, every: int = 100, output_damping: float = 1e-2, output_every: int = 10
+) -> Preconditioner:
+    r"""M = B⁻¹ ⊗ A⁻¹ up to a factor, A = E[ĥĥᵀ] of a layer's inputs: ``Whitening() @ OutputFactor()``.
+
+    K-FAC's B is E[δδᵀ] over samples, δ the gradient of a sample's loss at the layer's outputs. It is taken here from gradients alone:
+    in the coordinates of whitened inputs the mean of G′G′ᵀ = G A⁻¹ Gᵀ is, if δ and h are independent as K-FAC supposes, a
+    multiple of B (in/N, of N samples). So nothing but the layers' inputs is observed. Hooks on outputs would add a pass
+    over all activations per step, fail where activations are changed in place, and count recomputed forwards twice.
+
+    Args:
+        decay, damping, every: see :class:`~precond.Whitening`; with no outputs' factor it is FOOF (Benzing, 2022).
+        output_damping, output_every: see :class:`OutputFactor`.
+
+    References:
+        Martens & Grosse (2015); Benzing (2022).
+    """
+    return Whitening(decay, damping, every=every) @ OutputFactor(1.0, decay, output_damping, output_every)
