@@ -100,7 +100,7 @@ def test_nothing_smaller_is_missed_and_bounds_hold(seed):
     generator = torch.Generator().manual_seed(seed)
     d = 10 ** (-3 * torch.rand(600, generator=generator, dtype=torch.float64))
     found = condition_number(Diagonal((d,)), method="lanczos", tol=1e-3, max_products=600, seed=seed)
-    assert found.converged and found.products < 500
+    assert found.converged and found.products < 550
     for value, residual, end in zip((found.lam_max, found.lam_min), found.residuals[:2], (d.max(), d.min()), strict=True):
         assert (d - value).abs().min() <= residual + 1e-14 and abs(value - end) <= 1e-3 * end
     assert found.kappa == pytest.approx((d.max() / d.min()).item(), rel=2e-3)

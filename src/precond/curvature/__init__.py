@@ -1,6 +1,7 @@
 """Curvature of a mean loss: Hessian and Gauss–Newton matrix as maps, and the ends of their spectra."""
 
-from precond.curvature.condition import Conditioning, Inertia, condition_number
+from precond.curvature.condition import condition_number
+from precond.curvature.conditioning import Conditioning, Inertia
 from precond.curvature.density import SpectralDensity, spectral_density
 from precond.curvature.eigen import Eigenvalues, eigenvalues
 from precond.curvature.errors import (

@@ -25,7 +25,7 @@ class Eigenvalues:
         values: λ, in float64: descending for ``"largest"``, ascending otherwise.
         vectors: their unit eigenvectors, aligned to the map's vectors.
         residuals: ‖A x − λ x‖ in exact arithmetic: an eigenvalue lies within it.
-        errors: bounds of |λ̂ − λ|: the residual, or residual²/gap where that is smaller, plus the floor; the gap is the one seen.
+        errors: bounds of |λ̂ − λ|: the residual, or 2·residual²/gap where that is smaller, plus the floor; the gap is the one seen.
         resolved: which are accurate to ``tol`` relative to themselves, or null (of a magnitude below the threshold).
         floor: what rounding leaves undecided.
         threshold: magnitude up to which an eigenvalue counts as null.

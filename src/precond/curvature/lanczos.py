@@ -34,10 +34,11 @@ class Ritz:
 
     @property
     def errors(self) -> Tensor:
-        r"""Bounds of |θ − λ|: the residual ρ, or ρ²/γ where the neighbors are a distance γ > ρ away (Kato–Temple).
+        r"""Bounds of |θ − λ|: the residual ρ, or 2ρ²/γ where the neighbors are a distance γ > 2ρ away (Kato–Temple).
 
-        γ is read from the Ritz values, so the second form supposes that no eigenvalue is hidden between them; of two eigenvalues that lie
-        closer together than ρ one may be. The residual holds always.
+        γ is read from the Ritz values, which overstate the distance of neighbors that have not converged: the second form supposes that
+        the next eigenvalue is at least half as far. That is no proof (of two eigenvalues closer together than ρ one may be hidden). The
+        residual holds always: some eigenvalue lies within it.
         """
         theta, rho = self.values, self.residuals
         if len(theta) < 2:
@@ -46,7 +47,7 @@ class Ritz:
         gap = torch.full_like(theta, torch.inf)
         gap[:-1] = step - rho[1:]
         gap[1:] = torch.minimum(gap[1:], step - rho[:-1])
-        return torch.where(gap > rho, rho.square() / gap, rho)
+        return torch.where(gap > 2 * rho, 2 * rho.square() / gap, rho)
 
 
 class Lanczos:

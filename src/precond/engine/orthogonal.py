@@ -33,7 +33,7 @@ class Orthogonal:
         narrow = W.dtype == torch.float32 and self.P.arithmetic == "bfloat16"
         dtype = torch.bfloat16 if narrow else W.dtype
         # X lies at the start of the workspace: in the same dtype this is its own memory.
-        held, *rest = WORKSPACE.take(dtype, W.shape, W.shape, *[(min(W.shape),) * 2] * 6)
+        held, *rest = WORKSPACE.take(dtype, W.shape, W.shape, *[(min(W.shape),) * 2] * 5)
         held.copy_(X)
         end, gram = Iteration(self.P.coefficients, int(self.P.steps))(held, lambda *shapes: rest)
         state["gram"].copy_(gram)
@@ -45,13 +45,15 @@ class Orthogonal:
     def _average(self, cell: Cell, g: Tensor, maximize: bool) -> Tensor:
         """What is orthogonalized, in scratch."""
         (a,) = WORKSPACE.take(g.dtype, g.shape)
-        a = torch.neg(g, out=a) if maximize else a.copy_(g)
+        if maximize:
+            g = torch.neg(g, out=a)
         if self.momentum is None:
-            return a
-        self.momentum.fold(cell.average, (a,))
+            return a.copy_(g)
+        beta, rest = self.momentum.beta, 1 - self.momentum.dampening
+        self.momentum.fold(cell.average, (g,))
         (m,) = cell.average["m"]
         if self.momentum.kind == "nesterov":
-            return a.mul_(1 - self.momentum.dampening).add_(m, alpha=self.momentum.beta)
+            return torch.mul(g, rest, out=a).add_(m, alpha=beta)
         return a.copy_(m)  # a correction of its bias does not change its direction
 
     def _unit(self, m: Tensor) -> tuple[Tensor, Tensor]:

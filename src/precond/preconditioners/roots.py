@@ -51,7 +51,8 @@ def inverse_root(S: Tensor, power: float, damping: float, method: str = "eigh", 
     r"""(S + ε λ_max I)^(−power) of a symmetric positive S (n, n); None where that fails. S = 0 gives the identity.
 
     Args:
-        damping: ε, relative to the largest eigenvalue; what is smaller than rounding in S counts as that.
+        damping: ε, relative to the largest eigenvalue (``"newton"``: as ten power iterations find it); what is smaller than
+            rounding in S counts as that.
         method: ``"eigh"``; ``"newton"``, the coupled iteration, for a whole 1/power; or ``"basis"``, with Sq·q for eigenvalues.
         basis: of ``"basis"``: columns near the eigenvectors of S.
 

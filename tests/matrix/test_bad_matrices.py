@@ -1,0 +1,199 @@
+"""Matrices that are zero, of rank one, enormous, thin or empty; factors that have no eigenvalues; options out of range."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import precond
+from matrix.test_peers import run
+from precond import SOAP, Muon, OutputFactor, PreconditionedGD, Shampoo
+from precond.preconditioners import roots
+
+MAKE = {
+    "muon": lambda p: precond.muon(p, lr=0.01),
+    "muon, exact": lambda p: precond.muon(p, lr=0.01, root="eigh"),
+    "muon, loop": lambda p: precond.muon(p, lr=0.01, engine="loop"),
+    "soap": lambda p: precond.soap(p, lr=0.01, precondition_frequency=2),
+    "soap, loop": lambda p: precond.soap(p, lr=0.01, precondition_frequency=2, engine="loop"),
+    "soap, drift": lambda p: precond.soap(p, lr=0.01, precondition_frequency=2, sides="smaller", drift=0.1),
+    "shampoo": lambda p: precond.shampoo(p, lr=0.01, precondition_frequency=2),
+    "shampoo, newton": lambda p: precond.shampoo(p, lr=0.01, precondition_frequency=1, method="newton"),
+    "shampoo, qr": lambda p: precond.shampoo(p, lr=0.01, precondition_frequency=2, method="qr", graft="sgd", shampoo_beta=-1),
+    "outputs": lambda p: PreconditionedGD(p, lr=0.01, preconditioner=OutputFactor()),
+}
+each = pytest.mark.parametrize("name", MAKE)
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["zero", "zero, then not", "rank one", "tiny", "large", "one entry"])
+def test_gradients_that_tell_little(name, kind, dtype):
+    """Steps stay finite, and where the gradient says nothing at all nothing moves."""
+    shape = (6, 4)
+    make = torch.Generator().manual_seed(1)
+    g = torch.randn(shape, generator=make)
+    entry = torch.zeros(shape)
+    entry[2, 1] = 3.0
+    gradients = {
+        "zero": [0 * g] * 5,
+        "zero, then not": [0 * g] * 3 + [g] * 3,
+        "rank one": [g[:, :1] @ g[:1]] * 5,
+        "tiny": [1e-30 * g] * 5,
+        "large": [1e15 * g, g, 1e15 * g, g],
+        "one entry": [entry] * 5,
+    }[kind]
+    p = nn.Parameter(torch.ones(shape, dtype=dtype))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(MAKE[name]([p]) if name != "outputs" else MAKE[name](named(p)), p, gradients)
+    assert p.isfinite().all()
+    decay = 1 if name == "outputs" else (1 - 0.01 * (0.1 if "muon" in name else 0.01)) ** 5
+    if kind == "zero":
+        torch.testing.assert_close(p, torch.full_like(p, decay), rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+    elif kind != "tiny" and dtype != torch.bfloat16:
+        assert (p.double() - decay).abs().max() > 1e-3
+
+
+def named(p):
+    model = nn.Module()
+    model.weight = p
+    return model
+
+
+@each
+@pytest.mark.parametrize("shape", [(1, 7), (7, 1), (1, 1), (0, 3), (3, 0), (5,), (), (0,), (2, 3, 2, 2), (1, 3, 1)])
+def test_shapes(name, shape):
+    p, other = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(3, 2))
+    optimizer = MAKE[name]([p, other])
+    run(optimizer, other, [torch.randn(3, 2)])
+    run(optimizer, p, [torch.randn(shape) for _ in range(5)])
+    assert p.isfinite().all() and (p.numel() == 0 or not torch.equal(p, torch.ones(shape)))
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("preconditioner", "kept"),
+    [
+        (SOAP(max_dim=5), {"left"}),
+        (SOAP(max_dim=3), set()),
+        (SOAP(sides="smaller"), {"left"}),
+        (SOAP(sides="right"), {"right"}),
+        (Shampoo(max_dim=5), {"left.0"}),
+        (Shampoo(block=3), {"left.0", "right.0", "left.3", "right.3"}),
+    ],
+)
+def test_sides_over_the_limit_are_left_alone_or_cut(preconditioner, kept):
+    p = nn.Parameter(torch.ones(4, 6))
+    optimizer = PreconditionedGD([p], lr=0.01, preconditioner=preconditioner)
+    run(optimizer, p, [torch.randn(4, 6) for _ in range(3)])
+    assert kept <= optimizer.state[p].keys() and ("right" in kept) == ("right" in optimizer.state[p])
+    assert p.isfinite().all()
+
+
+def fail(times):
+    """torch.linalg.eigh, whose iteration does not converge so many times."""
+    calls, real = [], torch.linalg.eigh
+
+    def eigh(S):
+        calls.append(S.dtype)
+        if len(calls) <= times:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return real(S)
+
+    return eigh, calls
+
+
+def test_an_eigendecomposition_that_fails_is_tried_again_in_float64(monkeypatch):
+    S = torch.diag(torch.tensor([3.0, 1.0, 2.0]))
+    eigh, calls = fail(2)
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    values, V = roots.eigenbasis(S)
+    assert calls == [torch.float32, torch.float64, torch.float64] and values.dtype == V.dtype == torch.float32
+    torch.testing.assert_close(values, torch.tensor([3.0, 2.0, 1.0]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(V.abs(), torch.eye(3)[:, [0, 2, 1]])
+
+
+@pytest.mark.parametrize("name", ["soap", "shampoo", "outputs"])
+def test_where_it_fails_for_good_training_goes_on_and_says_so_once(name, monkeypatch):
+    monkeypatch.setattr(torch.linalg, "eigh", fail(10**9)[0])
+    p = nn.Parameter(torch.ones(4, 4))
+    optimizer = MAKE[name](named(p) if name == "outputs" else [p])
+    with pytest.warns(UserWarning, match="no eigenvalues that converge: the basis or root before is kept"):
+        run(optimizer, p, [torch.randn(4, 4)])
+    assert p.isfinite().all() and not torch.equal(p, torch.ones(4, 4))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        for _ in range(40):
+            run(optimizer, p, [torch.randn(4, 4)])
+    assert len(seen) <= 1 and p.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["soap", "shampoo"])
+def test_a_gradient_of_inf_is_refused_whole_or_kept_out_of_the_bases(name):
+    p = nn.Parameter(torch.ones(4, 4))
+    optimizer = precond.RECIPES[name]([p], lr=0.01, precondition_frequency=1, nonfinite="skip")
+    run(optimizer, p, [torch.randn(4, 4)])
+    before = {k: v.clone() for k, v in optimizer.state[p].items()}
+    run(optimizer, p, [torch.full((4, 4), torch.inf)])
+    assert all(torch.equal(v, before[k]) for k, v in optimizer.state[p].items())
+    q = nn.Parameter(torch.ones(4, 4))
+    other = precond.RECIPES[name]([q], lr=0.01, precondition_frequency=1)
+    with pytest.warns(UserWarning, match="holds inf or NaN"):
+        run(other, q, [torch.randn(4, 4), torch.full((4, 4), torch.inf), torch.randn(4, 4)])
+    bases = [v for k, v in other.state[q].items() if "basis" in k or "root" in k]
+    assert bases and all(v.isfinite().all() for v in bases)
+
+
+def test_enormous_gradients_have_a_direction():
+    for engine in ("auto", "loop"):
+        p, g = nn.Parameter(torch.zeros(6, 4)), torch.randn(6, 4)
+        q = nn.Parameter(torch.zeros(6, 4))
+        run(precond.muon([p], lr=0.1, engine=engine, weight_decay=0.0, arithmetic="full"), p, [1e30 * g])
+        run(precond.muon([q], lr=0.1, engine=engine, weight_decay=0.0, arithmetic="full"), q, [g])
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("at", [2, 3, 4, 6])
+@each
+def test_a_checkpoint_before_or_after_a_refresh(name, at, tmp_path):
+    make = torch.Generator().manual_seed(3)
+    gradients = [torch.randn(6, 4, generator=make) for _ in range(10)]
+    p, q = nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(6, 4))
+    give = named if name == "outputs" else lambda x: [x]
+    optimizer = MAKE[name](give(p))
+    run(optimizer, p, gradients[:at])
+    torch.save([optimizer.state_dict(), p], tmp_path / "at")
+    state, saved = torch.load(tmp_path / "at", weights_only=True)
+    with torch.no_grad():
+        q.copy_(saved)
+    resumed = MAKE[name](give(q))
+    resumed.load_state_dict(state)
+    assert torch.equal(run(optimizer, p, gradients[at:]), run(resumed, q, gradients[at:]))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: Muon(steps=0), "steps must be > 0"),
+        (lambda: Muon(steps=2.5), "whole number from 1 to 99"),
+        (lambda: Muon(coefficients=(1.0, 2.0)), "three of a"),
+        (lambda: Muon(root="newton"), "did you mean 'newton-schulz'"),
+        (lambda: Muon(scale="rms"), "scale must be one of"),
+        (lambda: precond.muon([nn.Parameter(torch.ones(2, 2))], adjust_lr_fn="match"), "adjust_lr_fn must be one of"),
+        (lambda: SOAP(decay=1.0), r"decay must lie in \[0, 1\)"),
+        (lambda: SOAP(drift=1.5), r"drift must lie in \[0, 1\)"),
+        (lambda: SOAP(every=0), "every must be > 0"),
+        (lambda: SOAP(sides="top"), "sides must be one of"),
+        (lambda: Shampoo(power=0.3, method="newton"), "whole 1/power"),
+        (lambda: Shampoo(graft="adam"), "graft must be one of"),
+        (lambda: Shampoo(block=0), "block must be > 0"),
+        (lambda: OutputFactor(power=0.0), "power must be > 0"),
+    ],
+)
+def test_options_out_of_range(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
