@@ -8,7 +8,6 @@ python benchmarks/curvature.py [products] [ends] [kappa]
 from __future__ import annotations
 
 import importlib
-import statistics
 import sys
 import time
 import warnings
@@ -18,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from harness import table
+from harness import table, take_turns
 from torch import Tensor, nn
 
 from precond import vec
@@ -64,18 +63,6 @@ def gradient_of(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(CROSS(model(x), y), params)
 
 
-def turns(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds over rounds in which all take their turn."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for i in range(rounds + 1):
-        for name, f in candidates.items():
-            start = time.process_time()
-            f()
-            if i:
-                times[name].append(time.process_time() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
 def _pulled(package: ModuleType, single: Any, v: tuple[Tensor, ...]) -> Callable[[], object]:
     return lambda: package.hessian_vector_product(single.gradsH, single.params, list(v))
 
@@ -107,7 +94,7 @@ def products(available: dict[str, ModuleType]) -> None:
             run["pyhessian, loader"] = lambda h=loader, v=v: h.dataloader_hv_product(list(v))
             single = package.hessian(model, CROSS, data=(x, y), cuda=False)
             run["pyhessian, one batch"] = _pulled(package, single, v)
-        times = turns(run, rounds=10)
+        times = take_turns(run, rounds=10, warm=1, clock=time.process_time)
         for what, seconds in times.items():
             share = seconds / times["gradient"] / (8 if "block" in what else 1)
             rows.append(
@@ -146,7 +133,7 @@ def ends(available: dict[str, ModuleType]) -> None:
     model = mlp()
     trained(model, x, y)
     n, params = 235146, list(model.parameters())
-    gradient = turns({"g": gradient_of(model, x, y)}, rounds=15)["g"]
+    gradient = take_turns({"g": gradient_of(model, x, y)}, rounds=15, warm=1, clock=time.process_time)["g"]
     exact = eigenvalues(hessian(Objective(model, CROSS, (x, y)).double()), (1, 5), "both", tol=1e-8).values
     rows = [["method", "products", "gradients of time", "largest relative error", "of λ_min"]]
 

@@ -11,7 +11,7 @@ import sys
 import time
 
 import torch
-from harness import table
+from harness import convnet, table
 from torch import nn
 
 import precond
@@ -22,12 +22,6 @@ from precond.diagnostics import Monitor
 def mlp() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
-
-
-def convnet() -> nn.Module:
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()]
-    return nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(1568, 10))
 
 
 OPTIMIZERS = {

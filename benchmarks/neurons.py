@@ -6,12 +6,11 @@ python benchmarks/neurons.py
 from __future__ import annotations
 
 import itertools
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
-from harness import table
+from harness import table, take_turns
 from torch import nn
 
 from precond.curvature import Objective, neuron_hessians, unit_curvatures
@@ -63,18 +62,6 @@ def one_by_one(objective: Objective) -> None:
                 slopes._blocks_by_products(range(module.out_features))
 
 
-def cpu_seconds(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Medians of the processor's time over rounds in which all take their turn; on one thread other load does not count."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for i in range(rounds + 1):
-        for name, f in candidates.items():
-            start = time.process_time()
-            f()
-            if i:
-                times[name].append(time.process_time() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
 def main() -> None:
     torch.set_num_threads(1)
     rows = [["network", "activation", "what", "gradient ms", "it ms", "gradients"]]
@@ -82,7 +69,7 @@ def main() -> None:
     def add(
         label: str, activation: type[nn.Module], what: str, objective: Objective, f: Callable[[], object], rounds: int
     ) -> None:
-        t = cpu_seconds({"gradient": lambda: gradient(objective), "it": f}, rounds)
+        t = take_turns({"gradient": lambda: gradient(objective), "it": f}, rounds, warm=1, clock=time.process_time)
         times = [f"{1e3 * t[k]:.1f}" for k in ("gradient", "it")]
         rows.append([label, activation.__name__, what, *times, f"{t['it'] / t['gradient']:.1f}"])
 

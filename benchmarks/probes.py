@@ -6,7 +6,7 @@ python benchmarks/probes.py
 from __future__ import annotations
 
 import torch
-from harness import table, take_turns
+from harness import convnet, table, take_turns
 from torch import nn
 
 import precond
@@ -15,12 +15,6 @@ import precond
 def mlp() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
-
-
-def convnet() -> nn.Module:
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()]
-    return nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(1568, 10))
 
 
 def closure(net: nn.Module, optimizer: torch.optim.Optimizer, batch: int):

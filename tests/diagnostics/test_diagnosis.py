@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import precond
+from alike import alike
 from precond import BNP, RMS, PreconditionedGD
 from precond.curvature import Objective
 from precond.diagnostics import diagnose, preconditioner_of
@@ -315,17 +316,6 @@ def test_advice_fits_the_optimizer():
 
 
 # --- leaving no trace --------------------------------------------------------------------------------------------------------
-
-
-def alike(a, b):
-    """Equal, tensors bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(alike, a, b))
-    return a == b
 
 
 def test_it_changes_nothing_and_repeats_itself():

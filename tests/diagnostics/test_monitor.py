@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import precond
+from alike import alike
 from precond import BNP, RMS, SAM, PreconditionedGD
 from precond.curvature import Objective, hessian
 from precond.diagnostics import Monitor, TensorBoard, preconditioner_of
@@ -92,16 +93,6 @@ def test_the_run_is_the_same_bit_for_bit(run, mode):
         monitor, watched = trained(every)
         assert monitor.last["lambda_max"] > 0
         assert alike(watched, without)
-
-
-def alike(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(alike, a, b))
-    return a == b
 
 
 def test_the_numbers():

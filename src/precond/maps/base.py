@@ -104,6 +104,29 @@ class Transposed(LinearMap):
         return self.map
 
 
+class Piecewise(LinearMap):
+    """A map made of maps on pieces of a vector, each of whose operations is that of the pieces."""
+
+    @abstractmethod
+    def _each(self, method: str, v: Vec) -> Vec:
+        """A method of every piece on its part of v."""
+
+    def mv(self, v: Vec) -> Vec:
+        return self._each("mv", v)
+
+    def rmv(self, v: Vec) -> Vec:
+        return self._each("rmv", v)
+
+    def solve(self, v: Vec) -> Vec:
+        return self._each("solve", v)
+
+    def rsolve(self, v: Vec) -> Vec:
+        return self._each("rsolve", v)
+
+    def gram(self, v: Vec) -> Vec:
+        return self._each("gram", v)
+
+
 class Identity(LinearMap):
     """P = I."""
 

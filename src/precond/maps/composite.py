@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from precond import vec
-from precond.maps.base import Identity, LinearMap
+from precond.maps.base import Identity, LinearMap, Piecewise
 from precond.maps.dense import Dense
 from precond.maps.diagonal import Diagonal
 from precond.vec import Vec
@@ -39,7 +39,7 @@ class Product(LinearMap):
         return self if delta == 0 else self.outer @ self.inner.damped(delta)
 
 
-class BlockDiagonal(LinearMap):
+class BlockDiagonal(Piecewise):
     """Maps side by side: each acts on the tensors at its own positions.
 
     Args:
@@ -62,21 +62,6 @@ class BlockDiagonal(LinearMap):
             for i, t in zip(positions, getattr(block, method)(tuple(v[i] for i in positions)), strict=True):
                 out[i] = t
         return tuple(out)
-
-    def mv(self, v: Vec) -> Vec:
-        return self._each("mv", v)
-
-    def rmv(self, v: Vec) -> Vec:
-        return self._each("rmv", v)
-
-    def solve(self, v: Vec) -> Vec:
-        return self._each("solve", v)
-
-    def rsolve(self, v: Vec) -> Vec:
-        return self._each("rsolve", v)
-
-    def gram(self, v: Vec) -> Vec:
-        return self._each("gram", v)
 
     def damped(self, delta: float) -> LinearMap:
         return BlockDiagonal([(i, m.damped(delta)) for i, m in self.blocks], self.like, self.rest.damped(delta))

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from precond.maps.base import LinearMap
+from precond.maps.base import LinearMap, Piecewise
 from precond.maps.dense import _mean_inverse
 from precond.maps.diagonal import Diagonal
 from precond.vec import Vec
@@ -258,7 +258,7 @@ class RowMatrix(LinearMap):
         return inner @ Diagonal((ones[0], ones[1] * (1 + absolute).rsqrt()))
 
 
-class Sliced(LinearMap):
+class Sliced(Piecewise):
     """Maps on (weight, part of a bias) pairs of one block: attention's projections share a bias, each owning a slice of it.
 
     Args:
@@ -281,21 +281,6 @@ class Sliced(LinearMap):
             if bias is not None:
                 out[bias][rows] = found[1]
         return tuple(out)
-
-    def mv(self, v: Vec) -> Vec:
-        return self._each("mv", v)
-
-    def rmv(self, v: Vec) -> Vec:
-        return self._each("rmv", v)
-
-    def solve(self, v: Vec) -> Vec:
-        return self._each("solve", v)
-
-    def rsolve(self, v: Vec) -> Vec:
-        return self._each("rsolve", v)
-
-    def gram(self, v: Vec) -> Vec:
-        return self._each("gram", v)
 
     def damped(self, delta: float) -> LinearMap:
         return Sliced([(w, b, rows, m.damped(delta)) for w, b, rows, m in self.parts], self.like)

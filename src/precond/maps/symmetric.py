@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from precond.maps.base import LinearMap
+from precond.maps.base import LinearMap, Piecewise
 from precond.maps.dense import Kronecker, _mean_inverse
 from precond.maps.diagonal import InverseRoot
 from precond.vec import Vec
@@ -96,7 +96,7 @@ class Unrooted(LinearMap):
         return self if delta == 0 else Unrooted(self.map.damped(delta))
 
 
-class Tiled(LinearMap):
+class Tiled(Piecewise):
     """One tensor, seen as a matrix (out, rest) that is cut into tiles, with a map for each.
 
     Args:
@@ -116,21 +116,6 @@ class Tiled(LinearMap):
         for rows, columns, tile in self.tiles:
             (out[rows, columns],) = getattr(tile, method)((out[rows, columns].contiguous(),))
         return (out.reshape(W.shape),)
-
-    def mv(self, v: Vec) -> Vec:
-        return self._each("mv", v)
-
-    def rmv(self, v: Vec) -> Vec:
-        return self._each("rmv", v)
-
-    def solve(self, v: Vec) -> Vec:
-        return self._each("solve", v)
-
-    def rsolve(self, v: Vec) -> Vec:
-        return self._each("rsolve", v)
-
-    def gram(self, v: Vec) -> Vec:
-        return self._each("gram", v)
 
     def damped(self, delta: float) -> LinearMap:
         return self if delta == 0 else Tiled([(r, c, m.damped(delta)) for r, c, m in self.tiles], self.like)

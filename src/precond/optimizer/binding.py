@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from precond.engine import cells as engine_cells
 from precond.engine.cells import Cell, Choice
 from precond.optimizer.naming import Naming
 from precond.optimizer.parameters import Owners
+
+Following = Literal["same", "renumbered", "broken"]
+"""Of the groups since a binding was made: nothing has changed; numbers have; parameters or strategies have."""
 
 
 @dataclass
@@ -49,10 +52,6 @@ class Binding:
             cell.preconditioner, cell.momentum = preconditioner, momentum
         self.options = options
         return "renumbered"
-
-
-Following = str
-"""``"same"``: nothing had changed; ``"renumbered"``: numbers had; ``"broken"``: parameters or strategies had."""
 
 
 def bind(

@@ -394,8 +394,9 @@ class PreconditionedGD(torch.optim.Optimizer):
     def _kernels(self) -> list[Kernel] | None:
         """The fused kernel of each cell, or None where they are not to be used or some cell has none."""
         if self._kernels_of is None:
-            found = kernels_of(self._bound.cells, self._bound.choices, self.rules, self._gradient_based)
-            self._kernels_of = (None if self.engine == "loop" else found,)
+            fuses = self.engine != "loop"
+            bound = self._bound
+            self._kernels_of = (kernels_of(bound.cells, bound.choices, self.rules, self._gradient_based) if fuses else None,)
         return self._kernels_of[0]
 
     def _fuse(self, loss: Any) -> bool:

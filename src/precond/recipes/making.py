@@ -12,6 +12,7 @@ from precond.engine.cells import Choice
 from precond.optimizer import PreconditionedGD
 from precond.optimizer.naming import Naming
 from precond.optimizer.parameters import Params
+from precond.preconditioners import Preconditioner
 from precond.regularizers import Regularizer
 from precond.schedules import numbers, replaced
 
@@ -63,3 +64,8 @@ def make(
 def statistics(regularizers: Iterable[Regularizer]) -> str:
     """From the regularized gradient, as torch's coupled decay and the literature's SAM-Adam; penalties in z take the P before."""
     return "lagged" if any(r.circular for r in regularizers) else "total"
+
+
+def after(inputs: Preconditioner | None, P: Preconditioner, group: Mapping[str, Any]) -> Preconditioner:
+    """P in the coordinates of an input-side preconditioner, whose numbers are the group's; None: P itself."""
+    return P if inputs is None else replaced(inputs, group) @ P

@@ -17,9 +17,9 @@ from precond.optimizer.parameters import Params
 from precond.preconditioners import RMS, SOAP, Muon, Preconditioner, Route, Shampoo
 from precond.preconditioners.kronecker import Sides
 from precond.preconditioners.newton_schulz import JORDAN
-from precond.recipes.making import make
+from precond.recipes.making import after, make
 from precond.regularizers import L2, Regularizer
-from precond.schedules import numbers, replaced
+from precond.schedules import numbers
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,8 @@ class _Muon:
             average,
         )
         others = RMS(group["betas"][1], group["adam_eps"])
-        P: Preconditioner = Route([(self.where, matrices), ("*", others, group["adam_lr_scale"])])
-        if self.inputs is not None:
-            P = replaced(self.inputs, group) @ P
-        return Choice(P, Momentum(group["betas"][0]), (L2(group["weight_decay"] / 2, space="z"),))
+        P = Route([(self.where, matrices), ("*", others, group["adam_lr_scale"])])
+        return Choice(after(self.inputs, P, group), Momentum(group["betas"][0]), (L2(group["weight_decay"] / 2, space="z"),))
 
 
 def muon(
@@ -99,7 +97,7 @@ def muon(
         "adam_eps": adam_eps,
         "adam_lr_scale": adam_lr_scale,
         "maximize": maximize,
-        **({} if inputs is None else numbers(inputs)),
+        **numbers(inputs),
     }
     state = {"m": "momentum_buffer", "r": "exp_avg_sq"}
     return make("muon", params, lr, _Muon(where, root, arithmetic, inputs), defaults, state, {}, regularizers, options)
@@ -113,7 +111,7 @@ class _SOAP:
 
     def __call__(self, group: Mapping[str, Any]) -> Choice:
         beta1, beta2 = group["betas"]
-        P: Preconditioner = SOAP(
+        P = SOAP(
             beta2,
             group["eps"],
             None if group["shampoo_beta"] < 0 else group["shampoo_beta"],
@@ -123,9 +121,7 @@ class _SOAP:
             self.sides,
             group["max_precond_dim"],
         )
-        if self.inputs is not None:
-            P = replaced(self.inputs, group) @ P
-        return Choice(P, Momentum(beta1), (L2(group["weight_decay"] / 2, space="z"),))
+        return Choice(after(self.inputs, P, group), Momentum(beta1), (L2(group["weight_decay"] / 2, space="z"),))
 
 
 def soap(
@@ -171,7 +167,7 @@ def soap(
         "factor_frequency": factor_frequency,
         "max_precond_dim": max_precond_dim,
         "maximize": maximize,
-        **({} if inputs is None else numbers(inputs)),
+        **numbers(inputs),
     }
     state = {"m": "exp_avg", "r": "exp_avg_sq"}
     return make("soap", params, lr, _SOAP(sides, drift, inputs), defaults, state, {}, regularizers, options)
@@ -187,7 +183,7 @@ class _Shampoo:
 
     def __call__(self, group: Mapping[str, Any]) -> Choice:
         beta1, beta2 = group["betas"]
-        P: Preconditioner = Shampoo(
+        P = Shampoo(
             self.power,
             None if group["shampoo_beta"] < 0 else group["shampoo_beta"],
             group["initial"],
@@ -201,9 +197,7 @@ class _Shampoo:
             beta2,
             group["eps"],
         )
-        if self.inputs is not None:
-            P = replaced(self.inputs, group) @ P
-        return Choice(P, Momentum(beta1), (L2(group["weight_decay"] / 2, space="z"),))
+        return Choice(after(self.inputs, P, group), Momentum(beta1), (L2(group["weight_decay"] / 2, space="z"),))
 
 
 def shampoo(
@@ -256,7 +250,7 @@ def shampoo(
         "initial": initial,
         "matrix_eps": matrix_eps,
         "maximize": maximize,
-        **({} if inputs is None else numbers(inputs)),
+        **numbers(inputs),
     }
     state = {"m": "exp_avg", "r": "exp_avg_sq"}
     build = _Shampoo(sides, power, method, graft, inputs)

@@ -14,9 +14,9 @@ from precond.momentum import Momentum
 from precond.optimizer import PreconditionedGD
 from precond.optimizer.parameters import Params
 from precond.preconditioners import RMS, AdaGrad, Fixed, Preconditioner
-from precond.recipes.making import make, statistics
+from precond.recipes.making import after, make, statistics
 from precond.regularizers import L2, Regularizer
-from precond.schedules import numbers, replaced
+from precond.schedules import numbers
 
 _ADAM_STATE = {"m": "exp_avg", "r": "exp_avg_sq", "r_max": "max_exp_avg_sq"}
 
@@ -161,11 +161,9 @@ class _Adam:
                 f"recipe's; use precond.{other} for it"
             )
         beta1, beta2 = group["betas"]
-        P: Preconditioner = RMS(beta2, group["eps"], amsgrad=group["amsgrad"])
-        if self.inputs is not None:
-            P = replaced(self.inputs, group) @ P
+        P = RMS(beta2, group["eps"], amsgrad=group["amsgrad"])
         space: Literal["z", "p"] = "z" if self.decoupled else "p"
-        return Choice(P, Momentum(beta1), (L2(group["weight_decay"] / 2, space=space),))
+        return Choice(after(self.inputs, P, group), Momentum(beta1), (L2(group["weight_decay"] / 2, space=space),))
 
 
 def adam(
@@ -210,10 +208,9 @@ def adam(
         "amsgrad": amsgrad,
         "maximize": maximize,
         "decoupled_weight_decay": decoupled_weight_decay,
+        **numbers(inputs),
     }
     unsupported = {"differentiable": differentiable, "capturable": capturable}
-    if inputs is not None:
-        defaults = {**defaults, **numbers(inputs)}
     state = _ADAM_STATE if inputs is None else {"m": "exp_avg", "inner.r": "exp_avg_sq", "inner.r_max": "max_exp_avg_sq"}
     return make(name, params, lr, _Adam(decoupled_weight_decay, inputs), defaults, state, unsupported, regularizers, options)
 

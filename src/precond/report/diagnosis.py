@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
@@ -16,6 +15,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from precond.diagnostics import Diagnosis, Layer
 from precond.diagnostics.advice import number
 from precond.diagnostics.diagnosis import LABELS, block_texts
+from precond.report.rendering import render_template
 from precond.report.style import Pen, log_axis, pen, svg
 from precond.workloads import write_atomically
 
@@ -41,18 +41,15 @@ def render_diagnosis(found: Diagnosis, title: str, facts: dict[str, str], comman
         facts: what it is about and how it was made, by name.
         command: that made it, or nothing.
     """
-    environment = Environment(
-        loader=PackageLoader("precond.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     columns = [name for name in _ORDER if name in found.columns]
     shown = sorted(found.layers, key=lambda layer: -_finite(layer.kappa_now))[:_FIGURES]
     shown = [layer for layer in found.layers if layer in shown]
-    return environment.get_template("diagnosis.html").render(
+    return render_template(
+        "diagnosis.html",
         title=title,
         command=command,
         facts=facts,
         found=found,
-        style=Markup((Path(__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")),
         cards=_cards(found),
         advice=[(a, number(a.gain)) for a in found.advice],
         columns=[LABELS.get(name, name) for name in columns],

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
 from precond.evidence import Bars, Plot, Section, Statement, study
+from precond.report.rendering import render_template
 from precond.report.style import log_axis, pen, svg
 from precond.workloads import write_atomically
 
@@ -76,11 +76,9 @@ def render_evidence(sections: Sequence[Section], facts: dict[str, str], command:
         facts: how it was made, by name.
         command: that made it.
     """
-    environment = Environment(
-        loader=PackageLoader("precond.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     figures = {s.name: _figure(s) for section in sections for s in section.statements if s.finding.figure is not None}
-    return environment.get_template("evidence.html").render(
+    return render_template(
+        "evidence.html",
         sections=sections,
         figures=figures,
         counts=counts(sections),
@@ -92,7 +90,6 @@ def render_evidence(sections: Sequence[Section], facts: dict[str, str], command:
         facts=facts,
         command=command,
         seconds=sum(s.seconds for section in sections for s in section.statements),
-        style=Markup((Path(__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")),
     )
 
 

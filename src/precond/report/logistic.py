@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from precond.report.numbers import NONE
+from precond.report.rendering import render_template
 from precond.report.results import to_json
 from precond.report.style import log_axis, pen, svg
 from precond.workloads import write_atomically
@@ -64,11 +64,8 @@ def render_logistic(
     found: Sequence[tuple[Logistic, Sequence[Descent]]], facts: Mapping[str, Any], tolerance: float, command: str
 ) -> str:
     """The page, with styles and figures inside and nothing loaded from elsewhere; all text is escaped."""
-    environment = Environment(
-        loader=PackageLoader("precond.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("logistic.html").render(
-        style=Markup((Path(__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")),
+    return render_template(
+        "logistic.html",
         command=command,
         facts=facts,
         tolerance=f"{tolerance:g}",

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from precond.report import numbers
 from precond.report.figures import WORK_LABELS, curves, profiles, searches
+from precond.report.rendering import render_template
 from precond.report.results import Clock, Results, TaskResults
 from precond.report.style import Pen, pen
 from precond.report.summary import Row, Spread, Work, at_edge, table
@@ -49,16 +49,13 @@ class Matrix:
 
 def render(results: Results) -> str:
     """The page, with styles and figures inside and nothing loaded from elsewhere; all text is escaped."""
-    environment = Environment(
-        loader=PackageLoader("precond.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     labels = list(dict.fromkeys(entry.label for task in results.tasks for entry in task.entries))
     pens = {label: pen(index) for index, label in enumerate(labels)}
     several = len(results.tasks) > 1
-    return environment.get_template("report.html").render(
+    return render_template(
+        "report.html",
         results=results,
         several=several,
-        style=Markup((Path(__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")),
         legend=list(pens.items()),
         cards=[] if several else _cards(results.tasks[0], table(results.tasks[0]), results.clock),
         tasks=[_task(task, results.clock, pens, f"{number}-") for number, task in enumerate(results.tasks)],
