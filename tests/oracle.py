@@ -49,7 +49,17 @@ def damped(P: Tensor, delta: float, blocks: Sequence[Tensor]) -> Tensor:
 # --- preconditioners: histories of gradients → P -------------------------------------------------------------------------
 
 
-class Diagonal:
+class Preconditioner:
+    """P = F N. The momentum of cotangents is an average of y = Fᵀg, each y with the F of its step."""
+
+    def P(self) -> Tensor:
+        raise NotImplementedError
+
+    def F(self) -> Tensor:
+        return torch.eye(len(self.P()), dtype=torch.float64)
+
+
+class Diagonal(Preconditioner):
     """P = diag(h^(−1/2)), h from all gradients so far."""
 
     advised = 0.1
@@ -88,7 +98,7 @@ def rms(decay=0.999, eps=1e-8, start="zero", bias_correction=True, centered=Fals
     return lambda tensors: Diagonal(tensors, h)
 
 
-class Given:
+class Given(Preconditioner):
     """A fixed matrix P; damped over all of it, or over the blocks that it states."""
 
     advised = 0.0
@@ -106,8 +116,11 @@ class Given:
         return damped(self.matrix, self.advised if delta is None else delta, self.blocks)
 
 
-class Chain:
-    """P = P₁P₂, P₂ adapting to P₁ᵀg. A ``structured`` P₁ stays as it is and P₂ is damped; else the product is, as one map."""
+class Chain(Preconditioner):
+    """P = P₁P₂, P₂ adapting to P₁ᵀg, with the momentum in z₁ too.
+
+    A ``structured`` P₁ stays as it is and P₂ is damped; else the product is, as one map.
+    """
 
     def __init__(self, outer, inner, tensors: Sequence[Tensor], structured: bool = False):
         self.outer, self.inner, self.structured = outer, inner, structured
@@ -121,13 +134,16 @@ class Chain:
     def P(self) -> Tensor:
         return self.outer.P() @ self.inner.P()
 
+    def F(self) -> Tensor:
+        return self.outer.P() @ self.inner.F()
+
     def damped(self, delta: float | None) -> Tensor:
         if self.structured:
             return self.outer.P() @ self.inner.damped(delta)
         return damped(self.P(), self.advised if delta is None else delta, self.blocks)
 
 
-class Parts:
+class Parts(Preconditioner):
     """Each part of the vector with a preconditioner of its own; each is damped as it advises."""
 
     def __init__(self, parts: Sequence[tuple[Tensor, object]], diagonal: bool = True):
@@ -146,6 +162,9 @@ class Parts:
 
     def P(self) -> Tensor:
         return self._place([part.P() for _, part in self.parts])
+
+    def F(self) -> Tensor:
+        return self._place([part.F() for _, part in self.parts])
 
     def damped(self, delta: float | None) -> Tensor:
         return self._place([part.damped(delta) for _, part in self.parts])
@@ -322,12 +341,13 @@ class Descent:
         return C @ penalty.shift(penalty.at(self.t), gradient(lambda w: self.loss(C @ w), w), w)
 
     def _averaged(self, P: Tensor, slope: Tensor) -> Tensor:
-        """The running average of p-cotangents P⁻ᵀ∇_z, or of tangents P∇_z, in z."""
+        """The running average of cotangents y = FᵀP⁻ᵀ∇_z, or of tangents P∇_z, in z."""
         if self.momentum is None:
             return slope
         if self.momentum.of == "cotangent":
-            self.averaged.append(torch.linalg.solve(P.T, slope))
-            return P.T @ self.momentum.of_history(self.averaged)
+            F = self.preconditioner.F()
+            self.averaged.append(F.T @ torch.linalg.solve(P.T, slope))
+            return P.T @ torch.linalg.solve(F.T, self.momentum.of_history(self.averaged))
         self.averaged.append(P @ slope)
         return torch.linalg.solve(P, self.momentum.of_history(self.averaged))
 

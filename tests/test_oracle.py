@@ -238,6 +238,17 @@ PRECONDITIONERS |= {
             lambda r, c: oracles.SOAP(r, c, 0.9, every=2, sides=("left",) if r <= c else ("right",)), oracle.rms(0.9)
         ),
     ),
+    "dense@soap": (
+        Fixed(Dense(P1)) @ SOAP(0.9, every=2, sides="smaller"),
+        lambda: oracle.Chain(
+            oracle.Given(P1),
+            with_matrices(
+                lambda r, c: oracles.SOAP(r, c, 0.9, every=2, sides=("left",) if r <= c else ("right",)), oracle.rms(0.9)
+            ),
+            TENSORS,
+            structured=True,
+        ),
+    ),
     "muon": (
         Route([(is_matrix, Muon())], otherwise=RMS(0.9)),
         lambda: with_matrices(lambda r, c: oracles.Muon(r, c, scale=max(1.0, r / c) ** 0.5), oracle.rms(0.9)),
@@ -339,7 +350,7 @@ def test_sweep(name, penalty):
     assert (end - plain(name)).abs().max() > 1e-5  # the penalty was felt
 
 
-SOME = ["identity", "rms", "dense", "dense@rms", "structured@rms", "route", "soap"]
+SOME = ["identity", "rms", "dense", "dense@rms", "rms@dense", "structured@rms", "route", "soap", "dense@soap"]
 EVERYTHING = (
     [L2(0.1), L1(0.05), L2(0.03, "p"), L1(0.02, "p"), GradientNorm(0.01, method="exact", damping=0.2)],
     [

@@ -22,7 +22,8 @@ class Momentum:
     | ``"heavy_ball"`` | m ← βm + (1−τ)a | m |
     | ``"nesterov"`` | m ← βm + (1−τ)a | (1−τ)a + βm |
 
-    An average of cotangents stays valid when P changes; M is applied after it.
+    An average of cotangents stays valid when P changes; M is applied after it. In a composition P₁P₂ it is one of P₁ᵀa, in the
+    coordinates in which P₂ is made (:class:`~precond.Composition`).
 
     Args:
         beta: β in [0, 1).
@@ -92,7 +93,7 @@ class Momentum:
         return m
 
     def _fold(self, m: Vec, a: Vec) -> None:
-        if self.kind == "ema":
+        if self.kind == "ema" or self.dampening == self.beta:
             torch._foreach_lerp_(m, a, 1 - self.beta)
         else:
             torch._foreach_mul_(m, self.beta)

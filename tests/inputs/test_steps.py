@@ -11,7 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from inputs.layers import data
-from precond import BNP, L1, L2, RMS, SAM, AdaGrad, GradientNorm, LossClosure, Momentum, PreconditionedGD, Preconditioner
+from precond import (
+    BNP,
+    L1,
+    L2,
+    RMS,
+    SAM,
+    AdaGrad,
+    GradientNorm,
+    LossClosure,
+    Momentum,
+    PreconditionedGD,
+    Preconditioner,
+    Whitening,
+)
+from precond.preconditioners.compose import Composition
 from precond.schedules import TimesLr
 
 torch.set_num_threads(1)
@@ -239,7 +253,7 @@ def test_other_layer_names_are_matched_by_name_and_told():
 
 @pytest.mark.parametrize("inner", ["RMS", "AdaGrad"])
 def test_composition_is_the_inner_method_in_the_outer_coordinates(inner):
-    """step = P₁·Adam(P₁ᵀg) with momentum kept in p: P₁ D⁻¹ P₁ᵀm̂, D = √r̂ + ε, r of (P₁ᵀg)²; P₁ of eq. (25)."""
+    """step = P₁·Adam(P₁ᵀg): P₁ D⁻¹ m̂, D = √r̂ + ε, m of P₁ᵀg and r of its square, each with the P₁ of its step (eq. 25)."""
     torch.manual_seed(0)
     layer = nn.Linear(3, 2).double()
     choice = RMS(decay=0.9) if inner == "RMS" else AdaGrad()
@@ -257,15 +271,60 @@ def test_composition_is_the_inner_method_in_the_outer_coordinates(inner):
         g = torch.cat([error.sum(0)[:, None], error.T @ x], 1)
         y = g @ P
         r = 0.9 * r + 0.1 * y**2 if inner == "RMS" else r + y**2
-        m = 0.8 * m + 0.2 * g
+        m = 0.8 * m + 0.2 * y
         D = (r / (1 - 0.9**t)).sqrt() + 1e-8 if inner == "RMS" else r.sqrt() + 1e-10
-        new = torch.cat([b[:, None], W], 1) - 0.05 * ((m / (1 - 0.8**t)) @ P / D) @ P.T
+        new = torch.cat([b[:, None], W], 1) - 0.05 * (m / (1 - 0.8**t) / D) @ P.T
         b, W = new[:, 0], new[:, 1:]
         optimizer.zero_grad()
         layer(x).square().mean().backward()
         optimizer.step()
         torch.testing.assert_close(layer.weight.detach(), W, rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(layer.bias.detach(), b, rtol=1e-9, atol=1e-11)
+
+
+def weights_of_averages(t: int, beta: float, rho: float) -> tuple[Tensor, Tensor]:
+    """The weights of y₁ … y_t in m̂, and of their squares in r̂."""
+    age = torch.arange(t - 1, -1, -1, dtype=torch.float64)
+    return (1 - beta) * beta**age / (1 - beta**t), (1 - rho) * rho**age / (1 - rho**t)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("outer", [BNP(), BNP(decay=0.0, damping=0.0), Whitening(every=3, observe_steps=2)], ids=str)
+def test_adams_steps_in_the_outer_coordinates_are_bounded_while_these_move(outer, size, monkeypatch):
+    """u = P₁⁻¹(step) obeys |uᵢ| = |m̂ᵢ|/√r̂ᵢ ≤ (Σwₛ²/vₛ)^½ (Cauchy–Schwarz), as where P₁ stands still.
+
+    The units of a layer are often silent and its inputs often zero, so that many entries of r are zero until P₁ has moved; a
+    momentum mapped by a newer P₁ than r takes steps of 1e5 and more here.
+    """
+    coordinates = []
+    factors = Composition.factors
+
+    def spied(self, state):
+        F, N = factors(self, state)
+        coordinates.append(copy.deepcopy(F))  # a refresh after the step writes into it
+        return F, N
+
+    monkeypatch.setattr(Composition, "factors", spied)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 15), nn.ReLU(), nn.Linear(15, 10), nn.ReLU(), nn.Linear(10, 3)).double()
+    lr, steps = 0.01, 25
+    optimizer = PreconditionedGD(model, lr, preconditioner=outer @ RMS(0.99), momentum=Momentum(0.9), engine="loop")
+    largest = 0.0
+    for t in range(1, steps + 1):
+        before = [p.detach().clone() for p in model.parameters()]
+        coordinates.clear()
+        optimizer.zero_grad()
+        x = (torch.randn(size, 20, dtype=torch.float64) - 1).relu()
+        nn.functional.cross_entropy(model(x), torch.randint(3, (size,))).backward()
+        optimizer.step()
+        w, v = weights_of_averages(t, 0.9, 0.99)
+        bound = float((w.square() / v).sum().sqrt())
+        moved = [(p.detach() - q) / lr for p, q in zip(model.parameters(), before, strict=True)]
+        for F, step in zip(coordinates, zip(moved[::2], moved[1::2], strict=True), strict=True):
+            u = max(float(x.abs().max()) for x in F.solve(step))
+            assert u <= bound * (1 + 1e-6)
+            largest = max(largest, u / bound)
+    assert largest > 0.9  # the bound is one that steps reach
 
 
 def test_what_the_outer_map_does_not_handle_the_inner_one_takes_over():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from oracle import damped, root
+from oracle import Preconditioner, damped, root
 
 
 def power(S: Tensor, e: float, floor: float = 0.0) -> Tensor:
@@ -16,7 +16,7 @@ def power(S: Tensor, e: float, floor: float = 0.0) -> Tensor:
     return V @ torch.diag(torch.maximum(s, floor * s.max()) ** e) @ V.T
 
 
-class Matrix:
+class Matrix(Preconditioner):
     """P of one weight (rows, columns), from its gradients; what subclasses say of M or P."""
 
     diagonal = False

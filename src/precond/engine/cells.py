@@ -86,12 +86,20 @@ class Cell:
         self.momentum.fold(own, gradient)
         return self.momentum.current(own, gradient)
 
-    def frame(self) -> LinearMap | None:
-        """The coordinates in which the momentum of cotangents is kept; None: those of the parameters."""
-        return self.preconditioner.frame(self.state) if self.handled else None
+    def factors(self) -> tuple[LinearMap, LinearMap]:
+        """(F, N) with P = F N; the momentum of cotangents is kept in the coordinates of F."""
+        return self.preconditioner.factors(self.state) if self.handled else (Identity(), Identity(self.block.tensors))
+
+    def averaged(self, a: Vec, of: str, fold: bool = True) -> Vec:
+        """The momentum of cotangents (in the coordinates of F) or of tangents with a folded in; a itself where it is of the other."""
+        if self.momentum is None or self.momentum.of != of:
+            return a
+        if fold:
+            self.momentum.fold(self.average, a)
+        return self.momentum.current(self.average, a)
 
     def refresh(self) -> None:
-        """Work after the step; the momentum moves with its frame."""
+        """Work after the step; the momentum moves with its coordinates."""
         if self.handled and (change := self.preconditioner.refresh(self.state)) is not None and self.keeps_cotangents:
             for name in ("m", "clean"):
                 if name in self.average:

@@ -81,7 +81,8 @@ def step(point: Point, rules: Rules, evidence: Evidence) -> Vec:
     """Move the parameters' values ``point.p`` (in place) and commit all state; returns the step u in p ← p − αu."""
     regularizers = point.choices[0].regularizers
     lagged = rules.statistics_from == "lagged"
-    maps = cache(point.maps)  # after `observe`: asked for by the late terms alone
+    factors = cache(point.factors)  # after `observe`: asked for by the late terms alone, and by the descent
+    maps = cache(lambda: [F @ N for F, N in factors()])
     before = cache(lambda: point.maps(ahead(point, rules)))
     ats = [
         point.at(
@@ -105,13 +106,15 @@ def step(point: Point, rules: Rules, evidence: Evidence) -> Vec:
             factor = _clip_factor(rules.max_norm, point.sums.norm(a))
             source, a = vec.scale(source, factor), vec.scale(a, factor)
         observe(point, source)
-    P = point.joined(maps())
     late = [r.term(at) for r, at, now in zip(regularizers, ats, is_early, strict=True) if not now]
     a = assemble(a, late)
     if rules.max_norm is not None and factor is None:
-        length = point.sums.norm(a) if rules.norm_space == "p" else point.sums.dot(a, P.gram(a)).clamp_min(0).sqrt()
+        if rules.norm_space == "p":
+            length = point.sums.norm(a)
+        else:
+            length = point.sums.dot(a, point.joined(maps()).gram(a)).clamp_min(0).sqrt()
         a = vec.scale(a, _clip_factor(rules.max_norm, length))
-    u = descent(point, P, a)
+    u = descent(point, factors(), a)
     for term in [*early, *late]:
         if isinstance(term, Tangent):
             u = vec.add(u, term.formed())
@@ -135,36 +138,21 @@ def assemble(g: Vec, terms: Sequence[Term]) -> Vec:
     return g
 
 
-def descent(point: Point, P: LinearMap, a: Vec) -> Vec:
-    """M · momentum(a), or momentum(M a) where the momentum is one of tangents."""
-    before = _average(point, a, "cotangent")
-    return _average(point, P.gram(before), "tangent")
-
-
-def _average(point: Point, a: Vec, of: str, fold: bool = True) -> Vec:
-    out: list[Tensor] = []
-    for cell, span in point.spans:
-        momentum = cell.momentum
-        if momentum is None or momentum.of != of:
-            out += a[span]
-        else:
-            frame = cell.frame() if of == "cotangent" else None
-            mine = a[span] if frame is None else frame.rmv(a[span])
-            if fold:
-                momentum.fold(cell.average, mine)
-            mine = momentum.current(cell.average, mine)
-            out += mine if frame is None else frame.mv(mine)
-    return tuple(out)
+def descent(point: Point, factors: Sequence[tuple[LinearMap, LinearMap]], a: Vec, fold: bool = True) -> Vec:
+    """F N Nᵀ · momentum(Fᵀa) with P = F N, or momentum(M a) where the momentum is one of tangents."""
+    u: list[Tensor] = []
+    for (cell, span), (F, N) in zip(point.spans, factors, strict=True):
+        y = cell.averaged(F.rmv(a[span]), "cotangent", fold)
+        u += cell.averaged(F.mv(N.gram(y)), "tangent", fold)
+    return tuple(u)
 
 
 def last_update(point: Point) -> Vec:
     """The u of the step just taken, from the state that it left; exact where an average holds what was descended."""
-    P = point.joined(point.maps())
     regularizers = point.choices[0].regularizers
     terms = [r.term(point.at(k, point.maps)) for k, r in enumerate(regularizers) if not (r.probes or r.exact)]
     a = assemble(point.g, terms)
-    before = _average(point, a, "cotangent", fold=False)
-    u = _average(point, P.gram(before), "tangent", fold=False)
+    u = descent(point, point.factors(), a, fold=False)
     for term in terms:
         if isinstance(term, Tangent):
             u = vec.add(u, term.formed())

@@ -64,6 +64,10 @@ class Point:
         own = [cell.state for cell in self.cells] if states is None else states
         return [cell.map(state) for cell, state in zip(self.cells, own, strict=True)]
 
+    def factors(self) -> list[tuple[LinearMap, LinearMap]]:
+        """(F, N) of each cell, P = F N, from the cells' own states."""
+        return [cell.factors() for cell in self.cells]
+
     def joined(self, maps: Sequence[LinearMap]) -> LinearMap:
         """P over all tensors, from the maps of the cells."""
         return block_diagonal([(range(s.start, s.stop), m) for (_, s), m in zip(self.spans, maps, strict=True)], self.p)

@@ -12,7 +12,7 @@ from torch import Tensor
 from precond import blocks
 from precond.blocks import Block, Leaf, State
 from precond.inputs import Moments, Request
-from precond.maps import LinearMap
+from precond.maps import Identity, LinearMap
 from precond.vec import Vec
 
 if TYPE_CHECKING:
@@ -117,15 +117,18 @@ class Preconditioner(ABC):
         """(site name, request, the mean that deviations are measured from) to observe before the next step; nothing by default."""
         return ()
 
-    def frame(self, state: State) -> LinearMap | None:
-        """Orthogonal coordinates in which the momentum of cotangents is kept, p = Q·(…); None: those of the parameters."""
-        return None
+    def factors(self, state: State) -> tuple[LinearMap, LinearMap]:
+        """(F, N) with P = F N: the momentum of cotangents is kept in the coordinates of F, as an average of Fᵀg.
+
+        F is the identity by default. Where N is made of Fᵀg, step after step, its numerator then sees what its denominator saw.
+        """
+        return Identity(), self.map(state)
 
     def refresh(self, state: State) -> LinearMap | None:
         """Work after the step, such as new eigenbases; nothing by default.
 
         Returns:
-            What carries a vector from the frame before into the frame after, Q₁ᵀQ₀; None where the frame stands.
+            What carries the momentum from the coordinates of F before into those after; None where it is left as it is.
         """
         return None
 

@@ -21,6 +21,11 @@ class Composition(Preconditioner):
     """p = P₁z₁, z₁ = P₂z₂: the inner one adapts to the gradient in the outer one's coordinates, P₁ᵀg.
 
     ``outer @ inner`` makes it. What the outer one does not handle it leaves as it is, and the inner one takes over.
+
+    The inner method lives in z₁ altogether: its statistics and the momentum of cotangents are averages of y = P₁ᵀg, each y with the
+    P₁ of its step, and forget at their own rates where P₁ moves. So what Adam divides and what it divides by have the same history
+    in the same coordinates, and its step in z₁ is bounded as it always is; a momentum in p, mapped by the newest P₁, would meet
+    entries of r that know nothing of it.
     """
 
     outer: Preconditioner
@@ -102,12 +107,20 @@ class Composition(Preconditioner):
         inner = self.inner.map(state["inner"]) if self.inner.handles(block) else Identity(block.tensors)
         return self._outer(state) @ inner
 
+    def factors(self, state: State) -> tuple[LinearMap, LinearMap]:
+        # A map that is made of the momentum takes it in the coordinates of the step in progress.
+        if self.uses_momentum or not self.inner.handles(state["inner"].block):
+            return super().factors(state)
+        F, N = self.inner.factors(state["inner"])
+        return self._outer(state) @ F, N
+
     def wanted(self, state: State) -> Iterable[tuple[str, Request, Tensor | None]]:
         for name, part in (("outer", self.outer), ("inner", self.inner)):
             if part.handles(state[name].block):
                 yield from part.wanted(state[name])
 
-    def refresh(self, state: State) -> None:
-        for name, part in (("outer", self.outer), ("inner", self.inner)):
-            if part.handles(state[name].block):
-                part.refresh(state[name])
+    def refresh(self, state: State) -> LinearMap | None:
+        if self.outer.handles(state["outer"].block):
+            self.outer.refresh(state["outer"])
+        change = self.inner.refresh(state["inner"]) if self.inner.handles(state["inner"].block) else None
+        return None if self.uses_momentum else change

@@ -87,7 +87,7 @@ class SOAP(Preconditioner):
         return state
 
     def observe(self, state: State, seen: Seen) -> None:
-        (rotated,) = self.frame(state).rmv(seen.gradient)
+        (rotated,) = self.basis(state).rmv(seen.gradient)
         state["r"][0].mul_(self.decay).addcmul_(rotated, rotated, value=1 - self.decay)
         self.fold(state, seen.gradient[0])
 
@@ -100,15 +100,20 @@ class SOAP(Preconditioner):
             if name in state:
                 fold(state[name], as_matrix(gradient), name == "right", keep, 1 - keep)
 
-    def frame(self, state: State) -> Kronecker:
+    def basis(self, state: State) -> Kronecker:
+        """Q_A ⊗ Q_B."""
         return Kronecker(state.get("left_basis"), state.get("right_basis"), state.block.tensors)
 
     def map(self, state: State) -> LinearMap:
+        Q, D = self.factors(state)
+        return Q @ D
+
+    def factors(self, state: State) -> tuple[LinearMap, LinearMap]:
         (r,), (t,) = state["r"], state.steps
         h = (r / (1 - self.decay**t)).sqrt_().add_(self.eps)
         if self.eps == 0:
             h = torch.where(h == 0, torch.inf, h)
-        return self.frame(state) @ InverseRoot((h,), holes=self.eps == 0)
+        return self.basis(state), InverseRoot((h,), holes=self.eps == 0)
 
     def due(self, step: float) -> bool:
         """Whether bases may be renewed after a step."""

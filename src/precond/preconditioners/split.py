@@ -9,7 +9,7 @@ from torch import Tensor
 
 from precond.blocks import Block, State
 from precond.inputs import Request
-from precond.maps import BlockDiagonal, LinearMap
+from precond.maps import BlockDiagonal, Identity, LinearMap
 from precond.preconditioners.base import Needs, Part, Preconditioner, Seen, strictest
 
 
@@ -73,13 +73,20 @@ class Split(Preconditioner):
     def map(self, state: State) -> LinearMap:
         return BlockDiagonal([(p.index, p.preconditioner.map(sub)) for p, sub in self._each(state)], state.block.tensors)
 
+    def factors(self, state: State) -> tuple[LinearMap, LinearMap]:
+        pairs = [(p.index, *p.preconditioner.factors(sub)) for p, sub in self._each(state)]
+        F, N = ([(pair[0], pair[k]) for pair in pairs] for k in (1, 2))
+        like = state.block.tensors
+        return (Identity() if all(isinstance(m, Identity) for _, m in F) else BlockDiagonal(F, like)), BlockDiagonal(N, like)
+
     def wanted(self, state: State) -> Iterable[tuple[str, Request, Tensor | None]]:
         for part, sub in self._each(state):
             yield from part.preconditioner.wanted(sub)
 
-    def refresh(self, state: State) -> None:
-        for part, sub in self._each(state):
-            part.preconditioner.refresh(sub)
+    def refresh(self, state: State) -> LinearMap | None:
+        changes = [(part.index, part.preconditioner.refresh(sub)) for part, sub in self._each(state)]
+        moved = [(index, change) for index, change in changes if change is not None]
+        return BlockDiagonal(moved, state.block.tensors) if moved else None
 
 
 def over(index: tuple[int, ...], parts: Sequence[Part]) -> Preconditioner:
