@@ -17,11 +17,12 @@ from precond.cli.settings import Integers, Texts
 from precond.report.results import to_json
 from precond.workloads import Task
 from precond.workloads.fashion_study import fashion_tasks
+from precond.workloads.race import race_tasks
 
-Name = Literal["fashion-mnist"]
+Name = Literal["fashion-mnist", "race"]
 
 # A new study is a function that makes its tasks, and one row here.
-STUDIES: dict[str, Callable[..., tuple[Task, ...]]] = {"fashion-mnist": fashion_tasks}
+STUDIES: dict[str, Callable[..., tuple[Task, ...]]] = {"fashion-mnist": fashion_tasks, "race": race_tasks}
 
 
 @dataclass(frozen=True)

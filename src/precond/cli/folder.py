@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -26,26 +27,41 @@ class Folder:
     path: Path
     checkpoint_seconds: float
 
-    def claim(self, settings: dict[str, Any], resume: bool) -> IO[bytes] | None:
-        """Make the folder that of these settings, and keep other processes away from it while the returned file is open.
+    @contextmanager
+    def claimed(self, settings: dict[str, Any], tasks: Iterable[str], resume: bool) -> Iterator[None]:
+        """Make the folder that of these settings, and keep other processes away from these tasks.
+
+        Processes with the same settings and other tasks may work in it at the same time.
 
         Args:
             settings: everything that the results depend on, as JSON's own types.
+            tasks: names of the tasks' folders.
             resume: keep what the same settings left there; otherwise remove it.
 
         Raises:
-            UserError: where it holds the work of other settings, or another process works in it.
+            UserError: where it holds the work of other settings, or another process works on one of the tasks.
             WriteError: where it cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = _locked(self.path)
-        file = self.path / "settings.json"
-        if not resume:
-            self._clear()
-        elif file.exists():
-            self._compare(file, settings)
-        write_atomically(file, json.dumps(settings, indent=1, ensure_ascii=False).encode())
-        return lock
+        with ExitStack() as locks:
+            whole = locks.enter_context(_opened(self.path / ".lock"))
+            # Who removes or compares and writes must be alone; who trains shares the folder.
+            if not _locked(whole, alone=not resume):
+                raise self._busy()
+            for task in tasks:
+                if not _locked(locks.enter_context(_opened(self.path / "trainings" / task / ".lock")), alone=True):
+                    raise self._busy()
+            file = self.path / "settings.json"
+            if not resume:
+                self._clear()
+                _locked(whole, alone=False)
+            elif file.exists():
+                self._compare(file, settings)
+            if not file.exists():
+                write_atomically(file, json.dumps(settings, indent=1, ensure_ascii=False).encode())
+            yield
+
+    def _busy(self) -> UserError:
+        return UserError(f"another process works in {self.path}; wait until it ends, or name another folder with --out")
 
     def _compare(self, file: Path, settings: dict[str, Any]) -> None:
         remedy = "name another folder with --out, or start all over with --no-resume"
@@ -94,23 +110,24 @@ class Folder:
         self.checkpoint(slug).discard()
 
 
-def _locked(folder: Path) -> IO[bytes] | None:
+def _opened(path: Path) -> IO[bytes]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return open(path, "wb")
+
+
+def _locked(file: IO[bytes], alone: bool) -> bool:
+    """Hold a lock until the file is closed, with others or alone; False where another process is in the way."""
     try:
         import fcntl
     except ImportError:  # not a POSIX system
-        return None
-    file = open(folder / ".lock", "wb")  # noqa: SIM115 - stays open as long as the caller keeps it
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise UserError(f"another process works in {folder}; wait until it ends, or name another folder with --out") from error
-    except OSError:
-        # Some network file systems have no locks: better to work without one than not at all.
-        with suppress(OSError):
-            file.close()
-        return None
-    return file
+        return True
+    # Some network file systems have no locks: better to work without one than not at all.
+    with suppress(OSError):
+        try:
+            fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 def _shown(value: Any) -> str:

@@ -21,7 +21,7 @@ from precond.cli.errors import UserError
 from precond.cli.folder import Folder
 from precond.cli.progress import Live
 from precond.cli.stopping import stopping
-from precond.cli.study import Study
+from precond.cli.study import Study, folder_name
 from precond.cli.tables import final_tables
 from precond.report import Clock, Results, save_page, save_results, table
 from precond.report.environment import machine, versions
@@ -68,34 +68,32 @@ def launch(title: str, tasks: Sequence[Task], settings: dict[str, Any], where: W
         console = Console(highlight=False, width=160)
     line = shlex.join(["precond", *argv])
     try:
-        lock = folder.claim(identity, where.resume)
-        for words in study.budget():
-            console.print(Text(words), soft_wrap=True)
-        with stopping() as stop, Live(console, study.amount, stop) as live:
-            try:
-                found = study.run(folder, live)
-            except Interrupted as interrupted:
-                return _interrupted(live, interrupted, folder, line, stop.signal or signal.SIGINT)
-        # With one thread on the processor its own clock counts the work of this process alone.
-        clock: Clock = "cpu_seconds" if torch.get_num_threads() == 1 and where.device == "cpu" else "seconds"
-        results = Results(
-            title=f"precond {title}",
-            command=line,
-            created=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-            clock=clock,
-            settings=settings,
-            versions=versions(),
-            machine=machine(where.device),
-            tasks=found,
-        )
-        save_results(folder.path / "results.json", results, [[row.as_dict() for row in table(task)] for task in found])
-        save_page(folder.path / "report.html", results)
+        with folder.claimed(identity, map(folder_name, tasks), where.resume):
+            for words in study.budget():
+                console.print(Text(words), soft_wrap=True)
+            with stopping() as stop, Live(console, study.amount, stop) as live:
+                try:
+                    found = study.run(folder, live)
+                except Interrupted as interrupted:
+                    return _interrupted(live, interrupted, folder, line, stop.signal or signal.SIGINT)
+            # With one thread on the processor its own clock counts the work of this process alone.
+            clock: Clock = "cpu_seconds" if torch.get_num_threads() == 1 and where.device == "cpu" else "seconds"
+            results = Results(
+                title=f"precond {title}",
+                command=line,
+                created=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+                clock=clock,
+                settings=settings,
+                versions=versions(),
+                machine=machine(where.device),
+                tasks=found,
+            )
+            save_results(folder.path / "results.json", results, [[row.as_dict() for row in table(task)] for task in found])
+            save_page(folder.path / "report.html", results)
     except (CheckpointError, WriteError) as error:
         raise UserError(str(error)) from error
     except OSError as error:
         raise UserError(f"cannot work in {folder.path}: {error}; name another folder with --out") from error
-    if lock is not None:
-        lock.close()
     if live.known:
         console.print(f"{live.known} of {study.amount} trainings were done before (--no-resume repeats them).")
     for drawn in final_tables(results):

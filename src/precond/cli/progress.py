@@ -85,7 +85,7 @@ class Live:
         if self._searched and not any(math.isfinite(trial.loss) for trial in trials):
             self._say(f"{title}{entrant.label}: none of {len(trials)} trials finished")
         elif self._searched:
-            self._say(f"{title}{entrant.label}: lr {lr:g} is best of {len(trials)} trials on the validation part")
+            self._say(f"{title}{entrant.label}: lr {lr:g} is best of {len(trials)} trials")
         self._searched = False
 
     def _say(self, line: str) -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -99,7 +99,7 @@ class Study:
     def _task(self, task: Task, folder: Folder, watcher: Watcher) -> TaskResults:
         entries = []
         for index, contender in enumerate(task.contenders):
-            slug = f"{_file_name(task.name)}/{index:02d}-{_file_name(contender.entrant.slug)}"
+            slug = f"{folder_name(task)}/{index:02d}-{_file_name(contender.entrant.slug)}"
             title = f"{self._prefix(task)}{contender.label}"
             trials = tuple[Trial, ...]()
             lr = contender.lr if isinstance(contender.lr, float) and contender.lr_from == "given" else None
@@ -107,10 +107,14 @@ class Study:
                 assert isinstance(contender.lr, LogUniform)
 
                 def loss(number: int, rate: float, c: Contender = contender, s: str = slug, t: str = title) -> float:
-                    plan = replace(task.plan, lr=rate, seed=task.search_seed, evaluations=1, test=False)
+                    part: Literal["train", "search"] = "search" if task.search.judge == "training" else "train"
+                    plan = replace(task.plan, lr=rate, seed=task.search_seed, evaluations=1, test=False, training_loss_on=part)
                     job = Job(c, plan, f"{s}-search-{number:02d}", f"{t}, trial lr {rate:g}", task.metric, True)
                     outcome = self._train(task, job, folder, watcher)
-                    return outcome.curve.validation_loss[-1] if outcome.status == "finished" else math.nan
+                    if outcome.status != "finished":
+                        return math.nan
+                    curve = outcome.curve
+                    return (curve.train_loss if task.search.judge == "training" else curve.validation_loss)[-1]
 
                 trials = task.search.run(contender.lr, loss)
                 lr = best(trials)
@@ -124,7 +128,7 @@ class Study:
             bounds = None if space is None else (space.low, space.high)
             entries.append(Entry(contender.label, contender.lr_from, tuple(runs), trials, bounds))
         found = tuple(entries)
-        target = default_target(found, task.reference, task.allowance)
+        target = default_target(found, task.reference, task.allowance, task.target_part)
         if task.target is not None:
             target = Target(task.target, target.part, "given with --target")
         return TaskResults(task.name, task.metric, dict(task.facts), target, found)
@@ -156,6 +160,11 @@ class Study:
                 folder.finish(job.slug, outcome)
         watcher.finished(job, outcome, known)
         return outcome
+
+
+def folder_name(task: Task) -> str:
+    """Where the trainings of a task are."""
+    return _file_name(task.name)
 
 
 def _file_name(text: str) -> str:

@@ -75,8 +75,13 @@ class Row:
         return {**asdict(self), "to_target": reach}
 
 
-def default_target(entries: Iterable[Entry], reference: str | None = None, allowance: float = 0.1) -> Target:
-    """The best validation loss of a reference (median over its seeds), and an allowance, so that it is met before the end.
+def default_target(
+    entries: Iterable[Entry],
+    reference: str | None = None,
+    allowance: float = 0.1,
+    part: Literal["validation", "train"] = "validation",
+) -> Target:
+    """The best loss of a reference (median over its seeds), and an allowance, so that it is met before the end.
 
     Where there is no validation part, the training loss takes its place.
 
@@ -84,17 +89,18 @@ def default_target(entries: Iterable[Entry], reference: str | None = None, allow
         entries: all entrants.
         reference: its label; None, or where it did not finish: the first entrant that did.
         allowance: in units of that loss.
+        part: whose loss it is.
     """
     for entry in sorted(entries, key=lambda e: e.label != reference):
         finished = [run for run in entry.runs if run.status == "finished"]
         if finished:
-            part: Literal["validation", "train"] = "validation" if finished[0].curve.validation_loss else "train"
+            part = part if finished[0].curve.validation_loss else "train"
             best = statistics.median(min(losses(run, part)) for run in finished)
             rule = f"the best {part} loss of {entry.label} (median over seeds)" + (
                 f" and {allowance:.0%} more" if allowance else ""
             )
-            return Target(float(f"{best + allowance * abs(best):.4g}"), part, rule)
-    return Target(math.nan, "validation", "none, because no entrant finished")
+            return Target(best + allowance * abs(best), part, rule)
+    return Target(math.nan, part, "none, because no entrant finished")
 
 
 def losses(run: Outcome, part: Literal["validation", "train"]) -> list[float]:

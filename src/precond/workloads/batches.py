@@ -41,16 +41,18 @@ class TensorBatches(Batches):
     Args:
         part: the examples.
         size: largest batch in training.
-        at_most: evaluate on the first so many examples of a fixed permutation; None: on all.
+        at_most: evaluate on so many examples of a fixed permutation; None: on all.
+        skipped: evaluate on those that come after so many others, where there are enough.
     """
 
     _EVALUATED_AT_ONCE = 256  # so many fit into the cache with the activations of a small convolutional net
 
-    def __init__(self, part: Part, size: int, at_most: int | None = None) -> None:
+    def __init__(self, part: Part, size: int, at_most: int | None = None, skipped: int = 0) -> None:
         self._part = self._evaluated = part
         self._pieces = -(-len(part) // size)
         if at_most is not None and at_most < len(part):
-            self._evaluated = part[_permutation(len(part), key=0)[:at_most]]
+            first = skipped if skipped + at_most <= len(part) else 0
+            self._evaluated = part[_permutation(len(part), key=0)[first : first + at_most]]
 
     def __len__(self) -> int:
         return self._pieces

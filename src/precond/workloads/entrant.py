@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch.optim import Optimizer
 
 from precond import recipes
 from precond.regularizers import Regularizer
+from precond.workloads.learning_rates import Decay
+from precond.workloads.problem import Problem
 
 RECIPES: Mapping[str, Callable[..., Optimizer]] = recipes.RECIPES
 
@@ -24,12 +27,18 @@ class Entrant(ABC):
         slug: part of file names.
         lr: its own learning rate, which no search changes; None: it has none.
         exact: whether a penalty needs double backprop, and with it a closure that calls no backward.
+        decay: how its learning rate decays by its own design; None: as all others' do.
     """
 
     label: str
     slug: str
     lr: float | None = None
     exact: bool = False
+    decay: Decay | None = None
+
+    def evaluating(self, optimizer: Any, problem: Problem) -> AbstractContextManager[None]:
+        """Within it the model holds what is to be evaluated; after it, what is trained."""
+        return nullcontext()
 
     @abstractmethod
     def optimizer(self, model: nn.Module, lr: float | None) -> Optimizer:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from precond.workloads.batches import Batches, TensorBatches
-from precond.workloads.data import DataSet
+from precond.workloads.data import DataSet, Part
 from precond.workloads.models import Architecture
 
 Metric = Literal["accuracy", "R²"]
@@ -28,7 +28,8 @@ class Problem:
     Attributes:
         model: on its device.
         loss_fn: (outputs, targets) ↦ mean loss.
-        parts: ``"train"``, and where there are any ``"validation"`` and ``"test"``.
+        parts: ``"train"``, and where there are any ``"validation"`` and ``"test"``; ``"search"`` trains as ``"train"`` does and is
+            evaluated on other training examples, for choices that must not be made on what is reported.
         metric: what is reported beside the loss, or None.
     """
 
@@ -52,6 +53,21 @@ class Workload(ABC):
     @abstractmethod
     def facts(self) -> Mapping[str, str]:
         """What a report says about the data and the model."""
+
+
+def in_batches(parts: Mapping[str, Part], size: int, evaluated: int | None = None) -> dict[str, Batches]:
+    """Parts of a data set in batches, and with them the part ``"search"``.
+
+    Args:
+        parts: ``"train"``, and where there are any ``"validation"`` and ``"test"``.
+        size: largest batch in training.
+        evaluated: evaluate on so many examples of the training and of the validation part at most; None: on 10,000 of training
+            and all of validation. Where the training part does not hold twice as many, ``"search"`` is evaluated on the same.
+    """
+    limit = evaluated or EVALUATED_TRAINING_EXAMPLES
+    limits = {"train": limit, "validation": evaluated}
+    found: dict[str, Batches] = {name: TensorBatches(part, size, limits.get(name)) for name, part in parts.items()}
+    return {**found, "search": TensorBatches(parts["train"], size, limit, skipped=limit)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,11 +113,14 @@ class BuiltIn(Workload):
 
     def problem(self) -> Problem:
         model = self.architecture.build(self.data.input_shape, self.data.outputs).to(self.device)
-        limits = {"train": self.evaluated or EVALUATED_TRAINING_EXAMPLES, "validation": self.evaluated}
-        parts = {name: TensorBatches(part, self.batch_size, limits.get(name)) for name, part in self.data.parts.items()}
-        if self.data.task == "classification":
-            return Problem(model, F.cross_entropy, parts, "accuracy")
-        return Problem(model, F.mse_loss, parts, "R²")
+        parts = in_batches(self.data.parts, self.batch_size, self.evaluated)
+        loss_fn = F.cross_entropy if self.data.task == "classification" else F.mse_loss
+        return Problem(model, loss_fn, parts, self.metric)
+
+    @property
+    def metric(self) -> Metric:
+        """What is reported beside the loss."""
+        return "accuracy" if self.data.task == "classification" else "R²"
 
     @property
     def facts(self) -> Mapping[str, str]:
@@ -114,3 +133,38 @@ class BuiltIn(Workload):
             "model": f"{a.kind}{hidden}, normalization {a.normalization}, dropout {a.dropout:g}",
             "loss": "cross entropy" if self.data.task == "classification" else "mean squared error",
         }
+
+
+@dataclass(frozen=True, eq=False)
+class Tensors(Workload):
+    """Examples in memory, and any model and loss.
+
+    Args:
+        name, about: of the data.
+        parts: ``"train"``, ``"validation"`` and ``"test"``.
+        make: () ↦ a fresh model.
+        loss_fn: (outputs, targets) ↦ mean loss.
+        metric: what is reported beside the loss, or None.
+        batch_size: largest batch in training.
+        evaluated: curves are those of so many examples of the training and of the validation part at most.
+        model, loss: in words.
+    """
+
+    name: str
+    about: str
+    parts: Mapping[str, Part]
+    make: Callable[[], nn.Module]
+    loss_fn: LossFn
+    metric: Metric | None
+    batch_size: int
+    evaluated: int
+    model: str
+    loss: str
+
+    def problem(self) -> Problem:
+        return Problem(self.make(), self.loss_fn, in_batches(self.parts, self.batch_size, self.evaluated), self.metric)
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        sizes = ", ".join(f"{len(part)} {name}" for name, part in self.parts.items())
+        return {"data": self.about, "examples": sizes, "model": self.model, "loss": self.loss}

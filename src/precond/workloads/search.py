@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+Judge = Literal["validation", "training"]
 
 # With few trials in one dimension, evenly spaced ones find more than a sampler does that must first learn where to look.
 _ALL_EVEN = 8
@@ -15,6 +17,10 @@ _ALL_EVEN = 8
 class LogUniform:
     """Learning rates from ``low`` to ``high``, each decade alike.
 
+    Args:
+        low, high: ends of the range.
+        recommended: the learning rate of the first trial, such as the one that an optimizer is published with; None: there is none.
+
     Example:
         >>> LogUniform(1e-4, 1.0).even(4)
         (0.0003162, 0.003162, 0.03162, 0.3162)
@@ -22,10 +28,24 @@ class LogUniform:
 
     low: float
     high: float
+    recommended: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.low < self.high < math.inf:
             raise ValueError(f"range of learning rates: need 0 < lowest < highest, got {self.low:g} and {self.high:g}")
+        if self.recommended is not None and not self.low <= self.recommended <= self.high:
+            raise ValueError(
+                f"recommended learning rate: need {self.low:g} to {self.high:g}, the range that is searched, got {self.recommended:g}"
+            )
+
+    def first(self, n: int) -> tuple[float, ...]:
+        """The first n trials: the recommended one, and the others evenly spaced.
+
+        Example:
+            >>> LogUniform(1e-4, 1.0, recommended=1e-3).first(5)
+            (0.001, 0.0003162, 0.003162, 0.03162, 0.3162)
+        """
+        return self.even(n) if self.recommended is None else (rounded(self.recommended), *self.even(n - 1))
 
     def even(self, n: int) -> tuple[float, ...]:
         """The middles of n equal parts of the logarithmic scale."""
@@ -35,7 +55,7 @@ class LogUniform:
 
 @dataclass(frozen=True)
 class Trial:
-    """One learning rate of a search: its final validation loss, NaN where it diverged or failed."""
+    """One learning rate of a search: its final loss on the part that judges, NaN where it diverged or failed."""
 
     lr: float
     loss: float
@@ -45,16 +65,19 @@ class Trial:
 class Search:
     """How learning rates are searched: the budget is the number of trials, each trained in full.
 
-    The first trials are evenly spaced over the range: all of up to 8, three quarters of more. The rest are drawn by Optuna's
-    TPE sampler from what the trials before them found.
+    The first is the recommended one, where a range has any; the next are evenly spaced: all of up to 8, three quarters of more.
+    The rest are drawn by Optuna's TPE sampler from what the trials before them found.
 
     Args:
         trials: of each entrant.
         seed: of the sampler.
+        judge: on what part of the data the final loss of a trial decides: ``"validation"``, or ``"training"``, on examples that are
+            trained on too but that no reported curve is evaluated on (where there are enough of them).
     """
 
     trials: int
     seed: int = 0
+    judge: Judge = "validation"
 
     def __post_init__(self) -> None:
         if self.trials < 1:
@@ -65,7 +88,7 @@ class Search:
 
         Args:
             space: where learning rates come from.
-            loss: number of the trial and its learning rate ↦ final validation loss, NaN where there is none.
+            loss: number of the trial and its learning rate ↦ final loss on the part that judges, NaN where there is none.
 
         Raises:
             ImportError: where Optuna is not installed.
@@ -73,7 +96,7 @@ class Search:
         optuna = _optuna()
         even = self.trials if self.trials <= _ALL_EVEN else math.ceil(0.75 * self.trials)
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=even))
-        for lr in space.even(even):
+        for lr in space.first(even):
             study.enqueue_trial({"lr": lr})
         found = []
         for number in range(self.trials):

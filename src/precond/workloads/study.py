@@ -58,6 +58,7 @@ class Task:
         facts: what is said of data and model.
         reference: label of the contender that sets the target; None: the first that finishes.
         target: the loss to be reached, where it is given.
+        target_part: the part of the data on which the loss is to be reached.
         allowance: by so much of itself the target lies above the reference's best loss.
     """
 
@@ -72,6 +73,7 @@ class Task:
     reference: str | None = None
     allowance: float = 0.1
     target: float | None = None
+    target_part: Literal["validation", "train"] = "validation"
 
     @property
     def amount(self) -> int:

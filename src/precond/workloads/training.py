@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ class Plan:
         warmup: steps over which the learning rate rises from 0.
         evaluations: number of evaluations, equally spaced, after the one before the first step.
         test: evaluate on the test part after the last step; a search does not look at it.
+        training_loss_on: the part of which the curve's training loss is the loss.
     """
 
     lr: float | None
@@ -47,6 +48,7 @@ class Plan:
     warmup: int = 0
     evaluations: int = 40
     test: bool = True
+    training_loss_on: Literal["train", "search"] = "train"
 
 
 class Interrupted(Exception):
@@ -97,11 +99,12 @@ class _Training:
     ) -> None:
         self.problem, self._plan, self._checkpoint, self._watch = problem, plan, checkpoint, watch
         self._identity = {"entrant": entrant.label, **asdict(plan)}
+        self._entrant = entrant
         self._optimizer: Any = entrant.optimizer(problem.model, plan.lr)
         self._exact, self._ours = entrant.exact, isinstance(self._optimizer, PreconditionedGD)
         self._calls = 0  # of the closure, in this step
         self._lr = float(self._optimizer.param_groups[0]["lr"])
-        self._scheduler = LambdaLR(self._optimizer, factor(plan.decay, plan.warmup, plan.steps))
+        self._scheduler = LambdaLR(self._optimizer, factor(entrant.decay or plan.decay, plan.warmup, plan.steps))
         evaluations = min(plan.evaluations, plan.steps)
         self._evaluated = {round(i * plan.steps / evaluations) for i in range(1, evaluations + 1)}
         self._step = self._gradients = 0
@@ -177,8 +180,9 @@ class _Training:
 
     def _evaluate(self) -> bool:
         """Add a row to the curve; False where a loss is inf or NaN."""
-        train = evaluate(self.problem, "train")
-        held_out = evaluate(self.problem, "validation") if "validation" in self.problem.parts else None
+        with self._entrant.evaluating(self._optimizer, self.problem):
+            train = evaluate(self.problem, self._plan.training_loss_on)
+            held_out = evaluate(self.problem, "validation") if "validation" in self.problem.parts else None
         if not (math.isfinite(train.loss) and (held_out is None or math.isfinite(held_out.loss))):
             return False
         curve = self._curve
@@ -239,6 +243,7 @@ class _Training:
         if diverged:
             outcome.status, outcome.diverged_at = "diverged", self._step
         elif self._plan.test and "test" in self.problem.parts:
-            score = evaluate(self.problem, "test")
+            with self._entrant.evaluating(self._optimizer, self.problem):
+                score = evaluate(self.problem, "test")
             outcome.test_loss, outcome.test_metric = score.loss, score.metric
         return outcome

@@ -1,0 +1,170 @@
+"""The race: every recipe of this library and the optimizers of others, on tasks that one thread trains in seconds.
+
+The rules, in the spirit of AlgoPerf (Dahl et al., 2023):
+
+- In a task all have the same model, data, batches, length, warm-up over a twentieth of the steps, and linear decay to 0. A
+  schedule-free optimizer keeps its learning rate after the warm-up, by its own design.
+- Each searches its learning rate alone, in the same number of trials: first its own default, then evenly over a published range of
+  3.5 decades, the same in all tasks. Weight decay is 0; everything else is each optimizer's own default.
+- The search is judged by the final training loss of trainings with another seed than those reported, on training examples that the
+  reported curves are not evaluated on. (Where a data set is so small that the whole training part is evaluated, on the same.)
+- The target is the best training loss of torch's AdamW, median over seeds. Steps and seconds to it are those of the first evaluation
+  that meets it; trainings are evaluated 40 times. Seconds are the processor's, of one thread, for fetching a batch, forward,
+  backward and the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import nn
+
+from precond.workloads import peers
+from precond.workloads.catalog import load_data
+from precond.workloads.data import DataSet, Part
+from precond.workloads.entrant import RECIPES, Entrant, Peer
+from precond.workloads.models import Architecture
+from precond.workloads.networks import CharacterTransformer, VisionTransformer, autoencoder
+from precond.workloads.problem import BuiltIn, Tensors
+from precond.workloads.search import LogUniform, Search
+from precond.workloads.study import Contender, Task
+from precond.workloads.syntax import parse_recipe
+from precond.workloads.text import ALPHABET, library_text
+from precond.workloads.training import Plan
+
+REFERENCE = "torch AdamW"
+"""Who sets the target."""
+
+EVALUATIONS = 40
+"""Of a training: steps to the target are known to 2.5 % of its length."""
+
+
+def _like_adam(recommended: float) -> LogUniform:
+    return LogUniform(3e-5, 0.1, recommended)
+
+
+def _like_sgd(recommended: float) -> LogUniform:
+    return LogUniform(1e-4, 0.3, recommended)
+
+
+def _entrants() -> tuple[tuple[Entrant, LogUniform], ...]:
+    """Who takes part, in which range, with its own default first. A new one goes to the end: files are named by the place."""
+    others: tuple[tuple[Entrant, LogUniform], ...] = (
+        (Peer("torch SGD, momentum 0.9", peers.sgd, "torch-sgd"), _like_sgd(1e-3)),
+        (Peer(REFERENCE, peers.adamw, "torch-adamw"), _like_adam(1e-3)),
+        (Peer("torch Muon", peers.muon, "torch-muon"), _like_adam(1e-3)),
+        (Peer("pytorch-optimizer SOAP", peers.pytorch_optimizer("SOAP"), "po-soap"), _like_adam(3e-3)),
+        # Its own defaults start after 25 steps and refresh every 1,000, which is more than most of these trainings have.
+        (
+            Peer(
+                "pytorch-optimizer Shampoo, every 10",
+                peers.pytorch_optimizer("ScalableShampoo", start_preconditioning_step=1, preconditioning_compute_steps=10),
+                "po-shampoo",
+            ),
+            _like_sgd(1e-3),
+        ),
+        (Peer("pytorch-optimizer Kron", peers.pytorch_optimizer("Kron"), "po-kron"), _like_adam(1e-3)),
+        (Peer("heavyball AdamW", peers.heavyball("AdamW"), "hb-adamw"), _like_adam(2.5e-3)),
+        (Peer("heavyball SOAP", peers.heavyball("SOAP"), "hb-soap"), _like_adam(3e-3)),
+        (peers.ScheduleFree("schedule-free AdamW", peers.schedule_free, "schedule-free"), _like_adam(2.5e-3)),
+    )
+    ours = (
+        ("adamw", "adamw(weight_decay=0)", _like_adam(1e-3)),
+        ("bnp", "bnp", LogUniform(2e-4, 0.6, 0.1)),
+        ("whitening", "whitening(weight_decay=0)", _like_adam(1e-3)),
+        ("muon", "muon(weight_decay=0)", _like_adam(1e-3)),
+        ("soap", "soap(weight_decay=0)", _like_adam(3e-3)),
+        ("soap, smaller side", "soap(weight_decay=0, sides='smaller', factor_frequency=5)", _like_adam(3e-3)),
+        ("shampoo", "shampoo(weight_decay=0)", _like_adam(1e-3)),
+        ("Whitening∘Muon", "muon(weight_decay=0, inputs=Whitening())", _like_adam(1e-3)),
+        ("auto", "auto(weight_decay=0)", _like_adam(1e-3)),
+    )
+    return others + tuple((parse_recipe(text, label), space) for label, text, space in ours if text.split("(")[0] in RECIPES)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a task trains, and for how many steps."""
+
+    name: str
+    workload: Callable[[], BuiltIn | Tensors]
+    steps: int
+
+
+def race_tasks(
+    seeds: Iterable[int], trials: int, scale: float = 1.0, folder: Path | None = None, examples: int | None = None
+) -> tuple[Task, ...]:
+    """The tasks of the race.
+
+    Args:
+        seeds: of the trainings that are reported.
+        trials: of each entrant's search.
+        scale: times the steps of the table.
+        folder: of the IDX files of Fashion-MNIST; None: where Debian puts them.
+        examples: train on so many images and windows of text at most; None: on all.
+
+    Raises:
+        DataError: where files are absent or damaged.
+    """
+    fashion = load_data("fashion-mnist", folder=folder, examples=examples)
+    text = library_text(_CONTEXT)
+    if examples is not None:
+        text["train"] = Part(text["train"].inputs[:examples], text["train"].targets[:examples])
+    entrants = _entrants()
+
+    def task(run: _Run) -> Task:
+        steps, workload = max(2, round(scale * run.steps)), run.workload()
+        contenders = tuple(Contender(entrant, run.workload, space) for entrant, space in entrants)
+        facts = {**workload.facts, "steps": f"{steps:,}"}
+        return Task(
+            run.name, contenders, Plan(None, steps, 0, "linear", steps // 20, EVALUATIONS), tuple(seeds),
+            Search(trials, judge="training"), metric=workload.metric, facts=facts, reference=REFERENCE, allowance=0.0,
+            target_part="train",
+        )  # fmt: skip
+
+    return tuple(task(run) for run in _runs(fashion, text))
+
+
+_CONTEXT = 64
+
+
+def _runs(fashion: DataSet, text: dict[str, Part]) -> tuple[_Run, ...]:
+    def built_in(
+        data: DataSet, architecture: Architecture, batch: int, evaluated: int | None
+    ) -> Callable[[], BuiltIn | Tensors]:
+        return partial(BuiltIn, data, architecture, batch, evaluated=evaluated)
+
+    pixels = {name: Part(part.inputs.flatten(1), part.inputs.flatten(1)) for name, part in fashion.parts.items()}
+    autoencoding = Tensors(
+        "autoencoder", f"{fashion.about} The targets are the pixels.", pixels, autoencoder, F.binary_cross_entropy_with_logits,
+        None, 128, 2000, "784-500-250-30-250-500-784, tanh, linear code", "sigmoid cross entropy, mean over pixels",
+    )  # fmt: skip
+    characters = Tensors(
+        "text", "Python's standard library, 96 characters: windows of its modules, one module in ten for validation, one for testing.",
+        text, partial(CharacterTransformer, len(ALPHABET), _CONTEXT), F.cross_entropy, "accuracy", 16, 200,
+        "causal transformer, pre-LayerNorm, width 96, 3 layers, 4 heads, context 64", "cross entropy of the next character",
+    )  # fmt: skip
+    patches = Tensors(
+        "fashion-mnist", fashion.about, fashion.parts, _vision_transformer, F.cross_entropy, "accuracy", 128, 1000,
+        "vision transformer, patches of 7 x 7, width 64, 3 layers, 4 heads", "cross entropy",
+    )  # fmt: skip
+    logistic, convnet = Architecture("logistic"), Architecture("convnet", (16, 32, 32))
+    return (
+        _Run("logistic, wine", built_in(load_data("wine"), logistic, 32, None), 600),
+        _Run("logistic, breast cancer", built_in(load_data("breast-cancer"), logistic, 32, None), 600),
+        _Run("digits MLP", built_in(load_data("digits"), Architecture("mlp", (64, 64)), 64, 500), 600),
+        _Run("Fashion MLP", built_in(fashion, Architecture("mlp", (300, 100)), 128, 2000), 800),
+        _Run("Fashion conv net", built_in(fashion, convnet, 128, 1000), 250),
+        _Run("Fashion conv net, BN", built_in(fashion, Architecture("convnet", (16, 32, 32), "batch"), 128, 1000), 250),
+        _Run("autoencoder", lambda: autoencoding, 400),
+        _Run("character transformer", lambda: characters, 300),
+        _Run("vision transformer", lambda: patches, 250),
+    )
+
+
+def _vision_transformer() -> nn.Module:
+    return VisionTransformer(10)
