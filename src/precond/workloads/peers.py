@@ -102,6 +102,15 @@ def pytorch_optimizer(name: str, **options: Any) -> Callable[[nn.Module, float],
     return make
 
 
+def shampoo(model: nn.Module, lr: float) -> Optimizer:
+    """ScalableShampoo of pytorch-optimizer from the first step on, refreshed every 10 steps.
+
+    Its own defaults wait for 25 steps and refresh every 1,000, which is more than these trainings have.
+    """
+    make = pytorch_optimizer("ScalableShampoo", start_preconditioning_step=1, preconditioning_compute_steps=10)
+    return make(model, lr)
+
+
 def heavyball(name: str) -> Callable[[nn.Module, float], Optimizer]:
     """An optimizer of the package heavyball by its name, not compiled: tuning kernels would take longer than these trainings."""
 

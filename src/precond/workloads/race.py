@@ -5,7 +5,7 @@ The rules, in the spirit of AlgoPerf (Dahl et al., 2023):
 - In a task all have the same model, data, batches, length, warm-up over a twentieth of the steps, and linear decay to 0. A
   schedule-free optimizer keeps its learning rate after the warm-up, by its own design.
 - Each searches its learning rate alone, in the same number of trials: first its own default, then evenly over a published range of
-  3.5 decades, the same in all tasks. Weight decay is 0; everything else is each optimizer's own default.
+  three decades, the same in all tasks. Weight decay is 0; everything else is each optimizer's own default.
 - The search is judged by the final training loss of trainings with another seed than those reported, on training examples that the
   reported curves are not evaluated on. (Where a data set is so small that the whole training part is evaluated, on the same.)
 - The target is the best training loss of torch's AdamW, median over seeds. Steps and seconds to it are those of the first evaluation
@@ -15,8 +15,9 @@ The rules, in the spirit of AlgoPerf (Dahl et al., 2023):
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -43,47 +44,43 @@ EVALUATIONS = 40
 """Of a training: steps to the target are known to 2.5 % of its length."""
 
 
-def _like_adam(recommended: float) -> LogUniform:
-    return LogUniform(3e-5, 0.1, recommended)
+# Three decades for each: steps of unit size for each entry in the one, steps in units of the gradient in the other.
+_BY_ENTRY = LogUniform(3e-4, 0.3)
+_BY_GRADIENT = LogUniform(1e-3, 1.0)
 
 
-def _like_sgd(recommended: float) -> LogUniform:
-    return LogUniform(1e-4, 0.3, recommended)
-
-
-def _entrants() -> tuple[tuple[Entrant, LogUniform], ...]:
-    """Who takes part, in which range, with its own default first. A new one goes to the end: files are named by the place."""
-    others: tuple[tuple[Entrant, LogUniform], ...] = (
-        (Peer("torch SGD, momentum 0.9", peers.sgd, "torch-sgd"), _like_sgd(1e-3)),
-        (Peer(REFERENCE, peers.adamw, "torch-adamw"), _like_adam(1e-3)),
-        (Peer("torch Muon", peers.muon, "torch-muon"), _like_adam(1e-3)),
-        (Peer("pytorch-optimizer SOAP", peers.pytorch_optimizer("SOAP"), "po-soap"), _like_adam(3e-3)),
-        # Its own defaults start after 25 steps and refresh every 1,000, which is more than most of these trainings have.
-        (
-            Peer(
-                "pytorch-optimizer Shampoo, every 10",
-                peers.pytorch_optimizer("ScalableShampoo", start_preconditioning_step=1, preconditioning_compute_steps=10),
-                "po-shampoo",
-            ),
-            _like_sgd(1e-3),
-        ),
-        (Peer("pytorch-optimizer Kron", peers.pytorch_optimizer("Kron"), "po-kron"), _like_adam(1e-3)),
-        (Peer("heavyball AdamW", peers.heavyball("AdamW"), "hb-adamw"), _like_adam(2.5e-3)),
-        (Peer("heavyball SOAP", peers.heavyball("SOAP"), "hb-soap"), _like_adam(3e-3)),
-        (peers.ScheduleFree("schedule-free AdamW", peers.schedule_free, "schedule-free"), _like_adam(2.5e-3)),
+def entrants() -> tuple[tuple[Entrant, LogUniform], ...]:
+    """Who takes part, and in which range its learning rate is searched, its own default first."""
+    others: tuple[tuple[Entrant, LogUniform, float], ...] = (
+        (Peer("torch SGD, momentum 0.9", peers.sgd, "torch-sgd"), _BY_GRADIENT, 1e-3),
+        (Peer(REFERENCE, peers.adamw, "torch-adamw"), _BY_ENTRY, 1e-3),
+        (Peer("torch Muon", peers.muon, "torch-muon"), _BY_ENTRY, 1e-3),
+        (Peer("pytorch-optimizer SOAP", peers.pytorch_optimizer("SOAP"), "po-soap"), _BY_ENTRY, 3e-3),
+        (Peer("pytorch-optimizer Shampoo, every 10", peers.shampoo, "po-shampoo"), _BY_GRADIENT, 1e-3),
+        (Peer("pytorch-optimizer Kron", peers.pytorch_optimizer("Kron"), "po-kron"), _BY_ENTRY, 1e-3),
+        (Peer("heavyball AdamW", peers.heavyball("AdamW"), "hb-adamw"), _BY_ENTRY, 2.5e-3),
+        (Peer("heavyball SOAP", peers.heavyball("SOAP"), "hb-soap"), _BY_ENTRY, 3e-3),
+        (peers.ScheduleFree("schedule-free AdamW", peers.schedule_free, "schedule-free"), _BY_ENTRY, 2.5e-3),
     )
+    # A new row goes to the end: files of trainings are named by the place.
     ours = (
-        ("adamw", "adamw(weight_decay=0)", _like_adam(1e-3)),
-        ("bnp", "bnp", LogUniform(2e-4, 0.6, 0.1)),
-        ("whitening", "whitening(weight_decay=0)", _like_adam(1e-3)),
-        ("muon", "muon(weight_decay=0)", _like_adam(1e-3)),
-        ("soap", "soap(weight_decay=0)", _like_adam(3e-3)),
-        ("soap, smaller side", "soap(weight_decay=0, sides='smaller', factor_frequency=5)", _like_adam(3e-3)),
-        ("shampoo", "shampoo(weight_decay=0)", _like_adam(1e-3)),
-        ("Whitening∘Muon", "muon(weight_decay=0, inputs=Whitening())", _like_adam(1e-3)),
-        ("auto", "auto(weight_decay=0)", _like_adam(1e-3)),
+        ("adamw", "adamw(weight_decay=0)", _BY_ENTRY),
+        ("bnp", "bnp", _BY_GRADIENT),
+        ("whitening", "whitening(weight_decay=0)", _BY_ENTRY),
+        ("muon", "muon(weight_decay=0)", _BY_ENTRY),
+        ("soap", "soap(weight_decay=0)", _BY_ENTRY),
+        ("soap, smaller side", "soap(weight_decay=0, sides='smaller', factor_frequency=5)", _BY_ENTRY),
+        ("shampoo", "shampoo(weight_decay=0)", _BY_ENTRY),
+        ("Whitening∘Muon", "muon(weight_decay=0, inputs=Whitening())", _BY_ENTRY),
+        ("auto", "auto(weight_decay=0)", _BY_ENTRY),
     )
-    return others + tuple((parse_recipe(text, label), space) for label, text, space in ours if text.split("(")[0] in RECIPES)
+    found = [(entrant, replace(space, recommended=lr)) for entrant, space, lr in others]
+    for label, text, space in ours:
+        name = text.split("(")[0]
+        if name in RECIPES:
+            default = inspect.signature(RECIPES[name]).parameters["lr"].default
+            found.append((parse_recipe(text, label), replace(space, recommended=default)))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -114,11 +111,11 @@ def race_tasks(
     text = library_text(_CONTEXT)
     if examples is not None:
         text["train"] = Part(text["train"].inputs[:examples], text["train"].targets[:examples])
-    entrants = _entrants()
+    racers = entrants()
 
     def task(run: _Run) -> Task:
         steps, workload = max(2, round(scale * run.steps)), run.workload()
-        contenders = tuple(Contender(entrant, run.workload, space) for entrant, space in entrants)
+        contenders = tuple(Contender(entrant, run.workload, space) for entrant, space in racers)
         facts = {**workload.facts, "steps": f"{steps:,}"}
         return Task(
             run.name, contenders, Plan(None, steps, 0, "linear", steps // 20, EVALUATIONS), tuple(seeds),
