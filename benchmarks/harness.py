@@ -86,13 +86,29 @@ def copy_bandwidth(numel: int) -> float:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of state tensors with more than one element."""
-    return sum(
-        t.numel() * t.element_size()
-        for entries in optimizer.state.values()
-        for t in entries.values()
-        if isinstance(t, Tensor) and t.numel() > 1
-    )
+    """Bytes of state tensors with more than one element, in whatever lists, dictionaries and objects a peer keeps them."""
+    found: dict[int, Tensor] = {}
+    visited: set[int] = {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+    def walk(x: object) -> None:
+        if id(x) in visited:
+            return
+        visited.add(id(x))
+        if isinstance(x, Tensor):
+            if x.numel() > 1:
+                found[x.data_ptr()] = x
+        elif isinstance(x, Mapping):
+            for y in x.values():
+                walk(y)
+        elif isinstance(x, list | tuple):
+            for y in x:
+                walk(y)
+        elif hasattr(x, "__dict__"):
+            walk(vars(x))
+
+    for entries in optimizer.state.values():
+        walk(entries)
+    return sum(t.numel() * t.element_size() for t in found.values())
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -27,6 +27,7 @@ from precond import (
     LossClosure,
     Momentum,
     Muon,
+    OutputFactor,
     PreconditionedGD,
     Route,
     Scaled,
@@ -247,6 +248,17 @@ PRECONDITIONERS |= {
             ),
             TENSORS,
             structured=True,
+        ),
+    ),
+    "outputs": (
+        OutputFactor(0.5, 0.9, damping=0.1, every=2),
+        lambda: oracle.Parts(
+            [
+                (torch.cat([W, B]), oracles.OutputFactor(4, 3, 0.5, 0.9, 0.1, 2)),
+                (torch.cat([V, C]), oracles.OutputFactor(2, 4, 0.5, 0.9, 0.1, 2)),
+                (SCALE, oracle.Given(torch.eye(1).double(), diagonal=True)),
+            ],
+            diagonal=False,
         ),
     ),
     "muon": (

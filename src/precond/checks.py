@@ -40,6 +40,14 @@ def positive(owner: str, **values: Any) -> None:
             raise ValueError(f"{owner}: {name} must be > 0, got {value!r}")
 
 
+def whole(owner: str, **values: Any) -> None:
+    """Raise ValueError where a number is not whole and positive."""
+    positive(owner, **values)
+    for name, value in values.items():
+        if not isinstance(value, Tensor) and value != int(value):
+            raise ValueError(f"{owner}: {name} must be a whole number, got {value!r}; round it")
+
+
 def fraction(owner: str, **values: Any) -> None:
     """Raise ValueError where a number lies outside [0, 1)."""
     non_negative(owner, **values)

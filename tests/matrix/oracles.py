@@ -62,6 +62,32 @@ class Shampoo(Matrix):
         return power(S + self.eps * torch.linalg.eigvalsh(S).max() * torch.eye(n, dtype=torch.float64), -self.e)
 
 
+class OutputFactor(Matrix):
+    """M = (B/β + ε λ I)^(−e) on the rows of a weight and on its bias, whose entries follow the weight's."""
+
+    advised = 0.0
+
+    def __init__(self, rows, columns, e=1.0, decay=0.95, damping=0.01, every=10):
+        super().__init__(rows, columns)
+        self.e, self.decay, self.eps, self.every = e, decay, damping, every
+
+    def see(self, g: Tensor) -> None:
+        weight, bias = g.split([self.rows * self.columns, self.rows])
+        self.seen.append(torch.cat([weight.view(self.rows, self.columns), bias[:, None]], 1))
+
+    def M(self) -> Tensor:
+        t = len(self.seen)
+        t = t - t % self.every or 1
+        B = sum(self.decay ** (t - 1 - k) * G @ G.T for k, G in enumerate(self.seen[:t]))
+        B = B / torch.linalg.eigvalsh(B).mean()
+        R = power(B + self.eps * torch.linalg.eigvalsh(B).max() * torch.eye(self.rows, dtype=torch.float64), -self.e)
+        return torch.block_diag(torch.kron(R, torch.eye(self.columns, dtype=torch.float64)), R)
+
+    def damped(self, delta: float | None) -> Tensor:
+        n = self.rows * (self.columns + 1)
+        return damped(self.P(), self.advised if delta is None else delta, [torch.arange(n)])
+
+
 class Grafted(Matrix):
     """s²M with s such that ‖s²M g‖ is ‖g‖."""
 

@@ -12,7 +12,7 @@ from matrix import oracles
 from matrix.test_peers import relative, run
 from precond import L2, RMS, SAM, SOAP, GradientNorm, LossClosure, Momentum, Muon, PreconditionedGD, Shampoo, Whitening
 from precond.preconditioners.newton_schulz import JORDAN, Iteration, polynomial
-from precond.preconditioners.roots import inverse_root
+from precond.preconditioners.roots import inverse_root, largest_eigenvalue
 
 DRAW = torch.Generator().manual_seed(7)
 
@@ -43,13 +43,13 @@ def test_soap_with_both_sides(shape):
 
 @pytest.mark.parametrize("method", ["eigh", "qr", "newton"])
 def test_methods_of_shampoo_s_roots(method):
-    """The basis that is followed step by step nears the exact one; the iteration damps by λ_max as ten power steps find it."""
+    """The basis that is followed step by step nears the exact one; the iteration ends at it."""
     start, gradients = draw(5, 5), [draw(5, 5) for _ in range(3)]
     ends = []
     for preconditioner in (Shampoo(every=1, damping=0.01), Shampoo(every=1, damping=0.01, method=method)):
         p = nn.Parameter(start.clone())
         ends.append(run(PreconditionedGD([p], lr=0.1, preconditioner=preconditioner), p, gradients + 60 * gradients[-1:]))
-    assert relative(ends[1], ends[0], start) < {"eigh": 1e-15, "newton": 1e-3, "qr": 2e-2}[method]
+    assert relative(ends[1], ends[0], start) < {"eigh": 1e-15, "newton": 1e-11, "qr": 2e-2}[method]
 
 
 @pytest.mark.parametrize(("shape", "block"), [((5, 7), 3), ((4, 6, 2), 4), ((7, 2), 4), ((3, 3), 3)])
@@ -140,16 +140,34 @@ def test_newton_schulz_in_any_form_is_what_it_makes_of_singular_values(shape, st
     torch.testing.assert_close(Q @ X if left else X @ Q, expected, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("kind", ["power law", "one large"])
-def test_newton_schulz_in_bfloat16_bears_uneven_singular_values(kind):
-    """In Gram form throughout, rounding makes negative eigenvalues that grow to a hundred times the step."""
-    i = torch.arange(256, dtype=torch.float64)
-    sigma = 1 / (1 + i) if kind == "power law" else torch.where(i == 0, 1.0, 0.01)
-    X = torch.linalg.qr(draw(256, 256))[0] * sigma @ torch.linalg.qr(draw(640, 256))[0].T
-    X = (X / X.norm()).bfloat16()
-    exact = Iteration(JORDAN, 5)(X.double(), lambda *s: [torch.empty(x, dtype=torch.float64) for x in s])[0]
-    end = Iteration(JORDAN, 5)(X, lambda *s: [torch.empty(x, dtype=torch.bfloat16) for x in s])[0].double()
-    assert (end - exact).norm() < 0.1 * exact.norm()
+SPECTRA = {
+    "power law": lambda i: 1 / (1 + i),
+    "steep": lambda i: (1 + i) ** -2,
+    "one large": lambda i: torch.where(i == 0, 1.0, 0.01),
+    "half": lambda i: torch.where(i < len(i) / 2, 1.0, 0.01),
+    "exponential": lambda i: torch.exp(-12 * i / len(i)),
+    "rank 3": lambda i: torch.where(i < 3, 1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("shape", [(256, 640), (640, 256), (64, 256)])
+@pytest.mark.parametrize("kind", SPECTRA)
+def test_newton_schulz_in_bfloat16_bears_uneven_singular_values(kind, shape):
+    """It loses at most three times what torch's own does, where that is little, and no more where that is much.
+
+    In Gram form throughout, rounding makes negative eigenvalues that grow to a hundred times the step.
+    """
+    s = min(shape)
+    sigma = SPECTRA[kind](torch.arange(s, dtype=torch.float64))
+    X = torch.linalg.qr(draw(shape[0], s))[0] * sigma @ torch.linalg.qr(draw(shape[1], s))[0].T
+    exact = Iteration(JORDAN, 5)(X / X.norm(), lambda *shapes: [torch.empty(x, dtype=torch.float64) for x in shapes])[0]
+    narrow, scale = X.bfloat16(), float(1 / X.norm())
+    end = Iteration(JORDAN, 5)(narrow, lambda *shapes: [torch.empty(x, dtype=torch.bfloat16) for x in shapes], scale)[0]
+    ours, theirs = (
+        float((x.double() - exact).norm() / exact.norm())
+        for x in (end, torch.optim._muon._zeropower_via_newtonschulz(X, JORDAN, 5, 1e-7))
+    )
+    assert ours < max(3 * theirs, 0.03) and ours < max(1.2 * theirs, 0.06)
 
 
 @pytest.mark.parametrize("name", ["muon", "soap", "soap, left", "soap, conv"])
@@ -167,6 +185,29 @@ def test_fused_steps_in_float32_are_the_loop_s(name):
         p = nn.Parameter(start.clone())
         ends.append(run(make([p], lr=0.02, engine=engine), p, gradients))
     assert relative(ends[0], ends[1], start) < 2e-4
+
+
+LAYOUTS = {
+    "channels last": lambda x: x.clone(memory_format=torch.channels_last),
+    "transposed": lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    "a slice": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("of", ["parameter", "gradient", "both"])
+@pytest.mark.parametrize("make", [precond.muon, precond.soap, precond.shampoo], ids=lambda f: f.__name__)
+def test_the_layout_in_memory_changes_nothing(make, layout, of):
+    options = {"arithmetic": "full"} if make is precond.muon else {"precondition_frequency": 2}
+    start, gradients, ends = draw(6, 3, 2, 2), [draw(6, 3, 2, 2) for _ in range(5)], []
+    for laid in (lambda x: x.clone(), LAYOUTS[layout]):
+        p = nn.Parameter(laid(start) if of != "gradient" else start.clone())
+        optimizer = make([p], lr=0.01, **options)
+        for g in gradients:
+            p.grad = laid(g) if of != "parameter" else g.clone()
+            optimizer.step()
+        ends.append(p.detach().clone(memory_format=torch.contiguous_format))
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-9)
 
 
 def test_the_momentum_of_soap_follows_its_frame():
@@ -211,6 +252,25 @@ def test_inverse_roots(power, method, condition):
     s = torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), 12, dtype=torch.float64) * 37
     found = inverse_root(Q * s @ Q.T, power, 1e-5, method)
     torch.testing.assert_close(found, Q * (s + 37e-5) ** -power @ Q.T, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "to"), [(2, 1e-14), (32, 1e-13), (300, 1e-4)])
+@pytest.mark.parametrize("kind", ["even", "steep", "centered", "rank one", "identity"])
+def test_the_largest_eigenvalue(n, to, kind):
+    """Never above it by more than rounding; a constant vector, which centered statistics map to zero, is no bad case."""
+    Q = torch.linalg.qr(draw(n, n))[0]
+    H = torch.eye(n, dtype=torch.float64) - 1 / n
+    S = {
+        "even": lambda: draw(n, 2 * n),
+        "steep": lambda: Q * torch.arange(1, n + 1).double() ** -1,
+        "centered": lambda: H @ draw(n, 2 * n),
+        "rank one": lambda: draw(n, 1),
+        "identity": lambda: torch.eye(n, dtype=torch.float64),
+    }[kind]()
+    S = S @ S.T
+    exact = torch.linalg.eigvalsh(S)[-1]
+    found = largest_eigenvalue(S)
+    assert exact * (1 - to) <= found <= exact * (1 + 1e-12)
 
 
 class Layer(nn.Module):

@@ -155,11 +155,12 @@ def strategies(
     chosen = [leaves[i] for i in live]
     plans = [c.preconditioner.partition(chosen) for c in choices]
     out = []
-    for k, part in enumerate(plans[0]):
-        group = chosen[part.index[0]].group
-        preconditioner = plans[group][k].preconditioner
-        momentum = choices[group].momentum if preconditioner.momentum is None else preconditioner.momentum
-        out.append((tuple(live[i] for i in part.index), preconditioner, momentum))
+    # Numbers of a group may decide what is a block, a limit of length, say: each group takes its own plan's.
+    for group, plan in enumerate(plans):
+        for part in plan:
+            if chosen[part.index[0]].group == group:
+                momentum = choices[group].momentum if part.preconditioner.momentum is None else part.preconditioner.momentum
+                out.append((tuple(live[i] for i in part.index), part.preconditioner, momentum))
     return out
 
 

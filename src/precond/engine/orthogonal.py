@@ -29,18 +29,16 @@ class Orthogonal:
         state, lr = cell.state, float(lr)
         torch._foreach_add_(state["step"], 1)
         W, m = as_matrix(p[0]), as_matrix(self._average(cell, g[0], maximize))
-        X, norm = self._unit(m)
+        norm, scale = self._norm(m)
         narrow = W.dtype == torch.float32 and self.P.arithmetic == "bfloat16"
-        dtype = torch.bfloat16 if narrow else W.dtype
-        # X lies at the start of the workspace: in the same dtype this is its own memory.
-        held, *rest = WORKSPACE.take(dtype, W.shape, W.shape, *[(min(W.shape),) * 2] * 5)
-        held.copy_(X)
-        end, gram = Iteration(self.P.coefficients, int(self.P.steps))(held, lambda *shapes: rest)
+        # m lies at the start of the workspace: in the same dtype X is m itself.
+        X, *rest = WORKSPACE.take(torch.bfloat16 if narrow else W.dtype, W.shape, W.shape, *[(min(W.shape),) * 2] * 6)
+        end, gram = Iteration(self.P.coefficients, int(self.P.steps))(X.copy_(m), lambda *shapes: rest, scale)
         state["gram"].copy_(gram)
         state["norm"].copy_(norm)
         if self.decay:
             W.mul_(1 - lr * self.decay)
-        W.add_(X.copy_(end), alpha=-lr * self.P.factor(*W.shape))
+        W.add_(m.copy_(end), alpha=-lr * self.P.factor(*W.shape))
 
     def _average(self, cell: Cell, g: Tensor, maximize: bool) -> Tensor:
         """What is orthogonalized, in scratch."""
@@ -49,20 +47,24 @@ class Orthogonal:
             g = torch.neg(g, out=a)
         if self.momentum is None:
             return a.copy_(g)
-        beta, rest = self.momentum.beta, 1 - self.momentum.dampening
-        self.momentum.fold(cell.average, (g,))
-        (m,) = cell.average["m"]
-        if self.momentum.kind == "nesterov":
-            return torch.mul(g, rest, out=a).add_(m, alpha=beta)
-        return a.copy_(m)  # a correction of its bias does not change its direction
+        momentum, (m,) = self.momentum, cell.average["m"]
+        momentum.fold(cell.average, (g,))
+        if momentum.corrected:
+            return torch.div(m, 1 - momentum.beta ** cell.average.steps[0], out=a)
+        if momentum.kind != "nesterov":
+            return a.copy_(m)
+        if momentum.dampening == momentum.beta:
+            return torch.lerp(g, m, momentum.beta, out=a)
+        return torch.mul(g, 1 - momentum.dampening, out=a).add_(m, alpha=momentum.beta)
 
-    def _unit(self, m: Tensor) -> tuple[Tensor, Tensor]:
-        """(m / max(‖m‖, ε) in the memory of m, ‖m‖)."""
+    def _norm(self, m: Tensor) -> tuple[Tensor, float]:
+        """(‖m‖, what m is to be multiplied by so that its norm is one); where squares leave the range, m is divided in place."""
         norm = m.norm()
-        if norm.isfinite() and norm > 1e-12:
-            return m.div_(norm.clamp_min(self.P.eps)), norm
+        if 1e-12 < (size := norm.item()) < 1e12:
+            return norm, 1 / max(size, self.P.eps)
         X, norm = normalized(m, self.P.eps)
-        return m.copy_(X), norm
+        m.copy_(X)
+        return norm, 1.0
 
 
 def muon(cell: Cell, P: Muon, momentum: Momentum | None, decay: float) -> Orthogonal | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from precond import vec
 from precond.maps.base import LinearMap
 from precond.maps.diagonal import InverseRoot, _mean
+from precond.maps.eigen import eigh
 from precond.vec import Vec
 
 
@@ -49,7 +50,7 @@ class Dense(LinearMap):
     def damped(self, delta: float) -> LinearMap:
         if delta == 0:
             return self
-        s, V = torch.linalg.eigh(self.matrix.T @ self.matrix)
+        s, V = eigh(self.matrix.T @ self.matrix)
         absolute = delta * _mean_inverse(s)
         return Dense(self.matrix @ (V * (1 + absolute * s) ** -0.5) @ V.T, self.like)
 
@@ -82,7 +83,7 @@ class GramOnly(LinearMap):
     def damped(self, delta: float) -> LinearMap:
         if delta == 0:
             return self
-        m, V = torch.linalg.eigh(self._gram.matrix)
+        m, V = eigh(self._gram.matrix)
         return GramOnly((V * (m / (1 + delta * _mean_inverse(m) * m))) @ V.T, self.like)
 
     def to_dense(self) -> Tensor:
@@ -136,7 +137,7 @@ class Kronecker(LinearMap):
         (W,) = self.like
         sides = []
         for X, n in zip((self.A, self.B), self._sides(W), strict=True):
-            sides.append(torch.linalg.eigh(X.T @ X) if X is not None else (W.new_ones(n), None))
+            sides.append(eigh(X.T @ X) if X is not None else (W.new_ones(n), None))
         (a, U), (b, V) = sides
         s = a[:, None] * b[None, :]
         h = (1 + delta * _mean_inverse(s) * s).reshape(W.shape)

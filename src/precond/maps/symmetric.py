@@ -11,6 +11,7 @@ from torch import Tensor
 from precond.maps.base import LinearMap, Piecewise
 from precond.maps.dense import Kronecker, _mean_inverse
 from precond.maps.diagonal import InverseRoot
+from precond.maps.eigen import eigh
 from precond.vec import Vec
 
 
@@ -31,7 +32,7 @@ class SymmetricKronecker(LinearMap):
 
     @cached_property
     def _eigen(self) -> list[tuple[Tensor, Tensor] | None]:
-        return [None if X is None else torch.linalg.eigh(X) for X in (self.A, self.B)]
+        return [None if X is None else eigh(X) for X in (self.A, self.B)]
 
     def _power(self, power: float, v: Vec) -> Vec:
         left, right = (None if eigen is None else _powered(*eigen, power) for eigen in self._eigen)

@@ -48,6 +48,8 @@ class Binding:
         self.choices = choices_of(groups, naming)
         live = sorted(i for cell in self.cells for i in cell.index)
         plan = engine_cells.strategies(self.leaves, live, self.choices)
+        if [index for index, *_ in plan] != [cell.index for cell in self.cells]:
+            return "broken"
         for cell, (_, preconditioner, momentum) in zip(self.cells, plan, strict=True):
             cell.preconditioner, cell.momentum = preconditioner, momentum
         self.options = options
@@ -97,9 +99,9 @@ def read_options(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[tu
 
 
 def _structure(options: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """What decides which state is kept: options themselves, of numbers whether they are zero."""
+    """What decides which state is kept: options themselves, whole ones too (lengths of blocks); of others whether they are zero."""
     return [
-        tuple(tuple(bool(y) for y in x) if isinstance(x, tuple) else bool(x) if isinstance(x, int | float) else x for x in o)
+        tuple(tuple(bool(y) for y in x) if isinstance(x, tuple) else bool(x) if isinstance(x, float) else x for x in o)
         for o in options
     ]
 

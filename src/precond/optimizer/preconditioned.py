@@ -165,7 +165,12 @@ class PreconditionedGD(torch.optim.Optimizer):
         """Follow the groups: their numbers may have changed, parameters may have been frozen or thawed."""
         match self._bound.follow(self.param_groups, self.naming):
             case "broken":
+                before = self._bound.entries
                 self._bind()
+                kept = {(leaf.param, key) for leaf, key, _ in self._bound.entries}
+                for leaf, key, _ in before:  # the state of what is frozen waits
+                    if leaf.param.requires_grad and (leaf.param, key) not in kept and key not in serialization.OPTIONAL:
+                        self.state[leaf.param].pop(self.naming.outside(key), None)
             case "renumbered":
                 self._kernels_of = None
 

@@ -98,7 +98,7 @@ def _match(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[s
 
 def _fit(recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
     """(target, value) pairs of one parameter; ValueError where they do not fit."""
-    alien = sorted(theirs.keys() - mine.keys() - _OPTIONAL)
+    alien = sorted(theirs.keys() - mine.keys() - OPTIONAL)
     if alien:
         raise ValueError(
             f"load_state_dict: the state of {name!r} has {', '.join(map(repr, alien))}, which {recipe} does not keep "
@@ -122,5 +122,5 @@ def _fit(recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str
     return out
 
 
-# Keys that another configuration of the same recipe may have left.
-_OPTIONAL = {"m", "r_max", "residual"}
+OPTIONAL = {"m", "r_max", "residual"}
+"""Keys that another configuration of the same recipe may have left."""

@@ -41,7 +41,8 @@ class OutputFactor(Preconditioner):
     def __post_init__(self) -> None:
         checks.fraction("OutputFactor", decay=self.decay)
         checks.non_negative("OutputFactor", damping=self.damping)
-        checks.positive("OutputFactor", power=self.power, every=self.every, max_dim=self.max_dim)
+        checks.positive("OutputFactor", power=self.power)
+        checks.whole("OutputFactor", every=self.every, max_dim=self.max_dim)
 
     def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
         """A block per layer."""

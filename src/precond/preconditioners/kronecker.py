@@ -27,11 +27,15 @@ def sides_of(shape: Sequence[int], sides: Sides, limit: int) -> tuple[bool, bool
     rows, columns = shape[0], torch.Size(shape[1:]).numel()
     if rows * columns == 0:
         return False, False
-    left = 2 <= rows <= limit and sides != "right"
-    right = 2 <= columns <= limit and sides != "left"
-    if sides == "smaller" and left and right:
-        left, right = rows <= columns, rows > columns
-    return left, right
+    wanted = {"both": (True, True), "left": (True, False), "right": (False, True), "smaller": (rows <= columns, rows > columns)}
+    left, right = wanted[sides]
+    return left and 2 <= rows <= limit, right and 2 <= columns <= limit
+
+
+def norm(t: Tensor) -> Tensor:
+    """‖t‖ of a tensor with entries, whose squares may leave the range of its dtype."""
+    largest = t.abs().amax()
+    return largest * (t / torch.where(largest > 0, largest, 1.0)).norm()
 
 
 def split(leaves: Sequence[Leaf], matrices: Preconditioner, chosen: Sequence[bool], others: Preconditioner) -> list[Part]:
@@ -48,7 +52,7 @@ def fold(S: Tensor, G: Tensor, right: bool, keep: float, add: float) -> None:
     """S ← keep·S + add·GGᵀ (or GᵀG) in place; blocks below the diagonal are copied, not computed."""
     A, B = (G.T, G) if right else (G, G.T)
     n = len(S)
-    step = n if n < 256 else -(-n // 4)
+    step = -(-n // max(1, min(4, n // 128)))  # thinner blocks cost more than they save
     for i in range(0, n, step):
         S[i : i + step, i:].addmm_(A[i : i + step], B[:, i:], beta=keep, alpha=add)
         S[i + step :, i : i + step].copy_(S[i : i + step, i + step :].T)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -12,6 +13,7 @@ from torch import Tensor
 from precond import checks
 from precond.blocks import Block, Leaf, State, state_dtype
 from precond.maps import LinearMap, SymmetricKronecker, Unrooted
+from precond.maps.eigen import eigh
 from precond.preconditioners.base import Part, Preconditioner, Seen
 from precond.preconditioners.fixed import Fixed
 from precond.preconditioners.kronecker import as_matrix, split
@@ -33,11 +35,12 @@ class Muon(Preconditioner):
         root: ``"newton-schulz"``, the polynomial Q(mmᵀ/‖m‖²)/‖m‖ of that iteration, which is positive also where m is singular; or
             ``"eigh"``, the exact root, zero on the null space of m.
         steps, coefficients: of the Newton–Schulz iteration.
-        eps: ε > 0, the least ‖m‖ that m is divided by; with ``"eigh"``, singular values below ε of the largest count as zero.
+        eps: ε > 0, the least ‖m‖ that m is divided by; with ``"eigh"``, singular values below ε of the largest count as zero, and
+            so do those below √(s·u), s the smaller side and u the rounding of the dtype (0.7 % for s = 384 in float32).
         scale: γ for a matrix (A, B): ``"original"``, √max(1, A/B) (Jordan et al.); ``"match_rms_adamw"``, 0.2·√max(A, B), with
             which the root mean square of a step is that of AdamW's (Liu et al.); or ``"none"``, 1.
-        arithmetic: of the fused step for float32 parameters: ``"bfloat16"``, 1 to 9 % from the polynomial, as torch's own
-            Muon, or ``"full"``. The reference engine, and float64 parameters, use the parameters' own in any case.
+        arithmetic: of the fused step for float32 parameters: ``"bfloat16"``, as torch's own Muon, 1 to 5 % from the polynomial
+            unless m is nearly singular, or ``"full"``. The reference engine, and float64 parameters, use the parameters' own in any case.
         momentum: the average of these parameters, in place of the optimizer's; None: the optimizer's.
 
     References:
@@ -60,9 +63,10 @@ class Muon(Preconditioner):
         checks.one_of("Muon", "root", self.root, ("newton-schulz", "eigh"))
         checks.one_of("Muon", "scale", self.scale, ("original", "match_rms_adamw", "none"))
         checks.one_of("Muon", "arithmetic", self.arithmetic, ("bfloat16", "full"))
-        checks.positive("Muon", eps=self.eps, steps=self.steps)
-        if not 1 <= self.steps < 100 or self.steps != int(self.steps):
-            raise ValueError(f"Muon: steps must be a whole number from 1 to 99, got {self.steps!r}; 5 is usual")
+        checks.positive("Muon", eps=self.eps)
+        checks.whole("Muon", steps=self.steps)
+        if self.steps >= 100:
+            raise ValueError(f"Muon: steps must be less than 100, got {self.steps!r}; 5 is usual")
         if len(self.coefficients) != 3:
             raise ValueError(f"Muon: coefficients must be the three of a + bx + cx², got {self.coefficients!r}")
 
@@ -106,8 +110,15 @@ class Muon(Preconditioner):
 
     def _root(self, gram: Tensor) -> Tensor:
         if self.root == "newton-schulz":
-            return polynomial(gram, self.coefficients, self.steps)
-        values, V = torch.linalg.eigh(gram)
+            return polynomial(gram, self.coefficients, int(self.steps))
+        try:
+            values, V = eigh(gram)
+        except torch.linalg.LinAlgError:
+            warnings.warn(
+                "a Gram matrix of momentum has no eigenvalues that converge: Newton–Schulz takes the root, and training goes on",
+                stacklevel=2,
+            )
+            return polynomial(gram, self.coefficients, int(self.steps))
         least = values.amax() * max(self.eps**2, len(gram) * torch.finfo(gram.dtype).eps)
         return (V * torch.where(values > least, values, torch.inf).rsqrt()) @ V.T
 

@@ -7,28 +7,24 @@ import warnings
 import torch
 from torch import Tensor
 
+from precond.maps.eigen import eigh
+
 
 def eigenbasis(S: Tensor) -> tuple[Tensor, Tensor] | None:
     """(eigenvalues, eigenvectors as columns) of S (n, n), the largest first.
 
-    Where the iteration does not converge, S is taken in float64 with a little of the identity added; where that fails too, or S is
-    not finite, None: the caller keeps what it had, and a warning says so.
+    None where they do not converge (see :func:`precond.maps.eigen.eigh`) or S is not finite: the caller keeps what it had, and a
+    warning says so.
     """
-    for dtype, damping in ((S.dtype, 0.0), (torch.float64, 1e-9), (torch.float64, 1e-4)):
-        wide = S.to(dtype)
-        scale = wide.diagonal().sum() / max(len(S), 1)
-        if not bool(scale.isfinite()):
-            break
-        if damping:
-            wide = wide + damping * scale * torch.eye(len(S), dtype=dtype, device=S.device)
-        try:
-            values, V = torch.linalg.eigh(wide)
-        except RuntimeError:  # torch.linalg.LinAlgError is one
-            continue
-        if bool(values.isfinite().all()) and bool(V.isfinite().all()):
-            return values.flip(0).to(S.dtype), V.flip(1).to(S.dtype)
-    kept(S)
-    return None
+    try:
+        values, V = eigh(S)
+    except torch.linalg.LinAlgError:
+        kept(S)
+        return None
+    if not bool(values.isfinite().all()):
+        kept(S)
+        return None
+    return values.flip(0), V.flip(1)
 
 
 def power_step(S: Tensor, Q: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -51,8 +47,7 @@ def inverse_root(S: Tensor, power: float, damping: float, method: str = "eigh", 
     r"""(S + ε λ_max I)^(−power) of a symmetric positive S (n, n); None where that fails. S = 0 gives the identity.
 
     Args:
-        damping: ε, relative to the largest eigenvalue (``"newton"``: as ten power iterations find it); what is smaller than
-            rounding in S counts as that.
+        damping: ε, relative to the largest eigenvalue; what is smaller than rounding in S counts as that.
         method: ``"eigh"``; ``"newton"``, the coupled iteration, for a whole 1/power; or ``"basis"``, with Sq·q for eigenvalues.
         basis: of ``"basis"``: columns near the eigenvectors of S.
 
@@ -61,10 +56,12 @@ def inverse_root(S: Tensor, power: float, damping: float, method: str = "eigh", 
     """
     eye = torch.eye(len(S), dtype=S.dtype, device=S.device)
     rounding = len(S) * torch.finfo(S.dtype).eps
-    if bool(S.diagonal().sum() == 0):
+    largest = S.diagonal().amax()
+    if bool(largest == 0):
         return eye
+    S = S / largest  # else what is added to tiny eigenvalues would vanish
     if method == "newton" and (found := _newton(S, round(1 / power), max(damping, rounding), eye)) is not None:
-        return found
+        return found * largest**-power
     if method == "basis" and basis is not None:
         values, V = (basis * (S @ basis)).sum(0), basis
         if not bool(values.isfinite().all()):
@@ -76,16 +73,12 @@ def inverse_root(S: Tensor, power: float, damping: float, method: str = "eigh", 
         values, V = found_basis
     top = values.amax()
     values = (values + damping * top).clamp_min(rounding * top) if damping < rounding else values.clamp_min(0) + damping * top
-    return (V * values**-power) @ V.T
+    return (V * values**-power) @ V.T * largest**-power
 
 
 def _newton(S: Tensor, p: int, damping: float, eye: Tensor) -> Tensor | None:
     """S^(−1/p) by the coupled iteration X ← X T, N ← Tᵖ N with T = ((p+1)I − N)/p; None where it does not converge."""
-    # The trace, unlike a few power iterations, is never below the largest eigenvalue; the power iteration makes it tight.
-    v = S.sum(1)
-    for _ in range(10):
-        v = S @ (v / v.norm())
-    top = v.norm()
+    top = largest_eigenvalue(S)
     if not bool(top.isfinite()):
         return None
     A = S + damping * top * eye
@@ -102,6 +95,24 @@ def _newton(S: Tensor, p: int, damping: float, eye: Tensor) -> Tensor | None:
         if error < 10 * len(S) * torch.finfo(S.dtype).eps:
             break
     return (X + X.T) / 2 if best < 1e-2 else None
+
+
+def largest_eigenvalue(S: Tensor, steps: int = 32) -> Tensor:
+    """λ_max of a symmetric positive S (n, n) by Lanczos steps from a fixed vector: exact for n ≤ ``steps``, else from below."""
+    n, k = len(S), min(len(S), steps)
+    Q = S.new_zeros(n, k)
+    i = torch.arange(1, n + 1, dtype=S.dtype, device=S.device)
+    w = torch.sin(i * i)  # in general position: a constant vector is what centered statistics map to zero
+    least = S.new_zeros(())
+    for j in range(k):
+        for _ in range(2):
+            w = w - Q @ (Q.T @ w)
+        size = w.norm()
+        Q[:, j] = torch.where(size > least, w / size, 0.0)  # zero once the vectors span an invariant space
+        w = S @ Q[:, j]
+        least = 10 * n * torch.finfo(S.dtype).eps * S.diagonal().amax()
+    T = Q.T @ S @ Q
+    return torch.linalg.eigvalsh(T)[-1] if bool(T.isfinite().all()) else T.amax()
 
 
 def drift(S: Tensor, Q: Tensor, first: int, count: int = 32) -> float:

@@ -14,7 +14,7 @@ from precond.blocks import Block, Leaf, State, state_dtype
 from precond.maps import LinearMap, Scaled, SymmetricKronecker, Tiled
 from precond.preconditioners.adagrad import AdaGrad
 from precond.preconditioners.base import Part, Preconditioner, Seen
-from precond.preconditioners.kronecker import SIDES, Sides, as_matrix, fold, sides_of, split
+from precond.preconditioners.kronecker import SIDES, Sides, as_matrix, fold, norm, sides_of, split
 from precond.preconditioners.rms import RMS
 from precond.preconditioners.roots import eigenbasis, inverse_root, power_step
 
@@ -64,7 +64,8 @@ class Shampoo(Preconditioner):
 
     def __post_init__(self) -> None:
         checks.non_negative("Shampoo", initial=self.initial, damping=self.damping)
-        checks.positive("Shampoo", every=self.every, max_dim=self.max_dim, block=self.block, graft_eps=self.graft_eps)
+        checks.whole("Shampoo", every=self.every, max_dim=self.max_dim, block=self.block)
+        checks.positive("Shampoo", graft_eps=self.graft_eps)
         checks.fraction("Shampoo", graft_decay=self.graft_decay)
         checks.one_of("Shampoo", "method", self.method, ("eigh", "newton", "qr"))
         checks.one_of("Shampoo", "sides", self.sides, SIDES)
@@ -91,7 +92,7 @@ class Shampoo(Preconditioner):
         """Pieces of a matrix; a side without a factor is not cut."""
         cuts = []
         for length, has in zip(shape, sides, strict=True):
-            pieces = -(-length // self.block) if has else 1
+            pieces = -(-length // int(self.block)) if has else 1
             size = -(-length // pieces)
             cuts.append([slice(i, min(i + size, length)) for i in range(0, length, size)])
         return [(rows, columns) for rows in cuts[0] for columns in cuts[1]]
@@ -153,8 +154,8 @@ class Shampoo(Preconditioner):
             r = r if self.graft == "adagrad" else r / (1 - self.graft_decay**t)
             wanted = g / (r.sqrt() + self.graft_eps)
         (own,) = self._raw(state).gram((g,))
-        length = own.norm()
-        state["length"].copy_(torch.where(length > 0, wanted.norm() / length, state["length"]))
+        size = norm(own)
+        state["length"].copy_(torch.where(size > 0, norm(wanted) / size, state["length"]))
 
     def _raw(self, state: State) -> LinearMap:
         like, maps = state.block.tensors, []

@@ -27,8 +27,8 @@ class SOAP(Preconditioner):
     refresh is one step of orthogonal iteration, Q ← qr(LQ), in which r follows the order of the eigenvectors. The momentum is kept
     in the rotated coordinates, where it costs nothing, and carried along exactly. What has no side to rotate takes ``RMS``.
 
-    The bases start as the identity, so that the first step is Adam's; they are taken after it by an eigendecomposition, and r goes
-    over by the squares of the rotation, r ← (R∘R)r.
+    The bases start as the identity, so that the first step is Adam's; they are taken after it (or at the first refresh that a
+    gradient came before) by an eigendecomposition, and r goes over by the squares of the rotation, r ← (R∘R)r.
 
     Args:
         decay: ρ of r in [0, 1).
@@ -60,7 +60,7 @@ class SOAP(Preconditioner):
         checks.fraction("SOAP", decay=self.decay)
         checks.non_negative("SOAP", eps=self.eps)
         checks.one_of("SOAP", "sides", self.sides, SIDES)
-        checks.positive("SOAP", every=self.every, factor_every=self.factor_every, max_dim=self.max_dim)
+        checks.whole("SOAP", every=self.every, factor_every=self.factor_every, max_dim=self.max_dim)
         if self.factor_decay is not None:
             checks.fraction("SOAP", factor_decay=self.factor_decay)
         if self.drift is not None:
@@ -128,12 +128,14 @@ class SOAP(Preconditioner):
             if name not in state:
                 continue
             S, Q = state[name], state[basis]
-            if t == 1:
-                if (found := eigenbasis(S)) is not None:
-                    new[basis] = found[1]
-                    turned = (new[basis].T @ Q).square()
-                    r = turned @ r if axis == 0 else r @ turned.T
-            elif self._turned(S, Q, t) and (step := power_step(S, Q)) is not None:
+            fresh = bool((Q.diagonal() == 1).all())  # the identity still, as before any gradient
+            if fresh and bool(S.diagonal().amax() == 0):
+                continue
+            if fresh and (found := eigenbasis(S)) is not None:
+                new[basis] = found[1]
+                turned = (new[basis].T @ Q).square()
+                r = turned @ r if axis == 0 else r @ turned.T
+            elif (fresh or self._turned(S, Q, t)) and (step := power_step(S, Q)) is not None:
                 new[basis], order = step
                 r = r.index_select(axis, order)
         if not new:
