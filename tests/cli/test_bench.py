@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from precond.cli import bench
-from precond.cli.bench import Bench
+from precond.cli.bench import Bench, Experiment
 from precond.cli.main import main
 from precond.workloads import LogUniform, Task
 from precond.workloads.fashion_mnist import FOLDER
@@ -40,7 +40,7 @@ def test_tasks_are_chosen_by_whole_words(tmp_path: Path, monkeypatch: pytest.Mon
         made.extend(task.name for task in chosen)
         return 0
 
-    monkeypatch.setitem(bench.STUDIES, "fashion-mnist", tasks)
+    monkeypatch.setitem(bench.EXPERIMENTS, "fashion-mnist", Experiment(tasks))
     monkeypatch.setattr(bench, "launch", launch)
     assert main(["bench", "fashion-mnist", "--tasks", "batch 6,batch 1", "--out", str(tmp_path)]) == 0
     assert made == ["MLP, batch 6", "MLP, batch 1"]
@@ -48,7 +48,20 @@ def test_tasks_are_chosen_by_whole_words(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_the_settings_that_decide_a_result_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, object] = {}
-    monkeypatch.setitem(bench.STUDIES, "fashion-mnist", lambda *args: (Task("one", (), None, (), None),))  # type: ignore[arg-type]
-    monkeypatch.setattr(bench, "launch", lambda title, tasks, settings, where, argv: seen.update(settings) or 0)
+    one = Experiment(lambda *args: (Task("one", (), None, (), None),), ("same for all",))  # type: ignore[arg-type]
+    monkeypatch.setitem(bench.EXPERIMENTS, "fashion-mnist", one)
+
+    def launch(title: str, tasks: object, settings: dict[str, object], where: object, argv: object, rules: object) -> int:
+        seen.update(settings, rules=rules)
+        return 0
+
+    monkeypatch.setattr(bench, "launch", launch)
     assert Bench("fashion-mnist", trials=3, seeds=(1,), scale=0.5).run(["x"]) == 0
-    assert seen == {"name": "fashion-mnist", "trials": 3, "seeds": [1], "scale": 0.5, "examples": None}
+    assert seen == {
+        "name": "fashion-mnist",
+        "trials": 3,
+        "seeds": [1],
+        "scale": 0.5,
+        "examples": None,
+        "rules": ("same for all",),
+    }

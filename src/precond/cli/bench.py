@@ -17,12 +17,21 @@ from precond.cli.settings import Integers, Texts
 from precond.report.results import to_json
 from precond.workloads import Task
 from precond.workloads.fashion_study import fashion_tasks
-from precond.workloads.race import race_tasks
+from precond.workloads.race import RULES, race_tasks
 
 Name = Literal["fashion-mnist", "race"]
 
-# A new study is a function that makes its tasks, and one row here.
-STUDIES: dict[str, Callable[..., tuple[Task, ...]]] = {"fashion-mnist": fashion_tasks, "race": race_tasks}
+
+@dataclass(frozen=True)
+class Experiment:
+    """A function that makes tasks, and the rules under which entrants are compared."""
+
+    tasks: Callable[..., tuple[Task, ...]]
+    rules: tuple[str, ...] = ()
+
+
+# A new experiment is one row here.
+EXPERIMENTS: dict[str, Experiment] = {"fashion-mnist": Experiment(fashion_tasks), "race": Experiment(race_tasks, RULES)}
 
 
 @dataclass(frozen=True)
@@ -31,8 +40,9 @@ class Bench:
 
     Attributes:
         name: Which.
-        tasks: Only the tasks whose names contain one of these, as whole words: "batch 60" or MLP.
-        trials: Learning rates that each entrant tries in each task, on the validation part only.
+        tasks: Only the tasks whose names contain one of these, as whole words: "batch 60" or MLP. Several commands with different
+            tasks may work in one output folder at the same time; one without --tasks then makes the report of all.
+        trials: Learning rates that each entrant tries in each task; nothing is chosen on the test part.
         seeds: One training per seed with the best of them.
         scale: Times the steps of the table; less for a first look.
         examples: Train on a stratified sample of so many examples.
@@ -61,8 +71,9 @@ class Bench:
             raise UserError(f"seeds must be different whole numbers >= 0, got {','.join(map(str, self.seeds)) or 'none'}")
         if not self.scale > 0:
             raise UserError(f"scale must be > 0, got {self.scale:g}")
+        experiment = EXPERIMENTS[self.name]
         with as_user_errors():
-            every = STUDIES[self.name](self.seeds, self.trials, self.scale, self.data_dir, self.examples)
+            every = experiment.tasks(self.seeds, self.trials, self.scale, self.data_dir, self.examples)
         chosen = tuple(task for task in every if not self.tasks or any(_names(word, task.name) for word in self.tasks))
         if not chosen:
             raise UserError(f"no task of {self.name} contains {' or '.join(map(repr, self.tasks))}; there are "
@@ -71,7 +82,7 @@ class Bench:
             {"name": self.name, "trials": self.trials, "seeds": self.seeds, "scale": self.scale, "examples": self.examples}
         )
         where = Where(self.out or Path("runs") / f"bench-{self.name}", self.resume, self.checkpoint_seconds)
-        return launch(f"bench {self.name}", chosen, settings, where, argv)
+        return launch(f"bench {self.name}", chosen, settings, where, argv, experiment.rules)
 
 
 def _names(word: str, name: str) -> bool:

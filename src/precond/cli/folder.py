@@ -44,20 +44,30 @@ class Folder:
         """
         with ExitStack() as locks:
             whole = locks.enter_context(_opened(self.path / ".lock"))
-            # Who removes or compares and writes must be alone; who trains shares the folder.
+            # Who removes must be alone; who trains shares the folder.
             if not _locked(whole, alone=not resume):
                 raise self._busy()
             for task in tasks:
                 if not _locked(locks.enter_context(_opened(self.path / "trainings" / task / ".lock")), alone=True):
                     raise self._busy()
-            file = self.path / "settings.json"
             if not resume:
                 self._clear()
-                _locked(whole, alone=False)
-            elif file.exists():
-                self._compare(file, settings)
-            if not file.exists():
+            with self.alone():
+                file = self.path / "settings.json"
+                if file.exists():
+                    self._compare(file, settings)
                 write_atomically(file, json.dumps(settings, indent=1, ensure_ascii=False).encode())
+            _locked(whole, alone=False)
+            yield
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While files are written that processes share, the others wait."""
+        with _opened(self.path / ".lock-shared") as file:
+            with suppress(ImportError, OSError):
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def _busy(self) -> UserError:
@@ -75,7 +85,15 @@ class Folder:
             raise UserError(f"{self.path} holds a run with other settings: {changes}; {remedy}")
 
     def _clear(self) -> None:
-        for pattern in ("trainings/**/*.json", "trainings/**/*.pt", "settings.json", "results.json", "report.html", "model.pt"):
+        for pattern in (
+            "trainings/**/*.json",
+            "trainings/**/*.pt",
+            "settings.json",
+            "results.json",
+            "report.html",
+            "summary.md",
+            "model.pt",
+        ):
             for file in self.path.glob(pattern):
                 file.unlink()
 

@@ -22,8 +22,8 @@ from precond.cli.folder import Folder
 from precond.cli.progress import Live
 from precond.cli.stopping import stopping
 from precond.cli.study import Study, folder_name
-from precond.cli.tables import final_tables
-from precond.report import Clock, Results, save_page, save_results, table
+from precond.cli.tables import final_tables, overall_table
+from precond.report import Clock, Results, save
 from precond.report.environment import machine, versions
 from precond.workloads import CheckpointError, Interrupted, Task, WriteError
 
@@ -47,7 +47,9 @@ class Where:
     model: bool = False
 
 
-def launch(title: str, tasks: Sequence[Task], settings: dict[str, Any], where: Where, argv: Sequence[str]) -> int:
+def launch(
+    title: str, tasks: Sequence[Task], settings: dict[str, Any], where: Where, argv: Sequence[str], rules: Sequence[str] = ()
+) -> int:
     """Train, show, and save; the exit code.
 
     Args:
@@ -56,6 +58,7 @@ def launch(title: str, tasks: Sequence[Task], settings: dict[str, Any], where: W
         settings: everything that the results depend on, as JSON's own types.
         where: folder and device.
         argv: the command's own arguments.
+        rules: under which entrants are compared.
 
     Raises:
         UserError: for anything that the user can put right.
@@ -87,9 +90,10 @@ def launch(title: str, tasks: Sequence[Task], settings: dict[str, Any], where: W
                 versions=versions(),
                 machine=machine(where.device),
                 tasks=found,
+                rules=tuple(rules),
             )
-            save_results(folder.path / "results.json", results, [[row.as_dict() for row in table(task)] for task in found])
-            save_page(folder.path / "report.html", results)
+            with folder.alone():
+                saved = save(folder.path, results) + (["model.pt"] if where.model else [])
     except (CheckpointError, WriteError) as error:
         raise UserError(str(error)) from error
     except OSError as error:
@@ -98,7 +102,8 @@ def launch(title: str, tasks: Sequence[Task], settings: dict[str, Any], where: W
         console.print(f"{live.known} of {study.amount} trainings were done before (--no-resume repeats them).")
     for drawn in final_tables(results):
         console.print(drawn)
-    saved = ["report.html", "results.json"] + (["model.pt"] if where.model else [])
+    if (means := overall_table(results)) is not None:
+        console.print(means)
     console.print(Text(f"Saved in {folder.path}: {', '.join(saved)}"), soft_wrap=True)
     # An entrant that failed is a result among others; where nothing else came out, the command failed.
     return 1 if all(run.status == "failed" for task in found for entry in task.entries for run in entry.runs) else 0

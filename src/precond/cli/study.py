@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -70,6 +70,7 @@ class Study:
 
     tasks: Sequence[Task]
     model_path: Path | None = None
+    _warm: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @property
     def amount(self) -> int:
@@ -131,7 +132,8 @@ class Study:
         target = default_target(found, task.reference, task.allowance, task.target_part)
         if task.target is not None:
             target = Target(task.target, target.part, "given with --target")
-        return TaskResults(task.name, task.metric, dict(task.facts), target, found)
+        reference = task.reference if any(entry.label == task.reference for entry in found) else None
+        return TaskResults(task.name, task.metric, dict(task.facts), target, found, reference, task.search.judge)
 
     def _prefix(self, task: Task) -> str:
         return f"{task.name}: " if len(self.tasks) > 1 else ""
@@ -144,6 +146,7 @@ class Study:
             checkpoint = folder.checkpoint(job.slug)
             entrant = job.contender.entrant
             try:
+                self._warm_up(job)
                 outcome, model = train(
                     job.contender.workload(), entrant, job.plan, checkpoint=checkpoint, watch=watcher.stepped
                 )
@@ -160,6 +163,13 @@ class Study:
                 folder.finish(job.slug, outcome)
         watcher.finished(job, outcome, known)
         return outcome
+
+    def _warm_up(self, job: Job) -> None:
+        """Two steps that nobody counts: an optimizer's first ones in a process load libraries and build kernels."""
+        if job.contender.label not in self._warm:
+            plan = replace(job.plan, steps=2, warmup=0, evaluations=1, test=False)
+            train(job.contender.workload(), job.contender.entrant, plan)
+            self._warm.add(job.contender.label)
 
 
 def folder_name(task: Task) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.table import Table
 from rich.text import Text
 
-from precond.report import Clock, Results, TaskResults, numbers, table
+from precond.report import Clock, Results, TaskResults, numbers, overall, table
 
 
 def final_tables(results: Results) -> Iterator[Table]:
@@ -17,9 +17,24 @@ def final_tables(results: Results) -> Iterator[Table]:
         yield _final_table(title, task, results.clock)
 
 
+def overall_table(results: Results) -> Table | None:
+    """Geometric means of work to the target in units of a reference's, where there are several tasks and one."""
+    found = overall(results)
+    if len(results.tasks) < 2 or not found:
+        return None
+    drawn = Table(title=f"{results.title}: work to target over the reference's, geometric means", title_justify="left")
+    drawn.add_column("entrant", overflow="fold")
+    for heading in ("steps", "CPU time" if results.clock == "cpu_seconds" else "time", "targets reached"):
+        drawn.add_column(heading, justify="right")
+    for one in found:
+        reached = f"{one.tasks - len(one.missed)} of {one.tasks}"
+        drawn.add_row(*map(Text, (one.label, str(one.steps), str(one.seconds), reached)))
+    return drawn
+
+
 def _final_table(title: str, results: TaskResults, clock: Clock) -> Table:
     metric = results.metric
-    goal = f"{results.target.part} loss {numbers.short(results.target.value)}"
+    goal = f"{'training' if results.target.part == 'train' else 'validation'} loss {numbers.short(results.target.value)}"
     drawn = Table(title=f"{title}: final losses; steps, gradients and time to {goal}", title_justify="left")
     drawn.add_column("entrant", overflow="fold")
     headings = ["lr", "training", *(["validation"] if results.held_out else []), "test"]

@@ -1,6 +1,7 @@
 """Results as JSON and as one self-contained page."""
 
 from precond.report import numbers
+from precond.report.against import Overall, Ratio, geometric_mean, markdown, overall, ratios, save_summary
 from precond.report.page import render, save_page
 from precond.report.results import (
     Clock,
@@ -14,23 +15,32 @@ from precond.report.results import (
     outcome_to_json,
     save_results,
 )
+from precond.report.saving import save
 from precond.report.summary import Row, default_target, table
 
 __all__ = [
     "Clock",
     "Entry",
+    "Overall",
+    "Ratio",
     "Results",
     "ResultsError",
     "Row",
     "Target",
     "TaskResults",
     "default_target",
+    "geometric_mean",
     "load_results",
+    "markdown",
     "numbers",
     "outcome_from_json",
     "outcome_to_json",
+    "overall",
+    "ratios",
     "render",
+    "save",
     "save_page",
     "save_results",
+    "save_summary",
     "table",
 ]

@@ -124,7 +124,7 @@ def _metric_axis(axes: Axes, bands: Sequence[Band], metric: str | None) -> None:
 
 
 def searches(results: TaskResults, pens: Mapping[str, Pen], name: str) -> str:
-    """Final validation loss of every trial against its learning rate; the chosen one is marked."""
+    """Final loss of every trial, on the part that judges, against its learning rate; the chosen one is marked."""
 
     def draw(axes: Axes) -> None:
         losses = [trial.loss for entry in results.entries for trial in entry.search if math.isfinite(trial.loss)]
@@ -141,14 +141,15 @@ def searches(results: TaskResults, pens: Mapping[str, Pen], name: str) -> str:
         axes.set_xlim(min(rates) / 1.4, max(rates) * 1.4)
         log_axis(axes.xaxis)
         # As in the curves: a trial that ended far above where it began must not flatten all the others.
-        began = [run.curve.validation_loss[0] for entry in results.entries for run in entry.runs if run.curve.validation_loss]
+        column = f"{'train' if results.judge == 'training' else 'validation'}_loss"
+        began = [found[0] for entry in results.entries for run in entry.runs if (found := run.curve.columns()[column])]
         high = min(max(losses, default=1.0), 1.5 * max(began, default=math.inf))
         if losses and min(losses) > 0 and high / min(losses) > _LOG_FROM:
             axes.set_yscale("log")
             axes.set_ylim(min(losses) * 0.7, high * 1.15)
             log_axis(axes.yaxis)
         axes.set_xlabel("learning rate")
-        axes.set_ylabel("final validation loss")
+        axes.set_ylabel(f"final {results.judge} loss")
 
     return svg(draw, name, (8.0, 3.3))
 

@@ -11,20 +11,14 @@ from typing import Any
 from markupsafe import Markup
 
 from precond.report import numbers
+from precond.report.against import ratios
 from precond.report.figures import WORK_LABELS, curves, profiles, searches
+from precond.report.overview import Cell, against, matrices
 from precond.report.rendering import render_template
 from precond.report.results import Clock, Results, TaskResults
 from precond.report.style import Pen, pen
 from precond.report.summary import Row, Spread, Work, at_edge, table
 from precond.workloads import write_atomically
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A number in the final table, and whether it is the best of its column."""
-
-    text: str
-    best: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,13 +32,7 @@ class Bar:
     ticks: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """One number per task and entrant."""
-
-    heading: str
-    note: str
-    rows: list[tuple[str, list[Cell]]]
+_UNITS: dict[Clock, str] = {"cpu_seconds": "CPU seconds", "seconds": "seconds"}
 
 
 def render(results: Results) -> str:
@@ -59,7 +47,9 @@ def render(results: Results) -> str:
         legend=list(pens.items()),
         cards=[] if several else _cards(results.tasks[0], table(results.tasks[0]), results.clock),
         tasks=[_task(task, results.clock, pens, f"{number}-") for number, task in enumerate(results.tasks)],
-        matrices=_matrices(results, labels) if several else [],
+        matrices=matrices(results, pens) if several else [],
+        against=against(results, pens) if several else None,
+        one_source=len({task.facts.get("data") for task in results.tasks}) == 1,
         profiles=[Markup(profiles(results, pens, work, f"profile-{work}")) for work in ("step", results.clock)]
         if several
         else [],
@@ -85,8 +75,9 @@ def _task(task: TaskResults, clock: Clock, pens: Mapping[str, Pen], prefix: str)
         "name": task.name,
         "facts": task.facts,
         "rows": _rows(task, rows, pens, clock),
-        "columns": _columns(task),
+        "columns": _columns(task, clock),
         "target": task.target,
+        "reference": task.reference,
         "goal": numbers.short(task.target.value),
         "bars": _bars(rows, works, pens),
         "works": [WORK_LABELS[work] for work in works],
@@ -94,59 +85,14 @@ def _task(task: TaskResults, clock: Clock, pens: Mapping[str, Pen], prefix: str)
         "searches": Markup(searches(task, pens, f"{prefix}searches")) if any(e.search for e in task.entries) else None,
         "spaces": [(e.label, f"{e.bounds[0]:g} to {e.bounds[1]:g}", len(e.search)) for e in task.entries if e.bounds],
         "edges": [entry.label for entry in task.entries if at_edge(entry)],
+        "judge": "on training examples that no curve is evaluated on, where there are enough of them,"
+        if task.judge == "training"
+        else "on the validation part",
         "diverged": [(row.label, row.diverged, row.seeds) for row in rows if row.diverged],
         "failed": [(row.label, row.error) for row in rows if row.error],
         "probes": task.probes,
         "seeds": [run.seed for run in task.entries[0].runs],
     }
-
-
-def _matrices(results: Results, labels: list[str]) -> list[Matrix]:
-    """Tasks × entrants: what was reached, and after how much work."""
-
-    def matrix(heading: str, note: str, of: Callable[[TaskResults, Row], tuple[float, str]], least: bool) -> Matrix:
-        rows = []
-        for task in results.tasks:
-            found = {row.label: of(task, row) for row in table(task)}
-            values = [value for value, _ in found.values() if math.isfinite(value)]
-            top = (min if least else max)(values, default=math.nan)
-            cells = [found.get(label, (math.nan, numbers.NONE)) for label in labels]
-            rows.append((task.name, [Cell(text, value == top) for value, text in cells]))
-        return Matrix(heading, note, rows)
-
-    def ended(row: Row, text: str) -> str:
-        if row.error:
-            return "failed"
-        diverged = f"{row.diverged} of {row.seeds} diverged"
-        return diverged if row.diverged == row.seeds else f"{text}, {diverged}" if row.diverged else text
-
-    def tested(task: TaskResults, row: Row) -> tuple[float, str]:
-        spread = row.test_metric
-        return (math.nan if spread is None else spread.median), ended(row, numbers.metric_spread(spread, task.metric))
-
-    def loss(task: TaskResults, row: Row) -> tuple[float, str]:
-        spread = row.validation_loss or row.train_loss
-        return (math.nan if spread is None else spread.median), ended(row, numbers.loss_spread(spread))
-
-    def reach(work: Work) -> Callable[[TaskResults, Row], tuple[float, str]]:
-        def of(task: TaskResults, row: Row) -> tuple[float, str]:
-            x = row.to_target[work].median
-            return x, numbers.short(x) if work == "step" else numbers.seconds(x)
-
-        return of
-
-    over = "Medians over seeds, with the smallest and the largest in parentheses; the best of a task is in bold."
-    target = "Medians over seeds at the first evaluation that meets the task's target; – where it was not met."
-    metrics = {task.metric for task in results.tasks} - {None}
-    shown = [matrix(f"Test {' or '.join(sorted(map(str, metrics)))}", over, tested, least=False)] if metrics else []
-    return [
-        *shown,
-        matrix("Final validation loss", over, loss, least=True),
-        matrix("Steps to target", target, reach("step"), least=True),
-        matrix(
-            f"{WORK_LABELS[results.clock].capitalize()} to target".replace("Cpu", "CPU"), target, reach(results.clock), True
-        ),
-    ]
 
 
 def _sections(
@@ -164,10 +110,11 @@ def _sections(
     return found
 
 
-def _columns(results: TaskResults) -> list[str]:
+def _columns(results: TaskResults, clock: Clock) -> list[str]:
     held_out = ["validation loss"] if results.held_out else []
     tested = ["test loss"] + ([f"test {results.metric}"] if results.metric else [])
-    return ["lr", "training loss", *held_out, *(tested if _tested(results) else []), "gradients", "time"]
+    compared = ["steps to target", "ratio", f"{_UNITS[clock]} to target", "ratio"] if results.reference else []
+    return ["lr", *compared, "training loss", *held_out, *(tested if _tested(results) else []), "gradients", "time"]
 
 
 def _tested(results: TaskResults) -> bool:
@@ -183,10 +130,10 @@ def _rows(results: TaskResults, rows: list[Row], pens: Mapping[str, Pen], clock:
         top = best(of, least)
         return [Cell(text(spread := of(row)), spread is not None and spread.median == top) for row in rows]
 
-    columns = [
-        [Cell(numbers.short(row.lr)) for row in rows],
-        cells(lambda row: row.train_loss, numbers.loss_spread),
-    ]
+    columns = [[Cell(numbers.short(row.lr)) for row in rows]]
+    if results.reference:
+        columns += [*_compared(results, rows, "step"), *_compared(results, rows, clock)]
+    columns.append(cells(lambda row: row.train_loss, numbers.loss_spread))
     if results.held_out:
         columns.append(cells(lambda row: row.validation_loss, numbers.loss_spread))
     if _tested(results):
@@ -197,6 +144,17 @@ def _rows(results: TaskResults, rows: list[Row], pens: Mapping[str, Pen], clock:
     times = [row.cpu_seconds if clock == "cpu_seconds" else row.seconds for row in rows]
     columns.append([Cell(numbers.NONE if time is None else numbers.seconds(time.median)) for time in times])
     return [(row.label, pens[row.label], [column[i] for column in columns]) for i, row in enumerate(rows)]
+
+
+def _compared(results: TaskResults, rows: list[Row], work: Work) -> list[list[Cell]]:
+    """Work to the target, and in units of the reference's."""
+    medians, found = [row.to_target[work].median for row in rows], ratios(results, work)
+    least = min(filter(math.isfinite, medians), default=math.nan)
+    amounts = [Cell(numbers.short(x), x == least) for x in medians]
+    return [
+        amounts,
+        [Cell(str(found.get(row.label, numbers.NONE)), cell.best) for row, cell in zip(rows, amounts, strict=True)],
+    ]
 
 
 def _bars(rows: list[Row], works: list[Work], pens: Mapping[str, Pen]) -> list[tuple[str, Pen, list[Bar]]]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from precond.workloads import Curve, LrFrom, Outcome, Trial, write_atomically
+from precond.workloads import Curve, Judge, LrFrom, Outcome, Trial, write_atomically
 
 SCHEMA = 2
 """Version of the file's layout; it changes when a reader of an older file would be misled."""
@@ -60,6 +60,8 @@ class TaskResults:
         facts: what is said of data and model.
         target: the loss to be reached.
         entries: in the order in which they were named.
+        reference: label of the entrant whose work is the unit of the others'; None: there is none.
+        judge: on what part of the data searches were judged.
     """
 
     name: str
@@ -67,6 +69,8 @@ class TaskResults:
     facts: dict[str, str]
     target: Target
     entries: tuple[Entry, ...]
+    reference: str | None = None
+    judge: Judge = "validation"
 
     @property
     def probes(self) -> bool:
@@ -92,6 +96,7 @@ class Results:
         versions: of Python, torch, precond.
         machine: processor, cores, threads.
         tasks: in order.
+        rules: under which entrants were compared, a sentence or two each.
     """
 
     title: str
@@ -102,6 +107,7 @@ class Results:
     versions: dict[str, str]
     machine: dict[str, str]
     tasks: tuple[TaskResults, ...]
+    rules: tuple[str, ...] = ()
 
 
 def to_json(value: Any) -> Any:
@@ -128,13 +134,21 @@ def outcome_from_json(found: dict[str, Any]) -> Outcome:
     return Outcome(**{**found, "lr": math.nan if found["lr"] is None else found["lr"], "curve": Curve(**columns)})
 
 
-def save_results(path: Path, results: Results, tables: list[list[dict[str, Any]]]) -> None:
+def save_results(
+    path: Path, results: Results, tables: list[list[dict[str, Any]]], against: dict[str, Any] | None = None
+) -> None:
     """Write results.json, with the final table of each task beside what it is computed from.
+
+    Args:
+        path: the file.
+        results: what is kept.
+        tables: the final table of each task.
+        against: work in units of a reference's.
 
     Raises:
         WriteError: where it cannot be written.
     """
-    content = {"schema": SCHEMA, **asdict(results)}
+    content = {"schema": SCHEMA, **asdict(results), **({"against": against} if against else {})}
     for task, table in zip(content["tasks"], tables, strict=True):
         task["table"] = table
     write_atomically(path, (_text(to_json(content), "") + "\n").encode())
@@ -165,7 +179,9 @@ def load_results(path: Path) -> Results:
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise ResultsError(f"{path} holds no results of layout {SCHEMA}; run the comparison again with this version of precond")
     try:
-        return Results(**{k: v for k, v in found.items() if k != "schema"} | {"tasks": tuple(map(_task, found["tasks"]))})
+        tasks, rules = tuple(map(_task, found["tasks"])), tuple(found.get("rules", ()))
+        rest = {k: v for k, v in found.items() if k not in ("schema", "against")}
+        return Results(**rest | {"tasks": tasks, "rules": rules})
     except (KeyError, TypeError, AttributeError) as error:
         raise ResultsError(f"{path} lacks what results hold ({error}); run the comparison again") from error
 
@@ -173,7 +189,9 @@ def load_results(path: Path) -> Results:
 def _task(found: dict[str, Any]) -> TaskResults:
     value = found["target"]["value"]
     target = Target(**{**found["target"], "value": math.nan if value is None else value})
-    return TaskResults(found["name"], found["metric"], found["facts"], target, tuple(map(_entry, found["entries"])))
+    entries = tuple(map(_entry, found["entries"]))
+    further = {name: found[name] for name in ("reference", "judge") if name in found}
+    return TaskResults(found["name"], found["metric"], found["facts"], target, entries, **further)
 
 
 def _entry(found: dict[str, Any]) -> Entry:

@@ -81,7 +81,7 @@ def default_target(
     allowance: float = 0.1,
     part: Literal["validation", "train"] = "validation",
 ) -> Target:
-    """The best loss of a reference (median over its seeds), and an allowance, so that it is met before the end.
+    """The best loss of a reference (median over its seeds, of two middles the higher), and an allowance, so that it is met before the end.
 
     Where there is no validation part, the training loss takes its place.
 
@@ -95,8 +95,9 @@ def default_target(
         finished = [run for run in entry.runs if run.status == "finished"]
         if finished:
             part = part if finished[0].curve.validation_loss else "train"
-            best = statistics.median(min(losses(run, part)) for run in finished)
-            rule = f"the best {part} loss of {entry.label} (median over seeds)" + (
+            # The higher one of two middles, so that the reference itself meets it with most of its seeds.
+            best = statistics.median_high(min(losses(run, part)) for run in finished)
+            rule = f"the best {'training' if part == 'train' else part} loss of {entry.label} (median over seeds)" + (
                 f" and {allowance:.0%} more" if allowance else ""
             )
             return Target(best + allowance * abs(best), part, rule)

@@ -1,16 +1,6 @@
 """The race: every recipe of this library and the optimizers of others, on tasks that one thread trains in seconds.
 
-The rules, in the spirit of AlgoPerf (Dahl et al., 2023):
-
-- In a task all have the same model, data, batches, length, warm-up over a twentieth of the steps, and linear decay to 0. A
-  schedule-free optimizer keeps its learning rate after the warm-up, by its own design.
-- Each searches its learning rate alone, in the same number of trials: first its own default, then evenly over a published range of
-  three decades, the same in all tasks. Weight decay is 0; everything else is each optimizer's own default.
-- The search is judged by the final training loss of trainings with another seed than those reported, on training examples that the
-  reported curves are not evaluated on. (Where a data set is so small that the whole training part is evaluated, on the same.)
-- The target is the best training loss of torch's AdamW, median over seeds. Steps and seconds to it are those of the first evaluation
-  that meets it; trainings are evaluated 40 times. Seconds are the processor's, of one thread, for fetching a batch, forward,
-  backward and the optimizer.
+The rules (:data:`RULES`) are in the spirit of AlgoPerf (Dahl et al., 2023).
 """
 
 from __future__ import annotations
@@ -42,6 +32,24 @@ REFERENCE = "torch AdamW"
 
 EVALUATIONS = 40
 """Of a training: steps to the target are known to 2.5 % of its length."""
+
+RULES = (
+    "Optimizers of this library and of others on tasks that one thread trains in seconds: who reaches the best training loss of "
+    "torch's AdamW first, in steps and in seconds.",
+    "In a task all have the same model, initialization, data, batches, number of steps, warm-up over a twentieth of them, and linear "
+    "decay to 0. A schedule-free optimizer keeps its learning rate after the warm-up, by its own design.",
+    "Each searches its learning rate alone, in the same number of trials: first its own default, then evenly over three decades, the "
+    "same in all tasks. Weight decay is 0; everything else is each optimizer's own default, but pytorch-optimizer's Shampoo refreshes "
+    "every 10 steps instead of every 1,000, and heavyball does not compile.",
+    "A search is judged by the final training loss of trainings with another seed than those reported, on training examples that the "
+    "reported curves are not evaluated on. (Where a data set is so small that curves are evaluated on all of it, on the same.)",
+    "The target is the lowest training loss on the curve of torch's AdamW, median over seeds. Work to the target is that of the first "
+    f"of {EVALUATIONS} evaluations that meets it, median over seeds. Seconds are the processor's, of one thread, for fetching batches, "
+    "forward, backward and the optimizer.",
+    "Muon, torch's and ours, orthogonalizes the weights of linear and convolutional layers but not those of a transformer's head; "
+    "AdamW has the rest, at the same learning rate.",
+)
+"""What is the same for all."""
 
 
 # Three decades for each: steps of unit size for each entry in the one, steps in units of the gradient in the other.
@@ -116,7 +124,14 @@ def race_tasks(
     def task(run: _Run) -> Task:
         steps, workload = max(2, round(scale * run.steps)), run.workload()
         contenders = tuple(Contender(entrant, run.workload, space) for entrant, space in racers)
-        facts = {**workload.facts, "steps": f"{steps:,}"}
+        facts = {
+            **workload.facts,
+            "batch size": str(workload.batch_size),
+            "steps": f"{steps:,}",
+            "evaluated on": f"{workload.evaluated:,} training and as many validation examples, all test examples"
+            if workload.evaluated
+            else "all training, validation and test examples",
+        }
         return Task(
             run.name, contenders, Plan(None, steps, 0, "linear", steps // 20, EVALUATIONS), tuple(seeds),
             Search(trials, judge="training"), metric=workload.metric, facts=facts, reference=REFERENCE, allowance=0.0,
