@@ -1,6 +1,6 @@
 """Matrix preconditioners against public ones: milliseconds of an optimizer step, means over whole refresh periods.
 
-python benchmarks/matrices.py [--threads 2] [--rounds 20] [--only soap]
+python benchmarks/matrices.py [--threads 2] [--rounds 20] [--only muon,adamw] [--clock cpu]
 
 Each candidate steps all parameters of a transformer of 10 million; where one takes matrices alone, a fused AdamW has the rest. A peer
 that is not installed or fails is listed with its error.
@@ -65,7 +65,8 @@ CANDIDATES: dict[str, Make] = {
     "soap, smaller side, drift 0.3": lambda p: (
         precond.soap(p, lr=1e-3, precondition_frequency=EVERY, sides="smaller", drift=0.3, factor_frequency=5),
     ),
-    "pytorch-optimizer ScalableShampoo": pytorch_optimizer_shampoo,
+    "pytorch-optimizer ScalableShampoo, blocks of 512": pytorch_optimizer_shampoo,
+    "shampoo, blocks of 512": lambda p: (precond.shampoo(p, lr=1e-3, precondition_frequency=EVERY, block_size=512),),
 }
 
 
@@ -96,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2 * EVERY, help="a multiple of the refresh period")
-    parser.add_argument("--only", default="", help="candidates whose names hold this")
+    parser.add_argument("--only", default="", help="candidates whose names hold one of these, commas between")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: of this process; for a busy machine")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -105,7 +106,7 @@ def main() -> None:
     times: dict[str, list[float]] = {}
     failed: dict[str, str] = {}
     for name, make in CANDIDATES.items():
-        if options.only in name.lower():
+        if any(part.strip() in name.lower() for part in options.only.split(",")):
             try:
                 running[name], times[name] = Steps(make), []
                 for _ in range(2):
