@@ -42,7 +42,7 @@ class Iteration:
     A Gram matrix rounded to 16 bits has small negative eigenvalues, which grow from step to step, and q with them. The first one,
     of a matrix whose squares sum to one, is small enough to bear three steps, later ones bear two; then comes one of X anew.
     Multiples of a are added within a product, before it is rounded: on the diagonal of a 16-bit matrix they would round by more
-    than the rest weighs. That of R alone costs no accuracy, since R's eigenvalues end near one.
+    than the rest weighs. R alone has them on its diagonal: left out there, they would cancel against all the rest at the end.
     """
 
     coefficients: Coefficients
