@@ -67,6 +67,7 @@ def curves(results: TaskResults, pens: Mapping[str, Pen], column: str, work: Wor
     """
     bands = [band(entry, column, work) for entry in results.entries]
     is_loss = column.endswith("loss")
+    faint = min(0.13, 0.8 / len(bands))  # many bands one upon another must not hide the lines
 
     def draw(axes: Axes) -> None:
         for entry, one in zip(results.entries, bands, strict=True):
@@ -75,7 +76,7 @@ def curves(results: TaskResults, pens: Mapping[str, Pen], column: str, work: Wor
             look = pens[entry.label]
             axes.plot(one.x, one.middle, color=look.color, linestyle=look.dashes, zorder=3)
             if len(entry.runs) > 1:
-                axes.fill_between(one.x, one.low, one.high, color=look.color, alpha=0.13, linewidth=0, zorder=2)
+                axes.fill_between(one.x, one.low, one.high, color=look.color, alpha=faint, linewidth=0, zorder=2)
             if any(run.status == "diverged" for run in entry.runs):
                 axes.plot(one.x[-1:], one.middle[-1:], "X", color=look.color, markersize=7, markeredgecolor="white", zorder=4)
         if is_loss:

@@ -66,11 +66,13 @@ def seconds(x: float) -> str:
     """A duration of training.
 
     Example:
-        >>> seconds(0.1234), seconds(12.34), seconds(700.0)
-        ('0.12 s', '12.3 s', '11.7 min')
+        >>> seconds(0.01234), seconds(0.1234), seconds(12.34), seconds(700.0)
+        ('0.0123 s', '0.12 s', '12.3 s', '11.7 min')
     """
     if not math.isfinite(x):
         return NONE
+    if 0 < x < 0.1:
+        return f"{short(x)} s"
     if x < 10:
         return f"{x:.2f} s"
     return f"{x:.1f} s" if x < 300 else f"{x / 60:.1f} min"

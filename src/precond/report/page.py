@@ -70,12 +70,13 @@ def save_page(path: Path, results: Results) -> None:
 def _task(task: TaskResults, clock: Clock, pens: Mapping[str, Pen], prefix: str) -> dict[str, Any]:
     """What the template says of one task; figures are named by a prefix."""
     rows = table(task)
+    final = _final(task, rows, clock)
     works: list[Work] = ["step", *(["gradients"] if task.probes else []), clock]  # type: ignore[list-item]
     return {
         "name": task.name,
         "facts": task.facts,
-        "rows": _rows(task, rows, pens, clock),
-        "columns": _columns(task, clock),
+        "rows": [(row.label, pens[row.label], [column[i] for column in final.values()]) for i, row in enumerate(rows)],
+        "columns": [heading.split(", ")[-1] for heading in final],
         "target": task.target,
         "reference": task.reference,
         "goal": numbers.short(task.target.value),
@@ -110,51 +111,46 @@ def _sections(
     return found
 
 
-def _columns(results: TaskResults, clock: Clock) -> list[str]:
-    held_out = ["validation loss"] if results.held_out else []
-    tested = ["test loss"] + ([f"test {results.metric}"] if results.metric else [])
-    compared = ["steps to target", "ratio", f"{_UNITS[clock]} to target", "ratio"] if results.reference else []
-    return ["lr", *compared, "training loss", *held_out, *(tested if _tested(results) else []), "gradients", "time"]
-
-
-def _tested(results: TaskResults) -> bool:
-    return any(run.test_loss is not None for entry in results.entries for run in entry.runs)
-
-
-def _rows(results: TaskResults, rows: list[Row], pens: Mapping[str, Pen], clock: Clock) -> list[tuple[str, Pen, list[Cell]]]:
-    def best(of: Callable[[Row], Spread | None], least: bool = True) -> float:
-        medians = [spread.median for row in rows if (spread := of(row)) is not None]
-        return math.nan if len(medians) < 2 else (min if least else max)(medians)
+def _final(results: TaskResults, rows: list[Row], clock: Clock) -> dict[str, list[Cell]]:
+    """The final table, column by column. Beside ratios to a reference there is room for what differs alone."""
 
     def cells(of: Callable[[Row], Spread | None], text: Callable[[Spread | None], str], least: bool = True) -> list[Cell]:
-        top = best(of, least)
+        medians = [spread.median for row in rows if (spread := of(row)) is not None]
+        top = math.nan if len(medians) < 2 else (min if least else max)(medians)
         return [Cell(text(spread := of(row)), spread is not None and spread.median == top) for row in rows]
 
-    columns = [[Cell(numbers.short(row.lr)) for row in rows]]
-    if results.reference:
-        columns += [*_compared(results, rows, "step"), *_compared(results, rows, clock)]
-    columns.append(cells(lambda row: row.train_loss, numbers.loss_spread))
+    compared, tested = results.reference is not None, any(row.test_loss is not None for row in rows)
+    columns = {"lr": [Cell(numbers.short(row.lr)) for row in rows]}
+    if compared:
+        columns |= _compared(results, rows, "step", "steps to target")
+        columns |= _compared(results, rows, clock, f"{_UNITS[clock]} to target")
+    columns["training loss"] = cells(lambda row: row.train_loss, numbers.loss_spread)
     if results.held_out:
-        columns.append(cells(lambda row: row.validation_loss, numbers.loss_spread))
-    if _tested(results):
-        columns.append(cells(lambda row: row.test_loss, numbers.loss_spread))
-        if results.metric:
-            columns.append(cells(lambda row: row.test_metric, lambda s: numbers.metric_spread(s, results.metric), least=False))
-    columns.append([Cell(numbers.NONE if row.gradients is None else numbers.short(row.gradients.median)) for row in rows])
+        columns["validation loss"] = cells(lambda row: row.validation_loss, numbers.loss_spread)
+    if tested and not (compared and results.metric):
+        columns["test loss"] = cells(lambda row: row.test_loss, numbers.loss_spread)
+    if tested and results.metric:
+        name = results.metric
+        columns[f"test {name}"] = cells(lambda row: row.test_metric, lambda s: numbers.metric_spread(s, name), least=False)
+    if results.probes or not compared:
+        columns["gradients"] = [
+            Cell(numbers.NONE if s is None else numbers.short(s.median)) for s in (r.gradients for r in rows)
+        ]
     times = [row.cpu_seconds if clock == "cpu_seconds" else row.seconds for row in rows]
-    columns.append([Cell(numbers.NONE if time is None else numbers.seconds(time.median)) for time in times])
-    return [(row.label, pens[row.label], [column[i] for column in columns]) for i, row in enumerate(rows)]
+    columns["time"] = [Cell(numbers.NONE if time is None else numbers.seconds(time.median)) for time in times]
+    return columns
 
 
-def _compared(results: TaskResults, rows: list[Row], work: Work) -> list[list[Cell]]:
+def _compared(results: TaskResults, rows: list[Row], work: Work, heading: str) -> dict[str, list[Cell]]:
     """Work to the target, and in units of the reference's."""
     medians, found = [row.to_target[work].median for row in rows], ratios(results, work)
     least = min(filter(math.isfinite, medians), default=math.nan)
-    amounts = [Cell(numbers.short(x), x == least) for x in medians]
-    return [
-        amounts,
-        [Cell(str(found.get(row.label, numbers.NONE)), cell.best) for row, cell in zip(rows, amounts, strict=True)],
-    ]
+    return {
+        heading: [Cell(numbers.short(x), x == least) for x in medians],
+        f"{heading}, ratio": [
+            Cell(str(found.get(row.label, numbers.NONE)), x == least) for row, x in zip(rows, medians, strict=True)
+        ],
+    }
 
 
 def _bars(rows: list[Row], works: list[Work], pens: Mapping[str, Pen]) -> list[tuple[str, Pen, list[Bar]]]:
