@@ -117,7 +117,8 @@ def _default_folder(title: str, identity: dict[str, Any]) -> Path:
 
 def _interrupted(live: Live, interrupted: Interrupted, folder: Folder, line: str, number: int) -> int:
     job = live.current
-    under_way = "" if job is None else f"; {job.title} is saved at step {interrupted.step} of {job.plan.steps}"
+    saved = f"is saved at step {interrupted.step} of {job.plan.steps}" if interrupted.saved and job else "starts over"
+    under_way = "" if job is None else f"; {job.title} {saved}"
     print(f"\nInterrupted: {live.done} trainings are done{under_way}, in {folder.path}.", file=sys.stderr)
     print(f"Go on to the same numbers with the same command:\n  {line}", file=sys.stderr)
     return 128 + number

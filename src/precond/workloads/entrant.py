@@ -28,6 +28,7 @@ class Entrant(ABC):
         lr: its own learning rate, which no search changes; None: it has none.
         exact: whether a penalty needs double backprop, and with it a closure that calls no backward.
         decay: how its learning rate decays by its own design; None: as all others' do.
+        restorable: whether its optimizer goes on from its state dict to the same numbers; if not, interrupted trainings start over.
     """
 
     label: str
@@ -35,6 +36,7 @@ class Entrant(ABC):
     lr: float | None = None
     exact: bool = False
     decay: Decay | None = None
+    restorable: bool = True
 
     def evaluating(self, optimizer: Any, problem: Problem) -> AbstractContextManager[None]:
         """Within it the model holds what is to be evaluated; after it, what is trained."""

@@ -138,6 +138,13 @@ def schedule_free(model: nn.Module, lr: float) -> Optimizer:
 
 
 @dataclass(frozen=True)
+class Unsaved(Peer):
+    """One whose state dict does not hold what it goes on from."""
+
+    restorable: bool = False
+
+
+@dataclass(frozen=True)
 class ScheduleFree(Peer):
     """A schedule-free optimizer (Defazio et al., 2024): constant learning rate, evaluated at its average.
 

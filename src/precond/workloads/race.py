@@ -64,7 +64,7 @@ def entrants() -> tuple[tuple[Entrant, LogUniform], ...]:
         (Peer(REFERENCE, peers.adamw, "torch-adamw"), _BY_ENTRY, 1e-3),
         (Peer("torch Muon", peers.muon, "torch-muon"), _BY_ENTRY, 1e-3),
         (Peer("pytorch-optimizer SOAP", peers.pytorch_optimizer("SOAP"), "po-soap"), _BY_ENTRY, 3e-3),
-        (Peer("pytorch-optimizer Shampoo, every 10", peers.shampoo, "po-shampoo"), _BY_GRADIENT, 1e-3),
+        (peers.Unsaved("pytorch-optimizer Shampoo, every 10", peers.shampoo, "po-shampoo"), _BY_GRADIENT, 1e-3),
         (Peer("pytorch-optimizer Kron", peers.pytorch_optimizer("Kron"), "po-kron"), _BY_ENTRY, 1e-3),
         (Peer("heavyball AdamW", peers.heavyball("AdamW"), "hb-adamw"), _BY_ENTRY, 2.5e-3),
         (Peer("heavyball SOAP", peers.heavyball("SOAP"), "hb-soap"), _BY_ENTRY, 3e-3),

@@ -77,7 +77,7 @@ def train(
         workload: makes the model and the data.
         entrant: makes the optimizer.
         plan: length, learning rates and seed.
-        checkpoint: where the state is kept; None: nowhere. It is left there at the end.
+        checkpoint: where the state is kept, if the entrant's can be; None: nowhere. It is left there at the end.
         watch: called after each step; True asks to stop.
 
     Returns:
@@ -89,7 +89,7 @@ def train(
         WriteError: where the checkpoint cannot be written; the one before is intact.
     """
     with isolated(plan.seed):
-        training = _Training(workload.problem(), entrant, plan, checkpoint, watch)
+        training = _Training(workload.problem(), entrant, plan, checkpoint if entrant.restorable else None, watch)
         return training.run(), training.problem.model
 
 
