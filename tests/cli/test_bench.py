@@ -8,9 +8,11 @@ import pytest
 from precond.cli import bench
 from precond.cli.bench import Bench, Experiment
 from precond.cli.main import main
+from precond.report import load_results, ratios
 from precond.workloads import LogUniform, Task
 from precond.workloads.fashion_mnist import FOLDER
 from precond.workloads.fashion_study import ENTRANTS, fashion_tasks
+from precond.workloads.race import REFERENCE
 
 needs_data = pytest.mark.skipif(not FOLDER.is_dir(), reason="Fashion-MNIST is not installed")
 
@@ -65,3 +67,17 @@ def test_the_settings_that_decide_a_result_are_kept(monkeypatch: pytest.MonkeyPa
         "examples": None,
         "rules": ("same for all",),
     }
+
+
+@needs_data
+def test_a_race(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--tasks", "wine", "--trials", "2", "--seeds", "0,1,2", "--scale", "0.02", "--examples", "300"]
+    assert main(["bench", "race", *arguments, "--out", str(tmp_path)]) == 0
+    (task,) = load_results(tmp_path / "results.json").tasks
+    assert (task.name, task.reference, task.target.part) == ("logistic, wine", REFERENCE, "train")
+    assert not any(entry.error for entry in task.entries)
+    assert {entry.search[0].lr for entry in task.entries} == {1e-3, 2.5e-3, 3e-3, 0.1}  # each one's own
+    assert ratios(task, "step")[REFERENCE].value == 1.0
+    assert "schedule-free" in (tmp_path / "summary.md").read_text()
+    shown = capsys.readouterr()
+    assert "Warning" not in shown.out + shown.err

@@ -41,6 +41,18 @@ def test_few_trials_are_the_middles_of_equal_parts_whatever_they_find() -> None:
         )
 
 
+def test_a_recommended_learning_rate_comes_first_and_costs_a_trial() -> None:
+    space = LogUniform(1e-4, 10.0, recommended=0.012345678)
+    assert [trial.lr for trial in Search(1).run(space, valley)] == [0.01235]
+    rates = [trial.lr for trial in Search(6).run(space, valley)]
+    assert rates == [0.01235, *SPACE.even(5)]
+    # Of more than eight, three quarters.
+    rates = [trial.lr for trial in Search(12).run(space, valley)]
+    assert rates[:9] == [0.01235, *SPACE.even(8)]
+    with pytest.raises(ValueError, match="recommended learning rate: need 0.0001 to 10"):
+        LogUniform(1e-4, 10.0, recommended=20.0)
+
+
 def test_what_comes_after_the_even_ones_is_drawn_where_losses_were_low() -> None:
     later = [trial.lr for trial in Search(32, seed=0).run(SPACE, valley)][24:]
     assert sum(0.002 < lr < 0.2 for lr in later) >= 6  # two of five decades

@@ -40,6 +40,7 @@ def render(results: Results) -> str:
     labels = list(dict.fromkeys(entry.label for task in results.tasks for entry in task.entries))
     pens = {label: pen(index) for index, label in enumerate(labels)}
     several = len(results.tasks) > 1
+    sources = list(dict.fromkeys(task.facts.get("data", "") for task in results.tasks))
     return render_template(
         "report.html",
         results=results,
@@ -49,7 +50,8 @@ def render(results: Results) -> str:
         tasks=[_task(task, results.clock, pens, f"{number}-") for number, task in enumerate(results.tasks)],
         matrices=matrices(results, pens) if several else [],
         against=against(results, pens) if several else None,
-        one_source=len({task.facts.get("data") for task in results.tasks}) == 1,
+        one_source=len(sources) == 1,
+        lead=(sources if len(sources) == 1 else [*results.rules, ""])[0],
         profiles=[Markup(profiles(results, pens, work, f"profile-{work}")) for work in ("step", results.clock)]
         if several
         else [],
