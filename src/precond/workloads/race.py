@@ -38,7 +38,7 @@ RULES = (
     "torch's AdamW first, in steps and in seconds.",
     "In a task all have the same model, initialization, data, batches, number of steps, warm-up over a twentieth of them, and linear "
     "decay to 0. A schedule-free optimizer keeps its learning rate after the warm-up, by its own design.",
-    "Each searches its learning rate alone, in the same number of trials: first its own default, then evenly over three decades, the "
+    "Each searches its learning rate alone, in the same number of trials: first its own default, then evenly over two decades, the "
     "same in all tasks. Weight decay is 0; everything else is each optimizer's own default, but pytorch-optimizer's Shampoo refreshes "
     "every 10 steps instead of every 1,000, and heavyball does not compile.",
     "A search is judged by the final training loss of trainings with another seed than those reported, on training examples that the "
@@ -52,9 +52,9 @@ RULES = (
 """What is the same for all."""
 
 
-# Three decades for each: steps of unit size for each entry in the one, steps in units of the gradient in the other.
-_BY_ENTRY = LogUniform(3e-4, 0.3)
-_BY_GRADIENT = LogUniform(1e-3, 1.0)
+# Two decades for each: steps of unit size for each entry in the one, steps in units of the gradient in the other.
+_BY_ENTRY = LogUniform(3e-4, 0.03)
+_BY_GRADIENT = LogUniform(0.01, 1.0)
 
 
 def entrants() -> tuple[tuple[Entrant, LogUniform], ...]:
