@@ -3,8 +3,9 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -13,7 +14,7 @@ from precond.cli.folder import Folder
 from precond.cli.launch import Where, launch
 from precond.cli.study import folder_name
 from precond.report import load_results
-from precond.workloads import Architecture, BuiltIn, Contender, LogUniform, Plan, Search, Task, load_data, parse_entrants
+from precond.workloads import Architecture, BuiltIn, Contender, LogUniform, Plan, Search, Task, load_data, parse_entrants, train
 
 SETTINGS = {"a": 1}
 
@@ -72,6 +73,18 @@ def test_two_processes_at_once_and_then_one_that_collects(tmp_path: Path) -> Non
         for entry in task.entries:
             assert [trial.lr for trial in entry.search] == [0.01, 0.005623, 0.1778]
             assert {r.lr for r in entry.runs} == {min(entry.search, key=lambda t: t.loss).lr}
+
+
+def test_a_search_is_judged_by_the_loss_of_training_examples_that_no_curve_shows(tmp_path: Path) -> None:
+    assert run(tmp_path, ["one"]) == 0
+    (task,), (found,) = tasks()[:1], load_results(tmp_path / "results.json").tasks
+    contender = task.contenders[0]
+    shown: dict[str, float] = {}
+    parts: tuple[Literal["train", "search"], ...] = ("train", "search")
+    for part in parts:
+        plan = replace(task.plan, lr=0.01, seed=task.search_seed, evaluations=1, training_loss_on=part)
+        shown[part] = train(contender.workload(), contender.entrant, plan)[0].curve.train_loss[-1]
+    assert found.entries[0].search[0].loss == shown["search"] != shown["train"]
 
 
 def test_a_task_is_one_processs(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_the_rules_are_the_same_for_all(tasks: dict[str, Task]) -> None:
         assert [c.label for c in task.contenders] == list(ENTRANTS)
         for contender in task.contenders:
             assert isinstance(contender.lr, LogUniform)
-            assert math.log10(contender.lr.high / contender.lr.low) == pytest.approx(3)
+            assert math.log10(contender.lr.high / contender.lr.low) == pytest.approx(2)
             assert contender.lr.first(5)[0] == contender.lr.recommended
         assert (task.plan.decay, task.plan.warmup, task.plan.evaluations) == ("linear", task.plan.steps // 20, 40)
     assert len(RULES) > 3

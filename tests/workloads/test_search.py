@@ -49,8 +49,11 @@ def test_a_recommended_learning_rate_comes_first_and_costs_a_trial() -> None:
     # Of more than eight, three quarters.
     rates = [trial.lr for trial in Search(12).run(space, valley)]
     assert rates[:9] == [0.01235, *SPACE.even(8)]
-    with pytest.raises(ValueError, match="recommended learning rate: need 0.0001 to 10"):
-        LogUniform(1e-4, 10.0, recommended=20.0)
+    # It may lie beyond the range.
+    outside = LogUniform(1e-4, 10.0, recommended=2e-6)
+    assert [trial.lr for trial in Search(6).run(outside, valley)] == [2e-6, *SPACE.even(5)]
+    with pytest.raises(ValueError, match="recommended learning rate: need a number > 0, got 0"):
+        LogUniform(1e-4, 10.0, recommended=0.0)
 
 
 def test_what_comes_after_the_even_ones_is_drawn_where_losses_were_low() -> None:

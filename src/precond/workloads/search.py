@@ -19,7 +19,8 @@ class LogUniform:
 
     Args:
         low, high: ends of the range.
-        recommended: the learning rate of the first trial, such as the one that an optimizer is published with; None: there is none.
+        recommended: the learning rate of the first trial, such as the one that an optimizer is published with, in the range or
+            beyond it; None: there is none.
 
     Example:
         >>> LogUniform(1e-4, 1.0).even(4)
@@ -33,10 +34,8 @@ class LogUniform:
     def __post_init__(self) -> None:
         if not 0 < self.low < self.high < math.inf:
             raise ValueError(f"range of learning rates: need 0 < lowest < highest, got {self.low:g} and {self.high:g}")
-        if self.recommended is not None and not self.low <= self.recommended <= self.high:
-            raise ValueError(
-                f"recommended learning rate: need {self.low:g} to {self.high:g}, the range that is searched, got {self.recommended:g}"
-            )
+        if self.recommended is not None and not 0 < self.recommended < math.inf:
+            raise ValueError(f"recommended learning rate: need a number > 0, got {self.recommended:g}")
 
     def first(self, n: int) -> tuple[float, ...]:
         """The first n trials: the recommended one, and the others evenly spaced.
@@ -95,13 +94,15 @@ class Search:
         """
         optuna = _optuna()
         even = self.trials if self.trials <= _ALL_EVEN else math.ceil(0.75 * self.trials)
+        first = space.first(even)
+        low, high = min(space.low, *first), max(space.high, *first)
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=even))
-        for lr in space.first(even):
+        for lr in first:
             study.enqueue_trial({"lr": lr})
         found = []
         for number in range(self.trials):
             asked = study.ask()
-            lr = rounded(asked.suggest_float("lr", space.low, space.high, log=True))
+            lr = rounded(asked.suggest_float("lr", low, high, log=True))
             value = loss(number, lr)
             study.tell(asked, value if math.isfinite(value) else math.inf)
             found.append(Trial(lr, value))
