@@ -71,6 +71,8 @@ def test_the_settings_that_decide_a_result_are_kept(monkeypatch: pytest.MonkeyPa
 
 @needs_data
 def test_a_race(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("heavyball", "pytorch_optimizer", "schedulefree"):
+        pytest.importorskip(package, reason=f"{package} is not installed (extra [bench])")
     arguments = ["--tasks", "wine", "--trials", "2", "--seeds", "0,1,2", "--scale", "0.02", "--examples", "300"]
     assert main(["bench", "race", *arguments, "--out", str(tmp_path)]) == 0
     (task,) = load_results(tmp_path / "results.json").tasks

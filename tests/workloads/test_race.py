@@ -42,6 +42,12 @@ CONV = small(
 TEXT = small(lambda: CharacterTransformer(5, 7, 8, 2, 2), lambda g: torch.randint(5, (40, 7), generator=g), (40, 7))
 
 
+def needs_package(label: str) -> None:
+    for start, package in {"pytorch-": "pytorch_optimizer", "heavyball": "heavyball", "schedule-free": "schedulefree"}.items():
+        if label.startswith(start):
+            pytest.importorskip(package, reason=f"{package} is not installed (extra [bench])")
+
+
 def numbers(outcome: Outcome) -> dict[str, Any]:
     found = dataclasses.asdict(outcome)
     del found["curve"]["seconds"], found["curve"]["cpu_seconds"]
@@ -92,6 +98,7 @@ def test_every_task_can_be_trained(tasks: dict[str, Task], name: str) -> None:
 @pytest.mark.parametrize("label", list(ENTRANTS))
 @pytest.mark.parametrize("workload", [CONV, TEXT], ids=["conv", "text"])
 def test_every_entrant_trains_and_goes_on_to_the_same_numbers(label: str, workload: Tensors, tmp_path: Path) -> None:
+    needs_package(label)
     entrant, checkpoint = ENTRANTS[label], Checkpoint(tmp_path / "c.pt", 1e9)
     whole, model = train(workload, entrant, PLAN)
     assert whole.status == "finished"
@@ -131,6 +138,7 @@ def test_muon_takes_kernels_as_matrices_and_leaves_the_head_to_adamw() -> None:
 
 
 def test_schedule_free_is_evaluated_at_its_average_and_trained_at_another_point() -> None:
+    needs_package("schedule-free")
     entrant = ENTRANTS["schedule-free AdamW"]
     problem = CONV.problem()
     optimizer: Any = entrant.optimizer(problem.model, 0.05)
