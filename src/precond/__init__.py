@@ -41,17 +41,19 @@ from precond.preconditioners import (
     RMS,
     SOAP,
     AdaGrad,
+    Auto,
     Composition,
     Fixed,
     Muon,
     OutputFactor,
+    Polar,
     Preconditioner,
     Route,
     Seen,
     Shampoo,
     Whitening,
 )
-from precond.recipes import RECIPES, adagrad, adam, adamw, bnp, muon, rmsprop, sgd, shampoo, soap, whitening
+from precond.recipes import RECIPES, adagrad, adam, adamw, auto, bnp, muon, rmsprop, sgd, shampoo, soap, whitening
 from precond.regularizers import L1, L2, SAM, At, GradientNorm, Regularizer
 from precond.schedules import Schedule, TimesLr, Warmup
 from precond.spaces import Cotangent, Instead, Prox, Space, Tangent
@@ -67,6 +69,7 @@ __all__ = [
     "SOAP",
     "AdaGrad",
     "At",
+    "Auto",
     "Block",
     "BlockDiagonal",
     "Composition",
@@ -91,6 +94,7 @@ __all__ = [
     "Muon",
     "Objective",
     "OutputFactor",
+    "Polar",
     "PreconditionedGD",
     "Preconditioner",
     "Product",
@@ -112,6 +116,7 @@ __all__ = [
     "adagrad",
     "adam",
     "adamw",
+    "auto",
     "bnp",
     "collapse_affine",
     "condition_number",

@@ -19,10 +19,12 @@ from precond import (
     SAM,
     SOAP,
     AdaGrad,
+    Auto,
     Fixed,
     GradientNorm,
     Momentum,
     Muon,
+    Polar,
     PreconditionedGD,
     Route,
     Shampoo,
@@ -161,6 +163,18 @@ OWN: dict[str, Callable[..., PreconditionedGD]] = {
         Shampoo(0.5, 0.9, sides="left", method="qr", every=2, graft="sgd"), L1(1e-3, proximal=True)
     ),
     "KFAC on whitening": _gd(KFAC(every=7, output_every=3), momentum=Momentum(0.9, "heavy_ball")),
+    "auto": lambda p, **more: precond.auto(
+        p,
+        **{
+            "choice": Auto(max_inputs=9, whitening=Whitening(root="cholesky", every=7, observe_steps=2), polar=Polar(3)),
+            **more,
+        },
+    ),
+    "auto, SAM in p": lambda p, **more: precond.auto(p, **{"lr": 0.003, "regularizers": [SAM(0.02, space="p")], **more}),
+    "Polar, gradient norm in z, clipped": _gd(
+        Polar(every=4, damping=0.01), GradientNorm(1e-3), momentum=Momentum(0.5), max_norm=2.0
+    ),
+    "BNP with Polar, heavy ball": _gd(BNP() @ Polar(every=3), L2(0.01), momentum=Momentum(0.5, "heavy_ball")),
     "plain": _gd(Fixed(), L2(0.1), momentum=Momentum(0.9, "nesterov")),
 }
 

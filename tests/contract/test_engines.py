@@ -136,7 +136,7 @@ def test_params_may_be_given_in_any_form(name):
         "list": lambda m: list(m.parameters()),
     }  # fmt: skip
     # What routes by name, observes inputs or draws random numbers twice needs more than a list.
-    needs_model = "bnp" in name.lower() or "whitening" in name or "SAM" in name or "gradient norm" in name
+    needs_model = "bnp" in name.lower() or "whitening" in name or "auto" in name or "SAM" in name or "gradient norm" in name
     needs_names = "route" in name
     ends = {}
     for form, give in forms.items():

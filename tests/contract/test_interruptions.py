@@ -36,6 +36,7 @@ LETS_GO = {
     "muon, SAM in z",
     "shampoo, sums, tiles, adaptive SAM in z",
     "SOAP, SAM in z, heavy ball",
+    "auto, SAM in p",
 }
 PASSES = [(name, 1) for name in EVERY] + [(n, 2) for n in OWN if ("SAM" in n or "gradient norm" in n) and n not in LETS_GO]
 

@@ -287,7 +287,9 @@ def test_kfac_is_b_times_a_inverse():
     model, x, y = Layer(), draw(50, 3) @ torch.diag(torch.tensor([1.0, 5.0, 0.2]).double()) + 0.3, draw(50, 4)
     W, b = model.layer.weight.detach().clone(), model.layer.bias.detach().clone()
     optimizer = PreconditionedGD(
-        model, lr=1.0, preconditioner=precond.Whitening(damping=0.0, every=1) @ precond.OutputFactor(damping=0.1, every=1)
+        model,
+        lr=1.0,
+        preconditioner=precond.Whitening(damping=0.0, every=1, shrinkage=0.0) @ precond.OutputFactor(damping=0.1, every=1),
     )
     before = model(x)
     nn.functional.mse_loss(before, y).backward()
@@ -328,7 +330,10 @@ def test_in_whitened_coordinates_a_scale_of_inputs_is_nothing(inner):
             model.layer.weight.copy_(torch.arange(12.0).view(4, 3) / 10 / scale)
             model.layer.bias.zero_()
         optimizer = PreconditionedGD(
-            model, lr=0.05, preconditioner=Whitening(damping=0.0, root="cholesky", every=1) @ inner, momentum=Momentum(0.5)
+            model,
+            lr=0.05,
+            preconditioner=Whitening(damping=0.0, root="cholesky", every=1, shrinkage=0.0) @ inner,
+            momentum=Momentum(0.5),
         )
         for _ in range(6):
             optimizer.zero_grad()

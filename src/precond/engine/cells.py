@@ -69,7 +69,9 @@ class Cell:
     def observe(self, state: State, gradient: Vec) -> None:
         """Fold a gradient into ``state`` (the cell's own, or a copy of it)."""
         if self.handled:
-            self.preconditioner.observe(state, Evidence(gradient, self.inputs, self._clean_momentum(state, gradient)))
+            momentum = self._clean_momentum(state, gradient)
+            seen = Evidence(gradient, self.inputs, momentum, lambda: tuple(leaf.tensor.detach() for leaf in state.block.leaves))
+            self.preconditioner.observe(state, seen)
 
     def _clean_momentum(self, state: State, gradient: Vec) -> Vec | None:
         """The momentum of the clean gradient after the step in progress, where the map is made of it.

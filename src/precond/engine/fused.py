@@ -16,6 +16,7 @@ from precond.engine.cells import Cell, Choice
 from precond.engine.eigenbasis import soap
 from precond.engine.loop import Rules
 from precond.engine.orthogonal import muon
+from precond.engine.polar import polar
 from precond.maps import Identity
 from precond.momentum import Momentum
 from precond.preconditioners import BNP, RMS, SOAP, AdaGrad, Composition, Fixed, Muon
@@ -49,6 +50,8 @@ def kernel(cell: Cell, choice: Choice, rules: Rules) -> Kernel | None:
         return arrow(cell, P, momentum, decay.decoupled)
     if isinstance(P, Composition) and isinstance(P.outer, BNP) and isinstance(P.inner, RMS) and not decay.coupled:
         return adam_on_arrow(cell, P.outer, P.inner, momentum, decay.decoupled)
+    if not decay.coupled and (found := polar(cell, P, momentum, decay.decoupled)) is not None:
+        return found
     if not cell.handled:
         P = Fixed()
     if isinstance(P, Muon) and not decay.coupled:

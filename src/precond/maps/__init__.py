@@ -4,6 +4,7 @@ A preconditioner *is* such a map (Ye, eq. 4): gradients are pulled back by Pᵀ,
 and ``gram`` is M = P Pᵀ, what a preconditioned step applies to the gradient (eq. 5).
 """
 
+from precond.maps.augmented import Augmented, augmented, parted
 from precond.maps.base import Identity, LinearMap, Scaled, Transposed
 from precond.maps.composite import BlockDiagonal, Product, block_diagonal, compose
 from precond.maps.dense import Dense, GramOnly, Kronecker
@@ -12,6 +13,7 @@ from precond.maps.layers import Layout, RowMatrix, Sliced, Standardizing
 from precond.maps.symmetric import SymmetricKronecker, Tiled, Unrooted
 
 __all__ = [
+    "Augmented",
     "BlockDiagonal",
     "Dense",
     "Diagonal",
@@ -30,6 +32,8 @@ __all__ = [
     "Tiled",
     "Transposed",
     "Unrooted",
+    "augmented",
     "block_diagonal",
     "compose",
+    "parted",
 ]

@@ -152,7 +152,7 @@ class Identity(LinearMap):
 class Scaled(LinearMap):
     """P = s·Q with a number s > 0."""
 
-    def __init__(self, map: LinearMap, s: float):
+    def __init__(self, map: LinearMap, s: float | Tensor):
         self.map, self.s, self.like, self.root, self.diagonal = map, s, map.like, map.root, map.diagonal
 
     def mv(self, v: Vec) -> Vec:

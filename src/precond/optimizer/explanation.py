@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 from precond.blocks import Leaf
 from precond.engine.cells import Cell
+from precond.preconditioners import Composition, Preconditioner
 
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: its name, shape, kind, what acts on it, and with which others jointly."""
+    """One parameter: its name, shape, kind, what acts on it, with which others jointly, and why, where that was a choice."""
 
     name: str
     shape: tuple[int, ...]
     kind: str
     preconditioner: str
     block: int
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -27,18 +30,31 @@ class Explanation:
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
-        cells = [("parameter", "shape", "kind", "block", "preconditioner")]
-        cells += [(r.name, "×".join(map(str, r.shape)) or "scalar", r.kind, str(r.block), r.preconditioner) for r in self.rows]
-        widths = [max(len(row[i]) for row in cells) for i in range(5)]
+        cells = [("parameter", "shape", "kind", "block", "preconditioner", "why" if any(r.why for r in self.rows) else "")]
+        cells += [
+            (r.name, "×".join(map(str, r.shape)) or "scalar", r.kind, str(r.block), r.preconditioner, r.why) for r in self.rows
+        ]
+        widths = [max(len(row[i]) for row in cells) for i in range(6)]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
-def explain(leaves: Sequence[Leaf], cells: Sequence[Cell]) -> Explanation:
+def explain(leaves: Sequence[Leaf], cells: Sequence[Cell], whole: Preconditioner) -> Explanation:
     """The table of an optimizer's leaves and cells."""
+    reasons = whole.reasons(leaves)
     acting = {i: (k, cell) for k, cell in enumerate(cells) for i in cell.index}
     rows = []
     for i, leaf in enumerate(leaves):
         k, cell = acting.get(i, (-1, None))
-        what = "none (frozen)" if cell is None else repr(cell.preconditioner) if cell.handled else "identity"
-        rows.append(Row(leaf.name, tuple(leaf.shape), leaf.kind, what, k))
+        what = "none (frozen)" if cell is None else _written(cell.preconditioner) if cell.handled else "identity"
+        rows.append(Row(leaf.name, tuple(leaf.shape), leaf.kind, what, k, reasons.get(i, "")))
     return Explanation(tuple(rows))
+
+
+def _written(x: Any) -> str:
+    """As one would write it: with the settings that are not the defaults, compositions as P₁ ∘ P₂."""
+    if isinstance(x, Composition):
+        return f"{_written(x.outer)} ∘ {_written(x.inner)}"
+    if not is_dataclass(x):
+        return repr(x)
+    own = ((f.name, getattr(x, f.name)) for f in fields(x) if getattr(x, f.name) != f.default)
+    return f"{type(x).__name__}({', '.join(f'{name}={_written(value)}' for name, value in own)})"

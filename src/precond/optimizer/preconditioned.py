@@ -561,7 +561,7 @@ class PreconditionedGD(torch.optim.Optimizer):
     def explain(self) -> Explanation:
         """Which preconditioner acts on which parameter, and which parameters it takes jointly; ``print`` it."""
         self._follow_groups()
-        return explain(self._bound.leaves, self._bound.cells)
+        return explain(self._bound.leaves, self._bound.cells, self._bound.choices[0].preconditioner)
 
     def measure(self, name: str, scale: float | Tensor | None, length: Callable[[], Tensor] | None) -> Tensor | float:
         """A number of the last step, from gradients and state as they are now: see :class:`precond.optimizer.record.Record`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,11 +28,13 @@ class Seen:
         inputs: statistics of layer inputs by site name and request, or None.
         momentum: the momentum of the clean gradient as this step makes it, where :attr:`Preconditioner.uses_momentum` asks for
             it; None: there is none, or it was not asked for.
+        position: makes the parameters in this preconditioner's coordinates, z = P₁⁻¹p; None: not known.
     """
 
     gradient: Vec
     inputs: Mapping[tuple[str, Request], Moments] | None = None
     momentum: Vec | None = None
+    position: Callable[[], Vec] | None = None
 
 
 Needs = Literal["entry", "row", "block"]
@@ -96,6 +98,10 @@ class Preconditioner(ABC):
         """The blocks that this preconditioner acts on; by default each tensor, or all of a group where it is entrywise."""
         split = blocks.by_group if self.entrywise else blocks.by_tensor
         return [Part(i, self) for i in split(leaves)]
+
+    def reasons(self, leaves: Sequence[Leaf]) -> Mapping[int, str]:
+        """Why leaves, by position, get what :meth:`partition` gives them, where that was a choice."""
+        return {}
 
     def handles(self, block: Block) -> bool:
         """Whether it does anything to a block; what it does not handle it maps by the identity."""

@@ -98,8 +98,13 @@ class Composition(Preconditioner):
         if self.outer.handles(state["outer"].block):
             self.outer.observe(state["outer"], seen)
         if self.inner.handles(state["inner"].block):
-            pull = self._outer(state).rmv
-            in_z1 = Seen(pull(seen.gradient), seen.inputs, None if seen.momentum is None else pull(seen.momentum))
+            P1, position = self._outer(state), seen.position
+            in_z1 = Seen(
+                P1.rmv(seen.gradient),
+                seen.inputs,
+                None if seen.momentum is None else P1.rmv(seen.momentum),
+                None if position is None or not self.outer.invertible else lambda: P1.solve(position()),
+            )
             self.inner.observe(state["inner"], in_z1)
 
     def map(self, state: State) -> LinearMap:

@@ -152,6 +152,8 @@ class InputSide(Preconditioner):
         # With ρ = 0 the statistics are those of the newest batch, and so is the number of samples behind them.
         count.copy_(new.count) if decay == 0 else count.add_(new.count)
         gain = (new.count / count).clamp_min_(1 - decay)[:, None]  # 1 − ρ_t
+        if "noise" in mine:  # 1/N of a mean with these weights
+            mine["noise"].mul_((1 - gain[:, 0]).square()).add_(gain[:, 0].square() / new.count)
         delta = new.mean - mine["mean"]
         name = "variance" if "variance" in mine else "covariance"
         gain_ = gain if name == "variance" else gain[..., None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from precond.blocks import Block, State
 from precond.inputs import Request
 from precond.maps import BlockDiagonal, Identity, LinearMap
 from precond.preconditioners.base import Needs, Part, Preconditioner, Seen, strictest
+from precond.vec import Vec
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Split(Preconditioner):
         for part, sub in self._each(state):
             own = tuple(seen.gradient[i] for i in part.index)
             average = None if seen.momentum is None else tuple(seen.momentum[i] for i in part.index)
-            part.preconditioner.observe(sub, Seen(own, seen.inputs, average))
+            part.preconditioner.observe(sub, Seen(own, seen.inputs, average, _of(seen.position, part.index)))
 
     def map(self, state: State) -> LinearMap:
         return BlockDiagonal([(p.index, p.preconditioner.map(sub)) for p, sub in self._each(state)], state.block.tensors)
@@ -87,6 +88,10 @@ class Split(Preconditioner):
         changes = [(part.index, part.preconditioner.refresh(sub)) for part, sub in self._each(state)]
         moved = [(index, change) for index, change in changes if change is not None]
         return BlockDiagonal(moved, state.block.tensors) if moved else None
+
+
+def _of(position: Callable[[], Vec] | None, index: tuple[int, ...]) -> Callable[[], Vec] | None:
+    return None if position is None else lambda: tuple(position()[i] for i in index)
 
 
 def over(index: tuple[int, ...], parts: Sequence[Part]) -> Preconditioner:

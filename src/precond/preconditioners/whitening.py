@@ -13,6 +13,7 @@ from precond.blocks import Block, State, state_dtype
 from precond.inputs import Request
 from precond.inputs.moments import outer
 from precond.maps import Identity, LinearMap, RowMatrix, Standardizing
+from precond.maps.eigen import eigh
 from precond.preconditioners.input_side import InputSide, LayerPart
 from precond.vec import Vec
 
@@ -24,6 +25,9 @@ class Whitening(InputSide):
     K = D⁻¹CD⁻¹ is the correlation matrix of the inputs, C their damped covariance and D² its diagonal, so that M = P Pᵀ is the
     inverse of E[ĥĥᵀ] damped feature by feature, whatever their scales. Without a bias C is E[hhᵀ].
 
+    N samples do not determine n features' correlations: K is shrunk towards the identity, K ← (1−γ)K + γI with γ = sn/(N + sn), N the
+    effective number of samples behind the running average.
+
     The covariance is observed, and the root taken, on a schedule that is fixed by the number of steps: at steps 1, 2, 4, 8, …
     and then every ``every`` steps, from the ``observe_steps`` steps before. Between refreshes the map stands still.
 
@@ -33,9 +37,10 @@ class Whitening(InputSide):
         root: ``"symmetric"``, K^(−1/2), or ``"cholesky"``, L⁻ᵀ with K = LLᵀ: the same M, another z, a tenth of the cost.
         every: steps between refreshes.
         observe_steps: how many steps before a refresh are observed.
+        shrinkage: s ≥ 0.
 
     References:
-        Desjardins et al. (2015); Benzing (2022), FOOF; Ye, Theorem 3.
+        Desjardins et al. (2015); Ledoit & Wolf (2004) for shrinkage; Benzing (2022), FOOF; Ye, Theorem 3.
     """
 
     decay: float = 0.95
@@ -43,10 +48,11 @@ class Whitening(InputSide):
     root: Literal["symmetric", "cholesky"] = "symmetric"
     every: int = 100
     observe_steps: int = 5
+    shrinkage: float = 1.0
 
     def __post_init__(self) -> None:
         checks.fraction("Whitening", decay=self.decay)
-        checks.non_negative("Whitening", damping=self.damping)
+        checks.non_negative("Whitening", damping=self.damping, shrinkage=self.shrinkage)
         checks.one_of("Whitening", "root", self.root, ("symmetric", "cholesky"))
         checks.positive("Whitening", every=self.every, observe_steps=self.observe_steps)
 
@@ -69,6 +75,7 @@ class Whitening(InputSide):
         zeros = lambda *shape: torch.zeros(shape, dtype=state_dtype(weight.dtype), device=weight.device)  # noqa: E731
         return {
             "count": zeros(groups),
+            "noise": zeros(groups),
             "mean": zeros(groups, n),
             "covariance": zeros(groups, n, n),
             "activity": zeros(groups, n),
@@ -101,6 +108,8 @@ class Whitening(InputSide):
             if bool((mine["count"] >= 2).all()):
                 _, std, C = self.centered(part, mine)
                 K = C / (std[..., :, None] * std[..., None, :])
+                noise = self.shrinkage * K.shape[-1] * mine["noise"]
+                K = K / (1 + noise)[:, None, None]  # 1 − γ
                 K.diagonal(dim1=-2, dim2=-1).fill_(1.0)  # also of inputs that were always zero
                 mine["factor"].copy_(inverse_root(K, self.root))
 
@@ -112,16 +121,7 @@ def inverse_root(K: Tensor, root: str) -> Tensor:
         if not bool(info.any()):
             eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
             return torch.linalg.solve_triangular(L, eye, upper=False).mT
-    values, V = _eigh(K)
+    values, V = map(torch.stack, zip(*map(eigh, K.flatten(0, -3)), strict=True)) if K.ndim > 2 else eigh(K)
     floor = values.amax(-1, keepdim=True) * K.shape[-1] * torch.finfo(K.dtype).eps
     scaled = V * torch.maximum(values, floor).rsqrt()[..., None, :]
     return scaled @ V.mT
-
-
-def _eigh(K: Tensor) -> tuple[Tensor, Tensor]:
-    try:
-        return torch.linalg.eigh(K)
-    except RuntimeError:  # the float32 iteration may not converge
-        eye = torch.eye(K.shape[-1], dtype=torch.float64, device=K.device)
-        values, V = torch.linalg.eigh(K.double() + 1e-6 * eye)
-        return values.to(K.dtype), V.to(K.dtype)

@@ -8,6 +8,7 @@ Parameter groups and state dicts go under torch's names, and load into torch's c
 from collections.abc import Callable
 
 from precond.optimizer import PreconditionedGD
+from precond.recipes.auto import auto
 from precond.recipes.input_side import bnp, whitening
 from precond.recipes.matrices import muon, shampoo, soap
 from precond.recipes.torch_named import adagrad, adam, adamw, rmsprop, sgd
@@ -23,7 +24,8 @@ RECIPES: dict[str, Callable[..., PreconditionedGD]] = {
     "muon": muon,
     "soap": soap,
     "shampoo": shampoo,
+    "auto": auto,
 }
 """All recipes by name."""
 
-__all__ = ["RECIPES", "adagrad", "adam", "adamw", "bnp", "muon", "rmsprop", "sgd", "shampoo", "soap", "whitening"]
+__all__ = ["RECIPES", "adagrad", "adam", "adamw", "auto", "bnp", "muon", "rmsprop", "sgd", "shampoo", "soap", "whitening"]

@@ -1,0 +1,114 @@
+"""A preconditioner for each layer, chosen by what the layer is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from precond import blocks, checks
+from precond.blocks import Block, Leaf, State
+from precond.inputs import Request
+from precond.maps import LinearMap
+from precond.preconditioners.base import Part, Preconditioner, Seen
+from precond.preconditioners.bnp import BNP
+from precond.preconditioners.polar import Polar
+from precond.preconditioners.rms import RMS
+from precond.preconditioners.whitening import Whitening
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Leaves, by position, what acts on them, and why."""
+
+    index: tuple[int, ...]
+    preconditioner: Preconditioner
+    why: str
+
+
+@dataclass(frozen=True)
+class Auto(Preconditioner):
+    """Whitened inputs and polar steps for layers, standardized inputs where layers are wide, RMS for all else.
+
+    A layer whose weight is a matrix (out, in), and whose inputs are observed, takes ``whitening @ polar``; with more than ``max_inputs``
+    inputs ``bnp @ polar``, whose cost does not grow with their square. A layer that sees its inputs in groups, or is transposed, takes
+    ``bnp @ rms``, and a matrix whose inputs are not observed ``polar``. Embeddings, normalization layers and all that is left take
+    ``rms``. Steps of all have about the same size in units of a layer's outputs, so that one learning rate serves all.
+
+    Args:
+        max_inputs: more inputs than this are standardized, not whitened.
+        whitening, bnp, polar, rms: what is chosen from.
+    """
+
+    max_inputs: int = 1024
+    whitening: Whitening = Whitening(root="cholesky")
+    bnp: BNP = BNP()
+    polar: Polar = Polar()
+    rms: RMS = RMS(0.999)
+
+    uses_momentum = True
+
+    def __post_init__(self) -> None:
+        checks.whole("Auto", max_inputs=self.max_inputs)
+
+    @property
+    def requests(self) -> frozenset[Request]:
+        return self.whitening.requests | self.bnp.requests
+
+    @property
+    def advised_damping(self) -> float:  # type: ignore[override]
+        return self.polar.advised_damping
+
+    def chosen(self, leaves: Sequence[Leaf]) -> list[Chosen]:
+        """What acts on which leaves, and why: the table of :meth:`~precond.PreconditionedGD.explain`."""
+        found: list[Chosen] = []
+        rest: list[int] = []
+        reasons: dict[int, str] = {}
+        for index in blocks.by_layer(leaves):
+            layer = [leaves[i] for i in index]
+            observed = any(leaf.sites for leaf in layer)
+            preconditioner, why = self._of_layer(layer, observed)
+            if preconditioner is None:
+                rest += index
+                reasons |= dict.fromkeys(index, why)
+                continue
+            for part in preconditioner.partition(layer):
+                found.append(Chosen(tuple(index[i] for i in part.index), part.preconditioner, why))
+        for why in dict.fromkeys(reasons.values()):
+            of = [i for i in rest if reasons[i] == why]
+            for part in self.rms.partition([leaves[i] for i in of]):
+                found.append(Chosen(tuple(of[i] for i in part.index), part.preconditioner, why))
+        return found
+
+    def _of_layer(self, layer: Sequence[Leaf], observed: bool) -> tuple[Preconditioner | None, str]:
+        weight = layer[0]
+        if weight.ndim < 2 or weight.kind != "weight" or not weight.param.numel():
+            return None, {"norm": "scales and shifts", "embedding": "rows of a table"}.get(weight.kind, "no matrix")
+        rows, columns = weight.shape[0], weight.param[0].numel()
+        if not observed:
+            return self.polar, "inputs are not observed"
+        transposed = isinstance(weight.module, nn.modules.conv._ConvTransposeNd)
+        if transposed or getattr(weight.module, "groups", 1) > 1:
+            return self.bnp @ self.rms, "rows see different inputs"
+        if min(rows, columns) > self.polar.max_dim:
+            return self.bnp @ self.rms, f"more than {self.polar.max_dim:,} rows and columns"
+        if columns > self.max_inputs:
+            return self.bnp @ self.polar, f"{columns:,} inputs are too many to whiten"
+        return self.whitening @ self.polar, f"{columns:,} inputs"
+
+    def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
+        return [Part(c.index, c.preconditioner) for c in self.chosen(leaves)]
+
+    def reasons(self, leaves: Sequence[Leaf]) -> dict[int, str]:
+        return {i: c.why for c in self.chosen(leaves) for i in c.index}
+
+    # It is resolved by `partition`: every part holds what was chosen, never this.
+    def init(self, block: Block) -> dict:
+        raise NotImplementedError
+
+    def observe(self, state: State, seen: Seen) -> None:
+        raise NotImplementedError
+
+    def map(self, state: State) -> LinearMap:
+        raise NotImplementedError

@@ -1,0 +1,154 @@
+"""Momentum near its polar factor, by roots that are renewed now and then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from precond import blocks, checks
+from precond.blocks import Block, Leaf, State, state_dtype
+from precond.maps import Augmented, LinearMap, Scaled, SymmetricKronecker, augmented
+from precond.preconditioners.base import Part, Preconditioner, Seen
+from precond.preconditioners.muon import normalized
+from precond.preconditioners.rms import RMS
+from precond.preconditioners.roots import inverse_root
+
+if TYPE_CHECKING:
+    from precond.momentum import Momentum
+
+_TINY = 1e-37  # the least ‖m‖ that m is divided by
+
+
+@dataclass(frozen=True)
+class Polar(Preconditioner):
+    r"""Muon on a schedule: M = s·L^(−1/2), L a running mean of m mᵀ/‖m‖² for the momentum m of a layer, [weight bias] as a matrix (A, B).
+
+    Where L is that of m itself, L^(−1/2)m is in the direction of its polar factor UVᵀ, as in :class:`~precond.Muon`. Here L is the
+    mean over the steps at which the root is renewed: 1, 2, 4, 8, … and then each that ``every`` divides; in between it stands still, and a
+    step costs one product with the shorter side (mᵀm and a product from the right where A > B). The length of the step is that of a
+    polar factor always: s is such that ‖M m‖ = γ·√min(A, B), with γ = √max(1, A/B)·max(1, ‖z₀‖/√A).
+
+    ‖z₀‖/√A is the length of a row of the parameters at the first step in these coordinates; behind :class:`~precond.Whitening` or
+    :class:`~precond.BNP` it is the root mean square of the layer's outputs. It exceeds 1 where raw inputs are large, and steps are
+    longer in proportion. What is no layer takes ``RMS``.
+
+    Args:
+        every: steps between roots.
+        decay: ρ of L over the steps that it is renewed at, in [0, 1).
+        damping: ε ≥ 0, added to L relative to its largest eigenvalue.
+        max_dim: layers whose shorter side is longer take ``RMS``.
+        arithmetic: of the fused step's two products for float32 parameters: ``"bfloat16"``, up to some percent off, or ``"full"``. The
+            reference engine, and float64 parameters, use the parameters' own in any case.
+        others_decay, others_eps: of ``RMS``.
+        momentum: the average of these parameters, in place of the optimizer's; None: the optimizer's.
+
+    References:
+        Jordan et al. (2024), Muon; Gupta, Koren & Singer (2018), Shampoo, with one side; Agarwal et al. (2020) for the length of steps.
+    """
+
+    every: int = 10
+    decay: float = 0.9
+    damping: float = 1e-3
+    max_dim: int = 4096
+    arithmetic: Literal["bfloat16", "full"] = "bfloat16"
+    others_decay: float = 0.999
+    others_eps: float = 1e-8
+    momentum: Momentum | None = None
+
+    uses_momentum = True
+    advised_damping = 0.1
+
+    def __post_init__(self) -> None:
+        checks.whole("Polar", every=self.every, max_dim=self.max_dim)
+        checks.fraction("Polar", decay=self.decay, others_decay=self.others_decay)
+        checks.non_negative("Polar", damping=self.damping, others_eps=self.others_eps)
+        checks.one_of("Polar", "arithmetic", self.arithmetic, ("bfloat16", "full"))
+
+    def _fits(self, weight: Tensor) -> bool:
+        return weight.ndim >= 2 and weight.numel() > 0 and min(weight.shape[0], weight[0].numel()) <= self.max_dim
+
+    def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
+        """A block per layer; what is no layer by RMS."""
+        layers, rest = [], []
+        for index in blocks.by_layer(leaves):
+            of_layer = self._layer([leaves[i] for i in index])
+            layers += [tuple(index[i] for i in of_layer)] if of_layer else []
+            rest += [i for k, i in enumerate(index) if k not in of_layer]
+        others = RMS(self.others_decay, self.others_eps)
+        found = [Part(i, self) for i in layers]
+        return found + [
+            Part(tuple(rest[i] for i in p.index), p.preconditioner) for p in others.partition([leaves[i] for i in rest])
+        ]
+
+    def _layer(self, leaves: Sequence[Leaf]) -> tuple[int, ...]:
+        """Positions of the weight and its bias, or of the weight alone; nothing where there is no such matrix."""
+        weights = [i for i, leaf in enumerate(leaves) if leaf.kind == "weight" and self._fits(leaf.param)]
+        if len(weights) != 1:
+            return ()
+        rows = leaves[weights[0]].shape[0]
+        if isinstance(leaves[weights[0]].module, nn.modules.conv._ConvTransposeNd):
+            return (weights[0],)  # its rows are inputs
+        biases = [i for i, leaf in enumerate(leaves) if leaf.kind == "bias" and tuple(leaf.shape) == (rows,)]
+        return (weights[0], *biases) if len(biases) == 1 else (weights[0],)
+
+    def handles(self, block: Block) -> bool:
+        return self._layer(block.leaves) == tuple(range(len(block.leaves)))
+
+    def init(self, block: Block) -> dict:
+        p = block.tensors[0]
+        matrix = augmented(block.tensors)
+        zeros = lambda *shape: torch.zeros(shape, dtype=state_dtype(p.dtype), device=p.device)  # noqa: E731
+        n = min(matrix.shape)
+        return {"gram": zeros(n, n), "root": zeros(n, n) + torch.eye(n).to(zeros()), "norm": zeros(), "length": zeros() + 1}
+
+    def due(self, step: float) -> bool:
+        """Whether the root is renewed at a step."""
+        t = int(step)
+        return t % self.every == 0 or (t < self.every and t & (t - 1) == 0)
+
+    def observe(self, state: State, seen: Seen) -> None:
+        m, t = augmented(seen.gradient if seen.momentum is None else seen.momentum), min(state.steps)
+        if t == 1 and seen.position is not None:
+            self.measure(state, augmented(seen.position()))
+        if self.due(t):
+            self.renew(state, m, t)
+        X, size = normalized(m, _TINY)
+        state["norm"].copy_(self.turn(state, X).norm() * size)
+
+    @staticmethod
+    def measure(state: State, z: Tensor) -> None:
+        """Keep how long the rows of the parameters are at first."""
+        state["length"].copy_((z.norm() / len(z) ** 0.5).clamp_min(1.0))
+
+    def renew(self, state: State, m: Tensor, step: float) -> None:
+        """Fold m/‖m‖ into L and take the root anew; where that fails, the one before stays."""
+        X, _ = normalized(m, _TINY)
+        gram = X @ X.T if X.shape[0] <= X.shape[1] else X.T @ X
+        if not bool(gram.isfinite().all()):
+            return
+        L = state["gram"].lerp_(gram, 1.0 if step == 1 else 1 - self.decay)
+        if (root := inverse_root(L, 0.5, self.damping)) is not None:
+            state["root"].copy_(root)
+
+    @staticmethod
+    def turn(state: State, m: Tensor) -> Tensor:
+        """L^(−1/2)m, or m L^(−1/2) where m is tall."""
+        return state["root"] @ m if m.shape[0] <= m.shape[1] else m @ state["root"]
+
+    def gain(self, state: State, shape: Sequence[int]) -> Tensor:
+        """s, of a matrix of a shape."""
+        A, B = shape
+        wanted = min(A, B) ** 0.5 * max(1.0, A / B) ** 0.5 * state["length"]
+        return torch.where(state["norm"] > 0, wanted / state["norm"], 0.0)
+
+    def map(self, state: State) -> LinearMap:
+        like = state.block.tensors
+        matrix = augmented(like)
+        rows, columns = matrix.shape
+        root = state["root"]
+        side = SymmetricKronecker(root, None, (matrix,)) if rows <= columns else SymmetricKronecker(None, root, (matrix,))
+        return Augmented(Scaled(side, self.gain(state, (rows, columns)).sqrt()), like)

@@ -1,0 +1,72 @@
+"""The recipe that chooses for itself."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from precond import checks
+from precond.engine.cells import Choice
+from precond.momentum import Momentum
+from precond.optimizer import PreconditionedGD
+from precond.optimizer.parameters import Params
+from precond.preconditioners import Auto
+from precond.recipes.making import make
+from precond.regularizers import L2, Regularizer
+from precond.schedules import numbers, replaced
+
+
+@dataclass(frozen=True)
+class _Auto:
+    choice: Auto
+
+    def __call__(self, group: Mapping[str, Any]) -> Choice:
+        choice, beta = replaced(self.choice, group), group["momentum"]
+        polar = replace(choice.polar, momentum=Momentum(beta, "nesterov", dampening=beta))
+        return Choice(replace(choice, polar=polar), Momentum(beta), (L2(group["weight_decay"] / 2, space="z"),))
+
+
+def auto(
+    params: Params,
+    lr: float | Tensor = 1e-2,
+    weight_decay: float = 1e-2,
+    momentum: float = 0.9,
+    *,
+    choice: Auto | None = None,
+    maximize: bool = False,
+    regularizers: Iterable[Regularizer] = (),
+    **options: Any,
+) -> PreconditionedGD:
+    """A preconditioner for each layer, chosen by what it is: whitened inputs and polar steps for most, Adam for what is no layer.
+
+    ``optimizer.explain()`` says what was chosen and why. See :class:`~precond.Auto` for the rules and :class:`~precond.Polar` for the
+    length of steps: the learning rate is about the change of a layer's outputs in a step, whatever its width.
+
+    Args:
+        params: the model, whose inputs are observed.
+        lr: best between 0.003 and 0.03 in most trainings.
+        weight_decay: decoupled, as in :func:`adamw`.
+        momentum: Nesterov's average for layers, Adam's for the rest.
+        choice: other rules, or other settings of what is chosen from; None: ``Auto()``.
+        maximize, regularizers, options: as in :func:`sgd`.
+
+    Warns:
+        UserWarning: where the model has no layer that it knows; RMS then acts on all of it.
+
+    Example:
+        >>> import torch, precond
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.LayerNorm(4))
+        >>> print(precond.auto(model).explain())
+    """
+    checks.fraction("auto", momentum=momentum)
+    checks.non_negative("auto", weight_decay=weight_decay)
+    choice = Auto() if choice is None else choice
+    defaults = {"weight_decay": weight_decay, "momentum": momentum, "maximize": maximize, **numbers(choice)}
+    optimizer = make("auto", params, lr, _Auto(choice), defaults, {}, {}, regularizers, options)
+    if all(row.preconditioner.startswith("RMS") for row in optimizer.explain().rows):
+        warnings.warn("auto: the model has no layer that it knows; RMS acts on all of it", stacklevel=2)
+    return optimizer

@@ -1,0 +1,249 @@
+"""Polar and auto against dense computations in float64, their kernels against the reference engine, and what auto chooses."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import precond
+from precond import BNP, SAM, Auto, Momentum, Polar, PreconditionedGD, Whitening
+
+
+def matrix(layer: nn.Linear, of: str = "grad") -> torch.Tensor:
+    W, b = (layer.weight, layer.bias) if of == "data" else (layer.weight.grad, layer.bias.grad)
+    return torch.cat([W, b[:, None]], 1).detach().clone()
+
+
+def root(L: torch.Tensor, damping: float) -> torch.Tensor:
+    values, V = torch.linalg.eigh(L)
+    return V @ torch.diag((values.clamp_min(0) + damping * values.max()) ** -0.5) @ V.T
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (4, 9), (5, 4)], ids=str)
+def test_the_step_is_that_of_its_formula(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(*reversed(shape)).double()
+    with torch.no_grad():
+        layer.weight.mul_(30)
+    optimizer = PreconditionedGD(layer, lr=0.1, preconditioner=Polar(every=5, decay=0.8, damping=0.01), momentum=Momentum(0.7))
+    A, B = shape[0], shape[1] + 1
+    W = matrix(layer, "data")
+    scale = max(1.0, float(W.norm()) / A**0.5) * max(1.0, A / B) ** 0.5
+    assert scale > 2
+    m, L, Q = torch.zeros_like(W), None, None
+    for t in range(1, 13):
+        layer.weight.grad, layer.bias.grad = torch.randn_like(layer.weight), torch.randn_like(layer.bias)
+        m = 0.7 * m + 0.3 * matrix(layer)
+        current = m / (1 - 0.7**t)
+        if t in (1, 2, 4, 5, 10):
+            gram = (current @ current.T if A <= B else current.T @ current) / current.square().sum()
+            L = gram if L is None else 0.8 * L + 0.2 * gram
+            Q = root(L, 0.01)
+        step = Q @ current if A <= B else current @ Q
+        W = W - 0.1 * scale * min(A, B) ** 0.5 * step / step.norm()
+        optimizer.step()
+        torch.testing.assert_close(matrix(layer, "data"), W, rtol=1e-10, atol=1e-12)
+
+
+def test_with_a_root_of_every_step_it_is_the_polar_factor() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(7, 4, bias=False).double()
+    before = layer.weight.detach().clone()
+    optimizer = PreconditionedGD(layer, lr=1.0, preconditioner=Polar(every=1, decay=0.0, damping=0.0))
+    layer.weight.grad = torch.randn_like(layer.weight)
+    U, _, Vh = torch.linalg.svd(layer.weight.grad, full_matrices=False)
+    optimizer.step()
+    torch.testing.assert_close(before - layer.weight, U @ Vh, rtol=1e-9, atol=1e-9)
+
+
+def net(bias: bool = True) -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1, bias=bias), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(24, 5, bias=bias),
+        nn.LayerNorm(5), nn.Linear(5, 9, bias=bias), nn.Tanh(), nn.Linear(9, 3, bias=bias),
+    )  # fmt: skip
+
+
+CHOICES = {
+    "auto": lambda m, **more: precond.auto(m, weight_decay=0.1, choice=Auto(20, Whitening(root="cholesky", every=8)), **more),
+    "symmetric roots": lambda m, **more: precond.auto(m, choice=Auto(whitening=Whitening(every=8)), **more),
+    "standardized": lambda m, **more: precond.auto(m, choice=Auto(max_inputs=1), **more),
+    "alone": lambda m, **more: PreconditionedGD(m, preconditioner=Polar(3), momentum=Momentum(0.9, "heavy_ball"), **more),
+    "maximize": lambda m, **more: _maximizing(precond.auto(m, **more)),
+}
+
+
+def _maximizing(optimizer: PreconditionedGD) -> PreconditionedGD:
+    for group in optimizer.param_groups:
+        group["maximize"] = True
+    return optimizer
+
+
+def trained(name: str, dtype: torch.dtype, bias: bool, steps: int = 25, **more: object) -> list[torch.Tensor]:
+    model = net(bias).to(dtype)
+    optimizer = CHOICES[name](model, lr=0.02, **more)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x = torch.randn(16, 2, 4, 4, generator=generator).to(dtype) * 3 + 1
+        y = torch.randint(0, 3, (16,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_kernel_takes_the_steps_of_the_reference_engine(name: str, bias: bool) -> None:
+    for ours, theirs in zip(trained(name, torch.float64, bias), trained(name, torch.float64, bias, engine="loop"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+
+
+def test_products_in_16_bits_are_near() -> None:
+    narrow, exact = trained("auto", torch.float32, True, 4), trained("auto", torch.float32, True, 4, engine="loop")
+    start = [p.detach() for p in net().parameters()]
+    for ours, theirs, before in zip(narrow, exact, start, strict=True):
+        assert (ours - theirs).norm() <= 0.08 * (theirs - before).norm() + 1e-7
+
+
+def test_auto_chooses_by_what_a_layer_is() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.norm = nn.Embedding(10, 8), nn.LayerNorm(8)
+            self.narrow, self.wide = nn.Linear(8, 40), nn.Linear(40, 3)
+            self.grouped, self.transposed = nn.Conv1d(4, 4, 3, groups=2), nn.ConvTranspose1d(4, 4, 3)
+            self.free = nn.Parameter(torch.randn(3))
+            self.recurrent = nn.GRU(3, 4)
+
+    table = {row.name: row for row in precond.auto(Model(), choice=Auto(max_inputs=20)).explain().rows}
+    names = {
+        name: row.preconditioner.replace("(", " ").split()[0] + " " + row.preconditioner.split(" ∘ ")[-1][:5]
+        for name, row in table.items()
+    }
+    assert names["table.weight"] == "RMS RMS()" and names["norm.bias"] == "RMS RMS()" and names["free"] == "RMS RMS()"
+    assert names["narrow.weight"] == names["narrow.bias"] == "Whitening Polar" and names["wide.weight"] == "BNP Polar"
+    assert names["grouped.weight"] == "BNP RMS()" and names["transposed.weight"] == "BNP RMS()"
+    assert table["wide.weight"].why == "40 inputs are too many to whiten"
+    assert all(row.why for row in table.values())
+
+
+def test_auto_says_that_it_knows_no_layer() -> None:
+    model = nn.Sequential(nn.LayerNorm(4))
+    with pytest.warns(UserWarning, match="no layer that it knows"):
+        optimizer = precond.auto(model, lr=0.1)
+    model(torch.randn(3, 4)).square().sum().backward()
+    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        precond.auto(nn.Linear(3, 2))
+
+
+def test_auto_trains_badly_scaled_inputs_with_a_learning_rate_that_is_not_tuned() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 6, generator=generator) * torch.tensor([1e-3, 1.0, 1e3, 10.0, 0.1, 1.0]) + torch.tensor(
+        [0.0, 5, 0, 100, 0, 0]
+    )
+    y = (x[:, 0] * 1e3 + x[:, 2] * 1e-3 > 0).long()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 2))
+    optimizer = precond.auto(model, weight_decay=0.0)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+
+
+@pytest.mark.parametrize("gradient", [0.0, 1e30, 1e-30, float("nan")], ids=str)
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1), (4, 4)], ids=str)
+@pytest.mark.parametrize("engine", ["loop", "auto"])
+def test_extreme_gradients(gradient: float, shape: tuple[int, int], engine: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(*reversed(shape))
+    optimizer = PreconditionedGD(layer, lr=0.1, preconditioner=Polar(), momentum=Momentum(0.9, "heavy_ball"), engine=engine)
+    before = matrix(layer, "data")
+    for _ in range(3):
+        layer.weight.grad = torch.full(shape, gradient)
+        layer.bias.grad = torch.zeros(shape[0])
+        optimizer.step()
+    moved = matrix(layer, "data") - before
+    if gradient == 0:
+        assert not moved.any()
+    elif gradient == gradient:
+        assert moved.isfinite().all() and moved.norm() > 0.1
+    else:
+        assert moved.isnan().any()
+
+
+def test_an_eigendecomposition_that_fails_keeps_the_root_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Linear(4, 3)
+    optimizer = PreconditionedGD(layer, lr=0.01, preconditioner=Polar(every=1), momentum=Momentum(0.9))
+
+    def step() -> None:
+        layer.weight.grad, layer.bias.grad = torch.randn(3, 4), torch.randn(3)
+        optimizer.step()
+
+    step()
+    held = optimizer.state[layer.weight]["root"].clone()
+
+    def fails(*_: object, **__: object) -> None:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    with pytest.warns(UserWarning, match="no eigenvalues that converge"):
+        step()
+    assert torch.equal(held, optimizer.state[layer.weight]["root"])
+    assert layer.weight.isfinite().all()
+
+
+def test_bad_settings_are_named() -> None:
+    with pytest.raises(ValueError, match="every"):
+        Polar(every=0)
+    with pytest.raises(ValueError, match="arithmetic"):
+        Polar(arithmetic="half")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="max_inputs"):
+        Auto(max_inputs=0)
+    with pytest.raises(TypeError, match="pass the model itself"):
+        precond.auto([nn.Parameter(torch.randn(2, 2))])
+
+
+def test_sam_behind_auto_descends() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(5, 3), torch.randn(40, 5)
+    y = x[:, :3].argmax(1)
+    optimizer = precond.auto(model, lr=0.03, regularizers=[SAM(0.01, space="p")])
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    losses = [float(optimizer.step(closure).detach()) for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_bnp_before_polar_sees_standardized_momentum() -> None:
+    """With one step and statistics of one batch, BNP@Polar is Polar on a layer with standardized inputs."""
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 4).double() * torch.tensor([1.0, 10, 100, 0.1]).double() + 3, torch.randn(64, 3).double()
+    raw, plain = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+    mean, std = x.mean(0), x.std(0, correction=0)
+    with torch.no_grad():  # the same function on standardized inputs
+        plain.weight.copy_(raw.weight * std)
+        plain.bias.copy_(raw.bias + raw.weight @ mean)
+    outer = BNP(decay=0.0, damping=0.0)
+    a = PreconditionedGD(raw, lr=0.1, preconditioner=outer @ Polar(every=1), engine="loop")
+    b = PreconditionedGD(plain, lr=0.1, preconditioner=Polar(every=1), engine="loop")
+    for _ in range(4):
+        for layer, inputs, optimizer in ((raw, x, a), (plain, (x - mean) / std, b)):
+            optimizer.zero_grad()
+            F.mse_loss(layer(inputs), y).backward()
+            optimizer.step()
+    torch.testing.assert_close(raw(x), plain((x - mean) / std), rtol=1e-9, atol=1e-9)
