@@ -103,7 +103,8 @@ def test_the_kernel_takes_the_steps_of_the_reference_engine(name: str, bias: boo
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
 
 
-def test_products_in_16_bits_are_near() -> None:
+def test_products_in_16_bits_are_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("precond.engine.polar._SMALL", 0)
     narrow, exact = trained("auto", torch.float32, True, 4), trained("auto", torch.float32, True, 4, engine="loop")
     start = [p.detach() for p in net().parameters()]
     for ours, theirs, before in zip(narrow, exact, start, strict=True):

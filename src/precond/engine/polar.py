@@ -17,6 +17,8 @@ from precond.preconditioners.base import Seen
 from precond.preconditioners.muon import normalized
 from precond.vec import Scalar, Tensors
 
+_SMALL = 128 * 128
+
 
 @dataclass(frozen=True)
 class _Outer:
@@ -46,6 +48,7 @@ class PolarStep:
     outer: Preconditioner | None
     momentum: Momentum
     decay: float
+    _halves: bool = True
     _known: tuple[tuple[int, int], _Outer | None] | None = field(default=None, repr=False)
     _gram: tuple[int, Tensor] | None = field(default=None, repr=False)
     _root: tuple[int, Tensor] | None = field(default=None, repr=False)
@@ -126,7 +129,7 @@ class PolarStep:
         mean, std, _ = self.outer.centered(part, outer)  # type: ignore[union-attr]
         R = outer["factor"][0]
         if self._gram is None or self._gram[0] != R._version:
-            self._gram, self._root = (R._version, self._narrow(R @ R.T)), None
+            self._gram, self._root = (R._version, (Q := self._narrow(R)) @ Q.T), None
         return _Outer(mean[0], 1 / std[0], R, self._gram[1])
 
     def _wide(self, state: State, P1: _Outer | None, X: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -161,7 +164,7 @@ class PolarStep:
 
     def _narrow(self, A: Tensor) -> Tensor:
         """In the precision of products."""
-        return A.bfloat16() if A.dtype == torch.float32 and self.P.arithmetic == "bfloat16" else A
+        return A.bfloat16() if self._halves and A.dtype == torch.float32 else A
 
     def _narrow_root(self, state: State, R: Tensor | None = None, n: int | None = None) -> Tensor:
         """L^(−1/2), or of a tall layer R L^(−1/2) without the row and column of the bias."""
@@ -181,7 +184,11 @@ def polar(cell: Cell, P: Preconditioner, momentum: Momentum | None, decay: float
         return None
     if outer is not None and not _is_plain(outer, cell.block):
         return None
-    return PolarStep(inner, outer, momentum, decay) if all(t.is_contiguous() for t in cell.block.tensors) else None
+    if not all(t.is_contiguous() for t in cell.block.tensors):
+        return None
+    # Products of small matrices in 16 bits take longer than in 32.
+    halves = inner.arithmetic == "bfloat16" and cell.block.tensors[0].numel() >= _SMALL
+    return PolarStep(inner, outer, momentum, decay, halves)
 
 
 def _is_plain(outer: Preconditioner, block: Block) -> bool:

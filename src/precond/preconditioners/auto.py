@@ -42,7 +42,7 @@ class Auto(Preconditioner):
     """
 
     max_inputs: int = 1024
-    whitening: Whitening = Whitening(root="cholesky")
+    whitening: Whitening = Whitening(root="cholesky", shrinkage=10.0, samples=32.0)
     bnp: BNP = BNP()
     polar: Polar = Polar()
     rms: RMS = RMS(0.999)

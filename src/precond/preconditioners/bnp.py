@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from precond import checks
-from precond.blocks import Block, State, state_dtype
-from precond.inputs import Request
+from precond.blocks import Block, state_dtype
+from precond.inputs import Moments, Request
 from precond.maps import LinearMap, Standardizing
 from precond.preconditioners.input_side import InputSide, LayerPart
 from precond.vec import Vec
@@ -63,11 +63,10 @@ class BNP(InputSide):
         """Whether a step comes after those that are all observed."""
         return self.decay > 0 and step > _DENSE
 
-    def wants(self, state: State) -> bool:
-        step = min(state.steps) + 1
+    def wants(self, step: int, state: dict[str, Tensor]) -> bool:
         return not self._sparse(step) or step % self.every == 0
 
-    def rate(self, step: float) -> float:
+    def rate(self, step: float, new: Moments) -> float:
         return self.decay**self.every if self._sparse(step) else self.decay
 
     def fresh(self, part: LayerPart, block: Block) -> dict[str, Tensor]:

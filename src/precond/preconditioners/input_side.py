@@ -116,14 +116,14 @@ class InputSide(Preconditioner):
     def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec) -> LinearMap:
         """P on (weight, bias) or (weight,)."""
 
-    def wants(self, state: State) -> bool:
-        """Whether the inputs of the next step are to be observed."""
+    def wants(self, step: int, state: dict[str, Tensor]) -> bool:
+        """Whether the inputs of a weight are to be observed at a step."""
         return True
 
     def wanted(self, state: State) -> list[tuple[str, Request, Tensor | None]]:
-        if not self.wants(state):
-            return []
-        return [(p.site.name, self.request, self._center(self._of(p, state))) for p in self.parts(state.block)]
+        step = int(min(state.steps)) + 1
+        each = ((p, self._of(p, state)) for p in self.parts(state.block))
+        return [(p.site.name, self.request, self._center(mine)) for p, mine in each if self.wants(step, mine)]
 
     def _center(self, state: dict[str, Tensor]) -> Tensor | None:
         """The mean that deviations are measured from."""
@@ -136,9 +136,9 @@ class InputSide(Preconditioner):
         for part in self.parts(state.block):
             found = (seen.inputs or {}).get((part.site.name, self.request))
             if found is not None:
-                self.fold(self._of(part, state), found, self.rate(min(state.steps)))
+                self.fold(self._of(part, state), found, self.rate(min(state.steps), found))
 
-    def rate(self, step: float) -> float:
+    def rate(self, step: float, new: Moments) -> float:
         """ρ of what is observed for a step."""
         return self.decay
 
@@ -154,6 +154,7 @@ class InputSide(Preconditioner):
         gain = (new.count / count).clamp_min_(1 - decay)[:, None]  # 1 − ρ_t
         if "noise" in mine:  # 1/N of a mean with these weights
             mine["noise"].mul_((1 - gain[:, 0]).square()).add_(gain[:, 0].square() / new.count)
+            mine["size"].copy_(new.count)
         delta = new.mean - mine["mean"]
         name = "variance" if "variance" in mine else "covariance"
         gain_ = gain if name == "variance" else gain[..., None]

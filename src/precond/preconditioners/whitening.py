@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from precond import checks
 from precond.blocks import Block, State, state_dtype
-from precond.inputs import Request
+from precond.inputs import Moments, Request
 from precond.inputs.moments import outer
 from precond.maps import Identity, LinearMap, RowMatrix, Standardizing
 from precond.maps.eigen import eigh
@@ -38,6 +39,8 @@ class Whitening(InputSide):
         every: steps between refreshes.
         observe_steps: how many steps before a refresh are observed.
         shrinkage: s ≥ 0.
+        samples: c ≥ 0; where it is not 0, batches that hold cn samples or more, convolutions' or sequences', are not averaged with those
+            before, nor observed more than once before a refresh, and with fewer samples in proportion: as much as n features need.
 
     References:
         Desjardins et al. (2015); Ledoit & Wolf (2004) for shrinkage; Benzing (2022), FOOF; Ye, Theorem 3.
@@ -49,10 +52,11 @@ class Whitening(InputSide):
     every: int = 100
     observe_steps: int = 5
     shrinkage: float = 1.0
+    samples: float = 0.0
 
     def __post_init__(self) -> None:
         checks.fraction("Whitening", decay=self.decay)
-        checks.non_negative("Whitening", damping=self.damping, shrinkage=self.shrinkage)
+        checks.non_negative("Whitening", damping=self.damping, shrinkage=self.shrinkage, samples=self.samples)
         checks.one_of("Whitening", "root", self.root, ("symmetric", "cholesky"))
         checks.positive("Whitening", every=self.every, observe_steps=self.observe_steps)
 
@@ -65,9 +69,17 @@ class Whitening(InputSide):
         t = int(step)
         return t % self.every == 0 or (t < self.every and t & (t - 1) == 0)
 
-    def wants(self, state: State) -> bool:
-        t = int(min(state.steps))
-        return any(self.due(t + k) for k in range(1, self.observe_steps + 1))
+    def wants(self, step: int, state: dict[str, Tensor]) -> bool:
+        steps, size = self.observe_steps, float(state["size"].min()) if self.samples else 0.0
+        if self.samples and size:
+            steps = min(steps, math.ceil(self.samples * state["mean"].shape[-1] / size))
+        return any(self.due(step + k) for k in range(steps))
+
+    def rate(self, step: float, new: Moments) -> float:
+        if not self.samples:
+            return self.decay
+        enough = float(new.count.min()) / (self.samples * new.mean.shape[-1])
+        return min(self.decay, max(0.0, 1 - enough))
 
     def fresh(self, part: LayerPart, block: Block) -> dict[str, Tensor]:
         weight = block.leaves[part.weight].param
@@ -76,6 +88,7 @@ class Whitening(InputSide):
         return {
             "count": zeros(groups),
             "noise": zeros(groups),
+            "size": zeros(groups),
             "mean": zeros(groups, n),
             "covariance": zeros(groups, n, n),
             "activity": zeros(groups, n),
