@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from harness import TRANSFORMER, parameters, state_bytes, table
@@ -54,6 +55,30 @@ def pytorch_optimizer_shampoo(params: list[nn.Parameter]) -> Sequence[torch.opti
     )
 
 
+def layers(params: list[nn.Parameter]) -> nn.ModuleList:
+    """The parameters as linear and normalization layers, whose inputs can be observed."""
+    found, rest = nn.ModuleList(), iter(params)
+    for weight in rest:
+        layer = (
+            nn.Linear(*reversed(weight.shape), device="meta") if weight.ndim > 1 else nn.LayerNorm(len(weight), device="meta")
+        )
+        layer.weight, layer.bias = weight, next(rest)
+        found.append(layer)
+    return found
+
+
+@dataclass(frozen=True)
+class Observing:
+    """Makes an optimizer that sees inputs, which come between the steps and off their clock."""
+
+    recipe: Callable[[nn.Module], torch.optim.Optimizer]
+
+    def __call__(self, params: list[nn.Parameter]) -> Sequence[torch.optim.Optimizer]:
+        self_made = self.recipe(model := layers(params))
+        self_made.model = model
+        return (self_made,)
+
+
 CANDIDATES: dict[str, Make] = {
     "adamw (fused)": lambda p: (torch.optim.AdamW(p, lr=1e-3, fused=True),),
     "torch Muon": torch_muon,
@@ -65,6 +90,8 @@ CANDIDATES: dict[str, Make] = {
     "soap, smaller side, drift 0.3": lambda p: (
         precond.soap(p, lr=1e-3, precondition_frequency=EVERY, sides="smaller", drift=0.3, factor_frequency=5),
     ),
+    "whitening": Observing(lambda m: precond.whitening(m, lr=1e-3)),
+    "auto": Observing(lambda m: precond.auto(m, lr=1e-3)),
     "pytorch-optimizer ScalableShampoo, blocks of 512": pytorch_optimizer_shampoo,
     "shampoo, blocks of 512": lambda p: (precond.shampoo(p, lr=1e-3, precondition_frequency=EVERY, block_size=512),),
 }
@@ -78,11 +105,15 @@ class Steps:
         generator = torch.Generator().manual_seed(1)
         self.gradients = [[torch.randn(p.shape, generator=generator) * 1e-2 for p in self.params] for _ in range(4)]
         self.optimizers, self.t = make(self.params), 0
+        self.inputs = {n: torch.randn(256, n, generator=generator) for n in (384, 1536)}
 
     def __call__(self, clock: Callable[[], float]) -> float:
         for p, g in zip(self.params, self.gradients[self.t % len(self.gradients)], strict=True):
             p.grad = g.clone()  # some peers write into gradients
         self.t += 1
+        for layer in getattr(self.optimizers[0], "model", ()):
+            if isinstance(layer, nn.Linear):
+                layer(self.inputs[layer.in_features])
         start = clock()
         for optimizer in self.optimizers:
             optimizer.step()

@@ -81,6 +81,16 @@ class Whitening(InputSide):
         enough = float(new.count.min()) / (self.samples * new.mean.shape[-1])
         return min(self.decay, max(0.0, 1 - enough))
 
+    def fold(self, mine: dict[str, Tensor], new: Moments, decay: float) -> None:  # type: ignore[override]
+        known, before, moved = bool((mine["count"] > 0).all()), mine["activity"].clone(), new.mean - mine["mean"]
+        super().fold(mine, new, decay)
+        if self.samples and known:
+            # Deviations are from the mean before. About the new one E|h − μ| may be less by |Δμ|: an input that has died, whose mean has
+            # moved to where it always is now, deviated much from where it was, and would count as active.
+            own = ((new.deviation - moved.abs()).clamp_min(0) * new.spread.diagonal(dim1=-2, dim2=-1).rsqrt()).nan_to_num_(0.0, 0.0)
+            gain = (new.count / mine["count"]).clamp_min(1 - decay)[:, None]
+            mine["activity"].copy_(torch.minimum(mine["activity"], before.lerp(own, gain)))
+
     def fresh(self, part: LayerPart, block: Block) -> dict[str, Tensor]:
         weight = block.leaves[part.weight].param
         groups, n = part.site.shape(self.request)
