@@ -248,3 +248,20 @@ def test_bnp_before_polar_sees_standardized_momentum() -> None:
             F.mse_loss(layer(inputs), y).backward()
             optimizer.step()
     torch.testing.assert_close(raw(x), plain((x - mean) / std), rtol=1e-9, atol=1e-9)
+
+
+def test_an_input_that_has_died_is_not_taken_for_one_that_is_always_active() -> None:
+    """Its variance falls to nothing while its deviations from the mean before are large; its weight must not grow without bound."""
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 4)
+    optimizer = precond.auto(layer, choice=Auto(whitening=Whitening(root="cholesky", samples=1.0, every=1)))
+    for t in range(2):
+        x = torch.rand(200, 3) + 1
+        if t:
+            x[1:, 0] = 0
+            x[0, 0] = 1e-3
+        optimizer.zero_grad()
+        layer(x).square().sum().backward()
+        optimizer.step()
+    activity = optimizer.state[layer.weight]["outer.activity"][0]
+    assert activity[0] < 0.2 < 0.7 < activity[1:].min()  # E|h − μ|/σ: 0.14 of one sample in 200, 0.87 of a uniform distribution
