@@ -70,7 +70,8 @@ class Cell:
         """Fold a gradient into ``state`` (the cell's own, or a copy of it)."""
         if self.handled:
             momentum = self._clean_momentum(state, gradient)
-            seen = Evidence(gradient, self.inputs, momentum, lambda: tuple(leaf.tensor.detach() for leaf in state.block.leaves))
+            position = lambda: tuple(p.detach().to(g.dtype) for p, g in zip(state.block.tensors, gradient, strict=True))  # noqa: E731
+            seen = Evidence(gradient, self.inputs, momentum, position)
             self.preconditioner.observe(state, seen)
 
     def _clean_momentum(self, state: State, gradient: Vec) -> Vec | None:
@@ -157,13 +158,26 @@ def strategies(
     chosen = [leaves[i] for i in live]
     plans = [c.preconditioner.partition(chosen) for c in choices]
     out = []
+    taken: set[int] = set()
     # Numbers of a group may decide what is a block, a limit of length, say: each group takes its own plan's.
     for group, plan in enumerate(plans):
         for part in plan:
             if chosen[part.index[0]].group == group:
                 momentum = choices[group].momentum if part.preconditioner.momentum is None else part.preconditioner.momentum
                 out.append((tuple(live[i] for i in part.index), part.preconditioner, momentum))
+                if twice := taken.intersection(part.index):
+                    raise _disagree(chosen[min(twice)])
+                taken.update(part.index)
+    if missed := set(range(len(chosen))) - taken:
+        raise _disagree(chosen[min(missed)])
     return out
+
+
+def _disagree(leaf: Leaf) -> ValueError:
+    return ValueError(
+        f"the groups of {leaf.name!r} and of the rest of its layer differ in a number that decides what is stepped jointly "
+        "(max_dim, max_inputs); give both groups one value"
+    )
 
 
 def _adds(r: Regularizer) -> bool:

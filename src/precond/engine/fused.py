@@ -5,7 +5,7 @@ They read every tensor once. What they cannot do takes :mod:`precond.engine.loop
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,11 +37,16 @@ class _Decay:
     decoupled: float = 0.0
 
 
-def kernel(cell: Cell, choice: Choice, rules: Rules) -> Kernel | None:
-    """The fused kernel that computes exactly this configuration, or None."""
-    decay = _decay(choice, rules)
+def kernel(cell: Cell, choices: Sequence[Choice], rules: Rules) -> Kernel | None:
+    """The fused kernel that computes exactly this configuration, or None.
+
+    Args:
+        choices: of each leaf of the cell. Where a layer's weight and bias decay differently, in z, the decay is P(2λP⁻¹p) and moves
+            both: there is no kernel for that.
+    """
+    decay, *others = dict.fromkeys(_decay(choice, rules) for choice in choices)
     plain = all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) and _dense(t) for t in cell.block.tensors)
-    if decay is None or rules.max_norm is not None or not plain:
+    if others or decay is None or rules.max_norm is not None or not plain:
         return None
     P, momentum = cell.preconditioner, cell.momentum
     if momentum is not None and not momentum.beta and momentum.kind != "ema":

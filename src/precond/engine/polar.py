@@ -51,7 +51,7 @@ class PolarStep:
     _halves: bool = True
     _known: tuple[tuple[int, int], _Outer | None] | None = field(default=None, repr=False)
     _gram: tuple[int, Tensor] | None = field(default=None, repr=False)
-    _root: tuple[int, Tensor] | None = field(default=None, repr=False)
+    _root: tuple[tuple[int, int], Tensor] | None = field(default=None, repr=False)
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         torch._foreach_add_(cell.state["step"], 1)
@@ -59,7 +59,7 @@ class PolarStep:
         P1 = None if self.outer is None else self._outer(cell)
         m, size = self._unit(self._average(cell, g, maximize))
         t = min(cell.state.steps)
-        if t == 1:
+        if first := self.P.is_fresh(state):
             z = tuple(p) if self.outer is None else self.outer.map(cell.state["outer"]).solve(tuple(p))
             self.P.measure(state, augmented(z))
         X = m[0].view(m[0].shape[0], -1)
@@ -68,9 +68,9 @@ class PolarStep:
             if bias is not None:
                 X.addr_(bias, P1.mean, alpha=-1)
             X.mul_(P1.inverse)
-        if self.P.due(t):
+        if first or self.P.due(t):
             Z = X if P1 is None or P1.factor is None else X @ P1.factor
-            self.P.renew(state, Z if bias is None else torch.cat([Z, bias[:, None]], 1), t)
+            self.P.renew(state, Z if bias is None else torch.cat([Z, bias[:, None]], 1), first)
         rows, columns = X.shape[0], X.shape[1] + len(m) - 1
         step = self._wide if rows <= columns else self._tall
         dW, db, norm = step(state, P1, X, bias)
@@ -129,7 +129,7 @@ class PolarStep:
         mean, std, _ = self.outer.centered(part, outer)  # type: ignore[union-attr]
         R = outer["factor"][0]
         if self._gram is None or self._gram[0] != R._version:
-            self._gram, self._root = (R._version, (Q := self._narrow(R)) @ Q.T), None
+            self._gram = R._version, (Q := self._narrow(R)) @ Q.T
         return _Outer(mean[0], 1 / std[0], R, self._gram[1])
 
     def _wide(self, state: State, P1: _Outer | None, X: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -168,7 +168,8 @@ class PolarStep:
 
     def _narrow_root(self, state: State, R: Tensor | None = None, n: int | None = None) -> Tensor:
         """L^(−1/2), or of a tall layer R L^(−1/2) without the row and column of the bias."""
-        version = state["root"]._version
+        # With statistics of one sample P₁ is the identity for a step, whatever R is.
+        version = state["root"]._version, -1 if R is None else R._version
         if self._root is None or self._root[0] != version:
             Q = state["root"][:n, :n]
             self._root = version, self._narrow(Q if R is None else R @ Q)

@@ -9,6 +9,7 @@ from typing import Any
 from precond.blocks import Leaf
 from precond.engine.cells import Cell
 from precond.preconditioners import Composition, Preconditioner
+from precond.preconditioners.split import Split
 
 
 @dataclass(frozen=True)
@@ -38,22 +39,30 @@ class Explanation:
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
-def explain(leaves: Sequence[Leaf], cells: Sequence[Cell], whole: Preconditioner) -> Explanation:
-    """The table of an optimizer's leaves and cells."""
-    reasons = whole.reasons(leaves)
+def explain(leaves: Sequence[Leaf], cells: Sequence[Cell], of_groups: Sequence[Preconditioner]) -> Explanation:
+    """The table of an optimizer's leaves and cells.
+
+    Args:
+        of_groups: what each parameter group asked for.
+    """
     acting = {i: (k, cell) for k, cell in enumerate(cells) for i in cell.index}
+    live = sorted(acting)  # what is frozen took no part in the choice
+    reasons = [P.reasons([leaves[i] for i in live]) for P in of_groups]
+    why = {i: reasons[acting[i][1].block.leaves[0].group].get(k, "") for k, i in enumerate(live)}
     rows = []
     for i, leaf in enumerate(leaves):
         k, cell = acting.get(i, (-1, None))
         what = "none (frozen)" if cell is None else _written(cell.preconditioner) if cell.handled else "identity"
-        rows.append(Row(leaf.name, tuple(leaf.shape), leaf.kind, what, k, reasons.get(i, "")))
+        rows.append(Row(leaf.name, tuple(leaf.shape), leaf.kind, what, k, why.get(i, "")))
     return Explanation(tuple(rows))
 
 
 def _written(x: Any) -> str:
-    """As one would write it: with the settings that are not the defaults, compositions as P₁ ∘ P₂."""
+    """As one would write it: with the settings that are not the defaults, compositions as P₁ ∘ P₂, parts as P₁ | P₂."""
     if isinstance(x, Composition):
         return f"{_written(x.outer)} ∘ {_written(x.inner)}"
+    if isinstance(x, Split):
+        return " | ".join(dict.fromkeys(_written(part.preconditioner) for part in x.parts))
     if not is_dataclass(x):
         return repr(x)
     own = ((f.name, getattr(x, f.name)) for f in fields(x) if getattr(x, f.name) != f.default)

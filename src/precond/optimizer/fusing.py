@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+from precond.blocks import Leaf
 from precond.engine import fused
 from precond.engine.cells import Cell, Choice
 from precond.engine.fused import Kernel
 from precond.engine.loop import Rules
-from precond.vec import Tensors
+from precond.vec import Scalar, Tensors
 
 Work = list[tuple[Kernel, Cell, Tensors]]
 """(kernel, cell, gradients laid out as the parameters)."""
@@ -26,12 +28,24 @@ def kernels_of(cells: Sequence[Cell], choices: Sequence[Choice], rules: Rules, s
         return None
     kernels = []
     for cell in cells:
-        choice = choices[cell.block.leaves[0].group]
-        others = tuple(r for k, r in enumerate(choice.regularizers) if k != second)
-        if (kernel := fused.kernel(cell, replace(choice, regularizers=others), rules)) is None:
+        mine = [_without(choices[leaf.group], second) for leaf in cell.block.leaves]
+        if (kernel := fused.kernel(cell, mine, rules)) is None:
             return None
         kernels.append(kernel)
     return kernels
+
+
+def _without(choice: Choice, second: int | None) -> Choice:
+    return replace(choice, regularizers=tuple(r for k, r in enumerate(choice.regularizers) if k != second))
+
+
+def alike(cells: Sequence[Cell], lr: Callable[[Leaf], Scalar], groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all leaves of each cell have one learning rate and one sign, as kernels take them."""
+    for cell in cells:
+        of_group = {leaf.group: leaf for leaf in cell.block.leaves}
+        if len(of_group) > 1 and len({(float(lr(leaf)), groups[g]["maximize"]) for g, leaf in of_group.items()}) > 1:
+            return False
+    return True
 
 
 def work_of(kernels: Sequence[Kernel], cells: Sequence[Cell]) -> Work | None:

@@ -25,7 +25,7 @@ from precond.optimizer import serialization
 from precond.optimizer.binding import Binding, bind, choices_of
 from precond.optimizer.compatibility import check_precision, validate
 from precond.optimizer.explanation import Explanation, explain
-from precond.optimizer.fusing import kernels_of, work_of
+from precond.optimizer.fusing import alike, kernels_of, work_of
 from precond.optimizer.listening import Listening
 from precond.optimizer.looking import map_in_force, measure
 from precond.optimizer.naming import Naming
@@ -409,6 +409,8 @@ class PreconditionedGD(torch.optim.Optimizer):
         kernels = self._kernels()
         if kernels is None or self._gradient_based is not None or getattr(self, "found_inf", None) is not None:
             return False
+        if not alike(self._bound.cells, self._lr, self.param_groups):
+            return False
         if not self._listening.collect(self._bound.cells):
             return False
         work = work_of(kernels, self._bound.cells)
@@ -428,6 +430,8 @@ class PreconditionedGD(torch.optim.Optimizer):
         """The same with the gradient that a probing regularizer has made; False where no kernels compute that."""
         kernels = self._kernels()
         if kernels is None or not evidence.found or point.cells != self._bound.cells:
+            return False
+        if not alike(point.cells, self._lr, self.param_groups):
             return False
         ((k, found),) = evidence.found.items()
         at = point.at(k, point.maps, found=found, memo=evidence.memo)
@@ -561,7 +565,7 @@ class PreconditionedGD(torch.optim.Optimizer):
     def explain(self) -> Explanation:
         """Which preconditioner acts on which parameter, and which parameters it takes jointly; ``print`` it."""
         self._follow_groups()
-        return explain(self._bound.leaves, self._bound.cells, self._bound.choices[0].preconditioner)
+        return explain(self._bound.leaves, self._bound.cells, [choice.preconditioner for choice in self._bound.choices])
 
     def measure(self, name: str, scale: float | Tensor | None, length: Callable[[], Tensor] | None) -> Tensor | float:
         """A number of the last step, from gradients and state as they are now: see :class:`precond.optimizer.record.Record`."""

@@ -32,7 +32,7 @@ class Polar(Preconditioner):
     step costs one product with the shorter side (mᵀm and a product from the right where A > B). The length of the step is that of a
     polar factor always: s is such that ‖M m‖ = γ·√min(A, B), with γ = √max(1, A/B)·max(1, ‖z₀‖/√A).
 
-    ‖z₀‖/√A is the length of a row of the parameters at the first step in these coordinates; behind :class:`~precond.Whitening` or
+    ‖z₀‖/√A is the length of a row of the parameters at their first step in these coordinates; behind :class:`~precond.Whitening` or
     :class:`~precond.BNP` it is the root mean square of the layer's outputs. It exceeds 1 where raw inputs are large, and steps are
     longer in proportion. What is no layer takes ``RMS``.
 
@@ -112,25 +112,31 @@ class Polar(Preconditioner):
 
     def observe(self, state: State, seen: Seen) -> None:
         m, t = augmented(seen.gradient if seen.momentum is None else seen.momentum), min(state.steps)
-        if t == 1 and seen.position is not None:
-            self.measure(state, augmented(seen.position()))
-        if self.due(t):
-            self.renew(state, m, t)
+        first = self.is_fresh(state)
+        if first:
+            self.measure(state, None if seen.position is None else augmented(seen.position()))
+        if first or self.due(t):
+            self.renew(state, m, first)
         X, size = normalized(m, _TINY)
         state["norm"].copy_(self.turn(state, X).norm() * size)
 
     @staticmethod
-    def measure(state: State, z: Tensor) -> None:
-        """Keep how long the rows of the parameters are at first."""
-        state["length"].copy_((z.norm() / len(z) ** 0.5).clamp_min(1.0))
+    def is_fresh(state: State) -> bool:
+        """Whether nothing was observed yet: at the first step, and where a bias was frozen or thawed later."""
+        return not bool(state["gram"].diagonal().any())
 
-    def renew(self, state: State, m: Tensor, step: float) -> None:
+    @staticmethod
+    def measure(state: State, z: Tensor | None) -> None:
+        """Keep how long the rows of the parameters are at first; None: not known."""
+        state["length"].fill_(1.0 if z is None else (z.norm() / len(z) ** 0.5).clamp_min(1.0))
+
+    def renew(self, state: State, m: Tensor, first: bool) -> None:
         """Fold m/‖m‖ into L and take the root anew; where that fails, the one before stays."""
         X, _ = normalized(m, _TINY)
         gram = X @ X.T if X.shape[0] <= X.shape[1] else X.T @ X
         if not bool(gram.isfinite().all()):
             return
-        L = state["gram"].lerp_(gram, 1.0 if step == 1 else 1 - self.decay)
+        L = state["gram"].lerp_(gram, 1.0 if first else 1 - self.decay)
         if (root := inverse_root(L, 0.5, self.damping)) is not None:
             state["root"].copy_(root)
 

@@ -26,8 +26,9 @@ class _Auto:
 
     def __call__(self, group: Mapping[str, Any]) -> Choice:
         choice, beta = replaced(self.choice, group), group["momentum"]
-        polar = replace(choice.polar, momentum=Momentum(beta, "nesterov", dampening=beta))
-        return Choice(replace(choice, polar=polar), Momentum(beta), (L2(group["weight_decay"] / 2, space="z"),))
+        if choice.polar.momentum is None:
+            choice = replace(choice, polar=replace(choice.polar, momentum=Momentum(beta, "nesterov", dampening=beta)))
+        return Choice(choice, Momentum(beta), (L2(group["weight_decay"] / 2, space="z"),))
 
 
 def auto(
@@ -50,7 +51,7 @@ def auto(
         params: the model, whose inputs are observed.
         lr: best between 0.003 and 0.03 in most trainings.
         weight_decay: decoupled, as in :func:`adamw`.
-        momentum: Nesterov's average for layers, Adam's for the rest.
+        momentum: Nesterov's average for layers, unless ``choice.polar`` has its own, Adam's for the rest.
         choice: other rules, or other settings of what is chosen from; None: ``Auto()``.
         maximize, regularizers, options: as in :func:`sgd`.
 
@@ -60,13 +61,18 @@ def auto(
     Example:
         >>> import torch, precond
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.LayerNorm(4))
-        >>> print(precond.auto(model).explain())
+        >>> for row in precond.auto(model).explain().rows:
+        ...     print(f"{row.name}: {row.preconditioner.split('(')[0]}, {row.why}")
+        0.weight: Whitening, 8 inputs
+        0.bias: Whitening, 8 inputs
+        1.weight: RMS, scales and shifts
+        1.bias: RMS, scales and shifts
     """
     checks.fraction("auto", momentum=momentum)
     checks.non_negative("auto", weight_decay=weight_decay)
     choice = Auto() if choice is None else choice
     defaults = {"weight_decay": weight_decay, "momentum": momentum, "maximize": maximize, **numbers(choice)}
     optimizer = make("auto", params, lr, _Auto(choice), defaults, {}, {}, regularizers, options)
-    if all(row.preconditioner.startswith("RMS") for row in optimizer.explain().rows):
+    if all(row.preconditioner.startswith(("RMS", "none")) for row in optimizer.explain().rows):
         warnings.warn("auto: the model has no layer that it knows; RMS acts on all of it", stacklevel=2)
     return optimizer
