@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from inputs.layers import data
-from precond import BNP, PreconditionedGD
+from precond import BNP, PreconditionedGD, Whitening
 
 torch.set_num_threads(1)
 
@@ -173,3 +173,84 @@ def test_damping_spares_what_is_active_and_bounds_what_is_rare():
     assert (share[:3] == 0).all() and share[3] > 0.2
     std = optimizer.map().blocks[0][1].std.flatten()
     torch.testing.assert_close(std**2, variance + 0.02 * square + share * square.mean(), rtol=1e-10, atol=0)
+
+
+def whitened(sizes: list[int], P: Whitening, n: int = 4) -> tuple[nn.Linear, PreconditionedGD, list[Tensor]]:
+    """A layer, its optimizer after batches of correlated inputs of some sizes, and the batches."""
+    make = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(shape, generator=make, dtype=torch.float64)  # noqa: E731
+    mix = random(n, n)
+    batches = [random(size, n) @ mix + random(n) for size in sizes]
+    model = nn.Linear(n, 2).double()
+    optimizer = PreconditionedGD(model, lr=1e-3, preconditioner=P)
+    for x in batches:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return model, optimizer, batches
+
+
+@pytest.mark.parametrize("root", ["symmetric", "cholesky"])
+@pytest.mark.parametrize("shrinkage", [0.0, 1.0, 10.0])
+@pytest.mark.parametrize("decay", [0.0, 0.6, 0.95])
+@pytest.mark.parametrize("sizes", [[6, 3, 11, 2, 8, 30], [5, 1, 1, 40, 7]], ids=str)
+def test_correlations_are_shrunk_by_what_few_samples_show(sizes, decay, shrinkage, root):
+    """K ← (1−γ)K + γI, γ = sn/(N + sn), 1/N = Σ w²/n over the batches: the variance of a mean with these weights."""
+    _, optimizer, batches = whitened(sizes, Whitening(decay, 0.0, root, every=1, observe_steps=1, shrinkage=shrinkage))
+    w, n = weights(sizes, decay), 4
+    mean = sum(a * x.mean(0) for a, x in zip(w, batches, strict=True))
+    C = sum(a * x.T @ x / len(x) for a, x in zip(w, batches, strict=True)) - torch.outer(mean, mean)
+    N = 1 / sum(a**2 / size for a, size in zip(w, sizes, strict=True))
+    gamma = shrinkage * n / (N + shrinkage * n)
+    D = torch.diag(C.diagonal().rsqrt())
+    K = (1 - gamma) * (D @ C @ D) + gamma * torch.eye(n).double()
+    P = optimizer.map().to_dense()
+    M = P @ P.T
+    per_row = M[: 2 * n, : 2 * n].reshape(2, n, 2, n)
+    wanted = D @ torch.linalg.inv(K) @ D
+    for i in (0, 1):
+        torch.testing.assert_close(per_row[i, :, i], wanted, rtol=1e-7, atol=1e-9)
+        assert not per_row[i, :, 1 - i].any()
+
+
+@pytest.mark.parametrize(
+    ("size", "samples", "steps"),
+    [
+        (8, 0.0, [1, 2, 3, 4, 5, 6, 7, 8, *range(12, 21)]),  # five before each refresh, at 1, 2, 4, 8, 16, 20
+        (8, 2.0, [1, 2, 4, 8, 16, 20]),  # 2·4 samples are in one batch
+        (50, 2.0, [1, 2, 4, 8, 16, 20]),
+        (3, 2.0, [1, 2, 3, 4, 6, 7, 8, 14, 15, 16, 18, 19, 20]),  # three batches
+        (1, 2.0, [1, 2, 3, 4, 5, 6, 7, 8, *range(12, 21)]),  # eight would be needed: never more than five
+    ],
+)
+def test_which_steps_are_observed(size, samples, steps):
+    """As many before a refresh as hold cn samples, at most ``observe_steps``; an observed step moves the mean."""
+    make = torch.Generator().manual_seed(0)
+    model = nn.Linear(4, 2).double()
+    optimizer = PreconditionedGD(model, lr=1e-3, preconditioner=Whitening(every=20, observe_steps=5, samples=samples))
+    seen = []
+    for t in range(1, 21):
+        before = optimizer.state[model.weight]["mean"].clone()
+        optimizer.zero_grad()
+        model(torch.randn(size, 4, generator=make, dtype=torch.float64)).square().mean().backward()
+        optimizer.step()
+        if not torch.equal(before, optimizer.state[model.weight]["mean"]):
+            seen.append(t)
+    assert seen == steps
+
+
+@pytest.mark.parametrize("size", [8, 12, 6, 2])
+def test_a_batch_of_enough_samples_replaces_the_average(size):
+    """ρ = min(decay, 1 − N/cn) of the newest batch: 0 where it holds cn samples."""
+    decay, samples, n = 0.9, 2.0, 4
+    model, optimizer, batches = whitened([16, 16, size], Whitening(decay, every=1, observe_steps=1, samples=samples))
+    rho = min(decay, max(0.0, 1 - size / (samples * n)))
+    old, new = batches[1], batches[2]  # the second has replaced the first
+    rho = min(rho, 1 - size / (16 + size))  # pooled while that weighs the newest less
+    mean = rho * old.mean(0) + (1 - rho) * new.mean(0)
+    square = rho * old.T @ old / len(old) + (1 - rho) * new.T @ new / len(new)
+    state = optimizer.state[model.weight]
+    torch.testing.assert_close(state["mean"][0], mean, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(state["covariance"][0], square - torch.outer(mean, mean), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(state["noise"].item(), rho**2 / 16 + (1 - rho) ** 2 / size)
+    assert state["size"].item() == size and state["count"].item() == (size if size >= 8 else 16 + size)
