@@ -9,15 +9,13 @@ from torch import Tensor
 
 from precond.blocks import Block, State
 from precond.engine.cells import Cell
-from precond.engine.workspace import WORKSPACE
+from precond.engine.workspace import WIDE, WORKSPACE
 from precond.maps import augmented
 from precond.momentum import Momentum
 from precond.preconditioners import BNP, Composition, Polar, Preconditioner, Whitening
 from precond.preconditioners.base import Seen
 from precond.preconditioners.muon import normalized
 from precond.vec import Scalar, Tensors
-
-_SMALL = 128 * 128
 
 
 @dataclass(frozen=True)
@@ -187,8 +185,7 @@ def polar(cell: Cell, P: Preconditioner, momentum: Momentum | None, decay: float
         return None
     if not all(t.is_contiguous() for t in cell.block.tensors):
         return None
-    # Products of small matrices in 16 bits take longer than in 32.
-    halves = inner.arithmetic == "bfloat16" and cell.block.tensors[0].numel() >= _SMALL
+    halves = inner.arithmetic == "bfloat16" and cell.block.tensors[0].numel() >= WIDE
     return PolarStep(inner, outer, momentum, decay, halves)
 
 

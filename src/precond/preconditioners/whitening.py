@@ -87,7 +87,9 @@ class Whitening(InputSide):
         if self.samples and known:
             # Deviations are from the mean before. About the new one E|h − μ| may be less by |Δμ|: an input that has died, whose mean has
             # moved to where it always is now, deviated much from where it was, and would count as active.
-            own = ((new.deviation - moved.abs()).clamp_min(0) * new.spread.diagonal(dim1=-2, dim2=-1).rsqrt()).nan_to_num_(0.0, 0.0)
+            own = ((new.deviation - moved.abs()).clamp_min(0) * new.spread.diagonal(dim1=-2, dim2=-1).rsqrt()).nan_to_num_(
+                0.0, 0.0
+            )
             gain = (new.count / mine["count"]).clamp_min(1 - decay)[:, None]
             mine["activity"].copy_(torch.minimum(mine["activity"], before.lerp(own, gain)))
 
