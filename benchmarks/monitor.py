@@ -46,6 +46,8 @@ class Training:
             self.monitor = Monitor(objective).attach(self.optimizer)
 
     def run(self, steps: int) -> float:
+        if self.monitor is not None:
+            self.monitor._began = None  # else the other training, which ran since, would count as this one's time
         start = time.process_time()
         for _ in range(steps):
             self.optimizer.zero_grad()
