@@ -14,6 +14,7 @@ from precond.maps import Standardizing
 from precond.momentum import Momentum
 from precond.preconditioners import BNP, RMS
 from precond.preconditioners.base import Seen
+from precond.preconditioners.input_side import InputSide
 from precond.vec import Scalar, Tensors
 
 
@@ -138,7 +139,7 @@ def _scales(P: BNP, state: State) -> tuple[Tensor, Tensor, float | Tensor]:
     return arrow.mean[0, 0], arrow.std[0, 0], arrow.beta if isinstance(arrow.beta, float) else arrow.beta.reshape(())
 
 
-def _is_plain(P: BNP, block: Block) -> bool:
+def is_plain(P: InputSide, block: Block) -> bool:
     """Whether a block is a layer with one group of rows and its whole bias, row by row in memory."""
     parts = P.parts(block)
     if len(parts) != 1 or parts[0].rows != slice(None) or parts[0].weight != 0:
@@ -152,13 +153,13 @@ def arrow(cell: Cell, P: BNP, momentum: Momentum | None, decay: float) -> Arrow 
     """The kernel of a plain layer, or None."""
     if momentum is not None and (momentum.kind != "heavy_ball" or momentum.of != "cotangent" or momentum.dampening):
         return None
-    return Arrow(P, momentum, decay) if _is_plain(P, cell.block) else None
+    return Arrow(P, momentum, decay) if is_plain(P, cell.block) else None
 
 
 def adam_on_arrow(cell: Cell, P: BNP, inner: RMS, momentum: Momentum | None, decay: float) -> AdamOnArrow | None:
     """The kernel of a plain layer, or of a block that BNP leaves as it is, with Adam's averages; or None."""
     layer = P.handles(cell.block)
-    if layer and not _is_plain(P, cell.block):
+    if layer and not is_plain(P, cell.block):
         return None
     match inner, momentum:
         case RMS(start="zero", bias_correction=True, centered=False), Momentum(kind="ema", start="zero", of="cotangent"):

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from precond.blocks import Block, State
+from precond.blocks import State
+from precond.engine.arrow import is_plain
 from precond.engine.cells import Cell
 from precond.engine.workspace import WIDE, WORKSPACE
 from precond.maps import augmented
@@ -181,21 +182,11 @@ def polar(cell: Cell, P: Preconditioner, momentum: Momentum | None, decay: float
         return None
     if "clean" in cell.average or "m" not in cell.average:
         return None
-    if outer is not None and not _is_plain(outer, cell.block):
+    if outer is not None and not (isinstance(outer, BNP | Whitening) and is_plain(outer, cell.block)):
+        return None
+    if isinstance(outer, BNP) and outer.width_scaling:
         return None
     if not all(t.is_contiguous() for t in cell.block.tensors):
         return None
     halves = inner.arithmetic == "bfloat16" and cell.block.tensors[0].numel() >= WIDE
     return PolarStep(inner, outer, momentum, decay, halves)
-
-
-def _is_plain(outer: Preconditioner, block: Block) -> bool:
-    """Whether a block is a layer with one group of rows and its whole bias, whose inputs BNP or Whitening observes."""
-    if not isinstance(outer, BNP | Whitening) or (isinstance(outer, BNP) and outer.width_scaling):
-        return False
-    parts = outer.parts(block)
-    if len(parts) != 1 or parts[0].rows != slice(None) or parts[0].weight != 0:
-        return False
-    layout = parts[0].layout(outer.request)
-    alone = len(block.leaves) == (1 if parts[0].bias is None else 2)
-    return alone and layout.groups == 1 and not layout.transposed

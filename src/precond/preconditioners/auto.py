@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from precond import blocks, checks
-from precond.blocks import Block, Leaf, State
+from precond.blocks import Leaf
 from precond.inputs import Request
-from precond.maps import LinearMap
-from precond.preconditioners.base import Part, Preconditioner, Seen
+from precond.preconditioners.base import Part, Preconditioner, Resolved, placed
 from precond.preconditioners.bnp import BNP
 from precond.preconditioners.polar import Polar
 from precond.preconditioners.rms import RMS
@@ -28,7 +27,7 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Auto(Preconditioner):
+class Auto(Resolved):
     """Whitened inputs and polar steps for layers, standardized inputs where layers are wide, RMS for all else.
 
     A layer whose weight is a matrix (out, in), and whose inputs are observed, takes ``whitening @ polar``; with more than ``max_inputs``
@@ -73,12 +72,10 @@ class Auto(Preconditioner):
                 rest += index
                 reasons |= dict.fromkeys(index, why)
                 continue
-            for part in preconditioner.partition(layer):
-                found.append(Chosen(tuple(index[i] for i in part.index), part.preconditioner, why))
+            found += [Chosen(part.index, part.preconditioner, why) for part in placed(preconditioner, leaves, index)]
         for why in dict.fromkeys(reasons.values()):
             of = [i for i in rest if reasons[i] == why]
-            for part in self.rms.partition([leaves[i] for i in of]):
-                found.append(Chosen(tuple(of[i] for i in part.index), part.preconditioner, why))
+            found += [Chosen(part.index, part.preconditioner, why) for part in placed(self.rms, leaves, of)]
         return found
 
     def _of_layer(self, layer: Sequence[Leaf], observed: bool) -> tuple[Preconditioner | None, str]:
@@ -102,13 +99,3 @@ class Auto(Preconditioner):
 
     def reasons(self, leaves: Sequence[Leaf]) -> dict[int, str]:
         return {i: c.why for c in self.chosen(leaves) for i in c.index}
-
-    # It is resolved by `partition`: every part holds what was chosen, never this.
-    def init(self, block: Block) -> dict:
-        raise NotImplementedError
-
-    def observe(self, state: State, seen: Seen) -> None:
-        raise NotImplementedError
-
-    def map(self, state: State) -> LinearMap:
-        raise NotImplementedError

@@ -142,3 +142,22 @@ class Preconditioner(ABC):
         from precond.preconditioners.compose import Composition
 
         return Composition(self, other) if isinstance(other, Preconditioner) else NotImplemented
+
+
+class Resolved(Preconditioner):
+    """A preconditioner that :meth:`partition` resolves: every part holds one that was chosen, never this."""
+
+    def init(self, block: Block) -> dict:
+        raise NotImplementedError
+
+    def observe(self, state: State, seen: Seen) -> None:
+        raise NotImplementedError
+
+    def map(self, state: State) -> LinearMap:
+        raise NotImplementedError
+
+
+def placed(preconditioner: Preconditioner, leaves: Sequence[Leaf], index: Sequence[int]) -> list[Part]:
+    """The parts of those leaves that ``index`` names, by their positions among all."""
+    parts = preconditioner.partition([leaves[i] for i in index])
+    return [Part(tuple(index[i] for i in part.index), part.preconditioner) for part in parts]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from precond.blocks import Leaf
-from precond.preconditioners.base import Part, Preconditioner
+from precond.preconditioners.base import Part, Preconditioner, placed
 
 Sides = Literal["both", "smaller", "left", "right"]
 SIDES = ("both", "smaller", "left", "right")
@@ -42,10 +42,7 @@ def split(leaves: Sequence[Leaf], matrices: Preconditioner, chosen: Sequence[boo
     """Each chosen leaf by itself with one preconditioner, the rest with another."""
     index = [i for i, c in enumerate(chosen) if c]
     rest = [i for i, c in enumerate(chosen) if not c]
-    parts = [Part((i,), matrices) for i in index]
-    return parts + [
-        Part(tuple(rest[i] for i in p.index), p.preconditioner) for p in others.partition([leaves[i] for i in rest])
-    ]
+    return [Part((i,), matrices) for i in index] + placed(others, leaves, rest)
 
 
 def fold(S: Tensor, G: Tensor, right: bool, keep: float, add: float) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from precond import blocks, checks
 from precond.blocks import Block, Leaf, State, state_dtype
 from precond.maps import Augmented, LinearMap, Scaled, SymmetricKronecker, augmented
-from precond.preconditioners.base import Part, Preconditioner, Seen
+from precond.preconditioners.base import Part, Preconditioner, Seen, placed
 from precond.preconditioners.muon import normalized
 from precond.preconditioners.rms import RMS
 from precond.preconditioners.roots import inverse_root
@@ -78,11 +78,7 @@ class Polar(Preconditioner):
             of_layer = self._layer([leaves[i] for i in index])
             layers += [tuple(index[i] for i in of_layer)] if of_layer else []
             rest += [i for k, i in enumerate(index) if k not in of_layer]
-        others = RMS(self.others_decay, self.others_eps)
-        found = [Part(i, self) for i in layers]
-        return found + [
-            Part(tuple(rest[i] for i in p.index), p.preconditioner) for p in others.partition([leaves[i] for i in rest])
-        ]
+        return [Part(i, self) for i in layers] + placed(RMS(self.others_decay, self.others_eps), leaves, rest)
 
     def _layer(self, leaves: Sequence[Leaf]) -> tuple[int, ...]:
         """Positions of the weight and its bias, or of the weight alone; nothing where there is no such matrix."""

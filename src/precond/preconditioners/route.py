@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from precond import checks
-from precond.blocks import Block, Leaf, Rule, State, matches
+from precond.blocks import Leaf, Rule, matches
 from precond.inputs import Request
-from precond.maps import Identity, LinearMap
-from precond.preconditioners.base import Part, Preconditioner, Seen
+from precond.maps import Identity
+from precond.preconditioners.base import Part, Preconditioner, Resolved, placed
 from precond.preconditioners.fixed import Fixed
 
 
 @dataclass(frozen=True)
-class Route(Preconditioner):
+class Route(Resolved):
     """The first rule that a parameter satisfies decides which preconditioner acts on it.
 
     One optimizer, one state, one scheduler, whatever the mixture.
@@ -85,19 +85,7 @@ class Route(Preconditioner):
 
     def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
         taken = [self.branch_of(leaf) for leaf in leaves]
-        parts = []
+        parts: list[Part] = []
         for k, preconditioner in enumerate(self._all()):
-            index = [i for i, t in enumerate(taken) if t == k]
-            for part in preconditioner.partition([leaves[i] for i in index]):
-                parts.append(Part(tuple(index[i] for i in part.index), part.preconditioner))
+            parts += placed(preconditioner, leaves, [i for i, t in enumerate(taken) if t == k])
         return parts
-
-    # A route is resolved by `partition`: every part holds one of its branches, never the route itself.
-    def init(self, block: Block) -> dict:
-        raise NotImplementedError
-
-    def observe(self, state: State, seen: Seen) -> None:
-        raise NotImplementedError
-
-    def map(self, state: State) -> LinearMap:
-        raise NotImplementedError
