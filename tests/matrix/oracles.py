@@ -143,7 +143,10 @@ class SOAP(Matrix):
             self.r = ((self.rotation.T @ before) ** 2) @ self.r
 
     def P(self) -> Tensor:
-        return self.rotation @ torch.diag(((self.r / (1 - self.decay ** len(self.seen))).sqrt() + self.eps) ** -0.5)
+        h = (self.r / (1 - self.decay ** len(self.seen))).sqrt()
+        if len(self.seen) == 1:  # bases are not chosen
+            h = 0 * h + self.seen[0].norm()
+        return self.rotation @ torch.diag((h + self.eps) ** -0.5)
 
 
 def gram_schmidt(Y: Tensor) -> Tensor:

@@ -46,6 +46,10 @@ class Rotated:
             amsgrad=False,
             maximize=maximize,
         )  # step = −m̂/(√r̂ + ε)
+        if not self.P.rotates(state):
+            D, (t,) = self.P.factors(state)[1], state.steps
+            (h,) = D.gram(cell.average["m"])
+            torch.mul(as_matrix(h), -1 / (1 - self.momentum.beta**t), out=step)
         keep = 1 - lr * self.decay
         if B is None:
             assert A is not None

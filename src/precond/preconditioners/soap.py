@@ -27,14 +27,16 @@ class SOAP(Preconditioner):
     refresh is one step of orthogonal iteration, Q ← qr(LQ), in which r follows the order of the eigenvectors. The momentum is kept
     in the rotated coordinates, where it costs nothing, and carried along exactly. What has no side to rotate takes ``RMS``.
 
-    The bases start as the identity, so that the first step is Adam's; they are taken after it (or at the first refresh that a
-    gradient came before) by an eigendecomposition, and r goes over by the squares of the rotation, r ← (R∘R)r.
+    Until a first gradient has chosen the bases, by an eigendecomposition, they are the identity and P² = 1/(‖Ĝ‖ + ε): a step along the
+    gradient, of length α at most. Adam's step there, all signs alike where a gradient has low rank, can be √(mn) times as long: it
+    saturated the units of a deep tanh network for good. When the bases are chosen, r goes over by the squares of the rotation,
+    r ← (R∘R)r.
 
     Args:
         decay: ρ of r in [0, 1).
         eps: ε ≥ 0.
         factor_decay: ρ of L and R; None: ``decay``.
-        every: steps between refreshes: after step 1 and then after each step that ``every`` divides.
+        every: steps between refreshes: after the first gradient and then after each step that ``every`` divides.
         drift: None, or refresh a basis only where it has turned from the eigenvectors by more than this (in [0, 1): the share of ‖Lq‖
             orthogonal to q, over a sample of columns q); it is measured where ``every`` allows a refresh.
         factor_every: steps between updates of L and R.
@@ -104,38 +106,41 @@ class SOAP(Preconditioner):
         """Q_A ⊗ Q_B."""
         return Kronecker(state.get("left_basis"), state.get("right_basis"), state.block.tensors)
 
+    def rotates(self, state: State) -> bool:
+        """Whether bases are chosen. Only the first steps look: each look waits for the device."""
+        (t,) = state.steps
+        return t > self.every or all(_chosen(state[basis]) for basis in _BASES if basis in state)
+
     def map(self, state: State) -> LinearMap:
         Q, D = self.factors(state)
         return Q @ D
 
     def factors(self, state: State) -> tuple[LinearMap, LinearMap]:
         (r,), (t,) = state["r"], state.steps
-        h = (r / (1 - self.decay**t)).sqrt_().add_(self.eps)
+        h = r / (1 - self.decay**t)
+        h = (h.sqrt_() if self.rotates(state) else h.sum().sqrt().expand_as(h).clone()).add_(self.eps)  # else ‖Ĝ‖ everywhere
         if self.eps == 0:
             h = torch.where(h == 0, torch.inf, h)
         return self.basis(state), InverseRoot((h,), holes=self.eps == 0)
 
-    def due(self, step: float) -> bool:
-        """Whether bases may be renewed after a step."""
-        return step == 1 or step % self.every == 0
-
     def refresh(self, state: State) -> LinearMap | None:
         (t,) = state.steps
-        if not self.due(t):
+        regular = t % self.every == 0
+        if not regular and self.rotates(state):
             return None
         r, new = as_matrix(state["r"][0]), dict[str, Tensor]()
         for axis, (name, basis) in enumerate(zip(("left", "right"), _BASES, strict=True)):
             if name not in state:
                 continue
             S, Q = state[name], state[basis]
-            fresh = bool((Q.diagonal() == 1).all())  # the identity still, as before any gradient
+            fresh = not _chosen(Q)
             if fresh and bool(S.diagonal().amax() == 0):
                 continue
             if fresh and (found := eigenbasis(S)) is not None:
                 new[basis] = found[1]
                 turned = (new[basis].T @ Q).square()
                 r = turned @ r if axis == 0 else r @ turned.T
-            elif (fresh or self._turned(S, Q, t)) and (step := power_step(S, Q)) is not None:
+            elif regular and (fresh or self._turned(S, Q, t)) and (step := power_step(S, Q)) is not None:
                 new[basis], order = step
                 r = r.index_select(axis, order)
         if not new:
@@ -150,3 +155,8 @@ class SOAP(Preconditioner):
     def _turned(self, S: Tensor, Q: Tensor, step: float) -> bool:
         """Whether a basis is to be renewed."""
         return self.drift is None or drift(S, Q, int(step) // self.every) > self.drift
+
+
+def _chosen(Q: Tensor) -> bool:
+    """Whether a basis is no longer the identity."""
+    return bool((Q.diagonal() != 1).any())

@@ -144,7 +144,7 @@ def soap(
 ) -> PreconditionedGD:
     """AdamW in the eigenbases of Shampoo's factors, with the argument names of its authors (Vyas et al., 2025).
 
-    The step is theirs, weight by weight, from any state; but they let the first gradient pass, and the first step here is AdamW's.
+    The step is theirs, weight by weight, from any state. With the first gradient, which they let pass, goes a short step along it.
 
     Args:
         params: see :class:`~precond.PreconditionedGD`.
