@@ -75,14 +75,16 @@ class PolarStep:
         if maximize:
             g = torch._foreach_neg(g)
         self.momentum.fold(cell.average, tuple(g))
+        if cell.inputs:
+            self.P.hear(state, cell.inputs)
         space = self._space(p[0])
         X, bias = self._pulled(cell, g, P1, space.X)
         if first := self._is_first(state):
             z = tuple(p) if self.outer is None else self.outer.map(cell.state["outer"]).solve(tuple(p))
             self.P.measure(state, augmented(z))
-        if first or self.P.due(min(cell.state.steps)):
-            self._renew(state, P1, X, bias, space, first)
         rows, columns = X.shape[0], X.shape[1] + len(p) - 1
+        if first or self.P.due(state, (rows, columns)):
+            self._renew(state, P1, X, bias, space, first or self.P.exact(state, (rows, columns)))
         step, size = self._wide if rows <= columns else self._tall, 1.0
         dW, db, norm = step(state, P1, X, bias, space)
         if not _LEAST < norm < _MOST:
@@ -140,7 +142,7 @@ class PolarStep:
         X.copy_(m[:, : X.shape[1]])
         return X, None if bias is None else m[:, -1].contiguous(), float(size)
 
-    def _renew(self, state: State, P1: _Outer | None, X: Tensor, bias: Tensor | None, space: _Space, first: bool) -> None:
+    def _renew(self, state: State, P1: _Outer | None, X: Tensor, bias: Tensor | None, space: _Space, alone: bool) -> None:
         """Take the root of z₁'s momentum Z = [XR, m_b]; of a wide layer ZZᵀ = X·RRᵀ·Xᵀ + m_b m_bᵀ."""
         wide = X.shape[0] <= X.shape[1] + (bias is not None)
         if wide and P1 is not None and P1.gram is not None:
@@ -155,11 +157,11 @@ class PolarStep:
             gram = Z @ Z.T if wide else Z.T @ Z
         square = float(gram.trace())
         if _LEAST**2 < square < _MOST**2:
-            self.P.fold(state, gram.div_(square), first)
+            self.P.fold(state, gram.div_(square), alone)
         else:
             X, bias, _ = self._unit(X.clone(), bias)
             Z = X if P1 is None or P1.factor is None else X @ P1.factor
-            self.P.renew(state, Z if bias is None else torch.cat([Z, bias[:, None]], 1), first)
+            self.P.renew(state, Z if bias is None else torch.cat([Z, bias[:, None]], 1), alone)
 
     def _outer(self, cell: Cell) -> _Outer | None:
         """What P₁ is made of; made again where its statistics have changed."""

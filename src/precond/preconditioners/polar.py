@@ -18,6 +18,7 @@ from precond.preconditioners.rms import RMS
 from precond.preconditioners.roots import inverse_root
 
 if TYPE_CHECKING:
+    from precond.inputs.observer import Seen as Inputs
     from precond.momentum import Momentum
 
 _TINY = 1e-37  # the least ‖m‖ that m is divided by
@@ -27,18 +28,19 @@ _TINY = 1e-37  # the least ‖m‖ that m is divided by
 class Polar(Preconditioner):
     r"""Muon on a schedule: M = s·L^(−1/2), L a running mean of m mᵀ/‖m‖² for the momentum m of a layer, [weight bias] as a matrix (A, B).
 
-    Where L is that of m itself, L^(−1/2)m is in the direction of its polar factor UVᵀ, as in :class:`~precond.Muon`. Here L is the
-    mean over the steps at which the root is renewed: 1, 2, 4, 8, … and then each that ``every`` divides; in between it stands still, and a
-    step costs one product with the shorter side (mᵀm and a product from the right where A > B). The length of the step is that of a
-    polar factor always: s is such that ‖M m‖ = γ·√min(A, B), with γ = √max(1, A/B)·max(1, ‖z₀‖/√A).
+    Where L is that of m itself, L^(−1/2)m is in the direction of its polar factor UVᵀ, as in :class:`~precond.Muon`. A layer of many
+    samples, convolutions' or sequences', takes it so in each step: where a root costs no more than the layer's own products. For others
+    L is the mean over the steps at which the root is renewed: 1, 2, 4, 8, … and then each that ``every`` divides; in between it stands
+    still, and a step costs one product with the shorter side (mᵀm and a product from the right where A > B). The length of the step is
+    that of a polar factor always: s is such that ‖M m‖ = γ·√min(A, B), with γ = √max(1, A/B)·max(1, ‖z₀‖/√A).
 
     ‖z₀‖/√A is the length of a row of the parameters at their first step in these coordinates; behind :class:`~precond.Whitening` or
     :class:`~precond.BNP` it is the root mean square of the layer's outputs. It exceeds 1 where raw inputs are large, and steps are
     longer in proportion. What is no layer takes ``RMS``.
 
     Args:
-        every: steps between roots.
-        decay: ρ of L over the steps that it is renewed at, in [0, 1).
+        every: steps between roots, at most.
+        decay: ρ of L over the steps that it is renewed at, in [0, 1), where these are not all.
         damping: ε ≥ 0, added to L relative to its largest eigenvalue.
         max_dim: layers whose shorter side is longer take ``RMS``.
         arithmetic: of the fused step's two products for float32 parameters: ``"bfloat16"``, up to some percent off, or ``"full"``. The
@@ -99,20 +101,35 @@ class Polar(Preconditioner):
         matrix = augmented(block.tensors)
         zeros = lambda *shape: torch.zeros(shape, dtype=state_dtype(p.dtype), device=p.device)  # noqa: E731
         n = min(matrix.shape)
-        return {"gram": zeros(n, n), "root": zeros(n, n) + torch.eye(n).to(zeros()), "norm": zeros(), "length": zeros() + 1}
+        root = zeros(n, n) + torch.eye(n).to(zeros())
+        return {"gram": zeros(n, n), "root": root, "norm": zeros(), "length": zeros() + 1, "size": zeros()}
 
-    def due(self, step: float) -> bool:
-        """Whether the root is renewed at a step."""
-        t = int(step)
-        return t % self.every == 0 or (t < self.every and t & (t - 1) == 0)
+    def due(self, state: State, shape: Sequence[int]) -> bool:
+        """Whether the root is renewed at a step, of a matrix of a shape."""
+        t = int(min(state.steps))
+        return t % self.every == 0 or (t < self.every and t & (t - 1) == 0) or self.exact(state, shape)
+
+    @staticmethod
+    def exact(state: State, shape: Sequence[int]) -> bool:
+        """Whether a root of n rows, 3000n² + 5n³ operations by the clock, costs no more than the layer's three products, 6NAB."""
+        A, B = shape
+        n = min(A, B)
+        return 3000 * n**2 + 5 * n**3 <= 6 * float(state["size"]) * A * B
+
+    @staticmethod
+    def hear(state: State, inputs: Inputs | None) -> None:
+        """Keep the largest number N of samples that a step has shown of the layer; 0: not known."""
+        for (name, _), found in (inputs or {}).items():
+            if any(site.name == name for site in state.block.leaves[0].sites):
+                torch.maximum(state["size"], found.count.amax(), out=state["size"])
 
     def observe(self, state: State, seen: Seen) -> None:
-        m, t = augmented(seen.gradient if seen.momentum is None else seen.momentum), min(state.steps)
-        first = self.is_fresh(state)
-        if first:
+        m = augmented(seen.gradient if seen.momentum is None else seen.momentum)
+        self.hear(state, seen.inputs)
+        if first := self.is_fresh(state):
             self.measure(state, None if seen.position is None else augmented(seen.position()))
-        if first or self.due(t):
-            self.renew(state, m, first)
+        if first or self.due(state, m.shape):
+            self.renew(state, m, first or self.exact(state, m.shape))
         X, size = normalized(m, _TINY)
         state["norm"].copy_(self.turn(state, X).norm() * size)
 
@@ -126,16 +143,16 @@ class Polar(Preconditioner):
         """Keep how long the rows of the parameters are at first; None: not known."""
         state["length"].fill_(1.0 if z is None else (z.norm() / len(z) ** 0.5).clamp_min(1.0))
 
-    def renew(self, state: State, m: Tensor, first: bool) -> None:
-        """Fold m/‖m‖ into L and take the root anew; where that fails, the one before stays."""
+    def renew(self, state: State, m: Tensor, alone: bool) -> None:
+        """Fold m/‖m‖ into L, or make L of it alone, and take the root anew; where that fails, the one before stays."""
         X, _ = normalized(m, _TINY)
-        self.fold(state, X @ X.T if X.shape[0] <= X.shape[1] else X.T @ X, first)
+        self.fold(state, X @ X.T if X.shape[0] <= X.shape[1] else X.T @ X, alone)
 
-    def fold(self, state: State, gram: Tensor, first: bool) -> None:
+    def fold(self, state: State, gram: Tensor, alone: bool) -> None:
         """The same, given m mᵀ/‖m‖²."""
         if not bool(gram.isfinite().all()):
             return
-        L = state["gram"].lerp_(gram, 1.0 if first else 1 - self.decay)
+        L = state["gram"].lerp_(gram, 1.0 if alone else 1 - self.decay)
         if (root := inverse_root(L, 0.5, self.damping)) is not None:
             state["root"].copy_(root)
 
