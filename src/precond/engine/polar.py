@@ -125,11 +125,11 @@ class PolarStep:
             return _Outer(arrow.mean[0, 0], 1 / arrow.std[0, 0])  # type: ignore[attr-defined]
         if int(outer["count"].min()) < 2:
             return None
-        mean, std, _ = self.outer.centered(part, outer)  # type: ignore[union-attr]
+        mean, variance = self.outer.scales(part, outer)  # type: ignore[union-attr]
         R = outer["factor"][0]
         if self._gram is None or self._gram[0] != R._version:
             self._gram = R._version, (Q := self._narrow(R)) @ Q.T
-        return _Outer(mean[0], 1 / std[0], R, self._gram[1])
+        return _Outer(mean[0], variance[0].rsqrt(), R, self._gram[1])
 
     def _wide(self, state: State, P1: _Outer | None, X: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """(dW·σ, db, ‖L^(−1/2)m‖), before the gain; the first in the memory of X."""

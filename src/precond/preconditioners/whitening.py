@@ -107,23 +107,34 @@ class Whitening(InputSide):
             "factor": zeros(groups, n, n) + torch.eye(n, dtype=state_dtype(weight.dtype), device=weight.device),
         }
 
-    def centered(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """(μ, σ̃, C) with C damped and σ̃² its diagonal; with no bias to center with, μ is 0 and C made of E[hhᵀ]."""
-        mean, C = state["mean"], state["covariance"]
-        square = C.diagonal(dim1=-2, dim2=-1) + mean.square()
+    def scales(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(μ, σ̃²) of each feature; with no bias to center with, μ is 0 and σ̃² made of E[h²]. An input that was always zero has 1."""
+        mean, variance = state["mean"], state["covariance"].diagonal(dim1=-2, dim2=-1)
+        square = variance + mean.square()
         if part.bias is None:
-            C, mean = C + outer(mean, C), torch.zeros_like(mean)
-        C = C + torch.diag_embed(self.damping_of(square, state))
-        std = C.diagonal(dim1=-2, dim2=-1).sqrt()
-        return mean, torch.where(std > 0, std, 1.0), C
+            mean, variance = torch.zeros_like(mean), square
+        variance = variance + self.damping_of(square, state)
+        return mean, torch.where(variance > 0, variance, 1.0)
+
+    def correlations(self, part: LayerPart, state: dict[str, Tensor]) -> Tensor:
+        """K, shrunk."""
+        C = state["covariance"]
+        if part.bias is None:
+            C = C + outer(state["mean"], C)
+        scale = self.scales(part, state)[1].rsqrt()
+        noise = self.shrinkage * C.shape[-1] * state["noise"]
+        scale_ = scale / (1 + noise)[:, None]  # 1 − γ
+        K = C * scale_[..., :, None] * scale[..., None, :]
+        K.diagonal(dim1=-2, dim2=-1).fill_(1.0)  # also of inputs that were always zero
+        return K
 
     def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec) -> LinearMap:
         layout = part.layout(self.request)
-        mean, std, _ = self.centered(part, state)
+        mean, variance = self.scales(part, state)
         # One sample has no covariance; and before the first refresh the factor is the identity, which leaves BNP's arrow.
         if bool((state["count"] < 2).any()):
             return Identity(like)
-        return Standardizing(mean, std, like, layout=layout) @ RowMatrix(state["factor"], like, layout)
+        return Standardizing(mean, variance.sqrt(), like, layout=layout) @ RowMatrix(state["factor"], like, layout)
 
     def refresh(self, state: State) -> None:
         if not self.due(min(state.steps)):
@@ -131,12 +142,7 @@ class Whitening(InputSide):
         for part in self.parts(state.block):
             mine = self._of(part, state)
             if bool((mine["count"] >= 2).all()):
-                _, std, C = self.centered(part, mine)
-                K = C / (std[..., :, None] * std[..., None, :])
-                noise = self.shrinkage * K.shape[-1] * mine["noise"]
-                K = K / (1 + noise)[:, None, None]  # 1 − γ
-                K.diagonal(dim1=-2, dim2=-1).fill_(1.0)  # also of inputs that were always zero
-                mine["factor"].copy_(inverse_root(K, self.root))
+                mine["factor"].copy_(inverse_root(self.correlations(part, mine), self.root))
 
 
 def inverse_root(K: Tensor, root: str) -> Tensor:
