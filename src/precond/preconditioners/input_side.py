@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,6 @@ from torch import Tensor
 from precond import blocks
 from precond.blocks import Block, Leaf, State
 from precond.inputs import Moments, Request, Site
-from precond.inputs.moments import outer
 from precond.maps import Identity, Layout, LinearMap, Sliced
 from precond.preconditioners.base import Needs, Part, Preconditioner, Seen
 from precond.vec import Vec
@@ -42,6 +42,10 @@ class LayerPart:
     def of(self, v: Vec) -> Vec:
         """(weight, bias) or (weight,) of a vector of the block."""
         return (v[self.weight],) if self.bias is None else (v[self.weight], v[self.bias][self.rows])
+
+
+_PARTS: weakref.WeakKeyDictionary[Block, list[LayerPart]] = weakref.WeakKeyDictionary()
+"""What :meth:`InputSide.parts` has found of blocks that are not divided among processes: it is asked for several times a step."""
 
 
 class InputSide(Preconditioner):
@@ -81,12 +85,17 @@ class InputSide(Preconditioner):
 
     def parts(self, block: Block) -> list[LayerPart]:
         """The observed weights of a block."""
+        if (known := _PARTS.get(block)) is not None:
+            return known
         place = {leaf.param: i for i, leaf in enumerate(block.leaves)}
         sites = [s for s in dict.fromkeys(s for leaf in block.leaves for s in leaf.sites) if s.weight in place]
         parts = [
             LayerPart(place[s.weight], None if s.bias is None else place.get(s.bias), s.rows, s, k) for k, s in enumerate(sites)
         ]
-        return [replace(p, held=self.held(p, block)) for p in parts] if block.sharded else parts
+        if block.sharded:
+            return [replace(p, held=self.held(p, block)) for p in parts]
+        _PARTS[block] = parts
+        return parts
 
     def held(self, part: LayerPart, block: Block) -> range | None:
         """The rows that this process holds of a weight and of its bias alike."""
@@ -157,13 +166,16 @@ class InputSide(Preconditioner):
             mine["size"].copy_(new.count)
         delta = new.mean - mine["mean"]
         name = "variance" if "variance" in mine else "covariance"
-        gain_ = gain if name == "variance" else gain[..., None]
         # E|h − μ| and E(h − μ)² of all samples about the old μ, and their ratio.
-        variance = _variance(mine[name], delta)
+        variance = mine[name] if name == "variance" else mine[name].diagonal(dim1=-2, dim2=-1)
         deviation = (mine["activity"] * variance.sqrt()).lerp_(new.deviation, gain)
-        about = variance.lerp(_variance(new.spread, delta) + delta.square(), gain)
+        about = variance.lerp(new.variance + delta.square(), gain)
         mine["activity"].copy_((deviation * about.rsqrt()).nan_to_num_(0.0, 0.0))
-        mine[name].lerp_(new.spread, gain_).addcmul_(outer(delta, new.spread), gain_ * (1 - gain_))
+        if name == "variance":
+            mine[name].lerp_(new.spread, gain).addcmul_(delta, delta * gain * (1 - gain))
+        else:
+            mine[name].lerp_(new.spread, gain[..., None])
+            mine[name].baddbmm_(delta[..., None], (delta * gain * (1 - gain))[..., None, :])
         mine["mean"].addcmul_(delta, gain)
 
     def damping_of(self, square: Tensor, state: dict[str, Tensor]) -> Tensor:
@@ -211,8 +223,3 @@ def _key(name: str, part: LayerPart) -> str:
 def _number(key: str) -> int:
     _, dot, number = key.rpartition(".")
     return int(number) if dot else 0
-
-
-def _variance(spread: Tensor, like: Tensor) -> Tensor:
-    """The variances in a spread of either kind."""
-    return spread if spread.ndim == like.ndim else spread.diagonal(dim1=-2, dim2=-1)
