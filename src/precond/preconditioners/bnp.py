@@ -63,7 +63,7 @@ class BNP(InputSide):
         """Whether a step comes after those that are all observed."""
         return self.decay > 0 and step > _DENSE
 
-    def wants(self, step: int, state: dict[str, Tensor]) -> bool:
+    def looks(self, step: int) -> bool:
         return not self._sparse(step) or step % self.every == 0
 
     def rate(self, step: float, new: Moments) -> float:

@@ -125,12 +125,18 @@ class InputSide(Preconditioner):
     def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec) -> LinearMap:
         """P on (weight, bias) or (weight,)."""
 
+    def looks(self, step: int) -> bool:
+        """Whether inputs are observed at a step at all."""
+        return True
+
     def wants(self, step: int, state: dict[str, Tensor]) -> bool:
-        """Whether the inputs of a weight are to be observed at a step."""
+        """Whether those of a weight are, at such a step."""
         return True
 
     def wanted(self, state: State) -> list[tuple[str, Request, Tensor | None]]:
         step = int(min(state.steps)) + 1
+        if not self.looks(step):
+            return []
         each = ((p, self._of(p, state)) for p in self.parts(state.block))
         return [(p.site.name, self.request, self._center(mine)) for p, mine in each if self.wants(step, mine)]
 
@@ -207,19 +213,12 @@ class InputSide(Preconditioner):
 
     @staticmethod
     def _of(part: LayerPart, state: State) -> dict[str, Tensor]:
+        if not part.number:
+            return {k: v for k, v in state.items() if k != "step" and "." not in k}
         suffix = _key("", part)
-        return {
-            k.removesuffix(suffix): v
-            for k, v in state.items()
-            if k != "step" and k.endswith(suffix) and _number(k) == part.number
-        }
+        return {k.removesuffix(suffix): v for k, v in state.items() if k.endswith(suffix)}
 
 
 def _key(name: str, part: LayerPart) -> str:
     """The first weight of a block has plain keys; further ones are numbered."""
     return f"{name}.{part.number}" if part.number else name
-
-
-def _number(key: str) -> int:
-    _, dot, number = key.rpartition(".")
-    return int(number) if dot else 0

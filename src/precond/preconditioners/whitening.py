@@ -69,11 +69,17 @@ class Whitening(InputSide):
         t = int(step)
         return t % self.every == 0 or (t < self.every and t & (t - 1) == 0)
 
-    def wants(self, step: int, state: dict[str, Tensor]) -> bool:
-        steps, size = self.observe_steps, float(state["size"].min()) if self.samples else 0.0
-        if self.samples and size:
-            steps = min(steps, math.ceil(self.samples * state["mean"].shape[-1] / size))
+    def looks(self, step: int) -> bool:
+        return self._soon(step, self.observe_steps)
+
+    def _soon(self, step: int, steps: int) -> bool:
+        """Whether a root is taken within so many steps, this one among them."""
         return any(self.due(step + k) for k in range(steps))
+
+    def wants(self, step: int, state: dict[str, Tensor]) -> bool:
+        if not self.samples or not (size := float(state["size"].min())):
+            return True
+        return self._soon(step, min(self.observe_steps, math.ceil(self.samples * state["mean"].shape[-1] / size)))
 
     def rate(self, step: float, new: Moments) -> float:
         if not self.samples:
