@@ -43,6 +43,8 @@ class Observer:
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called before each forward of a watched module."""
+        if not self.wanted:
+            return
         work = self._work.get(module)  # None in a shallow copy, such as nn.DataParallel's replicas
         if work is None or not (self.enabled and module.training and watching()) or _transformed() or not self._counts(module):
             return
@@ -76,7 +78,11 @@ class Observer:
     @property
     def expecting(self) -> bool:
         """Whether some layer that trains is to be observed."""
+        if not self.wanted:
+            return False
         return any(site.weight.requires_grad and (site.name, r) in self.wanted for site in self.sites for r in self.requests)
+            site.weight.requires_grad and (site.name, r) in self.wanted for site in self.sites for r in self.requests
+        )
 
     def collect(self) -> Seen:
         """What was seen since :meth:`clear`."""

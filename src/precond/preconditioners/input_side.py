@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,6 @@ from torch import Tensor
 from precond import blocks
 from precond.blocks import Block, Leaf, State
 from precond.inputs import Moments, Request, Site
-from precond.inputs.moments import outer
 from precond.maps import Identity, Layout, LinearMap, Sliced
 from precond.preconditioners.base import Needs, Part, Preconditioner, Seen
 from precond.vec import Vec
@@ -81,6 +81,12 @@ class InputSide(Preconditioner):
 
     def parts(self, block: Block) -> list[LayerPart]:
         """The observed weights of a block."""
+        known = _PARTS.setdefault(block, {})
+        if self not in known:
+            known[self] = self._parts(block)
+        return known[self]
+
+    def _parts(self, block: Block) -> list[LayerPart]:
         place = {leaf.param: i for i, leaf in enumerate(block.leaves)}
         sites = [s for s in dict.fromkeys(s for leaf in block.leaves for s in leaf.sites) if s.weight in place]
         parts = [
@@ -120,8 +126,14 @@ class InputSide(Preconditioner):
         """Whether the inputs of a weight are to be observed at a step."""
         return True
 
+    def idle(self, step: int) -> bool:
+        """Whether no inputs at all are to be observed at a step."""
+        return False
+
     def wanted(self, state: State) -> list[tuple[str, Request, Tensor | None]]:
         step = int(min(state.steps)) + 1
+        if self.idle(step):
+            return []
         each = ((p, self._of(p, state)) for p in self.parts(state.block))
         return [(p.site.name, self.request, self._center(mine)) for p, mine in each if self.wants(step, mine)]
 
@@ -163,7 +175,11 @@ class InputSide(Preconditioner):
         deviation = (mine["activity"] * variance.sqrt()).lerp_(new.deviation, gain)
         about = variance.lerp(_variance(new.spread, delta) + delta.square(), gain)
         mine["activity"].copy_((deviation * about.rsqrt()).nan_to_num_(0.0, 0.0))
-        mine[name].lerp_(new.spread, gain_).addcmul_(outer(delta, new.spread), gain_ * (1 - gain_))
+        mine[name].lerp_(new.spread, gain_)
+        if name == "variance":
+            mine[name].addcmul_(delta.square(), gain_ * (1 - gain_))
+        else:
+            mine[name].baddbmm_((gain * (1 - gain) * delta)[..., :, None], delta[..., None, :])
         mine["mean"].addcmul_(delta, gain)
 
     def damping_of(self, square: Tensor, state: dict[str, Tensor]) -> Tensor:
@@ -201,6 +217,10 @@ class InputSide(Preconditioner):
             for k, v in state.items()
             if k != "step" and k.endswith(suffix) and _number(k) == part.number
         }
+
+
+# Asked for in each step, several times.
+_PARTS: weakref.WeakKeyDictionary[Block, dict[InputSide, list[LayerPart]]] = weakref.WeakKeyDictionary()
 
 
 def _key(name: str, part: LayerPart) -> str:
