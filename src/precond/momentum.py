@@ -85,6 +85,8 @@ class Momentum:
         if "m" not in state:
             return a
         m = state["m"]
+        if self.kind == "nesterov" and self.dampening == self.beta:
+            return tuple(torch._foreach_lerp(a, m, self.beta))
         if self.kind == "nesterov":
             new = torch._foreach_mul(a, 1 - self.dampening) if self.dampening else a
             return tuple(torch._foreach_add(new, m, alpha=self.beta))

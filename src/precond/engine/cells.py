@@ -46,10 +46,14 @@ class Cell:
     average: State
     inputs: Seen | None = None
     _views: dict[tuple[int, ...], Cell] = field(default_factory=dict, repr=False)
+    _handled: tuple[Preconditioner, bool] | None = field(default=None, repr=False)
 
     @property
     def handled(self) -> bool:
-        return self.preconditioner.handles(self.block)
+        """Whether the preconditioner in force acts on the block."""
+        if self._handled is None or self._handled[0] is not self.preconditioner:
+            self._handled = self.preconditioner, self.preconditioner.handles(self.block)
+        return self._handled[1]
 
     def restricted(self, keep: tuple[int, ...]) -> Cell:
         """The cell on some of its leaves, for a step in which the others have no gradient."""

@@ -142,14 +142,14 @@ class AdamInCoordinates:
             assert isinstance(arrow, Standardizing)
             return _Outer(arrow.mean, 1 / arrow.std, arrow.beta)
         (part,) = self.P.parts(outer.block)
-        mean, variance = self.P.scales(part, outer)
+        mean, std, _ = self.P.scales(part, outer)
         R = outer["factor"]
         if self._factor is None or self._factor[0] != R._version:
             n = R.shape[-1]
             count = max(1, round(n / _PANEL)) if not bool(R.tril(-1).any()) else 1
             ends = [n * k // count for k in range(count + 1)]
             self._factor = R._version, R.bfloat16() if self._narrow else R, list(pairwise(ends))
-        return _Outer(mean[:, None], variance.rsqrt()[:, None], 1.0, *self._factor[1:])
+        return _Outer(mean[:, None], 1 / std[:, None], 1.0, *self._factor[1:])
 
 
 def adam_in_coordinates(

@@ -24,15 +24,30 @@ class _Outer:
     """P₁ = U·diag(1, σ⁻¹R) of a layer: w = (z_w Rᵀ)/σ, b = z_b − μᵀw.
 
     Attributes:
-        mean, inverse: μ and 1/σ.
+        mean, inverse, shifted: μ, 1/σ and μ/σ.
         factor: R, or None for the identity.
         gram: R Rᵀ in the precision of products, or None.
     """
 
     mean: Tensor
     inverse: Tensor
+    shifted: Tensor
     factor: Tensor | None = None
     gram: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Space:
+    """Scratch of the weight's shape: fresh memory costs as much as several passes. X, Y in its dtype, A, B in that of products."""
+
+    X: Tensor
+    Y: Tensor
+    A: Tensor
+    B: Tensor
+
+
+# Lengths whose squares stay in the range of float32.
+_LEAST, _MOST = 1e-12, 1e15
 
 
 @dataclass
@@ -51,59 +66,100 @@ class PolarStep:
     _known: tuple[tuple[int, int], _Outer | None] | None = field(default=None, repr=False)
     _gram: tuple[int, Tensor] | None = field(default=None, repr=False)
     _root: tuple[tuple[int, int], Tensor] | None = field(default=None, repr=False)
+    _seen: int = field(default=-1, repr=False)
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         torch._foreach_add_(cell.state["step"], 1)
-        state, lr = cell.state if self.outer is None else cell.state["inner"], float(lr)
+        state = cell.state if self.outer is None else cell.state["inner"]
         P1 = None if self.outer is None else self._outer(cell)
-        m, size = self._unit(self._average(cell, g, maximize))
-        t = min(cell.state.steps)
-        if first := self.P.is_fresh(state):
+        if maximize:
+            g = torch._foreach_neg(g)
+        self.momentum.fold(cell.average, tuple(g))
+        space = self._space(p[0])
+        X, bias = self._pulled(cell, g, P1, space.X)
+        if first := self._is_first(state):
             z = tuple(p) if self.outer is None else self.outer.map(cell.state["outer"]).solve(tuple(p))
             self.P.measure(state, augmented(z))
-        X = m[0].view(m[0].shape[0], -1)
-        bias = m[1] if len(m) > 1 else None
+        if first or self.P.due(min(cell.state.steps)):
+            self._renew(state, P1, X, bias, space, first)
+        rows, columns = X.shape[0], X.shape[1] + len(p) - 1
+        step, size = self._wide if rows <= columns else self._tall, 1.0
+        dW, db, norm = step(state, P1, X, bias, space)
+        if not _LEAST < norm < _MOST:
+            X, bias, size = self._unit(*self._pulled(cell, g, P1, space.X))
+            dW, db, norm = step(state, P1, X, bias, space)
+        state["norm"].fill_(norm * size)
+        alpha = -float(lr) * self.P.reach(state, (rows, columns)) / norm if norm > 0 else 0.0
+        if self.decay:
+            torch._foreach_mul_(p, 1 - float(lr) * self.decay)
+        W = p[0].view_as(dW)
+        if P1 is None:
+            W.add_(dW, alpha=alpha)
+        else:
+            W.addcmul_(dW, P1.inverse, value=alpha)
+        if db is not None:
+            p[1].add_(db if P1 is None else torch.addmv(db, dW, P1.shifted, alpha=-1), alpha=alpha)
+        if self.outer is not None:
+            self.outer.refresh(cell.state["outer"])
+
+    def _is_first(self, state: State) -> bool:
+        """Whether nothing was observed yet; looked at where L is another than when it was last."""
+        if self._seen == state["gram"]._version:
+            return False
+        fresh = self.P.is_fresh(state)
+        if not fresh:
+            self._seen = state["gram"]._version
+        return fresh
+
+    def _space(self, like: Tensor) -> _Space:
+        shape = torch.Size((like.shape[0], like[0].numel()))
+        if self._halves:
+            return _Space(*WORKSPACE.take(like.dtype, shape, shape), *WORKSPACE.take(torch.bfloat16, shape, shape))
+        return _Space(*WORKSPACE.take(like.dtype, shape, shape, shape, shape))
+
+    def _pulled(self, cell: Cell, g: Tensors, P1: _Outer | None, X: Tensor) -> tuple[Tensor, Tensor | None]:
+        """((m_w − m_b μᵀ)/σ in X, m_b or None) of the momentum m, which is folded already."""
+        kept, momentum = cell.average["m"], self.momentum
+        if momentum.kind == "nesterov" and momentum.dampening == momentum.beta:
+            torch.lerp(g[0], kept[0], momentum.beta, out=X.view_as(g[0]))
+            bias = torch.lerp(g[1], kept[1], momentum.beta) if len(g) > 1 else None
+        else:
+            m, *rest = momentum.current(cell.average, tuple(g))
+            X.view_as(m).copy_(m)
+            bias = rest[0].clone() if rest else None
         if P1 is not None:
             if bias is not None:
                 X.addr_(bias, P1.mean, alpha=-1)
             X.mul_(P1.inverse)
-        if first or self.P.due(t):
-            Z = X if P1 is None or P1.factor is None else X @ P1.factor
-            self.P.renew(state, Z if bias is None else torch.cat([Z, bias[:, None]], 1), first)
-        rows, columns = X.shape[0], X.shape[1] + len(m) - 1
-        step = self._wide if rows <= columns else self._tall
-        dW, db, norm = step(state, P1, X, bias)
-        state["norm"].copy_(norm * size)
-        alpha = -lr * float(self.P.gain(state, (rows, columns)) * size)
-        if self.decay:
-            torch._foreach_mul_(p, 1 - lr * self.decay)
-        if P1 is not None:
-            dW.mul_(P1.inverse)
-        p[0].view_as(dW).add_(dW, alpha=alpha)
-        if db is not None:
-            p[1].add_(db if P1 is None else torch.addmv(db, dW, P1.mean, alpha=-1), alpha=alpha)
-        if self.outer is not None:
-            self.outer.refresh(cell.state["outer"])
-
-    def _average(self, cell: Cell, g: Tensors, maximize: bool) -> list[Tensor]:
-        """The momentum, in memory of its own."""
-        if maximize:
-            g = torch._foreach_neg(g)
-        self.momentum.fold(cell.average, tuple(g))
-        current = self.momentum.current(cell.average, tuple(g))
-        return [x.clone() if x is kept else x for x, kept in zip(current, cell.average["m"], strict=True)]
+        return X, bias
 
     @staticmethod
-    def _unit(m: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """(m/‖m‖ in its own memory, ‖m‖)."""
-        size = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(m)))
-        if not 1e-12 < float(size) < 1e15:
-            X, size = normalized(torch.cat([x.flatten() for x in m]), 1e-37)
-            for x, part in zip(m, X.split([x.numel() for x in m]), strict=True):
-                x.copy_(part.view_as(x))
+    def _unit(X: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, float]:
+        """(X/s, m_b/s, s) with s the norm of both."""
+        m, size = normalized(X if bias is None else torch.cat([X, bias[:, None]], 1), 1e-37)
+        X.copy_(m[:, : X.shape[1]])
+        return X, None if bias is None else m[:, -1].contiguous(), float(size)
+
+    def _renew(self, state: State, P1: _Outer | None, X: Tensor, bias: Tensor | None, space: _Space, first: bool) -> None:
+        """Take the root of z₁'s momentum Z = [XR, m_b]; of a wide layer ZZᵀ = X·RRᵀ·Xᵀ + m_b m_bᵀ."""
+        wide = X.shape[0] <= X.shape[1] + (bias is not None)
+        if wide and P1 is not None and P1.gram is not None:
+            A, B = space.A.copy_(X), space.B
+            gram = (torch.mm(A, P1.gram, out=B) @ A.T).to(X.dtype)
+            gram = (gram + gram.T) / 2
+            if bias is not None:
+                gram.addr_(bias, bias)
         else:
-            torch._foreach_div_(m, size)
-        return m, size
+            Z = X if P1 is None or P1.factor is None else X @ P1.factor
+            Z = Z if bias is None else torch.cat([Z, bias[:, None]], 1)
+            gram = Z @ Z.T if wide else Z.T @ Z
+        square = float(gram.trace())
+        if _LEAST**2 < square < _MOST**2:
+            self.P.fold(state, gram.div_(square), first)
+        else:
+            X, bias, _ = self._unit(X.clone(), bias)
+            Z = X if P1 is None or P1.factor is None else X @ P1.factor
+            self.P.renew(state, Z if bias is None else torch.cat([Z, bias[:, None]], 1), first)
 
     def _outer(self, cell: Cell) -> _Outer | None:
         """What P₁ is made of; made again where its statistics have changed."""
@@ -122,48 +178,61 @@ class PolarStep:
         (part,) = self.outer.parts(outer.block)  # type: ignore[union-attr]
         if isinstance(self.outer, BNP):
             arrow = self.outer.map(outer)
-            return _Outer(arrow.mean[0, 0], 1 / arrow.std[0, 0])  # type: ignore[attr-defined]
+            mean, std = arrow.mean[0, 0], arrow.std[0, 0]  # type: ignore[attr-defined]
+            return _Outer(mean, 1 / std, mean / std)
         if int(outer["count"].min()) < 2:
             return None
-        mean, variance = self.outer.scales(part, outer)  # type: ignore[union-attr]
+        mean, std, _ = self.outer.scales(part, outer)  # type: ignore[union-attr]
         R = outer["factor"][0]
         if self._gram is None or self._gram[0] != R._version:
             self._gram = R._version, (Q := self._narrow(R)) @ Q.T
-        return _Outer(mean[0], variance[0].rsqrt(), R, self._gram[1])
+        return _Outer(mean[0], 1 / std[0], mean[0] / std[0], R, self._gram[1])
 
-    def _wide(self, state: State, P1: _Outer | None, X: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(dW·σ, db, ‖L^(−1/2)m‖), before the gain; the first in the memory of X."""
+    def _wide(
+        self, state: State, P1: _Outer | None, X: Tensor, bias: Tensor | None, space: _Space
+    ) -> tuple[Tensor, Tensor | None, float]:
+        """(dW·σ in scratch memory, db, ‖L^(−1/2)m‖), before the gain."""
         root = self._narrow_root(state)
-        A, B = WORKSPACE.take(root.dtype, X.shape, X.shape)
-        Y = torch.mm(root, A.copy_(X), out=B)
-        if P1 is None or P1.gram is None:
-            square = X.copy_(Y).square().sum()
-        else:
+        A, B = space.A, space.B
+        Y = D = torch.mm(root, A.copy_(X) if self._halves else X, out=B)
+        if P1 is not None and P1.gram is not None:
             D = torch.mm(Y, P1.gram, out=A)
-            square = torch.dot(Y.flatten().to(X.dtype), X.copy_(D).flatten())
-        if bias is None:
-            return X, None, square.clamp_min(0).sqrt()
-        db = state["root"] @ bias
-        return X, db, (square + db.square().sum()).clamp_min(0).sqrt()
+            if self._halves:
+                Y, D = space.Y.copy_(Y), X.copy_(D)
+        elif self._halves:
+            Y = D = X.copy_(Y)
+        square = float(torch.dot(Y.flatten(), D.flatten()))
+        db = None
+        if bias is not None:
+            db = state["root"] @ bias
+            square += float(torch.dot(db, db))
+        return D, db, max(square, 0.0) ** 0.5
 
-    def _tall(self, state: State, P1: _Outer | None, X: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _tall(
+        self, state: State, P1: _Outer | None, X: Tensor, bias: Tensor | None, space: _Space
+    ) -> tuple[Tensor, Tensor | None, float]:
         """The same."""
         n, Q = X.shape[1], state["root"]
         R = None if P1 is None else P1.factor
-        right = self._narrow_root(state, R, n)
-        A, B = WORKSPACE.take(right.dtype, X.shape, X.shape)
+        right, A, B = self._narrow_root(state, R, n), space.A, space.B
         db = None if bias is None else X @ (Q[:n, n] if R is None else R @ Q[:n, n]) + bias * Q[n, n]
-        X.copy_(torch.mm(A.copy_(X), right, out=B))
+        Y = torch.mm(A.copy_(X) if self._halves else X, right, out=B)
+        if self._halves:
+            Y = X.copy_(Y)
         if bias is not None:
-            X.addr_(bias, Q[:n, n])
-        square = X.square().sum() if db is None else X.square().sum() + db.square().sum()
-        if R is not None:
-            X.copy_(torch.mm(A.copy_(X), self._narrow(R).T, out=B))
-        return X, db, square.sqrt()
+            Y.addr_(bias, Q[:n, n])
+        square = float(torch.dot(Y.flatten(), Y.flatten()))
+        if db is not None:
+            square += float(torch.dot(db, db))
+        if R is not None and self._halves:
+            Y = X.copy_(torch.mm(A.copy_(Y), self._narrow(R).T, out=B))
+        elif R is not None:
+            Y = torch.mm(Y, R.T, out=A)
+        return Y, db, square**0.5
 
     def _narrow(self, A: Tensor) -> Tensor:
         """In the precision of products."""
-        return A.bfloat16() if self._halves and A.dtype == torch.float32 else A
+        return A.bfloat16() if self._halves else A
 
     def _narrow_root(self, state: State, R: Tensor | None = None, n: int | None = None) -> Tensor:
         """L^(−1/2), or of a tall layer R L^(−1/2) without the row and column of the bias."""
@@ -188,5 +257,6 @@ def polar(cell: Cell, P: Preconditioner, momentum: Momentum | None, decay: float
         return None
     if not all(t.is_contiguous() for t in cell.block.tensors):
         return None
-    halves = inner.arithmetic == "bfloat16" and cell.block.tensors[0].numel() >= WIDE
+    weight = cell.block.tensors[0]
+    halves = inner.arithmetic == "bfloat16" and weight.dtype == torch.float32 and weight.numel() >= WIDE
     return PolarStep(inner, outer, momentum, decay, halves)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,21 +14,22 @@ class Workspace(threading.local):
 
     def __init__(self) -> None:
         self._buffers: dict[torch.dtype, Tensor] = {}
-        self._taken: dict[tuple[torch.dtype, tuple[Sequence[int], ...]], list[Tensor]] = {}
+        self._views: dict[tuple[torch.dtype, tuple[tuple[int, ...], ...]], list[Tensor]] = {}
 
-    def take(self, dtype: torch.dtype, *shapes: Sequence[int]) -> list[Tensor]:
+    def take(self, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
         """Uninitialized tensors side by side."""
-        if (known := self._taken.get((dtype, shapes))) is not None:
-            return known
+        found = self._views.get((dtype, shapes))  # made once: for a small layer that costs as much as its products
+        if found is not None:
+            return found
         sizes = [-(-math.prod(shape) // 32) * 32 for shape in shapes]  # each at a multiple of 64 bytes
         buffer = self._buffers.get(dtype)
         if buffer is None or buffer.numel() < sum(sizes):
             buffer = self._buffers[dtype] = torch.empty(sum(sizes), dtype=dtype)
-            self._taken = {key: tensors for key, tensors in self._taken.items() if key[0] != dtype}
+            self._views = {key: views for key, views in self._views.items() if key[0] != dtype}
         parts = buffer[: sum(sizes)].split(sizes)
-        tensors = [part[: math.prod(shape)].view(tuple(shape)) for part, shape in zip(parts, shapes, strict=True)]
-        self._taken[dtype, shapes] = tensors
-        return tensors
+        views = [part[: math.prod(shape)].view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        self._views[dtype, shapes] = views
+        return views
 
 
 WORKSPACE = Workspace()

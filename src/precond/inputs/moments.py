@@ -41,7 +41,7 @@ class Moments:
 
     @property
     def variance(self) -> Tensor:
-        """σ² of either kind of spread."""
+        """σ², shape (groups, n)."""
         return self.spread if self.spread.ndim == self.mean.ndim else self.spread.diagonal(dim1=-2, dim2=-1)
 
     def raw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -89,11 +89,13 @@ def _moments(x: Tensor, samples: int, center: Tensor | None, full: bool = False)
     shift = x.mean(samples) if center is None else center
     d = x - shift.unsqueeze(samples)
     mean = d.mean(samples)
+    deviation = (x if center is None else d).abs().mean(samples)
     if full:
-        spread = torch.baddbmm(outer(mean, x), d.mT, d, beta=-1, alpha=1 / x.shape[1])
+        d.sub_(mean.unsqueeze(samples))
+        # Scaled within the product: another matrix of n² entries in fresh memory would cost half as much again.
+        spread = torch.baddbmm(d.new_empty(()), d.mT, d, beta=0, alpha=1 / x.shape[1])
     else:
         spread = (d.square().mean(samples) - mean.square()).clamp_min_(0)
-    deviation = (x.abs() if center is None else d.abs_()).mean(samples)
     return Moments(_count(x, x.shape[samples]), shift + mean, spread, deviation)
 
 

@@ -78,6 +78,8 @@ class Observer:
     @property
     def expecting(self) -> bool:
         """Whether some layer that trains is to be observed."""
+        if not self.wanted:
+            return False
         return any(site.weight.requires_grad and (site.name, r) in self.wanted for site in self.sites for r in self.requests)
 
     def collect(self) -> Seen:

@@ -68,7 +68,7 @@ class Listening:
                 "made, or are layers called by their forward() or by functions? Such layers keep their gradient",
                 stacklevel=6,
             )
-        # A sum is inf or NaN where a term is: one number is read. A covariance is finite where its variances are.
+        # A sum is inf or NaN where a term is: one number is read. An input that is not finite is so in its own variance.
         parts = [t.reshape(-1) for m in seen.values() for t in (m.mean, m.variance)]
         return not parts or bool(torch.cat([t.double() for t in parts]).sum().isfinite())
 

@@ -63,8 +63,8 @@ class BNP(InputSide):
         """Whether a step comes after those that are all observed."""
         return self.decay > 0 and step > _DENSE
 
-    def looks(self, step: int) -> bool:
-        return not self._sparse(step) or step % self.every == 0
+    def idle(self, step: int) -> bool:
+        return self._sparse(step) and step % self.every != 0
 
     def rate(self, step: float, new: Moments) -> float:
         return self.decay**self.every if self._sparse(step) else self.decay

@@ -121,7 +121,7 @@ class Composition(Preconditioner):
 
     def wanted(self, state: State) -> Iterable[tuple[str, Request, Tensor | None]]:
         for name, part in (("outer", self.outer), ("inner", self.inner)):
-            if part.handles(state[name].block):
+            if part.requests and part.handles(state[name].block):
                 yield from part.wanted(state[name])
 
     def refresh(self, state: State) -> LinearMap | None:

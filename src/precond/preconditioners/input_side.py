@@ -44,10 +44,6 @@ class LayerPart:
         return (v[self.weight],) if self.bias is None else (v[self.weight], v[self.bias][self.rows])
 
 
-_PARTS: weakref.WeakKeyDictionary[Block, list[LayerPart]] = weakref.WeakKeyDictionary()
-"""What :meth:`InputSide.parts` has found of blocks that are not divided among processes: it is asked for several times a step."""
-
-
 class InputSide(Preconditioner):
     """A map made of the inputs of each layer; every output row alike, so that rows need not communicate.
 
@@ -85,17 +81,18 @@ class InputSide(Preconditioner):
 
     def parts(self, block: Block) -> list[LayerPart]:
         """The observed weights of a block."""
-        if (known := _PARTS.get(block)) is not None:
-            return known
+        known = _PARTS.setdefault(block, {})
+        if self not in known:
+            known[self] = self._parts(block)
+        return known[self]
+
+    def _parts(self, block: Block) -> list[LayerPart]:
         place = {leaf.param: i for i, leaf in enumerate(block.leaves)}
         sites = [s for s in dict.fromkeys(s for leaf in block.leaves for s in leaf.sites) if s.weight in place]
         parts = [
             LayerPart(place[s.weight], None if s.bias is None else place.get(s.bias), s.rows, s, k) for k, s in enumerate(sites)
         ]
-        if block.sharded:
-            return [replace(p, held=self.held(p, block)) for p in parts]
-        _PARTS[block] = parts
-        return parts
+        return [replace(p, held=self.held(p, block)) for p in parts] if block.sharded else parts
 
     def held(self, part: LayerPart, block: Block) -> range | None:
         """The rows that this process holds of a weight and of its bias alike."""
@@ -125,17 +122,17 @@ class InputSide(Preconditioner):
     def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec) -> LinearMap:
         """P on (weight, bias) or (weight,)."""
 
-    def looks(self, step: int) -> bool:
-        """Whether inputs are observed at a step at all."""
+    def wants(self, step: int, state: dict[str, Tensor]) -> bool:
+        """Whether the inputs of a weight are to be observed at a step."""
         return True
 
-    def wants(self, step: int, state: dict[str, Tensor]) -> bool:
-        """Whether those of a weight are, at such a step."""
-        return True
+    def idle(self, step: int) -> bool:
+        """Whether no inputs at all are to be observed at a step."""
+        return False
 
     def wanted(self, state: State) -> list[tuple[str, Request, Tensor | None]]:
         step = int(min(state.steps)) + 1
-        if not self.looks(step):
+        if self.idle(step):
             return []
         each = ((p, self._of(p, state)) for p in self.parts(state.block))
         return [(p.site.name, self.request, self._center(mine)) for p, mine in each if self.wants(step, mine)]
@@ -172,16 +169,17 @@ class InputSide(Preconditioner):
             mine["size"].copy_(new.count)
         delta = new.mean - mine["mean"]
         name = "variance" if "variance" in mine else "covariance"
+        gain_ = gain if name == "variance" else gain[..., None]
         # E|h − μ| and E(h − μ)² of all samples about the old μ, and their ratio.
-        variance = mine[name] if name == "variance" else mine[name].diagonal(dim1=-2, dim2=-1)
+        variance = _variance(mine[name], delta)
         deviation = (mine["activity"] * variance.sqrt()).lerp_(new.deviation, gain)
-        about = variance.lerp(new.variance + delta.square(), gain)
+        about = variance.lerp(_variance(new.spread, delta) + delta.square(), gain)
         mine["activity"].copy_((deviation * about.rsqrt()).nan_to_num_(0.0, 0.0))
+        mine[name].lerp_(new.spread, gain_)
         if name == "variance":
-            mine[name].lerp_(new.spread, gain).addcmul_(delta, delta * gain * (1 - gain))
+            mine[name].addcmul_(delta.square(), gain_ * (1 - gain_))
         else:
-            mine[name].lerp_(new.spread, gain[..., None])
-            mine[name].baddbmm_(delta[..., None], (delta * gain * (1 - gain))[..., None, :])
+            mine[name].baddbmm_((gain * (1 - gain) * delta)[..., :, None], delta[..., None, :])
         mine["mean"].addcmul_(delta, gain)
 
     def damping_of(self, square: Tensor, state: dict[str, Tensor]) -> Tensor:
@@ -219,6 +217,15 @@ class InputSide(Preconditioner):
         return {k.removesuffix(suffix): v for k, v in state.items() if k.endswith(suffix)}
 
 
+# Asked for in each step, several times.
+_PARTS: weakref.WeakKeyDictionary[Block, dict[InputSide, list[LayerPart]]] = weakref.WeakKeyDictionary()
+
+
 def _key(name: str, part: LayerPart) -> str:
     """The first weight of a block has plain keys; further ones are numbered."""
     return f"{name}.{part.number}" if part.number else name
+
+
+def _variance(spread: Tensor, like: Tensor) -> Tensor:
+    """The variances in a spread of either kind."""
+    return spread if spread.ndim == like.ndim else spread.diagonal(dim1=-2, dim2=-1)

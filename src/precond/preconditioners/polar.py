@@ -129,7 +129,10 @@ class Polar(Preconditioner):
     def renew(self, state: State, m: Tensor, first: bool) -> None:
         """Fold m/‖m‖ into L and take the root anew; where that fails, the one before stays."""
         X, _ = normalized(m, _TINY)
-        gram = X @ X.T if X.shape[0] <= X.shape[1] else X.T @ X
+        self.fold(state, X @ X.T if X.shape[0] <= X.shape[1] else X.T @ X, first)
+
+    def fold(self, state: State, gram: Tensor, first: bool) -> None:
+        """The same, given m mᵀ/‖m‖²."""
         if not bool(gram.isfinite().all()):
             return
         L = state["gram"].lerp_(gram, 1.0 if first else 1 - self.decay)
@@ -141,11 +144,15 @@ class Polar(Preconditioner):
         """L^(−1/2)m, or m L^(−1/2) where m is tall."""
         return state["root"] @ m if m.shape[0] <= m.shape[1] else m @ state["root"]
 
+    @staticmethod
+    def reach(state: State, shape: Sequence[int]) -> float:
+        """The length γ·√min(A, B) of a step."""
+        A, B = shape
+        return min(A, B) ** 0.5 * max(1.0, A / B) ** 0.5 * float(state["length"])
+
     def gain(self, state: State, shape: Sequence[int]) -> Tensor:
         """s, of a matrix of a shape."""
-        A, B = shape
-        wanted = min(A, B) ** 0.5 * max(1.0, A / B) ** 0.5 * state["length"]
-        return torch.where(state["norm"] > 0, wanted / state["norm"], 0.0)
+        return torch.where(state["norm"] > 0, self.reach(state, shape) / state["norm"], 0.0)
 
     def map(self, state: State) -> LinearMap:
         like = state.block.tensors

@@ -69,17 +69,14 @@ class Whitening(InputSide):
         t = int(step)
         return t % self.every == 0 or (t < self.every and t & (t - 1) == 0)
 
-    def looks(self, step: int) -> bool:
-        return self._soon(step, self.observe_steps)
-
-    def _soon(self, step: int, steps: int) -> bool:
-        """Whether a root is taken within so many steps, this one among them."""
-        return any(self.due(step + k) for k in range(steps))
+    def idle(self, step: int) -> bool:
+        return not any(self.due(step + k) for k in range(self.observe_steps))
 
     def wants(self, step: int, state: dict[str, Tensor]) -> bool:
-        if not self.samples or not (size := float(state["size"].min())):
-            return True
-        return self._soon(step, min(self.observe_steps, math.ceil(self.samples * state["mean"].shape[-1] / size)))
+        steps, size = self.observe_steps, float(state["size"].min()) if self.samples else 0.0
+        if self.samples and size:
+            steps = min(steps, math.ceil(self.samples * state["mean"].shape[-1] / size))
+        return any(self.due(step + k) for k in range(steps))
 
     def rate(self, step: float, new: Moments) -> float:
         if not self.samples:
@@ -113,34 +110,35 @@ class Whitening(InputSide):
             "factor": zeros(groups, n, n) + torch.eye(n, dtype=state_dtype(weight.dtype), device=weight.device),
         }
 
-    def scales(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(μ, σ̃²) of each feature; with no bias to center with, μ is 0 and σ̃² made of E[h²]. An input that was always zero has 1."""
-        mean, variance = state["mean"], state["covariance"].diagonal(dim1=-2, dim2=-1)
+    def scales(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(μ, σ̃, what damping adds to σ²); with no bias to center with, μ is 0 and σ² = E[h²]."""
+        mean = state["mean"]
+        variance = state["covariance"].diagonal(dim1=-2, dim2=-1)
         square = variance + mean.square()
         if part.bias is None:
-            mean, variance = torch.zeros_like(mean), square
-        variance = variance + self.damping_of(square, state)
-        return mean, torch.where(variance > 0, variance, 1.0)
+            variance, mean = square, torch.zeros_like(mean)
+        added = self.damping_of(square, state)
+        std = (variance + added).sqrt()
+        return mean, torch.where(std > 0, std, 1.0), added
 
-    def correlations(self, part: LayerPart, state: dict[str, Tensor]) -> Tensor:
-        """K, shrunk."""
-        C = state["covariance"]
-        if part.bias is None:
-            C = C + outer(state["mean"], C)
-        scale = self.scales(part, state)[1].rsqrt()
-        noise = self.shrinkage * C.shape[-1] * state["noise"]
-        scale_ = scale / (1 + noise)[:, None]  # 1 − γ
-        K = C * scale_[..., :, None] * scale[..., None, :]
-        K.diagonal(dim1=-2, dim2=-1).fill_(1.0)  # also of inputs that were always zero
-        return K
+    def centered(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(μ, σ̃, C) with C damped and σ̃² its diagonal; with no bias to center with, μ is 0 and C made of E[hhᵀ]."""
+        mean, std, added = self.scales(part, state)
+        C = (
+            state["covariance"].clone()
+            if part.bias is not None
+            else state["covariance"] + outer(state["mean"], state["covariance"])
+        )
+        C.diagonal(dim1=-2, dim2=-1).add_(added)
+        return mean, std, C
 
     def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec) -> LinearMap:
         layout = part.layout(self.request)
-        mean, variance = self.scales(part, state)
+        mean, std, _ = self.scales(part, state)
         # One sample has no covariance; and before the first refresh the factor is the identity, which leaves BNP's arrow.
         if bool((state["count"] < 2).any()):
             return Identity(like)
-        return Standardizing(mean, variance.sqrt(), like, layout=layout) @ RowMatrix(state["factor"], like, layout)
+        return Standardizing(mean, std, like, layout=layout) @ RowMatrix(state["factor"], like, layout)
 
     def refresh(self, state: State) -> None:
         if not self.due(min(state.steps)):
@@ -148,7 +146,11 @@ class Whitening(InputSide):
         for part in self.parts(state.block):
             mine = self._of(part, state)
             if bool((mine["count"] >= 2).all()):
-                mine["factor"].copy_(inverse_root(self.correlations(part, mine), self.root))
+                _, std, K = self.centered(part, mine)
+                noise = self.shrinkage * K.shape[-1] * mine["noise"]
+                K.div_(std[..., :, None]).div_((1 + noise)[:, None, None] * std[..., None, :])  # of these (1 − γ)
+                K.diagonal(dim1=-2, dim2=-1).fill_(1.0)  # also of inputs that were always zero
+                mine["factor"].copy_(inverse_root(K, self.root))
 
 
 def inverse_root(K: Tensor, root: str) -> Tensor:
@@ -156,9 +158,20 @@ def inverse_root(K: Tensor, root: str) -> Tensor:
     if root == "cholesky":
         L, info = torch.linalg.cholesky_ex(K)
         if not bool(info.any()):
-            eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
-            return torch.linalg.solve_triangular(L, eye, upper=False).mT
+            return inverse_of_triangular(L).mT
     values, V = map(torch.stack, zip(*map(eigh, K.flatten(0, -3)), strict=True)) if K.ndim > 2 else eigh(K)
     floor = values.amax(-1, keepdim=True) * K.shape[-1] * torch.finfo(K.dtype).eps
     scaled = V * torch.maximum(values, floor).rsqrt()[..., None, :]
     return scaled @ V.mT
+
+
+def inverse_of_triangular(L: Tensor) -> Tensor:
+    """L⁻¹ of a lower triangular L (…, n, n), by halves: products are twice as fast as a triangular solve for the identity."""
+    n = L.shape[-1]
+    if n <= 64:
+        return torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device), upper=False)
+    k, found = n // 2, torch.zeros_like(L)
+    A, C = inverse_of_triangular(L[..., :k, :k]), inverse_of_triangular(L[..., k:, k:])
+    found[..., :k, :k], found[..., k:, k:] = A, C
+    found[..., k:, :k] = -(C @ (L[..., k:, :k] @ A))
+    return found
