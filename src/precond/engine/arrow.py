@@ -26,7 +26,7 @@ class Arrow:
     P: BNP
     momentum: Momentum | None
     decay: float
-    _known: tuple[Tensor, Tensor, Tensor, float | Tensor] | None = field(default=None, repr=False)
+    _known: tuple[Tensor, Tensor, Tensor] | None = field(default=None, repr=False)
     _version: int = field(default=-1, repr=False)
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
@@ -48,27 +48,24 @@ class Arrow:
         if self._known is None and (int(cell.state["count"].min()) == 0):
             torch._foreach_add_(p, g, alpha=alpha)
             return
-        s, shifted, square, scale = self._known = self._known or self._vectors(cell.state)
+        s, shifted, scale = self._known = self._known or self._vectors(cell.state)
         W, gW = p[0].view(p[0].shape[0], -1), g[0].reshape(p[0].shape[0], -1)
         W.addcmul_(gW, s, value=alpha)
         if len(p) > 1:
             gb = g[1]
             W.addr_(gb, shifted, alpha=-alpha)
-            p[1].add_(torch.addmv(gb * (scale + square), gW, shifted, alpha=-1), alpha=alpha)
+            p[1].addcmul_(gb, scale, value=alpha).addmv_(gW, shifted, alpha=-alpha)
 
-    def _vectors(self, state: State) -> tuple[Tensor, Tensor, Tensor, float | Tensor]:
-        """(1/σ̃², μ/σ̃², Σμ²/σ̃², β²)."""
-        mean, std, beta = _scales(self.P, state)
-        s = std**-2
+    def _vectors(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
+        """(1/σ̃², μ/σ̃², β² + Σμ²/σ̃²)."""
+        (part,) = self.P.parts(state.block)
+        arrow = self.P.part_map(part, state, state.block.tensors)
+        assert isinstance(arrow, Standardizing)
+        mean = arrow.mean.view(-1)
+        s = arrow.std.view(-1).square().reciprocal_()
         shifted = mean * s
-        return s, shifted, torch.dot(mean, shifted), beta**2
-
-
-def _scales(P: BNP, state: State) -> tuple[Tensor, Tensor, float | Tensor]:
-    """(μ, σ̃, β) of a layer with one group of rows."""
-    arrow = P.map(state)
-    assert isinstance(arrow, Standardizing)
-    return arrow.mean[0, 0], arrow.std[0, 0], arrow.beta if isinstance(arrow.beta, float) else arrow.beta.reshape(())
+        beta = arrow.beta if isinstance(arrow.beta, float) else arrow.beta.view(())
+        return s, shifted, torch.dot(mean, shifted) + beta**2
 
 
 def layer_of(P: InputSide, block: Block) -> Layout | None:

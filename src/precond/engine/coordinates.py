@@ -19,7 +19,7 @@ from precond.preconditioners import BNP, RMS, Whitening
 from precond.preconditioners.base import Seen
 from precond.vec import Scalar, Tensors
 
-_PANEL = 256  # columns of a triangular factor that are multiplied at once
+_PANEL = 192  # columns of a triangular factor that are multiplied at once
 
 
 @dataclass(frozen=True)
@@ -137,16 +137,16 @@ class AdamInCoordinates:
     def _made(self, outer: State) -> _Outer | None:
         if int(outer["count"].min()) < (1 if isinstance(self.P, BNP) else 2):
             return None
+        (part,) = self.P.parts(outer.block)
         if isinstance(self.P, BNP):
-            arrow = self.P.map(outer)
+            arrow = self.P.part_map(part, outer, outer.block.tensors)
             assert isinstance(arrow, Standardizing)
             return _Outer(arrow.mean, 1 / arrow.std, arrow.beta)
-        (part,) = self.P.parts(outer.block)
         mean, std, _ = self.P.scales(part, outer)
         R = outer["factor"]
         if self._factor is None or self._factor[0] != R._version:
             n = R.shape[-1]
-            count = max(1, round(n / _PANEL)) if not bool(R.tril(-1).any()) else 1
+            count = max(1, n // _PANEL) if not bool(R.tril(-1).any()) else 1
             ends = [n * k // count for k in range(count + 1)]
             self._factor = R._version, R.bfloat16() if self._narrow else R, list(pairwise(ends))
         return _Outer(mean[:, None], 1 / std[:, None], 1.0, *self._factor[1:])

@@ -83,8 +83,8 @@ class BNP(InputSide):
             mean, variance = torch.zeros_like(mean), square
         else:
             # One sample has no variance: scale without centering until there are two.
-            one = (state["count"] < 2)[:, None]
-            mean, variance = torch.where(one, 0, mean), torch.where(one, square, variance)
+            if bool((one := (state["count"] < 2)[:, None]).any()):
+                mean, variance = torch.where(one, 0, mean), torch.where(one, square, variance)
         std = (variance + self.damping_of(square, state)).sqrt()
         # An input that was always zero has no scale, and its weight has had no gradient.
         return mean, torch.where(std > 0, std, 1.0)

@@ -193,8 +193,8 @@ class InputSide(Preconditioner):
         if self.damping == 0:
             return torch.zeros_like(square)
         known = (state["count"] / (state["count"] + 8))[:, None]
-        rare = (1 - 3 * known * state["activity"].square()).clamp_min(0)
-        return self.damping * square + rare / 3 * square.mean(-1, keepdim=True)
+        rare = state["activity"].square().mul_(-3 * known).add_(1).clamp_min_(0)
+        return rare.mul_(square.mean(-1, keepdim=True) / 3).add_(square, alpha=self.damping)
 
     def map(self, state: State) -> LinearMap:
         like = state.block.tensors
