@@ -46,6 +46,10 @@ class AdamInCoordinates:
 
     Per layer Y = ((g_W − g_b μᵀ)/σ)R, y_b = βg_b; dW = (U Rᵀ)/σ, W ← W − αdW, b ← b − α(βu_b − dW μ). Blocks that the outer map
     leaves as they are take Adam.
+
+    Attributes:
+        decay: λ.
+        groups: of rows that see different inputs; 0 where the outer map leaves the block as it is.
     """
 
     P: BNP | Whitening
@@ -74,40 +78,41 @@ class AdamInCoordinates:
     def _step(self, cell: Cell, P1: _Outer, p: Tensors, g: Tensors, lr: float, maximize: bool) -> None:
         shape = self.groups, len(p[0]) // self.groups, P1.mean.shape[-1]
         W, G = p[0].view(shape), g[0].reshape(shape)
-        (Y,) = WORKSPACE.take(W.dtype, shape)
+        Y, Z = WORKSPACE.take(W.dtype, shape, shape)
+        column, biases = (self.groups, -1, 1), []
         if len(p) == 1:
-            y = [torch.mul(G, P1.inverse, out=Y)]
+            torch.mul(G, P1.inverse, out=Y)
         else:
-            column = self.groups, -1, 1
-            y = [torch.addcmul(G, g[1].view(column), P1.mean, value=-1, out=Y).mul_(P1.inverse)]
-            y.append((g[1].view(column) * P1.beta).view_as(p[1]))
+            gb = g[1].view(column)
+            torch.addcmul(G, gb, P1.mean, value=-1, out=Y).mul_(P1.inverse)
+            biases = [(gb * P1.beta).view_as(p[1])]
         if P1.factor is not None:
-            self._turn(Y, P1.factor, P1.panels)
+            Y, Z = self._turn(Y, Z, P1.factor, P1.panels)
         # As its own parameter that decays to nothing, y becomes the step −u without another buffer.
-        self._adam(cell, [Y.view_as(p[0]), *y[1:]], None, 1.0, 1.0, maximize)
+        self._adam(cell, [Y.view_as(p[0]), *biases], None, 1.0, 1.0, maximize)
         if P1.factor is not None:
-            self._turn(Y, P1.factor, P1.panels, back=True)
+            Y, Z = self._turn(Y, Z, P1.factor, P1.panels, back=True)
         Y.mul_(P1.inverse)
         if self.decay:
             torch._foreach_mul_(p, 1 - lr * self.decay)
         W.add_(Y, alpha=lr)
-        if len(p) > 1:
-            b = p[1].view(column)
-            b.add_((y[1].view(column) * P1.beta).sub_(Y @ P1.mean.mT), alpha=lr)
+        if biases:
+            p[1].view(column).add_((biases[0].view(column) * P1.beta).sub_(Y @ P1.mean.mT), alpha=lr)
 
     @staticmethod
-    def _turn(Y: Tensor, R: Tensor, panels: Sequence[tuple[int, int]], back: bool = False) -> None:
-        """Y ← Y R, or Y Rᵀ, for each group."""
-        A, B = WORKSPACE.take(R.dtype, Y.shape, Y.shape) if Y.dtype != R.dtype else (Y, torch.empty_like(Y))
-        if A is not Y:
+    def _turn(Y: Tensor, Z: Tensor, R: Tensor, panels: Sequence[tuple[int, int]], back: bool = False) -> tuple[Tensor, Tensor]:
+        """(Y R, or Y Rᵀ, for each group; the other of the two buffers)."""
+        narrow = R.dtype != Y.dtype
+        A, B = WORKSPACE.take(R.dtype, Y.shape, Y.shape) if narrow else (Y, Z)
+        if narrow:
             A.copy_(Y)
-        for X, Z, r in zip(A, B, R, strict=True):
+        for X, out, r in zip(A, B, R, strict=True):
             for a, b in panels:
                 if back:
-                    torch.mm(X[:, a:], r[a:b, a:].T, out=Z[:, a:b])
+                    torch.mm(X[:, a:], r[a:b, a:].T, out=out[:, a:b])
                 else:
-                    torch.mm(X[:, :b], r[:b, a:b], out=Z[:, a:b])
-        Y.copy_(B)
+                    torch.mm(X[:, :b], r[:b, a:b], out=out[:, a:b])
+        return (Y.copy_(B), Z) if narrow else (Z, Y)
 
     def _adam(self, cell: Cell, p: Tensors, g: Tensors | None, lr: Scalar, decay: float, maximize: bool) -> None:
         inner = cell.state["inner"]
