@@ -1,10 +1,12 @@
 """Whole training steps with input-side preconditioners, against plain SGD, the same net with BN layers, and AdamW.
 
-python benchmarks/training.py
+python benchmarks/training.py [--threads 2] [--rounds 200] [--clock cpu]
 """
 
 from __future__ import annotations
 
+import argparse
+import time
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -66,8 +68,18 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
+def cholesky(model: nn.Module) -> torch.optim.Optimizer:
+    return precond.whitening(model, lr=1e-4, inputs=precond.Whitening(root="cholesky"))
+
+
 def main() -> None:
-    torch.set_num_threads(2)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=200, help="a multiple of the refresh period")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: of this process; for a busy machine")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    clock = time.perf_counter if options.clock == "wall" else time.process_time
     torch.manual_seed(0)
     images, labels = torch.rand(BATCH, 1, 28, 28), torch.randint(0, 10, (BATCH,))
     characters = torch.randint(0, 96, (16, 65))
@@ -78,7 +90,7 @@ def main() -> None:
             "SGD with BN layers": step_of(build(True), sgd, images, labels),
             "BNP": step_of(build(), lambda m: precond.bnp(m, lr=1e-3), images, labels),
         }
-        times = take_turns(steps, rounds=200, warm=25, mean=True)
+        times = take_turns(steps, rounds=options.rounds, warm=25, mean=True, clock=clock)
         for other in ("SGD", "SGD with BN layers"):
             rows.append([name, "BNP", f"{1e3 * times['BNP']:.2f}", other, f"{times['BNP'] / times[other]:.2f}"])
     for name, build, x, y in (
@@ -89,9 +101,10 @@ def main() -> None:
             "AdamW": step_of(build(), adamw, x, y),
             "BNP with AdamW": step_of(build(), lambda m: precond.adamw(m, lr=1e-4, inputs=precond.BNP()), x, y),
             "whitening": step_of(build(), lambda m: precond.whitening(m, lr=1e-4), x, y),
+            "whitening, Cholesky": step_of(build(), cholesky, x, y),
         }
-        times = take_turns(steps, rounds=200, warm=130, mean=True)  # two whole refresh periods
-        for ours in ("BNP with AdamW", "whitening"):
+        times = take_turns(steps, rounds=options.rounds, warm=130, mean=True, clock=clock)  # whole refresh periods
+        for ours in ("BNP with AdamW", "whitening", "whitening, Cholesky"):
             rows.append([name, ours, f"{1e3 * times[ours]:.2f}", "AdamW (fused)", f"{times[ours] / times['AdamW']:.2f}"])
     print(table(rows))
 

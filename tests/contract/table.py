@@ -96,6 +96,16 @@ OWN: dict[str, Callable[..., PreconditionedGD]] = {
     "bnp, patch": lambda p, **more: precond.bnp(p, **{"lr": 0.01, "conv": "patch", **more}),
     "adamw in BNP's coordinates": lambda p, **more: precond.adamw(p, **{"lr": 0.003, "inputs": BNP(), **more}),
     "whitening": lambda p, **more: precond.whitening(p, **{"lr": 0.003, "inputs": Whitening(every=7, observe_steps=2), **more}),
+    "whitening, cholesky, amsgrad": lambda p, **more: precond.whitening(
+        p,
+        **{
+            "lr": 0.003,
+            "inputs": Whitening(root="cholesky", every=3, observe_steps=2, samples=1.0),
+            "amsgrad": True,
+            "weight_decay": 0.1,
+            **more,
+        },
+    ),
     "adamw, SAM in z": lambda p, **more: precond.adamw(p, **{"lr": 0.003, "regularizers": [SAM(0.02)], **more}),
     "adamw, SAM in p": lambda p, **more: precond.adamw(p, **{"lr": 0.003, "regularizers": [SAM(0.05, space="p")], **more}),
     "RMS, SAM in z": _gd(RMS(), SAM(0.01), L2(0.01)),

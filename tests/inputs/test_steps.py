@@ -24,8 +24,6 @@ from precond import (
     PreconditionedGD,
     Preconditioner,
     Whitening,
-    adam,
-    adamw,
 )
 from precond.preconditioners.compose import Composition
 from precond.schedules import TimesLr
@@ -327,36 +325,6 @@ def test_adams_steps_in_the_outer_coordinates_are_bounded_while_these_move(outer
             assert u <= bound * (1 + 1e-6)
             largest = max(largest, u / bound)
     assert largest > 0.9  # the bound is one that steps reach
-
-
-ADAMS = {
-    "adam": (BNP(), {}),
-    "adamw": (BNP(), {"weight_decay": 0.3}),
-    "amsgrad": (BNP(), {"amsgrad": True, "betas": (0.5, 0.6)}),
-    "maximize": (BNP(), {"maximize": True}),
-    "width scaling": (BNP(width_scaling=True), {"weight_decay": 0.1}),
-    "mini-batch, per patch entry": (BNP(decay=0.0, conv="patch"), {}),
-}
-
-
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("name", ADAMS)
-def test_adam_on_the_arrow_is_the_loop(name, bias):
-    """The kernel of plain layers, and of what BNP passes by (a normalization)."""
-    inputs, options = ADAMS[name]
-    ends = []
-    for engine in ("fused", "loop"):
-        torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.Conv1d(3, 4, 2, bias=bias), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(16, 2, bias=bias)
-        ).double()
-        recipe = adamw if "weight_decay" in options else adam
-        optimizer = recipe(model, lr=0.01, inputs=inputs, engine=engine, **options)
-        for k in range(25):  # some of the last steps are not observed
-            step(model, optimizer, k)
-        ends.append(snapshot(model, optimizer))
-    for a, b in zip(*ends, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
 def test_what_the_outer_map_does_not_handle_the_inner_one_takes_over():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import precond
-from precond import BNP, L2, Auto, Momentum, Polar, PreconditionedGD, Whitening, decay_groups
+from precond import BNP, L2, RMS, Auto, Momentum, Polar, PreconditionedGD, Whitening, decay_groups
 
 AVERAGE = Momentum(0.9)
 MAKERS: dict[str, Callable[..., PreconditionedGD]] = {
@@ -21,6 +22,7 @@ MAKERS: dict[str, Callable[..., PreconditionedGD]] = {
     ),
     "bnp": lambda p, **more: precond.bnp(p, 0.01, weight_decay=0.1, **more),
     "adamw in BNP's coordinates": lambda p, **more: precond.adamw(p, 0.01, inputs=BNP(), **more),
+    "adamw in whitened coordinates": lambda p, **more: precond.adamw(p, 0.01, inputs=Whitening(every=4), **more),
 }
 
 
@@ -68,11 +70,12 @@ def test_a_layer_whose_bias_is_in_another_group(name: str, differ: str) -> None:
 @pytest.mark.parametrize("sizes", [[16, 16, 9, 16, 1, 1, 16, 1, 16, 16, 16], [1] * 11, [1, 1, 16, 1, 16, 16, 1]], ids=str)
 def test_where_the_outer_map_is_the_identity_for_a_step(sizes: list[int]) -> None:
     """One sample has no covariance: P₁ is then the identity, whatever root was made before, and comes back without a new one."""
-    for outer in (Whitening(decay=0.0, every=4), Whitening(every=4), BNP(decay=0.0)):
+    outers = (Whitening(decay=0.0, every=4), Whitening(every=4), BNP(decay=0.0))
+    for outer, inner in product(outers, (Polar(10), RMS())):
         ends = [
             trained(
-                lambda m, engine=engine, outer=outer: PreconditionedGD(
-                    m, 0.01, preconditioner=outer @ Polar(10), momentum=AVERAGE, engine=engine
+                lambda m, engine=engine, P=outer @ inner: PreconditionedGD(
+                    m, 0.01, preconditioner=P, momentum=AVERAGE, engine=engine
                 ),
                 sizes,
             )[0]

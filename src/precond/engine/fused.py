@@ -11,15 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from precond.engine.arrow import adam_on_arrow, arrow
+from precond.engine.arrow import arrow
 from precond.engine.cells import Cell, Choice
+from precond.engine.coordinates import adam_in_coordinates
 from precond.engine.eigenbasis import soap
 from precond.engine.loop import Rules
 from precond.engine.orthogonal import muon
 from precond.engine.polar import polar
 from precond.maps import Identity
 from precond.momentum import Momentum
-from precond.preconditioners import BNP, RMS, SOAP, AdaGrad, Composition, Fixed, Muon
+from precond.preconditioners import BNP, RMS, SOAP, AdaGrad, Composition, Fixed, Muon, Whitening
 from precond.regularizers import L2
 from precond.vec import Scalar, Tensors
 
@@ -53,8 +54,8 @@ def kernel(cell: Cell, choices: Sequence[Choice], rules: Rules) -> Kernel | None
         momentum = None
     if isinstance(P, BNP) and cell.handled and not decay.coupled:
         return arrow(cell, P, momentum, decay.decoupled)
-    if isinstance(P, Composition) and isinstance(P.outer, BNP) and isinstance(P.inner, RMS) and not decay.coupled:
-        return adam_on_arrow(cell, P.outer, P.inner, momentum, decay.decoupled)
+    if isinstance(P, Composition) and isinstance(P.outer, BNP | Whitening) and isinstance(P.inner, RMS) and not decay.coupled:
+        return adam_in_coordinates(cell, P.outer, P.inner, momentum, decay.decoupled)
     if not decay.coupled and (found := polar(cell, P, momentum, decay.decoupled)) is not None:
         return found
     if not cell.handled:

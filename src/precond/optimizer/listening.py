@@ -70,7 +70,7 @@ class Listening:
             )
         # A sum is inf or NaN where a term is: one number is read. An input that is not finite is so in its own variance.
         parts = [t.reshape(-1) for m in seen.values() for t in (m.mean, m.variance)]
-        return not parts or bool(torch.cat([t.double() for t in parts]).sum().isfinite())
+        return not parts or bool(torch.cat(parts).sum(dtype=torch.float64).isfinite())
 
     def _want(self, cells: Sequence[Cell]) -> None:
         """Tell the observer what the next step needs."""

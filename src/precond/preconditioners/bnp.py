@@ -63,8 +63,8 @@ class BNP(InputSide):
         """Whether a step comes after those that are all observed."""
         return self.decay > 0 and step > _DENSE
 
-    def wants(self, step: int, state: dict[str, Tensor]) -> bool:
-        return not self._sparse(step) or step % self.every == 0
+    def idle(self, step: int) -> bool:
+        return self._sparse(step) and step % self.every != 0
 
     def rate(self, step: float, new: Moments) -> float:
         return self.decay**self.every if self._sparse(step) else self.decay
@@ -83,8 +83,8 @@ class BNP(InputSide):
             mean, variance = torch.zeros_like(mean), square
         else:
             # One sample has no variance: scale without centering until there are two.
-            one = (state["count"] < 2)[:, None]
-            mean, variance = torch.where(one, 0, mean), torch.where(one, square, variance)
+            if bool((one := (state["count"] < 2)[:, None]).any()):
+                mean, variance = torch.where(one, 0, mean), torch.where(one, square, variance)
         std = (variance + self.damping_of(square, state)).sqrt()
         # An input that was always zero has no scale, and its weight has had no gradient.
         return mean, torch.where(std > 0, std, 1.0)

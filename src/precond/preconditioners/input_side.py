@@ -193,8 +193,8 @@ class InputSide(Preconditioner):
         if self.damping == 0:
             return torch.zeros_like(square)
         known = (state["count"] / (state["count"] + 8))[:, None]
-        rare = (1 - 3 * known * state["activity"].square()).clamp_min(0)
-        return self.damping * square + rare / 3 * square.mean(-1, keepdim=True)
+        rare = state["activity"].square().mul_(-3 * known).add_(1).clamp_min_(0)
+        return rare.mul_(square.mean(-1, keepdim=True) / 3).add_(square, alpha=self.damping)
 
     def map(self, state: State) -> LinearMap:
         like = state.block.tensors
@@ -211,12 +211,10 @@ class InputSide(Preconditioner):
 
     @staticmethod
     def _of(part: LayerPart, state: State) -> dict[str, Tensor]:
+        if not part.number:
+            return {k: v for k, v in state.items() if k != "step" and "." not in k}
         suffix = _key("", part)
-        return {
-            k.removesuffix(suffix): v
-            for k, v in state.items()
-            if k != "step" and k.endswith(suffix) and _number(k) == part.number
-        }
+        return {k.removesuffix(suffix): v for k, v in state.items() if k.endswith(suffix)}
 
 
 # Asked for in each step, several times.
@@ -226,11 +224,6 @@ _PARTS: weakref.WeakKeyDictionary[Block, dict[InputSide, list[LayerPart]]] = wea
 def _key(name: str, part: LayerPart) -> str:
     """The first weight of a block has plain keys; further ones are numbered."""
     return f"{name}.{part.number}" if part.number else name
-
-
-def _number(key: str) -> int:
-    _, dot, number = key.rpartition(".")
-    return int(number) if dot else 0
 
 
 def _variance(spread: Tensor, like: Tensor) -> Tensor:
