@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -18,7 +18,7 @@ from precond.preconditioners.rms import RMS
 from precond.preconditioners.roots import inverse_root
 
 if TYPE_CHECKING:
-    from precond.inputs.observer import Seen as Inputs
+    from precond.inputs import Moments, Request
     from precond.momentum import Momentum
 
 _TINY = 1e-37  # the least ‖m‖ that m is divided by
@@ -117,7 +117,7 @@ class Polar(Preconditioner):
         return 3000 * n**2 + 5 * n**3 <= 6 * float(state["size"]) * A * B
 
     @staticmethod
-    def hear(state: State, inputs: Inputs | None) -> None:
+    def hear(state: State, inputs: Mapping[tuple[str, Request], Moments] | None) -> None:
         """Keep the largest number N of samples that a step has shown of the layer; 0: not known."""
         for (name, _), found in (inputs or {}).items():
             if any(site.name == name for site in state.block.leaves[0].sites):
