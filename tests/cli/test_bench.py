@@ -78,7 +78,7 @@ def test_a_race(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (task,) = load_results(tmp_path / "results.json").tasks
     assert (task.name, task.reference, task.target.part) == ("logistic, wine", REFERENCE, "train")
     assert not any(entry.error for entry in task.entries)
-    assert {entry.search[0].lr for entry in task.entries} == {1e-3, 2.5e-3, 3e-3, 0.1}  # each one's own
+    assert {entry.search[0].lr for entry in task.entries} == {1e-3, 2.5e-3, 3e-3, 0.01, 0.1}  # each one's own
     assert ratios(task, "step")[REFERENCE].value == 1.0
     assert "schedule-free" in (tmp_path / "summary.md").read_text()
     shown = capsys.readouterr()

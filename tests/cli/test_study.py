@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from precond.cli import study
 from precond.cli.folder import Folder
 from precond.cli.launch import Where, launch
 from precond.cli.study import Job, Study
@@ -169,17 +170,40 @@ def test_what_fails_is_reported_with_its_error_and_the_others_go_on(whole: Path)
         assert words in page
 
 
+class Silent:
+    """A watcher that notes which trainings are part of a search."""
+
+    def started(self, job: Job) -> None:
+        READ.append("search" if job.is_trial else "final")
+
+    def stepped(self, step: int, loss: object) -> bool:
+        return False
+
+    def finished(self, job: Job, outcome: Outcome, known: bool) -> None: ...
+    def chosen(self, title: str, entrant: Any, trials: tuple[Trial, ...], lr: float) -> None: ...
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [([0.5, 0.1, 0.2], 0.2), ([1.5, 0.1, 0.2], 1.5)])
+def test_a_short_training_is_timed_several_times(
+    seconds: list[float], expected: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps that warm up, two trials, and the training whose seconds are given."""
+    left, train = iter([9.0, 9.0, 9.0, *seconds]), study.train
+
+    def timed(*args: Any, **more: Any) -> Any:
+        outcome, model = train(*args, **more)
+        outcome.curve.cpu_seconds[-1] = next(left)
+        return outcome, model
+
+    monkeypatch.setattr(study, "train", timed)
+    contender = Contender(parse_entrants("sgd")[0], lambda: Factory("mine:made", made), SPACE)
+    found = Study([Task("mine", (contender,), PLAN, (0,), Search(2), timings=3)]).run(Folder(tmp_path, 1e9), Silent())
+    curve = found[0].entries[0].runs[0].curve
+    assert curve.cpu_seconds[-1] == expected and len(curve.cpu_seconds) == len(curve.step)
+    assert len(list(left)) == (0 if expected < 1 else 2)
+
+
 def test_the_search_does_not_read_the_test_part(tmp_path: Path) -> None:
-    class Silent:
-        def started(self, job: Job) -> None:
-            READ.append("search" if job.is_trial else "final")
-
-        def stepped(self, step: int, loss: object) -> bool:
-            return False
-
-        def finished(self, job: Job, outcome: Outcome, known: bool) -> None: ...
-        def chosen(self, title: str, entrant: Any, trials: tuple[Trial, ...], lr: float) -> None: ...
-
     READ.clear()
     contender = Contender(parse_entrants("sgd")[0], lambda: Factory("mine:made", made), SPACE)
     Study([Task("mine", (contender,), PLAN, (0, 1), Search(3))]).run(Folder(tmp_path, 1e9), Silent())

@@ -60,6 +60,30 @@ def test_with_a_root_of_every_step_it_is_the_polar_factor() -> None:
     torch.testing.assert_close(before - layer.weight, U @ Vh, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("samples", [64, 6400])
+def test_a_layer_of_many_samples_takes_the_polar_factor_in_each_step(samples: int, engine: str) -> None:
+    """4 rows, 6 columns with the bias: a root costs 3000·4² + 5·4³ operations, the layer 6·N·24."""
+    torch.manual_seed(0)
+    layer, momentum = nn.Linear(5, 4).double(), Momentum(0.7, "heavy_ball")
+    P = BNP(decay=0.0, damping=0.0) @ Polar(every=5, damping=0.0)
+    optimizer = PreconditionedGD(layer, lr=0.1, preconditioner=P, momentum=momentum, engine=engine)
+    m, same = torch.zeros(4, 6, dtype=torch.float64), []
+    for _ in range(7):
+        x, before = torch.randn(samples, 5, dtype=torch.float64) + 1, matrix(layer, "data")
+        optimizer.zero_grad()
+        (layer(x) ** 2 + layer(x) @ torch.randn(4, 4, dtype=torch.float64)).mean().backward()
+        m = 0.7 * m + matrix(layer)
+        optimizer.step()
+        mean, std = x.mean(0), x.std(0, correction=0)
+        P1 = torch.diag(torch.cat([1 / std, std.new_ones(1)]))  # rows (w, b) = z P₁ᵀ
+        P1[5, :5] = -mean / std
+        U, _, Vh = torch.linalg.svd(m @ P1, full_matrices=False)
+        moved = (before - matrix(layer, "data")) / 0.1 @ torch.linalg.inv(P1).T
+        same.append(bool((moved / moved.norm() - U @ Vh / 2).abs().max() < 1e-8))
+    assert same == ([True] * 7 if samples == 6400 else [True, False, False, False, False, False, False])
+
+
 def net(bias: bool = True) -> nn.Sequential:
     torch.manual_seed(3)
     return nn.Sequential(

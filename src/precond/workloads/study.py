@@ -60,6 +60,7 @@ class Task:
         target: the loss to be reached, where it is given.
         target_part: the part of the data on which the loss is to be reached.
         allowance: by so much of itself the target lies above the reference's best loss.
+        timings: seconds of a reported training that takes less than one are the medians of so many equal ones.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Task:
     allowance: float = 0.1
     target: float | None = None
     target_part: Literal["validation", "train"] = "validation"
+    timings: int = 1
 
     @property
     def amount(self) -> int:
