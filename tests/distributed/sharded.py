@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from distributed.training import Setting, build, contents, fit
-from precond import BNP, RMS, Dense, Diagonal, Fixed, GradientNorm, LossClosure, PreconditionedGD, Route
+from precond import BNP, RMS, Dense, Diagonal, Fixed, GradientNorm, LossClosure, PreconditionedGD, Route, auto, soap
 
 
 def shapes(setting: Setting) -> dict[str, Any]:
@@ -143,6 +143,8 @@ REFUSED: dict[str, Any] = {
     "Dense": lambda m: PreconditionedGD(m, preconditioner=Fixed(Dense(torch.eye(8)))),
     "Diagonal": lambda m: PreconditionedGD(m, preconditioner=Fixed(Diagonal((torch.ones(2, 3), torch.ones(2))))),
     "routed": lambda m: PreconditionedGD(m, preconditioner=Route([("*", BNP() @ Fixed(Dense(torch.eye(8))))])),
+    "auto": lambda m: auto(m),
+    "soap": lambda m: soap(m),
     "exact": lambda m: PreconditionedGD(m, preconditioner=RMS(), regularizers=[GradientNorm(0.1, method="exact")]),
 }
 

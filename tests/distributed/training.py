@@ -29,8 +29,12 @@ from precond import (
     Whitening,
     adagrad,
     adamw,
+    auto,
+    muon,
     rmsprop,
     sgd,
+    shampoo,
+    soap,
 )
 
 STEPS = 4
@@ -86,6 +90,17 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], PreconditionedGD]] = {
     "gradient norm, q=∞": lambda m: _bnp(m, RMS(eps=EPS), GradientNorm(0.001, q=float("inf"), damping=0.0)),
     "gradient norm, exact": lambda m: _bnp(m, BNP(damping=0.0) @ RMS(eps=EPS), GradientNorm(0.002, method="exact")),
 }
+WHOLE: dict[str, Callable[[nn.Module], PreconditionedGD]] = {
+    "auto": lambda m: auto(m, lr=0.01),
+    "auto, loop": lambda m: auto(m, lr=0.01, engine="loop"),
+    "auto, SAM": lambda m: auto(m, lr=0.01, regularizers=[SAM(0.1, space="p")]),
+    "muon": lambda m: muon(m, lr=0.01, arithmetic="full"),
+    # The larger side of a gradient has a null space, in which a basis is whatever rounding makes it.
+    "soap": lambda m: soap(m, lr=0.01, eps=EPS, precondition_frequency=2, sides="smaller"),
+    "shampoo": lambda m: shampoo(m, lr=0.01, precondition_frequency=2),
+}
+# Matrices as a whole: under DDP alone.
+OPTIMIZERS |= WHOLE
 
 
 def _bnp(model: nn.Module, preconditioner, *regularizers, **options) -> PreconditionedGD:
