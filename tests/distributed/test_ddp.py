@@ -27,8 +27,7 @@ def check(ranks: Pool, setting: Setting, rtol: float = 1e-6, atol: float = 1e-8)
 @pytest.mark.parametrize("shares", [(6, 6), (9, 3)], ids=str)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_two_ranks_are_one_process(ranks, optimizer, shares):
-    # An eigenvector is known to rounding over the distance of its eigenvalue from the next.
-    check(ranks, Setting(optimizer, shares), **({"rtol": 1e-3, "atol": 1e-4} if optimizer == "soap" else {}))
+    check(ranks, Setting(optimizer, shares))
 
 
 @pytest.mark.parametrize("optimizer", ["BNP", "BNP @ RMS", "SAM"])

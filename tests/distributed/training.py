@@ -34,7 +34,6 @@ from precond import (
     rmsprop,
     sgd,
     shampoo,
-    soap,
 )
 
 STEPS = 4
@@ -95,8 +94,6 @@ WHOLE: dict[str, Callable[[nn.Module], PreconditionedGD]] = {
     "auto, loop": lambda m: auto(m, lr=0.01, engine="loop"),
     "auto, SAM": lambda m: auto(m, lr=0.01, regularizers=[SAM(0.1, space="p")]),
     "muon": lambda m: muon(m, lr=0.01, arithmetic="full"),
-    # The larger side of a gradient has a null space, in which a basis is whatever rounding makes it.
-    "soap": lambda m: soap(m, lr=0.01, eps=EPS, precondition_frequency=2, sides="smaller"),
     "shampoo": lambda m: shampoo(m, lr=0.01, precondition_frequency=2),
 }
 # Matrices as a whole: under DDP alone.
