@@ -28,10 +28,10 @@ RESULTS = [
 
 def test_z_is_paired_with_p():
     text = study_markdown(SETTINGS, RESULTS, "precond verify --experiment z-versus-p")
-    assert "| SAM in z, δ = 0.1 | **-0.050 ± 0.000** |" in text
+    assert "| SAM in z, δ = 0.1 | **-0.0500 ± 0.0000** |" in text
     assert "| SAM in z, δ = 0.1 | z diverged in 8 of 8 |" in text
     assert "| L2 in z | – |" in text  # L2 in p is missing
-    assert "| SAM in p | 0.01 | 0.1 | 0.450 ± 0.205 | 90.0 ± 0.0 % | 0.900 ± 0.410 | 0.500 ± 0.000 |" in text
+    assert "| SAM in p | 0.01 | 0.1 † | 0.450 ± 0.205 | 90.0 ± 0.0 % | 0.900 ± 0.410 | 0.500 ± 0.000 |" in text
     assert "fashion-mnist-adam" not in text  # not measured yet
 
 

@@ -78,7 +78,8 @@ def study_markdown(settings: Sequence[Setting], results: Sequence[Result], comma
         f"{study.EPOCHS} epochs, with a learning rate that falls to a twentieth. Each method had {searched} trials (learning rate and "
         f"strength, {len(study.SEARCH_SEEDS)} seeds each, the loss on the validation part decides); then {len(study.SEEDS)} other seeds, "
         "each with its own draw of examples, were trained at what it found, and again at multiples of the strength. Losses and "
-        "accuracies are those of the test part, mean ± half the 95 % confidence interval over seeds; ∞ where a training diverged.",
+        "accuracies are those of the test part, mean ± half the 95 % confidence interval over seeds; ∞ where a training diverged; † a strength "
+        "at an end of those tried.",
         "",
         "- SAM takes the gradient g(p + d), the gradient norm of length ρ takes ½g(p) + ½g(p + d), both with ‖d‖ = ρ in either space, so that "
         "only the direction of d differs: g in p, M g in z.",
@@ -103,7 +104,8 @@ def study_markdown(settings: Sequence[Setting], results: Sequence[Result], comma
         ]
         for r in some.values():
             accuracy, width = (100 * x for x in study.interval([s.accuracy for s in r.scores]))
-            strength = number(r.strength) if r.stronger else "–"
+            ends = {pick(t.strength for t in r.trials) for pick in (min, max)}
+            strength = number(r.strength) + " †" * (r.strength in ends) if r.stronger else "–"
             beyond = [_interval(losses) for losses in r.stronger] or ["–"] * len(study.FACTORS)
             loss = _interval([s.test for s in r.scores])
             lines.append(_row([r.method, number(r.lr), strength, loss, f"{accuracy:.1f} ± {width:.1f} %", *beyond]))
@@ -111,7 +113,8 @@ def study_markdown(settings: Sequence[Setting], results: Sequence[Result], comma
         "",
         "## z against p",
         "",
-        "Differences of test losses, seed by seed; negative: z is better; in bold where the interval leaves zero out.",
+        "Differences of test losses, seed by seed; negative: z is better; in bold where the 95 % interval leaves zero out, which for one in "
+        "twenty it does by chance.",
     ]
     lines += _differences(
         settings, "At the strength found", {(r.setting, r.method): [s.test for s in r.scores] for r in results}
@@ -137,7 +140,7 @@ def _difference(z: Sequence[float], p: Sequence[float]) -> str:
     if any(bad):
         return " and ".join(f"{name} diverged in {n} of {len(z)}" for name, n in zip("zp", bad, strict=True) if n)
     middle, width = study.difference(z, p)
-    text = f"{middle:+.3f} ± {width:.3f}"
+    text = f"{middle:+.4f} ± {width:.4f}"
     return f"**{text}**" if abs(middle) > width else text
 
 
