@@ -36,10 +36,10 @@ def test_z_is_paired_with_p():
 
 
 def test_what_is_written_is_read_and_is_json(tmp_path):
-    save_study(tmp_path, SETTINGS, RESULTS, {"torch": "2"}, "precond verify")
+    save_study(tmp_path, SETTINGS, RESULTS[1:] + RESULTS[:1], {"torch": "2"}, "precond verify")
     file = tmp_path / "results.json"
     json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert list(load_study(file, SETTINGS)) == RESULTS
+    assert list(load_study(file, SETTINGS)) == [RESULTS[2], *RESULTS[:2]]  # in the order of the methods
     assert load_study(tmp_path / "none.json", SETTINGS) == ()
 
 

@@ -28,7 +28,7 @@ EPOCHS = 60
 LENGTHS = (0.05, 0.1, 0.2, 0.5, 1.0)
 DECAYS = {"p": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1), "z": (1e-4, 1e-3, 1e-2, 1e-1, 1.0)}
 # λ in p; in z, k = 4λ/α, the multiple of the penalty that plain preconditioned descent implies.
-NORMS = {"p": (1e-3, 1e-2, 1e-1, 1.0, 10.0), "z": (1 / 16, 1 / 2, 4.0, 32.0, 256.0)}
+NORMS = {"p": (1e-3, 1e-2, 1e-1, 1.0, 10.0), "z": (2**-12, 2**-8, 2**-4, 1.0, 16.0)}
 FACTORS = (2, 4)
 SEARCH_SEEDS, SEEDS = (100, 101), tuple(range(8))
 # Two-sided 95 % quantile of Student's t with 7 degrees of freedom.

@@ -63,6 +63,8 @@ def save_study(
     Raises:
         WriteError: where they cannot be written.
     """
+    order = [(s.name, m.label) for s in settings for m in study.methods()]
+    results = sorted(results, key=lambda r: order.index((r.setting, r.method)))
     found = {"command": command, **facts, "design": design(settings), "results": [_finite(asdict(r)) for r in results]}
     write_atomically(folder / "results.json", (json.dumps(found, indent=0, ensure_ascii=False) + "\n").encode())
     write_atomically(folder / "z-versus-p.md", study_markdown(settings, results, command).encode())
