@@ -2,7 +2,7 @@
 
 Times are CPU time of one thread, so that other work on the machine counts as little as can be.
 
-python benchmarks/curvature.py [products] [ends] [kappa]
+python benchmarks/curvature.py [products] [ends] [kappa] [limit]
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from precond import vec
 from precond.curvature import Objective, condition_number, eigenvalues, hessian, to_scipy
+from precond.curvature.products import CurvatureMap
 from precond.curvature.symmetric import stacked
 from precond.workloads import load_data
 
@@ -78,7 +79,9 @@ def products(available: dict[str, ModuleType]) -> None:
         flat, objective = vec.flatten(v), Objective(model, CROSS, [(x, y)])
         H = hessian(objective)
         block = stacked([tuple(torch.randn_like(p) for p in params) for _ in range(8)])
-        run: dict[str, Callable[[], object]] = {"gradient": gradient_of(model, x, y), "product": lambda H=H, v=v: H.mv(v)}
+        kept = lambda f=model, x=x, y=y, p=params: torch.autograd.grad(CROSS(f(x), y), p, create_graph=True)  # noqa: E731
+        run: dict[str, Callable[[], object]] = {"gradient": gradient_of(model, x, y), "gradient, its graph kept": kept}
+        run["product"] = lambda H=H, v=v: H.mv(v)
         run["8 vectors as a block"] = lambda H=H, block=block: H.mm(block)
         run["set-up"] = lambda o=objective: hessian(o)._graph(0)
         if "curvlinops" in available:
@@ -189,40 +192,51 @@ def ends(available: dict[str, ModuleType]) -> None:
     print(table(rows))
 
 
+def penalized(widths: tuple[int, ...], lam: float = 5e-4) -> CurvatureMap:
+    """The Hessian of a penalized tanh network on 500 digits, in float64, after up to 3,000 iterations of L-BFGS."""
+    data = load_data("digits").parts["train"]
+    x, y = data.inputs[:500].flatten(1).double(), data.targets[:500]
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b), nn.Tanh()]
+    model = nn.Sequential(*layers[:-1]).double()
+    params = list(model.parameters())
+    opt = torch.optim.LBFGS(
+        params,
+        max_iter=3000,
+        max_eval=6000,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-8,
+        tolerance_change=0,
+        history_size=50,
+    )
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        return CROSS(out, y) + lam / 2 * sum(p.square().sum() for p in params)
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        value = loss(model(x), y)
+        value.backward()
+        return value
+
+    opt.step(closure)
+    return hessian(Objective(model, loss, (x, y)))
+
+
+def size(H: CurvatureMap) -> int:
+    return sum(t.numel() for t in H.like)
+
+
 def kappa(available: dict[str, ModuleType]) -> None:
     """κ of penalized tanh networks at their minimum, to 1e-8 in float64."""
     from scipy.sparse.linalg import LinearOperator, eigsh
 
-    data = load_data("digits").parts["train"]
-    x, y = data.inputs[:500].flatten(1).double(), data.targets[:500]
     rows = [["parameters", "κ", "bound", "method", "products", "CPU s"]]
-    for widths, lam in (((64, 27, 10), 5e-4), ((64, 134, 10), 5e-4), ((64, 277, 277, 10), 5e-4)):
-        torch.manual_seed(0)
-        layers: list[nn.Module] = []
-        for a, b in pairwise(widths):
-            layers += [nn.Linear(a, b), nn.Tanh()]
-        model = nn.Sequential(*layers[:-1]).double()
-        params = list(model.parameters())
-        n = sum(p.numel() for p in params)
-        loss = lambda out, y, params=params, lam=lam: CROSS(out, y) + lam / 2 * sum(p.square().sum() for p in params)  # noqa: E731
-        opt = torch.optim.LBFGS(
-            params,
-            max_iter=3000,
-            max_eval=6000,
-            line_search_fn="strong_wolfe",
-            tolerance_grad=1e-8,
-            tolerance_change=0,
-            history_size=50,
-        )
-
-        def closure(opt=opt, model=model, loss=loss):
-            opt.zero_grad()
-            value = loss(model(x), y)
-            value.backward()
-            return value
-
-        opt.step(closure)
-        H = hessian(Objective(model, loss, (x, y)))
+    for widths in ((64, 27, 10), (64, 134, 10), (64, 277, 277, 10)):
+        H = penalized(widths)
+        n = size(H)
         start = time.process_time()
         found = condition_number(H, tol=1e-8, method="lanczos", max_products=2000)
         seconds = time.process_time() - start
@@ -243,13 +257,53 @@ def kappa(available: dict[str, ModuleType]) -> None:
     print(table(rows))
 
 
+def smallest_degree(values: Tensor, tol: float, seed: int) -> int:
+    """Products until the best that a Krylov space of a random start holds gives κ to ``tol``, from the dense spectrum.
+
+    Both extreme Ritz values of exact Lanczos are the best Rayleigh quotients in that space, so that no method with as many
+    products and this start has better ones; it stops by the true error, which a method without the spectrum cannot see.
+    """
+    from scipy.linalg import eigvalsh_tridiagonal
+
+    q = torch.randn(len(values), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    basis, diagonal, off = [q / q.norm()], [], []
+    exact = values[-1] / values[0]
+    while True:
+        w = values * basis[-1]
+        diagonal.append(float(w @ basis[-1]))
+        Q = torch.stack(basis)
+        for _ in range(2):
+            w = w - Q.T @ (Q @ w)
+        ritz = eigvalsh_tridiagonal(diagonal, off) if off else diagonal
+        if abs(ritz[-1] / ritz[0] / exact - 1) <= tol:
+            return len(diagonal)
+        off.append(float(w.norm()))
+        basis.append(w / w.norm())
+
+
+def limit(available: dict[str, ModuleType]) -> None:
+    """How few products κ can be had for from a Krylov space, beside those taken."""
+    rows = [["parameters", "κ", "gap of λ_min / λ_max", "least products, five starts", "precond"]]
+    for widths in ((64, 27, 10), (64, 134, 10)):
+        H = penalized(widths)
+        values = torch.linalg.eigvalsh(H.to_dense())
+        least = sorted(smallest_degree(values, 1e-8, seed) for seed in range(5))
+        found = condition_number(H, tol=1e-8, method="lanczos", max_products=2000)
+        gap = (values[1] - values[0]) / values[-1]
+        rows.append(
+            [f"{len(values):,}", f"{values[-1] / values[0]:.6e}", f"{gap:.1e}", ", ".join(map(str, least)), str(found.products)]
+        )
+        print(*rows[-1], file=sys.stderr, flush=True)
+    print(table(rows))
+
+
 def main() -> None:
     warnings.filterwarnings("ignore", message=".*backward\\(\\) with create_graph=True.*")
     torch.set_num_threads(1)
     available = peers()
     for name in sys.argv[1:] or ["products", "ends", "kappa"]:
         print(f"\n{name}")
-        {"products": products, "ends": ends, "kappa": kappa}[name](available)
+        {"products": products, "ends": ends, "kappa": kappa, "limit": limit}[name](available)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 from html.parser import HTMLParser
 
-from precond.evidence import Bars, Finding, Line, Plot, Section, Statement, study
-from precond.report.evidence import markdown, render_evidence, save_evidence, study_markdown
+from precond.evidence import Bars, Finding, Line, Plot, Section, Statement
+from precond.report.evidence import markdown, render_evidence, save_evidence
 
 PLOT = Plot("α", "rate", (Line("measured", (0.1, 1.0), (0.5, 0.2), True), Line("predicted", (0.1, 1.0), (0.5, 0.2))), "xy")
 SECTIONS = [
@@ -49,15 +49,3 @@ def test_the_table_keeps_its_columns():
 def test_both_are_written(tmp_path):
     save_evidence(tmp_path / "new", SECTIONS, {}, "precond verify")
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["evidence.html", "verify.md"]
-
-
-def test_the_study_pairs_z_with_p():
-    def result(name, losses):
-        return study.Result(name, 0.01, 0.1, 12, tuple(study.Score(x, x, 0.9) for x in losses), tuple(2 * x for x in losses))
-
-    losses = [0.1 * k for k in range(1, 9)]
-    results = [result("SAM in p", losses), result("SAM in z, δ = 0.1", [x - 0.05 for x in losses]), result("L2 in z", losses)]
-    text = study_markdown(results, "precond verify --experiment z-versus-p")
-    assert "| SAM in z, δ = 0.1 | -0.0500 ± 0.0000 |" in text
-    assert "| L2 in z | " in text and "| L2 in z | +" not in text  # L2 in p is missing
-    assert "| SAM in p | 0.01 | 0.1 | 0.450 ± 0.205 | 90.0 ± 0.0 % | 0.900 ± 0.410 |" in text

@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
-from precond.evidence import Bars, Plot, Section, Statement, study
+from precond.evidence import Bars, Plot, Section, Statement
 from precond.report.rendering import render_template
 from precond.report.style import log_axis, pen, svg
 from precond.workloads import write_atomically
@@ -195,51 +195,3 @@ def _bars(axes: Axes, bars: Bars) -> None:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(bars.x)
     log_axis(axes.xaxis)
-
-
-def study_markdown(results: Sequence[study.Result], command: str) -> str:
-    """The study of z against p as a table, then the differences of pairs."""
-    found = {r.method: r for r in results}
-    lines = [
-        "# Does regularizing in z beat regularizing in p?",
-        "",
-        f"What `{command}` measures. A network 64–64–10 with ReLU learns {study.TRAIN} of scikit-learn's digits with Adam, "
-        f"{study.EPOCHS} epochs in batches of {study.BATCH}. Each method had {results[0].trials} trials (learning rate and strength, "
-        f"{len(study.SEARCH_SEEDS)} seeds each, the loss on {study.VALIDATION} validation images decides); then {len(study.SEEDS)} other "
-        "seeds, each with its own split, were trained at what it found. SAM and gradient norms move p by the same Euclidean length in both "
-        "spaces, so that only the direction differs; δ is the damping of M inside the penalty. Test values, mean ± half the 95 % confidence "
-        "interval over seeds.",
-        "",
-        "| Method | lr | strength | loss | accuracy | loss at twice the strength |",
-        "|---|---|---|---|---|---|",
-    ]
-    for r in results:
-        twice = _interval(r.doubled) if r.method != "none" else "–"
-        accuracy, width = (100 * x for x in study.interval([s.accuracy for s in r.scores]))
-        cells = (
-            r.method,
-            number(r.lr),
-            number(r.strength) if r.method != "none" else "–",
-            _interval([s.test for s in r.scores]),
-        )
-        lines.append(f"| {' | '.join(cells)} | {accuracy:.1f} ± {width:.1f} % | {twice} |")
-    lines += ["", "Differences of test losses, seed by seed (negative: z is better):", "", "| | z − p |", "|---|---|"]
-    for name, other in ((n, n.partition(" in z")[0] + " in p") for n in found if " in z" in n):
-        if other in found:
-            middle, width = study.difference(found[name], found[other])
-            lines.append(f"| {name} | {middle:+.4f} ± {width:.4f} |")
-    return "\n".join(lines) + "\n"
-
-
-def save_study(folder: Path, results: Sequence[study.Result], command: str) -> None:
-    """Write z-versus-p.md.
-
-    Raises:
-        WriteError: where it cannot be written.
-    """
-    write_atomically(folder / "z-versus-p.md", study_markdown(results, command).encode())
-
-
-def _interval(values: Sequence[float]) -> str:
-    middle, width = study.interval(values)
-    return f"{middle:.3f} ± {width:.3f}"
