@@ -28,6 +28,7 @@ from precond.diagnostics.advice import number
 from precond.diagnostics.diagnosis import LABELS, Matrix, block_texts
 from precond.report.diagnosis import save_diagnosis
 from precond.report.environment import machine, versions
+from precond.report.results import to_json
 from precond.workloads import Entrant, load_workload, parse_entrants, write_atomically
 from precond.workloads.factory import import_factory
 from precond.workloads.models import Activation, Architecture, Kind, Normalization
@@ -103,7 +104,7 @@ class Diagnose:
         with as_user_errors():
             save_diagnosis(folder / "diagnosis.html", found, f"precond diagnose: {self.target}", facts, line)
             content = json.dumps(
-                _plain({"command": line, "facts": facts, **found.as_dict()}), ensure_ascii=False, indent=1, allow_nan=False
+                to_json({"command": line, "facts": facts, **found.as_dict()}), ensure_ascii=False, indent=1, allow_nan=False
             )
             write_atomically(folder / "diagnosis.json", content.encode())
         console = Console(highlight=False)
@@ -205,15 +206,6 @@ def _limited(batches: Any, examples: int) -> list[Any]:
         if count >= examples:
             break
     return found
-
-
-def _plain(x: Any) -> Any:
-    """JSON has no NaN and no inf: null."""
-    if isinstance(x, dict):
-        return {key: _plain(value) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return [_plain(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def show(found: Diagnosis, console: Console) -> None:

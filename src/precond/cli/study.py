@@ -161,8 +161,8 @@ class Study:
             else:
                 if not job.is_trial:
                     _time_again(job, outcome, task.timings)
-                if self.model_path is not None and not job.is_trial:
-                    _save_model(self.model_path, model)
+                    if self.model_path is not None:
+                        _save_model(self.model_path, model)
                 folder.finish(job.slug, outcome)
         watcher.finished(job, outcome, known)
         return outcome

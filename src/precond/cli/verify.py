@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -79,7 +79,7 @@ class Verify:
         return 0 if as_expected(parts) else 1
 
     def _study(self, console: Console, only: Sequence[str], argv: Sequence[str]) -> int:
-        settings = study.settings(self._fashion)
+        settings = study.settings(partial(_fashion_mnist, self.data_dir))
         with as_user_errors():
             wanted = [s for s in settings if not only or any(fnmatchcase(s.name, pattern) for pattern in only)]
             if not wanted:
@@ -103,9 +103,6 @@ class Verify:
             save_study(self.out, settings, found, facts, command)
         console.print(Text(f"Saved in {self.out}: results.json, z-versus-p.md"), soft_wrap=True)
         return 0
-
-    def _fashion(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return _fashion_mnist(self.data_dir)
 
 
 @cache

@@ -83,8 +83,8 @@ class PolarStep:
             z = tuple(p) if self.outer is None else self.outer.map(cell.state["outer"]).solve(tuple(p))
             self.P.measure(state, augmented(z))
         rows, columns = X.shape[0], X.shape[1] + len(p) - 1
-        if first or self.P.due(state, (rows, columns)):
-            self._renew(state, P1, X, bias, space, first or self.P.exact(state, (rows, columns)))
+        if share := self.P.share(state, (rows, columns), first):
+            self._renew(state, P1, X, bias, space, share)
         step, size = self._wide if rows <= columns else self._tall, 1.0
         dW, db, norm = step(state, P1, X, bias, space)
         if not _LEAST < norm < _MOST:
@@ -142,7 +142,7 @@ class PolarStep:
         X.copy_(m[:, : X.shape[1]])
         return X, None if bias is None else m[:, -1].contiguous(), float(size)
 
-    def _renew(self, state: State, P1: _Outer | None, X: Tensor, bias: Tensor | None, space: _Space, alone: bool) -> None:
+    def _renew(self, state: State, P1: _Outer | None, X: Tensor, bias: Tensor | None, space: _Space, share: float) -> None:
         """Take the root of z₁'s momentum Z = [XR, m_b]; of a wide layer ZZᵀ = X·RRᵀ·Xᵀ + m_b m_bᵀ."""
         wide = X.shape[0] <= X.shape[1] + (bias is not None)
         if wide and P1 is not None and P1.gram is not None:
@@ -152,16 +152,20 @@ class PolarStep:
             if bias is not None:
                 gram.addr_(bias, bias)
         else:
-            Z = X if P1 is None or P1.factor is None else X @ P1.factor
-            Z = Z if bias is None else torch.cat([Z, bias[:, None]], 1)
+            Z = self._in_z1(X, bias, P1)
             gram = Z @ Z.T if wide else Z.T @ Z
         square = float(gram.trace())
         if _LEAST**2 < square < _MOST**2:
-            self.P.fold(state, gram.div_(square), alone)
+            self.P.fold(state, gram.div_(square), share)
         else:
             X, bias, _ = self._unit(X.clone(), bias)
-            Z = X if P1 is None or P1.factor is None else X @ P1.factor
-            self.P.renew(state, Z if bias is None else torch.cat([Z, bias[:, None]], 1), alone)
+            self.P.renew(state, self._in_z1(X, bias, P1), share)
+
+    @staticmethod
+    def _in_z1(X: Tensor, bias: Tensor | None, P1: _Outer | None) -> Tensor:
+        """Z = [XR, m_b]."""
+        Z = X if P1 is None or P1.factor is None else X @ P1.factor
+        return Z if bias is None else torch.cat([Z, bias[:, None]], 1)
 
     def _outer(self, cell: Cell) -> _Outer | None:
         """What P₁ is made of; made again where its statistics have changed."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+Kind = Literal["moments", "covariance"]
+Conv = Literal["channel", "patch"]
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,12 @@ class Request:
         conv: one feature per input ``"channel"``, over batch and positions, or per ``"patch"`` entry, over batch and outputs.
     """
 
-    kind: Literal["moments", "covariance"] = "moments"
-    conv: Literal["channel", "patch"] = "channel"
+    kind: Kind = "moments"
+    conv: Conv = "channel"
+
+
+REQUESTS = tuple(Request(kind, conv) for kind in get_args(Kind) for conv in get_args(Conv))
+"""All that there are."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Moments:
     @property
     def variance(self) -> Tensor:
         """σ², shape (groups, n)."""
-        return self.spread if self.spread.ndim == self.mean.ndim else self.spread.diagonal(dim1=-2, dim2=-1)
+        return variances(self.spread, self.mean)
 
     def raw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(N, Σh, Σh² or Σhhᵀ, Σ|h − c|) in float64, which add over batches and processes."""
@@ -102,6 +109,11 @@ def _moments(x: Tensor, samples: int, center: Tensor | None, full: bool = False)
 def widened(x: Tensor) -> Tensor:
     """float32, or float64 where it is that: 300² overflows float16."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def variances(spread: Tensor, like: Tensor) -> Tensor:
+    """The variances in a spread of either kind, of the shape of ``like``."""
+    return spread if spread.ndim == like.ndim else spread.diagonal(dim1=-2, dim2=-1)
 
 
 def outer(mean: Tensor, like: Tensor) -> Tensor:

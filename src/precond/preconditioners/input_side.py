@@ -14,6 +14,7 @@ from torch import Tensor
 from precond import blocks
 from precond.blocks import Block, Leaf, State
 from precond.inputs import Moments, Request, Site
+from precond.inputs.moments import variances
 from precond.maps import Identity, Layout, LinearMap, Sliced
 from precond.preconditioners.base import Needs, Part, Preconditioner, Seen
 from precond.vec import Vec
@@ -171,9 +172,9 @@ class InputSide(Preconditioner):
         name = "variance" if "variance" in mine else "covariance"
         gain_ = gain if name == "variance" else gain[..., None]
         # E|h − μ| and E(h − μ)² of all samples about the old μ, and their ratio.
-        variance = _variance(mine[name], delta)
+        variance = variances(mine[name], delta)
         deviation = (mine["activity"] * variance.sqrt()).lerp_(new.deviation, gain)
-        about = variance.lerp(_variance(new.spread, delta) + delta.square(), gain)
+        about = variance.lerp(new.variance + delta.square(), gain)
         mine["activity"].copy_((deviation * about.rsqrt()).nan_to_num_(0.0, 0.0))
         mine[name].lerp_(new.spread, gain_)
         if name == "variance":
@@ -224,8 +225,3 @@ _PARTS: weakref.WeakKeyDictionary[Block, dict[InputSide, list[LayerPart]]] = wea
 def _key(name: str, part: LayerPart) -> str:
     """The first weight of a block has plain keys; further ones are numbered."""
     return f"{name}.{part.number}" if part.number else name
-
-
-def _variance(spread: Tensor, like: Tensor) -> Tensor:
-    """The variances in a spread of either kind."""
-    return spread if spread.ndim == like.ndim else spread.diagonal(dim1=-2, dim2=-1)

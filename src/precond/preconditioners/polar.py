@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 
 from precond import blocks, checks
 from precond.blocks import Block, Leaf, State, state_dtype
+from precond.inputs.moments import REQUESTS
 from precond.maps import Augmented, LinearMap, Scaled, SymmetricKronecker, augmented
 from precond.preconditioners.base import Part, Preconditioner, Seen, placed
 from precond.preconditioners.muon import normalized
 from precond.preconditioners.rms import RMS
-from precond.preconditioners.roots import inverse_root
+from precond.preconditioners.roots import inverse_root, renewed
 
 if TYPE_CHECKING:
     from precond.inputs import Moments, Request
@@ -104,10 +106,11 @@ class Polar(Preconditioner):
         root = zeros(n, n) + torch.eye(n).to(zeros())
         return {"gram": zeros(n, n), "root": root, "norm": zeros(), "length": zeros() + 1, "size": zeros()}
 
-    def due(self, state: State, shape: Sequence[int]) -> bool:
-        """Whether the root is renewed at a step, of a matrix of a shape."""
-        t = int(min(state.steps))
-        return t % self.every == 0 or (t < self.every and t & (t - 1) == 0) or self.exact(state, shape)
+    def share(self, state: State, shape: Sequence[int], first: bool) -> float:
+        """The share of this step's m mᵀ in L, of a matrix of a shape; 0: L and its root stay."""
+        if first or self.exact(state, shape):
+            return 1.0
+        return 1 - self.decay if renewed(min(state.steps), self.every) else 0.0
 
     @staticmethod
     def exact(state: State, shape: Sequence[int]) -> bool:
@@ -119,8 +122,8 @@ class Polar(Preconditioner):
     @staticmethod
     def hear(state: State, inputs: Mapping[tuple[str, Request], Moments] | None) -> None:
         """Keep the largest number N of samples that a step has shown of the layer; 0: not known."""
-        for (name, _), found in (inputs or {}).items():
-            if any(site.name == name for site in state.block.leaves[0].sites):
+        for site, request in product(state.block.leaves[0].sites, REQUESTS):
+            if inputs and (found := inputs.get((site.name, request))) is not None:
                 torch.maximum(state["size"], found.count.amax(), out=state["size"])
 
     def observe(self, state: State, seen: Seen) -> None:
@@ -128,8 +131,8 @@ class Polar(Preconditioner):
         self.hear(state, seen.inputs)
         if first := self.is_fresh(state):
             self.measure(state, None if seen.position is None else augmented(seen.position()))
-        if first or self.due(state, m.shape):
-            self.renew(state, m, first or self.exact(state, m.shape))
+        if share := self.share(state, m.shape, first):
+            self.renew(state, m, share)
         X, size = normalized(m, _TINY)
         state["norm"].copy_(self.turn(state, X).norm() * size)
 
@@ -143,16 +146,16 @@ class Polar(Preconditioner):
         """Keep how long the rows of the parameters are at first; None: not known."""
         state["length"].fill_(1.0 if z is None else (z.norm() / len(z) ** 0.5).clamp_min(1.0))
 
-    def renew(self, state: State, m: Tensor, alone: bool) -> None:
-        """Fold m/‖m‖ into L, or make L of it alone, and take the root anew; where that fails, the one before stays."""
+    def renew(self, state: State, m: Tensor, share: float) -> None:
+        """Fold m/‖m‖ into L and take the root anew; where that fails, the one before stays."""
         X, _ = normalized(m, _TINY)
-        self.fold(state, X @ X.T if X.shape[0] <= X.shape[1] else X.T @ X, alone)
+        self.fold(state, X @ X.T if X.shape[0] <= X.shape[1] else X.T @ X, share)
 
-    def fold(self, state: State, gram: Tensor, alone: bool) -> None:
+    def fold(self, state: State, gram: Tensor, share: float) -> None:
         """The same, given m mᵀ/‖m‖²."""
         if not bool(gram.isfinite().all()):
             return
-        L = state["gram"].lerp_(gram, 1.0 if alone else 1 - self.decay)
+        L = state["gram"].lerp_(gram, share)
         if (root := inverse_root(L, 0.5, self.damping)) is not None:
             state["root"].copy_(root)
 

@@ -10,6 +10,12 @@ from torch import Tensor
 from precond.maps.eigen import eigh
 
 
+def renewed(step: float, every: int) -> bool:
+    """Whether a root is renewed at a step: 1, 2, 4, 8, … and then each that ``every`` divides."""
+    t = int(step)
+    return t % every == 0 or (t < every and t & (t - 1) == 0)
+
+
 def eigenbasis(S: Tensor) -> tuple[Tensor, Tensor] | None:
     """(eigenvalues, eigenvectors as columns) of S (n, n), the largest first.
 

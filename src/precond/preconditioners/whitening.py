@@ -16,6 +16,7 @@ from precond.inputs.moments import outer
 from precond.maps import Identity, LinearMap, RowMatrix, Standardizing
 from precond.maps.eigen import eigh
 from precond.preconditioners.input_side import InputSide, LayerPart
+from precond.preconditioners.roots import renewed
 from precond.vec import Vec
 
 
@@ -64,19 +65,14 @@ class Whitening(InputSide):
     def request(self) -> Request:
         return Request("covariance", "patch")
 
-    def due(self, step: float) -> bool:
-        """Whether the root is taken after a step."""
-        t = int(step)
-        return t % self.every == 0 or (t < self.every and t & (t - 1) == 0)
-
     def idle(self, step: int) -> bool:
-        return not any(self.due(step + k) for k in range(self.observe_steps))
+        return not any(renewed(step + k, self.every) for k in range(self.observe_steps))
 
     def wants(self, step: int, state: dict[str, Tensor]) -> bool:
         steps, size = self.observe_steps, float(state["size"].min()) if self.samples else 0.0
         if self.samples and size:
             steps = min(steps, math.ceil(self.samples * state["mean"].shape[-1] / size))
-        return any(self.due(step + k) for k in range(steps))
+        return any(renewed(step + k, self.every) for k in range(steps))
 
     def rate(self, step: float, new: Moments) -> float:
         if not self.samples:
@@ -90,9 +86,7 @@ class Whitening(InputSide):
         if self.samples and known:
             # Deviations are from the mean before. About the new one E|h − μ| may be less by |Δμ|: an input that has died, whose mean has
             # moved to where it always is now, deviated much from where it was, and would count as active.
-            own = ((new.deviation - moved.abs()).clamp_min(0) * new.spread.diagonal(dim1=-2, dim2=-1).rsqrt()).nan_to_num_(
-                0.0, 0.0
-            )
+            own = ((new.deviation - moved.abs()).clamp_min(0) * new.variance.rsqrt()).nan_to_num_(0.0, 0.0)
             gain = (new.count / mine["count"]).clamp_min(1 - decay)[:, None]
             mine["activity"].copy_(torch.minimum(mine["activity"], before.lerp(own, gain)))
 
@@ -121,17 +115,6 @@ class Whitening(InputSide):
         std = (variance + added).sqrt()
         return mean, torch.where(std > 0, std, 1.0), added
 
-    def centered(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """(μ, σ̃, C) with C damped and σ̃² its diagonal; with no bias to center with, μ is 0 and C made of E[hhᵀ]."""
-        mean, std, added = self.scales(part, state)
-        C = (
-            state["covariance"].clone()
-            if part.bias is not None
-            else state["covariance"] + outer(state["mean"], state["covariance"])
-        )
-        C.diagonal(dim1=-2, dim2=-1).add_(added)
-        return mean, std, C
-
     def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec) -> LinearMap:
         layout = part.layout(self.request)
         mean, std, _ = self.scales(part, state)
@@ -141,12 +124,15 @@ class Whitening(InputSide):
         return Standardizing(mean, std, like, layout=layout) @ RowMatrix(state["factor"], like, layout)
 
     def refresh(self, state: State) -> None:
-        if not self.due(min(state.steps)):
+        if not renewed(min(state.steps), self.every):
             return
         for part in self.parts(state.block):
             mine = self._of(part, state)
             if bool((mine["count"] >= 2).all()):
-                _, std, K = self.centered(part, mine)
+                mean, K = mine["mean"], mine["covariance"]
+                K = K.clone() if part.bias is not None else K + outer(mean, K)  # with no bias to center with, E[hhᵀ]
+                _, std, added = self.scales(part, mine)
+                K.diagonal(dim1=-2, dim2=-1).add_(added)
                 noise = self.shrinkage * K.shape[-1] * mine["noise"]
                 K.div_(std[..., :, None]).div_((1 + noise)[:, None, None] * std[..., None, :])  # of these (1 − γ)
                 K.diagonal(dim1=-2, dim2=-1).fill_(1.0)  # also of inputs that were always zero

@@ -12,6 +12,7 @@ from typing import Any
 from precond.evidence import study
 from precond.evidence.study import Result, Score, Setting, Trial
 from precond.report.evidence import number
+from precond.report.results import to_json
 from precond.workloads import write_atomically
 
 
@@ -65,7 +66,7 @@ def save_study(
     """
     order = [(s.name, m.label) for s in settings for m in study.methods()]
     results = sorted(results, key=lambda r: order.index((r.setting, r.method)))
-    found = {"command": command, **facts, "design": design(settings), "results": [_finite(asdict(r)) for r in results]}
+    found = {"command": command, **facts, "design": design(settings), "results": [to_json(asdict(r)) for r in results]}
     write_atomically(folder / "results.json", (json.dumps(found, indent=0, ensure_ascii=False) + "\n").encode())
     write_atomically(folder / "z-versus-p.md", study_markdown(settings, results, command).encode())
 
@@ -153,15 +154,6 @@ def _interval(values: Sequence[float]) -> str:
 
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no ∞: a loss that is not finite is null."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _result(entry: dict[str, Any]) -> Result:
