@@ -100,7 +100,7 @@ def test_panels_are_those_of_a_triangular_root(fails: bool, monkeypatch: pytest.
     if fails:
         monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda K: (K, torch.ones(K.shape[:-2])))
     ours, theirs = (trained(lambda m, e=engine: whitening(m, 0.01, inputs=ROOT, engine=e)) for engine in ("fused", "loop"))
-    panels = [len(k._known[1].panels) for k in kernels(ours[1])]
+    panels = [len(k._kept._made.panels) for k in kernels(ours[1])]
     assert panels == [1] * 5 if fails else max(panels) == 8
     torch.testing.assert_close(everything(*ours), everything(*theirs), rtol=1e-8, atol=1e-10)
 
@@ -111,7 +111,7 @@ def test_products_in_16_bits_are_near(monkeypatch: pytest.MonkeyPatch) -> None:
         trained(lambda m, e=engine: whitening(m, 0.01, inputs=ROOT, engine=e), torch.float32, steps=4)
         for engine in ("fused", "loop")
     )
-    assert {k._known[1].factor.dtype for k in kernels(optimizer)} == {torch.bfloat16}
+    assert {k._kept._made.factor.dtype for k in kernels(optimizer)} == {torch.bfloat16}
     for ours, theirs, before in zip(*(m.parameters() for m in (narrow, exact, trained(whitening, steps=0)[0])), strict=True):
         assert 0 < (ours - theirs).norm() <= 0.05 * (theirs - before).norm()
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from precond.blocks import State
-from precond.engine.arrow import layer_of
 from precond.engine.cells import Cell
+from precond.engine.layer import Kept, layer_of
 from precond.engine.workspace import WIDE, WORKSPACE
-from precond.maps import Standardizing
 from precond.momentum import Momentum
 from precond.preconditioners import BNP, RMS, Whitening
 from precond.preconditioners.base import Seen
@@ -58,8 +57,10 @@ class AdamInCoordinates:
     decay: float
     groups: int
     _narrow: bool = True
-    _known: tuple[tuple[int, int], _Outer | None] | None = field(default=None, repr=False)
     _factor: tuple[int, Tensor, Sequence[tuple[int, int]]] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self._kept = Kept(self.P, self._make)
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         torch._foreach_add_(cell.state["step"], 1)
@@ -69,7 +70,7 @@ class AdamInCoordinates:
         outer = cell.state["outer"]
         if cell.inputs:
             self.P.observe(outer, Seen((), cell.inputs))
-        if (P1 := self._outer(outer)) is None:
+        if (P1 := self._kept(outer)) is None:
             self._adam(cell, p, g, lr, self.decay, maximize)
         else:
             self._step(cell, P1, p, g, float(lr), maximize)
@@ -132,29 +133,17 @@ class AdamInCoordinates:
             maximize=maximize,
         )
 
-    def _outer(self, outer: State) -> _Outer | None:
-        """What P₁ is made of, None where it is the identity; made again where its statistics have changed."""
-        version = outer["mean"]._version, outer["factor"]._version if "factor" in outer else 0
-        if self._known is None or self._known[0] != version:  # whichever engine has folded something in
-            self._known = version, self._made(outer)
-        return self._known[1]
-
-    def _made(self, outer: State) -> _Outer | None:
-        if int(outer["count"].min()) < (1 if isinstance(self.P, BNP) else 2):
-            return None
-        (part,) = self.P.parts(outer.block)
-        if isinstance(self.P, BNP):
-            arrow = self.P.part_map(part, outer, outer.block.tensors)
-            assert isinstance(arrow, Standardizing)
-            return _Outer(arrow.mean, 1 / arrow.std, arrow.beta)
-        mean, std, _ = self.P.scales(part, outer)
+    def _make(self, outer: State, mean: Tensor, std: Tensor, beta: float | Tensor) -> _Outer:
+        vectors = mean[:, None], std[:, None].reciprocal(), beta
+        if "factor" not in outer:
+            return _Outer(*vectors)
         R = outer["factor"]
         if self._factor is None or self._factor[0] != R._version:
             n = R.shape[-1]
             count = max(1, n // _PANEL) if not bool(R.tril(-1).any()) else 1
             ends = [n * k // count for k in range(count + 1)]
             self._factor = R._version, R.bfloat16() if self._narrow else R, list(pairwise(ends))
-        return _Outer(mean[:, None], 1 / std[:, None], 1.0, *self._factor[1:])
+        return _Outer(*vectors, *self._factor[1:])
 
 
 def adam_in_coordinates(

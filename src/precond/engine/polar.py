@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from precond.blocks import State
-from precond.engine.arrow import is_plain
 from precond.engine.cells import Cell
+from precond.engine.layer import Kept, is_plain
 from precond.engine.workspace import WIDE, WORKSPACE
 from precond.maps import augmented
 from precond.momentum import Momentum
@@ -59,19 +59,26 @@ class PolarStep:
     """
 
     P: Polar
-    outer: Preconditioner | None
+    outer: BNP | Whitening | None
     momentum: Momentum
     decay: float
     _halves: bool = True
-    _known: tuple[tuple[int, int], _Outer | None] | None = field(default=None, repr=False)
     _gram: tuple[int, Tensor] | None = field(default=None, repr=False)
     _root: tuple[tuple[int, int], Tensor] | None = field(default=None, repr=False)
     _seen: int = field(default=-1, repr=False)
 
+    def __post_init__(self) -> None:
+        if self.outer is not None:
+            self._kept = Kept(self.outer, self._make)
+
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         torch._foreach_add_(cell.state["step"], 1)
         state = cell.state if self.outer is None else cell.state["inner"]
-        P1 = None if self.outer is None else self._outer(cell)
+        P1 = None
+        if self.outer is not None:
+            if cell.inputs:
+                self.outer.observe(cell.state["outer"], Seen((), cell.inputs))
+            P1 = self._kept(cell.state["outer"])
         if maximize:
             g = torch._foreach_neg(g)
         self.momentum.fold(cell.average, tuple(g))
@@ -167,32 +174,14 @@ class PolarStep:
         Z = X if P1 is None or P1.factor is None else X @ P1.factor
         return Z if bias is None else torch.cat([Z, bias[:, None]], 1)
 
-    def _outer(self, cell: Cell) -> _Outer | None:
-        """What P₁ is made of; made again where its statistics have changed."""
-        outer = cell.state["outer"]
-        assert self.outer is not None
-        if cell.inputs:
-            self.outer.observe(outer, Seen((), cell.inputs))
-        version = outer["mean"]._version, outer["factor"]._version if "factor" in outer else 0
-        if self._known is None or self._known[0] != version:
-            self._known = version, self._made(outer)
-        return self._known[1]
-
-    def _made(self, outer: State) -> _Outer | None:
-        if int(outer["count"].min()) == 0:
-            return None
-        (part,) = self.outer.parts(outer.block)  # type: ignore[union-attr]
-        if isinstance(self.outer, BNP):
-            arrow = self.outer.map(outer)
-            mean, std = arrow.mean[0, 0], arrow.std[0, 0]  # type: ignore[attr-defined]
-            return _Outer(mean, 1 / std, mean / std)
-        if int(outer["count"].min()) < 2:
-            return None
-        mean, std, _ = self.outer.scales(part, outer)  # type: ignore[union-attr]
+    def _make(self, outer: State, mean: Tensor, std: Tensor, beta: float | Tensor) -> _Outer:
+        inverse = std[0].reciprocal()
+        if "factor" not in outer:
+            return _Outer(mean[0], inverse, mean[0] * inverse)
         R = outer["factor"][0]
         if self._gram is None or self._gram[0] != R._version:
             self._gram = R._version, (Q := self._narrow(R)) @ Q.T
-        return _Outer(mean[0], 1 / std[0], mean[0] / std[0], R, self._gram[1])
+        return _Outer(mean[0], inverse, mean[0] * inverse, R, self._gram[1])
 
     def _wide(
         self, state: State, P1: _Outer | None, X: Tensor, bias: Tensor | None, space: _Space

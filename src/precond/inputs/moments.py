@@ -96,13 +96,15 @@ def _moments(x: Tensor, samples: int, center: Tensor | None, full: bool = False)
     shift = x.mean(samples) if center is None else center
     d = x - shift.unsqueeze(samples)
     mean = d.mean(samples)
-    deviation = (x if center is None else d).abs().mean(samples)
     if full:
+        deviation = (x if center is None else d).abs().mean(samples)
         d.sub_(mean.unsqueeze(samples))
         # Scaled within the product: another matrix of n² entries in fresh memory would cost half as much again.
         spread = torch.baddbmm(d.new_empty(()), d.mT, d, beta=0, alpha=1 / x.shape[1])
     else:
-        spread = (d.square().mean(samples) - mean.square()).clamp_min_(0)
+        size = d.abs_()  # in place: memory that was never touched costs more than the arithmetic
+        deviation = (x.abs() if center is None else size).mean(samples)
+        spread = size.square_().mean(samples).addcmul_(mean, mean, value=-1).clamp_min_(0)
     return Moments(_count(x, x.shape[samples]), shift + mean, spread, deviation)
 
 
@@ -119,6 +121,11 @@ def variances(spread: Tensor, like: Tensor) -> Tensor:
 def outer(mean: Tensor, like: Tensor) -> Tensor:
     """μ² or μμᵀ, whichever has as many dimensions as ``like``."""
     return mean.square() if like.ndim == mean.ndim else mean[..., :, None] * mean[..., None, :]
+
+
+def by_group(t: Tensor) -> float | Tensor:
+    """A number for each group: a column, or where there is but one group the number itself, which costs no operations."""
+    return float(t) if t.numel() == 1 else t[:, None]
 
 
 def _fit(n: Tensor, like: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ def eigh(S: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         torch.linalg.LinAlgError: where that does not converge either.
     """
-    if not bool(S.isfinite().all()):
+    if not finite(S):
         return torch.full_like(S[:, 0], torch.nan), torch.full_like(S, torch.nan)
     for dtype, damping in ((S.dtype, 0.0), (torch.float64, 1e-9), (torch.float64, 1e-4)):
         wide = S.to(dtype)
@@ -27,6 +29,11 @@ def eigh(S: Tensor) -> tuple[Tensor, Tensor]:
             raise
         except RuntimeError:  # torch.linalg.LinAlgError is one
             continue
-        if bool(values.isfinite().all()) and bool(V.isfinite().all()):
+        if finite(values) and finite(V):
             return values.to(S.dtype), V.to(S.dtype)
     raise torch.linalg.LinAlgError(f"the eigenvalues of a matrix of {len(S)} rows do not converge, in float64 neither")
+
+
+def finite(t: Tensor) -> bool:
+    """Whether no entry is inf or NaN. Their sum tells it at a fifth of the cost, unless it overflows."""
+    return math.isfinite(float(t.sum())) or bool(t.isfinite().all())

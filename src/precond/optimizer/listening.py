@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 
@@ -70,7 +71,7 @@ class Listening:
             )
         # A sum is inf or NaN where a term is: one number is read. An input that is not finite is so in its own variance.
         parts = [t.reshape(-1) for m in seen.values() for t in (m.mean, m.variance)]
-        return not parts or bool(torch.cat(parts).sum(dtype=torch.float64).isfinite())
+        return not parts or math.isfinite(float(torch.cat(parts).sum(dtype=torch.float64)))
 
     def _want(self, cells: Sequence[Cell]) -> None:
         """Tell the observer what the next step needs."""
@@ -94,14 +95,19 @@ class Listening:
         if self.observer is not None:
             self.observer.enabled = True
 
-    def again(self, cells: Sequence[Cell]) -> None:
-        """The step is over: the next forwards are its successor's."""
+    def forget(self) -> None:
+        """What was heard so far does not count: the step's forwards are yet to come."""
         self._heard = None
         if self.recorder is not None:
             self.recorder.arm()
         if self.observer is not None:
             self.observer.clear()
             self.observer.enabled = True
+
+    def again(self, cells: Sequence[Cell]) -> None:
+        """The step is over: the next forwards are its successor's."""
+        self.forget()
+        if self.observer is not None:
             self._want(cells)
 
     def close(self) -> None:

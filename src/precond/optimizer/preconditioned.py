@@ -240,7 +240,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         loss, graph = None, None
         if closure is not None:
             self.restore()
-            self._listening.again(self._bound.cells)  # the closure makes the gradient anew, and its forward shows all inputs
+            self._listening.forget()  # the closure makes the gradient anew, and its forward shows all inputs
             loss, graph = self._gradients(closure)
         elif self._gradient_based is not None:
             self._check_probed()

@@ -11,9 +11,7 @@ from torch import Tensor
 from precond import checks
 from precond.blocks import Block, state_dtype
 from precond.inputs import Moments, Request
-from precond.maps import LinearMap, Standardizing
 from precond.preconditioners.input_side import InputSide, LayerPart
-from precond.vec import Vec
 
 _DENSE = 20  # steps that are all observed
 
@@ -78,22 +76,23 @@ class BNP(InputSide):
     def scales(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(μ, σ̃) of each feature."""
         mean, variance = state["mean"], state["variance"]
-        square = variance + mean.square()
+        square = torch.addcmul(variance, mean, mean)
         if part.bias is None:
             mean, variance = torch.zeros_like(mean), square
         else:
             # One sample has no variance: scale without centering until there are two.
-            if bool((one := (state["count"] < 2)[:, None]).any()):
+            if float(state["count"].min()) < 2:
+                one = (state["count"] < 2)[:, None]
                 mean, variance = torch.where(one, 0, mean), torch.where(one, square, variance)
-        std = (variance + self.damping_of(square, state)).sqrt()
+        std = self.damping_of(square, state).add_(variance).sqrt_()
         # An input that was always zero has no scale, and its weight has had no gradient.
         return mean, torch.where(std > 0, std, 1.0)
 
-    def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec) -> LinearMap:
+    def arrow(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, float | Tensor]:
         layout = part.layout(self.request)
-        mean, std = self.scales(part, state)
+        mean, std = map(layout.spread_out, self.scales(part, state))
         if not self.width_scaling:
-            return Standardizing(layout.spread_out(mean), layout.spread_out(std), like, layout=layout)
+            return mean, std, 1.0
         n = layout.inputs(part.site.weight.shape)
         q = (n / state["count"]).clamp_min(1).sqrt()[:, None]
-        return Standardizing(layout.spread_out(mean), layout.spread_out(std * q), like, (1 / q)[..., None], layout)
+        return mean, std * q, (1 / q)[..., None]

@@ -14,8 +14,8 @@ from torch import Tensor
 from precond import blocks
 from precond.blocks import Block, Leaf, State
 from precond.inputs import Moments, Request, Site
-from precond.inputs.moments import variances
-from precond.maps import Identity, Layout, LinearMap, Sliced
+from precond.inputs.moments import by_group, variances
+from precond.maps import Identity, Layout, LinearMap, Sliced, Standardizing
 from precond.preconditioners.base import Needs, Part, Preconditioner, Seen
 from precond.vec import Vec
 
@@ -120,8 +120,17 @@ class InputSide(Preconditioner):
         """Zero statistics of a weight: ``count``, ``mean``, ``activity`` and ``variance`` or ``covariance``."""
 
     @abstractmethod
+    def arrow(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, float | Tensor]:
+        """(μ, σ, β) of U·diag(β, 1/σ), U = [[1, −μᵀ], [0, I]]: μ and σ of each input of a row, shape (groups, n)."""
+
     def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec) -> LinearMap:
         """P on (weight, bias) or (weight,)."""
+        mean, std, beta = self.arrow(part, state)
+        return Standardizing(mean, std, like, beta, part.layout(self.request))
+
+    def known(self, mine: dict[str, Tensor]) -> bool:
+        """Whether P is known of a weight; else it is the identity."""
+        return float(mine["count"].min()) > 0
 
     def wants(self, step: int, state: dict[str, Tensor]) -> bool:
         """Whether the inputs of a weight are to be observed at a step."""
@@ -140,7 +149,7 @@ class InputSide(Preconditioner):
 
     def _center(self, state: dict[str, Tensor]) -> Tensor | None:
         """The mean that deviations are measured from."""
-        return state["mean"] if self.damping > 0 and bool((state["count"] > 0).all()) else None
+        return state["mean"] if self.damping > 0 and float(state["count"].min()) > 0 else None
 
     def init(self, block: Block) -> dict[str, Any]:
         return {_key(k, part): v for part in self.parts(block) for k, v in self.fresh(part, block).items()}
@@ -155,33 +164,34 @@ class InputSide(Preconditioner):
         """ρ of what is observed for a step."""
         return self.decay
 
-    @staticmethod
-    def fold(mine: dict[str, Tensor], new: Moments, decay: float) -> None:
+    def fold(self, mine: dict[str, Tensor], new: Moments, decay: float) -> None:
         r"""Running averages by the law of total variance, with the old μ: σ² ← ρσ² + (1−ρ)[σ_A² + ρ(μ_A − μ)²].
 
         ρ_t = min(ρ, 1 − N_t/ΣN): pooled at first, so that one sample does not count like many.
         """
-        count = mine["count"]
-        # With ρ = 0 the statistics are those of the newest batch, and so is the number of samples behind them.
-        count.copy_(new.count) if decay == 0 else count.add_(new.count)
-        gain = (new.count / count).clamp_min_(1 - decay)[:, None]  # 1 − ρ_t
-        if "noise" in mine:  # 1/N of a mean with these weights
-            mine["noise"].mul_((1 - gain[:, 0]).square()).add_(gain[:, 0].square() / new.count)
-            mine["size"].copy_(new.count)
+        size = by_group(new.count)
+        gain = size / (by_group(mine["count"]) + size)  # 1 − ρ_t
+        gain = max(gain, 1 - decay) if isinstance(gain, float) else gain.clamp_min_(1 - decay)
         delta = new.mean - mine["mean"]
-        name = "variance" if "variance" in mine else "covariance"
-        gain_ = gain if name == "variance" else gain[..., None]
-        # E|h − μ| and E(h − μ)² of all samples about the old μ, and their ratio.
-        variance = variances(mine[name], delta)
-        deviation = (mine["activity"] * variance.sqrt()).lerp_(new.deviation, gain)
-        about = variance.lerp(new.variance + delta.square(), gain)
-        mine["activity"].copy_((deviation * about.rsqrt()).nan_to_num_(0.0, 0.0))
-        mine[name].lerp_(new.spread, gain_)
-        if name == "variance":
-            mine[name].addcmul_(delta.square(), gain_ * (1 - gain_))
+        mine["activity"].copy_(self.active(mine, new, delta, gain))
+        # With ρ = 0 the statistics are those of the newest batch, and so is the number of samples behind them.
+        mine["count"].copy_(new.count) if decay == 0 else mine["count"].add_(new.count)
+        if "noise" in mine:  # 1/N of a mean with these weights
+            mine["noise"][:, None].mul_((1 - gain) ** 2).add_(gain**2 / size)
+            mine["size"].copy_(new.count)
+        if "variance" in mine:
+            mine["variance"].lerp_(new.spread, gain).add_(delta.square().mul_(gain * (1 - gain)))
         else:
-            mine[name].baddbmm_((gain * (1 - gain) * delta)[..., :, None], delta[..., None, :])
-        mine["mean"].addcmul_(delta, gain)
+            mine["covariance"].lerp_(new.spread, gain if isinstance(gain, float) else gain[..., None])
+            mine["covariance"].baddbmm_((delta * (gain * (1 - gain)))[..., :, None], delta[..., None, :])
+        mine["mean"].lerp_(new.mean, gain)
+
+    def active(self, mine: dict[str, Tensor], new: Moments, delta: Tensor, gain: float | Tensor) -> Tensor:
+        """E|h − μ| and E(h − μ)² of all samples about the old μ, as their ratio a = E|h−μ|/σ."""
+        variance = variances(mine["variance" if "variance" in mine else "covariance"], delta)
+        deviation = variance.sqrt().mul_(mine["activity"]).lerp_(new.deviation, gain)
+        about = variance.lerp(torch.addcmul(new.variance, delta, delta), gain)
+        return deviation.mul_(about.rsqrt_()).nan_to_num_(0.0, 0.0)
 
     def damping_of(self, square: Tensor, state: dict[str, Tensor]) -> Tensor:
         r"""What damping adds to a variance: ε E[h²], and for inputs that are rarely active a share of the layer's mean E[h²].
@@ -193,17 +203,16 @@ class InputSide(Preconditioner):
         """
         if self.damping == 0:
             return torch.zeros_like(square)
-        known = (state["count"] / (state["count"] + 8))[:, None]
-        rare = state["activity"].square().mul_(-3 * known).add_(1).clamp_min_(0)
-        return rare.mul_(square.mean(-1, keepdim=True) / 3).add_(square, alpha=self.damping)
+        count = by_group(state["count"])
+        rare = state["activity"].square().mul_(-count / (count + 8)).add_(1 / 3).clamp_min_(0)
+        return rare.mul_(square.mean(-1, keepdim=True)).add_(square, alpha=self.damping)
 
     def map(self, state: State) -> LinearMap:
         like = state.block.tensors
         maps = []
         for part in self.parts(state.block):
             mine = self._of(part, state)
-            seen = bool(mine["count"].min() > 0)
-            maps.append((part, self.part_map(part, mine, part.of(like)) if seen else Identity(part.of(like))))
+            maps.append((part, self.part_map(part, mine, part.of(like)) if self.known(mine) else Identity(part.of(like))))
         (first, only), *more = maps
         whole = (0,) if first.bias is None else (0, 1)
         if not more and len(like) == len(whole) and first.weight == 0 and first.rows == slice(None):

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from precond.maps.eigen import eigh
+from precond.maps.eigen import eigh, finite
 
 
 def renewed(step: float, every: int) -> bool:
@@ -17,7 +17,13 @@ def renewed(step: float, every: int) -> bool:
 
 
 def eigenbasis(S: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(eigenvalues, eigenvectors as columns) of S (n, n), the largest first.
+    """(eigenvalues, eigenvectors as columns) of S (n, n), the largest first; None as in :func:`decomposed`."""
+    found = decomposed(S)
+    return None if found is None else (found[0].flip(0), found[1].flip(1))
+
+
+def decomposed(S: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(eigenvalues, the smallest first; eigenvectors as columns) of S (n, n).
 
     None where they do not converge (see :func:`precond.maps.eigen.eigh`) or S is not finite: the caller keeps what it had, and a
     warning says so.
@@ -27,10 +33,10 @@ def eigenbasis(S: Tensor) -> tuple[Tensor, Tensor] | None:
     except torch.linalg.LinAlgError:
         kept(S)
         return None
-    if not bool(values.isfinite().all()):
+    if not finite(values):
         kept(S)
         return None
-    return values.flip(0), V.flip(1)
+    return values, V
 
 
 def power_step(S: Tensor, Q: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -60,31 +66,30 @@ def inverse_root(S: Tensor, power: float, damping: float, method: str = "eigh", 
     References:
         Guo & Higham (2006), A Schur–Newton method for the matrix pth root; Anil et al. (2020), Scalable second order optimization.
     """
-    eye = torch.eye(len(S), dtype=S.dtype, device=S.device)
     rounding = len(S) * torch.finfo(S.dtype).eps
-    largest = S.diagonal().amax()
-    if bool(largest == 0):
-        return eye
+    largest = float(S.diagonal().amax())
+    if largest == 0:
+        return torch.eye(len(S), dtype=S.dtype, device=S.device)
     S = S / largest  # else what is added to tiny eigenvalues would vanish
-    if method == "newton" and (found := _newton(S, round(1 / power), max(damping, rounding), eye)) is not None:
+    if method == "newton" and (found := _newton(S, round(1 / power), max(damping, rounding))) is not None:
         return found * largest**-power
     if method == "basis" and basis is not None:
         values, V = (basis * (S @ basis)).sum(0), basis
-        if not bool(values.isfinite().all()):
+        if not finite(values):
             kept(S)
             return None
     else:
-        if (found_basis := eigenbasis(S)) is None:
+        if (known := decomposed(S)) is None:
             return None
-        values, V = found_basis
-    top = values.amax()
+        values, V = known
+    top = float(values.amax())
     values = (values + damping * top).clamp_min(rounding * top) if damping < rounding else values.clamp_min(0) + damping * top
-    return (V * values**-power) @ V.T * largest**-power
+    return (V * (values**-power * largest**-power)) @ V.T
 
 
-def _newton(S: Tensor, p: int, damping: float, eye: Tensor) -> Tensor | None:
+def _newton(S: Tensor, p: int, damping: float) -> Tensor | None:
     """S^(−1/p) by the coupled iteration X ← X T, N ← Tᵖ N with T = ((p+1)I − N)/p; None where it does not converge."""
-    top = largest_eigenvalue(S)
+    top, eye = largest_eigenvalue(S), torch.eye(len(S), dtype=S.dtype, device=S.device)
     if not bool(top.isfinite()):
         return None
     A = S + damping * top * eye

@@ -12,8 +12,8 @@ from torch import Tensor
 from precond import checks
 from precond.blocks import Block, State, state_dtype
 from precond.inputs import Moments, Request
-from precond.inputs.moments import outer
-from precond.maps import Identity, LinearMap, RowMatrix, Standardizing
+from precond.inputs.moments import by_group, outer
+from precond.maps import LinearMap, RowMatrix
 from precond.maps.eigen import eigh
 from precond.preconditioners.input_side import InputSide, LayerPart
 from precond.preconditioners.roots import renewed
@@ -80,15 +80,14 @@ class Whitening(InputSide):
         enough = float(new.count.min()) / (self.samples * new.mean.shape[-1])
         return min(self.decay, max(0.0, 1 - enough))
 
-    def fold(self, mine: dict[str, Tensor], new: Moments, decay: float) -> None:  # type: ignore[override]
-        known, before, moved = bool((mine["count"] > 0).all()), mine["activity"].clone(), new.mean - mine["mean"]
-        super().fold(mine, new, decay)
-        if self.samples and known:
-            # Deviations are from the mean before. About the new one E|h − μ| may be less by |Δμ|: an input that has died, whose mean has
-            # moved to where it always is now, deviated much from where it was, and would count as active.
-            own = ((new.deviation - moved.abs()).clamp_min(0) * new.variance.rsqrt()).nan_to_num_(0.0, 0.0)
-            gain = (new.count / mine["count"]).clamp_min(1 - decay)[:, None]
-            mine["activity"].copy_(torch.minimum(mine["activity"], before.lerp(own, gain)))
+    def active(self, mine: dict[str, Tensor], new: Moments, delta: Tensor, gain: float | Tensor) -> Tensor:
+        found = super().active(mine, new, delta, gain)
+        if not self.samples or not float(mine["count"].min()):
+            return found
+        # Deviations are from the mean before. About the new one E|h − μ| may be less by |Δμ|: an input that has died, whose mean has
+        # moved to where it always is now, deviated much from where it was, and would count as active.
+        own = (new.deviation - delta.abs()).clamp_min_(0).mul_(new.variance.rsqrt()).nan_to_num_(0.0, 0.0)
+        return torch.minimum(found, mine["activity"].lerp(own, gain))
 
     def fresh(self, part: LayerPart, block: Block) -> dict[str, Tensor]:
         weight = block.leaves[part.weight].param
@@ -108,33 +107,36 @@ class Whitening(InputSide):
         """(μ, σ̃, what damping adds to σ²); with no bias to center with, μ is 0 and σ² = E[h²]."""
         mean = state["mean"]
         variance = state["covariance"].diagonal(dim1=-2, dim2=-1)
-        square = variance + mean.square()
+        square = torch.addcmul(variance, mean, mean)
         if part.bias is None:
             variance, mean = square, torch.zeros_like(mean)
         added = self.damping_of(square, state)
-        std = (variance + added).sqrt()
+        std = (variance + added).sqrt_()
         return mean, torch.where(std > 0, std, 1.0), added
 
-    def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec) -> LinearMap:
-        layout = part.layout(self.request)
+    def arrow(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, float | Tensor]:
         mean, std, _ = self.scales(part, state)
-        # One sample has no covariance; and before the first refresh the factor is the identity, which leaves BNP's arrow.
-        if bool((state["count"] < 2).any()):
-            return Identity(like)
-        return Standardizing(mean, std, like, layout=layout) @ RowMatrix(state["factor"], like, layout)
+        return mean, std, 1.0
+
+    def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec) -> LinearMap:
+        # Before the first refresh the factor is the identity, which leaves BNP's arrow.
+        return super().part_map(part, state, like) @ RowMatrix(state["factor"], like, part.layout(self.request))
+
+    def known(self, mine: dict[str, Tensor]) -> bool:
+        return float(mine["count"].min()) >= 2  # one sample has no covariance
 
     def refresh(self, state: State) -> None:
         if not renewed(min(state.steps), self.every):
             return
         for part in self.parts(state.block):
             mine = self._of(part, state)
-            if bool((mine["count"] >= 2).all()):
+            if self.known(mine):
                 mean, K = mine["mean"], mine["covariance"]
                 K = K.clone() if part.bias is not None else K + outer(mean, K)  # with no bias to center with, E[hhᵀ]
                 _, std, added = self.scales(part, mine)
                 K.diagonal(dim1=-2, dim2=-1).add_(added)
-                noise = self.shrinkage * K.shape[-1] * mine["noise"]
-                K.div_(std[..., :, None]).div_((1 + noise)[:, None, None] * std[..., None, :])  # of these (1 − γ)
+                shrunk = 1 + self.shrinkage * K.shape[-1] * by_group(mine["noise"])  # 1/(1 − γ)
+                K.div_(std[..., :, None]).div_((shrunk * std)[..., None, :])
                 K.diagonal(dim1=-2, dim2=-1).fill_(1.0)  # also of inputs that were always zero
                 mine["factor"].copy_(inverse_root(K, self.root))
 
