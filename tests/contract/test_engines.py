@@ -9,6 +9,7 @@ from torch import nn
 import precond
 from contract.table import EVERY, OWN, TWINS, Twin, batches, closure, flat, net, train
 from precond import RMS, SAM, GradientNorm, LossClosure, PreconditionedGD
+from precond.engine import loop
 
 each = pytest.mark.parametrize("name", EVERY)
 by_name = pytest.mark.parametrize("twin", TWINS, ids=str)
@@ -152,3 +153,44 @@ def test_a_kernel_that_does_not_fit_is_refused():
     assert precond.adamw(net(), engine="fused")._kernels() is not None
     with pytest.raises(ValueError, match="no kernel"):
         precond.adamw(net(), engine="fused", max_norm=1.0)
+
+
+class Mixed(nn.Module):
+    """Layers that kernels take, and one that they do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up, self.head = nn.Conv1d(3, 4, 3), nn.ConvTranspose1d(4, 2, 3), nn.Linear(2, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.up(torch.tanh(self.down(x)))).mean(-1))
+
+
+@pytest.mark.parametrize("how", ["transposed layer", "a bias without gradient", "another decay", "one learning rate of two"])
+@pytest.mark.parametrize("recipe", ["auto", "bnp", "whitening"])
+def test_one_layer_without_a_kernel_leaves_the_others_theirs(recipe, how, monkeypatch):
+    """Such a layer takes the reference engine's step, the others their kernels', to the numbers of the reference engine for all."""
+    asked = []
+    monkeypatch.setattr(
+        loop, "step", lambda point, *rest, step=loop.step: (asked.append(len(point.cells)), step(point, *rest))[1]
+    )
+    ends, counts = [], []
+    for engine in ("auto", "loop"):
+        torch.manual_seed(0)
+        model = Mixed().double()
+        groups = [{"params": model.down, "weight_decay": 0.3}, {"params": model.up}, {"params": model.head}]
+        if how == "one learning rate of two":
+            groups[:1] = [{"params": [p for p in model.down.named_parameters()][:1], "lr": 0.02}, {"params": [model.down.bias]}]
+        optimizer = getattr(precond, recipe)(model if how == "transposed layer" else groups, lr=0.01, engine=engine)
+        asked.clear()
+        for t in range(5):
+            optimizer.zero_grad()
+            x = torch.randn(6, 3, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
+            model(x).square().mean().backward()
+            if how == "a bias without gradient":
+                model.down.bias.grad = None
+            optimizer.step()
+        ends.append(flat(model))
+        counts.append(list(asked))
+    assert relative(*ends) <= 1e-9
+    assert max(counts[0]) < min(counts[1])

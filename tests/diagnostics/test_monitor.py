@@ -151,16 +151,22 @@ def test_kappa_of_means_and_scales(mean, variance, biased):
     s = np.linalg.svd(B, compute_uv=False)
     s = s[s > 1e-13 * s[0]]
     expected = (s[0] / s[-1]) ** 2
-    moments = Moments(torch.tensor([9.0]), m[None], v[None], v[None])
+    moments = Moments(torch.tensor([9.0]), m[None], v[None], v[None], torch.tensor(9.0))
     assert kappa_of_moments(moments, biased) == pytest.approx(expected, rel=1e-7)
-    other = Moments(torch.tensor([9.0, 9.0]), torch.stack([m, torch.zeros_like(m)]), torch.stack([v, torch.ones_like(v)]), v)
+    other = Moments(
+        torch.tensor([9.0, 9.0]),
+        torch.stack([m, torch.zeros_like(m)]),
+        torch.stack([v, torch.ones_like(v)]),
+        v,
+        torch.tensor(9.0),
+    )
     assert kappa_of_moments(other, biased) == pytest.approx(max(expected, 1.0), rel=1e-7)
 
 
 def test_nothing_that_varies_has_no_kappa():
     zero = torch.zeros(1, 3).double()
-    assert math.isnan(kappa_of_moments(Moments(torch.tensor([1.0]), zero, zero, zero), False))
-    assert kappa_of_moments(Moments(torch.tensor([1.0]), zero, zero, zero), True) == 1.0
+    assert math.isnan(kappa_of_moments(Moments(torch.tensor([1.0]), zero, zero, zero, torch.tensor(1.0)), False))
+    assert kappa_of_moments(Moments(torch.tensor([1.0]), zero, zero, zero, torch.tensor(1.0)), True) == 1.0
 
 
 def test_lanczos_from_a_warm_start():

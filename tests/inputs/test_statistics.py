@@ -54,21 +54,48 @@ def test_running_moments_are_those_of_the_weighted_samples(sizes, decay):
     torch.testing.assert_close(state["variance"][0], square - mean**2, rtol=1e-9, atol=1e-12)
 
 
-def test_later_every_fourth_step_is_observed_and_weighs_as_much():
-    """After 20 steps: ρ⁴ for what stands for four steps."""
-    sizes, decay = [5] * 31, 0.8
-    state, batches = train(sizes, decay, every=4)
-    observed = [t for t in range(1, 32) if t <= 20 or t % 4 == 0]
+@pytest.mark.parametrize(
+    ("size", "every", "k"), [(5, 16, 1), (17, 16, 2), (35, 16, 4), (35, 3, 3), (128, 16, 16), (2000, 16, 16)]
+)
+def test_later_every_kth_step_is_observed_and_weighs_as_much(size, every, k):
+    """After 20 steps: ρᵏ for what stands for k steps, k an eighth of the batch."""
+    steps, decay = 50, 0.8
+    state, batches = train([size] * steps, decay, every=every)
+    observed = [t for t in range(1, steps + 1) if t <= 20 or t % k == 0]
     w: list[float] = []
     for n, t in enumerate(observed, start=1):
-        rho = min(decay if t <= 20 else decay**4, 1 - 1 / n)
+        rho = min(decay if t <= 20 else decay**k, 1 - 1 / n)
         w = [x * rho for x in w] + [1 - rho]
     seen = [batches[t - 1] for t in observed]
     mean = sum(a * x.mean(0) for a, x in zip(w, seen, strict=True))
     square = sum(a * (x**2).mean(0) for a, x in zip(w, seen, strict=True))
     torch.testing.assert_close(state["mean"][0], mean, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(state["variance"][0], square - mean**2, rtol=1e-9, atol=1e-12)
-    assert state["count"].item() == 5 * len(observed)
+    assert state["count"].item() == size * len(observed)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "examples"),
+    [
+        (nn.Linear(3, 2), (24, 3), 24),
+        (nn.Linear(3, 2), (24, 50, 3), 1200),
+        (nn.Linear(3, 2), (3,), 1),
+        (nn.Conv1d(3, 2, 2), (24, 3, 50), 24),
+        (nn.Conv1d(3, 2, 2), (3, 50), 1),
+        (nn.MultiheadAttention(4, 2), (50, 24, 4), 1200),
+    ],
+    ids=str,
+)
+def test_what_counts_is_how_many_examples_a_batch_holds(layer, shape, examples):
+    """Positions of one image resemble each other and count as one; two forwards of a step are one larger batch."""
+    optimizer = PreconditionedGD(layer, lr=1e-3, preconditioner=BNP())
+    for _ in range(2):
+        x = torch.randn(shape)
+        out = layer(x, x, x)[0] if isinstance(layer, nn.MultiheadAttention) else layer(x)
+        out.sum().backward()
+    optimizer.step()
+    found = [t.item() for state in optimizer.state.values() for key, t in state.items() if key.startswith("examples")]
+    assert found and set(found) == {2 * examples}
 
 
 def test_the_start_is_pooled():

@@ -22,7 +22,8 @@ def layer_of(P: InputSide, block: Block) -> Layout | None:
         return None
     layout = parts[0].layout(P.request)
     alone = len(block.leaves) == (1 if parts[0].bias is None else 2)
-    straight = not layout.transposed and layout.held is None and block.tensors[0].is_contiguous()
+    weight = block.tensors[0]
+    straight = not layout.transposed and layout.held is None and weight.is_contiguous() and weight.numel() > 0
     return layout if alone and straight else None
 
 

@@ -41,8 +41,10 @@ class AttentionTap(Tap):
         parts = []
         for i, x in enumerate(self._inputs(args, kwargs)):
             own = None if center is None else center[i : i + 1]
-            parts.append(covariance(self._flat(x), own) if request.kind == "covariance" else of_rows(self._flat(x), own))
-        return Moments(*(torch.cat([getattr(p, name) for p in parts]) for name in ("count", "mean", "spread", "deviation")))
+            of = covariance if request.kind == "covariance" else of_rows
+            parts.append(of(self._flat(x), own))
+        joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("count", "mean", "spread", "deviation")}
+        return Moments(**joined, examples=parts[0].examples)
 
     def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight) -> Tensor:
         inputs = self._inputs(args, kwargs)

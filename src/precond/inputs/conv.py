@@ -31,13 +31,17 @@ class ConvTap(Tap):
         x = args[0] if args else kwargs["input"]
         return x if x.ndim == self.module.weight.ndim else x[None]
 
+    def examples(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        return len(self._batch(args, kwargs))
+
     def moments(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight, request: Request, center: Tensor | None
     ) -> Moments:
         if request.kind == "covariance" or request.conv == "patch":
             return super().moments(args, kwargs, weight, request, center)
         x = self._batch(args, kwargs).detach()
-        return of_columns(x.transpose(0, 1).reshape(self.module.groups, x.shape[1] // self.module.groups, -1), center)
+        groups = self.module.groups
+        return of_columns(x.transpose(0, 1).reshape(groups, x.shape[1] // groups, -1), center, len(x))
 
     def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight) -> Tensor:
         m = self.module

@@ -39,59 +39,63 @@ class Moments:
         mean: μ, shape (groups, n).
         spread: σ², biased, shape (groups, n); or the covariance E[(h−μ)(h−μ)ᵀ], shape (groups, n, n).
         deviation: E|h − c|, shape (groups, n), c the mean known before the batch, or 0: one c for all that is put together.
+        examples: how many the samples come from, shape (): those of one image resemble each other.
     """
 
     count: Tensor
     mean: Tensor
     spread: Tensor
     deviation: Tensor
+    examples: Tensor
 
     @property
     def variance(self) -> Tensor:
         """σ², shape (groups, n)."""
         return variances(self.spread, self.mean)
 
-    def raw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(N, Σh, Σh² or Σhhᵀ, Σ|h − c|) in float64, which add over batches and processes."""
+    def raw(self) -> tuple[Tensor, ...]:
+        """(N, Σh, Σh² or Σhhᵀ, Σ|h − c|, examples) in float64, which add over batches and processes."""
         mean, spread = self.mean.double(), self.spread.double()
         n = self.count.double()
-        return n, n[:, None] * mean, _fit(n, spread) * (spread + outer(mean, spread)), n[:, None] * self.deviation.double()
+        square = _fit(n, spread) * (spread + outer(mean, spread))
+        return n, n[:, None] * mean, square, n[:, None] * self.deviation.double(), self.examples.double()
 
     @classmethod
-    def from_raw(cls, count: Tensor, total: Tensor, square: Tensor, deviation: Tensor, dtype: torch.dtype) -> Moments:
+    def from_raw(cls, raw: Sequence[Tensor], dtype: torch.dtype) -> Moments:
         """The inverse of :meth:`raw`."""
+        count, total, square, deviation, examples = raw
         n = count.clamp_min(1)
         mean = total / n[:, None]
         spread = square / _fit(n, square) - outer(mean, square)
         if spread.ndim == mean.ndim:
             spread = spread.clamp_min(0)
-        return cls(count.to(dtype), mean.to(dtype), spread.to(dtype), (deviation / n[:, None]).to(dtype))
+        return cls(*(t.to(dtype) for t in (count, mean, spread, deviation / n[:, None], examples)))
 
 
 def pool(parts: Sequence[Moments]) -> Moments:
     """The moments of all samples together (law of total variance, in float64)."""
     if len(parts) == 1:
         return parts[0]
-    count, total, square, deviation = (sum(column[1:], column[0]) for column in zip(*(p.raw() for p in parts), strict=True))
-    return Moments.from_raw(count, total, square, deviation, parts[0].mean.dtype)
+    total = [sum(column[1:], column[0]) for column in zip(*(p.raw() for p in parts), strict=True)]
+    return Moments.from_raw(total, parts[0].mean.dtype)
 
 
-def of_rows(x: Tensor, center: Tensor | None = None) -> Moments:
+def of_rows(x: Tensor, center: Tensor | None = None, examples: int | None = None) -> Moments:
     """Mean, variance and deviation of rows x, shape (groups, N, n), in float32 (float64 for float64 inputs)."""
-    return _moments(widened(x), 1, center)
+    return _moments(widened(x), 1, center, examples)
 
 
-def of_columns(x: Tensor, center: Tensor | None = None) -> Moments:
+def of_columns(x: Tensor, center: Tensor | None = None, examples: int | None = None) -> Moments:
     """The same along the last dimension of x, shape (groups, n, N)."""
-    return _moments(widened(x), 2, center)
+    return _moments(widened(x), 2, center, examples)
 
 
-def covariance(x: Tensor, center: Tensor | None = None) -> Moments:
+def covariance(x: Tensor, center: Tensor | None = None, examples: int | None = None) -> Moments:
     """Mean, full covariance and deviation of rows x, shape (groups, N, n)."""
-    return _moments(widened(x), 1, center, full=True)
+    return _moments(widened(x), 1, center, examples, full=True)
 
 
-def _moments(x: Tensor, samples: int, center: Tensor | None, full: bool = False) -> Moments:
+def _moments(x: Tensor, samples: int, center: Tensor | None, examples: int | None, full: bool = False) -> Moments:
     # About the mean known so far, or the batch's own: one pass about zero cancels where |μ| ≫ σ.
     shift = x.mean(samples) if center is None else center
     d = x - shift.unsqueeze(samples)
@@ -105,7 +109,9 @@ def _moments(x: Tensor, samples: int, center: Tensor | None, full: bool = False)
         size = d.abs_()  # in place: memory that was never touched costs more than the arithmetic
         deviation = (x.abs() if center is None else size).mean(samples)
         spread = size.square_().mean(samples).addcmul_(mean, mean, value=-1).clamp_min_(0)
-    return Moments(_count(x, x.shape[samples]), shift + mean, spread, deviation)
+    count = x.new_full((x.shape[0],), float(x.shape[samples]))
+    of = count[0] if examples is None else x.new_full((), float(examples))
+    return Moments(count, shift + mean, spread, deviation, of)
 
 
 def widened(x: Tensor) -> Tensor:
@@ -130,7 +136,3 @@ def by_group(t: Tensor) -> float | Tensor:
 
 def _fit(n: Tensor, like: Tensor) -> Tensor:
     return n.reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _count(x: Tensor, n: int) -> Tensor:
-    return torch.full((x.shape[0],), float(n), dtype=x.dtype, device=x.device)

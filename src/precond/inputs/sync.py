@@ -32,7 +32,7 @@ def synchronized(observer: Observer) -> Seen:
     for site, request in keys:
         groups, n = site.shape(request)
         square = (groups, n, n) if request.kind == "covariance" else (groups, n)
-        shapes.append(((groups,), (groups, n), square, (groups, n)))
+        shapes.append(((groups,), (groups, n), square, (groups, n), ()))
         found = seen.get((site.name, request))
         zeros = [torch.zeros(s, dtype=torch.float64, device=site.weight.device) for s in shapes[-1]]
         pieces += [t.reshape(-1) for t in (zeros if found is None else found.raw())]
@@ -50,6 +50,5 @@ def synchronized(observer: Observer) -> Seen:
             start += size
         if parts[0].min() > 0:
             dtype = torch.float64 if site.weight.dtype == torch.float64 else torch.float32
-            count, total, spread, deviation = parts
-            out[site.name, request] = Moments.from_raw(count, total, spread, deviation, dtype)
+            out[site.name, request] = Moments.from_raw(parts, dtype)
     return out

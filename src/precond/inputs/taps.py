@@ -44,6 +44,10 @@ class Tap(ABC):
         """How a weight is seen by the statistics of a request."""
         return Layout()
 
+    def examples(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        """How many examples a call shows, where its rows resemble each other within one; None: each row is one."""
+        return None
+
     @abstractmethod
     def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight) -> Tensor:
         """All inputs that a row of the weight meets in a call, shape (groups, N, n)."""
@@ -53,7 +57,8 @@ class Tap(ABC):
     ) -> Moments:
         """Moments of these inputs."""
         x = self.rows(args, kwargs, weight).detach()
-        return covariance(x, center) if request.kind == "covariance" else of_rows(x, center)
+        of = covariance if request.kind == "covariance" else of_rows
+        return of(x, center, self.examples(args, kwargs))
 
 
 class LinearTap(Tap):

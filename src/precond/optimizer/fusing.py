@@ -11,14 +11,17 @@ from precond.engine import fused
 from precond.engine.cells import Cell, Choice
 from precond.engine.fused import Kernel
 from precond.engine.loop import Rules
+from precond.regularizers import L2
 from precond.vec import Scalar, Tensors
 
 Work = list[tuple[Kernel, Cell, Tensors]]
 """(kernel, cell, gradients laid out as the parameters)."""
 
 
-def kernels_of(cells: Sequence[Cell], choices: Sequence[Choice], rules: Rules, second: int | None) -> list[Kernel] | None:
-    """The fused kernel of each cell, or None where some cell has none.
+def kernels_of(
+    cells: Sequence[Cell], choices: Sequence[Choice], rules: Rules, second: int | None
+) -> list[Kernel | None] | None:
+    """The fused kernel of each cell, or None for a cell that has none; None altogether where no cell can be stepped by itself.
 
     Args:
         second: the number of the regularizer whose gradient is found by a second pass, or None.
@@ -26,41 +29,45 @@ def kernels_of(cells: Sequence[Cell], choices: Sequence[Choice], rules: Rules, s
     # With statistics of the regularized gradient the step after a probe is a plain step with that gradient.
     if second is not None and rules.statistics_from == "loss":
         return None
-    kernels = []
-    for cell in cells:
-        mine = [_without(choices[leaf.group], second) for leaf in cell.block.leaves]
-        if (kernel := fused.kernel(cell, mine, rules)) is None:
-            return None
-        kernels.append(kernel)
-    return kernels
+    plain = [_without(choice, second) for choice in choices]
+    # Other penalties, and a bound on the gradient's norm, may look at all parameters.
+    if rules.max_norm is not None or not all(isinstance(r, L2) for choice in plain for r in choice.regularizers):
+        return None
+    return [fused.kernel(cell, [plain[leaf.group] for leaf in cell.block.leaves], rules) for cell in cells]
 
 
 def _without(choice: Choice, second: int | None) -> Choice:
     return replace(choice, regularizers=tuple(r for k, r in enumerate(choice.regularizers) if k != second))
 
 
-def alike(cells: Sequence[Cell], lr: Callable[[Leaf], Scalar], groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether all leaves of each cell have one learning rate and one sign, as kernels take them."""
-    for cell in cells:
-        of_group = {leaf.group: leaf for leaf in cell.block.leaves}
-        if len(of_group) > 1 and len({(float(lr(leaf)), groups[g]["maximize"]) for g, leaf in of_group.items()}) > 1:
-            return False
-    return True
+def alike(cell: Cell, lr: Callable[[Leaf], Scalar], groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all leaves of a cell have one learning rate and one sign, as kernels take them."""
+    of_group = {leaf.group: leaf for leaf in cell.block.leaves}
+    return len(of_group) == 1 or len({(float(lr(leaf)), groups[g]["maximize"]) for g, leaf in of_group.items()}) == 1
 
 
-def work_of(kernels: Sequence[Kernel], cells: Sequence[Cell]) -> Work | None:
-    """What the kernels have to do with the gradients in ``.grad``; None where they cannot."""
+def divided(
+    kernels: Sequence[Kernel | None],
+    cells: Sequence[Cell],
+    lr: Callable[[Leaf], Scalar],
+    groups: Sequence[Mapping[str, Any]],
+) -> tuple[Work, list[Cell]]:
+    """What the kernels have to do with the gradients in ``.grad``, and the cells that are left to the reference engine."""
     work: Work = []
+    rest = []
     for cell, kernel in zip(cells, kernels, strict=True):
         grads = cell.block.gradients
         g = [x for x in grads if x is not None]
         if not g:
             continue
-        if len(g) < len(grads):
-            if not cell.preconditioner.entrywise:
-                return None
+        whole = len(g) == len(grads)
+        if kernel is None or not (whole or cell.preconditioner.entrywise) or not alike(cell, lr, groups):
+            rest.append(cell)
+            continue
+        if not whole:
             cell = cell.restricted(tuple(i for i, x in enumerate(grads) if x is not None))
         if any(x.is_sparse or x.dtype != p.dtype for x, p in zip(g, cell.block.tensors, strict=True)):
-            return None
+            rest.append(cell)
+            continue
         work.append((kernel, cell, fused.aligned(g, cell.block.tensors)))
-    return work
+    return work, rest

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from precond import checks, vec
 from precond.blocks import Leaf
 from precond.engine import fused, loop
-from precond.engine.cells import Choice
+from precond.engine.cells import Cell, Choice
 from precond.engine.fused import Kernel
 from precond.engine.loop import Evidence, Rules
 from precond.engine.point import Point, gather
@@ -25,7 +25,7 @@ from precond.optimizer import serialization
 from precond.optimizer.binding import Binding, bind, choices_of
 from precond.optimizer.compatibility import check_precision, validate
 from precond.optimizer.explanation import Explanation, explain
-from precond.optimizer.fusing import alike, kernels_of, work_of
+from precond.optimizer.fusing import alike, divided, kernels_of
 from precond.optimizer.listening import Listening
 from precond.optimizer.looking import map_in_force, measure
 from precond.optimizer.naming import Naming
@@ -131,7 +131,7 @@ class PreconditionedGD(torch.optim.Optimizer):
                 "use method='forward' or 'central'"
             )
         self._listen()
-        if engine == "fused" and not self._kernels():
+        if engine == "fused" and (not (kernels := self._kernels()) or None in kernels):
             raise ValueError(f"{name}: engine='fused' has no kernel for this configuration; use engine='auto' or 'loop'")
 
     # --- parameters, strategies, state ---------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ class PreconditionedGD(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Drop what is derived from groups and state; it is made again when needed."""
         self._bound = Binding()
-        self._kernels_of: tuple[list[Kernel] | None] | None = None
+        self._kernels_of: tuple[list[Kernel | None] | None] | None = None
         self._pending: Probe | None = None
         self._spare: dict[Tensor, Tensor] = {}
         self._listening = Listening(self._requests)
@@ -396,8 +396,8 @@ class PreconditionedGD(torch.optim.Optimizer):
             )
             raise RuntimeError(f"{self._regularizer_name} needs a second gradient: {how}")
 
-    def _kernels(self) -> list[Kernel] | None:
-        """The fused kernel of each cell, or None where they are not to be used or some cell has none."""
+    def _kernels(self) -> list[Kernel | None] | None:
+        """The fused kernel of each cell, or None where it has none; None altogether where they are not to be used."""
         if self._kernels_of is None:
             fuses = self.engine != "loop"
             bound = self._bound
@@ -405,24 +405,29 @@ class PreconditionedGD(torch.optim.Optimizer):
         return self._kernels_of[0]
 
     def _fuse(self, loss: Any) -> bool:
-        """Take a step without second gradients by fused kernels, where they compute it; False where they do not."""
+        """Take a step without second gradients by fused kernels, and by the reference engine where a block has none.
+
+        False where that is not the step, nothing having changed.
+        """
         kernels = self._kernels()
         if kernels is None or self._gradient_based is not None or getattr(self, "found_inf", None) is not None:
             return False
-        if not alike(self._bound.cells, self._lr, self.param_groups):
-            return False
         if not self._listening.collect(self._bound.cells):
             return False
-        work = work_of(kernels, self._bound.cells)
-        if work is None:
+        work, rest = divided(kernels, self._bound.cells, self._lr, self.param_groups)
+        if rest and not work:
             return False
+        point = self._point([leaf.param.grad for leaf in self._bound.leaves], rest) if rest else None
         if self.nonfinite != "propagate":
             finite = all(vec.all_finite(tuple(g)) for _, _, g in work) and (loss is None or finite_loss(loss))
-            if not self._agreed(finite):
+            if not self._agreed(finite and (point is None or vec.all_finite(point.g))):
                 return False
         for kernel, cell, aligned in work:
             leaf = cell.block.leaves[0]
             kernel(cell, cell.block.tensors, aligned, self._lr(leaf), self.param_groups[leaf.group]["maximize"])
+        if point is not None:
+            loop.step(point, self.rules, Evidence())
+            self._write_back(point)
         self.last = Record(self, loss)
         return True
 
@@ -431,13 +436,14 @@ class PreconditionedGD(torch.optim.Optimizer):
         kernels = self._kernels()
         if kernels is None or not evidence.found or point.cells != self._bound.cells:
             return False
-        if not alike(point.cells, self._lr, self.param_groups):
+        if None in kernels or not all(alike(cell, self._lr, self.param_groups) for cell in point.cells):
             return False
         ((k, found),) = evidence.found.items()
         at = point.at(k, point.maps, found=found, memo=evidence.memo)
         a = loop.assemble(point.g, [point.choices[0].regularizers[k].term(at)])
         for kernel, (cell, span) in zip(kernels, point.spans, strict=True):
             p = cell.block.tensors
+            assert kernel is not None
             kernel(cell, p, fused.aligned(a[span], p), self._lr(cell.block.leaves[0]), False)
         return True
 
@@ -498,8 +504,9 @@ class PreconditionedGD(torch.optim.Optimizer):
             )
         return not good
 
-    def _point(self, gradients: Sequence[Tensor | None]) -> Point:
-        return gather(self._bound.cells, self._bound.choices, self._lr, self._signed(gradients), self._residual)
+    def _point(self, gradients: Sequence[Tensor | None], cells: Sequence[Cell] | None = None) -> Point:
+        cells = self._bound.cells if cells is None else cells
+        return gather(cells, self._bound.choices, self._lr, self._signed(gradients), self._residual)
 
     def _signed(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """The gradients of what is minimized: negated in groups that maximize."""

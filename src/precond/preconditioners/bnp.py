@@ -14,6 +14,7 @@ from precond.inputs import Moments, Request
 from precond.preconditioners.input_side import InputSide, LayerPart
 
 _DENSE = 20  # steps that are all observed
+_ENOUGH = 8  # examples in a batch for each step up to the next one that is observed
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ class BNP(InputSide):
         conv: convolutions have one feature per input ``"channel"`` or per ``"patch"`` entry.
         width_scaling: divide M by q² = max(n/N, 1), n inputs and N samples (Lange et al., §3.3): transfers learning rates
             between widths and batch sizes; conditioning is as before.
-        every: after the first 20 steps inputs are observed in each ``every``-th one (and ρ is ρ^every), which the
-            averages hardly notice. With ``decay=0`` always.
+        every: after the first 20 steps a layer is observed in each k-th one (and ρ is ρ^k), with k = min(every, B/8) where it sees B
+            rows or images: large batches need not be seen each time, and what a small one shows must bound its own step. With
+            ``decay=0`` always.
 
     Raises:
         TypeError: (with an optimizer) where parameters are given instead of a module, whose inputs can be observed.
@@ -45,7 +47,7 @@ class BNP(InputSide):
     damping: float = 0.01
     conv: Literal["channel", "patch"] = "channel"
     width_scaling: bool = False
-    every: int = 4
+    every: int = 16
 
     def __post_init__(self) -> None:
         checks.fraction("BNP", decay=self.decay)
@@ -57,21 +59,22 @@ class BNP(InputSide):
     def request(self) -> Request:
         return Request("moments", self.conv)
 
-    def _sparse(self, step: float) -> bool:
-        """Whether a step comes after those that are all observed."""
-        return self.decay > 0 and step > _DENSE
+    def _interval(self, step: float, examples: Tensor) -> int:
+        """k, at a step of a layer that sees so many examples."""
+        return 1 if self.decay == 0 or step <= _DENSE else max(1, min(self.every, int(examples) // _ENOUGH))
 
-    def idle(self, step: int) -> bool:
-        return self._sparse(step) and step % self.every != 0
+    def wants(self, step: int, state: dict[str, Tensor]) -> bool:
+        return step % self._interval(step, state["examples"]) == 0
 
     def rate(self, step: float, new: Moments) -> float:
-        return self.decay**self.every if self._sparse(step) else self.decay
+        return self.decay ** self._interval(step, new.examples)
 
     def fresh(self, part: LayerPart, block: Block) -> dict[str, Tensor]:
         weight = block.leaves[part.weight].param
         shape = part.site.shape(self.request)
         zeros = lambda shape: torch.zeros(shape, dtype=state_dtype(weight.dtype), device=weight.device)  # noqa: E731
-        return {"count": zeros(shape[:1]), "mean": zeros(shape), "variance": zeros(shape), "activity": zeros(shape)}
+        features = {name: zeros(shape) for name in ("mean", "variance", "activity")}
+        return {"count": zeros(shape[:1]), "examples": zeros(()), **features}
 
     def scales(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(μ, σ̃) of each feature."""

@@ -178,7 +178,9 @@ class InputSide(Preconditioner):
         mine["count"].copy_(new.count) if decay == 0 else mine["count"].add_(new.count)
         if "noise" in mine:  # 1/N of a mean with these weights
             mine["noise"][:, None].mul_((1 - gain) ** 2).add_(gain**2 / size)
-            mine["size"].copy_(new.count)
+        for name, newest in (("size", new.count), ("examples", new.examples)):
+            if name in mine:
+                mine[name].copy_(newest)
         if "variance" in mine:
             mine["variance"].lerp_(new.spread, gain).add_(delta.square().mul_(gain * (1 - gain)))
         else:
