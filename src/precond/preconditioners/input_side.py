@@ -224,7 +224,7 @@ class InputSide(Preconditioner):
     @staticmethod
     def _of(part: LayerPart, state: State) -> dict[str, Tensor]:
         if not part.number:
-            return {k: v for k, v in state.items() if k != "step" and "." not in k}
+            return state
         suffix = _key("", part)
         return {k.removesuffix(suffix): v for k, v in state.items() if k.endswith(suffix)}
 
