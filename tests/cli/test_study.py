@@ -183,24 +183,27 @@ class Silent:
     def chosen(self, title: str, entrant: Any, trials: tuple[Trial, ...], lr: float) -> None: ...
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [([0.5, 0.1, 0.2], 0.2), ([1.5, 0.1, 0.2], 1.5)])
-def test_a_short_training_is_timed_several_times(
-    seconds: list[float], expected: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two steps that warm up, two trials, and the training whose seconds are given."""
-    left, train = iter([9.0, 9.0, 9.0, *seconds]), study.train
+def test_short_trainings_are_timed_in_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All in turn, whoever was trained when; what takes a second or more is timed once, and what is timed is not timed again."""
+    took = {(0.1, 0): [0.9, 0.5, 0.1, 0.2], (0.1, 1): [0.8, 0.3, 0.4, 0.6], (0.2, 0): [1.5], (0.2, 1): [0.7, 0.1, 0.1, 0.2]}
+    order, train = [], study.train
 
-    def timed(*args: Any, **more: Any) -> Any:
-        outcome, model = train(*args, **more)
-        outcome.curve.cpu_seconds[-1] = next(left)
+    def timed(workload: Any, entrant: Any, plan: Plan, **more: Any) -> Any:
+        outcome, model = train(workload, entrant, plan, **more)
+        if plan.steps == PLAN.steps:  # not one that warms up
+            order.append((plan.lr, plan.seed))
+            outcome.curve.cpu_seconds[-1] = left[plan.lr, plan.seed].pop(0)
         return outcome, model
 
     monkeypatch.setattr(study, "train", timed)
-    contender = Contender(parse_entrants("sgd")[0], lambda: Factory("mine:made", made), SPACE)
-    found = Study([Task("mine", (contender,), PLAN, (0,), Search(2), timings=3)]).run(Folder(tmp_path, 1e9), Silent())
-    curve = found[0].entries[0].runs[0].curve
-    assert curve.cpu_seconds[-1] == expected and len(curve.cpu_seconds) == len(curve.step)
-    assert len(list(left)) == (0 if expected < 1 else 2)
+    contenders = tuple(Contender(parse_entrants("sgd")[0], lambda: Factory("mine:made", made), lr) for lr in (0.1, 0.2))
+    task = Task("mine", contenders, PLAN, (0, 1), Search(2), timings=3)
+    for _ in range(2):
+        left = {key: list(seconds) for key, seconds in took.items()}
+        found = Study([task]).run(Folder(tmp_path, 1e9), Silent())
+        seconds = [[run.curve.cpu_seconds[-1] for run in entry.runs] for entry in found[0].entries]
+        assert seconds == [[0.2, 0.4], [1.5, 0.1]]
+    assert order == [(0.1, 0), (0.1, 1), (0.2, 0), (0.2, 1), *[(0.1, 0), (0.1, 1), (0.2, 1)] * 3]
 
 
 def test_the_search_does_not_read_the_test_part(tmp_path: Path) -> None:

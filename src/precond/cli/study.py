@@ -99,7 +99,7 @@ class Study:
         return tuple(self._task(task, folder, watcher) for task in self.tasks)
 
     def _task(self, task: Task, folder: Folder, watcher: Watcher) -> TaskResults:
-        entries = []
+        entries, reported = [], []
         for index, contender in enumerate(task.contenders):
             slug = f"{folder_name(task)}/{index:02d}-{_file_name(contender.entrant.slug)}"
             title = f"{self._prefix(task)}{contender.label}"
@@ -126,9 +126,12 @@ class Study:
                 plan = replace(task.plan, lr=lr, seed=seed)
                 job = Job(contender, plan, f"{slug}-seed-{seed}", f"{title}, seed {seed}", task.metric)
                 runs.append(self._train(task, job, folder, watcher))
+                reported.append((job, runs[-1]))
             space = contender.lr if isinstance(contender.lr, LogUniform) and trials else None
             bounds = None if space is None else (space.low, space.high)
             entries.append(Entry(contender.label, contender.lr_from, tuple(runs), trials, bounds))
+        if task.timings > 1:
+            self._time(task, reported, folder, watcher)
         found = tuple(entries)
         target = default_target(found, task.reference, task.allowance, task.target_part)
         if task.target is not None:
@@ -159,13 +162,35 @@ class Study:
                 outcome = Outcome(job.plan.seed, job.plan.lr or math.nan, Curve(), "failed", error=reason)
                 checkpoint.discard()
             else:
-                if not job.is_trial:
-                    _time_again(job, outcome, task.timings)
-                    if self.model_path is not None:
-                        _save_model(self.model_path, model)
+                if self.model_path is not None and not job.is_trial:
+                    _save_model(self.model_path, model)
                 folder.finish(job.slug, outcome)
         watcher.finished(job, outcome, known)
         return outcome
+
+    def _time(self, task: Task, reported: Sequence[tuple[Job, Outcome]], folder: Folder, watcher: Watcher) -> None:
+        """Seconds of trainings that take less than one: medians of several rounds through all of them.
+
+        The speed of a machine changes from minute to minute, by more than such trainings differ. One after the other, each would be timed
+        in another minute.
+        """
+        short = [(job, run) for job, run in reported if run.status == "finished" and run.curve.cpu_seconds[-1] < 1]
+        if all(run.rounds == task.timings for _, run in short):
+            return
+        clocks = ("seconds", "cpu_seconds")
+        found: dict[str, list[Curve]] = {job.slug: [] for job, _ in short}
+        for number in range(task.timings):
+            for job, _ in sorted(short, key=lambda pair: pair[0].plan.seed):
+                watcher.started(replace(job, title=f"{job.title}, timed {number + 1} of {task.timings}"))
+                self._warm_up(job)
+                outcome, _ = train(job.contender.workload(), job.contender.entrant, job.plan, watch=watcher.stepped)
+                found[job.slug].append(outcome.curve)
+        for job, run in short:
+            for name in clocks:
+                columns = zip(*(getattr(curve, name) for curve in found[job.slug]), strict=True)
+                setattr(run.curve, name, [median(of_row) for of_row in columns])
+            run.rounds = task.timings
+            folder.finish(job.slug, run)
 
     def _warm_up(self, job: Job) -> None:
         """Two steps that nobody counts: an optimizer's first ones in a process load libraries and build kernels."""
@@ -173,17 +198,6 @@ class Study:
             plan = replace(job.plan, steps=2, warmup=0, evaluations=1, test=False)
             train(job.contender.workload(), job.contender.entrant, plan)
             self._warm.add(job.contender.label)
-
-
-def _time_again(job: Job, outcome: Outcome, timings: int) -> None:
-    """Medians of the seconds of equal trainings, where one takes less than a second."""
-    curve = outcome.curve
-    if outcome.status != "finished" or timings == 1 or curve.cpu_seconds[-1] >= 1:
-        return
-    again = [train(job.contender.workload(), job.contender.entrant, job.plan)[0].curve for _ in range(timings - 1)]
-    for name in ("seconds", "cpu_seconds"):
-        columns = zip(getattr(curve, name), *(getattr(other, name) for other in again), strict=True)
-        setattr(curve, name, [median(of_row) for of_row in columns])
 
 
 def folder_name(task: Task) -> str:

@@ -47,6 +47,7 @@ class Outcome:
         diverged_at: the step of which that was so.
         error: what it raised.
         test_loss, test_metric: after the last step; None where there is no test part, in a search, or where it did not finish.
+        rounds: of how many equal trainings its seconds are the medians.
     """
 
     seed: int
@@ -57,3 +58,4 @@ class Outcome:
     error: str | None = None
     test_loss: float | None = None
     test_metric: float | None = None
+    rounds: int = 1
