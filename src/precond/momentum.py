@@ -94,6 +94,20 @@ class Momentum:
             return tuple(torch._foreach_div(m, [1 - self.beta**t for t in state.steps]))
         return m
 
+    def write(self, state: State, a: Vec, out: Vec) -> Vec:
+        """The same, into memory that is there already, ``out``; entries of a may be in the same place."""
+        kept = state.get("m", a)
+        for o, m, x, t in zip(out, kept, a, state.steps, strict=True):
+            if "m" in state and self.kind == "nesterov" and self.dampening == self.beta:
+                torch.lerp(x, m, self.beta, out=o)
+            elif "m" in state and self.kind == "nesterov":
+                torch.mul(x, 1 - self.dampening, out=o).add_(m, alpha=self.beta)
+            elif "m" in state and self.corrected:
+                torch.div(m, 1 - self.beta**t, out=o)
+            else:
+                o.copy_(m)
+        return out
+
     def _fold(self, m: Vec, a: Vec) -> None:
         if self.kind == "ema" or self.dampening == self.beta:
             torch._foreach_lerp_(m, a, 1 - self.beta)

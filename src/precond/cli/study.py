@@ -31,6 +31,8 @@ from precond.workloads import (
 )
 from precond.workloads.search import best
 
+_SHORT = 5.0  # seconds of a training that is timed again
+
 
 @dataclass(frozen=True)
 class Job:
@@ -169,12 +171,12 @@ class Study:
         return outcome
 
     def _time(self, task: Task, reported: Sequence[tuple[Job, Outcome]], folder: Folder, watcher: Watcher) -> None:
-        """Seconds of trainings that take less than one: medians of several rounds through all of them.
+        """Seconds of trainings that take less than five: medians of several rounds through all of them.
 
         The speed of a machine changes from minute to minute, by more than such trainings differ. One after the other, each would be timed
         in another minute.
         """
-        short = [(job, run) for job, run in reported if run.status == "finished" and run.curve.cpu_seconds[-1] < 1]
+        short = [(job, run) for job, run in reported if run.status == "finished" and run.curve.cpu_seconds[-1] < _SHORT]
         if all(run.rounds == task.timings for _, run in short):
             return
         clocks = ("seconds", "cpu_seconds")

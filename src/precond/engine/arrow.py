@@ -30,7 +30,6 @@ class Arrow:
         self._kept = Kept(self.P, _vectors)
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
-        torch._foreach_add_(cell.state["step"], 1)
         if cell.inputs:
             cell.observe(cell.state, tuple(g))
         lr = float(lr)

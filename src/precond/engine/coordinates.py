@@ -63,7 +63,6 @@ class AdamInCoordinates:
         self._kept = Kept(self.P, self._make)
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
-        torch._foreach_add_(cell.state["step"], 1)
         if not self.groups:
             self._adam(cell, p, g, lr, self.decay, maximize)
             return

@@ -25,7 +25,6 @@ class Rotated:
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         state, lr = cell.state, float(lr)
-        torch._foreach_add_(state["step"], 1)
         W, G = as_matrix(p[0]), as_matrix(g[0])
         A, B = state.get("left_basis"), state.get("right_basis")
         X, Y = WORKSPACE.take(W.dtype, W.shape, W.shape)

@@ -25,7 +25,7 @@ from precond.regularizers import L2
 from precond.vec import Scalar, Tensors
 
 Kernel = Callable[[Cell, Tensors, Tensors, Scalar, bool], None]
-"""(cell, parameters, gradients, lr, maximize): one step of the cell."""
+"""(cell, parameters, gradients, lr, maximize): one step of the cell, whose count of steps is the step's own already."""
 
 _FOREVER = 1e9  # a step count at which 1 − βᵗ is exactly 1
 
@@ -118,7 +118,6 @@ class _Adam:
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         adam = torch._fused_adam_ if self.decay.coupled else torch._fused_adamw_
         state = cell.state
-        torch._foreach_add_(state["step"], 1)
         adam(
             p,
             g,
@@ -145,7 +144,6 @@ class _RMSprop:
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         state = cell.state
-        torch._foreach_add_(state["step"], 1)
         never = torch.tensor(_FOREVER)
         if self.decay.coupled or maximize:
             # The kernel writes the decayed gradient where the momentum of Adam would be.
@@ -181,7 +179,6 @@ class _Adagrad:
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         state = cell.state
-        torch._foreach_add_(state["step"], 1)
         torch._fused_adagrad_(
             p,
             g,
@@ -202,7 +199,6 @@ class _SGD:
     decay: _Decay
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
-        torch._foreach_add_(cell.state["step"], 1)
         if self.decay.decoupled:
             torch._foreach_mul_(p, 1 - lr * self.decay.decoupled)
         if not self.beta and not self.decay.coupled:

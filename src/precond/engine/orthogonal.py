@@ -27,7 +27,6 @@ class Orthogonal:
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         state, lr = cell.state, float(lr)
-        torch._foreach_add_(state["step"], 1)
         W, m = as_matrix(p[0]), as_matrix(self._average(cell, g[0], maximize))
         norm, scale = self._norm(m)
         narrow = W.dtype == torch.float32 and self.P.arithmetic == "bfloat16" and W.numel() >= WIDE
@@ -47,15 +46,8 @@ class Orthogonal:
             g = torch.neg(g, out=a)
         if self.momentum is None:
             return a.copy_(g)
-        momentum, (m,) = self.momentum, cell.average["m"]
-        momentum.fold(cell.average, (g,))
-        if momentum.corrected:
-            return torch.div(m, 1 - momentum.beta ** cell.average.steps[0], out=a)
-        if momentum.kind != "nesterov":
-            return a.copy_(m)
-        if momentum.dampening == momentum.beta:
-            return torch.lerp(g, m, momentum.beta, out=a)
-        return torch.mul(g, 1 - momentum.dampening, out=a).add_(m, alpha=momentum.beta)
+        self.momentum.fold(cell.average, (g,))
+        return self.momentum.write(cell.average, (g,), (a,))[0]
 
     def _norm(self, m: Tensor) -> tuple[Tensor, float]:
         """(‖m‖, what m is to be multiplied by so that its norm is one); where squares leave the range, m is divided in place."""

@@ -72,7 +72,6 @@ class PolarStep:
             self._kept = Kept(self.outer, self._make)
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
-        torch._foreach_add_(cell.state["step"], 1)
         state = cell.state if self.outer is None else cell.state["inner"]
         P1 = None
         if self.outer is not None:
@@ -128,14 +127,8 @@ class PolarStep:
 
     def _pulled(self, cell: Cell, g: Tensors, P1: _Outer | None, X: Tensor) -> tuple[Tensor, Tensor | None]:
         """((m_w − m_b μᵀ)/σ in X, m_b or None) of the momentum m, which is folded already."""
-        kept, momentum = cell.average["m"], self.momentum
-        if momentum.kind == "nesterov" and momentum.dampening == momentum.beta:
-            torch.lerp(g[0], kept[0], momentum.beta, out=X.view_as(g[0]))
-            bias = torch.lerp(g[1], kept[1], momentum.beta) if len(g) > 1 else None
-        else:
-            m, *rest = momentum.current(cell.average, tuple(g))
-            X.view_as(m).copy_(m)
-            bias = rest[0].clone() if rest else None
+        bias = torch.empty_like(g[1]) if len(g) > 1 else None
+        self.momentum.write(cell.average, tuple(g), (X.view_as(g[0]),) if bias is None else (X.view_as(g[0]), bias))
         if P1 is not None:
             if bias is not None:
                 X.addr_(bias, P1.mean, alpha=-1)

@@ -422,6 +422,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             finite = all(vec.all_finite(tuple(g)) for _, _, g in work) and (loss is None or finite_loss(loss))
             if not self._agreed(finite and (point is None or vec.all_finite(point.g))):
                 return False
+        torch._foreach_add_([t for _, cell, _ in work for t in cell.state["step"]], 1)
         for kernel, cell, aligned in work:
             leaf = cell.block.leaves[0]
             kernel(cell, cell.block.tensors, aligned, self._lr(leaf), self.param_groups[leaf.group]["maximize"])
@@ -441,6 +442,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         ((k, found),) = evidence.found.items()
         at = point.at(k, point.maps, found=found, memo=evidence.memo)
         a = loop.assemble(point.g, [point.choices[0].regularizers[k].term(at)])
+        torch._foreach_add_([t for cell in point.cells for t in cell.state["step"]], 1)
         for kernel, (cell, span) in zip(kernels, point.spans, strict=True):
             p = cell.block.tensors
             assert kernel is not None

@@ -95,12 +95,13 @@ def entrants() -> tuple[tuple[Entrant, LogUniform], ...]:
 
 @dataclass(frozen=True)
 class _Run:
-    """What a task trains, and for how many steps."""
+    """What a task trains, for how many steps, whether rates are searched widely, and in how many rounds short trainings are timed."""
 
     name: str
     workload: Callable[[], BuiltIn | Tensors]
     steps: int
     wide: bool = False
+    timings: int = 1
 
     def space(self, usual: LogUniform) -> LogUniform:
         """Where learning rates are searched."""
@@ -146,7 +147,7 @@ def race_tasks(
         return Task(
             run.name, contenders, Plan(None, steps, 0, "linear", steps // 20, EVALUATIONS), tuple(seeds),
             Search(run.trials(trials), judge="training"), metric=workload.metric, facts=facts, reference=REFERENCE, allowance=0.0,
-            target_part="train", timings=5,
+            target_part="train", timings=run.timings,
         )  # fmt: skip
 
     return tuple(task(run) for run in _runs(fashion, text))
@@ -177,10 +178,10 @@ def _runs(fashion: DataSet, text: dict[str, Part]) -> tuple[_Run, ...]:
     )  # fmt: skip
     logistic, convnet = Architecture("logistic"), Architecture("convnet", (16, 32, 32))
     return (
-        _Run("logistic, wine", built_in(load_data("wine"), logistic, 32, None), 600, wide=True),
-        _Run("logistic, breast cancer", built_in(load_data("breast-cancer"), logistic, 32, None), 600, wide=True),
-        _Run("digits MLP", built_in(load_data("digits"), Architecture("mlp", (64, 64)), 64, 500), 600, wide=True),
-        _Run("Fashion MLP", built_in(fashion, Architecture("mlp", (300, 100)), 128, 2000), 800),
+        _Run("logistic, wine", built_in(load_data("wine"), logistic, 32, None), 600, wide=True, timings=5),
+        _Run("logistic, breast cancer", built_in(load_data("breast-cancer"), logistic, 32, None), 600, wide=True, timings=5),
+        _Run("digits MLP", built_in(load_data("digits"), Architecture("mlp", (64, 64)), 64, 500), 600, wide=True, timings=5),
+        _Run("Fashion MLP", built_in(fashion, Architecture("mlp", (300, 100)), 128, 2000), 800, timings=3),
         _Run("Fashion conv net", built_in(fashion, convnet, 128, 1000), 250),
         _Run("Fashion conv net, BN", built_in(fashion, Architecture("convnet", (16, 32, 32), "batch"), 128, 1000), 250),
         _Run("autoencoder", lambda: autoencoding, 400),

@@ -60,7 +60,7 @@ class Task:
         target: the loss to be reached, where it is given.
         target_part: the part of the data on which the loss is to be reached.
         allowance: by so much of itself the target lies above the reference's best loss.
-        timings: seconds of reported trainings that take less than one are medians of so many rounds through all of these.
+        timings: seconds of reported trainings that take less than five are medians of so many rounds through all of these.
     """
 
     name: str
