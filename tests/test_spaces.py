@@ -64,3 +64,20 @@ def test_the_length_of_nothing_is_zero_not_nan():
     tiny = GramOnly(torch.eye(N, dtype=torch.float64) * -1e-30)  # M that rounding made indefinite
     assert Z(tiny, (True, True, True)).dual_norm(v) == 0
     assert P((True, True, True)).dual_norm(vec.zeros_like(v)) == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([torch.tensor([1.0, -2.0])], True),
+        ([torch.tensor([3e38, 3e38])], True),  # their sum is not
+        ([torch.tensor([6e4] * 9, dtype=torch.float16), torch.tensor([1e300], dtype=torch.float64)], True),
+        ([torch.tensor([torch.inf, -torch.inf])], False),
+        ([torch.ones(3), torch.tensor([1.0, torch.nan])], False),
+        ([torch.ones(3), torch.zeros(0), torch.tensor(-torch.inf)], False),
+        ([torch.zeros(0)], True),
+        ([], True),
+    ],
+)
+def test_all_finite(values, expected):
+    assert vec.all_finite(tuple(values)) is expected

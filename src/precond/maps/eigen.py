@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+
+from precond.vec import all_finite
 
 
 def eigh(S: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,7 +17,7 @@ def eigh(S: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         torch.linalg.LinAlgError: where that does not converge either.
     """
-    if not finite(S):
+    if not all_finite((S,)):
         return torch.full_like(S[:, 0], torch.nan), torch.full_like(S, torch.nan)
     for dtype, damping in ((S.dtype, 0.0), (torch.float64, 1e-9), (torch.float64, 1e-4)):
         wide = S.to(dtype)
@@ -29,11 +29,6 @@ def eigh(S: Tensor) -> tuple[Tensor, Tensor]:
             raise
         except RuntimeError:  # torch.linalg.LinAlgError is one
             continue
-        if finite(values) and finite(V):
+        if all_finite((values, V)):
             return values.to(S.dtype), V.to(S.dtype)
     raise torch.linalg.LinAlgError(f"the eigenvalues of a matrix of {len(S)} rows do not converge, in float64 neither")
-
-
-def finite(t: Tensor) -> bool:
-    """Whether no entry is inf or NaN. Their sum tells it at a fifth of the cost, unless it overflows."""
-    return math.isfinite(float(t.sum())) or bool(t.isfinite().all())

@@ -14,11 +14,11 @@ from precond import blocks, checks
 from precond.blocks import Block, Leaf, State, state_dtype
 from precond.inputs.moments import REQUESTS
 from precond.maps import Augmented, LinearMap, Scaled, SymmetricKronecker, augmented
-from precond.maps.eigen import finite
 from precond.preconditioners.base import Part, Preconditioner, Seen, placed
 from precond.preconditioners.muon import normalized
 from precond.preconditioners.rms import RMS
 from precond.preconditioners.roots import inverse_root, renewed
+from precond.vec import all_finite
 
 if TYPE_CHECKING:
     from precond.inputs import Moments, Request
@@ -154,7 +154,7 @@ class Polar(Preconditioner):
 
     def fold(self, state: State, gram: Tensor, share: float) -> None:
         """The same, given m mᵀ/‖m‖²."""
-        if not finite(gram):
+        if not all_finite((gram,)):
             return
         L = state["gram"].lerp_(gram, share)
         if (root := inverse_root(L, 0.5, self.damping)) is not None:

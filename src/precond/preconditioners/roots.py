@@ -7,7 +7,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from precond.maps.eigen import eigh, finite
+from precond.maps.eigen import eigh
+from precond.vec import all_finite
 
 
 def renewed(step: float, every: int) -> bool:
@@ -33,7 +34,7 @@ def decomposed(S: Tensor) -> tuple[Tensor, Tensor] | None:
     except torch.linalg.LinAlgError:
         kept(S)
         return None
-    if not finite(values):
+    if not all_finite((values,)):
         kept(S)
         return None
     return values, V
@@ -75,7 +76,7 @@ def inverse_root(S: Tensor, power: float, damping: float, method: str = "eigh", 
         return found * largest**-power
     if method == "basis" and basis is not None:
         values, V = (basis * (S @ basis)).sum(0), basis
-        if not finite(values):
+        if not all_finite((values,)):
             kept(S)
             return None
     else:
