@@ -36,7 +36,7 @@ def calls_per_step(setting: Setting, steps: int) -> list[int]:
     model, optimizer = build(setting, dist.get_rank())
     counts = []
     for k in range(steps):
-        x = torch.randn(16, 4, 5, dtype=setting.dtype, generator=torch.Generator().manual_seed(k))
+        x = torch.randn(64, 4, 5, dtype=setting.dtype, generator=torch.Generator().manual_seed(k))
         with counted_calls() as made:
             optimizer.step(LossClosure(lambda x=x: model(x).square().mean()))
         counts.append(len(made))

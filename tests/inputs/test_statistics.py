@@ -55,10 +55,10 @@ def test_running_moments_are_those_of_the_weighted_samples(sizes, decay):
 
 
 @pytest.mark.parametrize(
-    ("size", "every", "k"), [(5, 16, 1), (17, 16, 2), (35, 16, 4), (35, 3, 3), (128, 16, 16), (2000, 16, 16)]
+    ("size", "every", "k"), [(5, 16, 1), (60, 16, 1), (70, 16, 2), (128, 16, 4), (128, 3, 3), (2000, 16, 16)]
 )
 def test_later_every_kth_step_is_observed_and_weighs_as_much(size, every, k):
-    """After 20 steps: ρᵏ for what stands for k steps, k an eighth of the batch."""
+    """After 20 steps: ρᵏ for what stands for k steps, k a 32nd of the batch."""
     steps, decay = 50, 0.8
     state, batches = train([size] * steps, decay, every=every)
     observed = [t for t in range(1, steps + 1) if t <= 20 or t % k == 0]

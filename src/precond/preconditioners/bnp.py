@@ -14,7 +14,7 @@ from precond.inputs import Moments, Request
 from precond.preconditioners.input_side import InputSide, LayerPart
 
 _DENSE = 20  # steps that are all observed
-_ENOUGH = 8  # examples in a batch for each step up to the next one that is observed
+_ENOUGH = 32  # examples in a batch for each step up to the next one that is observed
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class BNP(InputSide):
         conv: convolutions have one feature per input ``"channel"`` or per ``"patch"`` entry.
         width_scaling: divide M by q² = max(n/N, 1), n inputs and N samples (Lange et al., §3.3): transfers learning rates
             between widths and batch sizes; conditioning is as before.
-        every: after the first 20 steps a layer is observed in each k-th one (and ρ is ρ^k), with k = min(every, B/8) where it sees B
+        every: after the first 20 steps a layer is observed in each k-th one (and ρ is ρ^k), with k = min(every, B/32) where it sees B
             rows or images: large batches need not be seen each time, and what a small one shows must bound its own step. With
             ``decay=0`` always.
 
