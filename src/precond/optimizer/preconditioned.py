@@ -422,7 +422,8 @@ class PreconditionedGD(torch.optim.Optimizer):
             finite = all(vec.all_finite(tuple(g)) for _, _, g in work) and (loss is None or finite_loss(loss))
             if not self._agreed(finite and (point is None or vec.all_finite(point.g))):
                 return False
-        torch._foreach_add_([t for _, cell, _ in work for t in cell.state["step"]], 1)
+        if work:  # there may be no gradient at all
+            torch._foreach_add_([t for _, cell, _ in work for t in cell.state["step"]], 1)
         for kernel, cell, aligned in work:
             leaf = cell.block.leaves[0]
             kernel(cell, cell.block.tensors, aligned, self._lr(leaf), self.param_groups[leaf.group]["maximize"])
