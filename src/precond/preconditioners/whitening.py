@@ -12,7 +12,7 @@ from torch import Tensor
 from precond import checks
 from precond.blocks import Block, State, state_dtype
 from precond.inputs import Moments, Request
-from precond.inputs.moments import by_group, outer
+from precond.inputs.moments import by_group, outer, variances
 from precond.maps import LinearMap, RowMatrix
 from precond.maps.eigen import eigh
 from precond.preconditioners.input_side import InputSide, LayerPart
@@ -106,7 +106,7 @@ class Whitening(InputSide):
     def scales(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(μ, σ̃, what damping adds to σ²); with no bias to center with, μ is 0 and σ² = E[h²]."""
         mean = state["mean"]
-        variance = state["covariance"].diagonal(dim1=-2, dim2=-1)
+        variance = variances(state["covariance"], mean)
         square = torch.addcmul(variance, mean, mean)
         if part.bias is None:
             variance, mean = square, torch.zeros_like(mean)

@@ -45,7 +45,7 @@ RULES = (
     "reported curves are not evaluated on. (Where a data set is so small that curves are evaluated on all of it, on the same.)",
     "The target is the lowest training loss on the curve of torch's AdamW, median over seeds. Work to the target is that of the first "
     f"of {EVALUATIONS} evaluations that meets it, median over seeds. Seconds are the processor's, of one thread, for fetching batches, "
-    "forward, backward and the optimizer; of trainings that take less than one, the medians of five equal ones.",
+    "forward, backward and the optimizer; of short trainings of the small tasks and the MLP, medians of rounds through all entrants.",
     "Muon, torch's and ours, orthogonalizes the weights of linear and convolutional layers but not those of a transformer's head; "
     "AdamW has the rest, at the same learning rate.",
 )
