@@ -78,7 +78,7 @@ def norm(a: Vec, q: float = 2) -> Tensor:
 
 def all_finite(a: Vec) -> bool:
     """Whether no entry is inf or NaN (reads one number from the device)."""
-    # A sum tells it in one pass at the speed of memory, thirty times as fast as the largest magnitude; only one that overflows does not.
+    # A sum tells it in one pass at the speed of memory, some twenty times as fast as the largest magnitude; only one that overflows does not.
     full = [t for t in a if t.numel()]
     sums = [t.sum().to(full[0].device, torch.float32) for t in full]
     return not sums or math.isfinite(float(torch.stack(sums).sum())) or all(bool(t.isfinite().all()) for t in full)
