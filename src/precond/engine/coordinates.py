@@ -12,7 +12,8 @@ from torch import Tensor
 from precond.blocks import State
 from precond.engine.cells import Cell
 from precond.engine.layer import Kept, layer_of
-from precond.engine.workspace import WIDE, WORKSPACE
+from precond.engine.precision import in_16_bits
+from precond.engine.workspace import WORKSPACE
 from precond.momentum import Momentum
 from precond.preconditioners import BNP, RMS, Whitening
 from precond.preconditioners.base import Seen
@@ -155,7 +156,6 @@ def adam_in_coordinates(
     match inner, momentum:
         case RMS(start="zero", bias_correction=True, centered=False), Momentum(kind="ema", start="zero", of="cotangent"):
             if inner.eps > 0 and momentum.corrected:
-                weight = cell.block.tensors[0]
-                narrow = weight.dtype == torch.float32 and weight.numel() >= WIDE
+                narrow = in_16_bits(cell.block.tensors[0])
                 return AdamInCoordinates(P, inner, momentum, decay, layout.groups if layout else 0, narrow)
     return None

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from precond.engine.cells import Cell
-from precond.engine.workspace import WIDE, WORKSPACE
+from precond.engine.precision import in_16_bits
+from precond.engine.workspace import WORKSPACE
 from precond.momentum import Momentum
 from precond.preconditioners import Muon
 from precond.preconditioners.kronecker import as_matrix
@@ -29,7 +30,7 @@ class Orthogonal:
         state, lr = cell.state, float(lr)
         W, m = as_matrix(p[0]), as_matrix(self._average(cell, g[0], maximize))
         norm, scale = self._norm(m)
-        narrow = W.dtype == torch.float32 and self.P.arithmetic == "bfloat16" and W.numel() >= WIDE
+        narrow = self.P.arithmetic == "bfloat16" and in_16_bits(W)
         # m lies at the start of the workspace: in the same dtype X is m itself.
         X, *rest = WORKSPACE.take(torch.bfloat16 if narrow else W.dtype, W.shape, W.shape, *[(min(W.shape),) * 2] * 6)
         end, gram = Iteration(self.P.coefficients, int(self.P.steps))(X.copy_(m), lambda *shapes: rest, scale)

@@ -10,7 +10,8 @@ from torch import Tensor
 from precond.blocks import State
 from precond.engine.cells import Cell
 from precond.engine.layer import Kept, is_plain
-from precond.engine.workspace import WIDE, WORKSPACE
+from precond.engine.precision import in_16_bits
+from precond.engine.workspace import WORKSPACE
 from precond.maps import augmented
 from precond.momentum import Momentum
 from precond.preconditioners import BNP, Composition, Polar, Preconditioner, Whitening
@@ -245,6 +246,5 @@ def polar(cell: Cell, P: Preconditioner, momentum: Momentum | None, decay: float
         return None
     if not all(t.is_contiguous() for t in cell.block.tensors):
         return None
-    weight = cell.block.tensors[0]
-    halves = inner.arithmetic == "bfloat16" and weight.dtype == torch.float32 and weight.numel() >= WIDE
+    halves = inner.arithmetic == "bfloat16" and in_16_bits(cell.block.tensors[0])
     return PolarStep(inner, outer, momentum, decay, halves)

@@ -33,6 +33,3 @@ class Workspace(threading.local):
 
 
 WORKSPACE = Workspace()
-
-WIDE = 128 * 128
-"""Entries of a matrix from which on its products are faster in 16 bits than in 32."""

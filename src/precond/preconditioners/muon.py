@@ -40,7 +40,8 @@ class Muon(Preconditioner):
         scale: γ for a matrix (A, B): ``"original"``, √max(1, A/B) (Jordan et al.); ``"match_rms_adamw"``, 0.2·√max(A, B), with
             which the root mean square of a step is that of AdamW's (Liu et al.); or ``"none"``, 1.
         arithmetic: of the fused step for float32 parameters: ``"bfloat16"``, as torch's own Muon, 1 to 5 % from the polynomial
-            unless m is nearly singular, or ``"full"``. The reference engine, and float64 parameters, use the parameters' own in any case.
+            unless m is nearly singular, on processors that have instructions for it and in float32 on others, or ``"full"``.
+            The reference engine, and float64 parameters, use the parameters' own in any case.
         momentum: the average of these parameters, in place of the optimizer's; None: the optimizer's.
 
     References:

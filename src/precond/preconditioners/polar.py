@@ -46,8 +46,9 @@ class Polar(Preconditioner):
         decay: ρ of L over the steps that it is renewed at, in [0, 1), where these are not all.
         damping: ε ≥ 0, added to L relative to its largest eigenvalue.
         max_dim: layers whose shorter side is longer take ``RMS``.
-        arithmetic: of the fused step's two products for float32 parameters: ``"bfloat16"``, up to some percent off, or ``"full"``. The
-            reference engine, and float64 parameters, use the parameters' own in any case.
+        arithmetic: of the fused step's two products for float32 parameters: ``"bfloat16"``, up to some percent off, on processors
+            that have instructions for them and in float32 on others, or ``"full"``. The reference engine, and float64 parameters, use the
+            parameters' own in any case.
         others_decay, others_eps: of ``RMS``.
         momentum: the average of these parameters, in place of the optimizer's; None: the optimizer's.
 
