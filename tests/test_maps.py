@@ -21,6 +21,7 @@ from precond.maps import (
     RowMatrix,
     Scaled,
     Sliced,
+    Spiked,
     Standardizing,
     SymmetricKronecker,
     Tiled,
@@ -79,6 +80,14 @@ DD, H, FULL = (draw(4, 3), positive(4)), (positive(4, 3), positive(4)), square(1
 A, K, MEAN, STD, MEAN2, STD2 = square(4), square(3), draw(3), positive(3), draw(2, 3), positive(2, 3)
 R, R2 = square(3)[None], torch.stack([square(3), square(3)])
 FIRST_TWO = [0, 0, 1, 1]
+BASIS, SPIKES, REST = torch.linalg.qr(draw(3, 2)).Q, positive(2), positive(2)
+
+
+def spiked(U, s, a):
+    """The matrix with eigenvalues s on the columns of U, and a on the rest."""
+    whole = torch.linalg.qr(torch.cat([U, eye(3)], 1)).Q[:, :3]
+    return whole @ torch.diag(torch.cat([s, a.expand(1)])) @ whole.T
+
 
 LAYER = {
     "identity": (Identity(LIKE), eye(16), [ALL]),
@@ -93,6 +102,16 @@ LAYER = {
     "standardizing-centered": (Standardizing(0 * MEAN, STD, LIKE), arrow(4, 0 * MEAN.expand(4, 3), STD.expand(4, 3)), [ALL]),
     "row-matrix": (RowMatrix(R, LIKE, maps.Layout()), block(*4 * [R[0]], eye(4)), [ALL]),
     "row-matrix-groups": (RowMatrix(R2, LIKE, maps.Layout(2)), block(*R2[FIRST_TWO], eye(4)), [ALL]),
+    "spiked": (
+        Spiked(BASIS[None], SPIKES[None], REST[:1], LIKE, maps.Layout()),
+        block(*4 * [spiked(BASIS, SPIKES, REST[0])], eye(4)),
+        [ALL],
+    ),
+    "spiked-groups": (
+        Spiked(torch.stack([BASIS, BASIS.flip(0)]), torch.stack([SPIKES, 3 * SPIKES]), REST, LIKE, maps.Layout(2)),
+        block(*2 * [spiked(BASIS, SPIKES, REST[0])], *2 * [spiked(BASIS.flip(0), 3 * SPIKES, REST[1])], eye(4)),
+        [ALL],
+    ),
     "blocks": (BlockDiagonal([((1,), Dense(A)), ((0,), Kronecker(A, K, LIKE[:1]))], LIKE), block(torch.kron(A, K), A), [W, B]),
     "blocks-rest": (BlockDiagonal([((1,), Dense(A))], LIKE), block(eye(12), A), [W, B]),
     "blocks-none": (BlockDiagonal([], LIKE), eye(16), [ALL]),
@@ -152,6 +171,9 @@ OTHERS = {
     "standardizing-one": (Standardizing(MEAN[:1], STD[:1], on((1, 1), (1,))), arrow(1, MEAN[:1, None], STD[:1, None]), None),
     "standardizing-no-rows": (Standardizing(MEAN, STD, on((0, 3), (0,))), eye(0), None),
     "row-matrix-no-bias": (RowMatrix(R, on((4, 3)), maps.Layout()), block(*4 * [R[0]]), None),
+    "spiked-no-bias": (
+        Spiked(BASIS[None], SPIKES[None], REST[:1], on((4, 3)), maps.Layout()), block(*4 * [spiked(BASIS, SPIKES, REST[0])]), None
+    ),
     "symmetric": (SymmetricKronecker(SA, SK, on((4, 3))), torch.kron(half(SA), half(SK)), None),
     "symmetric-left": (SymmetricKronecker(SA, None, on((4, 3))), torch.kron(half(SA), eye(3)), None),
     "symmetric-conv": (SymmetricKronecker(None, SC, on((2, 3, 2))), torch.kron(eye(2), half(SC)), None),

@@ -22,6 +22,7 @@ from precond.maps import (
     Layout,
     RowMatrix,
     Scaled,
+    Spiked,
     Standardizing,
 )
 
@@ -71,13 +72,16 @@ def of_one(draw, kind, shape):
             return Standardizing(draw(columns), draw.positive(columns), like)
         case "rows" if shape:
             return RowMatrix(draw.square(columns)[None], like, Layout())
+        case "spiked" if shape and columns:
+            basis = torch.linalg.qr(draw.square(columns)).Q[:, : (columns + 1) // 2]
+            return Spiked(basis[None], draw.positive(1, basis.shape[1]), draw.positive(1), like, Layout())
         case "inverse-root":
             return InverseRoot((draw.positive(*shape),))
     return Diagonal((draw.positive(*shape),))
 
 
 ATOMS = [
-    "identity", "scaled", "dense", "diagonal", "inverse-root", "kronecker", "kronecker-left", "standardizing", "rows", "layer"
+    "identity", "scaled", "dense", "diagonal", "inverse-root", "kronecker", "kronecker-left", "standardizing", "rows", "spiked", "layer"
 ]  # fmt: skip
 trees = st.recursive(
     st.sampled_from(ATOMS),

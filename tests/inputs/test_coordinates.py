@@ -25,6 +25,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "whitening, maximize": (ROOT, {"maximize": True}),
     "whitening, amsgrad": (ROOT, {"amsgrad": True, "betas": (0.5, 0.6), "weight_decay": 0.1}),
     "whitening, mini-batch": (Whitening(0.0, every=1, shrinkage=3.0), {"eps": 1e-3}),
+    "whitening of rank 2": (Whitening(every=6, observe_steps=2, rank=2), {"weight_decay": 0.3}),
+    "whitening of rank 1, mini-batch": (Whitening(0.0, every=1, shrinkage=3.0, rank=1), {"eps": 1e-3}),
     "whitening, samples": (Whitening(root="cholesky", every=4, shrinkage=10.0, samples=4.0), {"betas": (0.0, 0.9)}),
 }
 
@@ -75,7 +77,7 @@ def kernels(optimizer: PreconditionedGD) -> list[Any]:
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernel_takes_the_steps_of_the_reference_engine(name: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters, averages and statistics, with triangular roots cut into panels."""
-    monkeypatch.setattr("precond.engine.coordinates._PANEL", 3)
+    monkeypatch.setattr("precond.engine.factors._PANEL", 3)
     (inputs, options), taken, inside = CASES[name], [], AdamInCoordinates._step
 
     def spied(self: AdamInCoordinates, cell: Any, *rest: Any) -> None:
@@ -96,12 +98,12 @@ def test_the_kernel_takes_the_steps_of_the_reference_engine(name: str, bias: boo
 @pytest.mark.parametrize("fails", [False, True], ids=["", "where Cholesky fails"])
 def test_panels_are_those_of_a_triangular_root(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where K has no Cholesky factor its root is symmetric, whatever was asked for."""
-    monkeypatch.setattr("precond.engine.coordinates._PANEL", 3)
+    monkeypatch.setattr("precond.engine.factors._PANEL", 3)
     if fails:
         monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda K: (K, torch.ones(K.shape[:-2])))
     ours, theirs = (trained(lambda m, e=engine: whitening(m, 0.01, inputs=ROOT, engine=e)) for engine in ("fused", "loop"))
-    panels = [len(k._kept._made.panels) for k in kernels(ours[1])]
-    assert panels == [1] * 5 if fails else max(panels) == 8
+    panels = [len(R.panels) for k in kernels(ours[1]) for R in k._kept._made.factors]
+    assert set(panels) == {1} if fails else max(panels) == 8
     torch.testing.assert_close(everything(*ours), everything(*theirs), rtol=1e-8, atol=1e-10)
 
 
@@ -112,7 +114,7 @@ def test_products_in_16_bits_are_near(monkeypatch: pytest.MonkeyPatch) -> None:
         trained(lambda m, e=engine: whitening(m, 0.01, inputs=ROOT, engine=e), torch.float32, steps=4)
         for engine in ("fused", "loop")
     )
-    assert {k._kept._made.factor.dtype for k in kernels(optimizer)} == {torch.bfloat16}
+    assert {R.R.dtype for k in kernels(optimizer) for R in k._kept._made.factors} == {torch.bfloat16}
     for ours, theirs, before in zip(*(m.parameters() for m in (narrow, exact, trained(whitening, steps=0)[0])), strict=True):
         assert 0 < (ours - theirs).norm() <= 0.05 * (theirs - before).norm()
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from precond.blocks import State
 from precond.engine.cells import Cell
+from precond.engine.factors import Factor, Factors
 from precond.engine.layer import Kept, layer_of
 from precond.engine.precision import in_16_bits
 from precond.engine.workspace import WORKSPACE
@@ -18,8 +18,6 @@ from precond.momentum import Momentum
 from precond.preconditioners import BNP, RMS, Whitening
 from precond.preconditioners.base import Seen
 from precond.vec import Scalar, Tensors
-
-_PANEL = 192  # columns of a triangular factor that are multiplied at once
 
 
 @dataclass(frozen=True)
@@ -29,15 +27,13 @@ class _Outer:
     Attributes:
         mean, inverse: μ and 1/σ, of shape (groups, 1, n).
         beta: β.
-        factor: R (groups, n, n) in the precision of products, or None for the identity.
-        panels: columns of R; those of a panel have nothing below its end.
+        factors: R of each group; none for the identity.
     """
 
     mean: Tensor
     inverse: Tensor
     beta: float | Tensor = 1.0
-    factor: Tensor | None = None
-    panels: Sequence[tuple[int, int]] = ()
+    factors: Sequence[Factor] = ()
 
 
 @dataclass
@@ -58,10 +54,9 @@ class AdamInCoordinates:
     decay: float
     groups: int
     _narrow: bool = True
-    _factor: tuple[int, Tensor, Sequence[tuple[int, int]]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self._kept = Kept(self.P, self._make)
+        self._kept, self._factors = Kept(self.P, self._make), Factors(self._narrow)
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         if not self.groups:
@@ -87,12 +82,12 @@ class AdamInCoordinates:
             gb = g[1].view(column)
             torch.addcmul(G, gb, P1.mean, value=-1, out=Y).mul_(P1.inverse)
             biases = [(gb * P1.beta).view_as(p[1])]
-        if P1.factor is not None:
-            Y, Z = self._turn(Y, Z, P1.factor, P1.panels)
+        if P1.factors:
+            Y, Z = self._turn(Y, Z, [R.times for R in P1.factors])
         # As its own parameter that decays to nothing, y becomes the step −u without another buffer.
         self._adam(cell, [Y.view_as(p[0]), *biases], None, 1.0, 1.0, maximize)
-        if P1.factor is not None:
-            Y, Z = self._turn(Y, Z, P1.factor, P1.panels, back=True)
+        if P1.factors:
+            Y, Z = self._turn(Y, Z, [R.back for R in P1.factors])
         Y.mul_(P1.inverse)
         if self.decay:
             torch._foreach_mul_(p, 1 - lr * self.decay)
@@ -100,20 +95,14 @@ class AdamInCoordinates:
         if biases:
             p[1].view(column).add_((biases[0].view(column) * P1.beta).sub_(Y @ P1.mean.mT), alpha=lr)
 
-    @staticmethod
-    def _turn(Y: Tensor, Z: Tensor, R: Tensor, panels: Sequence[tuple[int, int]], back: bool = False) -> tuple[Tensor, Tensor]:
-        """(Y R, or Y Rᵀ, for each group; the other of the two buffers)."""
-        narrow = R.dtype != Y.dtype
-        A, B = WORKSPACE.take(R.dtype, Y.shape, Y.shape) if narrow else (Y, Z)
-        if narrow:
+    def _turn(self, Y: Tensor, Z: Tensor, products: Sequence[Callable[[Tensor, Tensor], Tensor]]) -> tuple[Tensor, Tensor]:
+        """(Y R or Y Rᵀ, for each group; the other of the two buffers)."""
+        A, B = WORKSPACE.take(torch.bfloat16, Y.shape, Y.shape) if self._narrow else (Y, Z)
+        if self._narrow:
             A.copy_(Y)
-        for X, out, r in zip(A, B, R, strict=True):
-            for a, b in panels:
-                if back:
-                    torch.mm(X[:, a:], r[a:b, a:].T, out=out[:, a:b])
-                else:
-                    torch.mm(X[:, :b], r[:b, a:b], out=out[:, a:b])
-        return (Y.copy_(B), Z) if narrow else (Z, Y)
+        for X, out, product in zip(A, B, products, strict=True):
+            product(X, out)
+        return (Y.copy_(B), Z) if self._narrow else (Z, Y)
 
     def _adam(self, cell: Cell, p: Tensors, g: Tensors | None, lr: Scalar, decay: float, maximize: bool) -> None:
         inner = cell.state["inner"]
@@ -134,16 +123,7 @@ class AdamInCoordinates:
         )
 
     def _make(self, outer: State, mean: Tensor, std: Tensor, beta: float | Tensor) -> _Outer:
-        vectors = mean[:, None], std[:, None].reciprocal(), beta
-        if "factor" not in outer:
-            return _Outer(*vectors)
-        R = outer["factor"]
-        if self._factor is None or self._factor[0] != R._version:
-            n = R.shape[-1]
-            count = max(1, n // _PANEL) if not bool(R.tril(-1).any()) else 1
-            ends = [n * k // count for k in range(count + 1)]
-            self._factor = R._version, R.bfloat16() if self._narrow else R, list(pairwise(ends))
-        return _Outer(*vectors, *self._factor[1:])
+        return _Outer(mean[:, None], std[:, None].reciprocal(), beta, self._factors(outer))
 
 
 def adam_in_coordinates(

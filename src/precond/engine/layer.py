@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 from torch import Tensor
 
 from precond.blocks import Block, State
+from precond.engine.factors import root_version
 from precond.maps import Layout
 from precond.preconditioners.input_side import InputSide
 
@@ -46,7 +47,7 @@ class Kept(Generic[Made]):
     _made: Made | None = field(default=None, repr=False)
 
     def __call__(self, state: State) -> Made | None:
-        version = state["mean"]._version, state["factor"]._version if "factor" in state else 0
+        version = state["mean"]._version, root_version(state)
         if self._version != version:
             (part,) = self.P.parts(state.block)
             self._version, self._made = version, self.make(state, *self.P.arrow(part, state)) if self.P.known(state) else None

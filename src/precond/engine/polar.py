@@ -9,6 +9,7 @@ from torch import Tensor
 
 from precond.blocks import State
 from precond.engine.cells import Cell
+from precond.engine.factors import Factor, Factors
 from precond.engine.layer import Kept, is_plain
 from precond.engine.precision import in_16_bits
 from precond.engine.workspace import WORKSPACE
@@ -26,15 +27,15 @@ class _Outer:
 
     Attributes:
         mean, inverse, shifted: μ, 1/σ and μ/σ.
-        factor: R, or None for the identity.
-        gram: R Rᵀ in the precision of products, or None.
+        R: R, or None for the identity.
+        narrow: R in the precision of products, or None.
     """
 
     mean: Tensor
     inverse: Tensor
     shifted: Tensor
-    factor: Tensor | None = None
-    gram: Tensor | None = None
+    R: Factor | None = None
+    narrow: Factor | None = None
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,13 @@ class PolarStep:
     momentum: Momentum
     decay: float
     _halves: bool = True
-    _gram: tuple[int, Tensor] | None = field(default=None, repr=False)
-    _root: tuple[tuple[int, int], Tensor] | None = field(default=None, repr=False)
+    _root: tuple[tuple[int, Factor | None], Tensor] | None = field(default=None, repr=False)
     _seen: int = field(default=-1, repr=False)
 
     def __post_init__(self) -> None:
         if self.outer is not None:
-            self._kept = Kept(self.outer, self._make)
+            self._kept, self._factors = Kept(self.outer, self._make), Factors(False)
+            self._narrow_factors = Factors(True) if self._halves else self._factors
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         state = cell.state if self.outer is None else cell.state["inner"]
@@ -146,9 +147,9 @@ class PolarStep:
     def _renew(self, state: State, P1: _Outer | None, X: Tensor, bias: Tensor | None, space: _Space, share: float) -> None:
         """Take the root of z₁'s momentum Z = [XR, m_b]; of a wide layer ZZᵀ = X·RRᵀ·Xᵀ + m_b m_bᵀ."""
         wide = X.shape[0] <= X.shape[1] + (bias is not None)
-        if wide and P1 is not None and P1.gram is not None:
-            A, B = space.A.copy_(X), space.B
-            gram = (torch.mm(A, P1.gram, out=B) @ A.T).to(X.dtype)
+        if wide and P1 is not None and P1.narrow is not None:
+            A = space.A.copy_(X)
+            gram = (P1.narrow.gram(A, space.B) @ A.T).to(X.dtype)
             gram = (gram + gram.T) / 2
             if bias is not None:
                 gram.addr_(bias, bias)
@@ -165,17 +166,13 @@ class PolarStep:
     @staticmethod
     def _in_z1(X: Tensor, bias: Tensor | None, P1: _Outer | None) -> Tensor:
         """Z = [XR, m_b]."""
-        Z = X if P1 is None or P1.factor is None else X @ P1.factor
+        Z = X if P1 is None or P1.R is None else P1.R.times(X, torch.empty_like(X))
         return Z if bias is None else torch.cat([Z, bias[:, None]], 1)
 
     def _make(self, outer: State, mean: Tensor, std: Tensor, beta: float | Tensor) -> _Outer:
         inverse = std[0].reciprocal()
-        if "factor" not in outer:
-            return _Outer(mean[0], inverse, mean[0] * inverse)
-        R = outer["factor"][0]
-        if self._gram is None or self._gram[0] != R._version:
-            self._gram = R._version, (Q := self._narrow(R)) @ Q.T
-        return _Outer(mean[0], inverse, mean[0] * inverse, R, self._gram[1])
+        known = self._factors(outer), self._narrow_factors(outer)
+        return _Outer(mean[0], inverse, mean[0] * inverse, *(R[0] for R in known if R))
 
     def _wide(
         self, state: State, P1: _Outer | None, X: Tensor, bias: Tensor | None, space: _Space
@@ -184,8 +181,8 @@ class PolarStep:
         root = self._narrow_root(state)
         A, B = space.A, space.B
         Y = D = torch.mm(root, A.copy_(X) if self._halves else X, out=B)
-        if P1 is not None and P1.gram is not None:
-            D = torch.mm(Y, P1.gram, out=A)
+        if P1 is not None and P1.narrow is not None:
+            D = P1.narrow.gram(Y, A)
             if self._halves:
                 Y, D = space.Y.copy_(Y), X.copy_(D)
         elif self._halves:
@@ -202,9 +199,9 @@ class PolarStep:
     ) -> tuple[Tensor, Tensor | None, float]:
         """The same."""
         n, Q = X.shape[1], state["root"]
-        R = None if P1 is None else P1.factor
+        R = None if P1 is None else P1.R
         right, A, B = self._narrow_root(state, R, n), space.A, space.B
-        db = None if bias is None else X @ (Q[:n, n] if R is None else R @ Q[:n, n]) + bias * Q[n, n]
+        db = None if bias is None else X @ (Q[:n, n] if R is None else R.left(Q[:n, n:])[:, 0]) + bias * Q[n, n]
         Y = torch.mm(A.copy_(X) if self._halves else X, right, out=B)
         if self._halves:
             Y = X.copy_(Y)
@@ -213,23 +210,21 @@ class PolarStep:
         square = float(torch.dot(Y.flatten(), Y.flatten()))
         if db is not None:
             square += float(torch.dot(db, db))
-        if R is not None and self._halves:
-            Y = X.copy_(torch.mm(A.copy_(Y), self._narrow(R).T, out=B))
-        elif R is not None:
-            Y = torch.mm(Y, R.T, out=A)
+        if P1 is not None and P1.narrow is not None:
+            Y = X.copy_(P1.narrow.back(A.copy_(Y), B)) if self._halves else P1.narrow.back(Y, A)
         return Y, db, square**0.5
 
     def _narrow(self, A: Tensor) -> Tensor:
         """In the precision of products."""
         return A.bfloat16() if self._halves else A
 
-    def _narrow_root(self, state: State, R: Tensor | None = None, n: int | None = None) -> Tensor:
+    def _narrow_root(self, state: State, R: Factor | None = None, n: int | None = None) -> Tensor:
         """L^(−1/2), or of a tall layer R L^(−1/2) without the row and column of the bias."""
         # With statistics of one sample P₁ is the identity for a step, whatever R is.
-        version = state["root"]._version, -1 if R is None else R._version
+        version = state["root"]._version, R
         if self._root is None or self._root[0] != version:
             Q = state["root"][:n, :n]
-            self._root = version, self._narrow(Q if R is None else R @ Q)
+            self._root = version, self._narrow(Q if R is None else R.left(Q))
         return self._root[1]
 
 

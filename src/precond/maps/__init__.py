@@ -10,6 +10,7 @@ from precond.maps.composite import BlockDiagonal, Product, block_diagonal, compo
 from precond.maps.dense import Dense, GramOnly, Kronecker
 from precond.maps.diagonal import Diagonal, InverseRoot
 from precond.maps.layers import Layout, RowMatrix, Sliced, Standardizing
+from precond.maps.spiked import Spiked
 from precond.maps.symmetric import SymmetricKronecker, Tiled, Unrooted
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "RowMatrix",
     "Scaled",
     "Sliced",
+    "Spiked",
     "Standardizing",
     "SymmetricKronecker",
     "Tiled",

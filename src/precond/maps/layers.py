@@ -252,10 +252,15 @@ class RowMatrix(LinearMap):
         bias = s.new_ones(self.layout.groups if len(self.like) > 1 else 0)
         absolute = delta * _mean_inverse(torch.cat([s.flatten(), bias]))  # per row of each group
         inner = RowMatrix(self.R @ (V * (1 + absolute * s).rsqrt()[..., None, :]) @ V.mT, self.like, self.layout)
-        if len(self.like) == 1:
-            return inner
-        ones = tuple(torch.ones_like(t) for t in self.like)
-        return inner @ Diagonal((ones[0], ones[1] * (1 + absolute).rsqrt()))
+        return beside_bias(inner, self.like, (1 + absolute).rsqrt())
+
+
+def beside_bias(on_rows: LinearMap, like: Vec, scale: Tensor) -> LinearMap:
+    """A map on the rows of a layer's weight with a scale of its bias, where it has one."""
+    if len(like) == 1:
+        return on_rows
+    ones = tuple(torch.ones_like(t) for t in like)
+    return on_rows @ Diagonal((ones[0], ones[1] * scale))
 
 
 class Sliced(Piecewise):

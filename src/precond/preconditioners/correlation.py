@@ -1,0 +1,150 @@
+"""Roots of the inverse of a correlation matrix K: of the whole of it, or of its leading part with one number for the rest."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from precond.inputs.moments import outer, variances
+from precond.maps import Layout, LinearMap, RowMatrix, Spiked
+from precond.maps.eigen import eigh
+from precond.vec import Vec
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """K = (1 − γ)D⁻¹CD⁻¹ + γI of groups of features: (groups, n, n), with ones on its diagonal.
+
+    Attributes:
+        covariance: C, about the mean.
+        mean: what C becomes E[hhᵀ] by, or None where it is to stay about the mean.
+        std: D (groups, n).
+        shrunk: 1/(1 − γ): a number, or a column of one a group.
+    """
+
+    covariance: Tensor
+    mean: Tensor | None
+    std: Tensor
+    shrunk: float | Tensor
+
+    def whole(self) -> Tensor:
+        """K."""
+        K = self.covariance.clone() if self.mean is None else self.covariance + outer(self.mean, self.covariance)
+        K.div_(self.std[..., :, None]).div_((self.shrunk * self.std)[..., None, :])
+        K.diagonal(dim1=-2, dim2=-1).fill_(1.0)  # also of inputs that were always zero
+        return K
+
+    def unshrunk(self, Q: Tensor) -> Tensor:
+        """D⁻¹CD⁻¹Q, without that matrix."""
+        X = Q / self.std[..., None]
+        square = variances(self.covariance, self.std)
+        Y = self.covariance @ X
+        if self.mean is not None:
+            square = square + self.mean.square()
+            Y += self.mean[..., None] * (self.mean[..., None, :] @ X)
+        return Y / self.std[..., None] + Q * (1 - square / self.std.square())[..., None]
+
+
+class Root(ABC):
+    """How R with R Rᵀ = K⁻¹ is kept and found."""
+
+    @abstractmethod
+    def fresh(self, eye: Tensor) -> dict[str, Tensor]:
+        """The state of R = I, from a stack of identity matrices."""
+
+    @abstractmethod
+    def renew(self, state: dict[str, Tensor], K: Correlation) -> None:
+        """Find R anew."""
+
+    @abstractmethod
+    def map(self, state: dict[str, Tensor], like: Vec, layout: Layout) -> LinearMap:
+        """R on the rows of a layer's weight."""
+
+
+@dataclass(frozen=True)
+class Whole(Root):
+    """``"symmetric"``, K^(−1/2), or ``"cholesky"``, L⁻ᵀ with K = LLᵀ."""
+
+    kind: Literal["symmetric", "cholesky"]
+
+    def fresh(self, eye: Tensor) -> dict[str, Tensor]:
+        return {"factor": eye}
+
+    def renew(self, state: dict[str, Tensor], K: Correlation) -> None:
+        state["factor"].copy_(inverse_root(K.whole(), self.kind))
+
+    def map(self, state: dict[str, Tensor], like: Vec, layout: Layout) -> LinearMap:
+        return RowMatrix(state["factor"], like, layout)
+
+
+@dataclass(frozen=True)
+class Leading(Root):
+    r"""K^(−1/2) with K ≈ λ̄I + U(Λ − λ̄)Uᵀ: r leading eigenvalues Λ and their eigenvectors U, and the mean λ̄ of all others.
+
+    Of all matrices of this form it is the likeliest given K (Tipping & Bishop, 1999, eq. 7, 8). U moves by orthogonal iteration with
+    the new K from where it was, n²r operations; at first by some steps from columns in general position.
+    """
+
+    rank: int
+
+    def fresh(self, eye: Tensor) -> dict[str, Tensor]:
+        ones = eye.diagonal(dim1=-2, dim2=-1)
+        return {"basis": eye[..., : self.rank].clone(), "leading": ones[..., : self.rank].clone(), "rest": ones[..., 0].clone()}
+
+    def renew(self, state: dict[str, Tensor], K: Correlation) -> None:
+        Q, steps = state["basis"], 1
+        n = Q.shape[-2]
+        if not bool((state["leading"] - 1).any()):
+            # Columns of the identity may be features that are always zero, from which nothing leads on.
+            i = torch.arange(1, n * self.rank + 1, dtype=Q.dtype, device=Q.device)
+            Q, steps = torch.sin(i * i).view(n, self.rank).expand_as(Q), 3
+        # Not of K itself, whose eigenvectors are the same but nearer to each other in eigenvalues.
+        for _ in range(steps):
+            Q = torch.linalg.qr(K.unshrunk(Q)).Q
+        values, V = eigenpairs(Q.mT @ K.unshrunk(Q))
+        values = (values + (K.shrunk - 1)) / K.shrunk
+        # The trace of K is n.
+        rest = (n - values.sum(-1)) / (n - self.rank)
+        floor = values.amax(-1) * n * torch.finfo(Q.dtype).eps
+        state["basis"].copy_(Q @ V)
+        state["leading"].copy_(torch.maximum(values, floor[..., None]).rsqrt_())
+        state["rest"].copy_(torch.maximum(rest, floor).rsqrt_())
+
+    def map(self, state: dict[str, Tensor], like: Vec, layout: Layout) -> LinearMap:
+        return Spiked(state["basis"], state["leading"], state["rest"], like, layout)
+
+
+def eigenpairs(S: Tensor) -> tuple[Tensor, Tensor]:
+    """(eigenvalues, the smallest first; eigenvectors as columns) of symmetric positive S (…, n, n)."""
+    if S.ndim == 2:
+        return eigh(S)
+    values, V = map(torch.stack, zip(*map(eigh, S.flatten(0, -3)), strict=True))
+    return values.view(S.shape[:-1]), V.view(S.shape)
+
+
+def inverse_root(K: Tensor, root: str) -> Tensor:
+    """R with R Rᵀ = K⁻¹ for symmetric positive definite K (…, n, n): K^(−1/2), or L⁻ᵀ with K = LLᵀ."""
+    if root == "cholesky":
+        L, info = torch.linalg.cholesky_ex(K)
+        if not bool(info.any()):
+            return inverse_of_triangular(L).mT
+    values, V = eigenpairs(K)
+    floor = values.amax(-1, keepdim=True) * K.shape[-1] * torch.finfo(K.dtype).eps
+    scaled = V * torch.maximum(values, floor).rsqrt()[..., None, :]
+    return scaled @ V.mT
+
+
+def inverse_of_triangular(L: Tensor) -> Tensor:
+    """L⁻¹ of a lower triangular L (…, n, n), by halves: products are twice as fast as a triangular solve for the identity."""
+    n = L.shape[-1]
+    if n <= 64:
+        return torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device), upper=False)
+    k, found = n // 2, torch.zeros_like(L)
+    A, C = inverse_of_triangular(L[..., :k, :k]), inverse_of_triangular(L[..., k:, k:])
+    found[..., :k, :k], found[..., k:, k:] = A, C
+    found[..., k:, :k] = -(C @ (L[..., k:, :k] @ A))
+    return found

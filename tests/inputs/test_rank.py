@@ -1,0 +1,129 @@
+"""Whitening of a rank against explicit eigenvalues in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from precond import PreconditionedGD, Whitening
+
+N = 7
+
+
+def stepped(batches: list[Tensor], P: Whitening, bias: bool = True) -> PreconditionedGD:
+    """The optimizer of a layer that received some batches."""
+    model = nn.Linear(N, 2, bias=bias).to(batches[0].dtype)
+    optimizer = PreconditionedGD(model, lr=1e-4, preconditioner=P)
+    for x in batches:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return optimizer
+
+
+def on_rows(optimizer: PreconditionedGD) -> Tensor:
+    """M = P Pᵀ on the inputs of one row."""
+    P = optimizer.map().to_dense()
+    return (P @ P.T)[:N, :N]
+
+
+def correlated(size: int = 30, seed: int = 0) -> Tensor:
+    make = torch.Generator().manual_seed(seed)
+    random = lambda *shape: torch.randn(shape, generator=make, dtype=torch.float64)  # noqa: E731
+    return (random(size, 2) @ random(2, N) * 3 + random(size, N)) * torch.logspace(-2, 2, N, dtype=torch.float64) + 5 * random(
+        N
+    )
+
+
+def parts(x: Tensor, bias: bool, shrinkage: float) -> tuple[Tensor, Tensor]:
+    """D and K of a batch."""
+    h = x - x.mean(0) if bias else x
+    C = h.T @ h / len(x)
+    D = C.diagonal().sqrt()
+    gamma = shrinkage * N / (len(x) + shrinkage * N)
+    return D, (1 - gamma) * C / D[:, None] / D + gamma * torch.eye(N, dtype=x.dtype)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("shrinkage", [0.0, 1.0, 10.0])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_the_leading_eigenvalues_are_kept_and_the_others_are_their_mean(bias: bool, shrinkage: float, rank: int) -> None:
+    x = correlated()
+    optimizer = stepped([x] * 100, Whitening(0.0, 0.0, every=1, observe_steps=1, shrinkage=shrinkage, rank=rank), bias)
+    D, K = parts(x, bias, shrinkage)
+    values, V = torch.linalg.eigh(K)
+    values[: N - rank] = values[: N - rank].mean()
+    wanted = (V / values) @ V.T / D[:, None] / D
+    scale = D[:, None] * D
+    torch.testing.assert_close(on_rows(optimizer) * scale, wanted * scale, rtol=1e-6, atol=1e-8)
+
+
+def test_of_two_factors_two_directions_are_all_there_is() -> None:
+    """K = λ̄I + U(Λ − λ̄)Uᵀ itself: the inverse is exact, whatever the first directions were."""
+    make = torch.Generator().manual_seed(1)
+    half = [torch.randn(N, generator=make, dtype=torch.float64) for _ in range(2)]
+    signs = torch.tensor([[(-1.0) ** (i >> k) for k in range(N)] for i in range(2**N)], dtype=torch.float64)  # covariance I
+    U = torch.linalg.qr(torch.stack(half, 1)).Q
+    x = signs + signs @ U @ torch.diag(torch.tensor([2.0, 1.0], dtype=torch.float64)) @ U.T
+    C = x.T @ x / len(x)
+    D = C.diagonal().sqrt()
+    K = C / D[:, None] / D
+    values, V = torch.linalg.eigh(K)
+    values[: N - 3] = values[: N - 3].mean()
+    optimizer = stepped([x] * 60, Whitening(0.0, 0.0, every=1, observe_steps=1, shrinkage=0.0, rank=3))
+    scale = D[:, None] * D
+    torch.testing.assert_close(on_rows(optimizer) * scale, (V / values) @ V.T, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8])
+def test_the_trace_of_K_is_kept_on_the_way(steps: int) -> None:
+    """Σ1/s² + (n − r)/a² = n, with orthonormal U, after any refresh."""
+    optimizer = stepped([correlated(seed=t) for t in range(steps)], Whitening(every=4, rank=2))
+    state = next(iter(optimizer.state.values()))
+    U, s, a = state["basis"][0], state["leading"][0], state["rest"][0]
+    torch.testing.assert_close(U.T @ U, torch.eye(2, dtype=U.dtype), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close((s**-2).sum() + (N - 2) * a**-2, torch.tensor(float(N), dtype=U.dtype), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["zero", "first features zero", "one direction", "constant", "huge", "tiny"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_degenerate_inputs(kind: str, dtype: torch.dtype) -> None:
+    x = correlated()
+    x = {
+        "zero": 0 * x,
+        "first features zero": x * (torch.arange(N) > 3),
+        "one direction": x[:, :1] * torch.arange(1.0, N + 1),
+        "constant": x[:1].expand_as(x),
+        "huge": 1e15 * x,
+        "tiny": 1e-15 * x,
+    }[kind].to(dtype)
+    optimizer = stepped([x] * 9, Whitening(every=4, rank=2))
+    for p, state in optimizer.state.items():
+        assert p.isfinite().all() and all(t.isfinite().all() for t in state.values())
+    v = tuple(torch.randn_like(p) for p in optimizer.param_groups[0]["params"])
+    P = optimizer.map()
+    for there, back in zip(P.solve(P.mv(v)), v, strict=True):
+        assert ((there - back).norm() / back.norm()) < (1e-2 if dtype == torch.float32 else 1e-7)
+
+
+def test_layers_of_few_inputs_keep_all_of_K() -> None:
+    """Up to 2r inputs."""
+    model = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 3))
+    optimizer = precond_of(model, Whitening(rank=3))
+    assert "factor" in optimizer.state[model[0].weight] and "basis" not in optimizer.state[model[0].weight]
+    assert "basis" in optimizer.state[model[1].weight] and optimizer.state[model[1].weight]["basis"].shape == (1, 7, 3)
+
+
+def precond_of(model: nn.Module, P: Any) -> PreconditionedGD:
+    return PreconditionedGD(model, lr=0.1, preconditioner=P)
+
+
+@pytest.mark.parametrize(
+    ("rank", "error"), [(0, ValueError), (-2, ValueError), (1.5, ValueError), ("3", TypeError), (True, TypeError)]
+)
+def test_a_rank_is_a_whole_number(rank: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="Whitening: rank must be"):
+        Whitening(rank=rank)
