@@ -1,6 +1,7 @@
 """The tables of the experiments say the same for every entrant, and tasks are chosen by whole words."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,34 @@ def test_tasks_are_chosen_by_whole_words(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(bench, "launch", launch)
     assert main(["bench", "fashion-mnist", "--tasks", "batch 6,batch 1", "--out", str(tmp_path)]) == 0
     assert made == ["MLP, batch 6", "MLP, batch 1"]
+
+
+@needs_data
+def test_entrants_are_chosen_beside_the_reference_and_keep_their_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them go on in the same folder."""
+
+    def task(*args: object) -> tuple[Task, ...]:
+        (found,) = (t for t in fashion_tasks((0,), 1, 0.002, None, 300) if t.name == "MLP, batch 128")
+        return (replace(found, reference="Adam", seeds=(0,)),)
+
+    monkeypatch.setitem(bench.EXPERIMENTS, "fashion-mnist", Experiment(task))
+    labels = [c.label for c in task()[0].contenders]
+    files = lambda: sorted(p.name[:2] for p in tmp_path.glob("trainings/*/*seed-0.json"))  # noqa: E731
+    run = lambda *names: main(
+        ["bench", "fashion-mnist", "--trials", "1", "--entrants", ",".join(names), "--out", str(tmp_path)]
+    )  # noqa: E731
+    assert run("BNP∘Adam") == 0
+    assert files() == sorted(f"{labels.index(name):02d}" for name in ("Adam", "BNP∘Adam"))
+    before = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("trainings/*/*seed-0.json")}
+    assert run("SGD", "BNP∘Adam") == 0
+    assert {f"{labels.index(name):02d}" for name in ("SGD", "Adam", "BNP∘Adam")} <= set(files())
+    assert all((tmp_path / "trainings" / "MLP-batch-128" / name).stat().st_mtime_ns == at for name, at in before.items())
+    (found,) = load_results(tmp_path / "results.json").tasks
+    assert [entry.label for entry in found.entries] == [x for x in labels if x == "Adam" or "SGD" in x or x == "BNP∘Adam"]
+    capsys.readouterr()
+    assert run("Lion") == 2 and "no entrant of fashion-mnist contains 'Lion'; there are SGD" in capsys.readouterr().err
 
 
 def test_the_settings_that_decide_a_result_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,8 @@ class Bench:
         name: Which.
         tasks: Only the tasks whose names contain one of these, as whole words: "batch 60" or MLP. Several commands with different
             tasks may work in one output folder at the same time; one without --tasks then makes the report of all.
+        entrants: Only these: those whose labels contain one of these as whole words, muon or "torch Muon", and who sets the target. A later
+            command with more of them goes on in the same output folder.
         trials: Learning rates that each entrant tries in each task; nothing is chosen on the test part.
         seeds: One training per seed with the best of them.
         scale: Times the steps of the table; less for a first look.
@@ -54,6 +56,7 @@ class Bench:
 
     name: tyro.conf.Positional[Name]
     tasks: Texts = ()
+    entrants: Texts = ()
     trials: int = 5
     seeds: Integers = (0, 1, 2)
     scale: float = 1.0
@@ -78,6 +81,11 @@ class Bench:
         if not chosen:
             raise UserError(f"no task of {self.name} contains {' or '.join(map(repr, self.tasks))}; there are "
                             f"{'; '.join(task.name for task in every)}")  # fmt: skip
+        if self.entrants:
+            chosen = tuple(task.only(lambda label: any(_names(word, label) for word in self.entrants)) for task in chosen)
+            labels = dict.fromkeys(c.label for task in every for c in task.contenders)
+            if unknown := [word for word in self.entrants if not any(_names(word, label) for label in labels)]:
+                raise UserError(f"no entrant of {self.name} contains {unknown[0]!r}; there are {'; '.join(labels)}")
         settings: dict[str, Any] = to_json(
             {"name": self.name, "trials": self.trials, "seeds": self.seeds, "scale": self.scale, "examples": self.examples}
         )

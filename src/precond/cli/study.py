@@ -102,7 +102,7 @@ class Study:
 
     def _task(self, task: Task, folder: Folder, watcher: Watcher) -> TaskResults:
         entries, reported = [], []
-        for index, contender in enumerate(task.contenders):
+        for index, contender in task.numbered:
             slug = f"{folder_name(task)}/{index:02d}-{_file_name(contender.entrant.slug)}"
             title = f"{self._prefix(task)}{contender.label}"
             trials = tuple[Trial, ...]()

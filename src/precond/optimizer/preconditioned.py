@@ -419,7 +419,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             return False
         point = self._point([leaf.param.grad for leaf in self._bound.leaves], rest) if rest else None
         if self.nonfinite != "propagate":
-            finite = all(vec.all_finite(tuple(g)) for _, _, g in work) and (loss is None or finite_loss(loss))
+            finite = vec.all_finite(tuple(x for _, _, g in work for x in g)) and (loss is None or finite_loss(loss))
             if not self._agreed(finite and (point is None or vec.all_finite(point.g))):
                 return False
         if work:  # there may be no gradient at all

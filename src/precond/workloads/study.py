@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from precond.workloads.entrant import Entrant
@@ -61,6 +61,7 @@ class Task:
         target_part: the part of the data on which the loss is to be reached.
         allowance: by so much of itself the target lies above the reference's best loss.
         timings: seconds of reported trainings that take less than five are medians of so many rounds through all of these.
+        numbers: of the contenders, by which files are named; None: 0, 1, 2, …
     """
 
     name: str
@@ -76,6 +77,17 @@ class Task:
     target: float | None = None
     target_part: Literal["validation", "train"] = "validation"
     timings: int = 1
+    numbers: tuple[int, ...] | None = None
+
+    @property
+    def numbered(self) -> tuple[tuple[int, Contender], ...]:
+        """The contenders with their numbers."""
+        return tuple(enumerate(self.contenders) if self.numbers is None else zip(self.numbers, self.contenders, strict=True))
+
+    def only(self, wanted: Callable[[str], bool]) -> Task:
+        """The same with those contenders alone whose labels are wanted, and the reference; they keep their numbers."""
+        kept = [(n, c) for n, c in self.numbered if c.label == self.reference or wanted(c.label)]
+        return replace(self, contenders=tuple(c for _, c in kept), numbers=tuple(n for n, _ in kept))
 
     @property
     def amount(self) -> int:
