@@ -61,10 +61,13 @@ def test_entrants_are_chosen_beside_the_reference_and_keep_their_files(
 
     monkeypatch.setitem(bench.EXPERIMENTS, "fashion-mnist", Experiment(task))
     labels = [c.label for c in task()[0].contenders]
-    files = lambda: sorted(p.name[:2] for p in tmp_path.glob("trainings/*/*seed-0.json"))  # noqa: E731
-    run = lambda *names: main(
-        ["bench", "fashion-mnist", "--trials", "1", "--entrants", ",".join(names), "--out", str(tmp_path)]
-    )  # noqa: E731
+
+    def run(*names: str) -> int:
+        return main(["bench", "fashion-mnist", "--trials", "1", "--entrants", ",".join(names), "--out", str(tmp_path)])
+
+    def files() -> list[str]:
+        return sorted(p.name[:2] for p in tmp_path.glob("trainings/*/*seed-0.json"))
+
     assert run("BNP∘Adam") == 0
     assert files() == sorted(f"{labels.index(name):02d}" for name in ("Adam", "BNP∘Adam"))
     before = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("trainings/*/*seed-0.json")}

@@ -176,7 +176,7 @@ OWN: dict[str, Callable[..., PreconditionedGD]] = {
     "auto": lambda p, **more: precond.auto(
         p,
         **{
-            "choice": Auto(max_inputs=9, whitening=Whitening(every=7, observe_steps=2, rank=2), polar=Polar(3)),
+            "choice": Auto(max_inputs=9, whitening=Whitening(every=7, observe_steps=2, rank=1), polar=Polar(3)),
             **more,
         },
     ),

@@ -81,7 +81,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], PreconditionedGD]] = {
     "SAM, RMS": lambda m: adamw(m, lr=0.01, eps=EPS, regularizers=[SAM(0.1)]),
     "SAM, adaptive": lambda m: _bnp(m, BNP(damping=0.0) @ RMS(eps=EPS), SAM(0.1, adaptive=True)),
     "SAM, lagged": lambda m: _bnp(m, BNP(damping=0.0) @ RMS(eps=EPS), SAM(0.1), statistics_from="lagged"),
-    "SAM, damped whitening of rank 2": lambda m: _bnp(m, Whitening(damping=0.05, rank=2), SAM(0.1, damping=0.2)),
+    "SAM, damped whitening of rank 1": lambda m: _bnp(m, Whitening(damping=0.05, rank=1), SAM(0.1, damping=0.2)),
     "SAM, some": lambda m: _bnp(m, RMS(eps=EPS), SAM(0.1, where="*.weight")),
     "gradient norm": lambda m: _bnp(m, BNP(damping=0.0) @ RMS(eps=EPS), GradientNorm(0.002)),
     "gradient norm, central": lambda m: _bnp(m, BNP(damping=0.0), GradientNorm(0.002, method="central", power=1, space="p")),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from precond import PreconditionedGD, Whitening
 
-N = 7
+N = 13
 
 
 def stepped(batches: list[Tensor], P: Whitening, bias: bool = True) -> PreconditionedGD:
@@ -61,21 +61,14 @@ def test_the_leading_eigenvalues_are_kept_and_the_others_are_their_mean(bias: bo
     torch.testing.assert_close(on_rows(optimizer) * scale, wanted * scale, rtol=1e-6, atol=1e-8)
 
 
-def test_of_two_factors_two_directions_are_all_there_is() -> None:
-    """K = λ̄I + U(Λ − λ̄)Uᵀ itself: the inverse is exact, whatever the first directions were."""
-    make = torch.Generator().manual_seed(1)
-    half = [torch.randn(N, generator=make, dtype=torch.float64) for _ in range(2)]
-    signs = torch.tensor([[(-1.0) ** (i >> k) for k in range(N)] for i in range(2**N)], dtype=torch.float64)  # covariance I
-    U = torch.linalg.qr(torch.stack(half, 1)).Q
-    x = signs + signs @ U @ torch.diag(torch.tensor([2.0, 1.0], dtype=torch.float64)) @ U.T
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_what_is_of_that_form_is_inverted_exactly(rank: int) -> None:
+    """Features that correlate alike, ρ = 0.8: K = 0.2·I + 0.8·11ᵀ, whatever their scales."""
+    signs = torch.tensor([[(-1.0) ** (i >> k) for k in range(N + 1)] for i in range(2 ** (N + 1))], dtype=torch.float64)
+    x = (signs[:, 1:] * 0.2**0.5 + signs[:, :1] * 0.8**0.5) * torch.logspace(-1, 1, N, dtype=torch.float64)
     C = x.T @ x / len(x)
-    D = C.diagonal().sqrt()
-    K = C / D[:, None] / D
-    values, V = torch.linalg.eigh(K)
-    values[: N - 3] = values[: N - 3].mean()
-    optimizer = stepped([x] * 60, Whitening(0.0, 0.0, every=1, observe_steps=1, shrinkage=0.0, rank=3))
-    scale = D[:, None] * D
-    torch.testing.assert_close(on_rows(optimizer) * scale, (V / values) @ V.T, rtol=1e-5, atol=1e-7)
+    optimizer = stepped([x] * 20, Whitening(0.0, 0.0, every=1, observe_steps=1, shrinkage=0.0, rank=rank))
+    torch.testing.assert_close(on_rows(optimizer) @ C, torch.eye(N, dtype=torch.float64), rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 8])
@@ -110,11 +103,11 @@ def test_degenerate_inputs(kind: str, dtype: torch.dtype) -> None:
 
 
 def test_layers_of_few_inputs_keep_all_of_K() -> None:
-    """Up to 2r inputs."""
-    model = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 3))
-    optimizer = precond_of(model, Whitening(rank=3))
+    """Up to 4r inputs."""
+    model = nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 3))
+    optimizer = precond_of(model, Whitening(rank=2))
     assert "factor" in optimizer.state[model[0].weight] and "basis" not in optimizer.state[model[0].weight]
-    assert "basis" in optimizer.state[model[1].weight] and optimizer.state[model[1].weight]["basis"].shape == (1, 7, 3)
+    assert "basis" in optimizer.state[model[1].weight] and optimizer.state[model[1].weight]["basis"].shape == (1, 9, 2)
 
 
 def precond_of(model: nn.Module, P: Any) -> PreconditionedGD:

@@ -57,7 +57,7 @@ class Polar(Preconditioner):
     """
 
     every: int = 10
-    decay: float = 0.9
+    decay: float = 0.5
     damping: float = 1e-3
     max_dim: int = 4096
     arithmetic: Literal["bfloat16", "full"] = "bfloat16"

@@ -42,7 +42,7 @@ class Whitening(InputSide):
         shrinkage: s ≥ 0.
         samples: c ≥ 0; where it is not 0, batches that hold cn samples or more, convolutions' or sequences', are not averaged with those
             before, nor observed more than once before a refresh, and with fewer samples in proportion: as much as n features need.
-        rank: r ≥ 1; where a layer has more than 2r inputs, K is taken as λ̄I + U(Λ − λ̄)Uᵀ, with its r leading eigenvalues Λ, their
+        rank: r ≥ 1; where a layer has more than 4r inputs, K is taken as λ̄I + U(Λ − λ̄)Uᵀ, with its r leading eigenvalues Λ, their
             eigenvectors U and the mean λ̄ of the others, and the root is symmetric whatever ``root`` says. A refresh then takes n²r
             operations in place of n³, a product with a row of the weight 4nr in place of 2n². None: K as it is.
 
@@ -99,7 +99,7 @@ class Whitening(InputSide):
     def fresh(self, part: LayerPart, block: Block) -> dict[str, Tensor]:
         weight = block.leaves[part.weight].param
         groups, n = part.site.shape(self.request)
-        root = Whole(self.root) if self.rank is None or n <= 2 * self.rank else Leading(int(self.rank))
+        root = Whole(self.root) if self.rank is None or n <= 4 * self.rank else Leading(int(self.rank))
         zeros = lambda *shape: torch.zeros(shape, dtype=state_dtype(weight.dtype), device=weight.device)  # noqa: E731
         return {
             "count": zeros(groups),
@@ -115,20 +115,18 @@ class Whitening(InputSide):
         """How the root of a layer's correlations is kept."""
         return Leading(state["basis"].shape[-1]) if "basis" in state else Whole(self.root)
 
-    def scales(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """(μ, σ̃, what damping adds to σ²); with no bias to center with, μ is 0 and σ² = E[h²]."""
+    def scales(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(μ, σ̃); with no bias to center with, μ is 0 and σ² = E[h²]."""
         mean = state["mean"]
         variance = variances(state["covariance"], mean)
         square = torch.addcmul(variance, mean, mean)
         if part.bias is None:
             variance, mean = square, torch.zeros_like(mean)
-        added = self.damping_of(square, state)
-        std = (variance + added).sqrt_()
-        return mean, torch.where(std > 0, std, 1.0), added
+        std = (variance + self.damping_of(square, state)).sqrt_()
+        return mean, torch.where(std > 0, std, 1.0)
 
     def arrow(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, float | Tensor]:
-        mean, std, _ = self.scales(part, state)
-        return mean, std, 1.0
+        return *self.scales(part, state), 1.0
 
     def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec) -> LinearMap:
         # Before the first refresh the root is the identity, which leaves BNP's arrow.
@@ -144,7 +142,7 @@ class Whitening(InputSide):
         for part in self.parts(state.block):
             mine = self._of(part, state)
             if self.known(mine):
-                std = self.scales(part, mine)[1]
+                _, std = self.scales(part, mine)
                 mean = None if part.bias is not None else mine["mean"]  # with no bias to center with, E[hhᵀ]
                 shrunk = 1 + self.shrinkage * std.shape[-1] * by_group(mine["noise"])  # 1/(1 − γ)
                 self.root_of(mine).renew(mine, Correlation(mine["covariance"], mean, std, shrunk))
