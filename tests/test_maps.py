@@ -86,7 +86,7 @@ BASIS, SPIKES, REST = torch.linalg.qr(draw(3, 2)).Q, positive(2), positive(2)
 def spiked(U, s, a):
     """The matrix with eigenvalues s on the columns of U, and a on the rest."""
     whole = torch.linalg.qr(torch.cat([U, eye(3)], 1)).Q[:, :3]
-    return whole @ torch.diag(torch.cat([s, a.expand(1)])) @ whole.T
+    return whole @ torch.diag(torch.cat([s, a.expand(3 - len(s))])) @ whole.T
 
 
 LAYER = {
@@ -105,6 +105,11 @@ LAYER = {
     "spiked": (
         Spiked(BASIS[None], SPIKES[None], REST[:1], LIKE, maps.Layout()),
         block(*4 * [spiked(BASIS, SPIKES, REST[0])], eye(4)),
+        [ALL],
+    ),
+    "spiked-one": (
+        Spiked(BASIS[None, :, :1], SPIKES[None, :1], REST[:1], LIKE, maps.Layout()),
+        block(*4 * [spiked(BASIS[:, :1], SPIKES[:1], REST[0])], eye(4)),
         [ALL],
     ),
     "spiked-groups": (

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from precond import BNP, RMS, Momentum, PreconditionedGD, Whitening, adam, adamw, whitening
 from precond.engine.coordinates import AdamInCoordinates
+from precond.engine.factors import SpikedFactor, WholeFactor
 
 ROOT = Whitening(root="cholesky", every=6, observe_steps=2)
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -107,14 +108,17 @@ def test_panels_are_those_of_a_triangular_root(fails: bool, monkeypatch: pytest.
     torch.testing.assert_close(everything(*ours), everything(*theirs), rtol=1e-8, atol=1e-10)
 
 
-def test_products_in_16_bits_are_near(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("inputs", [ROOT, Whitening(every=6, observe_steps=2, rank=1)], ids=["whole", "of rank 1"])
+def test_products_in_16_bits_are_near(inputs: Whitening, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("precond.engine.precision.WIDE", 0)
     monkeypatch.setattr("precond.engine.precision.multiplies_bfloat16", lambda: True)
     (narrow, optimizer), (exact, _) = (
-        trained(lambda m, e=engine: whitening(m, 0.01, inputs=ROOT, engine=e), torch.float32, steps=4)
+        trained(lambda m, e=engine: whitening(m, 0.01, inputs=inputs, engine=e), torch.float32, steps=4)
         for engine in ("fused", "loop")
     )
-    assert {R.R.dtype for k in kernels(optimizer) for R in k._kept._made.factors} == {torch.bfloat16}
+    made = [R for k in kernels(optimizer) for R in k._kept._made.factors]
+    assert {(R.R if isinstance(R, WholeFactor) else R.U).dtype for R in made} == {torch.bfloat16}
+    assert inputs.rank is None or any(isinstance(R, SpikedFactor) for R in made)
     for ours, theirs, before in zip(*(m.parameters() for m in (narrow, exact, trained(whitening, steps=0)[0])), strict=True):
         assert 0 < (ours - theirs).norm() <= 0.05 * (theirs - before).norm()
 

@@ -71,6 +71,18 @@ def test_what_is_of_that_form_is_inverted_exactly(rank: int) -> None:
     torch.testing.assert_close(on_rows(optimizer) @ C, torch.eye(N, dtype=torch.float64), rtol=1e-7, atol=1e-7)
 
 
+def test_features_that_are_always_zero_do_not_hide_the_others() -> None:
+    """Found at the first refresh, from few batches: one direction among the last features leads by far."""
+    x = correlated(200) * (torch.arange(N) > 5)
+    x[:, 6:] += 20 * x[:, 6:7] * x.std(0)[6:] / x.std(0)[6]
+    optimizer = stepped([x] * 2, Whitening(0.0, 0.0, every=100, observe_steps=1, shrinkage=0.0, rank=2))
+    state = optimizer.state[optimizer.param_groups[0]["params"][0]]
+    C = torch.corrcoef(x[:, 6:].T)
+    value, vector = (t[..., -1] for t in torch.linalg.eigh(C))
+    torch.testing.assert_close(state["leading"][0, -1] ** -2, value, rtol=1e-3, atol=0)
+    assert (state["basis"][0, 6:, -1] @ vector).abs() > 0.999
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 8])
 def test_the_trace_of_K_is_kept_on_the_way(steps: int) -> None:
     """Σ1/s² + (n − r)/a² = n, with orthonormal U, after any refresh."""

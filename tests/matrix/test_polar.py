@@ -95,6 +95,7 @@ def net(bias: bool = True) -> nn.Sequential:
 CHOICES = {
     "auto": lambda m, **more: precond.auto(m, weight_decay=0.1, choice=Auto(20, Whitening(root="cholesky", every=8)), **more),
     "symmetric roots": lambda m, **more: precond.auto(m, choice=Auto(whitening=Whitening(every=8)), **more),
+    "of rank 1": lambda m, **more: precond.auto(m, choice=Auto(whitening=Whitening(every=8, rank=1)), **more),
     "standardized": lambda m, **more: precond.auto(m, choice=Auto(max_inputs=1), **more),
     "alone": lambda m, **more: PreconditionedGD(m, preconditioner=Polar(3), momentum=Momentum(0.9, "heavy_ball"), **more),
     "maximize": lambda m, **more: _maximizing(precond.auto(m, **more)),
@@ -127,10 +128,11 @@ def test_the_kernel_takes_the_steps_of_the_reference_engine(name: str, bias: boo
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
 
 
-def test_products_in_16_bits_are_near(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["auto", "of rank 1"])
+def test_products_in_16_bits_are_near(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("precond.engine.precision.WIDE", 0)
     monkeypatch.setattr("precond.engine.precision.multiplies_bfloat16", lambda: True)
-    narrow, exact = trained("auto", torch.float32, True, 4), trained("auto", torch.float32, True, 4, engine="loop")
+    narrow, exact = trained(name, torch.float32, True, 4), trained(name, torch.float32, True, 4, engine="loop")
     start = [p.detach() for p in net().parameters()]
     for ours, theirs, before in zip(narrow, exact, start, strict=True):
         assert (ours - theirs).norm() <= 0.08 * (theirs - before).norm() + 1e-7
