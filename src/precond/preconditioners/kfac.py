@@ -99,4 +99,4 @@ def KFAC(
     References:
         Martens & Grosse (2015); Benzing (2022).
     """
-    return Whitening(decay, damping, every=every) @ OutputFactor(1.0, decay, output_damping, output_every)
+    return Whitening(decay, damping, every=every, rank=None) @ OutputFactor(1.0, decay, output_damping, output_every)

@@ -28,7 +28,8 @@ class Whitening(InputSide):
     inverse of E[ĥĥᵀ] damped feature by feature, whatever their scales. Without a bias C is E[hhᵀ].
 
     N samples do not determine n features' correlations: K is shrunk towards the identity, K ← (1−γ)K + γI with γ = sn/(N + sn), N the
-    effective number of samples behind the running average.
+    effective number of samples behind the running average. Of layers with many inputs the leading eigenvalues of K are kept and the
+    others, which then differ little, get their mean (``rank``).
 
     The covariance is observed, and the root taken, on a schedule that is fixed by the number of steps: at steps 1, 2, 4, 8, …
     and then every ``every`` steps, from the ``observe_steps`` steps before. Between refreshes the map stands still.
@@ -58,7 +59,7 @@ class Whitening(InputSide):
     observe_steps: int = 5
     shrinkage: float = 1.0
     samples: float = 0.0
-    rank: int | None = None
+    rank: int | None = 64
 
     def __post_init__(self) -> None:
         checks.fraction("Whitening", decay=self.decay)
