@@ -12,6 +12,9 @@ Judge = Literal["validation", "training"]
 # With few trials in one dimension, evenly spaced ones find more than a sampler does that must first learn where to look.
 _ALL_EVEN = 8
 
+# A cross entropy of float32 logits is known to some 1e-7: below this there is nothing left to choose by.
+_NONE = 1e-6
+
 
 @dataclass(frozen=True)
 class LogUniform:
@@ -110,13 +113,15 @@ class Search:
 
 
 def best(trials: tuple[Trial, ...]) -> float:
-    """The learning rate of the lowest loss; where every trial diverged, the smallest, which shows it.
+    """The learning rate of the lowest loss, the first of those that differ by rounding; where every trial diverged, the smallest.
 
     Example:
         >>> best((Trial(0.1, 2.0), Trial(0.2, 1.0), Trial(0.4, math.nan)))
         0.2
+        >>> best((Trial(0.1, 3e-7), Trial(0.2, 4e-8)))
+        0.1
     """
-    return min(trials, key=lambda t: (not math.isfinite(t.loss), t.loss if math.isfinite(t.loss) else t.lr)).lr
+    return min(trials, key=lambda t: (not math.isfinite(t.loss), max(t.loss, _NONE) if math.isfinite(t.loss) else t.lr)).lr
 
 
 def rounded(lr: float) -> float:
