@@ -42,7 +42,8 @@ RULES = (
     "as densely over three in the small tasks on raw features and on digits. Weight decay is 0; everything else is each optimizer's own "
     "default, but pytorch-optimizer's Shampoo refreshes every 10 steps instead of every 1,000, and heavyball does not compile.",
     "A search is judged by the final training loss of trainings with another seed than those reported, on training examples that the "
-    "reported curves are not evaluated on. (Where a data set is so small that curves are evaluated on all of it, on the same.)",
+    "reported curves are not evaluated on. (Where a data set is so small that curves are evaluated on all of it, on the same.) Losses "
+    "below 1e-6 are equal, and the first of the trials wins.",
     "The target is the lowest training loss on the curve of torch's AdamW, median over seeds. Work to the target is that of the first "
     f"of {EVALUATIONS} evaluations that meets it, median over seeds. Seconds are the processor's, of one thread, for fetching batches, "
     "forward, backward and the optimizer; of short trainings of the small tasks and the MLP, medians of rounds through all entrants.",
