@@ -91,6 +91,7 @@ CANDIDATES: dict[str, Make] = {
         precond.soap(p, lr=1e-3, precondition_frequency=EVERY, sides="smaller", drift=0.3, factor_frequency=5),
     ),
     "whitening": Observing(lambda m: precond.whitening(m, lr=1e-3)),
+    "whitening, rank 32": Observing(lambda m: precond.whitening(m, lr=1e-3, inputs=precond.Whitening(rank=32))),
     "auto": Observing(lambda m: precond.auto(m, lr=1e-3)),
     "pytorch-optimizer ScalableShampoo, blocks of 512": pytorch_optimizer_shampoo,
     "shampoo, blocks of 512": lambda p: (precond.shampoo(p, lr=1e-3, precondition_frequency=EVERY, block_size=512),),

@@ -69,7 +69,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def cholesky(model: nn.Module) -> torch.optim.Optimizer:
-    return precond.whitening(model, lr=1e-4, inputs=precond.Whitening(root="cholesky"))
+    return precond.whitening(model, lr=1e-4, inputs=precond.Whitening(root="cholesky", rank=None))
 
 
 def main() -> None:
