@@ -33,9 +33,8 @@ def on_rows(optimizer: PreconditionedGD) -> Tensor:
 def correlated(size: int = 30, seed: int = 0) -> Tensor:
     make = torch.Generator().manual_seed(seed)
     random = lambda *shape: torch.randn(shape, generator=make, dtype=torch.float64)  # noqa: E731
-    return (random(size, 2) @ random(2, N) * 3 + random(size, N)) * torch.logspace(-2, 2, N, dtype=torch.float64) + 5 * random(
-        N
-    )
+    scales = torch.logspace(-2, 2, N, dtype=torch.float64)
+    return (random(size, 2) @ random(2, N) * 3 + random(size, N)) * scales + 5 * random(N)
 
 
 def parts(x: Tensor, bias: bool, shrinkage: float) -> tuple[Tensor, Tensor]:
@@ -117,13 +116,9 @@ def test_degenerate_inputs(kind: str, dtype: torch.dtype) -> None:
 def test_layers_of_few_inputs_keep_all_of_K() -> None:
     """Up to 4r inputs."""
     model = nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 3))
-    optimizer = precond_of(model, Whitening(rank=2))
+    optimizer = PreconditionedGD(model, lr=0.1, preconditioner=Whitening(rank=2))
     assert "factor" in optimizer.state[model[0].weight] and "basis" not in optimizer.state[model[0].weight]
     assert "basis" in optimizer.state[model[1].weight] and optimizer.state[model[1].weight]["basis"].shape == (1, 9, 2)
-
-
-def precond_of(model: nn.Module, P: Any) -> PreconditionedGD:
-    return PreconditionedGD(model, lr=0.1, preconditioner=P)
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,8 @@ def test_what_comes_after_the_even_ones_is_drawn_where_losses_were_low() -> None
 def test_the_best_is_the_lowest_that_is_finite() -> None:
     assert best((Trial(0.1, math.nan), Trial(0.2, 3.0), Trial(0.3, 2.0), Trial(0.4, math.inf))) == 0.3
     assert best((Trial(0.3, math.nan), Trial(0.2, math.nan))) == 0.2
-    assert (
-        best((Trial(0.3, 2e-6), Trial(0.1, 9e-7), Trial(0.2, 1e-9), Trial(0.4, 0.0))) == 0.1
-    )  # all three are nothing but rounding
+    # All but the first are nothing but rounding.
+    assert best((Trial(0.3, 2e-6), Trial(0.1, 9e-7), Trial(0.2, 1e-9), Trial(0.4, 0.0))) == 0.1
 
 
 @pytest.mark.parametrize("bounds", [(0, 1), (1, 0.1), (0.1, 0.1), (0.1, math.inf), (math.nan, 1)])

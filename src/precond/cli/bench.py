@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,15 +78,16 @@ class Bench:
         experiment = EXPERIMENTS[self.name]
         with as_user_errors():
             every = experiment.tasks(self.seeds, self.trials, self.scale, self.data_dir, self.examples)
-        chosen = tuple(task for task in every if not self.tasks or any(_names(word, task.name) for word in self.tasks))
+        chosen = tuple(task for task in every if not self.tasks or _wanted(self.tasks, task.name))
         if not chosen:
             raise UserError(f"no task of {self.name} contains {' or '.join(map(repr, self.tasks))}; there are "
                             f"{'; '.join(task.name for task in every)}")  # fmt: skip
         if self.entrants:
-            chosen = tuple(task.only(lambda label: any(_names(word, label) for word in self.entrants)) for task in chosen)
             labels = dict.fromkeys(c.label for task in every for c in task.contenders)
-            if unknown := [word for word in self.entrants if not any(_names(word, label) for label in labels)]:
-                raise UserError(f"no entrant of {self.name} contains {unknown[0]!r}; there are {'; '.join(labels)}")
+            for word in self.entrants:
+                if not any(_wanted((word,), label) for label in labels):
+                    raise UserError(f"no entrant of {self.name} contains {word!r}; there are {'; '.join(labels)}")
+            chosen = tuple(task.only(partial(_wanted, self.entrants)) for task in chosen)
         settings: dict[str, Any] = to_json(
             {"name": self.name, "trials": self.trials, "seeds": self.seeds, "scale": self.scale, "examples": self.examples}
         )
@@ -93,5 +95,6 @@ class Bench:
         return launch(f"bench {self.name}", chosen, settings, where, argv, experiment.rules)
 
 
-def _names(word: str, name: str) -> bool:
-    return re.search(rf"\b{re.escape(word)}\b", name) is not None
+def _wanted(words: Iterable[str], name: str) -> bool:
+    """Whether a name contains one of these as whole words."""
+    return any(re.search(rf"\b{re.escape(word)}\b", name) for word in words)

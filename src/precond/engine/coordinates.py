@@ -1,4 +1,4 @@
-"""Adam's step in the coordinates of BNP or Whitening, in place: with whitening two products of matrices, in 16 bits where the weight has 32."""
+"""Adam's step in the coordinates of BNP or Whitening, in place: with whitening two products of matrices, in 16 bits where that is faster."""
 
 from __future__ import annotations
 

@@ -118,15 +118,15 @@ def root_version(state: Mapping[str, Tensor]) -> int:
 
 def factors(state: Mapping[str, Tensor], dtype: torch.dtype) -> Sequence[Factor]:
     """R of each group, of a state of Whitening; nothing where it is BNP's."""
-    if "basis" not in state and "factor" not in state:
-        return ()
-    if "basis" not in state:
+    if "factor" in state:
         R = state["factor"]
         n = R.shape[-1]
         count = max(1, n // _PANEL) if n >= 2 * _PANEL and not bool(R.tril(-1).any()) else 1
         panels = list(pairwise(n * k // count for k in range(count + 1)))
         return [WholeFactor(r, panels) for r in R.to(dtype)]
     found: list[Factor] = []
+    if "basis" not in state:
+        return found
     for U, s, a in zip(state["basis"], state["leading"], state["rest"], strict=True):
         ratio = s / a
         once, twice = ((1 - x)[:, None] * U.T for x in (ratio, ratio.square()))

@@ -1,4 +1,4 @@
-"""Polar's step in place, alone or in the coordinates of BNP or Whitening: two products of matrices, in 16 bits where the weight has 32."""
+"""Polar's step in place, alone or in the coordinates of BNP or Whitening: two products of matrices, in 16 bits where that is faster."""
 
 from __future__ import annotations
 

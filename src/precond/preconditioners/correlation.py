@@ -53,8 +53,8 @@ class Root(ABC):
     """How R with R Rᵀ = K⁻¹ is kept and found."""
 
     @abstractmethod
-    def fresh(self, eye: Tensor) -> dict[str, Tensor]:
-        """The state of R = I, from a stack of identity matrices."""
+    def fresh(self, mean: Tensor) -> dict[str, Tensor]:
+        """The state of R = I, for a mean of the features (groups, n)."""
 
     @abstractmethod
     def renew(self, state: dict[str, Tensor], K: Correlation) -> None:
@@ -71,8 +71,8 @@ class Whole(Root):
 
     kind: Literal["symmetric", "cholesky"]
 
-    def fresh(self, eye: Tensor) -> dict[str, Tensor]:
-        return {"factor": eye}
+    def fresh(self, mean: Tensor) -> dict[str, Tensor]:
+        return {"factor": _eyes(mean, mean.shape[-1])}
 
     def renew(self, state: dict[str, Tensor], K: Correlation) -> None:
         state["factor"].copy_(inverse_root(K.whole(), self.kind))
@@ -91,9 +91,9 @@ class Leading(Root):
 
     rank: int
 
-    def fresh(self, eye: Tensor) -> dict[str, Tensor]:
-        ones = eye.diagonal(dim1=-2, dim2=-1)
-        return {"basis": eye[..., : self.rank].clone(), "leading": ones[..., : self.rank].clone(), "rest": ones[..., 0].clone()}
+    def fresh(self, mean: Tensor) -> dict[str, Tensor]:
+        groups = len(mean)
+        return {"basis": _eyes(mean, self.rank), "leading": mean.new_ones(groups, self.rank), "rest": mean.new_ones(groups)}
 
     def renew(self, state: dict[str, Tensor], K: Correlation) -> None:
         Q, steps = state["basis"], 1
@@ -116,6 +116,12 @@ class Leading(Root):
 
     def map(self, state: dict[str, Tensor], like: Vec, layout: Layout) -> LinearMap:
         return Spiked(state["basis"], state["leading"], state["rest"], like, layout)
+
+
+def _eyes(mean: Tensor, columns: int) -> Tensor:
+    """The first columns of the identity, for each group."""
+    groups, n = mean.shape
+    return torch.eye(n, columns, dtype=mean.dtype, device=mean.device).repeat(groups, 1, 1)
 
 
 def eigenpairs(S: Tensor) -> tuple[Tensor, Tensor]:

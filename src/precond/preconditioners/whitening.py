@@ -109,7 +109,7 @@ class Whitening(InputSide):
             "mean": zeros(groups, n),
             "covariance": zeros(groups, n, n),
             "activity": zeros(groups, n),
-            **root.fresh(zeros(groups, n, n) + torch.eye(n, device=weight.device)),
+            **root.fresh(zeros(groups, n)),
         }
 
     def root_of(self, state: dict[str, Tensor]) -> Root:
