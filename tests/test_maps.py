@@ -179,6 +179,11 @@ OTHERS = {
     "spiked-no-bias": (
         Spiked(BASIS[None], SPIKES[None], REST[:1], on((4, 3)), maps.Layout()), block(*4 * [spiked(BASIS, SPIKES, REST[0])]), None
     ),
+    "spiked-columns": (
+        Spiked(BASIS[None], SPIKES[None], REST[:1], on((3, 4)), maps.Layout(transposed=True)),
+        torch.kron(spiked(BASIS, SPIKES, REST[0]), eye(4)),
+        None,
+    ),
     "symmetric": (SymmetricKronecker(SA, SK, on((4, 3))), torch.kron(half(SA), half(SK)), None),
     "symmetric-left": (SymmetricKronecker(SA, None, on((4, 3))), torch.kron(half(SA), eye(3)), None),
     "symmetric-conv": (SymmetricKronecker(None, SC, on((2, 3, 2))), torch.kron(eye(2), half(SC)), None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -49,6 +50,102 @@ def test_the_step_is_that_of_its_formula(shape: tuple[int, int]) -> None:
         torch.testing.assert_close(matrix(layer, "data"), W, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("engine", ["loop", "auto"])
+@pytest.mark.parametrize(("shape", "rank"), [((5, 7), 1), ((9, 8), 2), ((30, 6), 1)], ids=str)
+def test_a_root_of_a_rank_has_the_leading_eigenvalues_and_the_mean_of_the_others(
+    shape: tuple[int, int], rank: int, engine: str
+) -> None:
+    """Of a gradient that stays the same, so that orthogonal iteration comes to an end."""
+    torch.manual_seed(1)
+    layer = nn.Linear(*reversed(shape)).double()
+    with torch.no_grad():
+        layer.weight.mul_(0.1)
+    optimizer = PreconditionedGD(
+        layer, lr=0.1, preconditioner=Polar(every=1, decay=0.0, damping=0.01, rank=rank), engine=engine
+    )
+    A, B = shape[0], shape[1] + 1
+    U, _, Vh = torch.linalg.svd(torch.randn(A, B).double(), full_matrices=False)
+    m = U @ torch.diag(0.5 ** torch.arange(min(A, B)).double()) @ Vh
+    for _ in range(40):
+        before = matrix(layer, "data")
+        layer.weight.grad, layer.bias.grad = m[:, :-1].clone(), m[:, -1].clone()
+        optimizer.step()
+    L = (m @ m.T if A <= B else m.T @ m) / m.square().sum()
+    values, V = torch.linalg.eigh(L)
+    values[:-rank] = values[:-rank].mean()
+    Q = V @ torch.diag((values + 0.01 * values.max()) ** -0.5) @ V.T
+    step = Q @ m if A <= B else m @ Q
+    wanted = 0.1 * max(1.0, A / B) ** 0.5 * min(A, B) ** 0.5 * step / step.norm()
+    torch.testing.assert_close(before - matrix(layer, "data"), wanted, rtol=1e-8, atol=1e-10)
+    P = optimizer.map()
+    moved = torch.cat([t.reshape(A, -1) for t in P.gram((m[:, :-1], m[:, -1]))], 1)
+    torch.testing.assert_close(0.1 * moved, wanted, rtol=1e-8, atol=1e-10)
+
+
+def test_a_momentum_within_the_few_directions_is_not_lost_in_rounding() -> None:
+    """What it has outside of them is a difference of equal numbers, which a small damping makes a thousand times as long."""
+    torch.manual_seed(0)
+    layer, exact = nn.Linear(7, 30), nn.Linear(7, 30).double()
+    exact.load_state_dict(layer.state_dict())
+    m = torch.randn(30, 1) @ torch.randn(1, 8)
+    for model, engine in ((layer, "fused"), (exact, "loop")):
+        optimizer = PreconditionedGD(
+            model, lr=0.1, preconditioner=Polar(damping=1e-6, rank=1), momentum=Momentum(0.9, "heavy_ball"), engine=engine
+        )
+        for _ in range(2):
+            model.weight.grad, model.bias.grad = m[:, :-1].to(model.weight), m[:, -1].to(model.weight)
+            optimizer.step()
+    torch.testing.assert_close(matrix(layer, "data").double(), matrix(exact, "data"), rtol=1e-4, atol=1e-4)
+
+
+def test_a_training_with_roots_of_a_rank_goes_on_from_its_state() -> None:
+    def make() -> tuple[nn.Module, PreconditionedGD]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(7, 30), nn.Tanh(), nn.Linear(30, 6))
+        return model, precond.auto(model, choice=Auto(polar=Polar(every=4, rank=1), whitening=Whitening(rank=1)))
+
+    def steps(model: nn.Module, optimizer: PreconditionedGD, first: int, last: int) -> None:
+        for t in range(first, last):
+            optimizer.zero_grad()
+            model(torch.randn(16, 7, generator=torch.Generator().manual_seed(t))).square().mean().backward()
+            optimizer.step()
+
+    model, optimizer = make()
+    steps(model, optimizer, 0, 11)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    steps(model, optimizer, 11, 20)
+    again, other = make()
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    steps(again, other, 11, 20)
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6)], ids=str)
+@pytest.mark.parametrize("kind", ["zero", "one entry", "rank 1", "huge", "tiny", "inf once"])
+def test_degenerate_momentum_with_a_root_of_a_rank(kind: str, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(*reversed(shape), bias=False)
+    optimizer = PreconditionedGD(layer, lr=0.1, preconditioner=Polar(every=2, rank=1), momentum=Momentum(0.9), nonfinite="skip")
+    for t in range(6):
+        G = torch.randn(shape)
+        match kind:
+            case "zero":
+                G.zero_()
+            case "one entry":
+                G = torch.zeros(shape).index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(1.0))
+            case "rank 1":
+                G = torch.ones(shape)
+            case "huge" | "tiny":
+                G *= 1e25 if kind == "huge" else 1e-30
+            case "inf once" if t == 2:
+                G[0, 0] = torch.inf
+        layer.weight.grad = G
+        optimizer.step()
+        assert layer.weight.isfinite().all()
+
+
 def test_with_a_root_of_every_step_it_is_the_polar_factor() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(7, 4, bias=False).double()
@@ -84,6 +181,13 @@ def test_a_layer_of_many_samples_takes_the_polar_factor_in_each_step(samples: in
     assert same == ([True] * 7 if samples == 6400 else [True, False, False, False, False, False, False])
 
 
+@pytest.fixture(params=["small", "large"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which of the two kernels steps the layers."""
+    monkeypatch.setattr("precond.engine.polar._SMALL", 2**60 if request.param == "small" else 0)
+    return request.param
+
+
 def net(bias: bool = True) -> nn.Sequential:
     torch.manual_seed(3)
     return nn.Sequential(
@@ -96,6 +200,11 @@ CHOICES = {
     "auto": lambda m, **more: precond.auto(m, weight_decay=0.1, choice=Auto(20, Whitening(root="cholesky", every=8)), **more),
     "symmetric roots": lambda m, **more: precond.auto(m, choice=Auto(whitening=Whitening(every=8)), **more),
     "of rank 1": lambda m, **more: precond.auto(m, choice=Auto(whitening=Whitening(every=8, rank=1)), **more),
+    "roots of rank 1": lambda m, **more: precond.auto(m, choice=Auto(polar=Polar(rank=1)), **more),
+    "both of rank 1": lambda m, **more: precond.auto(m, choice=Auto(whitening=Whitening(rank=1), polar=Polar(rank=1)), **more),
+    "of rank 1, alone": lambda m, **more: PreconditionedGD(
+        m, preconditioner=Polar(3, rank=1), momentum=Momentum(0.9, "heavy_ball"), **more
+    ),
     "standardized": lambda m, **more: precond.auto(m, choice=Auto(max_inputs=1), **more),
     "alone": lambda m, **more: PreconditionedGD(m, preconditioner=Polar(3), momentum=Momentum(0.9, "heavy_ball"), **more),
     "maximize": lambda m, **more: _maximizing(precond.auto(m, **more)),
@@ -121,6 +230,7 @@ def trained(name: str, dtype: torch.dtype, bias: bool, steps: int = 25, **more: 
     return [p.detach() for p in model.parameters()]
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("name", CHOICES)
 def test_the_kernel_takes_the_steps_of_the_reference_engine(name: str, bias: bool) -> None:
@@ -128,8 +238,9 @@ def test_the_kernel_takes_the_steps_of_the_reference_engine(name: str, bias: boo
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["auto", "of rank 1"])
+@pytest.mark.parametrize("name", ["auto", "of rank 1", "both of rank 1"])
 def test_products_in_16_bits_are_near(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("precond.engine.polar._SMALL", 0)
     monkeypatch.setattr("precond.engine.precision.WIDE", 0)
     monkeypatch.setattr("precond.engine.precision.multiplies_bfloat16", lambda: True)
     narrow, exact = trained(name, torch.float32, True, 4), trained(name, torch.float32, True, 4, engine="loop")
@@ -188,6 +299,7 @@ def test_auto_trains_badly_scaled_inputs_with_a_learning_rate_that_is_not_tuned(
     assert loss < 0.05
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("gradient", [0.0, 1e30, 1e-30, float("nan")], ids=str)
 @pytest.mark.parametrize("shape", [(1, 5), (5, 1), (4, 4)], ids=str)
 @pytest.mark.parametrize("engine", ["loop", "auto"])
@@ -233,6 +345,8 @@ def test_an_eigendecomposition_that_fails_keeps_the_root_before(monkeypatch: pyt
 def test_bad_settings_are_named() -> None:
     with pytest.raises(ValueError, match="every"):
         Polar(every=0)
+    with pytest.raises(ValueError, match="rank"):
+        Polar(rank=0)
     with pytest.raises(ValueError, match="arithmetic"):
         Polar(arithmetic="half")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_inputs"):

@@ -100,9 +100,9 @@ class AdamInCoordinates:
         A, B = WORKSPACE.take(torch.bfloat16, Y.shape, Y.shape) if self._narrow else (Y, Z)
         if self._narrow:
             A.copy_(Y)
-        for X, out, product in zip(A, B, products, strict=True):
-            product(X, out)
-        return (Y.copy_(B), Z) if self._narrow else (Z, Y)
+        inside = [product(X, out) is X for X, out, product in zip(A, B, products, strict=True)]
+        found, other = (A, B) if all(inside) else (B, A)
+        return (Y.copy_(found), Z) if self._narrow else (found, other)
 
     def _adam(self, cell: Cell, p: Tensors, g: Tensors | None, lr: Scalar, decay: float, maximize: bool) -> None:
         inner = cell.state["inner"]

@@ -15,23 +15,28 @@ _PANEL = 192  # columns of a triangular factor that are multiplied at once
 
 
 class Factor(ABC):
-    """R of one group of rows, in one dtype; ``out`` is of the shape of X, and not X."""
+    """R of one group of rows, in one dtype. A product is in ``out``, which is of the shape of X, or in X itself, which it may write over."""
 
     @abstractmethod
     def times(self, X: Tensor, out: Tensor) -> Tensor:
-        """X R in ``out``."""
+        """X R."""
 
     @abstractmethod
     def back(self, X: Tensor, out: Tensor) -> Tensor:
-        """X Rᵀ in ``out``."""
+        """X Rᵀ."""
 
     @abstractmethod
-    def gram(self, X: Tensor, out: Tensor) -> Tensor:
-        """X R Rᵀ in ``out``."""
+    def gram(self, X: Tensor, out: Tensor) -> tuple[Tensor, float]:
+        """(X R Rᵀ, ‖X R‖²)."""
+
+    @abstractmethod
+    def onto(self, X: Tensor, out: Tensor) -> Tensor:
+        """R X."""
 
     def left(self, X: Tensor) -> Tensor:
-        """R X."""
-        return self.back(X.T, torch.empty_like(X.T, memory_format=torch.contiguous_format)).T
+        """R X, X as it was."""
+        rows = X.T.clone(memory_format=torch.contiguous_format)
+        return self.back(rows, torch.empty_like(rows)).T
 
 
 @dataclass(eq=False)
@@ -60,17 +65,21 @@ class WholeFactor(Factor):
             torch.mm(X[:, a:], self.R[a:b, a:].T, out=out[:, a:b])
         return out
 
-    def gram(self, X: Tensor, out: Tensor) -> Tensor:
-        return torch.mm(X, self._gram, out=out)
+    def gram(self, X: Tensor, out: Tensor) -> tuple[Tensor, float]:
+        torch.mm(X, self._gram, out=out)
+        return out, dot(X, out)
+
+    def onto(self, X: Tensor, out: Tensor) -> Tensor:
+        return torch.mm(self.R, X, out=out)
 
 
 @dataclass(eq=False)
 class SpikedFactor(Factor):
-    """R = aI + U·diag(s − a)·Uᵀ.
+    """R = aI + U·diag(s − a)·Uᵀ = a(I − U·diag(1 − s/a)·Uᵀ), R Rᵀ = a²(I − U·diag(1 − s²/a²)·Uᵀ).
 
     Attributes:
         U: (n, r).
-        once, twice: (r, n), diag(1 − s/a)·Uᵀ and diag(1 − s²/a²)·Uᵀ.
+        once, twice: (r,), 1 − s/a and 1 − s²/a².
         a: the eigenvalue of all that is orthogonal to U.
     """
 
@@ -79,17 +88,30 @@ class SpikedFactor(Factor):
     twice: Tensor
     a: float
 
+    @classmethod
+    def of(cls, U: Tensor, s: Tensor, a: Tensor, dtype: torch.dtype) -> SpikedFactor:
+        ratio = s / a
+        return cls(U.to(dtype), (1 - ratio).to(dtype), (1 - ratio.square()).to(dtype), float(a))
+
     def times(self, X: Tensor, out: Tensor) -> Tensor:
-        return self._less(X, self.once, self.a, out)
+        return X.addmm_((X @ self.U).mul_(self.once), self.U.T, beta=self.a, alpha=-self.a)
 
     back = times
 
-    def gram(self, X: Tensor, out: Tensor) -> Tensor:
-        return self._less(X, self.twice, self.a**2, out)
+    def gram(self, X: Tensor, out: Tensor) -> tuple[Tensor, float]:
+        T, square = X @ self.U, self.a**2
+        turned = T * self.twice
+        length = square * (dot(X, X) - dot(T, turned))
+        return X.addmm_(turned, self.U.T, beta=square, alpha=-square), length
 
-    def _less(self, X: Tensor, rows: Tensor, scale: float, out: Tensor) -> Tensor:
-        torch.mm(X @ self.U, rows, out=out)
-        return torch.sub(X, out, out=out).mul_(scale)
+    def onto(self, X: Tensor, out: Tensor) -> Tensor:
+        return X.addmm_(self.U * self.once, self.U.T @ X, beta=self.a, alpha=-self.a)
+
+
+def dot(X: Tensor, Y: Tensor) -> float:
+    """⟨X, Y⟩, summed in float32 at least."""
+    wide = torch.promote_types(X.dtype, torch.float32)
+    return float(torch.dot(X.flatten().to(wide), Y.flatten().to(wide)))
 
 
 @dataclass
@@ -124,11 +146,14 @@ def factors(state: Mapping[str, Tensor], dtype: torch.dtype) -> Sequence[Factor]
         count = max(1, n // _PANEL) if n >= 2 * _PANEL and not bool(R.tril(-1).any()) else 1
         panels = list(pairwise(n * k // count for k in range(count + 1)))
         return [WholeFactor(r, panels) for r in R.to(dtype)]
-    found: list[Factor] = []
     if "basis" not in state:
-        return found
-    for U, s, a in zip(state["basis"], state["leading"], state["rest"], strict=True):
-        ratio = s / a
-        once, twice = ((1 - x)[:, None] * U.T for x in (ratio, ratio.square()))
-        found.append(SpikedFactor(U.to(dtype), once.to(dtype), twice.to(dtype), float(a)))
-    return found
+        return []
+    return [SpikedFactor.of(*each, dtype) for each in zip(state["basis"], state["leading"], state["rest"], strict=True)]
+
+
+def root(state: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """R (n, n) of the one group of a state, in the precision of σ (1, n); the identity where it is BNP's."""
+    if "factor" in state:
+        return state["factor"][0]
+    eye = torch.eye(like.shape[-1]).to(like)
+    return factors(state, eye.dtype)[0].times(eye, torch.empty_like(eye)) if "basis" in state else eye

@@ -129,9 +129,14 @@ def outer(mean: Tensor, like: Tensor) -> Tensor:
     return mean.square() if like.ndim == mean.ndim else mean[..., :, None] * mean[..., None, :]
 
 
+def least(t: Tensor) -> float:
+    """The least entry; of one alone it is read without an operation."""
+    return t.item() if t.numel() == 1 else float(t.min())
+
+
 def by_group(t: Tensor) -> float | Tensor:
     """A number for each group: a column, or where there is but one group the number itself, which costs no operations."""
-    return float(t) if t.numel() == 1 else t[:, None]
+    return t.item() if t.numel() == 1 else t[:, None]
 
 
 def _fit(n: Tensor, like: Tensor) -> Tensor:

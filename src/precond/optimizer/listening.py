@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Sequence
 
@@ -15,6 +14,7 @@ from precond.inputs.sync import check_alike, synchronized
 from precond.optimizer.parameters import Owners
 from precond.optimizer.passes import Recorder
 from precond.replicas import distributed
+from precond.vec import all_finite
 
 
 class Listening:
@@ -69,9 +69,8 @@ class Listening:
                 "made, or are layers called by their forward() or by functions? Such layers keep their gradient",
                 stacklevel=6,
             )
-        # A sum is inf or NaN where a term is: one number is read. An input that is not finite is so in its own variance.
-        parts = [t.reshape(-1) for m in seen.values() for t in (m.mean, m.variance)]
-        return not parts or math.isfinite(float(torch.cat(parts).sum(dtype=torch.float64)))
+        # An input that is not finite is so in its own variance.
+        return all_finite(tuple(m.variance for m in seen.values()))
 
     def _want(self, cells: Sequence[Cell]) -> None:
         """Tell the observer what the next step needs."""

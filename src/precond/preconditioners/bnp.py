@@ -11,6 +11,7 @@ from torch import Tensor
 from precond import checks
 from precond.blocks import Block, state_dtype
 from precond.inputs import Moments, Request
+from precond.inputs.moments import least
 from precond.preconditioners.input_side import InputSide, LayerPart
 
 _DENSE = 20  # steps that are all observed
@@ -84,12 +85,12 @@ class BNP(InputSide):
             mean, variance = torch.zeros_like(mean), square
         else:
             # One sample has no variance: scale without centering until there are two.
-            if float(state["count"].min()) < 2:
+            if least(state["count"]) < 2:
                 one = (state["count"] < 2)[:, None]
                 mean, variance = torch.where(one, 0, mean), torch.where(one, square, variance)
         std = self.damping_of(square, state).add_(variance).sqrt_()
         # An input that was always zero has no scale, and its weight has had no gradient.
-        return mean, torch.where(std > 0, std, 1.0)
+        return mean, std.masked_fill_(std == 0, 1.0)
 
     def arrow(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, float | Tensor]:
         layout = part.layout(self.request)

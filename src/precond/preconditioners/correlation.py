@@ -11,7 +11,7 @@ from torch import Tensor
 
 from precond.inputs.moments import outer, variances
 from precond.maps import Layout, LinearMap, RowMatrix, Spiked
-from precond.maps.eigen import eigh
+from precond.maps.eigen import eigenpairs, in_general_position, leading_pairs
 from precond.vec import Vec
 
 
@@ -99,18 +99,14 @@ class Leading(Root):
         Q, steps = state["basis"], 1
         n = Q.shape[-2]
         if not bool((state["leading"] - 1).any()):
-            # Columns of the identity may be features that are always zero, from which nothing leads on.
-            i = torch.arange(1, n * self.rank + 1, dtype=Q.dtype, device=Q.device)
-            Q, steps = torch.sin(i * i).view(n, self.rank).expand_as(Q), 3
+            Q, steps = in_general_position(n, self.rank, Q).expand_as(Q), 3
         # Not of K itself, whose eigenvectors are the same but nearer to each other in eigenvalues.
-        for _ in range(steps):
-            Q = torch.linalg.qr(K.unshrunk(Q)).Q
-        values, V = eigenpairs(Q.mT @ K.unshrunk(Q))
+        values, U = leading_pairs(K.unshrunk, Q, steps)
         values = (values + (K.shrunk - 1)) / K.shrunk
         # The trace of K is n.
         rest = (n - values.sum(-1)) / (n - self.rank)
         floor = values.amax(-1) * n * torch.finfo(Q.dtype).eps
-        state["basis"].copy_(Q @ V)
+        state["basis"].copy_(U)
         state["leading"].copy_(torch.maximum(values, floor[..., None]).rsqrt_())
         state["rest"].copy_(torch.maximum(rest, floor).rsqrt_())
 
@@ -122,14 +118,6 @@ def _eyes(mean: Tensor, columns: int) -> Tensor:
     """The first columns of the identity, for each group."""
     groups, n = mean.shape
     return torch.eye(n, columns, dtype=mean.dtype, device=mean.device).repeat(groups, 1, 1)
-
-
-def eigenpairs(S: Tensor) -> tuple[Tensor, Tensor]:
-    """(eigenvalues, the smallest first; eigenvectors as columns) of symmetric positive S (…, n, n)."""
-    if S.ndim == 2:
-        return eigh(S)
-    values, V = map(torch.stack, zip(*map(eigh, S.flatten(0, -3)), strict=True))
-    return values.view(S.shape[:-1]), V.view(S.shape)
 
 
 def inverse_root(K: Tensor, root: str) -> Tensor:

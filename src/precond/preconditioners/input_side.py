@@ -14,7 +14,7 @@ from torch import Tensor
 from precond import blocks
 from precond.blocks import Block, Leaf, State
 from precond.inputs import Moments, Request, Site
-from precond.inputs.moments import by_group, variances
+from precond.inputs.moments import by_group, least, variances
 from precond.maps import Identity, Layout, LinearMap, Sliced, Standardizing
 from precond.preconditioners.base import Needs, Part, Preconditioner, Seen
 from precond.vec import Vec
@@ -130,7 +130,7 @@ class InputSide(Preconditioner):
 
     def known(self, mine: dict[str, Tensor]) -> bool:
         """Whether P is known of a weight; else it is the identity."""
-        return float(mine["count"].min()) > 0
+        return least(mine["count"]) > 0
 
     def wants(self, step: int, state: dict[str, Tensor]) -> bool:
         """Whether the inputs of a weight are to be observed at a step."""
@@ -149,7 +149,7 @@ class InputSide(Preconditioner):
 
     def _center(self, state: dict[str, Tensor]) -> Tensor | None:
         """The mean that deviations are measured from."""
-        return state["mean"] if self.damping > 0 and float(state["count"].min()) > 0 else None
+        return state["mean"] if self.damping > 0 and least(state["count"]) > 0 else None
 
     def init(self, block: Block) -> dict[str, Any]:
         return {_key(k, part): v for part in self.parts(block) for k, v in self.fresh(part, block).items()}

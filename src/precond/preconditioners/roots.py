@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from precond.maps.eigen import eigh
+from precond.maps.eigen import eigh, in_general_position, leading_pairs
 from precond.vec import all_finite
 
 
@@ -83,9 +83,42 @@ def inverse_root(S: Tensor, power: float, damping: float, method: str = "eigh", 
         if (known := decomposed(S)) is None:
             return None
         values, V = known
-    top = float(values.amax())
-    values = (values + damping * top).clamp_min(rounding * top) if damping < rounding else values.clamp_min(0) + damping * top
-    return (V * (values**-power * largest**-power)) @ V.T
+    return (V * (damped(values, float(values.amax()), damping, rounding) ** -power * largest**-power)) @ V.T
+
+
+def damped(values: Tensor, top: float, damping: float, rounding: float) -> Tensor:
+    """Eigenvalues + ε·top, at least what rounding leaves of them."""
+    return (values + damping * top).clamp_min(rounding * top) if damping < rounding else values.clamp_min(0) + damping * top
+
+
+def leading_inverse_root(
+    S: Tensor, power: float, damping: float, Q: Tensor | None, rank: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    r"""(U (n, r), s (r,), a ()) of (S̄ + ε λ_max I)^(−power) = aI + U·diag(s − a)·Uᵀ; None where that fails.
+
+    S̄ has the r leading eigenvalues of S and for all others their mean. S = 0 gives s = a = 1.
+
+    Args:
+        Q: columns near the eigenvectors, or None.
+        rank: r < n.
+    """
+    n, largest = len(S), float(S.diagonal().amax())
+    start, steps = (in_general_position(n, rank, S), 3) if Q is None else (Q, 1)
+    if largest == 0:
+        return torch.linalg.qr(start).Q, S.new_ones(rank), S.new_ones(())
+    S = S / largest
+    try:
+        values, U = leading_pairs(lambda Q: S @ Q, start, steps)
+    except torch.linalg.LinAlgError:
+        kept(S)
+        return None
+    if not all_finite((values, U)):
+        kept(S)
+        return None
+    rest = (S.trace() - values.sum()) / (n - rank)
+    both = damped(torch.cat([values, rest[None]]), float(values[-1]), damping, n * torch.finfo(S.dtype).eps)
+    both = both**-power * largest**-power
+    return U, both[:rank], both[rank]
 
 
 def _newton(S: Tensor, p: int, damping: float) -> Tensor | None:
@@ -113,8 +146,7 @@ def largest_eigenvalue(S: Tensor, steps: int = 32) -> Tensor:
     """λ_max of a symmetric positive S (n, n) by Lanczos steps from a fixed vector: exact for n ≤ ``steps``, else from below."""
     n, k = len(S), min(len(S), steps)
     Q = S.new_zeros(n, k)
-    i = torch.arange(1, n + 1, dtype=S.dtype, device=S.device)
-    w = torch.sin(i * i)  # in general position: a constant vector is what centered statistics map to zero
+    w = in_general_position(n, 1, S)[:, 0]
     least = S.new_zeros(())
     for j in range(k):
         for _ in range(2):

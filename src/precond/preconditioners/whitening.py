@@ -12,7 +12,7 @@ from torch import Tensor
 from precond import checks
 from precond.blocks import Block, State, state_dtype
 from precond.inputs import Moments, Request
-from precond.inputs.moments import by_group, variances
+from precond.inputs.moments import by_group, least, variances
 from precond.maps import LinearMap
 from precond.preconditioners.correlation import Correlation, Leading, Root, Whole
 from precond.preconditioners.input_side import InputSide, LayerPart
@@ -77,7 +77,7 @@ class Whitening(InputSide):
         return not any(renewed(step + k, self.every) for k in range(self.observe_steps))
 
     def wants(self, step: int, state: dict[str, Tensor]) -> bool:
-        steps, size = self.observe_steps, float(state["size"].min()) if self.samples else 0.0
+        steps, size = self.observe_steps, least(state["size"]) if self.samples else 0.0
         if self.samples and size:
             steps = min(steps, math.ceil(self.samples * state["mean"].shape[-1] / size))
         return any(renewed(step + k, self.every) for k in range(steps))
@@ -85,12 +85,12 @@ class Whitening(InputSide):
     def rate(self, step: float, new: Moments) -> float:
         if not self.samples:
             return self.decay
-        enough = float(new.count.min()) / (self.samples * new.mean.shape[-1])
+        enough = least(new.count) / (self.samples * new.mean.shape[-1])
         return min(self.decay, max(0.0, 1 - enough))
 
     def active(self, mine: dict[str, Tensor], new: Moments, delta: Tensor, gain: float | Tensor) -> Tensor:
         found = super().active(mine, new, delta, gain)
-        if not self.samples or not float(mine["count"].min()):
+        if not self.samples or not least(mine["count"]):
             return found
         # Deviations are from the mean before. About the new one E|h − μ| may be less by |Δμ|: an input that has died, whose mean has
         # moved to where it always is now, deviated much from where it was, and would count as active.
@@ -124,7 +124,7 @@ class Whitening(InputSide):
         if part.bias is None:
             variance, mean = square, torch.zeros_like(mean)
         std = (variance + self.damping_of(square, state)).sqrt_()
-        return mean, torch.where(std > 0, std, 1.0)
+        return mean, std.masked_fill_(std == 0, 1.0)
 
     def arrow(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, float | Tensor]:
         return *self.scales(part, state), 1.0
@@ -135,7 +135,7 @@ class Whitening(InputSide):
         return super().part_map(part, state, like) @ self.root_of(state).map(state, like, layout)
 
     def known(self, mine: dict[str, Tensor]) -> bool:
-        return float(mine["count"].min()) >= 2  # one sample has no covariance
+        return least(mine["count"]) >= 2  # one sample has no covariance
 
     def refresh(self, state: State) -> None:
         if not renewed(min(state.steps), self.every):
