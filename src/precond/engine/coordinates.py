@@ -25,13 +25,14 @@ class _Outer:
     """P₁ = U·diag(β, σ⁻¹R) of a layer: w = (z_w Rᵀ)/σ, b = βz_b − μᵀw.
 
     Attributes:
-        mean, inverse: μ and 1/σ, of shape (groups, 1, n).
+        mean, inverse, shifted: μ, 1/σ and μ/σ, of shape (groups, 1, n).
         beta: β.
         factors: R of each group; none for the identity.
     """
 
     mean: Tensor
     inverse: Tensor
+    shifted: Tensor
     beta: float | Tensor = 1.0
     factors: Sequence[Factor] = ()
 
@@ -88,12 +89,11 @@ class AdamInCoordinates:
         self._adam(cell, [Y.view_as(p[0]), *biases], None, 1.0, 1.0, maximize)
         if P1.factors:
             Y, Z = self._turn(Y, Z, [R.back for R in P1.factors])
-        Y.mul_(P1.inverse)
         if self.decay:
             torch._foreach_mul_(p, 1 - lr * self.decay)
-        W.add_(Y, alpha=lr)
+        W.addcmul_(Y, P1.inverse, value=lr)
         if biases:
-            p[1].view(column).add_((biases[0].view(column) * P1.beta).sub_(Y @ P1.mean.mT), alpha=lr)
+            p[1].view(column).add_((biases[0].view(column) * P1.beta).sub_(Y @ P1.shifted.mT), alpha=lr)
 
     def _turn(self, Y: Tensor, Z: Tensor, products: Sequence[Callable[[Tensor, Tensor], Tensor]]) -> tuple[Tensor, Tensor]:
         """(Y R or Y Rᵀ, for each group; the other of the two buffers)."""
@@ -123,7 +123,8 @@ class AdamInCoordinates:
         )
 
     def _make(self, outer: State, mean: Tensor, std: Tensor, beta: float | Tensor) -> _Outer:
-        return _Outer(mean[:, None], std[:, None].reciprocal(), beta, self._factors(outer))
+        mean, inverse = mean[:, None], std[:, None].reciprocal()
+        return _Outer(mean, inverse, mean * inverse, beta, self._factors(outer))
 
 
 def adam_in_coordinates(

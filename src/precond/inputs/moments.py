@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -48,7 +49,7 @@ class Moments:
     deviation: Tensor
     examples: Tensor
 
-    @property
+    @cached_property
     def variance(self) -> Tensor:
         """σ², shape (groups, n)."""
         return variances(self.spread, self.mean)

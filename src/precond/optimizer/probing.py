@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -100,7 +101,7 @@ def _check_loss(loss: Any) -> None:
 
 def finite_loss(loss: Any) -> bool:
     """Whether a loss is neither inf nor NaN."""
-    return bool(torch.isfinite(torch.as_tensor(loss)).all())
+    return math.isfinite(loss.item() if isinstance(loss, Tensor) else loss)
 
 
 def unscaled(gradients: Sequence[Tensor | None], scale: float | Tensor | None) -> Gradients:

@@ -41,7 +41,7 @@ class Auto(Resolved):
     """
 
     max_inputs: int = 1024
-    whitening: Whitening = Whitening(root="cholesky", shrinkage=10.0, samples=32.0)
+    whitening: Whitening = Whitening(root="cholesky", observe_steps=3, shrinkage=10.0, samples=32.0)
     bnp: BNP = BNP()
     polar: Polar = Polar()
     rms: RMS = RMS(0.999)

@@ -177,7 +177,8 @@ class InputSide(Preconditioner):
         # With ρ = 0 the statistics are those of the newest batch, and so is the number of samples behind them.
         mine["count"].copy_(new.count) if decay == 0 else mine["count"].add_(new.count)
         if "noise" in mine:  # 1/N of a mean with these weights
-            mine["noise"][:, None].mul_((1 - gain) ** 2).add_(gain**2 / size)
+            noise = mine["noise"] if isinstance(gain, float) else mine["noise"][:, None]
+            noise.mul_((1 - gain) ** 2).add_(gain**2 / size)
         for name, newest in (("size", new.count), ("examples", new.examples)):
             if name in mine:
                 mine[name].copy_(newest)

@@ -50,9 +50,9 @@ class Polar(Preconditioner):
             column in place of 2n², a root n²r in place of n³, and it is renewed on the schedule whatever the number of samples. None: L
             as it is.
         max_dim: layers whose shorter side is longer take ``RMS``.
-        arithmetic: of the fused step's two products for float32 parameters: ``"bfloat16"``, up to some percent off, on processors
-            that have instructions for them and in float32 on others, or ``"full"``. The reference engine, and float64 parameters, use the
-            parameters' own in any case.
+        arithmetic: of the fused step's two products for float32 parameters: ``"bfloat16"``, up to some percent off, where they are
+            large, with all of L, and the processor has instructions for them, and float32 elsewhere; or ``"full"``. The reference
+            engine, and float64 parameters, use the parameters' own in any case.
         others_decay, others_eps: of ``RMS``.
         momentum: the average of these parameters, in place of the optimizer's; None: the optimizer's.
 
@@ -60,7 +60,7 @@ class Polar(Preconditioner):
         Jordan et al. (2024), Muon; Gupta, Koren & Singer (2018), Shampoo, with one side; Agarwal et al. (2020) for the length of steps.
     """
 
-    every: int = 10
+    every: int = 8
     decay: float = 0.5
     damping: float = 1e-3
     rank: int | None = 32
@@ -168,7 +168,7 @@ class Polar(Preconditioner):
         """The same, given m mᵀ/‖m‖²."""
         if not all_finite((gram,)):
             return
-        first = self.is_fresh(state)
+        first = "basis" in state and self.is_fresh(state)
         L = state["gram"].lerp_(gram, share)
         if "root" in state:
             if (root := inverse_root(L, 0.5, self.damping)) is not None:

@@ -123,7 +123,7 @@ class Whitening(InputSide):
         square = torch.addcmul(variance, mean, mean)
         if part.bias is None:
             variance, mean = square, torch.zeros_like(mean)
-        std = (variance + self.damping_of(square, state)).sqrt_()
+        std = self.damping_of(square, state).add_(variance).sqrt_()
         return mean, std.masked_fill_(std == 0, 1.0)
 
     def arrow(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, float | Tensor]:

@@ -179,9 +179,9 @@ def _runs(fashion: DataSet, text: dict[str, Part]) -> tuple[_Run, ...]:
     )  # fmt: skip
     logistic, convnet = Architecture("logistic"), Architecture("convnet", (16, 32, 32))
     return (
-        _Run("logistic, wine", built_in(load_data("wine"), logistic, 32, None), 600, wide=True, timings=5),
-        _Run("logistic, breast cancer", built_in(load_data("breast-cancer"), logistic, 32, None), 600, wide=True, timings=5),
-        _Run("digits MLP", built_in(load_data("digits"), Architecture("mlp", (64, 64)), 64, 500), 600, wide=True, timings=5),
+        _Run("logistic, wine", built_in(load_data("wine"), logistic, 32, None), 600, wide=True, timings=15),
+        _Run("logistic, breast cancer", built_in(load_data("breast-cancer"), logistic, 32, None), 600, wide=True, timings=15),
+        _Run("digits MLP", built_in(load_data("digits"), Architecture("mlp", (64, 64)), 64, 500), 600, wide=True, timings=15),
         _Run("Fashion MLP", built_in(fashion, Architecture("mlp", (300, 100)), 128, 2000), 800, timings=3),
         _Run("Fashion conv net", built_in(fashion, convnet, 128, 1000), 250),
         _Run("Fashion conv net, BN", built_in(fashion, Architecture("convnet", (16, 32, 32), "batch"), 128, 1000), 250),
