@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 _PANEL = 192  # columns of a triangular factor that are multiplied at once
+
+
+Made = TypeVar("Made")
+
+
+@dataclass
+class Last(Generic[Made]):
+    """What was made last, until that of which it was made is another."""
+
+    _of: Any = None
+    _made: Made | None = None
+
+    def __call__(self, of: Any, make: Callable[[], Made]) -> Made:
+        if self._of != of:
+            self._of, self._made = of, make()
+        return cast(Made, self._made)
 
 
 class Factor(ABC):
@@ -35,8 +52,7 @@ class Factor(ABC):
 
     def left(self, X: Tensor) -> Tensor:
         """R X, X as it was."""
-        rows = X.T.clone(memory_format=torch.contiguous_format)
-        return self.back(rows, torch.empty_like(rows)).T
+        return self.onto(X.clone(), torch.empty_like(X))
 
 
 @dataclass(eq=False)
@@ -123,13 +139,11 @@ class Factors:
     """
 
     narrow: bool
-    _version: int = -1
-    _made: Sequence[Factor] = ()
+    _last: Last[Sequence[Factor]] = field(default_factory=Last, init=False, repr=False)
 
     def __call__(self, state: Mapping[str, Tensor]) -> Sequence[Factor]:
-        if self._version != (version := root_version(state)):
-            self._version, self._made = version, factors(state, torch.bfloat16 if self.narrow else state["mean"].dtype)
-        return self._made
+        dtype = torch.bfloat16 if self.narrow else state["mean"].dtype
+        return self._last(root_version(state), lambda: factors(state, dtype))
 
 
 def root_version(state: Mapping[str, Tensor]) -> int:

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 from torch import Tensor
 
 from precond.blocks import Block, State
-from precond.engine.factors import root_version
+from precond.engine.factors import Last, root_version
 from precond.maps import Layout
 from precond.preconditioners.input_side import InputSide
 
@@ -43,12 +43,11 @@ class Kept(Generic[Made]):
 
     P: InputSide
     make: Callable[[State, Tensor, Tensor, float | Tensor], Made]
-    _version: tuple[int, int] | None = field(default=None, repr=False)
-    _made: Made | None = field(default=None, repr=False)
+    _last: Last[Made | None] = field(default_factory=Last, init=False, repr=False)
 
     def __call__(self, state: State) -> Made | None:
-        version = state["mean"]._version, root_version(state)
-        if self._version != version:
-            (part,) = self.P.parts(state.block)
-            self._version, self._made = version, self.make(state, *self.P.arrow(part, state)) if self.P.known(state) else None
-        return self._made
+        return self._last((state["mean"]._version, root_version(state)), lambda: self._new(state))
+
+    def _new(self, state: State) -> Made | None:
+        (part,) = self.P.parts(state.block)
+        return self.make(state, *self.P.arrow(part, state)) if self.P.known(state) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,14 +24,14 @@ def eigenbasis(S: Tensor) -> tuple[Tensor, Tensor] | None:
     return None if found is None else (found[0].flip(0), found[1].flip(1))
 
 
-def decomposed(S: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(eigenvalues, the smallest first; eigenvectors as columns) of S (n, n).
+def decomposed(S: Tensor, by: Callable[[Tensor], tuple[Tensor, Tensor]] = eigh) -> tuple[Tensor, Tensor] | None:
+    """(eigenvalues, the smallest first; eigenvectors as columns) of S (n, n), all of them or those that ``by`` finds.
 
     None where they do not converge (see :func:`precond.maps.eigen.eigh`) or S is not finite: the caller keeps what it had, and a
     warning says so.
     """
     try:
-        values, V = eigh(S)
+        values, V = by(S)
     except torch.linalg.LinAlgError:
         kept(S)
         return None
@@ -107,14 +108,9 @@ def leading_inverse_root(
     if largest == 0:
         return torch.linalg.qr(start).Q, S.new_ones(rank), S.new_ones(())
     S = S / largest
-    try:
-        values, U = leading_pairs(lambda Q: S @ Q, start, steps)
-    except torch.linalg.LinAlgError:
-        kept(S)
+    if (known := decomposed(S, lambda S: leading_pairs(lambda Q: S @ Q, start, steps))) is None:
         return None
-    if not all_finite((values, U)):
-        kept(S)
-        return None
+    values, U = known
     rest = (S.trace() - values.sum()) / (n - rank)
     both = damped(torch.cat([values, rest[None]]), float(values[-1]), damping, n * torch.finfo(S.dtype).eps)
     both = both**-power * largest**-power

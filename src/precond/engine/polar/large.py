@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from precond.blocks import State
 from precond.engine.cells import Cell
-from precond.engine.factors import Factor, Factors, SpikedFactor, WholeFactor, dot
+from precond.engine.factors import Factor, Factors, Last, SpikedFactor, WholeFactor, dot
 from precond.engine.polar.step import PolarStep
 from precond.engine.workspace import WORKSPACE
 from precond.preconditioners.kronecker import fold
 from precond.preconditioners.muon import normalized
 from precond.vec import Tensors
-
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -79,21 +75,6 @@ class _Few:
     c: float
 
 
-@dataclass
-class _Last(Generic[Made]):
-    """What was made last, until L^(−1/2) or R is another."""
-
-    _of: tuple[int, Factor | None] | None = None
-    _made: Made | None = None
-
-    def __call__(self, state: State, P1: _Outer | None, make: Callable[[], Made]) -> Made:
-        # With statistics of one sample P₁ is the identity for a step, whatever R is.
-        of = state["root" if "root" in state else "basis"]._version, None if P1 is None else P1.R
-        if self._made is None or self._of != of:
-            self._of, self._made = of, make()
-        return self._made
-
-
 _Tangent = tuple[Tensor, Tensor | None]
 
 
@@ -109,9 +90,9 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
     """
 
     halves: bool = True
-    _left: _Last[Factor] = field(default_factory=_Last, init=False, repr=False)
-    _right: _Last[tuple[Tensor, Tensor]] = field(default_factory=_Last, init=False, repr=False)
-    _few: _Last[_Few] = field(default_factory=_Last, init=False, repr=False)
+    _left: Last[Factor] = field(default_factory=Last, init=False, repr=False)
+    _right: Last[tuple[Tensor, Tensor, Tensor]] = field(default_factory=Last, init=False, repr=False)
+    _few: Last[_Few] = field(default_factory=Last, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -179,7 +160,7 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
     def _wide(self, state: State, P1: _Outer | None, m: _Average) -> tuple[Tensor, Tensor | None, float]:
         """(dW·σ, db, the length squared)."""
         Y, free = m.begin()
-        found = self._left(state, None, lambda: self._make_left(state)).onto(Y, free)
+        found = self._left(_version(state), lambda: self._make_left(state)).onto(Y, free)
         Y, free = (found, Y) if found is free else (found, free)
         if P1 is None or P1.narrow is None:
             square = dot(Y, Y)
@@ -195,10 +176,11 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
         """The same, R L^(−1/2) being multiplied once for all steps with them."""
         X, bias, n = m.X, m.bias, m.X.shape[1]
         R = None if P1 is None else P1.R
-        Q, RQ = self._right(state, P1, lambda: self._make_right(state, R, n))
-        db = None if bias is None else X @ (Q[:n, n] if R is None else R.left(Q[:n, n:])[:, 0]) + bias * Q[n, n]
+        # With statistics of one sample P₁ is the identity for a step, whatever R is.
+        Q, RQ, narrow = self._right((_version(state), R), lambda: self._make_right(state, R, n))
+        db = None if bias is None else X @ RQ[:, n] + bias * Q[n, n]
         A, B = m.begin()
-        Y = torch.mm(A, RQ, out=B)
+        Y = torch.mm(A, narrow, out=B)
         if bias is not None:
             Y.addr_(bias.to(Y.dtype), Q[:n, n].to(Y.dtype))
         square = dot(Y, Y)
@@ -209,7 +191,8 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
     def _tall_in_few_directions(self, state: State, P1: _Outer | None, m: _Average) -> tuple[Tensor, Tensor | None, float]:
         """The same where R and L^(−1/2) differ from multiples of the identity in a few directions, which are all that is multiplied."""
         X, bias = m.X, m.bias
-        M = self._few(state, P1, lambda: self._make_few(state, P1, X.shape[1]))
+        R = None if P1 is None else P1.R
+        M = self._few((_version(state), R), lambda: self._make_few(state, R, X.shape[1]))
         T = X @ M.N
         k, square = T.shape[1], dot(X, X)
         few = T if bias is None else torch.cat([T, bias[:, None]], 1)
@@ -230,15 +213,15 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
         Q = self._narrow(state["root"])
         return WholeFactor(Q, [(0, len(Q))])
 
-    def _make_right(self, state: State, R: Factor | None, n: int) -> tuple[Tensor, Tensor]:
-        """(Q = L^(−1/2), R Q without the row and column of the bias in the precision of products) of a tall layer."""
+    def _make_right(self, state: State, R: Factor | None, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(Q = L^(−1/2), R Q without the bias's row, without its column too in the precision of products) of a tall layer."""
         L = state["gram"]
         Q = state["root"] if "root" in state else self.P.rooted(state, torch.eye(len(L)).to(L))
-        return Q, self._narrow(Q[:n, :n] if R is None else R.left(Q[:n, :n]))
+        RQ = Q[:n] if R is None else R.left(Q[:n])
+        return Q, RQ, self._narrow(RQ[:, :n])
 
-    def _make_few(self, state: State, P1: _Outer | None, n: int) -> _Few:
+    def _make_few(self, state: State, R: Factor | None, n: int) -> _Few:
         V, s, c = state["basis"], state["leading"], float(state["rest"])
-        R = None if P1 is None else P1.R
         assert R is None or isinstance(R, SpikedFactor)
         N = torch.linalg.qr(V[:n] if R is None else torch.cat([R.U, V[:n]], 1)).Q
         k, bias = N.shape[1], len(V) - n
@@ -254,3 +237,8 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
     def _narrow(self, A: Tensor) -> Tensor:
         """In the precision of products."""
         return A.bfloat16() if self.halves else A
+
+
+def _version(state: State) -> int:
+    """A number that changes when L^(−1/2) does."""
+    return state["root" if "root" in state else "basis"]._version
