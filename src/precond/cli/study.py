@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
@@ -101,28 +101,21 @@ class Study:
         return tuple(self._task(task, folder, watcher) for task in self.tasks)
 
     def _task(self, task: Task, folder: Folder, watcher: Watcher) -> TaskResults:
-        entries, reported = [], []
-        for index, contender in task.numbered:
+        entries: dict[int, Entry] = {}
+        reported: list[tuple[Job, Outcome]] = []
+        goal: float | None = None
+        # The reference first: searches of the others may aim at its loss.
+        for index, contender in sorted(task.numbered, key=lambda pair: pair[1].label != task.reference):
             slug = f"{folder_name(task)}/{index:02d}-{_file_name(contender.entrant.slug)}"
             title = f"{self._prefix(task)}{contender.label}"
             trials = tuple[Trial, ...]()
             lr = contender.lr if isinstance(contender.lr, float) and contender.lr_from == "given" else None
             if contender.lr_from == "searched":
-                assert isinstance(contender.lr, LogUniform)
-
-                def loss(number: int, rate: float, c: Contender = contender, s: str = slug, t: str = title) -> float:
-                    part: Literal["train", "search"] = "search" if task.search.judge == "training" else "train"
-                    plan = replace(task.plan, lr=rate, seed=task.search_seed, evaluations=1, test=False, training_loss_on=part)
-                    job = Job(c, plan, f"{s}-search-{number:02d}", f"{t}, trial lr {rate:g}", task.metric, True)
-                    outcome = self._train(task, job, folder, watcher)
-                    if outcome.status != "finished":
-                        return math.nan
-                    curve = outcome.curve
-                    return (curve.train_loss if task.search.judge == "training" else curve.validation_loss)[-1]
-
-                trials = task.search.run(contender.lr, loss)
+                trials, lowest = self._search(task, contender, slug, title, goal, folder, watcher)
                 lr = best(trials)
                 watcher.chosen(self._prefix(task), contender.entrant, trials, lr)
+                if contender.label == task.reference and task.search.aim == "steps":
+                    goal = lowest[lr]
             runs = []
             for seed in task.seeds:
                 plan = replace(task.plan, lr=lr, seed=seed)
@@ -131,15 +124,51 @@ class Study:
                 reported.append((job, runs[-1]))
             space = contender.lr if isinstance(contender.lr, LogUniform) and trials else None
             bounds = None if space is None else (space.low, space.high)
-            entries.append(Entry(contender.label, contender.lr_from, tuple(runs), trials, bounds))
+            entries[index] = Entry(contender.label, contender.lr_from, tuple(runs), trials, bounds)
         if task.timings > 1:
             self._time(task, reported, folder, watcher)
-        found = tuple(entries)
+        found = tuple(entries[index] for index, _ in task.numbered)
         target = default_target(found, task.reference, task.allowance, task.target_part)
         if task.target is not None:
             target = Target(task.target, target.part, "given with --target")
         reference = task.reference if any(entry.label == task.reference for entry in found) else None
-        return TaskResults(task.name, task.metric, dict(task.facts), target, found, reference, task.search.judge)
+        return TaskResults(
+            task.name, task.metric, dict(task.facts), target, found, reference, task.search.judge, task.search.aim
+        )
+
+    def _search(
+        self,
+        task: Task,
+        contender: Contender,
+        slug: str,
+        title: str,
+        goal: float | None,
+        folder: Folder,
+        watcher: Watcher,
+    ) -> tuple[tuple[Trial, ...], dict[float, float]]:
+        """The trials, and by their rates the lowest losses on their curves, NaN where they did not finish."""
+        by_training, by_steps = task.search.judge == "training", task.search.aim == "steps"
+        lowest: dict[float, float] = {}
+
+        def tried(number: int, lr: float) -> Trial:
+            plan = replace(
+                task.plan, lr=lr, seed=task.search_seed, test=False,
+                evaluations=task.plan.evaluations if by_steps else 1, training_loss_on="search" if by_training else "train",
+            )  # fmt: skip
+            job = Job(contender, plan, f"{slug}-search-{number:02d}", f"{title}, trial lr {lr:g}", task.metric, True)
+            outcome = self._train(task, job, folder, watcher)
+            lowest[lr] = math.nan
+            if outcome.status != "finished":
+                return Trial(lr, math.nan)
+            losses = outcome.curve.train_loss if by_training else outcome.curve.validation_loss
+            lowest[lr] = min(losses)
+            reached = (
+                None if goal is None else next((n for n, x in zip(outcome.curve.step, losses, strict=True) if x <= goal), None)
+            )
+            return Trial(lr, losses[-1], reached)
+
+        assert isinstance(contender.lr, LogUniform)
+        return task.search.run(contender.lr, tried), lowest
 
     def _prefix(self, task: Task) -> str:
         return f"{task.name}: " if len(self.tasks) > 1 else ""

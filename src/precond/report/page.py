@@ -73,6 +73,11 @@ def _task(task: TaskResults, clock: Clock, pens: Mapping[str, Pen], prefix: str)
     """What the template says of one task; figures are named by a prefix."""
     rows = table(task)
     final = _final(task, rows, clock)
+    judge = (
+        "on training examples that no curve is evaluated on, where there are enough of them"
+        if task.judge == "training"
+        else "on the validation part"
+    )
     works: list[Work] = ["step", *(["gradients"] if task.probes else []), clock]  # type: ignore[list-item]
     return {
         "name": task.name,
@@ -88,9 +93,10 @@ def _task(task: TaskResults, clock: Clock, pens: Mapping[str, Pen], prefix: str)
         "searches": Markup(searches(task, pens, f"{prefix}searches")) if any(e.search for e in task.entries) else None,
         "spaces": [(e.label, f"{e.bounds[0]:g} to {e.bounds[1]:g}", len(e.search)) for e in task.entries if e.bounds],
         "edges": [entry.label for entry in task.entries if at_edge(entry)],
-        "judge": "on training examples that no curve is evaluated on, where there are enough of them,"
-        if task.judge == "training"
-        else "on the validation part",
+        "wins": f"the fewest steps to the lowest loss of {task.reference}'s best trial, {judge}, win, and among equals the lowest final loss, "
+        "by which the reference itself is judged"
+        if task.aim == "steps"
+        else f"the lowest final loss {judge} wins",
         "diverged": [(row.label, row.diverged, row.seeds) for row in rows if row.diverged],
         "failed": [(row.label, row.error) for row in rows if row.error],
         "probes": task.probes,

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from precond.workloads import Curve, Judge, LrFrom, Outcome, Trial, write_atomically
+from precond.workloads import Aim, Curve, Judge, LrFrom, Outcome, Trial, write_atomically
 
 SCHEMA = 2
 """Version of the file's layout; it changes when a reader of an older file would be misled."""
@@ -62,6 +62,7 @@ class TaskResults:
         entries: in the order in which they were named.
         reference: label of the entrant whose work is the unit of the others'; None: there is none.
         judge: on what part of the data searches were judged.
+        aim: by what: final losses, or steps to the lowest loss of the reference's best trial.
     """
 
     name: str
@@ -71,6 +72,7 @@ class TaskResults:
     entries: tuple[Entry, ...]
     reference: str | None = None
     judge: Judge = "validation"
+    aim: Aim = "loss"
 
     @property
     def probes(self) -> bool:
@@ -190,11 +192,11 @@ def _task(found: dict[str, Any]) -> TaskResults:
     value = found["target"]["value"]
     target = Target(**{**found["target"], "value": math.nan if value is None else value})
     entries = tuple(map(_entry, found["entries"]))
-    further = {name: found[name] for name in ("reference", "judge") if name in found}
+    further = {name: found[name] for name in ("reference", "judge", "aim") if name in found}
     return TaskResults(found["name"], found["metric"], found["facts"], target, entries, **further)
 
 
 def _entry(found: dict[str, Any]) -> Entry:
-    trials = tuple(Trial(t["lr"], math.nan if t["loss"] is None else t["loss"]) for t in found["search"])
+    trials = tuple(Trial(t["lr"], math.nan if t["loss"] is None else t["loss"], t.get("steps")) for t in found["search"])
     bounds = None if found["bounds"] is None else tuple(found["bounds"])
     return Entry(found["label"], found["lr_from"], tuple(outcome_from_json(run) for run in found["runs"]), trials, bounds)

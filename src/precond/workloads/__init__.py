@@ -10,13 +10,14 @@ from precond.workloads.files import WriteError, write_atomically
 from precond.workloads.idx import DataError, read_idx
 from precond.workloads.models import Architecture, count_parameters
 from precond.workloads.problem import BuiltIn, Problem, Workload
-from precond.workloads.search import Judge, LogUniform, Search, Trial
+from precond.workloads.search import Aim, Judge, LogUniform, Search, Trial
 from precond.workloads.study import Contender, LrFrom, Task
 from precond.workloads.syntax import parse_entrants
 from precond.workloads.training import Interrupted, Plan, train
 
 __all__ = [
     "DATA",
+    "Aim",
     "Architecture",
     "BuiltIn",
     "Checkpoint",

@@ -41,9 +41,10 @@ RULES = (
     "Each searches its learning rate alone, in the same number of trials: first its own default, then evenly over two decades, "
     "as densely over three in the small tasks on raw features and on digits. Weight decay is 0; everything else is each optimizer's own "
     "default, but pytorch-optimizer's Shampoo refreshes every 10 steps instead of every 1,000, and heavyball does not compile.",
-    "A search is judged by the final training loss of trainings with another seed than those reported, on training examples that the "
-    "reported curves are not evaluated on. (Where a data set is so small that curves are evaluated on all of it, on the same.) Losses "
-    "below 1e-6 are equal, and the first of the trials wins.",
+    "A search looks at trainings with another seed than those reported, and at their loss on training examples that the reported curves "
+    "are not evaluated on. (Where a data set is so small that curves are evaluated on all of it, on the same.) torch's AdamW takes the "
+    "rate of its lowest final loss; the others that which reaches, in the fewest steps, the lowest loss on the curve of this training of "
+    "AdamW, and among equals, or where none reaches it, that of the lowest final loss.",
     "The target is the lowest training loss on the curve of torch's AdamW, median over seeds. Work to the target is that of the first "
     f"of {EVALUATIONS} evaluations that meets it, median over seeds. Seconds are the processor's, of one thread, for fetching batches, "
     "forward, backward and the optimizer; of short trainings of the small tasks and the MLP, medians of rounds through all entrants.",
@@ -147,7 +148,7 @@ def race_tasks(
         }
         return Task(
             run.name, contenders, Plan(None, steps, 0, "linear", steps // 20, EVALUATIONS), tuple(seeds),
-            Search(run.trials(trials), judge="training"), metric=workload.metric, facts=facts, reference=REFERENCE, allowance=0.0,
+            Search(run.trials(trials), judge="training", aim="steps"), metric=workload.metric, facts=facts, reference=REFERENCE, allowance=0.0,
             target_part="train", timings=run.timings,
         )  # fmt: skip
 

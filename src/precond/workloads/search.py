@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Judge = Literal["validation", "training"]
+Aim = Literal["loss", "steps"]
 
 # With few trials in one dimension, evenly spaced ones find more than a sampler does that must first learn where to look.
 _ALL_EVEN = 8
-
-# A cross entropy of float32 logits is known to some 1e-7: below this there is nothing left to choose by.
-_NONE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -57,10 +55,31 @@ class LogUniform:
 
 @dataclass(frozen=True)
 class Trial:
-    """One learning rate of a search: its final loss on the part that judges, NaN where it diverged or failed."""
+    """One learning rate of a search.
+
+    Attributes:
+        lr: it.
+        loss: the final one, on the part that judges; NaN where it diverged or failed.
+        steps: to the lowest loss of the reference's best trial; None where that was not reached, or is not what the search aims at.
+    """
 
     lr: float
     loss: float
+    steps: int | None = None
+
+    @property
+    def _place(self) -> tuple[bool, float, float]:
+        """What sorts the better before the worse."""
+        finite = math.isfinite(self.loss)
+        reached = finite and self.steps is not None
+        return not finite, float(self.steps or 0) if reached else math.inf, self.loss if finite else self.lr
+
+    @property
+    def _value(self) -> float:
+        """The same as one number, losses being positive, for a sampler to make small."""
+        if not math.isfinite(self.loss):
+            return math.inf
+        return self.loss if self.steps is None else -1 / (1 + self.steps)
 
 
 @dataclass(frozen=True)
@@ -75,22 +94,25 @@ class Search:
         seed: of the sampler.
         judge: on what part of the data the final loss of a trial decides: ``"validation"``, or ``"training"``, on examples that are
             trained on too but that no reported curve is evaluated on (where there are enough of them).
+        aim: what decides: the final loss, or the steps to the lowest loss of the reference's best trial, and the final loss among those that
+            take as many or do not reach it. The reference's own trials are judged by their final loss in any case.
     """
 
     trials: int
     seed: int = 0
     judge: Judge = "validation"
+    aim: Aim = "loss"
 
     def __post_init__(self) -> None:
         if self.trials < 1:
             raise ValueError(f"trials must be at least 1, got {self.trials}")
 
-    def run(self, space: LogUniform, loss: Callable[[int, float], float]) -> tuple[Trial, ...]:
-        """All trials, in their order. The same losses give the same trials, so that a search can be replayed.
+    def run(self, space: LogUniform, tried: Callable[[int, float], Trial]) -> tuple[Trial, ...]:
+        """All trials, in their order. The same outcomes give the same trials, so that a search can be replayed.
 
         Args:
             space: where learning rates come from.
-            loss: number of the trial and its learning rate ↦ final loss on the part that judges, NaN where there is none.
+            tried: number of a trial and its learning rate ↦ what came of it.
 
         Raises:
             ImportError: where Optuna is not installed.
@@ -105,23 +127,21 @@ class Search:
         found = []
         for number in range(self.trials):
             asked = study.ask()
-            lr = rounded(asked.suggest_float("lr", low, high, log=True))
-            value = loss(number, lr)
-            study.tell(asked, value if math.isfinite(value) else math.inf)
-            found.append(Trial(lr, value))
+            found.append(tried(number, rounded(asked.suggest_float("lr", low, high, log=True))))
+            study.tell(asked, found[-1]._value)
         return tuple(found)
 
 
-def best(trials: tuple[Trial, ...]) -> float:
-    """The learning rate of the lowest loss, the first of those that differ by rounding; where every trial diverged, the smallest.
+def best(trials: Iterable[Trial]) -> float:
+    """The learning rate with the fewest steps to the goal, or the lowest loss; where every trial diverged, the smallest.
 
     Example:
         >>> best((Trial(0.1, 2.0), Trial(0.2, 1.0), Trial(0.4, math.nan)))
         0.2
-        >>> best((Trial(0.1, 3e-7), Trial(0.2, 4e-8)))
+        >>> best((Trial(0.1, 2.0, steps=30), Trial(0.2, 1.0, steps=50), Trial(0.4, 0.5)))
         0.1
     """
-    return min(trials, key=lambda t: (not math.isfinite(t.loss), max(t.loss, _NONE) if math.isfinite(t.loss) else t.lr)).lr
+    return min(trials, key=lambda trial: trial._place).lr
 
 
 def rounded(lr: float) -> float:

@@ -38,7 +38,8 @@ class Plan:
         warmup: steps over which the learning rate rises from 0.
         evaluations: number of evaluations, equally spaced, after the one before the first step.
         test: evaluate on the test part after the last step; a search does not look at it.
-        training_loss_on: the part of which the curve's training loss is the loss.
+        training_loss_on: the part of which the curve's training loss is the loss; of ``"search"``, the examples by which searches are
+            judged, it is all that is evaluated.
     """
 
     lr: float | None
@@ -107,6 +108,7 @@ class _Training:
         self._scheduler = LambdaLR(self._optimizer, factor(entrant.decay or plan.decay, plan.warmup, plan.steps))
         evaluations = min(plan.evaluations, plan.steps)
         self._evaluated = {round(i * plan.steps / evaluations) for i in range(1, evaluations + 1)}
+        self._holds_out = "validation" in problem.parts and plan.training_loss_on == "train"
         self._step = self._gradients = 0
         self._seconds = self._cpu_seconds = 0.0
         self._random: dict[str, Any] | None = None
@@ -182,7 +184,7 @@ class _Training:
         """Add a row to the curve; False where a loss is inf or NaN."""
         with self._entrant.evaluating(self._optimizer, self.problem):
             train = evaluate(self.problem, self._plan.training_loss_on)
-            held_out = evaluate(self.problem, "validation") if "validation" in self.problem.parts else None
+            held_out = evaluate(self.problem, "validation") if self._holds_out else None
         if not (math.isfinite(train.loss) and (held_out is None or math.isfinite(held_out.loss))):
             return False
         curve = self._curve
