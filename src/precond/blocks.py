@@ -116,6 +116,16 @@ class Block:
         return tuple(leaf.param for leaf in self.leaves)
 
     @cached_property
+    def groups(self) -> dict[int, Leaf]:
+        """A leaf of each parameter group."""
+        return {leaf.group: leaf for leaf in self.leaves}
+
+    @cached_property
+    def derived(self) -> dict[Any, Any]:
+        """What others have made of it, by keys of their own: it stays as it is, and what is asked for in each step is made once."""
+        return {}
+
+    @cached_property
     def sharded(self) -> bool:
         """Whether other processes hold parts of it."""
         return any(leaf.shard is not None for leaf in self.leaves)

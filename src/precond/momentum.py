@@ -96,16 +96,12 @@ class Momentum:
 
     def write(self, state: State, a: Vec, out: Vec) -> Vec:
         """The same, into memory that is there already, ``out``; entries of a may be in the same place."""
-        kept = state.get("m", a)
-        for o, m, x, t in zip(out, kept, a, state.steps, strict=True):
-            if "m" in state and self.kind == "nesterov" and self.dampening == self.beta:
+        if "m" in state and self.kind == "nesterov" and self.dampening == self.beta:
+            for o, m, x in zip(out, state["m"], a, strict=True):
                 torch.lerp(x, m, self.beta, out=o)
-            elif "m" in state and self.kind == "nesterov":
-                torch.mul(x, 1 - self.dampening, out=o).add_(m, alpha=self.beta)
-            elif "m" in state and self.corrected:
-                torch.div(m, 1 - self.beta**t, out=o)
-            else:
-                o.copy_(m)
+        else:
+            for o, x in zip(out, self.current(state, a), strict=True):
+                o.copy_(x)
         return out
 
     def _fold(self, m: Vec, a: Vec) -> None:

@@ -81,7 +81,7 @@ def all_finite(a: Vec) -> bool:
     # A sum tells it in one pass at the speed of memory, some twenty times as fast as the largest magnitude; only one that overflows does not.
     sums = [t.sum() for t in a if t.numel()]
     if all(s.device.type == "cpu" for s in sums):
-        total = sum(float(s) for s in sums)  # reading a number here is cheaper than an operation
+        total = sum(s.item() for s in sums)  # reading a number here is cheaper than an operation
     else:
         total = float(torch.stack([s.to(sums[0].device, torch.float32) for s in sums]).sum())
     return math.isfinite(total) or all(bool(t.isfinite().all()) for t in a)

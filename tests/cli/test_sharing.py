@@ -87,6 +87,34 @@ def test_a_search_is_judged_by_the_loss_of_training_examples_that_no_curve_shows
     assert found.entries[0].search[0].loss == shown["search"] != shown["train"]
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["reference first", "reference last"])
+def test_a_search_may_aim_at_steps_to_the_lowest_loss_of_the_references_best_trial(tmp_path: Path, first: bool) -> None:
+    base = tasks()[0]
+    contenders = base.contenders[::-1] if first else base.contenders
+    search = Search(4, judge="training", aim="steps", evaluations=8)
+    task = replace(base, contenders=contenders, search=search)
+    assert launch("test", [task], SETTINGS, Where(tmp_path, True, 1e9), ["test"]) == 0
+    (found,) = load_results(tmp_path / "results.json").tasks
+    assert [entry.label for entry in found.entries] == [c.label for c in contenders] and found.aim == "steps"
+
+    def curves(label: str) -> dict[float, tuple[list[int], list[float]]]:
+        kept = [json.loads(file.read_text()) for file in tmp_path.glob(f"trainings/one/*-{label}-search-*.json")]
+        return {one["lr"]: (one["curve"]["step"], one["curve"]["train_loss"]) for one in kept}
+
+    adam, sgd = curves("adam"), curves("sgd")
+    best_of_adam = min(adam, key=lambda lr: adam[lr][1][-1])
+    goal = min(adam[best_of_adam][1])
+    steps = {lr: next((n for n, x in zip(*curve, strict=True) if x <= goal), None) for lr, curve in sgd.items()}
+    assert len(sgd) == 4 and all(len(n) == 9 for n, _ in sgd.values())
+    reached = {lr: (n, sgd[lr][1][-1]) for lr, n in steps.items() if n is not None}
+    best_of_sgd = min(reached, key=lambda lr: reached[lr]) if reached else min(sgd, key=lambda lr: sgd[lr][1][-1])
+    for entry in found.entries:
+        of_reference = entry.label == "adam"
+        assert {t.lr: t.steps for t in entry.search} == (dict.fromkeys(adam) if of_reference else steps)
+        assert {run.lr for run in entry.runs} == {best_of_adam if of_reference else best_of_sgd}
+    assert "the fewest steps to the lowest loss in the best trial of adam" in (tmp_path / "report.html").read_text()
+
+
 def test_a_task_is_one_processs(tmp_path: Path) -> None:
     folder = Folder(tmp_path, 1.0)
     identity = json.loads((tmp_path / "settings.json").read_text()) if run(tmp_path, ["one"]) == 0 else {}

@@ -147,13 +147,13 @@ class Study:
         watcher: Watcher,
     ) -> tuple[tuple[Trial, ...], dict[float, float]]:
         """The trials, and by their rates the lowest losses on their curves, NaN where they did not finish."""
-        by_training, by_steps = task.search.judge == "training", task.search.aim == "steps"
+        by_training = task.search.judge == "training"
         lowest: dict[float, float] = {}
 
         def tried(number: int, lr: float) -> Trial:
             plan = replace(
                 task.plan, lr=lr, seed=task.search_seed, test=False,
-                evaluations=task.plan.evaluations if by_steps else 1, training_loss_on="search" if by_training else "train",
+                evaluations=task.search.evaluations, training_loss_on="search" if by_training else "train",
             )  # fmt: skip
             job = Job(contender, plan, f"{slug}-search-{number:02d}", f"{title}, trial lr {lr:g}", task.metric, True)
             outcome = self._train(task, job, folder, watcher)

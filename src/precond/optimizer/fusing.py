@@ -42,7 +42,7 @@ def _without(choice: Choice, second: int | None) -> Choice:
 
 def alike(cell: Cell, lr: Callable[[Leaf], Scalar], groups: Sequence[Mapping[str, Any]]) -> bool:
     """Whether all leaves of a cell have one learning rate and one sign, as kernels take them."""
-    of_group = {leaf.group: leaf for leaf in cell.block.leaves}
+    of_group = cell.block.groups
     return len(of_group) == 1 or len({(float(lr(leaf)), groups[g]["maximize"]) for g, leaf in of_group.items()}) == 1
 
 

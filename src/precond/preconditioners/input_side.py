@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -82,10 +81,10 @@ class InputSide(Preconditioner):
 
     def parts(self, block: Block) -> list[LayerPart]:
         """The observed weights of a block."""
-        known = _PARTS.setdefault(block, {})
-        if self not in known:
-            known[self] = self._parts(block)
-        return known[self]
+        known = block.derived
+        if (key := self.request) not in known:
+            known[key] = self._parts(block)
+        return known[key]
 
     def _parts(self, block: Block) -> list[LayerPart]:
         place = {leaf.param: i for i, leaf in enumerate(block.leaves)}
@@ -228,10 +227,6 @@ class InputSide(Preconditioner):
             return state
         suffix = _key("", part)
         return {k.removesuffix(suffix): v for k, v in state.items() if k.endswith(suffix)}
-
-
-# Asked for in each step, several times.
-_PARTS: weakref.WeakKeyDictionary[Block, dict[InputSide, list[LayerPart]]] = weakref.WeakKeyDictionary()
 
 
 def _key(name: str, part: LayerPart) -> str:

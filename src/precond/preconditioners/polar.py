@@ -130,7 +130,7 @@ class Polar(Preconditioner):
         """Whether a root of n rows, 3000n² + 5n³ operations by the clock, costs no more than the layer's three products, 6NAB."""
         A, B = shape
         n = min(A, B)
-        return 3000 * n**2 + 5 * n**3 <= 6 * float(state["size"]) * A * B
+        return 3000 * n**2 + 5 * n**3 <= 6 * state["size"].item() * A * B
 
     @staticmethod
     def hear(state: State, inputs: Mapping[tuple[str, Request], Moments] | None) -> None:
@@ -196,7 +196,7 @@ class Polar(Preconditioner):
     def reach(state: State, shape: Sequence[int]) -> float:
         """The length γ·√min(A, B) of a step."""
         A, B = shape
-        return min(A, B) ** 0.5 * max(1.0, A / B) ** 0.5 * float(state["length"])
+        return min(A, B) ** 0.5 * max(1.0, A / B) ** 0.5 * state["length"].item()
 
     def gain(self, state: State, shape: Sequence[int]) -> Tensor:
         """s, of a matrix of a shape."""

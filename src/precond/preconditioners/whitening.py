@@ -19,6 +19,8 @@ from precond.preconditioners.input_side import InputSide, LayerPart
 from precond.preconditioners.roots import renewed
 from precond.vec import Vec
 
+_REQUEST = Request("covariance", "patch")
+
 
 @dataclass(frozen=True)
 class Whitening(InputSide):
@@ -71,7 +73,7 @@ class Whitening(InputSide):
 
     @property
     def request(self) -> Request:
-        return Request("covariance", "patch")
+        return _REQUEST
 
     def idle(self, step: int) -> bool:
         return not any(renewed(step + k, self.every) for k in range(self.observe_steps))

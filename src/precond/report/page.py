@@ -93,8 +93,8 @@ def _task(task: TaskResults, clock: Clock, pens: Mapping[str, Pen], prefix: str)
         "searches": Markup(searches(task, pens, f"{prefix}searches")) if any(e.search for e in task.entries) else None,
         "spaces": [(e.label, f"{e.bounds[0]:g} to {e.bounds[1]:g}", len(e.search)) for e in task.entries if e.bounds],
         "edges": [entry.label for entry in task.entries if at_edge(entry)],
-        "wins": f"the fewest steps to the lowest loss of {task.reference}'s best trial, {judge}, win, and among equals the lowest final loss, "
-        "by which the reference itself is judged"
+        "wins": f"the fewest steps to the lowest loss in the best trial of {task.reference}, {judge}, win, and among equals the lowest final "
+        "loss, by which the reference itself is judged"
         if task.aim == "steps"
         else f"the lowest final loss {judge} wins",
         "diverged": [(row.label, row.diverged, row.seeds) for row in rows if row.diverged],

@@ -96,12 +96,14 @@ class Search:
             trained on too but that no reported curve is evaluated on (where there are enough of them).
         aim: what decides: the final loss, or the steps to the lowest loss of the reference's best trial, and the final loss among those that
             take as many or do not reach it. The reference's own trials are judged by their final loss in any case.
+        evaluations: of a trial; steps are those of the first that meets the goal.
     """
 
     trials: int
     seed: int = 0
     judge: Judge = "validation"
     aim: Aim = "loss"
+    evaluations: int = 1
 
     def __post_init__(self) -> None:
         if self.trials < 1:

@@ -105,7 +105,7 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
         return _Outer(mean[0], inverse, mean[0] * inverse, *(R[0] for R in known if R))
 
     def _average(self, cell: Cell, g: Tensors, P1: _Outer | None) -> _Average:
-        shape, dtype = torch.Size((g[0].shape[0], g[0][0].numel())), g[0].dtype
+        shape, dtype = torch.Size((g[0].shape[0], g[0].numel() // g[0].shape[0])), g[0].dtype
         if self.halves:
             (X,), (A, B) = WORKSPACE.take(dtype, shape), WORKSPACE.take(torch.bfloat16, shape, shape)
         else:

@@ -24,6 +24,7 @@ class SmallStep(PolarStep[Tensor, Tensor, Vec]):
     """
 
     _scratch: tuple[Tensor, ...] = field(default=(), init=False, repr=False)
+    _flat: Tensor | None = field(default=None, init=False, repr=False)
     _views: tuple[Vec, ...] = field(default=(), init=False, repr=False)
     _A: tuple[Tensor, ...] = field(default=(), init=False, repr=False)
 
@@ -31,8 +32,8 @@ class SmallStep(PolarStep[Tensor, Tensor, Vec]):
         n = std.shape[-1]
         if not self._A:
             A = torch.eye(n + len(outer.block.tensors) - 1).to(std)
-            self._A = A, A[:n, :n], A[n:, :n]
-        A, within, last = self._A
+            self._A = A, A.T, A[:n, :n], A[n:, :n]
+        A, _, within, last = self._A
         torch.mul(root(outer, std), std[0].reciprocal()[:, None], out=within)
         if len(last):
             torch.mm(mean, within, out=last).neg_()
@@ -40,9 +41,9 @@ class SmallStep(PolarStep[Tensor, Tensor, Vec]):
 
     def _average(self, cell: Cell, g: Tensors, P1: Tensor | None) -> Tensor:
         if not self._scratch:
-            shape = len(g[0]), g[0][0].numel() + len(g) - 1
-            self._scratch = tuple(torch.empty(shape, dtype=g[0].dtype) for _ in range(3))
+            self._scratch = tuple(torch.empty(self._shape(g), dtype=g[0].dtype) for _ in range(3))
             self._views = tuple(parted(t, tuple(g)) for t in self._scratch)
+            self._flat = self._scratch[2].view(-1)
         m, Z, _ = self._scratch
         self.momentum.write(cell.average, tuple(g), self._views[0])
         return m if P1 is None else torch.mm(m, P1, out=Z)
@@ -54,10 +55,11 @@ class SmallStep(PolarStep[Tensor, Tensor, Vec]):
         free, _, Y = self._scratch
         Q = state["root"]
         torch.mm(*((Q, m) if m.shape[0] <= m.shape[1] else (m, Q)), out=Y)
-        norm = torch.dot(Y.view(-1), Y.view(-1)).item() ** 0.5
+        assert self._flat is not None
+        norm = torch.dot(self._flat, self._flat).item() ** 0.5
         if P1 is None:
             return self._views[2], norm
-        torch.mm(Y, P1.T, out=free)
+        torch.mm(Y, self._A[1], out=free)
         return self._views[0], norm
 
     def _unit(self, P1: Tensor | None, m: Tensor) -> tuple[Tensor, float]:

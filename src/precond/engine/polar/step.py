@@ -87,7 +87,7 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
         if first := self._is_first(state):
             z = tuple(p) if self.outer is None else self.outer.map(cell.state["outer"]).solve(tuple(p))
             self.P.measure(state, augmented(z))
-        shape = p[0].shape[0], p[0][0].numel() + len(p) - 1
+        shape = self._shape(p)
         if share := self.P.share(state, shape, first):
             self._renew(state, P1, m, share)
         d, norm = self._turned(state, P1, m)
@@ -101,6 +101,12 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
         self._move(p, P1, d, -lr * self.P.reach(state, shape) / norm if norm > 0 else 0.0)
         if self.outer is not None:
             self.outer.refresh(cell.state["outer"])
+
+    @staticmethod
+    def _shape(p: Tensors) -> tuple[int, int]:
+        """(A, B) of [W b]."""
+        rows = p[0].shape[0]
+        return rows, p[0].numel() // rows + len(p) - 1
 
     def _is_first(self, state: State) -> bool:
         """Whether nothing was observed yet; looked at where L is another than when it was last."""
