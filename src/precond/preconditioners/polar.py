@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from precond import blocks, checks
 from precond.blocks import Block, Leaf, State, state_dtype
 from precond.inputs.moments import REQUESTS
-from precond.maps import Augmented, Layout, LinearMap, Scaled, Spiked, SymmetricKronecker, augmented
+from precond.maps import Augmented, LinearMap, Scaled, augmented
 from precond.preconditioners.base import Part, Preconditioner, Seen, placed
 from precond.preconditioners.muon import normalized
+from precond.preconditioners.polar_roots import WHOLE, Leading, root_of
 from precond.preconditioners.rms import RMS
-from precond.preconditioners.roots import inverse_root, leading_inverse_root, renewed
+from precond.preconditioners.roots import renewed
 from precond.vec import all_finite
 
 if TYPE_CHECKING:
@@ -108,20 +109,15 @@ class Polar(Preconditioner):
         return self._layer(block.leaves) == tuple(range(len(block.leaves)))
 
     def init(self, block: Block) -> dict:
-        p = block.tensors[0]
-        matrix = augmented(block.tensors)
+        p, n = block.tensors[0], min(augmented(block.tensors).shape)
         zeros = lambda *shape: torch.zeros(shape, dtype=state_dtype(p.dtype), device=p.device)  # noqa: E731
-        n = min(matrix.shape)
-        eye = lambda columns: torch.eye(n, columns).to(zeros())  # noqa: E731
-        if self.rank is None or n <= 4 * self.rank:
-            root = {"root": eye(n)}
-        else:
-            root = {"basis": eye(self.rank), "leading": zeros(self.rank) + 1, "rest": zeros() + 1}
-        return {"gram": zeros(n, n), **root, "norm": zeros(), "length": zeros() + 1, "size": zeros()}
+        L = zeros(n, n)
+        root = WHOLE if self.rank is None or n <= 4 * self.rank else Leading(self.rank)
+        return {"gram": L, **root.fresh(L), "norm": zeros(), "length": zeros() + 1, "size": zeros()}
 
     def share(self, state: State, shape: Sequence[int], first: bool) -> float:
         """The share of this step's m mᵀ in L, of a matrix of a shape; 0: L and its root stay."""
-        if first or ("root" in state and self.exact(state, shape)):
+        if first or (root_of(state).whole and self.exact(state, shape)):
             return 1.0
         return 1 - self.decay if renewed(min(state.steps), self.every) else 0.0
 
@@ -166,31 +162,14 @@ class Polar(Preconditioner):
 
     def fold(self, state: State, gram: Tensor, share: float) -> None:
         """The same, given m mᵀ/‖m‖²."""
-        if not all_finite((gram,)):
-            return
-        first = "basis" in state and self.is_fresh(state)
-        L = state["gram"].lerp_(gram, share)
-        if "root" in state:
-            if (root := inverse_root(L, 0.5, self.damping)) is not None:
-                state["root"].copy_(root)
-            return
-        U = state["basis"]
-        if (found := leading_inverse_root(L, 0.5, self.damping, None if first else U, U.shape[1])) is not None:
-            for name, value in zip(("basis", "leading", "rest"), found, strict=True):
-                state[name].copy_(value)
+        if all_finite((gram,)):
+            root_of(state).renew(state, state["gram"].lerp_(gram, share), self.damping)
 
     @staticmethod
     def turn(state: State, m: Tensor) -> Tensor:
         """L^(−1/2)m, or m L^(−1/2) where m is tall."""
-        return Polar.rooted(state, m) if m.shape[0] <= m.shape[1] else Polar.rooted(state, m.T).T
-
-    @staticmethod
-    def rooted(state: State, X: Tensor) -> Tensor:
-        """L^(−1/2)X."""
-        if "root" in state:
-            return state["root"] @ X
-        U, a = state["basis"], state["rest"]
-        return a * X + (U * (state["leading"] - a)) @ (U.T @ X)
+        root = root_of(state)
+        return root.times(state, m) if m.shape[0] <= m.shape[1] else root.times(state, m.T).T
 
     @staticmethod
     def reach(state: State, shape: Sequence[int]) -> float:
@@ -205,13 +184,4 @@ class Polar(Preconditioner):
     def map(self, state: State) -> LinearMap:
         like = state.block.tensors
         matrix = augmented(like)
-        rows, columns = matrix.shape
-        wide = rows <= columns
-        side: LinearMap
-        if "root" in state:
-            left, right = (state["root"], None) if wide else (None, state["root"])
-            side = SymmetricKronecker(left, right, (matrix,))
-        else:
-            root = (state["basis"][None], state["leading"].sqrt()[None], state["rest"].sqrt()[None])
-            side = Spiked(*root, (matrix,), Layout(transposed=wide))
-        return Augmented(Scaled(side, self.gain(state, (rows, columns)).sqrt()), like)
+        return Augmented(Scaled(root_of(state).map(state, matrix), self.gain(state, matrix.shape).sqrt()), like)

@@ -10,6 +10,7 @@ from precond.engine.polar.step import PolarStep
 from precond.engine.precision import in_16_bits
 from precond.momentum import Momentum
 from precond.preconditioners import BNP, Composition, Polar, Preconditioner, Whitening
+from precond.preconditioners.polar_roots import root_of
 
 _SMALL = 2**20  # AB² up to which an operation's own cost is more than what it multiplies
 __all__ = ["PolarStep", "polar"]
@@ -31,7 +32,7 @@ def polar(cell: Cell, P: Preconditioner, momentum: Momentum | None, decay: float
     weight = cell.block.tensors[0]
     rows, columns = len(weight), weight[0].numel()
     state = cell.state if outer is None else cell.state["inner"]
-    whole = "root" in state
+    whole = root_of(state).whole
     if whole and rows * columns**2 <= _SMALL:
         return SmallStep(inner, outer, momentum, decay)
     # Products with a few columns gain less from 16 bits than their small numbers, differences of large ones, would lose.

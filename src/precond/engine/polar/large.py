@@ -14,6 +14,7 @@ from precond.engine.polar.step import PolarStep
 from precond.engine.workspace import WORKSPACE
 from precond.preconditioners.kronecker import fold
 from precond.preconditioners.muon import normalized
+from precond.preconditioners.polar_roots import root_of
 from precond.vec import Tensors
 
 
@@ -140,7 +141,7 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
         """((dW·σ in scratch memory, db before dW μ is taken from it), the length)."""
         if m.wide:
             turned = self._wide
-        elif "root" in state or (P1 is not None and isinstance(P1.R, WholeFactor)):
+        elif root_of(state).whole or (P1 is not None and isinstance(P1.R, WholeFactor)):
             turned = self._tall
         else:
             turned = self._tall_in_few_directions
@@ -168,7 +169,7 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
             Y, square = P1.narrow.gram(Y, free)
         db = None
         if m.bias is not None:
-            db = self.P.rooted(state, m.bias[:, None])[:, 0]
+            db = root_of(state).times(state, m.bias[:, None])[:, 0]
             square += dot(db, db)
         return Y, db, square
 
@@ -208,15 +209,14 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
 
     def _make_left(self, state: State) -> Factor:
         """L^(−1/2) of a wide layer, in the precision of products."""
-        if "root" not in state:
+        if not root_of(state).whole:
             return SpikedFactor.of(state["basis"], state["leading"], state["rest"], state["rest"].dtype)
         Q = self._narrow(state["root"])
         return WholeFactor(Q, [(0, len(Q))])
 
     def _make_right(self, state: State, R: Factor | None, n: int) -> tuple[Tensor, Tensor, Tensor]:
         """(Q = L^(−1/2), R Q without the bias's row, without its column too in the precision of products) of a tall layer."""
-        L = state["gram"]
-        Q = state["root"] if "root" in state else self.P.rooted(state, torch.eye(len(L)).to(L))
+        Q = root_of(state).matrix(state)
         RQ = Q[:n] if R is None else R.left(Q[:n])
         return Q, RQ, self._narrow(RQ[:, :n])
 
@@ -241,4 +241,4 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
 
 def _version(state: State) -> int:
     """A number that changes when L^(−1/2) does."""
-    return state["root" if "root" in state else "basis"]._version
+    return state["root" if root_of(state).whole else "basis"]._version
