@@ -90,6 +90,7 @@ CANDIDATES: dict[str, Make] = {
     "soap, smaller side, drift 0.3": lambda p: (
         precond.soap(p, lr=1e-3, precondition_frequency=EVERY, sides="smaller", drift=0.3, factor_frequency=5),
     ),
+    "soap, rank 16": lambda p: (precond.soap(p, lr=1e-3, precondition_frequency=EVERY, rank=16),),
     "whitening": Observing(lambda m: precond.whitening(m, lr=1e-3)),
     "whitening, rank 32": Observing(lambda m: precond.whitening(m, lr=1e-3, inputs=precond.Whitening(rank=32))),
     "auto": Observing(lambda m: precond.auto(m, lr=1e-3)),

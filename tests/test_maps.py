@@ -18,6 +18,7 @@ from precond.maps import (
     Kronecker,
     LinearMap,
     Product,
+    Rotation,
     RowMatrix,
     Scaled,
     Sliced,
@@ -26,6 +27,7 @@ from precond.maps import (
     SymmetricKronecker,
     Tiled,
     Transposed,
+    completed,
 )
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -148,7 +150,28 @@ def half(S):
 
 SA, SK, SB, SC = (square(n) @ square(n).T for n in (4, 3, 3, 6))
 SA, SK, SB, SC = ((S + S.T) / 2 + 0.2 * eye(len(S)) for S in (SA @ SA.T, SK @ SK.T, SB @ SB.T, SC @ SC.T))
+O4, O3, O6 = (torch.linalg.qr(square(n)).Q.contiguous() for n in (4, 3, 6))
+
+
+def reflected(U):
+    """Reflections that take orthonormal columns to unit vectors, multiplied."""
+    Q, A = eye(len(U)), U.clone()
+    for k in range(U.shape[1]):
+        v = torch.cat([0 * A[:k, k], A[k:, k]])
+        v[k] = v[k] + torch.copysign(v.norm(), v[k])
+        H = eye(len(U)) - 2 * torch.outer(v, v) / (v @ v)
+        Q, A = Q @ H, H @ A
+    return Q
+
+
+R4, R3, R6 = reflected(O4[:, :2]), reflected(O3[:, :1]), reflected(O6[:, :5])
 OTHERS = {
+    "rotation": (Rotation(O4, O3, on((4, 3))), torch.kron(O4, O3), None),
+    "rotation-left": (Rotation(O4, None, on((4, 3))), torch.kron(O4, eye(3)), None),
+    "rotation-conv": (Rotation(None, O6, on((4, 3, 2, 1))), torch.kron(eye(4), O6), None),
+    "rotation-few": (Rotation(completed(O4[:, :2]), completed(O3[:, :1]), on((4, 3))), torch.kron(R4, R3), None),
+    "rotation-few-and-all": (Rotation(O4, completed(O6[:, :5]), on((4, 3, 2))), torch.kron(O4, R6), None),
+    "rotation-none-yet": (Rotation(completed(eye(4)[:, :2]), None, on((4, 3))), eye(12), None),
     "kronecker": (Kronecker(A, K, on((4, 3))), torch.kron(A, K), None),
     "kronecker-left": (Kronecker(A, None, on((4, 3))), torch.kron(A, eye(3)), None),
     "kronecker-right": (Kronecker(None, K, on((4, 3))), torch.kron(eye(4), K), None),

@@ -144,6 +144,9 @@ OWN: dict[str, Callable[..., PreconditionedGD]] = {
             **more,
         },
     ),
+    "soap, rank": lambda p, **more: precond.soap(
+        p, **{"lr": 0.01, "rank": 1, "precondition_frequency": 3, "factor_frequency": 2, **more}
+    ),
     "soap with whitening": lambda p, **more: precond.soap(
         p,
         **{

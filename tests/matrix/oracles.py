@@ -107,9 +107,11 @@ class Grafted(Matrix):
 class SOAP(Matrix):
     """P = (Q_A ⊗ Q_B) diag((√r̂ + ε)^(−1/2)), all of it as loops over gradients and explicit Kronecker products."""
 
-    def __init__(self, rows, columns, decay=0.95, eps=1e-8, every=10, sides=("left", "right")):
+    def __init__(self, rows, columns, decay=0.95, eps=1e-8, every=10, sides=("left", "right"), rank=None):
         super().__init__(rows, columns)
         self.decay, self.eps, self.every, self.sides = decay, eps, every, sides
+        self.few = {side: rank is not None and n > 4 * rank for side, n in (("left", rows), ("right", columns))}
+        self.rank, self.leading = rank, dict[str, Tensor]()
         self.Q = {"left": torch.eye(rows, dtype=torch.float64), "right": torch.eye(columns, dtype=torch.float64)}
         self.S = {side: torch.zeros_like(Q) for side, Q in self.Q.items()}
         self.r = torch.zeros(rows * columns, dtype=torch.float64)
@@ -127,10 +129,27 @@ class SOAP(Matrix):
         self.r = self.decay * self.r + (1 - self.decay) * (self.rotation.T @ g.reshape(-1)) ** 2
         for side, square in (("left", G @ G.T), ("right", G.T @ G)):
             self.S[side] = self.decay * self.S[side] + (1 - self.decay) * square
+            if self.few[side]:
+                self._lead(side)
+
+    def _lead(self, side: str) -> None:
+        """S becomes the part of it on the span of S V, V the eigenvectors before; at first S³ on fixed columns."""
+        S, n = self.S[side], len(self.S[side])
+        V = self.leading.get(side)
+        if V is None:
+            i = torch.arange(1, n * self.rank + 1, dtype=torch.float64)
+            V = S @ S @ torch.sin(i**2).reshape(n, self.rank)
+        Q = gram_schmidt(S @ V)
+        values, W = torch.linalg.eigh(Q.T @ S @ Q)
+        self.leading[side] = (Q @ W).flip(1)
+        self.S[side] = (Q @ W * values) @ (Q @ W).T
 
     def _refresh(self, first: bool) -> None:
         before = self.rotation
         for side in self.sides:
+            if self.few[side]:
+                self.Q[side] = reflections(self.leading[side])
+                continue
             if first:
                 self.Q[side] = torch.linalg.eigh(self.S[side])[1].flip(1)
                 continue
@@ -147,6 +166,18 @@ class SOAP(Matrix):
         if len(self.seen) == 1:  # bases are not chosen
             h = 0 * h + self.seen[0].norm()
         return self.rotation @ torch.diag((h + self.eps) ** -0.5)
+
+
+def reflections(U: Tensor) -> Tensor:
+    """The product of the Householder matrices, each of n × n, that take the columns of U to unit vectors one by one."""
+    n, Q, A = len(U), torch.eye(len(U), dtype=U.dtype), U.clone()
+    for k in range(U.shape[1]):
+        v = A[:, k].clone()
+        v[:k] = 0
+        v[k] += v.norm() if v[k] >= 0 else -v.norm()
+        H = torch.eye(n, dtype=U.dtype) - 2 * torch.outer(v, v) / (v @ v)
+        Q, A = Q @ H, H @ A
+    return Q
 
 
 def gram_schmidt(Y: Tensor) -> Tensor:

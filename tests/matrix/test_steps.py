@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -39,6 +41,15 @@ def explicit(preconditioner, theirs, shape, steps=9, **options):
 def test_soap_with_both_sides(shape):
     n = shape[0]
     explicit(SOAP(0.9, every=3), oracles.SOAP(n, n, 0.9, every=3), shape)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("shape", [(9, 9), (9, 10), (4, 9), (9, 3), (9, 3, 4)])
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_soap_with_leading_eigenvectors(shape, rank, engine):
+    """Of sides longer than 4r; shorter ones keep all of theirs."""
+    theirs = oracles.SOAP(shape[0], math.prod(shape[1:]), 0.9, every=3, rank=rank)
+    explicit(SOAP(0.9, every=3, rank=rank), theirs, shape, engine=engine)
 
 
 @pytest.mark.parametrize("method", ["eigh", "qr", "newton"])

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from precond.engine.cells import Cell
+from precond.engine.factors import Last
 from precond.engine.workspace import WORKSPACE
+from precond.maps import Orthogonal, completed
 from precond.momentum import Momentum
 from precond.preconditioners import SOAP
 from precond.preconditioners.kronecker import as_matrix
+from precond.preconditioners.soap import BASES
 from precond.vec import Scalar, Tensors
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rotated:
     """W ← (1 − αλ)W − α Q_A (m̂/(√r̂ + ε)) Q_Bᵀ with m and r in the coordinates G′ = Q_Aᵀ G Q_B."""
 
     P: SOAP
     momentum: Momentum
     decay: float
+    _bases: dict[str, _Completed] = field(
+        default_factory=lambda: {name: _Completed() for name in BASES}, init=False, repr=False
+    )
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         state, lr = cell.state, float(lr)
         W, G = as_matrix(p[0]), as_matrix(g[0])
-        A, B = state.get("left_basis"), state.get("right_basis")
-        X, Y = WORKSPACE.take(W.dtype, W.shape, W.shape)
-        rotated = self._turn(G, None if A is None else A.T, B, X, Y)
-        step = (X if rotated is Y else Y).zero_()
+        A, B = (None if name not in state else last(state[name]) for name, last in self._bases.items())
+        rotated, free = _turned(None if A is None else A.T, G, B, *WORKSPACE.take(W.dtype, W.shape, W.shape))
+        step = free.zero_()
         torch._fused_adamw_(
             [step],
             [rotated],
@@ -50,22 +55,47 @@ class Rotated:
             (h,) = D.gram(cell.average["m"])
             torch.mul(as_matrix(h), -1 / (1 - self.momentum.beta**t), out=step)
         keep = 1 - lr * self.decay
-        if B is None:
-            assert A is not None
-            W.addmm_(A, step, beta=keep, alpha=lr)
+        if isinstance(B, Tensor):
+            W.addmm_(_times(A, step, rotated), B.T, beta=keep, alpha=lr)
         else:
-            half = step if A is None else torch.mm(A, step, out=rotated)
-            W.addmm_(half, B.T, beta=keep, alpha=lr)
+            if B is not None:
+                B.T.from_right_(step)
+            if isinstance(A, Tensor):
+                W.addmm_(A, step, beta=keep, alpha=lr)
+            else:
+                W.mul_(keep).add_(_times(A, step, rotated), alpha=lr)
         self.P.fold(state, g[0])
         cell.refresh()
 
-    @staticmethod
-    def _turn(G: Tensor, left: Tensor | None, right: Tensor | None, X: Tensor, Y: Tensor) -> Tensor:
-        """left·G·right in X or Y."""
-        if left is None:
-            return torch.mm(G, right, out=X)  # type: ignore[arg-type]
+
+def _turned(left: Orthogonal | None, G: Tensor, right: Orthogonal | None, X: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
+    """(left·G·right in one of X and Y, the other)."""
+    if left is None and isinstance(right, Tensor):
+        return torch.mm(G, right, out=X), Y
+    if isinstance(left, Tensor):
         torch.mm(left, G, out=X)
-        return X if right is None else torch.mm(X, right, out=Y)
+    else:
+        _times(left, X.copy_(G), Y)
+    if isinstance(right, Tensor):
+        return torch.mm(X, right, out=Y), X
+    return (X if right is None else right.from_right_(X)), Y
+
+
+def _times(Q: Orthogonal | None, X: Tensor, free: Tensor) -> Tensor:
+    """Q X, in ``free`` or in X itself."""
+    if isinstance(Q, Tensor):
+        return torch.mm(Q, X, out=free)
+    return X if Q is None else Q.onto_(X)
+
+
+@dataclass
+class _Completed:
+    """The orthogonal matrix of a basis, made again where that is another."""
+
+    _last: Last[Orthogonal] = field(default_factory=Last)
+
+    def __call__(self, basis: Tensor) -> Orthogonal:
+        return self._last(basis._version, lambda: completed(basis))
 
 
 def soap(cell: Cell, P: SOAP, momentum: Momentum | None, decay: float) -> Rotated | None:

@@ -10,6 +10,7 @@ from precond.maps.composite import BlockDiagonal, Product, block_diagonal, compo
 from precond.maps.dense import Dense, GramOnly, Kronecker
 from precond.maps.diagonal import Diagonal, InverseRoot
 from precond.maps.layers import Layout, RowMatrix, Sliced, Standardizing
+from precond.maps.rotation import Orthogonal, Reflected, Rotation, completed
 from precond.maps.spiked import Spiked
 from precond.maps.symmetric import SymmetricKronecker, Tiled, Unrooted
 
@@ -24,7 +25,10 @@ __all__ = [
     "Kronecker",
     "Layout",
     "LinearMap",
+    "Orthogonal",
     "Product",
+    "Reflected",
+    "Rotation",
     "RowMatrix",
     "Scaled",
     "Sliced",
@@ -36,6 +40,7 @@ __all__ = [
     "Unrooted",
     "augmented",
     "block_diagonal",
+    "completed",
     "compose",
     "parted",
 ]

@@ -155,18 +155,19 @@ def largest_eigenvalue(S: Tensor, steps: int = 32) -> Tensor:
     return torch.linalg.eigvalsh(T)[-1] if bool(T.isfinite().all()) else T.amax()
 
 
-def drift(S: Tensor, Q: Tensor, first: int, count: int = 32) -> float:
+def drift(times: Callable[[Tensor], Tensor], Q: Tensor, first: int, count: int = 32) -> float:
     r"""How far columns of Q are from being eigenvectors of S: √(Σ‖Sq − (qᵀSq)q‖² / Σ‖Sq‖²) over a sample, in [0, 1].
 
     Args:
+        times: Q ↦ S Q.
         first: which columns: those at ``first`` and then evenly spread, ``count`` of them.
     """
-    n = len(S)
+    n = Q.shape[1]
     count = min(count, n)
-    q = Q[:, (torch.arange(count, device=S.device) * n // count + first) % n]
-    y = S @ q
+    q = Q[:, (torch.arange(count, device=Q.device) * n // count + first) % n]
+    y = times(q)
     off = y - q * (q * y).sum(0)
-    return float((off.square().sum() / y.square().sum().clamp_min(torch.finfo(S.dtype).tiny)).sqrt())
+    return float((off.square().sum() / y.square().sum().clamp_min(torch.finfo(Q.dtype).tiny)).sqrt())
 
 
 def kept(S: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,13 +10,15 @@ from torch import Tensor
 
 from precond import checks
 from precond.blocks import Block, Leaf, State, state_dtype
-from precond.maps import InverseRoot, Kronecker, LinearMap
+from precond.maps import InverseRoot, LinearMap, Rotation, completed
 from precond.preconditioners.base import Part, Preconditioner, Seen
-from precond.preconditioners.kronecker import SIDES, Sides, as_matrix, fold, sides_of, split
+from precond.preconditioners.bases import WHOLE, Basis, Leading, basis_of
+from precond.preconditioners.kronecker import SIDES, Sides, as_matrix, sides_of, split
 from precond.preconditioners.rms import RMS
-from precond.preconditioners.roots import drift, eigenbasis, power_step
+from precond.vec import Vec
 
-_BASES = ("left_basis", "right_basis")
+_SIDES = ("left", "right")
+BASES = ("left_basis", "right_basis")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ class SOAP(Preconditioner):
         factor_every: steps between updates of L and R.
         sides: ``"both"``; ``"smaller"``, the shorter one alone; ``"left"`` or ``"right"``.
         max_dim: longer sides are not rotated.
+        rank: r ≥ 1; of sides longer than 4r only r leading eigenvectors U are followed, and Q is the orthogonal matrix of r reflections
+            whose first columns they are, [U, U⊥]: the other coordinates stay near entries of the gradient. Nothing has n² entries then; a
+            rotation takes 4nr operations a column in place of 2n². None: all eigenvectors.
 
     References:
         Vyas et al. (2025), SOAP; George et al. (2018), EKFAC; Anil et al. (2020) for one-sided factors.
@@ -55,6 +60,7 @@ class SOAP(Preconditioner):
     factor_every: int = 1
     sides: Sides = "both"
     max_dim: int = 10000
+    rank: int | None = None
 
     advised_damping = 0.1
 
@@ -63,6 +69,8 @@ class SOAP(Preconditioner):
         checks.non_negative("SOAP", eps=self.eps)
         checks.one_of("SOAP", "sides", self.sides, SIDES)
         checks.whole("SOAP", every=self.every, factor_every=self.factor_every, max_dim=self.max_dim)
+        if self.rank is not None:
+            checks.whole("SOAP", rank=self.rank)
         if self.factor_decay is not None:
             checks.fraction("SOAP", factor_decay=self.factor_decay)
         if self.drift is not None:
@@ -82,10 +90,10 @@ class SOAP(Preconditioner):
     def init(self, block: Block) -> dict:
         (leaf,), (p,) = block.leaves, block.tensors
         state: dict = {"r": block.zeros()}
-        for name, length, has in zip(("left", "right"), as_matrix(p).shape, self._sides(leaf), strict=True):
+        for side, n, has in zip(_SIDES, as_matrix(p).shape, self._sides(leaf), strict=True):
             if has:
-                state[name] = torch.zeros(length, length, dtype=state_dtype(p.dtype), device=p.device)
-                state[f"{name}_basis"] = torch.eye(length, dtype=state_dtype(p.dtype), device=p.device)
+                basis = WHOLE if self.rank is None or n <= 4 * self.rank else Leading(self.rank)
+                state |= basis.fresh(side, torch.zeros(n, n, dtype=state_dtype(p.dtype), device=p.device))
         return state
 
     def observe(self, state: State, seen: Seen) -> None:
@@ -98,18 +106,18 @@ class SOAP(Preconditioner):
         if (int(state.steps[0]) - 1) % self.factor_every:
             return
         keep = self.decay if self.factor_decay is None else self.factor_decay
-        for name in ("left", "right"):
-            if name in state:
-                fold(state[name], as_matrix(gradient), name == "right", keep, 1 - keep)
+        for side in _SIDES:
+            if (basis := basis_of(state, side)) is not None:
+                basis.fold(state, side, as_matrix(gradient), keep)
 
-    def basis(self, state: State) -> Kronecker:
+    def basis(self, state: State) -> Rotation:
         """Q_A ⊗ Q_B."""
-        return Kronecker(state.get("left_basis"), state.get("right_basis"), state.block.tensors)
+        return _rotation(state, state.block.tensors)
 
     def rotates(self, state: State) -> bool:
         """Whether bases are chosen. Only the first steps look: each look waits for the device."""
         (t,) = state.steps
-        return t > self.every or all(_chosen(state[basis]) for basis in _BASES if basis in state)
+        return t > self.every or all(_chosen(state[basis]) for basis in BASES if basis in state)
 
     def map(self, state: State) -> LinearMap:
         Q, D = self.factors(state)
@@ -129,32 +137,36 @@ class SOAP(Preconditioner):
         if not regular and self.rotates(state):
             return None
         r, new = as_matrix(state["r"][0]), dict[str, Tensor]()
-        for axis, (name, basis) in enumerate(zip(("left", "right"), _BASES, strict=True)):
-            if name not in state:
+        for axis, (side, name) in enumerate(zip(_SIDES, BASES, strict=True)):
+            basis = basis_of(state, side)
+            if basis is None or not basis.seen(state, side):
                 continue
-            S, Q = state[name], state[basis]
-            fresh = not _chosen(Q)
-            if fresh and bool(S.diagonal().amax() == 0):
-                continue
-            if fresh and (found := eigenbasis(S)) is not None:
-                new[basis] = found[1]
-                turned = (new[basis].T @ Q).square()
+            fresh = not _chosen(state[name])
+            if fresh and (found := basis.first(state, side)) is not None:
+                new[name] = found
+                # Of bases that are the identity yet.
+                turned = (completed(found).T @ torch.eye(len(found)).to(found)).square()
                 r = turned @ r if axis == 0 else r @ turned.T
-            elif regular and (fresh or self._turned(S, Q, t)) and (step := power_step(S, Q)) is not None:
-                new[basis], order = step
-                r = r.index_select(axis, order)
+            elif regular and (fresh or self._turned(basis, state, side)) and (step := basis.next(state, side)) is not None:
+                new[name], order = step
+                r = r if order is None else r.index_select(axis, order)
         if not new:
             return None
-        old = {name: state[name].clone() for name in new}
+        old = _rotation({name: state[name].clone() for name in new})
         for name, Q in new.items():
             state[name].copy_(Q)
         state["r"][0].copy_(r.reshape(state["r"][0].shape))
-        left, right = _BASES
-        return Kronecker(new.get(left), new.get(right)).T @ Kronecker(old.get(left), old.get(right))
+        return _rotation(new).T @ old
 
-    def _turned(self, S: Tensor, Q: Tensor, step: float) -> bool:
+    def _turned(self, basis: Basis, state: State, side: str) -> bool:
         """Whether a basis is to be renewed."""
-        return self.drift is None or drift(S, Q, int(step) // self.every) > self.drift
+        return self.drift is None or basis.drift(state, side, int(state.steps[0]) // self.every) > self.drift
+
+
+def _rotation(bases: Mapping[str, Tensor], like: Vec | None = None) -> Rotation:
+    """Q_A ⊗ Q_B; the identity on a side that has none."""
+    A, B = (completed(bases[name]) if name in bases else None for name in BASES)
+    return Rotation(A, B, like)
 
 
 def _chosen(Q: Tensor) -> bool:

@@ -107,6 +107,7 @@ def muon(
 class _SOAP:
     sides: Sides
     drift: float | None
+    rank: int | None
     inputs: Preconditioner | None
 
     def __call__(self, group: Mapping[str, Any]) -> Choice:
@@ -120,6 +121,7 @@ class _SOAP:
             group["factor_frequency"],
             self.sides,
             group["max_precond_dim"],
+            self.rank,
         )
         return Choice(after(self.inputs, P, group), Momentum(beta1), (L2(group["weight_decay"] / 2, space="z"),))
 
@@ -137,6 +139,7 @@ def soap(
     factor_frequency: int = 1,
     sides: Sides = "both",
     drift: float | None = None,
+    rank: int | None = None,
     inputs: Preconditioner | None = None,
     maximize: bool = False,
     regularizers: Iterable[Regularizer] = (),
@@ -152,7 +155,7 @@ def soap(
         shampoo_beta: decay of the factors; negative: ``betas[1]``.
         precondition_frequency, factor_frequency: steps between refreshes of the bases, and between updates of the factors.
         max_precond_dim: longer sides are not rotated.
-        sides, drift: see :class:`~precond.SOAP`; ``sides="smaller"`` with ``factor_frequency=5`` costs a fifth.
+        sides, drift, rank: see :class:`~precond.SOAP`.
         inputs: ``BNP()`` or ``Whitening()``: everything in the coordinates of layer inputs.
         maximize, regularizers, options: as in :func:`sgd`.
     """
@@ -170,7 +173,7 @@ def soap(
         **numbers(inputs),
     }
     state = {"m": "exp_avg", "r": "exp_avg_sq"}
-    return make("soap", params, lr, _SOAP(sides, drift, inputs), defaults, state, {}, regularizers, options)
+    return make("soap", params, lr, _SOAP(sides, drift, rank, inputs), defaults, state, {}, regularizers, options)
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ def entrants() -> tuple[tuple[Entrant, LogUniform], ...]:
         ("shampoo", "shampoo(weight_decay=0)", _BY_ENTRY),
         ("Whitening∘Muon", "muon(weight_decay=0, inputs=Whitening())", _BY_ENTRY),
         ("auto", "auto(weight_decay=0)", _BY_ENTRY),
+        ("soap, rank 16", "soap(weight_decay=0, rank=16)", _BY_ENTRY),
     )
     found = [(entrant, replace(space, recommended=lr)) for entrant, space, lr in others]
     for label, text, space in ours:
