@@ -52,6 +52,21 @@ def test_soap_with_leading_eigenvectors(shape, rank, engine):
     explicit(SOAP(0.9, every=3, rank=rank), theirs, shape, engine=engine)
 
 
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("shape", [(9, 10), (4, 9), (9, 3), (9, 3, 4)])
+@pytest.mark.parametrize(
+    "options", [{}, {"maximize": True, "factor_frequency": 2}, {"sides": "left"}, {"sides": "right"}], ids=str
+)
+def test_the_kernel_of_leading_eigenvectors_takes_the_loop_s_steps(shape, rank, options):
+    start, gradients = draw(*shape), [draw(*shape) for _ in range(9)]
+    ends = []
+    for engine in ("fused", "loop"):
+        p = nn.Parameter(start.clone())
+        optimizer = precond.soap([p], lr=0.02, precondition_frequency=3, rank=rank, weight_decay=0.3, engine=engine, **options)
+        ends.append(run(optimizer, p, gradients))
+    assert relative(*ends, start) < 1e-10
+
+
 @pytest.mark.parametrize("method", ["eigh", "qr", "newton"])
 def test_methods_of_shampoo_s_roots(method):
     """The basis that is followed step by step nears the exact one; the iteration ends at it."""
