@@ -21,8 +21,8 @@ class Basis(ABC):
     """
 
     @abstractmethod
-    def fresh(self, side: str, S: Tensor) -> dict[str, Tensor]:
-        """The state of S = 0, given as (n, n) zeros."""
+    def fresh(self, side: str, n: int, like: Tensor) -> dict[str, Tensor]:
+        """The state of S = 0, (n, n), in the dtype and on the device of ``like``."""
 
     @abstractmethod
     def fold(self, state: Mapping[str, Tensor], side: str, G: Tensor, keep: float) -> None:
@@ -52,8 +52,8 @@ class Basis(ABC):
 class Whole(Basis):
     """S (n, n) itself, and all eigenvectors, which follow by orthogonal iteration."""
 
-    def fresh(self, side: str, S: Tensor) -> dict[str, Tensor]:
-        return {side: S, f"{side}_basis": torch.eye(len(S)).to(S)}
+    def fresh(self, side: str, n: int, like: Tensor) -> dict[str, Tensor]:
+        return {side: like.new_zeros(n, n), f"{side}_basis": torch.eye(n).to(like)}
 
     def fold(self, state: Mapping[str, Tensor], side: str, G: Tensor, keep: float) -> None:
         fold(state[side], G, side == "right", keep, 1 - keep)
@@ -81,9 +81,9 @@ class Leading(Basis):
 
     rank: int
 
-    def fresh(self, side: str, S: Tensor) -> dict[str, Tensor]:
-        eye = torch.eye(len(S), self.rank).to(S)
-        return {side: S.new_zeros(self.rank), f"{side}_vectors": eye, f"{side}_basis": eye.clone()}
+    def fresh(self, side: str, n: int, like: Tensor) -> dict[str, Tensor]:
+        eye = torch.eye(n, self.rank).to(like)
+        return {side: like.new_zeros(self.rank), f"{side}_vectors": eye, f"{side}_basis": eye.clone()}
 
     def fold(self, state: Mapping[str, Tensor], side: str, G: Tensor, keep: float) -> None:
         X, V, old = G.T if side == "right" else G, state[f"{side}_vectors"], self.times(state, side)

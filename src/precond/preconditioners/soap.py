@@ -90,10 +90,11 @@ class SOAP(Preconditioner):
     def init(self, block: Block) -> dict:
         (leaf,), (p,) = block.leaves, block.tensors
         state: dict = {"r": block.zeros()}
+        like = torch.empty(0, dtype=state_dtype(p.dtype), device=p.device)
         for side, n, has in zip(_SIDES, as_matrix(p).shape, self._sides(leaf), strict=True):
             if has:
                 basis = WHOLE if self.rank is None or n <= 4 * self.rank else Leading(self.rank)
-                state |= basis.fresh(side, torch.zeros(n, n, dtype=state_dtype(p.dtype), device=p.device))
+                state |= basis.fresh(side, n, like)
         return state
 
     def observe(self, state: State, seen: Seen) -> None:
