@@ -159,6 +159,71 @@ class Block:
     def subset(self, index: Sequence[int]) -> Block:
         return Block(tuple(self.leaves[i] for i in index))
 
+    @property
+    def all_leaves(self) -> tuple[Leaf, ...]:
+        """The leaves of all members of a stack; of a block alone its own."""
+        return self.leaves
+
+    def gathered(self, v: Sequence[Tensor]) -> Vec:
+        """Tensors of the leaves as the block's own."""
+        return tuple(v)
+
+    def scattered(self, v: Vec) -> Vec:
+        """The inverse of :meth:`gathered`."""
+        return v
+
+
+@dataclass(frozen=True, eq=False)
+class Stack(Block):
+    """Blocks alike, as one: each of its tensors holds those of all members side by side, (k, …); its leaves are the first one's."""
+
+    members: tuple[Block, ...] = ()
+
+    @classmethod
+    def of(cls, members: Sequence[Block]) -> Stack:
+        """The stack of some blocks, in their order."""
+        return cls(members[0].leaves, tuple(members))
+
+    @property
+    def name(self) -> str:
+        return ", ".join(member.name for member in self.members)
+
+    @property
+    def all_leaves(self) -> tuple[Leaf, ...]:
+        return tuple(leaf for member in self.members for leaf in member.leaves)
+
+    @cached_property
+    def params(self) -> Vec:
+        """Examples of the stacked parameters, of their shapes; the values are the first member's."""
+        return tuple(t.detach()[None].expand(len(self.members), *t.shape) for t in self.members[0].tensors)
+
+    @property
+    def tensors(self) -> Vec:
+        return self.params
+
+    @property
+    def all_tensors(self) -> Vec:
+        """What this process holds of all leaves."""
+        return tuple(leaf.tensor.detach() for leaf in self.all_leaves)
+
+    def gathered(self, v: Sequence[Tensor]) -> Vec:
+        """Tensors of all leaves, member after member, as stacked ones."""
+        m = len(self.leaves)
+        if len(self.members) == 1:
+            return tuple(t[None] for t in v)
+        return tuple(torch.stack(v[j::m]) for j in range(m))  # type: ignore[arg-type]
+
+    def scattered(self, v: Vec) -> Vec:
+        """The inverse of :meth:`gathered`; nothing is copied."""
+        return tuple(t for member in zip(*(t.unbind(0) for t in v), strict=True) for t in member)
+
+    def member(self, k: int) -> Stack:
+        """The k-th block, as a stack of one."""
+        return Stack.of([self.members[k]])
+
+    def subset(self, index: Sequence[int]) -> Stack:
+        return Stack.of([member.subset(index) for member in self.members])
+
 
 class State(dict[str, Any]):
     """Tensors of a block: a tuple holds one tensor per leaf, a lone tensor belongs to the first leaf, a State to a part.
@@ -173,7 +238,7 @@ class State(dict[str, Any]):
     @property
     def steps(self) -> list[float]:
         """The number of the step in progress for each leaf, from 1."""
-        return [t.item() for t in self["step"]]
+        return [t.item() for t in self["step"][: len(self.block.leaves)]]
 
     def ahead(self) -> State:
         """A copy with tensors of its own and the step counts one ahead: what the statistics would become."""
@@ -189,6 +254,32 @@ class State(dict[str, Any]):
                 out[key] = tuple(t + steps for t in value)
             else:
                 out[key] = tuple(t.clone() for t in value) if isinstance(value, tuple) else value.clone()
+        return out
+
+    def member(self, k: int) -> State:
+        """The state of the k-th member of a stack, as a stack of one; the tensors are the same."""
+        stack = self.block
+        assert isinstance(stack, Stack)
+        out, m = State(stack.member(k)), len(stack.leaves)
+        for key, value in self.items():
+            if isinstance(value, State):
+                out[key] = value.member(k)
+            elif key == "step":
+                out[key] = value[k * m : k * m + m]
+            else:
+                out[key] = tuple(t[k : k + 1] for t in value) if isinstance(value, tuple) else value[k : k + 1]
+        return out
+
+    def as_stack(self) -> State:
+        """The state of a block alone, as that of a stack of one; the tensors are the same."""
+        out = State(Stack.of([self.block]))
+        for key, value in self.items():
+            if isinstance(value, State):
+                out[key] = value.as_stack()
+            elif key == "step":
+                out[key] = value
+            else:
+                out[key] = tuple(t[None] for t in value) if isinstance(value, tuple) else value[None]
         return out
 
     def restricted(self, index: Sequence[int]) -> State:
@@ -211,8 +302,11 @@ class State(dict[str, Any]):
                 yield from value.entries(prefix + within(key))
             elif key != "step":
                 if isinstance(value, tuple):
-                    for leaf, tensor in zip(self.block.leaves, value, strict=True):
+                    for leaf, tensor in zip(self.block.all_leaves, self.block.scattered(value), strict=True):
                         yield leaf, prefix + key, leaf.whole(tensor)
+                elif isinstance(self.block, Stack):
+                    for member, tensor in zip(self.block.members, value.unbind(0), strict=True):
+                        yield member.leaves[0], prefix + key, tensor
                 else:
                     yield self.block.leaves[0], prefix + key, value
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -48,12 +49,18 @@ class Tangent:
         """scale·vec."""
         return self.vec if isinstance(self.scale, float) and self.scale == 1.0 else vec.scale(self.vec, self.scale)
 
+    def part(self, span: slice) -> Tangent:
+        """Of the tensors of a span."""
+        return Tangent(self.vec[span], self.scale[span] if isinstance(self.scale, Sequence) else self.scale)
+
     def add_to_(self, p: Vec) -> None:
-        """p ← p + scale·vec in place; numbers are read from the device."""
-        scales = self.scale if isinstance(self.scale, Sequence) else [self.scale] * len(p)
-        known = {id(s): float(s) for s in scales}
-        for t, d, s in zip(p, self.vec, scales, strict=True):
-            t.add_(d, alpha=known[id(s)])
+        """p ← p + scale·vec in place."""
+        vec.add_scaled_(p, self.vec, self.scales)
+
+    @property
+    def scales(self) -> Sequence[Scalar]:
+        """What multiplies each tensor."""
+        return self.scale if isinstance(self.scale, Sequence) else [self.scale] * len(self.vec)
 
 
 @dataclass(frozen=True)
@@ -70,13 +77,18 @@ class Space(ABC):
     """Coordinates of the parameters: p itself, or z = P⁻¹p.
 
     Args:
-        map: the map from these coordinates to p.
+        map: the map from these coordinates to p, or what makes it when it is first asked for.
         takes_part: for each tensor, whether its coordinates belong to the penalty; the others are projected away.
         sums: sums over the entries of a vector, whoever holds them.
     """
 
-    def __init__(self, map: LinearMap, takes_part: tuple[bool, ...], sums: Sums = ALONE):
-        self.map, self._mask, self.sums = map, None if all(takes_part) else takes_part, sums
+    def __init__(self, map: LinearMap | Callable[[], LinearMap], takes_part: tuple[bool, ...], sums: Sums = ALONE):
+        self._map, self._mask, self.sums = map, None if all(takes_part) else takes_part, sums
+
+    @cached_property
+    def map(self) -> LinearMap:
+        """The map from these coordinates to p."""
+        return self._map if isinstance(self._map, LinearMap) else self._map()
 
     def project(self, z: Vec) -> Vec:
         """Π z: zero in the coordinates that take no part."""
@@ -103,8 +115,8 @@ class Space(ABC):
         return self.sums.dot(g, self.sharp(g) if sharp is None else sharp).clamp_min(0).sqrt()
 
     @abstractmethod
-    def raised(self, v: Vec) -> Cotangent | Tangent:
-        """The term of a penalty whose gradient, raised by this space's own metric, is v.
+    def raised(self, v: Vec, scale: Scalar | Sequence[Scalar] = 1.0) -> Cotangent | Tangent:
+        """The term of a penalty whose gradient, raised by this space's own metric, is scale·v.
 
         In z this is P ∇_z R, which moves p as it is; in p it is ∇_p R, which M multiplies.
         """
@@ -116,12 +128,12 @@ class P(Space):
     def __init__(self, takes_part: tuple[bool, ...], sums: Sums = ALONE):
         super().__init__(Identity(), takes_part, sums)
 
-    def raised(self, v: Vec) -> Cotangent:
-        return Cotangent(v)
+    def raised(self, v: Vec, scale: Scalar | Sequence[Scalar] = 1.0) -> Cotangent:
+        return Cotangent(Tangent(v, scale).formed())
 
 
 class Z(Space):
     """The preconditioned coordinates z = P⁻¹p."""
 
-    def raised(self, v: Vec) -> Tangent:
-        return Tangent(v)
+    def raised(self, v: Vec, scale: Scalar | Sequence[Scalar] = 1.0) -> Tangent:
+        return Tangent(v, scale)

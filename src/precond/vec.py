@@ -7,7 +7,8 @@ their first argument. One multi-tensor call stands for one loop over the tensors
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,11 +100,37 @@ def unflatten(flat: Tensor, like: Vec) -> Vec:
 
 
 def add_scaled_(a: Vec, b: Vec, s: Sequence[Scalar]) -> None:
-    """a ← a + s·b in place, one scalar per tensor."""
-    first = s[0] if s else 0.0
-    if not isinstance(first, Tensor) and all(not isinstance(x, Tensor) and x == first for x in s):
-        if a:
-            torch._foreach_add_(a, b, alpha=first)
-        return
-    for t, u, x in zip(a, b, s, strict=True):
-        t.add_(u * x) if isinstance(x, Tensor) else t.add_(u, alpha=x)
+    """a ← a + s·b in place, one scalar per tensor; a scalar that is a tensor is not read by the host."""
+    for x, index in _alike(s):
+        first, second = [a[i] for i in index], [b[i] for i in index]
+        if isinstance(x, Tensor):
+            torch._foreach_add_(first, torch._foreach_mul(second, x.to(first[0].dtype)))
+        elif x:
+            torch._foreach_add_(first, second, alpha=x)
+
+
+def scale_(a: Vec, s: Sequence[Scalar]) -> None:
+    """a ← s·a in place, one scalar per tensor."""
+    for x, index in _alike(s):
+        if isinstance(x, Tensor) or x != 1:
+            torch._foreach_mul_([a[i] for i in index], x)
+
+
+def combined(f: Callable[..., Scalar], *scalars: Sequence[Scalar]) -> list[Scalar]:
+    """f of the scalars of each tensor; computed once for those that are the same objects."""
+    known: dict[tuple[int, ...], Scalar] = {}
+    out = []
+    for each in zip(*scalars, strict=True):
+        key = tuple(map(id, each))
+        if key not in known:
+            known[key] = f(*each)
+        out.append(known[key])
+    return out
+
+
+def _alike(s: Sequence[Scalar]) -> list[tuple[Scalar, list[int]]]:
+    """The different scalars, and where each stands; tensors are not read, only the same tensor counts as equal."""
+    found: dict[Any, tuple[Scalar, list[int]]] = {}
+    for i, x in enumerate(s):
+        found.setdefault(id(x) if isinstance(x, Tensor) else float(x), (x, []))[1].append(i)
+    return list(found.values())

@@ -172,7 +172,9 @@ def test_one_layer_without_a_kernel_leaves_the_others_theirs(recipe, how, monkey
     """Such a layer takes the reference engine's step, the others their kernels', to the numbers of the reference engine for all."""
     asked = []
     monkeypatch.setattr(
-        loop, "step", lambda point, *rest, step=loop.step: (asked.append(len(point.cells)), step(point, *rest))[1]
+        loop,
+        "step",
+        lambda point, *rest, step=loop.step, **more: (asked.append(len(point.cells)), step(point, *rest, **more))[1],
     )
     ends, counts = [], []
     for engine in ("auto", "loop"):

@@ -110,8 +110,8 @@ def test_panels_are_those_of_a_triangular_root(fails: bool, monkeypatch: pytest.
 
 @pytest.mark.parametrize("inputs", [ROOT, Whitening(every=6, observe_steps=2, rank=1)], ids=["whole", "of rank 1"])
 def test_products_in_16_bits_are_near(inputs: Whitening, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("precond.engine.precision.WIDE", 0)
-    monkeypatch.setattr("precond.engine.precision.multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("precond.precision.WIDE", 0)
+    monkeypatch.setattr("precond.precision.multiplies_bfloat16", lambda: True)
     (narrow, optimizer), (exact, _) = (
         trained(lambda m, e=engine: whitening(m, 0.01, inputs=inputs, engine=e), torch.float32, steps=4)
         for engine in ("fused", "loop")

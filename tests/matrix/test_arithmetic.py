@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import precond
-from precond.engine import precision
+from precond import precision
 
 
 @pytest.mark.parametrize(

@@ -241,8 +241,8 @@ def test_the_kernel_takes_the_steps_of_the_reference_engine(name: str, bias: boo
 @pytest.mark.parametrize("name", ["auto", "of rank 1", "both of rank 1"])
 def test_products_in_16_bits_are_near(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("precond.engine.polar._SMALL", 0)
-    monkeypatch.setattr("precond.engine.precision.WIDE", 0)
-    monkeypatch.setattr("precond.engine.precision.multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("precond.precision.WIDE", 0)
+    monkeypatch.setattr("precond.precision.multiplies_bfloat16", lambda: True)
     narrow, exact = trained(name, torch.float32, True, 4), trained(name, torch.float32, True, 4, engine="loop")
     start = [p.detach() for p in net().parameters()]
     for ours, theirs, before in zip(narrow, exact, start, strict=True):

@@ -1,22 +1,20 @@
-"""Cells: a block of leaves with the strategies that step it and the state they keep."""
+"""Cells: a block of leaves, or a stack of blocks alike, with the strategies that step it and the state they keep."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
 
 import torch
-from torch import Tensor
 
-from precond.blocks import Block, Leaf, State, within
+from precond.blocks import Block, Leaf, Stack, State, state_dtype
 from precond.inputs.observer import Seen
 from precond.maps import Identity, LinearMap
+from precond.maps.stacked import OfMembers
 from precond.momentum import Momentum
 from precond.preconditioners.base import Preconditioner
 from precond.preconditioners.base import Seen as Evidence
 from precond.regularizers.base import Regularizer
-from precond.sharding import local
 from precond.vec import Vec
 
 
@@ -31,10 +29,12 @@ class Choice:
 
 @dataclass
 class Cell:
-    """A block, the strategies in force for it, and its state (views of the optimizer's own state tensors).
+    """A block or a stack of blocks alike, the strategies in force for it, and its state.
+
+    The optimizer's own state tensors are views of these.
 
     Attributes:
-        index: positions of the block's leaves among all leaves.
+        index: positions of the leaves among all leaves, member after member of a stack.
         inputs: what was seen of layer inputs since the last step, or None.
     """
 
@@ -47,6 +47,30 @@ class Cell:
     inputs: Seen | None = None
     _views: dict[tuple[int, ...], Cell] = field(default_factory=dict, repr=False)
     _handled: tuple[Preconditioner, bool] | None = field(default=None, repr=False)
+
+    @cached_property
+    def members(self) -> list[tuple[int, ...]]:
+        """The positions of each member's leaves; of a block alone all of them."""
+        m = len(self.block.leaves)
+        return [self.index[i : i + m] for i in range(0, len(self.index), m)]
+
+    def member(self, k: int) -> Cell:
+        """A member of a stack by itself: a stack of one; the tensors are the same."""
+        if not isinstance(self.block, Stack):
+            return self
+        return Cell(
+            self.members[k],
+            self.block.member(k),
+            self.preconditioner,
+            self.momentum,
+            self.state.member(k),
+            self.average.member(k),
+        )
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """All leaves, in the order of ``index``."""
+        return self.block.all_leaves
 
     @property
     def handled(self) -> bool:
@@ -71,12 +95,14 @@ class Cell:
         return view
 
     def observe(self, state: State, gradient: Vec) -> None:
-        """Fold a gradient into ``state`` (the cell's own, or a copy of it)."""
+        """Fold a gradient, one tensor for each leaf, into ``state`` (the cell's own, or a copy of it)."""
         if self.handled:
+            gradient = self.block.gathered(gradient)
             momentum = self._clean_momentum(state, gradient)
-            position = lambda: tuple(p.detach().to(g.dtype) for p, g in zip(state.block.tensors, gradient, strict=True))  # noqa: E731
-            seen = Evidence(gradient, self.inputs, momentum, position)
-            self.preconditioner.observe(state, seen)
+            self.preconditioner.observe(state, Evidence(gradient, self.inputs, momentum, self._position))
+
+    def _position(self) -> Vec:
+        return self.block.gathered(tuple(leaf.tensor.detach().to(state_dtype(leaf.param.dtype)) for leaf in self.leaves))
 
     def _clean_momentum(self, state: State, gradient: Vec) -> Vec | None:
         """The momentum of the clean gradient after the step in progress, where the map is made of it.
@@ -93,11 +119,32 @@ class Cell:
         self.momentum.fold(own, gradient)
         return self.momentum.current(own, gradient)
 
+    def descent(self, a: Vec, fold: bool = True) -> Vec:
+        """F N Nᵀ · momentum(Fᵀa) with P = F N, or momentum(M a) where the momentum is one of tangents; one tensor for each leaf."""
+        F, N = self.factors()
+        y = self._averaged(F.rmv(self.block.gathered(a)), "cotangent", fold)
+        return self.block.scattered(self._averaged(F.mv(N.gram(y)), "tangent", fold))
+
+    def advance(self, g: Vec) -> Vec:
+        """:meth:`observe` and :meth:`descent` of a gradient to which nothing is added, and the step counted."""
+        torch._foreach_add_(self.state["step"], 1)
+        shared = self.handled and self.preconditioner.uses_momentum and self.keeps_cotangents and "clean" not in self.average
+        if not shared:
+            self.observe(self.state, g)
+            return self.descent(g)
+        gradient = self.block.gathered(g)
+        assert self.momentum is not None
+        self.momentum.fold(self.average, gradient)
+        # What was put side by side is memory of the step's own.
+        own = len(self.members) > 1 and "m" in self.average
+        m = self.momentum.write(self.average, gradient, gradient) if own else self.momentum.current(self.average, gradient)
+        return self.block.scattered(self.preconditioner.descend(self.state, Evidence(gradient, self.inputs, m, self._position)))
+
     def factors(self) -> tuple[LinearMap, LinearMap]:
-        """(F, N) with P = F N; the momentum of cotangents is kept in the coordinates of F."""
+        """(F, N) with P = F N, on the tensors of the block; the momentum of cotangents is kept in the coordinates of F."""
         return self.preconditioner.factors(self.state) if self.handled else (Identity(), Identity(self.block.tensors))
 
-    def averaged(self, a: Vec, of: str, fold: bool = True) -> Vec:
+    def _averaged(self, a: Vec, of: str, fold: bool) -> Vec:
         """The momentum of cotangents (in the coordinates of F) or of tangents with a folded in; a itself where it is of the other."""
         if self.momentum is None or self.momentum.of != of:
             return a
@@ -119,100 +166,8 @@ class Cell:
         return self.momentum is not None and self.momentum.of == "cotangent"
 
     def map(self, state: State) -> LinearMap:
-        """P from ``state``."""
-        return self.preconditioner.map(state) if self.handled else Identity(self.block.tensors)
-
-
-def build(
-    leaves: Sequence[Leaf],
-    choices: Sequence[Choice],
-    existing: Mapping[Tensor, dict[str, Any]],
-    outside: Callable[[str], str],
-) -> tuple[list[Cell], list[tuple[Leaf, str, Tensor]]]:
-    """Cells for the leaves that want gradients, and their state entries (leaf, key, tensor).
-
-    State tensors that ``existing`` holds already, of the same shape, under their names ``outside``, are taken over as they are.
-    """
-    live = [i for i, leaf in enumerate(leaves) if leaf.param.requires_grad]
-    cells, entries = [], []
-    for index, preconditioner, momentum in strategies(leaves, live, choices):
-        block = Block(tuple(leaves[i] for i in index))
-        if block.sharded and preconditioner.needs == "block":
-            raise ValueError(
-                f"{type(preconditioner).__name__} acts on {block.name!r} as a whole, of which each process holds a part: use "
-                "RMS, AdaGrad, BNP, Whitening or compositions of them, or leave the parameters out of sharding (ignored_params)"
-            )
-        state = State(block, preconditioner.init(block) if preconditioner.handles(block) else {})
-        average = State(block, momentum.init(block) if momentum is not None else {})
-        if "m" in average and preconditioner.uses_momentum and any(map(_adds, choices[block.leaves[0].group].regularizers)):
-            average["clean"] = block.zeros()
-        steps = tuple(_known(existing, leaf, "step", _fresh_step) for leaf in block.leaves)
-        for s in (state, average):
-            _adopt(s, existing, steps, outside)
-            entries += list(s.entries())
-        entries += [(leaf, "step", t) for leaf, t in zip(block.leaves, steps, strict=True)]
-        cells.append(Cell(index, block, preconditioner, momentum, state, average))
-    return cells, entries
-
-
-def strategies(
-    leaves: Sequence[Leaf], live: Sequence[int], choices: Sequence[Choice]
-) -> list[tuple[tuple[int, ...], Preconditioner, Momentum | None]]:
-    """(positions, preconditioner, momentum) of each block; the numbers are those of its first leaf's group."""
-    chosen = [leaves[i] for i in live]
-    plans = [c.preconditioner.partition(chosen) for c in choices]
-    out = []
-    taken: set[int] = set()
-    # Numbers of a group may decide what is a block, a limit of length, say: each group takes its own plan's.
-    for group, plan in enumerate(plans):
-        for part in plan:
-            if chosen[part.index[0]].group == group:
-                momentum = choices[group].momentum if part.preconditioner.momentum is None else part.preconditioner.momentum
-                out.append((tuple(live[i] for i in part.index), part.preconditioner, momentum))
-                if twice := taken.intersection(part.index):
-                    raise _disagree(chosen[min(twice)])
-                taken.update(part.index)
-    if missed := set(range(len(chosen))) - taken:
-        raise _disagree(chosen[min(missed)])
-    return out
-
-
-def _disagree(leaf: Leaf) -> ValueError:
-    return ValueError(
-        f"the groups of {leaf.name!r} and of the rest of its layer differ in a number that decides what is stepped jointly "
-        "(max_dim, max_inputs); give both groups one value"
-    )
-
-
-def _adds(r: Regularizer) -> bool:
-    """Whether a regularizer adds to the gradient, so that the momentum is not the clean gradient's."""
-    return r.probes or r.exact or (r.space == "p" and not getattr(r, "proximal", False))
-
-
-def _fresh_step(leaf: Leaf) -> Tensor:
-    # On the host, as torch keeps it: reading it never waits for a device.
-    return torch.zeros((), dtype=torch.float32)
-
-
-def _known(existing: Mapping[Tensor, dict[str, Any]], leaf: Leaf, key: str, make: Callable[[Leaf], Tensor]) -> Tensor:
-    known = existing.get(leaf.param, {}).get(key)
-    return known if isinstance(known, Tensor) else make(leaf)
-
-
-def _adopt(
-    state: State, existing: Mapping[Tensor, dict[str, Any]], steps: Vec, outside: Callable[[str], str], prefix: str = ""
-) -> None:
-    """Put known tensors in place of fresh ones, and the step counts of the leaves into every part."""
-    by_leaf = dict(zip(state.block.leaves, steps, strict=True)) if steps else {}
-    for key, value in list(state.items()):
-        if isinstance(value, State):
-            _adopt(value, existing, tuple(by_leaf[leaf] for leaf in value.block.leaves), outside, prefix + within(key))
-        else:
-            fresh = value if isinstance(value, tuple) else (value,)
-            kept = []
-            for leaf, tensor in zip(state.block.leaves, fresh, strict=False):
-                known = existing.get(leaf.param, {}).get(outside(prefix + key))
-                mine = local(known) if isinstance(known, Tensor) else tensor
-                kept.append(mine if mine.shape == tensor.shape else tensor)
-            state[key] = tuple(kept) if isinstance(value, tuple) else kept[0]
-    state["step"] = steps
+        """P from ``state``, on one tensor for each leaf."""
+        if not self.handled:
+            return Identity(tuple(leaf.tensor for leaf in self.leaves))
+        of_block = self.preconditioner.map(state)
+        return of_block if not isinstance(self.block, Stack) else OfMembers(of_block, self.block)

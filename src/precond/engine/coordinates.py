@@ -12,12 +12,12 @@ from precond.blocks import State
 from precond.engine.cells import Cell
 from precond.engine.factors import Factor, Factors
 from precond.engine.layer import Kept, layer_of
-from precond.engine.precision import in_16_bits
-from precond.engine.workspace import WORKSPACE
 from precond.momentum import Momentum
+from precond.precision import in_16_bits
 from precond.preconditioners import BNP, RMS, Whitening
 from precond.preconditioners.base import Seen
 from precond.vec import Scalar, Tensors
+from precond.workspace import WORKSPACE
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from precond.engine.cells import Cell
 from precond.engine.factors import Last
-from precond.engine.workspace import WORKSPACE
 from precond.maps import Orthogonal, completed
 from precond.momentum import Momentum
 from precond.preconditioners import SOAP
 from precond.preconditioners.kronecker import as_matrix
 from precond.preconditioners.soap import BASES
 from precond.vec import Scalar, Tensors
+from precond.workspace import WORKSPACE
 
 
 @dataclass

@@ -10,17 +10,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+from precond import vec
+from precond.blocks import Stack
 from precond.engine.arrow import arrow
 from precond.engine.cells import Cell, Choice
 from precond.engine.coordinates import adam_in_coordinates
 from precond.engine.eigenbasis import soap
 from precond.engine.loop import Rules
-from precond.engine.orthogonal import muon
 from precond.engine.polar import polar
 from precond.maps import Identity
 from precond.momentum import Momentum
-from precond.preconditioners import BNP, RMS, SOAP, AdaGrad, Composition, Fixed, Muon, Whitening
+from precond.preconditioners import BNP, RMS, SOAP, AdaGrad, Composition, Fixed, Whitening
 from precond.regularizers import L2
 from precond.vec import Scalar, Tensors
 
@@ -46,24 +48,17 @@ def kernel(cell: Cell, choices: Sequence[Choice], rules: Rules) -> Kernel | None
             both: there is no kernel for that.
     """
     decay, *others = dict.fromkeys(_decay(choice, rules) for choice in choices)
-    plain = all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) and _dense(t) for t in cell.block.tensors)
-    if others or decay is None or rules.max_norm is not None or not plain:
+    plain = all(t.dtype in (torch.float32, torch.float64) and _dense(t) for t in cell.block.tensors)
+    if others or decay is None or rules.max_norm is not None or not plain or isinstance(cell.block, Stack):
         return None
-    P, momentum = cell.preconditioner, cell.momentum
-    if momentum is not None and not momentum.beta and momentum.kind != "ema":
-        momentum = None
-    if isinstance(P, BNP) and cell.handled and not decay.coupled:
-        return arrow(cell, P, momentum, decay.decoupled)
-    if isinstance(P, Composition) and isinstance(P.outer, BNP | Whitening) and isinstance(P.inner, RMS) and not decay.coupled:
-        return adam_in_coordinates(cell, P.outer, P.inner, momentum, decay.decoupled)
-    if not decay.coupled and (found := polar(cell, P, momentum, decay.decoupled)) is not None:
+    on_cpu = all(t.device.type == "cpu" for t in cell.block.tensors)
+    if not on_cpu and not all(t.device.type in _get_fused_kernels_supported_devices() for t in cell.block.tensors):
+        return None
+    if on_cpu and (found := _of_layer(cell, decay)) is not None:
         return found
+    P, momentum = cell.preconditioner, _momentum(cell)
     if not cell.handled:
         P = Fixed()
-    if isinstance(P, Muon) and not decay.coupled:
-        return muon(cell, P, momentum, decay.decoupled)
-    if isinstance(P, SOAP) and not decay.coupled:
-        return soap(cell, P, momentum, decay.decoupled)
     match P, momentum:
         case RMS(start="zero", bias_correction=True, centered=False), Momentum(kind="ema", start="zero", of="cotangent"):
             if P.eps > 0 and momentum.corrected and not (decay.coupled and decay.decoupled):
@@ -79,6 +74,26 @@ def kernel(cell: Cell, choices: Sequence[Choice], rules: Rules) -> Kernel | None
         case Fixed(map_=Identity()), Momentum(kind="heavy_ball" | "nesterov", of="cotangent", dampening=0.0):
             return _SGD(momentum.beta, momentum.kind == "nesterov", decay)
     return None
+
+
+def _momentum(cell: Cell) -> Momentum | None:
+    """The momentum, where there is one to keep."""
+    kept = cell.momentum
+    return None if kept is not None and not kept.beta and kept.kind != "ema" else kept
+
+
+def _of_layer(cell: Cell, decay: _Decay) -> Kernel | None:
+    """The kernel of one layer on a processor, or None."""
+    P, momentum = cell.preconditioner, _momentum(cell)
+    if decay.coupled or not cell.handled:
+        return None
+    if isinstance(P, BNP):
+        return arrow(cell, P, momentum, decay.decoupled)
+    if isinstance(P, Composition) and isinstance(P.outer, BNP | Whitening) and isinstance(P.inner, RMS):
+        return adam_in_coordinates(cell, P.outer, P.inner, momentum, decay.decoupled)
+    if isinstance(P, SOAP):
+        return soap(cell, P, momentum, decay.decoupled)
+    return polar(cell, P, momentum, decay.decoupled)
 
 
 def aligned(gradients: Tensors, p: Tensors) -> Tensors:
@@ -109,6 +124,19 @@ def _decay(choice: Choice, rules: Rules) -> _Decay | None:
     return _Decay(coupled, decoupled)
 
 
+def _counts(cell: Cell, p: Tensors) -> list[Tensor]:
+    """The number of the step in progress for each tensor, where the tensor is."""
+    steps = cell.state["step"]
+    if p[0].device.type == "cpu":
+        return list(steps)
+    of: dict[tuple[float, torch.device], Tensor] = {}
+    keys = [(t.item(), x.device) for t, x in zip(steps, p, strict=True)]
+    for t, device in keys:
+        if (t, device) not in of:
+            of[t, device] = torch.full((), t, dtype=torch.float32, device=device)
+    return [of[key] for key in keys]
+
+
 @dataclass(frozen=True)
 class _Adam:
     P: RMS
@@ -124,7 +152,7 @@ class _Adam:
             cell.average["m"],
             state["r"],
             state["r_max"] if self.P.amsgrad else [],
-            state["step"],
+            _counts(cell, p),
             lr=lr,
             beta1=self.momentum.beta,
             beta2=self.P.decay,
@@ -144,7 +172,7 @@ class _RMSprop:
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         state = cell.state
-        never = torch.tensor(_FOREVER)
+        never = torch.full((), _FOREVER, device=p[0].device)
         if self.decay.coupled or maximize:
             # The kernel writes the decayed gradient where the momentum of Adam would be.
             scratch = p[0].new_empty(max(t.numel() for t in p))
@@ -183,7 +211,7 @@ class _Adagrad:
             p,
             g,
             state["r"],
-            list(state["step"]),
+            _counts(cell, p),
             lr=lr,
             lr_decay=self.P.lr_decay,
             weight_decay=self.decay.coupled,
@@ -203,7 +231,7 @@ class _SGD:
             torch._foreach_mul_(p, 1 - lr * self.decay.decoupled)
         if not self.beta and not self.decay.coupled:
             # The fused kernel is slower than one addition per tensor.
-            torch._foreach_add_(p, g, alpha=float(lr) if maximize else -float(lr))
+            vec.add_scaled_(tuple(p), tuple(g), [lr if maximize else -lr] * len(p))
             return
         torch._fused_sgd_(
             p,

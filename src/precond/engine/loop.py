@@ -16,9 +16,8 @@ from torch import Tensor
 from precond import vec
 from precond.blocks import State
 from precond.engine.point import Point
-from precond.maps import LinearMap
 from precond.spaces import Cotangent, Instead, Prox, Tangent, Term
-from precond.vec import Vec
+from precond.vec import Scalar, Vec
 
 
 @dataclass(frozen=True)
@@ -77,12 +76,18 @@ def ahead(point: Point, rules: Rules) -> list[State]:
     return states
 
 
-def step(point: Point, rules: Rules, evidence: Evidence) -> Vec:
-    """Move the parameters' values ``point.p`` (in place) and commit all state; returns the step u in p ← p − αu."""
+def step(point: Point, rules: Rules, evidence: Evidence, measured: bool = False) -> list[Tensor]:
+    """Move the parameters' values ``point.p`` (in place) and commit all state.
+
+    Args:
+        measured: whether the lengths of the parameters' moves αu, p ← p − αu, are asked for.
+
+    Returns:
+        These lengths, or nothing.
+    """
     regularizers = point.choices[0].regularizers
     lagged = rules.statistics_from == "lagged"
-    factors = cache(point.factors)  # after `observe`: asked for by the late terms alone, and by the descent
-    maps = cache(lambda: [F @ N for F, N in factors()])
+    maps = cache(point.maps)  # after `observe`
     before = cache(lambda: point.maps(ahead(point, rules)))
     ats = [
         point.at(
@@ -94,11 +99,14 @@ def step(point: Point, rules: Rules, evidence: Evidence) -> Vec:
         )
         for k, r in enumerate(regularizers)
     ]
-    is_early = [not r.needs_map or (r.circular and lagged) for r in regularizers]
+    taking = [k for k, at in enumerate(ats) if any(at.takes_part) or at.found]
+    regularizers, ats = [regularizers[k] for k in taking], [ats[k] for k in taking]
+    is_early = [not r.waits(at) or (r.circular and lagged) for r, at in zip(regularizers, ats, strict=True)]
     early = [r.term(at) for r, at, now in zip(regularizers, ats, is_early, strict=True) if now]
     a = assemble(point.g, early)
     factor: Tensor | None = None
-    if not evidence.observed:
+    alone = not evidence.observed and all(is_early) and a is point.g and rules.max_norm is None
+    if not evidence.observed and not alone:
         source = point.g if rules.statistics_from == "loss" else a
         settled = not any(r.circular for r in regularizers) and not evidence.found
         if rules.max_norm is not None and rules.norm_space == "p" and settled:
@@ -114,17 +122,21 @@ def step(point: Point, rules: Rules, evidence: Evidence) -> Vec:
         else:
             length = point.sums.dot(a, point.joined(maps()).gram(a)).clamp_min(0).sqrt()
         a = vec.scale(a, _clip_factor(rules.max_norm, length))
-    u = descent(point, factors(), a)
-    for term in [*early, *late]:
-        if isinstance(term, Tangent):
-            u = vec.add(u, term.formed())
-    vec.add_scaled_(point.p, u, [-x for x in point.lr])
-    for term in [*early, *late]:
+    terms = [*early, *late]
+    tangents = [term for term in terms if isinstance(term, Tangent)]
+    lengths: list[Tensor] = []
+    for cell, span in point.spans:  # one after the other: memory for one cell's step is all that is needed
+        u, lr = cell.advance(a[span]) if alone else cell.descent(a[span]), point.lr[span]
+        if measured:
+            whole = _with(u, tangents, span)
+            lengths += torch._foreach_norm(vec.scale(whole, lr))
+        _move(point.p[span], u, [term.part(span) for term in tangents], lr)
+    for term in terms:
         if isinstance(term, Prox):
             torch._foreach_copy_(point.p, term.apply(point.p))
     for cell in point.cells:
         cell.refresh()
-    return u
+    return lengths
 
 
 def assemble(g: Vec, terms: Sequence[Term]) -> Vec:
@@ -138,24 +150,33 @@ def assemble(g: Vec, terms: Sequence[Term]) -> Vec:
     return g
 
 
-def descent(point: Point, factors: Sequence[tuple[LinearMap, LinearMap]], a: Vec, fold: bool = True) -> Vec:
-    """F N Nᵀ · momentum(Fᵀa) with P = F N, or momentum(M a) where the momentum is one of tangents."""
-    u: list[Tensor] = []
-    for (cell, span), (F, N) in zip(point.spans, factors, strict=True):
-        y = cell.averaged(F.rmv(a[span]), "cotangent", fold)
-        u += cell.averaged(F.mv(N.gram(y)), "tangent", fold)
-    return tuple(u)
-
-
 def last_update(point: Point) -> Vec:
     """The u of the step just taken, from the state that it left; exact where an average holds what was descended."""
     regularizers = point.choices[0].regularizers
     terms = [r.term(point.at(k, point.maps)) for k, r in enumerate(regularizers) if not (r.probes or r.exact)]
     a = assemble(point.g, terms)
-    u = descent(point, point.factors(), a, fold=False)
-    for term in terms:
-        if isinstance(term, Tangent):
-            u = vec.add(u, term.formed())
+    tangents = [term for term in terms if isinstance(term, Tangent)]
+    moves = [_with(cell.descent(a[span], fold=False), tangents, span) for cell, span in point.spans]
+    return tuple(t for u in moves for t in u)
+
+
+def _move(p: Vec, u: Vec, tangents: Sequence[Tangent], lr: Sequence[Scalar]) -> None:
+    """p ← p − α(u + Σ tangents) in place; multiples of p itself by one multiplication."""
+    keep: list[Scalar] = [1.0] * len(p)
+    for term in tangents:
+        if all(t is v for t, v in zip(p, term.vec, strict=True)):
+            keep = vec.combined(lambda k, x, s: k - x * s, keep, lr, term.scales)
+    vec.scale_(p, keep)
+    for term in tangents:
+        if not all(t is v for t, v in zip(p, term.vec, strict=True)):
+            vec.add_scaled_(p, term.vec, vec.combined(lambda x, s: -x * s, lr, term.scales))
+    vec.add_scaled_(p, u, vec.combined(lambda x: -x, lr))
+
+
+def _with(u: Vec, tangents: Sequence[Tangent], span: slice) -> Vec:
+    """u + Σ tangents, of a cell."""
+    for term in tangents:
+        u = vec.add(u, term.part(span).formed())
     return u
 
 

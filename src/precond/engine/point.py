@@ -45,9 +45,15 @@ class Point:
         """Each cell and where its tensors stand."""
         out, start = [], 0
         for cell in self.cells:
-            out.append((cell, slice(start, start + len(cell.block.leaves))))
-            start += len(cell.block.leaves)
+            out.append((cell, slice(start, start + len(cell.index))))
+            start += len(cell.index)
         return out
+
+    @property
+    def _joint(self) -> list[slice]:
+        """The tensors that P takes jointly."""
+        sizes = ((s, 1 if cell.preconditioner.entrywise else len(cell.block.leaves)) for cell, s in self.spans)
+        return [slice(i, i + m) for s, m in sizes for i in range(s.start, s.stop, m)]
 
     @property
     def storage(self) -> Vec:
@@ -63,10 +69,6 @@ class Point:
         """P of each cell, from the states given or from the cells' own."""
         own = [cell.state for cell in self.cells] if states is None else states
         return [cell.map(state) for cell, state in zip(self.cells, own, strict=True)]
-
-    def factors(self) -> list[tuple[LinearMap, LinearMap]]:
-        """(F, N) of each cell, P = F N, from the cells' own states."""
-        return [cell.factors() for cell in self.cells]
 
     def joined(self, maps: Sequence[LinearMap]) -> LinearMap:
         """P over all tensors, from the maps of the cells."""
@@ -95,13 +97,15 @@ class Point:
             if first.space == "p":
                 return P(takes_part, self.sums)
             if not first.takes_damping:
-                return Z(self.joined(maps()), takes_part, self.sums)
-            damped = [m.damped(_damping(first, cell)) for cell, m in zip(self.cells, maps(), strict=True)]
-            return Z(self.joined(damped), takes_part, self.sums)
+                return Z(joined, takes_part, self.sums)
+            damped = lambda: [m.damped(_damping(first, cell)) for cell, m in zip(self.cells, maps(), strict=True)]  # noqa: E731
+            return Z(lambda: self.joined(damped()), takes_part, self.sums)
 
-        dtype = max((leaf.param.dtype for leaf in self.leaves), key=lambda d: torch.finfo(d).eps)
         joined = lambda: self.joined(maps())  # noqa: E731
-        return At(self.p, self.g, self.lr, values, takes_part, space, joined, dtype=dtype, sums=self.sums, **more)
+        dtype = max((leaf.param.dtype for leaf in self.leaves), key=lambda d: torch.finfo(d).eps)
+        return At(
+            self.p, self.g, self.lr, values, takes_part, space, joined, dtype=dtype, sums=self.sums, joint=self._joint, **more
+        )
 
     def hessian(self, gradient: Sequence[Tensor | None]) -> Callable[[Vec], Vec]:
         """v ↦ H v from the graph of the gradient of each of the point's leaves, built with ``create_graph``."""
@@ -150,7 +154,7 @@ def gather(
         if not all(has) and cell.preconditioner.entrywise:
             cell = cell.restricted(tuple(i for i, h in enumerate(has) if h))
         kept.append(cell)
-        for i, leaf in zip(cell.index, cell.block.leaves, strict=True):
+        for i, leaf in zip(cell.index, cell.leaves, strict=True):
             leaves.append(leaf)
             grad = gradients[i]
             if grad is not None and grad.is_sparse:

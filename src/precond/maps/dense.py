@@ -10,7 +10,7 @@ from torch import Tensor
 from precond import vec
 from precond.maps.base import LinearMap
 from precond.maps.diagonal import InverseRoot, _mean
-from precond.maps.eigen import eigh
+from precond.maps.eigen import eigenpairs, eigh
 from precond.vec import Vec
 
 
@@ -93,24 +93,30 @@ class GramOnly(LinearMap):
 class Kronecker(LinearMap):
     """P = A ⊗ B on one tensor W, seen row-major as a matrix (out, rest): P vec(W) = vec(A W Bᵀ).
 
-    None stands for the identity on that side.
+    None stands for the identity on that side. Sides (k, n, n) act on k matrices side by side, W (k, out, …).
     """
 
     def __init__(self, A: Tensor | None, B: Tensor | None, like: Vec | None = None):
         self.A, self.B, self.like = A, B, like
 
     @staticmethod
-    def _sides(W: Tensor) -> tuple[int, int]:
-        return (W.shape[0], W.shape[1:].numel()) if W.ndim else (1, 1)
+    def matrices(W: Tensor, *sides: Tensor | None) -> Tensor:
+        """W as (…, out, rest), its leading dimensions those of the sides."""
+        stacked = next((X.ndim - 2 for X in sides if X is not None), 0)
+        if W.ndim == stacked + 2:
+            return W
+        return (
+            W.flatten(stacked + 1) if W.ndim > stacked + 2 else W.reshape(*W.shape[:stacked], *(W.shape[stacked:] or (1,)), 1)
+        )
 
     @staticmethod
     def _apply(v: Vec, left: Tensor | None, right: Tensor | None, op=torch.matmul) -> Vec:
         (W,) = v
-        X = W.reshape(Kronecker._sides(W))
+        X = Kronecker.matrices(W, left, right)
         if left is not None:
             X = op(left, X)
         if right is not None:
-            X = op(right, X.T).T
+            X = op(right, X.mT).mT
         return (X.reshape(W.shape),)
 
     def mv(self, v: Vec) -> Vec:
@@ -127,25 +133,35 @@ class Kronecker(LinearMap):
 
     @property
     def T(self) -> LinearMap:
-        return Kronecker(None if self.A is None else self.A.T, None if self.B is None else self.B.T, self.like)
+        return Kronecker(None if self.A is None else self.A.mT, None if self.B is None else self.B.mT, self.like)
 
     def damped(self, delta: float) -> LinearMap:
         if delta == 0:
             return self
         if self.like is None:
             raise ValueError("Kronecker: give `like` to damp it")
-        (W,) = self.like
-        sides = []
-        for X, n in zip((self.A, self.B), self._sides(W), strict=True):
-            sides.append(eigh(X.T @ X) if X is not None else (W.new_ones(n), None))
-        (a, U), (b, V) = sides
-        s = a[:, None] * b[None, :]
-        h = (1 + delta * _mean_inverse(s) * s).reshape(W.shape)
+        pairs = [None if X is None else eigenpairs(X.mT @ X) for X in (self.A, self.B)]
+        (a, U), (b, V) = sides_of(self.like[0], *pairs)
+        s = a[..., :, None] * b[..., None, :]
+        h = (1 + delta * _mean_inverse(s, 2) * s).reshape(self.like[0].shape)
         rotation = Kronecker(U, V, self.like)
         return self @ rotation @ InverseRoot((h,)) @ rotation.T
 
 
-def _mean_inverse(s: Tensor) -> Tensor:
-    """The mean of 1/s over the eigenvalues that are not zero to rounding."""
-    zero = s.amax() * max(s.shape) * torch.finfo(s.dtype).eps if s.numel() else 0.0
-    return _mean(1 / s, s > zero)
+Pair = tuple[Tensor, Tensor]
+"""(eigenvalues, eigenvectors as columns)."""
+
+
+def sides_of(W: Tensor, *pairs: Pair | None) -> list[tuple[Tensor, Tensor | None]]:
+    """Of both sides of matrices W; the identity's, which are not rotated, where there are none."""
+    known = [None if pair is None else pair[1] for pair in pairs]
+    shape = Kronecker.matrices(W, *known).shape
+    return [(W.new_ones(n), None) if pair is None else pair for pair, n in zip(pairs, shape[-2:], strict=True)]
+
+
+def _mean_inverse(s: Tensor, dims: int | None = None) -> Tensor:
+    """The mean of 1/s over the eigenvalues that are not zero to rounding: all of them, or those along each last dimensions."""
+    over = tuple(range(-s.ndim if dims is None else -dims, 0))
+    zero = s.amax(over, keepdim=True) * max(s.shape) * torch.finfo(s.dtype).eps if s.numel() else 0.0
+    found = _mean(1 / s, s > zero, over)
+    return found.reshape(()) if dims is None else found

@@ -94,6 +94,7 @@ class InverseRoot(Diagonal):
         return vec.div(v, self.denominator)
 
 
-def _mean(x: Tensor, where: Tensor) -> Tensor:
-    """The mean of the entries of x for which a condition holds; 0 where it holds for none."""
-    return torch.where(where, x, 0).sum() / where.sum().clamp_min(1)
+def _mean(x: Tensor, where: Tensor, over: tuple[int, ...] | None = None) -> Tensor:
+    """The mean of the entries of x for which a condition holds; 0 where it holds for none. Of all, or along dimensions that stay."""
+    dims = {} if over is None else {"dim": over, "keepdim": True}
+    return torch.where(where, x, 0).sum(**dims) / where.sum(**dims).clamp_min(1)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from precond.maps.base import LinearMap, Piecewise
-from precond.maps.dense import Kronecker, _mean_inverse
+from precond.maps.dense import Kronecker, _mean_inverse, sides_of
 from precond.maps.diagonal import InverseRoot
-from precond.maps.eigen import eigh
+from precond.maps.eigen import eigenpairs
 from precond.vec import Vec
 
 
@@ -19,7 +19,7 @@ class SymmetricKronecker(LinearMap):
     """P = (A ⊗ B)^(1/2), given by M = A ⊗ B with symmetric positive A, B, on one tensor W seen row-major as a matrix (out, rest).
 
     M vec(W) = vec(A W B) takes no root; P is symmetric, and taken by eigendecompositions only when asked for. None stands for the
-    identity on that side.
+    identity on that side. Sides (k, n, n) act on k matrices side by side, W (k, out, …).
 
     Example:
         >>> P = SymmetricKronecker(torch.diag(torch.tensor([4.0, 1.0])), None)
@@ -32,7 +32,7 @@ class SymmetricKronecker(LinearMap):
 
     @cached_property
     def _eigen(self) -> list[tuple[Tensor, Tensor] | None]:
-        return [None if X is None else eigh(X) for X in (self.A, self.B)]
+        return [None if X is None else eigenpairs(X) for X in (self.A, self.B)]
 
     def _power(self, power: float, v: Vec) -> Vec:
         left, right = (None if eigen is None else _powered(*eigen, power) for eigen in self._eigen)
@@ -57,13 +57,10 @@ class SymmetricKronecker(LinearMap):
         if self.like is None:
             raise ValueError("SymmetricKronecker: give `like` to damp it")
         (W,) = self.like
-        (a, U), (b, V) = (
-            (W.new_ones(n), None) if eigen is None else eigen
-            for eigen, n in zip(self._eigen, Kronecker._sides(W), strict=True)
-        )  # fmt: skip
-        m = (a[:, None] * b[None, :]).clamp_min(0)  # what is singular may have rounded below zero
+        (a, U), (b, V) = sides_of(W, *self._eigen)
+        m = (a[..., :, None] * b[..., None, :]).clamp_min(0)  # what is singular may have rounded below zero
         rotation = Kronecker(U, V, self.like)
-        return rotation @ InverseRoot(((1 / m + delta * _mean_inverse(m)).reshape(W.shape),)) @ rotation.T
+        return rotation @ InverseRoot(((1 / m + delta * _mean_inverse(m, 2)).reshape(W.shape),)) @ rotation.T
 
     @property
     def T(self) -> LinearMap:
@@ -72,9 +69,10 @@ class SymmetricKronecker(LinearMap):
 
 def _powered(values: Tensor, V: Tensor, power: float) -> Tensor:
     """A power of a symmetric positive matrix; eigenvalues that are zero to rounding stay zero."""
-    least = values.amax() * len(values) * torch.finfo(values.dtype).eps if len(values) else 0.0
+    n = values.shape[-1]
+    least = values.amax(-1, keepdim=True) * n * torch.finfo(values.dtype).eps if n else 0.0
     some = values > least
-    return (V * torch.where(some, torch.where(some, values, 1.0) ** power, 0.0)) @ V.T
+    return (V * torch.where(some, torch.where(some, values, 1.0) ** power, 0.0)[..., None, :]) @ V.mT
 
 
 class Unrooted(LinearMap):

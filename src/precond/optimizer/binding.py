@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from precond.blocks import Leaf
-from precond.engine import cells as engine_cells
+from precond.engine import plan
 from precond.engine.cells import Cell, Choice
 from precond.optimizer.naming import Naming
 from precond.optimizer.parameters import Owners
@@ -36,6 +37,21 @@ class Binding:
     options: list[tuple[Any, ...]] = field(default_factory=list)
     live: list[bool] = field(default_factory=list)
 
+    @property
+    def divided(self) -> bool:
+        """Whether members of a stack have come apart: some have a gradient now, or have made more steps, and others not."""
+        for cell in self.stacks:
+            m = len(cell.block.leaves)
+            has = {any(leaf.param.grad is not None for leaf in cell.leaves[i : i + m]) for i in range(0, len(cell.index), m)}
+            if len(has) > 1 or len({t.item() for t in cell.state["step"][::m]}) > 1:
+                return True
+        return False
+
+    @cached_property
+    def stacks(self) -> list[Cell]:
+        """The cells of several blocks."""
+        return [cell for cell in self.cells if len(cell.members) > 1]
+
     def follow(self, groups: Sequence[Mapping[str, Any]], naming: Naming) -> Following:
         """Take over numbers that have changed in the groups."""
         options = read_options(groups, naming)
@@ -47,11 +63,14 @@ class Binding:
             return "broken"
         self.choices = choices_of(groups, naming)
         live = sorted(i for cell in self.cells for i in cell.index)
-        plan = engine_cells.strategies(self.leaves, live, self.choices)
-        if [index for index, *_ in plan] != [cell.index for cell in self.cells]:
+        of = {unit.index: unit for unit in plan.units(self.leaves, live, self.choices)}
+        if of.keys() != {index for cell in self.cells for index in cell.members}:
             return "broken"
-        for cell, (_, preconditioner, momentum) in zip(self.cells, plan, strict=True):
-            cell.preconditioner, cell.momentum = preconditioner, momentum
+        for cell in self.cells:
+            first, *others = (of[index] for index in cell.members)
+            if any(u.preconditioner != first.preconditioner or u.momentum != first.momentum for u in others):
+                return "broken"
+            cell.preconditioner, cell.momentum = plan.taken(first.preconditioner, cell.block), first.momentum
         self.options = options
         return "renumbered"
 
@@ -67,7 +86,7 @@ def bind(
     """Cells for the parameters that want gradients; state that ``existing`` holds is taken over as it is."""
     leaves = owners.leaves(groups, observed)
     choices = choices_of(groups, naming)
-    cells, entries = engine_cells.build(leaves, choices, existing, naming.outside)
+    cells, entries = plan.build(leaves, choices, existing, naming.outside)
     if rounding == "kahan":
         entries += _residuals(leaves, existing)
     live = [leaf.param.requires_grad for leaf in leaves]

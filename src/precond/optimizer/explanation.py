@@ -10,6 +10,7 @@ from precond.blocks import Leaf
 from precond.engine.cells import Cell
 from precond.preconditioners import Composition, Preconditioner
 from precond.preconditioners.split import Split
+from precond.preconditioners.stacked import Each
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,11 @@ def explain(leaves: Sequence[Leaf], cells: Sequence[Cell], of_groups: Sequence[P
     Args:
         of_groups: what each parameter group asked for.
     """
-    acting = {i: (k, cell) for k, cell in enumerate(cells) for i in cell.index}
+    members = [(index, cell) for cell in cells for index in cell.members]
+    acting = {i: (k, cell) for k, (index, cell) in enumerate(members) for i in index}
     live = sorted(acting)  # what is frozen took no part in the choice
     reasons = [P.reasons([leaves[i] for i in live]) for P in of_groups]
-    why = {i: reasons[acting[i][1].block.leaves[0].group].get(k, "") for k, i in enumerate(live)}
+    why = {i: reasons[leaves[i].group].get(k, "") for k, i in enumerate(live)}
     rows = []
     for i, leaf in enumerate(leaves):
         k, cell = acting.get(i, (-1, None))
@@ -61,6 +63,8 @@ def _written(x: Any) -> str:
     """As one would write it: with the settings that are not the defaults, compositions as P₁ ∘ P₂, parts as P₁ | P₂."""
     if isinstance(x, Composition):
         return f"{_written(x.outer)} ∘ {_written(x.inner)}"
+    if isinstance(x, Each):
+        return _written(x.of)
     if isinstance(x, Split):
         return " | ".join(dict.fromkeys(_written(part.preconditioner) for part in x.parts))
     if not is_dataclass(x):

@@ -56,12 +56,16 @@ def divided(
     work: Work = []
     rest = []
     for cell, kernel in zip(cells, kernels, strict=True):
+        if kernel is None:
+            if any(leaf.param.grad is not None for leaf in cell.leaves):
+                rest.append(cell)
+            continue
         grads = cell.block.gradients
         g = [x for x in grads if x is not None]
         if not g:
             continue
         whole = len(g) == len(grads)
-        if kernel is None or not (whole or cell.preconditioner.entrywise) or not alike(cell, lr, groups):
+        if not (whole or cell.preconditioner.entrywise) or not alike(cell, lr, groups):
             rest.append(cell)
             continue
         if not whole:

@@ -24,8 +24,8 @@ def map_in_force(leaves: Sequence[Leaf], cells: Sequence[Cell], params: Iterable
     if alien := [tuple(p.shape) for p in wanted if p not in {leaf.param for leaf in leaves}]:
         raise ValueError(f"map: a parameter of shape {alien[0]} is not this optimizer's")
     blocks = []
-    for cell in cells:
-        inside = tuple(i for i, p in enumerate(cell.block.params) if p in place)
+    for cell in [stack.member(k) for stack in cells for k in range(len(stack.members))]:
+        inside = tuple(i for i, leaf in enumerate(cell.leaves) if leaf.param in place)
         if not inside:
             continue
         if len(inside) < len(cell.index):
@@ -34,7 +34,7 @@ def map_in_force(leaves: Sequence[Leaf], cells: Sequence[Cell], params: Iterable
             cell = cell.restricted(inside)
         if len(cell.state) > 1 and min(cell.state.steps) == 0:
             raise RuntimeError(f"map: {cell.block.name!r} has seen no gradient yet; take a step first")
-        blocks.append(([place[p] for p in cell.block.params], cell.map(cell.state)))
+        blocks.append(([place[leaf.param] for leaf in cell.leaves], cell.map(cell.state)))
     return BlockDiagonal(blocks, tuple(local(p).detach() for p in wanted))
 
 

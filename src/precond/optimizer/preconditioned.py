@@ -173,6 +173,12 @@ class PreconditionedGD(torch.optim.Optimizer):
                         self.state[leaf.param].pop(self.naming.outside(key), None)
             case "renumbered":
                 self._kernels_of = None
+        self._settle()
+
+    def _settle(self) -> None:
+        """Bind anew where members of a stack must part."""
+        if self._bound.divided:
+            self._bind()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its ``"params"`` may be a module. State is made at once."""
@@ -242,6 +248,8 @@ class PreconditionedGD(torch.optim.Optimizer):
             self.restore()
             self._listening.forget()  # the closure makes the gradient anew, and its forward shows all inputs
             loss, graph = self._gradients(closure)
+            if self._pending is None:
+                self._settle()
         elif self._gradient_based is not None:
             self._check_probed()
         try:
@@ -324,6 +332,7 @@ class PreconditionedGD(torch.optim.Optimizer):
     @torch.no_grad()
     def _next_probe(self, grad_scale: float | Tensor | None, recorder: Recorder | None) -> bool:
         if self._pending is None:
+            self._settle()
             with self._own_precision():
                 self._pending = self._first_probe(grad_scale)
             self._listening.pause()
@@ -472,10 +481,11 @@ class PreconditionedGD(torch.optim.Optimizer):
         elif point.cells:
             length = None
             if not self._fuse_probed(point, evidence):
-                u = loop.step(point, self.rules, evidence)
+                # Of a second gradient nothing is left from which the step could be made again.
+                lengths = loop.step(point, self.rules, evidence, measured=self._gradient_based is not None)
                 self._write_back(point)
                 # Of each tensor what this process holds; put together when it is asked for.
-                length = partial(point.sums.norm, tuple(torch._foreach_norm(vec.scale(u, point.lr))))
+                length = partial(point.sums.norm, tuple(lengths)) if lengths else None
             self.last = Record(self, loss, gradients=count, scale=None if pending is not None else scale, length=length)
         if pending is not None:
             pending.give_back()

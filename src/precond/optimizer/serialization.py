@@ -69,6 +69,7 @@ def load(optimizer: PreconditionedGD, state_dict: Mapping[str, Any]) -> None:
     for ours, new in zip(groups, new_groups, strict=True):
         ours.update(new)
     optimizer.adopt(bound, defaultdict(dict))
+    optimizer._settle()
     for param, key in identity.items():
         if not param.requires_grad and key in saved_state:  # frozen now; its state waits until it is thawed
             optimizer.state[param] = deepcopy(dict(saved_state[key]))

@@ -64,6 +64,7 @@ class Preconditioner(ABC):
         diagonal: its map is diagonal, as every entrywise one is.
         states_root: its map states a root P of M = P Pᵀ.
         invertible: P has an inverse.
+        alone: its methods read tensors on the host, or return what carries the momentum along: blocks alike are not taken side by side.
         uses_momentum: its map is made of the momentum.
         momentum: an average of its own for the parameters that it acts on, in place of the optimizer's; None: the optimizer's.
         advised_damping: the damping of M that penalties in z take unless told otherwise (math: M_r = (M⁻¹ + δI)⁻¹).
@@ -72,6 +73,7 @@ class Preconditioner(ABC):
     entrywise: bool = False
     states_root: bool = True
     invertible: bool = True
+    alone: bool = False
     uses_momentum: bool = False
     momentum: Momentum | None = None
     advised_damping: float = 0.0
@@ -118,6 +120,11 @@ class Preconditioner(ABC):
     @abstractmethod
     def map(self, state: State) -> LinearMap:
         """P, from the statistics."""
+
+    def descend(self, state: State, seen: Seen) -> Vec:
+        """:meth:`observe`, and M m of the momentum seen, where that is what the step takes: both at once may cost less."""
+        self.observe(state, seen)
+        return self.map(state).gram(seen.gradient if seen.momentum is None else seen.momentum)
 
     def wanted(self, state: State) -> Iterable[tuple[str, Request, Tensor | None]]:
         """(site name, request, the mean that deviations are measured from) to observe before the next step; nothing by default."""

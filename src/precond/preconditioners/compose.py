@@ -14,6 +14,7 @@ from precond.inputs import Request
 from precond.maps import Identity, LinearMap
 from precond.preconditioners.base import Needs, Part, Preconditioner, Seen, strictest
 from precond.preconditioners.split import over
+from precond.preconditioners.stacked import singly
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ class Composition(Preconditioner):
         return self.outer.invertible and self.inner.invertible
 
     @property
+    def alone(self) -> bool:  # type: ignore[override]
+        return self.outer.alone or self.inner.alone
+
+    @property
     def uses_momentum(self) -> bool:  # type: ignore[override]
         return self.outer.uses_momentum or self.inner.uses_momentum
 
@@ -92,11 +97,11 @@ class Composition(Preconditioner):
 
     def _outer(self, state: State) -> LinearMap:
         block = state["outer"].block
-        return self.outer.map(state["outer"]) if self.outer.handles(block) else Identity(block.tensors)
+        return singly(self.outer).map(state["outer"]) if self.outer.handles(block) else Identity(block.tensors)
 
     def observe(self, state: State, seen: Seen) -> None:
         if self.outer.handles(state["outer"].block):
-            self.outer.observe(state["outer"], seen)
+            singly(self.outer).observe(state["outer"], seen)
         if self.inner.handles(state["inner"].block):
             P1, position = self._outer(state), seen.position
             in_z1 = Seen(
@@ -105,27 +110,27 @@ class Composition(Preconditioner):
                 None if seen.momentum is None else P1.rmv(seen.momentum),
                 None if position is None or not self.outer.invertible else lambda: P1.solve(position()),
             )
-            self.inner.observe(state["inner"], in_z1)
+            singly(self.inner).observe(state["inner"], in_z1)
 
     def map(self, state: State) -> LinearMap:
         block = state["inner"].block
-        inner = self.inner.map(state["inner"]) if self.inner.handles(block) else Identity(block.tensors)
+        inner = singly(self.inner).map(state["inner"]) if self.inner.handles(block) else Identity(block.tensors)
         return self._outer(state) @ inner
 
     def factors(self, state: State) -> tuple[LinearMap, LinearMap]:
         # A map that is made of the momentum takes it in the coordinates of the step in progress.
         if self.uses_momentum or not self.inner.handles(state["inner"].block):
             return super().factors(state)
-        F, N = self.inner.factors(state["inner"])
+        F, N = singly(self.inner).factors(state["inner"])
         return self._outer(state) @ F, N
 
     def wanted(self, state: State) -> Iterable[tuple[str, Request, Tensor | None]]:
         for name, part in (("outer", self.outer), ("inner", self.inner)):
             if part.requests and part.handles(state[name].block):
-                yield from part.wanted(state[name])
+                yield from singly(part).wanted(state[name])
 
     def refresh(self, state: State) -> LinearMap | None:
         if self.outer.handles(state["outer"].block):
-            self.outer.refresh(state["outer"])
-        change = self.inner.refresh(state["inner"]) if self.inner.handles(state["inner"].block) else None
+            singly(self.outer).refresh(state["outer"])
+        change = singly(self.inner).refresh(state["inner"]) if self.inner.handles(state["inner"].block) else None
         return None if self.uses_momentum else change

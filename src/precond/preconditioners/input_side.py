@@ -52,6 +52,7 @@ class InputSide(Preconditioner):
 
     decay: float
     damping: float
+    alone = True
 
     @property
     @abstractmethod

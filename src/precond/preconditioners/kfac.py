@@ -38,6 +38,8 @@ class OutputFactor(Preconditioner):
     every: int = 10
     max_dim: int = 8192
 
+    alone = True
+
     def __post_init__(self) -> None:
         checks.fraction("OutputFactor", decay=self.decay)
         checks.non_negative("OutputFactor", damping=self.damping)

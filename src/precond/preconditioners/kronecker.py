@@ -20,6 +20,11 @@ def as_matrix(t: Tensor) -> Tensor:
     return t.reshape(t.shape[0], -1)
 
 
+def as_matrices(t: Tensor) -> Tensor:
+    """(k, out, rest), of k tensors side by side."""
+    return t.flatten(2) if t.ndim > 3 else t
+
+
 def sides_of(shape: Sequence[int], sides: Sides, limit: int) -> tuple[bool, bool]:
     """Whether the left and the right side of a tensor, seen as a matrix (out, rest), have a factor: 2 ≤ their length ≤ limit."""
     if len(shape) < 2:

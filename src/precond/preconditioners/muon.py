@@ -13,18 +13,21 @@ from torch import Tensor
 from precond import checks
 from precond.blocks import Block, Leaf, State, state_dtype
 from precond.maps import LinearMap, SymmetricKronecker, Unrooted
-from precond.maps.eigen import eigh
-from precond.preconditioners.base import Part, Preconditioner, Seen
+from precond.maps.eigen import eigenpairs
+from precond.precision import in_16_bits
+from precond.preconditioners.base import Part, Seen
 from precond.preconditioners.fixed import Fixed
-from precond.preconditioners.kronecker import as_matrix, split
-from precond.preconditioners.newton_schulz import JORDAN, Coefficients, polynomial
+from precond.preconditioners.kronecker import as_matrices, as_matrix, split
+from precond.preconditioners.newton_schulz import JORDAN, Coefficients, iterated, polynomial
+from precond.preconditioners.stacked import Stacked
+from precond.vec import Vec
 
 if TYPE_CHECKING:
     from precond.momentum import Momentum
 
 
 @dataclass(frozen=True)
-class Muon(Preconditioner):
+class Muon(Stacked):
     r"""Momentum with its singular values made equal: M = γ(m mᵀ)^(−1/2) for the momentum m of the clean gradient, so that M m = γUVᵀ.
 
     The map is frozen within a step; terms of regularizers are added to m after it is made. A weight of more than two dimensions
@@ -88,16 +91,27 @@ class Muon(Preconditioner):
 
     def observe(self, state: State, seen: Seen) -> None:
         (m,) = seen.gradient if seen.momentum is None else seen.momentum
-        X, norm = normalized(as_matrix(m), self.eps)
+        X, norm = normalized(as_matrices(m), self.eps)
         state["norm"].copy_(norm)
-        torch.mm(X, X.T, out=state["gram"]) if X.shape[0] <= X.shape[1] else torch.mm(X.T, X, out=state["gram"])
+        state["gram"].copy_(X @ X.mT if X.shape[-2] <= X.shape[-1] else X.mT @ X)
+
+    def descend(self, state: State, seen: Seen) -> Vec:
+        if self.root != "newton-schulz":
+            return super().descend(state, seen)
+        (m,) = seen.gradient if seen.momentum is None else seen.momentum
+        X, norm = normalized(as_matrices(m), self.eps)
+        narrow = self.arithmetic == "bfloat16" and in_16_bits(X)
+        step, gram = iterated(X.bfloat16() if narrow else X, self.coefficients, int(self.steps), self.factor(*X.shape[-2:]))
+        state["norm"].copy_(norm)
+        state["gram"].copy_(gram)
+        return (step.to(m.dtype).view(m.shape),)
 
     def map(self, state: State) -> LinearMap:
-        like = state.block.tensors
-        rows, columns = as_matrix(like[0]).shape
+        (like,) = state.block.tensors
+        rows, columns = as_matrices(like).shape[-2:]
         gain = torch.where(state["norm"] > 0, self.factor(rows, columns) / state["norm"].clamp_min(self.eps), 0.0)
-        Q = gain * self._root(state["gram"])
-        return Unrooted(SymmetricKronecker(Q, None, like) if rows <= columns else SymmetricKronecker(None, Q, like))
+        Q = gain[:, None, None] * self._root(state["gram"])
+        return Unrooted(SymmetricKronecker(Q, None, (like,)) if rows <= columns else SymmetricKronecker(None, Q, (like,)))
 
     def factor(self, rows: int, columns: int) -> float:
         """γ of a matrix."""
@@ -113,15 +127,16 @@ class Muon(Preconditioner):
         if self.root == "newton-schulz":
             return polynomial(gram, self.coefficients, int(self.steps))
         try:
-            values, V = eigh(gram)
+            values, V = eigenpairs(gram)
         except torch.linalg.LinAlgError:
             warnings.warn(
                 "a Gram matrix of momentum has no eigenvalues that converge: Newton–Schulz takes the root, and training goes on",
                 stacklevel=2,
             )
             return polynomial(gram, self.coefficients, int(self.steps))
-        least = values.amax() * max(self.eps**2, len(gram) * torch.finfo(gram.dtype).eps)
-        return (V * torch.where(values > least, values, torch.inf).rsqrt()) @ V.T
+        rounding = max(self.eps**2, gram.shape[-1] * torch.finfo(gram.dtype).eps)
+        least = values.amax(-1, keepdim=True) * rounding
+        return (V * torch.where(values > least, values, torch.inf).rsqrt()[..., None, :]) @ V.mT
 
 
 def is_full_matrix(leaf: Leaf) -> bool:
@@ -130,10 +145,10 @@ def is_full_matrix(leaf: Leaf) -> bool:
 
 
 def normalized(m: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(m / max(‖m‖, ε), ‖m‖), the squares of whose entries do not overflow; the first is 0 where m is."""
-    largest = m.abs().amax()
-    shrunk = m / torch.where(largest > 0, largest, 1.0)
-    norm = shrunk.norm()
-    size = largest * norm
+    """(m / max(‖m‖, ε), ‖m‖) of matrices (…, A, B), the squares of whose entries do not overflow; the first is 0 where m is."""
+    largest = torch.linalg.vector_norm(m, torch.inf, (-2, -1), keepdim=True)
+    X = m / largest.clamp_min(torch.finfo(m.dtype).tiny)
+    norm = torch.linalg.vector_norm(X, 2, (-2, -1), keepdim=True)
     # Multiplied back only where ε counts: the norm of a huge m overflows, and with it that of m / ‖m‖ would vanish.
-    return torch.where(size > eps, shrunk / norm, m / eps), size
+    X *= torch.minimum(norm.reciprocal(), largest / eps)
+    return X, (largest * norm)[..., 0, 0]

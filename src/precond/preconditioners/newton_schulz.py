@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from precond.preconditioners.kronecker import fold
+from precond.workspace import WORKSPACE
 
 Coefficients = tuple[float, float, float]
 JORDAN: Coefficients = (3.4445, -4.7750, 2.0315)
@@ -33,6 +34,24 @@ def polynomial(G: Tensor, coefficients: Coefficients, steps: int) -> Tensor:
         if k + 1 < steps:
             A = A @ q @ q
     return Q
+
+
+def iterated(X: Tensor, coefficients: Coefficients, steps: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(scale times the last iterate, the first Gram matrix of the smaller side) from X (k, A, B), ‖X‖ ≤ 1 each."""
+    if len(X) == 1 and X.device.type == "cpu":  # in memory that is there already, with fewer operations
+        last, gram = Iteration(coefficients, steps)(X[0], lambda *shapes: WORKSPACE.take(X.dtype, *shapes))
+        return (scale * last)[None], gram[None]
+    a, b, c = coefficients
+    wide, Y = X.shape[-2] <= X.shape[-1], torch.empty_like(X)
+    first = A = X @ X.mT if wide else X.mT @ X
+    for k in range(steps):
+        gain = scale if k == steps - 1 else 1.0
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # q(A) = aI + B
+        torch.baddbmm(X, *((B, X) if wide else (X, B)), beta=gain * a, alpha=gain, out=Y)
+        X, Y = Y, X
+        if k < steps - 1:
+            A = X @ X.mT if wide else X.mT @ X
+    return X, first
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class Polar(Preconditioner):
     others_eps: float = 1e-8
     momentum: Momentum | None = None
 
+    alone = True
     uses_momentum = True
     advised_damping = 0.1
 

@@ -60,6 +60,7 @@ class Shampoo(Preconditioner):
     graft_decay: float = 0.999
     graft_eps: float = 1e-8
 
+    alone = True
     advised_damping = 0.1
 
     def __post_init__(self) -> None:

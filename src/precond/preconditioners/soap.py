@@ -62,6 +62,7 @@ class SOAP(Preconditioner):
     max_dim: int = 10000
     rank: int | None = None
 
+    alone = True
     advised_damping = 0.1
 
     def __post_init__(self) -> None:

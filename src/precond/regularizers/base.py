@@ -34,6 +34,7 @@ class At:
         hessian: v ↦ H v by double backprop, where the closure allows it.
         memo: what ``probe`` leaves for ``term`` of the same step.
         sums: products and norms of vectors over all entries, whoever holds them.
+        joint: the tensors that P takes jointly.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class At:
         hessian: Callable[[Vec], Vec] | None = None,
         memo: dict[str, Any] | None = None,
         sums: Sums = ALONE,
+        joint: Sequence[slice] | None = None,
     ):
         self.p, self.g, self.lr, self.takes_part, self.dtype, self.found = p, g, lr, takes_part, dtype, found
         self.hessian, self.memo, self.sums = hessian, {} if memo is None else memo, sums
+        self.joint = [slice(0, len(p))] if joint is None else joint
         self._values, self._make_space, self._make_map = values, make_space, make_map
 
     @cached_property
@@ -106,6 +109,10 @@ class Regularizer(ABC):
     def needs_map(self) -> bool:
         """Whether P must be known before the term is."""
         return self.space == "z"
+
+    def waits(self, at: At) -> bool:
+        """Whether its term there waits for P."""
+        return self.needs_map
 
     @property
     def circular(self) -> bool:

@@ -43,10 +43,18 @@ class L2(Regularizer):
     def validate(self, preconditioner: Preconditioner) -> None:
         """‖z‖² needs no inverse where all of z is penalized: its term is 2λp."""
 
+    def waits(self, at: At) -> bool:
+        return self.space == "z" and not self._uniform(at)
+
+    def _uniform(self, at: At) -> bool:
+        """Whether λ is one number on what P takes jointly: P(2λP⁻¹p) = 2λp then, whatever P is."""
+        lam = at["lam"]
+        return all(uniform(lam[span]) for span in at.joint)
+
     def term(self, at: At) -> Term:
-        two_lam = [2 * x for x in at["lam"]]
-        if at.space.map.diagonal or uniform(at["lam"]):
-            return at.space.raised(vec.scale(at.p, two_lam))  # P(2λP⁻¹p), without the detour
+        two_lam = vec.combined(lambda x: 2 * x, at["lam"])
+        if self._uniform(at) or at.space.map.diagonal:
+            return at.space.raised(at.p, two_lam)  # P(2λP⁻¹p), without the detour
         return at.space.raised(at.space.push(vec.scale(at.space.solve(at.p), two_lam)))
 
     def value(self, at: At) -> Tensor | float:

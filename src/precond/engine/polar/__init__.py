@@ -7,8 +7,8 @@ from precond.engine.layer import is_plain
 from precond.engine.polar.large import LargeStep
 from precond.engine.polar.small import SmallStep
 from precond.engine.polar.step import PolarStep
-from precond.engine.precision import in_16_bits
 from precond.momentum import Momentum
+from precond.precision import in_16_bits
 from precond.preconditioners import BNP, Composition, Polar, Preconditioner, Whitening
 from precond.preconditioners.polar_roots import root_of
 

@@ -11,11 +11,11 @@ from precond.blocks import State
 from precond.engine.cells import Cell
 from precond.engine.factors import Factor, Factors, Last, SpikedFactor, WholeFactor, dot
 from precond.engine.polar.step import PolarStep
-from precond.engine.workspace import WORKSPACE
 from precond.preconditioners.kronecker import fold
 from precond.preconditioners.muon import normalized
 from precond.preconditioners.polar_roots import root_of
 from precond.vec import Tensors
+from precond.workspace import WORKSPACE
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""In what precision kernels multiply matrices."""
+"""In what precision matrices are multiplied."""
 
 from __future__ import annotations
 
@@ -11,9 +11,22 @@ WIDE = 128 * 128
 """Entries of a matrix from which on its products are faster in 16 bits than in 32, where the processor has instructions for them."""
 
 
-def in_16_bits(weight: Tensor) -> bool:
-    """Whether products with a matrix are to be taken in bfloat16: one of float32 and some size, on a processor that multiplies it."""
-    return weight.dtype == torch.float32 and weight.numel() >= WIDE and multiplies_bfloat16()
+def in_16_bits(matrices: Tensor) -> bool:
+    """Whether products with matrices (…, A, B) are to be taken in bfloat16: of float32 and some size, where there are instructions for it."""
+    A, B = matrices.shape[-2:]
+    return matrices.dtype == torch.float32 and A * B >= WIDE and _multiplies(matrices.device)
+
+
+def _multiplies(device: torch.device) -> bool:
+    return multiplies_bfloat16() if device.type == "cpu" else _on(device)
+
+
+@cache
+def _on(device: torch.device) -> bool:
+    """Whether an accelerator has instructions for products of bfloat16."""
+    if device.type != "cuda":
+        return False
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache

@@ -1,0 +1,227 @@
+"""From leaves and the strategies of their groups to cells: which leaves are stepped jointly, and which blocks side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from precond.blocks import Block, Leaf, Stack, State, within
+from precond.engine.cells import Cell, Choice
+from precond.momentum import Momentum
+from precond.preconditioners.base import Preconditioner
+from precond.preconditioners.stacked import Stacked, side_by_side, stackable
+from precond.regularizers.base import Regularizer
+from precond.sharding import local
+from precond.vec import Vec
+
+SCRATCH = 64 * 2**20
+"""Bytes of the parameters of a stack, at most, unless one block alone has more: a step makes a few copies of them."""
+
+Existing = Mapping[Tensor, dict[str, Any]]
+"""The optimizer's state: tensors by parameter and their names outside."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Leaves, by position, that one preconditioner acts on jointly, and their momentum."""
+
+    index: tuple[int, ...]
+    preconditioner: Preconditioner
+    momentum: Momentum | None
+
+
+def units(leaves: Sequence[Leaf], live: Sequence[int], choices: Sequence[Choice]) -> list[Unit]:
+    """The units of the leaves that want gradients; the numbers of each are those of its first leaf's group."""
+    chosen = [leaves[i] for i in live]
+    out = []
+    taken: set[int] = set()
+    # Numbers of a group may decide what is a block, a limit of length, say: each group takes its own plan's.
+    for group, choice in enumerate(choices):
+        for part in choice.preconditioner.partition(chosen):
+            if chosen[part.index[0]].group == group:
+                own = part.preconditioner.momentum
+                index = tuple(live[i] for i in part.index)
+                out.append(Unit(index, part.preconditioner, choice.momentum if own is None else own))
+                if twice := taken.intersection(part.index):
+                    raise _disagree(chosen[min(twice)])
+                taken.update(part.index)
+    if missed := set(range(len(chosen))) - taken:
+        raise _disagree(chosen[min(missed)])
+    return out
+
+
+def build(
+    leaves: Sequence[Leaf], choices: Sequence[Choice], existing: Existing, outside: Callable[[str], str]
+) -> tuple[list[Cell], list[tuple[Leaf, str, Tensor]]]:
+    """Cells for the leaves that want gradients, and their state entries (leaf, key, tensor).
+
+    State tensors that ``existing`` holds already, of the same shape, under their names ``outside``, are taken over.
+    """
+    live = [i for i, leaf in enumerate(leaves) if leaf.param.requires_grad]
+    cells, entries = [], []
+    for alike in _alike([_Single.of(unit, leaves, choices, existing, outside) for unit in units(leaves, live, choices)]):
+        first, index = alike[0], tuple(i for single in alike for i in single.unit.index)
+        preconditioner, momentum, block = first.unit.preconditioner, first.unit.momentum, first.block
+        state, average = first.state, first.average
+        if len(alike) > 1 or first.stacks:
+            block = Stack.of([single.block for single in alike])
+            state, average = (_side_by_side([getattr(s, name) for s in alike], block) for name in ("state", "average"))
+        cell = Cell(index, block, taken(preconditioner, block), momentum, state, average)
+        entries += [*state.entries(), *average.entries()]
+        entries += [(leaf, "step", t) for leaf, t in zip(cell.leaves, state["step"], strict=True)]
+        cells.append(cell)
+    return cells, entries
+
+
+def taken(preconditioner: Preconditioner, block: Block) -> Preconditioner:
+    """The preconditioner as a block takes it: a stack of one whose methods know of single blocks, side by side."""
+    return side_by_side(preconditioner) if isinstance(block, Stack) else preconditioner
+
+
+@dataclass
+class _Single:
+    """A unit with its block and state, before it is known which are alike.
+
+    Attributes:
+        stacks: whether its methods take stacks, also one of a single block.
+    """
+
+    unit: Unit
+    block: Block
+    state: State
+    average: State
+    stacks: bool
+    key: tuple[Any, ...]
+
+    @classmethod
+    def of(
+        cls,
+        unit: Unit,
+        leaves: Sequence[Leaf],
+        choices: Sequence[Choice],
+        existing: Existing,
+        outside: Callable[[str], str],
+    ) -> _Single:
+        P, block = unit.preconditioner, Block(tuple(leaves[i] for i in unit.index))
+        if block.sharded and P.needs == "block":
+            raise ValueError(
+                f"{type(P).__name__} acts on {block.name!r} as a whole, of which each process holds a part: use "
+                "RMS, AdaGrad, BNP, Whitening or compositions of them, or leave the parameters out of sharding (ignored_params)"
+            )
+        handled = P.handles(block)
+        state = State(block, P.init(block) if handled else {})
+        average = State(block, unit.momentum.init(block) if unit.momentum is not None else {})
+        if "m" in average and P.uses_momentum and any(map(_adds, choices[block.leaves[0].group].regularizers)):
+            average["clean"] = block.zeros()
+        steps = tuple(_known(existing, leaf, "step", _fresh_step) for leaf in block.leaves)
+        for s in (state, average):
+            _adopt(s, existing, steps, outside)
+        alone = not handled or block.sharded or not stackable(P)
+        key = (
+            id(block) if alone else None,
+            tuple((tuple(leaf.shape), leaf.param.dtype, leaf.param.device) for leaf in block.leaves),
+            # Members of a stack are at one step, and have or have not a gradient together.
+            tuple(float(t) for t in steps),
+            any(leaf.param.grad is not None for leaf in block.leaves),
+            tuple(_structure(state)),
+            tuple(_structure(average)),
+        )
+        return cls(unit, block, state, average, handled and isinstance(P, Stacked), key)
+
+
+def _alike(singles: Sequence[_Single]) -> Iterator[list[_Single]]:
+    """Those that one stack may hold, in the order of their first ones, and no more than scratch memory is for."""
+    sets: list[list[_Single]] = []
+    by_key: dict[tuple[Any, ...], list[list[_Single]]] = {}
+    for single in singles:
+        same = by_key.setdefault(single.key, [])
+        for found in same:
+            first, size = found[0], sum(t.numel() * t.element_size() for t in single.block.tensors)
+            fits = (len(found) + 1) * size <= SCRATCH
+            if fits and first.unit.preconditioner == single.unit.preconditioner and first.unit.momentum == single.unit.momentum:
+                found.append(single)
+                break
+        else:
+            same.append([single])
+            sets.append(same[-1])
+    yield from sets
+
+
+def _structure(state: State) -> Iterator[tuple[Any, ...]]:
+    """Names, shapes and dtypes of a state."""
+    for key, value in state.items():
+        if isinstance(value, State):
+            yield key, tuple(_structure(value))
+        elif key != "step":
+            yield key, tuple((tuple(t.shape), t.dtype) for t in (value if isinstance(value, tuple) else (value,)))
+
+
+def _side_by_side(states: Sequence[State], stack: Stack) -> State:
+    out = State(stack)
+    for key, value in states[0].items():
+        if isinstance(value, State):
+            out[key] = _side_by_side([s[key] for s in states], Stack.of([s[key].block for s in states]))
+        elif key == "step":
+            out[key] = tuple(t for s in states for t in s[key])
+        elif isinstance(value, tuple):
+            out[key] = tuple(_stacked([s[key][j] for s in states]) for j in range(len(value)))
+        else:
+            out[key] = _stacked([s[key] for s in states])
+    return out
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """(k, …): the tensor that these are views of, or a new one."""
+    base = tensors[0]._base
+    if base is not None and base.shape == (len(tensors), *tensors[0].shape):
+        rows = zip(base.unbind(0), tensors, strict=True)
+        if all(
+            t._base is base and t.storage_offset() == row.storage_offset() and t.stride() == row.stride() for row, t in rows
+        ):
+            return base
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _disagree(leaf: Leaf) -> ValueError:
+    return ValueError(
+        f"the groups of {leaf.name!r} and of the rest of its layer differ in a number that decides what is stepped jointly "
+        "(max_dim, max_inputs); give both groups one value"
+    )
+
+
+def _adds(r: Regularizer) -> bool:
+    """Whether a regularizer adds to the gradient, so that the momentum is not the clean gradient's."""
+    return r.probes or r.exact or (r.space == "p" and not getattr(r, "proximal", False))
+
+
+def _fresh_step(leaf: Leaf) -> Tensor:
+    # On the host, as torch keeps it: reading it never waits for a device.
+    return torch.zeros((), dtype=torch.float32)
+
+
+def _known(existing: Mapping[Tensor, dict[str, Any]], leaf: Leaf, key: str, make: Callable[[Leaf], Tensor]) -> Tensor:
+    known = existing.get(leaf.param, {}).get(key)
+    return known if isinstance(known, Tensor) else make(leaf)
+
+
+def _adopt(
+    state: State, existing: Mapping[Tensor, dict[str, Any]], steps: Vec, outside: Callable[[str], str], prefix: str = ""
+) -> None:
+    """Put known tensors in place of fresh ones, and the step counts of the leaves into every part."""
+    by_leaf = dict(zip(state.block.leaves, steps, strict=True)) if steps else {}
+    for key, value in list(state.items()):
+        if isinstance(value, State):
+            _adopt(value, existing, tuple(by_leaf[leaf] for leaf in value.block.leaves), outside, prefix + within(key))
+        else:
+            fresh = value if isinstance(value, tuple) else (value,)
+            kept = []
+            for leaf, tensor in zip(state.block.leaves, fresh, strict=False):
+                known = existing.get(leaf.param, {}).get(outside(prefix + key))
+                mine = local(known) if isinstance(known, Tensor) else tensor
+                kept.append(mine if mine.shape == tensor.shape else tensor)
+            state[key] = tuple(kept) if isinstance(value, tuple) else kept[0]
+    state["step"] = steps

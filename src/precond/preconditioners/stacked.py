@@ -1,0 +1,202 @@
+"""How blocks alike are taken side by side: methods that do so themselves, and others by ``torch.vmap``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from precond.blocks import Block, Leaf, Stack, State
+from precond.inputs import Request
+from precond.maps import Identity, LinearMap
+from precond.maps.stacked import OfMembers, Vectorized
+from precond.preconditioners.base import Needs, Preconditioner, Seen
+from precond.vec import Vec
+
+
+class Stacked(Preconditioner):
+    """A preconditioner whose ``observe``, ``map`` and ``refresh`` take stacks of k blocks alike: their tensors are (k, …).
+
+    ``init`` makes the state of one block. Products are batched ones; numbers that differ among members are tensors (k,).
+    """
+
+
+@dataclass(frozen=True)
+class Each(Stacked):
+    """A preconditioner that is written for one block, on each block of a stack at once, by ``torch.vmap``."""
+
+    of: Preconditioner
+
+    entrywise = property(lambda self: False)  # type: ignore[assignment]
+    states_root = property(lambda self: self.of.states_root)  # type: ignore[assignment]
+    invertible = property(lambda self: self.of.invertible)  # type: ignore[assignment]
+    uses_momentum = property(lambda self: self.of.uses_momentum)  # type: ignore[assignment]
+    momentum = property(lambda self: self.of.momentum)  # type: ignore[assignment]
+    advised_damping = property(lambda self: self.of.advised_damping)  # type: ignore[assignment]
+
+    @property
+    def diagonal(self) -> bool:
+        return self.of.diagonal
+
+    @property
+    def needs(self) -> Needs:
+        return self.of.needs
+
+    @property
+    def requests(self) -> frozenset[Request]:
+        return self.of.requests
+
+    def lr_scale(self, leaf: Leaf) -> float:
+        return self.of.lr_scale(leaf)
+
+    def handles(self, block: Block) -> bool:
+        return self.of.handles(block)
+
+    def init(self, block: Block) -> State | dict[str, Any]:
+        return self.of.init(block)
+
+    def observe(self, state: State, seen: Seen) -> None:
+        def one(state: State, gradient: Vec, momentum: Vec) -> Vec:
+            at = None if seen.position is None else lambda: state.block.params
+            self.of.observe(state, Seen(gradient, seen.inputs, None if seen.momentum is None else momentum, at))
+            return ()
+
+        _run(one, state, seen.gradient, () if seen.momentum is None else seen.momentum)
+
+    def map(self, state: State) -> LinearMap:
+        return self._vectorized(state, self.of.map)
+
+    def factors(self, state: State) -> tuple[LinearMap, LinearMap]:
+        if type(self.of).factors is Preconditioner.factors:
+            return Identity(), self.map(state)
+        return self._vectorized(state, lambda s: self.of.factors(s)[0]), self._vectorized(
+            state, lambda s: self.of.factors(s)[1]
+        )
+
+    def _vectorized(self, state: State, map: Callable[[State], LinearMap]) -> LinearMap:
+        def run(f: Callable[..., Vec], v: Vec) -> Vec:
+            return _run(lambda state, v: f(map(state), v), state, v)
+
+        return Vectorized(run, state.block.tensors, self.states_root, self.diagonal)
+
+    def wanted(self, state: State) -> Iterable[tuple[str, Request, Tensor | None]]:
+        return self.of.wanted(state)
+
+
+def stackable(preconditioner: Preconditioner) -> bool:
+    """Whether blocks alike can be taken side by side by a preconditioner."""
+    if isinstance(preconditioner, Stacked):
+        return True
+    own_refresh = type(preconditioner).refresh is not Preconditioner.refresh
+    return not (preconditioner.alone or preconditioner.entrywise or own_refresh or preconditioner.requests)
+
+
+def side_by_side(preconditioner: Preconditioner) -> Preconditioner:
+    """A preconditioner as a stack takes it."""
+    return preconditioner if isinstance(preconditioner, Stacked) else Each(preconditioner)
+
+
+@dataclass(frozen=True)
+class _Singly(Preconditioner):
+    """A preconditioner that takes stacks, on a block alone."""
+
+    of: Stacked
+
+    def init(self, block: Block) -> State | dict[str, Any]:
+        return self.of.init(block)
+
+    def observe(self, state: State, seen: Seen) -> None:
+        momentum, at = seen.momentum, seen.position
+        one = Seen(_one(seen.gradient), seen.inputs, momentum and _one(momentum), at and (lambda: _one(at())))
+        self.of.observe(state.as_stack(), one)
+
+    def map(self, state: State) -> LinearMap:
+        return self._apart(self.of.map(state.as_stack()), state)
+
+    def factors(self, state: State) -> tuple[LinearMap, LinearMap]:
+        F, N = self.of.factors(state.as_stack())
+        return F if isinstance(F, Identity) else self._apart(F, state), self._apart(N, state)
+
+    def wanted(self, state: State) -> Iterable[tuple[str, Request, Tensor | None]]:
+        return self.of.wanted(state.as_stack())
+
+    def refresh(self, state: State) -> LinearMap | None:
+        change = self.of.refresh(state.as_stack())
+        return None if change is None else self._apart(change, state)
+
+    @staticmethod
+    def _apart(P: LinearMap, state: State) -> LinearMap:
+        return OfMembers(P, Stack.of([state.block]))
+
+
+def singly(preconditioner: Preconditioner) -> Preconditioner:
+    """A preconditioner's methods as a block alone takes them."""
+    return _Singly(preconditioner) if isinstance(preconditioner, Stacked) else preconditioner
+
+
+def _one(v: Vec) -> Vec:
+    return tuple(t[None] for t in v)
+
+
+def _run(f: Callable[..., Vec], state: State, *vectors: Vec) -> Vec:
+    """f(state, …) of every member at once."""
+
+    def one(values: dict[str, Any], params: Vec, *vectors: Vec) -> Vec:
+        return f(_member(state, values, params), *vectors)
+
+    stack = state.block
+    assert isinstance(stack, Stack)
+    with _Lerp(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        return torch.vmap(one)(_values(state), stack.gathered(stack.all_tensors), *vectors)
+
+
+def _values(state: State) -> dict[str, Any]:
+    return {k: _values(v) if isinstance(v, State) else v for k, v in state.items() if k != "step"}
+
+
+def _member(state: State, values: Mapping[str, Any], params: Vec) -> State:
+    """A state with the values of one member, in the terms of a block alone."""
+    stack = state.block
+    assert isinstance(stack, Stack)
+    block = _Member(stack.members[0].leaves, params)
+    place = {leaf: p for leaf, p in zip(block.leaves, params, strict=True)}
+    out = State(block)
+    for key, value in values.items():
+        inside = state[key]
+        mine = tuple(place[leaf] for leaf in inside.block.leaves) if isinstance(inside, State) else ()
+        out[key] = _member(inside, value, mine) if isinstance(inside, State) else value
+    out["step"] = state["step"][: len(block.leaves)]
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class _Member(Block):
+    values: Vec = ()
+
+    @cached_property
+    def params(self) -> Vec:
+        return self.values
+
+    @property
+    def tensors(self) -> Vec:
+        return self.values
+
+
+class _Lerp(TorchFunctionMode):
+    """``lerp`` with a number, which ``torch.vmap`` would take member by member, in terms of what it takes at once."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.lerp_, torch.Tensor.lerp, torch.lerp) and "out" not in kwargs:
+            start, end, weight = (*args, *kwargs.values())[:3]
+            if not isinstance(weight, Tensor):
+                step = end - start
+                return start.add_(step, alpha=weight) if func is torch.Tensor.lerp_ else start.add(step, alpha=weight)
+        return func(*args, **kwargs)
