@@ -65,7 +65,39 @@ def dot(a: Vec, b: Vec) -> Tensor:
     """⟨a, b⟩ as a tensor of one element; 0 for the empty vector."""
     if not a:
         return torch.zeros(())
-    return torch.stack([torch.dot(s.reshape(-1), t.reshape(-1)).to(a[0].device) for s, t in zip(a, b, strict=True)]).sum()
+    parts = [_dot([a[i] for i in index], [b[i] for i in index]).to(a[0].device) for index in _bundles(a)]
+    return torch.stack(parts).sum()
+
+
+def _dot(a: Tensors, b: Tensors) -> Tensor:
+    """The same, of a few small tensors together: a call costs more than the arithmetic on them."""
+    if len(a) == 1:
+        return torch.dot(a[0].reshape(-1), b[0].reshape(-1))
+    product = torch.cat([t.reshape(-1) for t in a])
+    torch._foreach_mul_(product.split([t.numel() for t in a]), [t.reshape(-1) for t in b])
+    return product.sum()
+
+
+def _bundles(a: Vec, size: int = 2**20) -> list[list[int]]:
+    """Positions of tensors of one dtype and device, in bundles of no more entries than a size, but for single ones."""
+    out: list[list[int]] = []
+    filled: dict[tuple[torch.dtype, torch.device], tuple[int, list[int]]] = {}
+    for i, t in enumerate(a):
+        count, bundle = filled.get((t.dtype, t.device), (size, []))
+        if count + t.numel() > size:
+            count, bundle = 0, []
+            out.append(bundle)
+        bundle.append(i)
+        filled[t.dtype, t.device] = count + t.numel(), bundle
+    return out
+
+
+def by_shape(a: Vec) -> list[list[int]]:
+    """Positions of tensors of one shape, dtype and device."""
+    found: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
+    for i, t in enumerate(a):
+        found.setdefault((t.shape, t.dtype, t.device), []).append(i)
+    return list(found.values())
 
 
 def norm(a: Vec, q: float = 2) -> Tensor:
@@ -80,12 +112,11 @@ def norm(a: Vec, q: float = 2) -> Tensor:
 def all_finite(a: Vec) -> bool:
     """Whether no entry is inf or NaN (reads one number from the device)."""
     # A sum tells it in one pass at the speed of memory, some twenty times as fast as the largest magnitude; only one that overflows does not.
-    sums = [t.sum() for t in a if t.numel()]
-    if all(s.device.type == "cpu" for s in sums):
-        total = sum(s.item() for s in sums)  # reading a number here is cheaper than an operation
-    else:
-        total = float(torch.stack([s.to(sums[0].device, torch.float32) for s in sums]).sum())
-    return math.isfinite(total) or all(bool(t.isfinite().all()) for t in a)
+    full = [t for t in a if t.numel()]
+    if any(t.device.type != "cpu" for t in full):
+        return math.isfinite(norm(tuple(full), math.inf))
+    total = sum(t.sum().item() for t in full)  # reading a number here is cheaper than an operation
+    return math.isfinite(total) or all(bool(t.isfinite().all()) for t in full)
 
 
 def flatten(a: Vec) -> Tensor:

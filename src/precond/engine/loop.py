@@ -29,11 +29,13 @@ class Rules:
             ``"lagged"``: likewise, a penalty in z being taken with the P before the step.
         max_norm: bound of the assembled gradient's norm, or None.
         norm_space: the space of that norm.
+        plainly: take every block alone and by its map, without what does several things at once: the reference.
     """
 
     statistics_from: str = "loss"
     max_norm: float | None = None
     norm_space: str = "z"
+    plainly: bool = False
 
 
 @dataclass
@@ -105,7 +107,7 @@ def step(point: Point, rules: Rules, evidence: Evidence, measured: bool = False)
     early = [r.term(at) for r, at, now in zip(regularizers, ats, is_early, strict=True) if now]
     a = assemble(point.g, early)
     factor: Tensor | None = None
-    alone = not evidence.observed and all(is_early) and a is point.g and rules.max_norm is None
+    alone = not evidence.observed and all(is_early) and a is point.g and rules.max_norm is None and not rules.plainly
     if not evidence.observed and not alone:
         source = point.g if rules.statistics_from == "loss" else a
         settled = not any(r.circular for r in regularizers) and not evidence.found

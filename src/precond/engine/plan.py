@@ -55,15 +55,20 @@ def units(leaves: Sequence[Leaf], live: Sequence[int], choices: Sequence[Choice]
 
 
 def build(
-    leaves: Sequence[Leaf], choices: Sequence[Choice], existing: Existing, outside: Callable[[str], str]
+    leaves: Sequence[Leaf], choices: Sequence[Choice], existing: Existing, outside: Callable[[str], str], plainly: bool = False
 ) -> tuple[list[Cell], list[tuple[Leaf, str, Tensor]]]:
     """Cells for the leaves that want gradients, and their state entries (leaf, key, tensor).
 
-    State tensors that ``existing`` holds already, of the same shape, under their names ``outside``, are taken over.
+    Args:
+        existing: whose tensors, of the same shape, are taken over as they are.
+        outside: our names of state tensors → those in ``existing``.
+        plainly: every block alone.
     """
+
     live = [i for i, leaf in enumerate(leaves) if leaf.param.requires_grad]
     cells, entries = [], []
-    for alike in _alike([_Single.of(unit, leaves, choices, existing, outside) for unit in units(leaves, live, choices)]):
+    singles = [_Single.of(unit, leaves, choices, existing, outside) for unit in units(leaves, live, choices)]
+    for alike in [[single] for single in singles] if plainly else _alike(singles):
         first, index = alike[0], tuple(i for single in alike for i in single.unit.index)
         preconditioner, momentum, block = first.unit.preconditioner, first.unit.momentum, first.block
         state, average = first.state, first.average

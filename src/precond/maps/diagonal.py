@@ -50,14 +50,18 @@ class Diagonal(LinearMap):
         if delta == 0:
             return self
         h = self.denominator
-        damped = tuple(t.add(mean.to(t), alpha=delta) for t, mean in zip(h, self._means(h), strict=True))
-        return InverseRoot(damped, self.holes, self.means)
-
-    def _means(self, h: Vec) -> Sequence[Tensor]:
-        """The mean of the finite entries of each tensor."""
         if self.means is not None:
-            return self.means(h)
-        return vec.map_(lambda t: _mean(t, t.isfinite()) if self.holes else t.mean(), h)
+            damped = [t.add(mean.to(t), alpha=delta) for t, mean in zip(h, self.means(h), strict=True)]
+        else:
+            damped = list(h)
+            for index in vec.by_shape(h):
+                own = len(index) > 1  # what is put side by side is the result's memory
+                rows = torch.stack([h[i] for i in index]).view(len(index), -1) if own else h[index[0]].reshape(1, -1)
+                mean = _mean(rows, rows.isfinite(), (1,)) if self.holes else rows.mean(1, keepdim=True)
+                rows = rows.add_(mean, alpha=delta) if own else rows.add(mean, alpha=delta)
+                for i, row in zip(index, rows, strict=True):
+                    damped[i] = row.view(h[i].shape)
+        return InverseRoot(tuple(damped), self.holes, self.means)
 
     @property
     def T(self) -> LinearMap:

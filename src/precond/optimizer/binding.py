@@ -81,12 +81,13 @@ def bind(
     naming: Naming,
     observed: bool,
     rounding: str,
+    plainly: bool,
     existing: Mapping[Tensor, dict[str, Any]],
 ) -> Binding:
     """Cells for the parameters that want gradients; state that ``existing`` holds is taken over as it is."""
     leaves = owners.leaves(groups, observed)
     choices = choices_of(groups, naming)
-    cells, entries = plan.build(leaves, choices, existing, naming.outside)
+    cells, entries = plan.build(leaves, choices, existing, naming.outside, plainly)
     if rounding == "kahan":
         entries += _residuals(leaves, existing)
     live = [leaf.param.requires_grad for leaf in leaves]

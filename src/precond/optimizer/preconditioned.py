@@ -34,6 +34,7 @@ from precond.optimizer.passes import Recorder, random_state, restore_random_stat
 from precond.optimizer.probing import Probe, exact_gradient, finite_loss, loss_gradient, take_gradients, unscaled
 from precond.optimizer.record import Record
 from precond.preconditioners import Preconditioner
+from precond.preconditioners.stacked import Stacked
 from precond.regularizers import Regularizer
 from precond.replicas import agreed, averaged
 from precond.sharding import local
@@ -107,7 +108,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         if max_norm is not None:
             checks.positive(name, max_norm=max_norm)
         validate(name, choice, statistics_from)
-        self.rules = Rules(statistics_from, max_norm, norm_space)
+        self.rules = Rules(statistics_from, max_norm, norm_space, engine == "loop")
         self.nonfinite, self.engine, self.rounding = nonfinite, engine, rounding
         self._gradient_based = next((k for k, r in enumerate(choice.regularizers) if r.probes or r.exact), None)
         self._probing = self._gradient_based is not None and choice.regularizers[self._gradient_based].probes
@@ -131,7 +132,7 @@ class PreconditionedGD(torch.optim.Optimizer):
                 "use method='forward' or 'central'"
             )
         self._listen()
-        if engine == "fused" and (not (kernels := self._kernels()) or None in kernels):
+        if engine == "fused" and not self._fused_everywhere():
             raise ValueError(f"{name}: engine='fused' has no kernel for this configuration; use engine='auto' or 'loop'")
 
     # --- parameters, strategies, state ---------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def bound_to(self, groups: Sequence[Mapping[str, Any]], existing: Mapping[Tensor, dict[str, Any]]) -> Binding:
         """What groups come to, with the state that exists; nothing of the optimizer's own changes."""
-        return bind(groups, self.owners, self.naming, self.observes, self.rounding, existing)
+        return bind(groups, self.owners, self.naming, self.observes, self.rounding, self.rules.plainly, existing)
 
     def adopt(self, bound: Binding, state: defaultdict[Tensor, Any]) -> None:
         """Take a binding and its state as the optimizer's own."""
@@ -412,6 +413,12 @@ class PreconditionedGD(torch.optim.Optimizer):
             bound = self._bound
             self._kernels_of = (kernels_of(bound.cells, bound.choices, self.rules, self._gradient_based) if fuses else None,)
         return self._kernels_of[0]
+
+    def _fused_everywhere(self) -> bool:
+        """Whether no cell takes a step by its map alone."""
+        kernels = self._kernels()
+        cells = zip(kernels or (), self._bound.cells, strict=False)
+        return bool(kernels) and all(k is not None or isinstance(cell.preconditioner, Stacked) for k, cell in cells)
 
     def _fuse(self, loss: Any) -> bool:
         """Take a step without second gradients by fused kernels, and by the reference engine where a block has none.

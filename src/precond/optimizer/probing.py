@@ -169,8 +169,10 @@ class Probe:
         delta = self._deltas.pop(0)
         storage = self.point.storage
         for leaf, p in zip(self.point.leaves, storage, strict=True):
-            self._spare.setdefault(leaf.param, torch.empty_like(p, requires_grad=False)).copy_(p)
+            if leaf.param not in self._spare:
+                self._spare[leaf.param] = torch.empty_like(p, requires_grad=False)
         self._saved = tuple(self._spare[leaf.param] for leaf in self.point.leaves)
+        torch._foreach_copy_(self._saved, storage)
         self._buffers = Buffers(self.modules)
         self.moved = True
         self.asked += 1
@@ -203,8 +205,7 @@ class Probe:
         """Put parameters and buffers back, bit for bit."""
         if self.moved:
             with torch.no_grad():
-                for p, value in zip(self.point.storage, self._saved, strict=True):
-                    p.copy_(value)
+                torch._foreach_copy_(self.point.storage, self._saved)
             if self._buffers is not None:
                 self._buffers.restore()
             torch.clear_autocast_cache()
