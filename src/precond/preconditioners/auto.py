@@ -17,6 +17,9 @@ from precond.preconditioners.rms import RMS
 from precond.preconditioners.whitening import Whitening
 
 
+NOT_OBSERVED = "inputs are not observed"
+
+
 @dataclass(frozen=True)
 class Chosen:
     """Leaves, by position, what acts on them, and why."""
@@ -84,7 +87,7 @@ class Auto(Resolved):
             return None, {"norm": "scales and shifts", "embedding": "rows of a table"}.get(weight.kind, "no matrix")
         rows, columns = weight.shape[0], weight.param[0].numel()
         if not observed:
-            return self.polar, "inputs are not observed"
+            return self.polar, NOT_OBSERVED
         transposed = isinstance(weight.module, nn.modules.conv._ConvTransposeNd)
         if transposed or getattr(weight.module, "groups", 1) > 1:
             return self.bnp @ self.rms, "rows see different inputs"
