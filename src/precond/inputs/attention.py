@@ -49,13 +49,13 @@ class AttentionTap(Tap):
         return None if query is None or key is None or value is None else Called(m, query, key, value, named, own)
 
     def origin(self, seen: Called, weight: Weight) -> Tensor | str:
-        return "attention" if weight.slot == _OUT else seen.inputs[0 if weight.slot == _PACKED else weight.slot]  # type: ignore[index]
+        return "attention" if weight.slot == _OUT else seen.inputs[0 if weight.slot == _PACKED else weight.slot]
 
     def rows(self, seen: Called, weight: Weight) -> Rows:
         flat = lambda x: x.detach().reshape(-1, x.shape[-1])  # noqa: E731
         if weight.slot == _PACKED:  # queries may be more or fewer than keys: one group each
             return tuple(flat(x) for x in seen.inputs)
-        return flat(seen.attended if weight.slot == _OUT else seen.inputs[weight.slot])[None]  # type: ignore[index]
+        return flat(seen.attended if weight.slot == _OUT else seen.inputs[weight.slot])[None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ class Called:
                 m.add_zero_attn,
                 m.dropout,
                 torch.eye(m.embed_dim, dtype=wide, device=q.device),
-                None,  # type: ignore[arg-type]
+                None,
                 training=m.training,
                 key_padding_mask=padding,
                 need_weights=False,
@@ -124,5 +124,5 @@ class Called:
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A mask as what is added to the scores."""
-    mask = F._canonical_mask(mask, "mask", None, "", dtype, check_other=False)  # type: ignore[arg-type]
+    mask = F._canonical_mask(mask, "mask", None, "", dtype, check_other=False)
     return None if mask is None else mask.to(dtype)

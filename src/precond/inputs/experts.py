@@ -44,7 +44,7 @@ def routed(
         raise ValueError("routed: give counts, or offsets, or index and experts")
     if index is not None:
         rows, order = index.reshape(len(x), -1), index.reshape(-1).argsort(stable=True)
-        counts = torch.bincount(index.reshape(-1).clamp(-1, experts) + 1, minlength=experts + 2)  # type: ignore[operator, arg-type]
+        counts = torch.bincount(index.reshape(-1).clamp(-1, experts) + 1, minlength=experts + 2)  # type: ignore[operator]
         before, *numbers, _ = counts.tolist()
         x = x[order[before:] // rows.shape[1]]
     else:

@@ -72,7 +72,7 @@ class RegisteredTap(Tap):
         return self._of(weight).layout(weight.param)
 
     def _of(self, weight: Weight) -> Observed:
-        return self.observed[weight.slot]  # type: ignore[index]
+        return self.observed[weight.slot]
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, kwargs  # each weight may meet another input
@@ -201,3 +201,15 @@ def register_layer(kind: Kind, *weights: Observed, tap: Callable[[nn.Module], Ta
 def tap_of(module: nn.Module) -> Tap | None:
     """The tap of a module's kind; None where that is not known."""
     return next((registered.tap(module) for registered in _KINDS if registered.has(module)), None)
+
+
+def inputs_first(module: nn.Module, param: Tensor) -> bool:
+    """Whether a parameter of a module is a weight (in, out, …), by the module's kind."""
+    tap = tap_of(module) if param.ndim > 1 else None
+    if tap is None:
+        return False
+    try:
+        layouts = [tap.layout(w, Request("covariance", "patch")) for w in tap.weights if w.param is param]
+    except AttributeError:
+        return False
+    return any(layout.transposed and not isinstance(layout, Stacked) for layout in layouts)

@@ -70,7 +70,7 @@ class Observer:
                     self._fold(tap, call, site, weight, keys)
         except Exception as error:
             for site, _, _ in asked:
-                self.unread[site.name] = _why(error)
+                self.unread[site.name] = why_unread(error)
 
     def _keys(self, site: Site) -> list[tuple[str, Request]]:
         """What is wanted of a site."""
@@ -87,7 +87,7 @@ class Observer:
                     raise Unreadable(f"its inputs have {tuple(found.mean.shape)} features, not {site.shape(key[1])}")
                 self._seen[key] = pool([self._seen[key], found]) if key in self._seen else found
         except Exception as error:
-            self.unread[site.name] = _why(error)
+            self.unread[site.name] = why_unread(error)
 
     def _counts(self, module: nn.Module) -> bool:
         """Whether this forward is one of the step's own, each of which counts once under checkpointing of either kind."""
@@ -119,7 +119,7 @@ class Observer:
         remove(self._handles)
 
 
-def _why(error: Exception) -> str:
+def why_unread(error: Exception) -> str:
     """Why inputs were not read."""
     if isinstance(error, Unreadable):
         return str(error)

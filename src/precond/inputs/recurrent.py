@@ -52,11 +52,11 @@ class RecurrentTap(Tap):
         return Unrolled.of(m, x, named.get("hx"))
 
     def origin(self, seen: Unrolled, weight: Weight) -> Tensor | str:
-        kind, layer, _ = weight.slot  # type: ignore[misc]
+        kind, layer, _ = weight.slot
         return seen.x if kind == "ih" and layer == 0 else "hidden states"
 
     def rows(self, seen: Unrolled, weight: Weight) -> Tensor:
-        kind, layer, direction = weight.slot  # type: ignore[misc]
+        kind, layer, direction = weight.slot
         return (seen.inputs(layer) if kind == "ih" else seen.states(layer, direction))[None].detach()
 
 
@@ -143,7 +143,7 @@ class Unrolled:
             torch._cudnn_rnn_flatten_weight(
                 weights, per_layer, x.shape[-1], _CUDNN[m.mode], m.hidden_size, m.proj_size, 1, False, m.bidirectional
             )
-        run = getattr(torch._VF, _RUN[m.mode])  # type: ignore[attr-defined]
+        run = getattr(torch._VF, _RUN[m.mode])
         state = hx if m.mode == "LSTM" else hx[0]
         return run(x, self.sizes, state, weights, m.bias, 1, 0.0, False, m.bidirectional)[0]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from precond.blocks import kind_of
 from precond.inputs.kinds import tap_of
 from precond.inputs.moments import Request
+from precond.inputs.roles import kind_of
 from precond.inputs.taps import Tap, Weight
 from precond.maps import Layout
 from precond.sharding import flattened

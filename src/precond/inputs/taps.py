@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ class Weight:
     param: Tensor
     bias: Tensor | None = None
     rows: slice = field(default_factory=lambda: slice(None))
-    slot: Hashable = 0
+    slot: Any = 0
 
 
 class Tap(ABC):

@@ -156,9 +156,15 @@ _UNSEEN = "was not called as a layer that trains: it is in eval() mode, or calle
 
 
 def _warn(reasons: Mapping[str, str], stacklevel: int) -> None:
-    if reasons:
-        names = "; ".join(f"{name!r} {why}" for name, why in reasons.items())
-        warnings.warn(f"no input statistics for some layers, which keep their gradient: {names}", stacklevel=stacklevel)
+    if not reasons:
+        return
+    alike: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        alike.setdefault(why, []).append(repr(name))
+    texts = []
+    for why, (first, *others) in alike.items():
+        texts.append(f"{first} (likewise {', '.join(others)}) {why}" if others else f"{first} {why}")
+    warnings.warn(f"no input statistics for some layers, which keep their gradient: {'; '.join(texts)}", stacklevel=stacklevel)
 
 
 def _has_gradient(p: Tensor) -> bool:

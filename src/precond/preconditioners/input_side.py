@@ -184,7 +184,8 @@ class InputSide(Preconditioner):
         if isinstance(gain, float):
             gain = max(gain, 1 - decay)
         else:
-            gain, size = torch.where(size > 0, gain.clamp_min_(1 - decay), 0.0), size.clamp_min(1)  # type: ignore[union-attr, operator]
+            shown = new.count[:, None]
+            gain, size = torch.where(shown > 0, gain.clamp_min_(1 - decay), 0.0), shown.clamp_min(1)
         delta = new.mean - mine["mean"]
         mine["activity"].copy_(self.active(mine, new, delta, gain))
         # With ρ = 0 the statistics are those of the newest batch, and so is the number of samples behind them.
