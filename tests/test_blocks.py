@@ -16,10 +16,10 @@ from precond.blocks import (
     is_decayed,
     is_matrix,
     join,
-    kind_of,
     matches,
     together,
 )
+from precond.inputs.roles import kind_of
 from precond.optimizer.parameters import Owners
 from precond.preconditioners import Split
 from precond.preconditioners.split import over

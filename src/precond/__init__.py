@@ -16,6 +16,7 @@ from precond.curvature import (
     unit_curvatures,
 )
 from precond.diagnostics import Diagnosis, Monitor, diagnose, preconditioner_of
+from precond.inputs import Observed, register_layer, routed
 from precond.maps import (
     BlockDiagonal,
     Dense,
@@ -93,6 +94,7 @@ __all__ = [
     "Monitor",
     "Muon",
     "Objective",
+    "Observed",
     "OutputFactor",
     "Polar",
     "PreconditionedGD",
@@ -139,7 +141,9 @@ __all__ = [
     "preconditioner_of",
     "predict",
     "rate",
+    "register_layer",
     "rmsprop",
+    "routed",
     "sgd",
     "shampoo",
     "soap",

@@ -14,15 +14,6 @@ from torch import Tensor, nn
 from precond.sharding import Shard, Sums, local, sums
 from precond.vec import Vec
 
-_NORMS: tuple[type[nn.Module], ...] = (
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.LocalResponseNorm,
-    nn.modules.batchnorm._NormBase,
-)
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-
 _OUTPUTS = {"head", "heads", "lm_head", "classifier", "output", "readout", "unembed", "logits"}
 
 
@@ -38,6 +29,7 @@ class Leaf:
         module: that module, or None.
         group: the number of its parameter group.
         sites: where the inputs of the layer are observed, for which it is the weight or the bias.
+        inputs_first: whether its first dimension counts the inputs of its layer, as in transposed convolutions.
     """
 
     name: str
@@ -47,6 +39,7 @@ class Leaf:
     module: nn.Module | None = field(default=None, repr=False)
     group: int = 0
     sites: tuple[Any, ...] = field(default=(), repr=False)
+    inputs_first: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -358,19 +351,3 @@ def join(a: Sequence[tuple[int, ...]], b: Sequence[tuple[int, ...]]) -> list[tup
         for i in merged:
             owner[i] = merged
     return [tuple(block) for block in {id(block): block for block in owner.values()}.values()]
-
-
-def kind_of(name: str, param: Tensor, module: nn.Module | None) -> str:
-    """The kind of a parameter, from its module or else from its name and shape."""
-    if isinstance(module, _NORMS):
-        return "norm"
-    if isinstance(module, _EMBEDDINGS):
-        return "embedding"
-    last = name.rpartition(".")[2]
-    if last.endswith("bias") or last.startswith("bias"):
-        return "bias"
-    if module is None and param.ndim <= 1:
-        return "vector"
-    if module is not None and param.ndim <= 1 and "Norm" in type(module).__name__:
-        return "norm"
-    return "weight"

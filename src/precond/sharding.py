@@ -35,6 +35,13 @@ def local(t: Tensor) -> Tensor:
         return t.to_local()  # type: ignore[attr-defined]
 
 
+def replicated(t: Tensor) -> Tensor | None:
+    """A tensor that this process holds whole, with its graph; None where others hold parts of it."""
+    if not _divided(t):
+        return t
+    return t.to_local() if all(p.is_replicate() for p in t.placements) else None  # type: ignore[attr-defined]
+
+
 def copy_(target: Tensor, value: Tensor) -> None:
     """target ← value, whichever of them is divided among processes."""
     if _divided(value) and not _divided(target):

@@ -222,7 +222,8 @@ def show(found: Diagnosis, console: Console) -> None:
         row = [layer.name, layer.source, str(size - layer.biased), f"{layer.spectra.rank}/{size}"]
         row += [number(layer.spectra.kappa(c)) for c in found.columns]
         drawn.add_row(*map(Text, [*row, layer.drivers.main, str(layer.units)]))
-    console.print(drawn)
+    if found.layers:
+        console.print(drawn)
     if found.matrix != "none":
         what = "Hessian" if found.matrix == "hessian" else "Gauss–Newton matrix"
         blocks = Table(title=f"κ₊ of blocks of the {what}", title_justify="left")
@@ -233,13 +234,7 @@ def show(found: Diagnosis, console: Console) -> None:
         console.print(blocks)
     if found.lr is not None and found.lr_limit is not None:
         console.print(f"Learning rate {number(found.lr)}; steps become unstable above {number(found.lr_limit)}")
-    console.print(
-        Text(
-            "What to do, with the predicted gain in steps of the layer that gains most"
-            if found.advice
-            else "Nothing stands out."
-        )
-    )
+    console.print(Text(found.verdict))
     for i, a in enumerate(found.advice, 1):
         console.print(Text.assemble((f"{i}. {a.what}", "bold"), f"  ×{number(a.gain)}"))
         console.print(Text(f"   {a.why}"))

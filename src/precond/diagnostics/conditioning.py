@@ -55,7 +55,8 @@ def spectra(layer: Gathered, neurons: Callable[[int], list[Tensor]] | None) -> t
         neurons: a group's number ↦ P of some of its neurons, (n + 1, n + 1) each, or (n, n) without a bias.
     """
     found = [(_group(layer, k), k) for k in range(len(layer.R))]
-    worst, k = max(found, key=lambda pair: pair[0].kappa("raw"))
+    shown = [pair for pair in found if pair[0].rank] or found  # an expert may see nothing
+    worst, k = max(shown, key=lambda pair: pair[0].kappa("raw"))
     maps = [] if neurons is None else neurons(k)
     if maps:
         R = _design(layer, k)

@@ -113,13 +113,14 @@ class Diagnosis:
     Attributes:
         layers: in the order of the model.
         advice: what to do, the largest predicted gain first.
-        notes: what could not be seen.
+        notes: what could not be seen, all that is in ``undiagnosed`` included.
         loss: L(p).
         optimizer: its class, or None.
         lr: its largest learning rate.
         lam_max: λ_max of PᵀHP (or PᵀGP), where curvature was asked for.
         lr_limit: the largest stable learning rate, 2/λ_max times what momentum makes of it; None with ``lam_max``.
         matrix: of which.
+        undiagnosed: which weights' inputs were not diagnosed, each with the reason.
     """
 
     layers: tuple[Layer, ...]
@@ -131,6 +132,18 @@ class Diagnosis:
     lam_max: float | None = None
     lr_limit: float | None = None
     matrix: Matrix = "none"
+    undiagnosed: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        """What stands over the advice, or in its place. That nothing was found says nothing of layers that nobody looked at."""
+        if self.advice:
+            return "What to do, with the predicted gain in steps of the layer that gains most"
+        if not self.layers:
+            return "No layer was diagnosed: this says nothing about the model."
+        if self.undiagnosed:
+            return f"Nothing stands out in these layers; {len(self.undiagnosed)} others were not diagnosed (see the notes)."
+        return "Nothing stands out."
 
     @property
     def columns(self) -> list[str]:
@@ -142,7 +155,8 @@ class Diagnosis:
         """All numbers, for JSON."""
         plain = {name: getattr(self, name) for name in ("loss", "optimizer", "lr", "lam_max", "lr_limit", "matrix")}
         advice = [{**vars(a), "layers": list(a.layers)} for a in self.advice]
-        return {**plain, "layers": [layer.as_dict() for layer in self.layers], "advice": advice, "notes": list(self.notes)}
+        texts = {name: list(getattr(self, name)) for name in ("notes", "undiagnosed")}
+        return {**plain, "layers": [layer.as_dict() for layer in self.layers], "advice": advice, **texts}
 
     def __str__(self) -> str:
         rows = [["layer", "from", "inputs", "rank", *(LABELS.get(c, c) for c in self.columns), "driven by", "units"]]
@@ -153,20 +167,15 @@ class Diagnosis:
                 [layer.name, layer.source, str(size), f"{layer.spectra.rank}/{layer.spectra.size}", *kappas, layer.drivers.main,
                  str(layer.units)]
             )  # fmt: skip
-        lines = ["κ of the layers' extended inputs, the mean of ĥĥᵀ, ĥ = [1; h]", *_table(rows)]
-        if self.matrix != "none":
+        lines = ["κ of the layers' extended inputs, the mean of ĥĥᵀ, ĥ = [1; h]", *_table(rows), ""] if self.layers else []
+        if self.matrix != "none" and self.layers:
             what = "Hessian" if self.matrix == "hessian" else "Gauss–Newton matrix"
             blocks = [["layer", f"κ₊ of its block of the {what}", "in z"]]
             blocks += [[layer.name, *block_texts(layer)] for layer in self.layers]
-            lines += ["", *_table(blocks)]
+            lines += [*_table(blocks), ""]
         if self.lr is not None and self.lr_limit is not None:
-            lines += ["", f"Learning rate {number(self.lr)}; steps become unstable above {number(self.lr_limit)}"]
-        lines += [
-            "",
-            "What to do, with the predicted gain in steps of the layer that gains most"
-            if self.advice
-            else "Nothing stands out.",
-        ]
+            lines += [f"Learning rate {number(self.lr)}; steps become unstable above {number(self.lr_limit)}", ""]
+        lines += [self.verdict]
         for i, a in enumerate(self.advice, 1):
             lines += [f"{i}. {a.what}  (×{number(a.gain)})", f"   {a.why}", f"   {a.code}"]
         if self.notes:
@@ -187,11 +196,12 @@ def diagnose(
 ) -> Diagnosis:
     r"""Where a model trains slowly, and what would mend it.
 
-    For each linear, convolutional and attention layer: κ of the mean of ĥĥᵀ, ĥ = [1; h] what a neuron receives (a patch for a
-    convolution), which is κ of each neuron's Hessian H_e S H_eᵀ (Theorem 3) for S = I: as it is, centered, scaled, both (BNP),
-    whitened, and with the optimizer's P. The gain of a remedy is the ratio of predicted steps in the layer that gains most, for S = I and
-    gradient descent at its best learning rate, (κ − 1)/(κ + 1) per step: it ranks remedies, and bounds what the whole network gains where
-    that layer sets the pace. A remedy changes what later layers receive: diagnose again after it.
+    For each layer whose inputs are observed (linear, convolutional, attention, recurrent, … : :func:`~precond.register_layer`): κ of the
+    mean of ĥĥᵀ, ĥ = [1; h] what a neuron receives (a patch for a convolution), which is κ of each neuron's Hessian H_e S H_eᵀ (Theorem 3)
+    for S = I: as it is, centered, scaled, both (BNP), whitened, and with the optimizer's P. The gain of a remedy is the ratio of predicted
+    steps in the layer that gains most, for S = I and gradient descent at its best learning rate, (κ − 1)/(κ + 1) per step: it ranks
+    remedies, and bounds what the whole network gains where that layer sets the pace. A remedy changes what later layers receive: diagnose
+    again after it. What was not diagnosed is said in the notes.
 
     Nothing about the model, the optimizer or the random state changes, and the result is the same every time.
 
@@ -222,7 +232,10 @@ def diagnose(
     """
     checks.one_of("diagnose", "curvature", curvature, ("none", "hessian", "gauss_newton"))
     checks.positive("diagnose", samples=samples, max_inputs=max_inputs)
-    gathered, notes = gather(objective, samples, max_inputs)
+    gathered, undiagnosed = gather(objective, samples, max_inputs)
+    if not gathered and not undiagnosed:
+        undiagnosed = ["the model has no layer of a kind whose inputs are diagnosed"]
+    notes = list(undiagnosed)
     P: LinearMap | None = None
     if optimizer is not None:
         try:
@@ -239,7 +252,7 @@ def diagnose(
             limit = 2 * stable_factor(optimizer) / lam_max
     found = Diagnosis(
         tuple(layers), (), tuple(notes), objective.value(), None if optimizer is None else type(optimizer).__name__,
-        None if optimizer is None else step_size(optimizer, objective), lam_max, limit, curvature,
+        None if optimizer is None else step_size(optimizer, objective), lam_max, limit, curvature, tuple(undiagnosed),
     )  # fmt: skip
     return replace(found, advice=advise(found, optimizer))
 

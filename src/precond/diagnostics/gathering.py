@@ -6,8 +6,7 @@ squaring them, and the rows of R below the first are those of the centered input
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,12 +16,10 @@ from torch import Tensor, nn
 from precond.curvature import Objective
 from precond.diagnostics.source import source_of
 from precond.hooks import remove
-from precond.inputs import Moments, Request, Site, Tap, Weight, pool, survey
-from precond.inputs.attention import AttentionTap
-from precond.inputs.conv import ConvTap
+from precond.inputs import Moments, Request, Rows, Site, Tap, Weight, pool, survey
+from precond.inputs.observer import why_unread
 
 _PATCH, _CHANNEL = Request(conv="patch"), Request(conv="channel")
-_CHUNK = 2**24  # entries of patches that are unfolded at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +68,7 @@ class Gathered:
 
 
 def gather(objective: Objective, samples: int, max_inputs: int) -> tuple[list[Gathered], list[str]]:
-    """Forward all batches of an objective once, and what could not be seen, as notes.
+    """Forward all batches of an objective once; and which weights are not diagnosed, with the reasons.
 
     Args:
         objective: whose layers with a parameter in ``objective.params`` are watched.
@@ -81,7 +78,8 @@ def gather(objective: Objective, samples: int, max_inputs: int) -> tuple[list[Ga
     found = survey(objective.model.named_modules())
     trained = {id(p) for p in objective.params}
     sites = [site for site in found.sites if id(site.weight) in trained]
-    notes = [f"{name or 'the model'} {why}; its inputs are not diagnosed" for name, why in found.passed_by]
+    others = [passed for passed in found.passed_by if any(id(p) in trained for p in passed.params)]
+    notes = [f"{passed.name or 'the model'} {passed.why}; its inputs are not diagnosed" for passed in others]
     wide = {site: n for site in sites if (n := site.layout(_PATCH).inputs(site.weight.shape)) > max_inputs}
     notes += [
         f"{site.name} has {n} inputs, more than max_inputs={max_inputs}; they are not diagnosed" for site, n in wide.items()
@@ -102,8 +100,10 @@ def gather(objective: Objective, samples: int, max_inputs: int) -> tuple[list[Ga
                 stream.end()
     finally:
         remove(handles)
-    silent = [site.name for site in sites if not streams[site].count]
-    notes += [f"{name} was not called as a layer; its inputs are not diagnosed" for name in silent]
+    for site in sites:
+        if why := streams[site].unread or ("" if streams[site].count else "it was not called as a layer"):
+            what = "some of its inputs" if streams[site].count else "its inputs"
+            notes.append(f"{site.name}: {why}; {what} are not diagnosed")
     biases = {site: site.bias is not None and id(site.bias) in trained for site in sites}
     return [streams[site].gathered(biases[site]) for site in sites if streams[site].count], notes
 
@@ -120,22 +120,28 @@ class _Stream:
         self._parts: list[_Part] = []
         self.count = self._used = 0
         self._source, self._epsilon = "data", torch.finfo(torch.float32).eps
+        self.unread = ""
 
     def see(self, tap: Tap, weight: Weight, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook."""
-        first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        if not first.numel():
-            return
+        try:
+            call = tap.read(args, kwargs)
+            if call is not None:
+                self._take(tap, weight, call)
+        except Exception as error:  # the forward is the user's
+            self.unread = why_unread(error)
+
+    def _take(self, tap: Tap, weight: Weight, call: Any) -> None:
         if not self.count:
-            attended = isinstance(tap, AttentionTap) and weight.param is tap.module.out_proj.weight
-            self._source = "attention" if attended else source_of(first)
-            self._epsilon = torch.finfo(first.dtype).eps if first.is_floating_point() else self._epsilon
+            origin = tap.origin(call, weight)
+            self._source = origin if isinstance(origin, str) else source_of(origin)
+            self._epsilon = self._epsilon if isinstance(origin, str) else torch.finfo(origin.dtype).eps
         with torch.no_grad():
-            for rows in _rows(tap, args, kwargs, weight):
-                self._pending.append(tuple(self._drawn(part) for part in rows))
-            if isinstance(tap, ConvTap) and tap.layout(weight, _CHANNEL).repeat > 1:
-                seen = tap.moments(args, kwargs, weight, _CHANNEL, None)
-                self._channel = seen if self._channel is None else pool([self._channel, seen])
+            for rows in tap.pieces(call, weight):
+                self._pending.append(tuple(self._drawn(part) for part in _by_parts(rows)))
+            if tap.layout(weight, _CHANNEL).repeat > 1:
+                seen = tap.moments(call, weight, _CHANNEL, None)
+                self._channel = seen if self._channel is None or seen is None else pool([self._channel, seen])
 
     def _drawn(self, rows: Tensor) -> Tensor:
         """A share of the rows, (groups, k, n), that makes about as many in all as wanted."""
@@ -160,9 +166,9 @@ class _Stream:
             self._pending = [tuple(self._thinned(rows) for rows in parts) for parts in self._pending]
         for k, column in enumerate(zip(*self._pending, strict=True)):
             if k == len(self._parts):
-                self._parts.append(_Part(self._source))
+                self._parts.append(_Part(self._source, column[0]))
             self._parts[k].fold(torch.cat(column, dim=1))
-        self._used += sum(parts[0].shape[1] for parts in self._pending)
+        self._used += sum(max(part.shape[1] for part in parts) for parts in self._pending)
         self._pending = []
 
     def gathered(self, biased: bool) -> Gathered:
@@ -183,31 +189,35 @@ class _Stream:
             R=tuple(R for part in parts for R in part.factors()),
             low=torch.cat([part.low for part in parts]),
             high=torch.cat([part.high for part in parts]),
-            zeros=torch.cat([part.zeros / part.rows for part in parts]),
-            edges=torch.cat([part.edges / part.rows for part in parts]),
+            zeros=torch.cat([part.zeros / max(part.rows, 1) for part in parts]),
+            edges=torch.cat([part.edges / max(part.rows, 1) for part in parts]),
             channel=self._channel,
             epsilon=self._epsilon,
         )
 
 
 class _Part:
-    """Groups of rows that come in the same numbers: R and what is counted, input by input."""
+    """Groups of rows that come in the same numbers: R and what is counted, input by input; zeros of what saw nothing."""
 
-    def __init__(self, source: str):
+    def __init__(self, source: str, like: Tensor):
         self._source = source
         self.rows = 0
-        self.R: Tensor | None = None
+        groups, _, n = like.shape
+        self.zeros, self.edges, self.low, self.high = (like.new_zeros(groups, n) for _ in range(4))
+        self.R = like.new_zeros(groups, 1, n + 1)
 
     def fold(self, x: Tensor) -> None:
         """Rows of a batch, (groups, k, n)."""
+        if not x.shape[1]:
+            return
         extended = torch.cat([torch.ones_like(x[..., :1]), x], dim=-1)
         zeros, edges = (x == 0).sum(1).double(), _at_edges(x, self._source).sum(1).double()
         low, high = x.amin(1), x.amax(1)
-        if self.R is None:
-            self.zeros, self.edges, self.low, self.high = zeros, edges, low, high
+        self.zeros, self.edges = self.zeros + zeros, self.edges + edges
+        if not self.rows:
+            self.low, self.high = low, high
         else:
             extended = torch.cat([self.R, extended], dim=1)
-            self.zeros, self.edges = self.zeros + zeros, self.edges + edges
             self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         # Only the triangle of long matrices is kept; short ones wait.
         n = extended.shape[-1]
@@ -216,8 +226,7 @@ class _Part:
 
     def factors(self) -> Tensor:
         """R/√N of each group."""
-        assert self.R is not None
-        return torch.linalg.qr(self.R, mode="r").R / self.rows**0.5
+        return torch.linalg.qr(self.R, mode="r").R / max(self.rows, 1) ** 0.5
 
 
 def _at_edges(x: Tensor, source: str) -> Tensor:
@@ -229,14 +238,6 @@ def _at_edges(x: Tensor, source: str) -> Tensor:
     return torch.zeros_like(x, dtype=torch.bool)
 
 
-def _rows(tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight) -> Iterator[tuple[Tensor, ...]]:
-    """All inputs of a call in pieces, each a tuple of (groups, N, n) with their own N."""
-    if isinstance(tap, AttentionTap) and tap.layout(weight, _PATCH).groups == 3:
-        # Queries, keys and values of a packed projection.
-        yield tuple(tap.rows(args, kwargs, replace(weight, slot=slot)) for slot in range(3))
-    elif isinstance(tap, ConvTap) and args and args[0].ndim == weight.param.ndim:
-        x, entries = args[0], weight.param[0].numel() * args[0][0, 0].numel()
-        for piece in x.split(max(1, _CHUNK // max(entries, 1))):
-            yield (tap.rows((piece, *args[1:]), kwargs, weight),)
-    else:
-        yield (tap.rows(args, kwargs, weight),)
+def _by_parts(rows: Rows) -> tuple[Tensor, ...]:
+    """(groups, N, n) for each number N that groups come in."""
+    return (rows,) if isinstance(rows, Tensor) else tuple(x[None] for x in rows)

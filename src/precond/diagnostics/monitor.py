@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -295,10 +296,12 @@ def _see(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    """A forward pre-hook: the moments of what a layer receives."""
-    with torch.no_grad():
-        found = tap.moments(args, kwargs, weight, _MOMENTS, None)
-        seen[site] = pool([seen[site], found]) if site in seen else found
+    """A forward pre-hook: the moments of what a layer receives, where they can be read."""
+    with torch.no_grad(), suppress(Exception):
+        call = tap.read(args, kwargs)
+        found = None if call is None else tap.moments(call, weight, _MOMENTS, None)
+        if found is not None:
+            seen[site] = pool([seen[site], found]) if site in seen else found
 
 
 def _wait(device: torch.device) -> None:

@@ -24,7 +24,7 @@ def layer_of(P: InputSide, block: Block) -> Layout | None:
     layout = parts[0].layout(P.request)
     alone = len(block.leaves) == (1 if parts[0].bias is None else 2)
     weight = block.tensors[0]
-    straight = not layout.transposed and layout.held is None and weight.is_contiguous() and weight.numel() > 0
+    straight = layout.straight and weight.is_contiguous() and weight.numel() > 0
     return layout if alone and straight else None
 
 

@@ -1,8 +1,31 @@
 """Observing what layers receive: the statistics behind input-side preconditioners."""
 
-from precond.inputs.moments import Moments, Request, pool
+from precond.inputs.experts import routed
+from precond.inputs.kinds import Observed, Registration, register_layer
+from precond.inputs.moments import Moments, Request, Rows, pool
 from precond.inputs.observer import Observer
-from precond.inputs.sites import Site, Survey, survey
+from precond.inputs.onehot import OneHot
+from precond.inputs.reading import Unreadable, plain
+from precond.inputs.sites import Passed, Site, Survey, survey
 from precond.inputs.taps import Tap, Weight
 
-__all__ = ["Moments", "Observer", "Request", "Site", "Survey", "Tap", "Weight", "pool", "survey"]
+__all__ = [
+    "Moments",
+    "Observed",
+    "Observer",
+    "OneHot",
+    "Passed",
+    "Registration",
+    "Request",
+    "Rows",
+    "Site",
+    "Survey",
+    "Tap",
+    "Unreadable",
+    "Weight",
+    "plain",
+    "pool",
+    "register_layer",
+    "routed",
+    "survey",
+]

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from precond.inputs.moments import Moments, Request, covariance, of_rows
+from precond.inputs.moments import Request, Rows
+from precond.inputs.reading import Unreadable, argument, called_with, is_called_as, plain
 from precond.inputs.taps import Tap, Weight
 from precond.maps import Layout
 
+_INPUTS = ("query", "key", "value")
 _OUT = 3  # the slot of out_proj, after query, key and value
 _PACKED = 4  # the slot of the three together
 
 
 class AttentionTap(Tap):
-    """Packed and separate projections, and ``out_proj``."""
+    """Packed and separate projections, and ``out_proj``.
+
+    A subclass whose forward takes one sequence attends to itself. What then reaches ``out_proj`` is not known: masks may be made within.
+    """
 
     @property
     def weights(self) -> list[Weight]:
@@ -32,54 +39,57 @@ class AttentionTap(Tap):
     def layout(self, weight: Weight, request: Request) -> Layout:
         return Layout(3) if weight.slot == _PACKED else Layout()
 
-    def moments(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight, request: Request, center: Tensor | None
-    ) -> Moments:
-        if weight.slot != _PACKED:
-            return super().moments(args, kwargs, weight, request, center)
-        # Queries may be more or fewer than keys: one group each.
-        parts = []
-        for i, x in enumerate(self._inputs(args, kwargs)):
-            own = None if center is None else center[i : i + 1]
-            of = covariance if request.kind == "covariance" else of_rows
-            parts.append(of(self._flat(x), own))
-        joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("count", "mean", "spread", "deviation")}
-        return Moments(**joined, examples=parts[0].examples)
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Called | None:
+        m = self.module
+        named = called_with(m, args, kwargs)
+        own = not (is_called_as(m, nn.MultiheadAttention) or all(isinstance(named.get(name), Tensor) for name in _INPUTS))
+        if own:
+            named |= dict.fromkeys(_INPUTS, argument(m, args, kwargs, lambda t: t.shape[-1] == m.embed_dim))
+        query, key, value = (plain(named.get(name)) for name in _INPUTS)
+        return None if query is None or key is None or value is None else Called(m, query, key, value, named, own)
 
-    def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Weight) -> Tensor:
-        inputs = self._inputs(args, kwargs)
-        return self._flat(self._attended(args, kwargs) if weight.slot == _OUT else inputs[weight.slot])
+    def origin(self, seen: Called, weight: Weight) -> Tensor | str:
+        return "attention" if weight.slot == _OUT else seen.inputs[0 if weight.slot == _PACKED else weight.slot]
 
-    @staticmethod
-    def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        named = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
-        return named["query"].detach(), named["key"].detach(), named["value"].detach()
+    def rows(self, seen: Called, weight: Weight) -> Rows:
+        flat = lambda x: x.detach().reshape(-1, x.shape[-1])  # noqa: E731
+        if weight.slot == _PACKED:  # queries may be more or fewer than keys: one group each
+            return tuple(flat(x) for x in seen.inputs)
+        return flat(seen.attended if weight.slot == _OUT else seen.inputs[weight.slot])[None]
 
-    @staticmethod
-    def _flat(x: Tensor) -> Tensor:
-        return x.reshape(1, -1, x.shape[-1])
 
-    @staticmethod
-    def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """A mask as what is added to the scores."""
-        mask = F._canonical_mask(mask, "mask", None, "", dtype, check_other=False)
-        return None if mask is None else mask.to(dtype)
+@dataclass(frozen=True, eq=False)
+class Called:
+    """What an attention module was called with.
 
-    def _attended(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    Attributes:
+        module: it.
+        query, key, value: its inputs.
+        named: all arguments of its forward.
+        own: whether that forward has other arguments than the base class's.
+    """
+
+    module: nn.MultiheadAttention
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    named: dict[str, Any]
+    own: bool
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query, self.key, self.value
+
+    @cached_property
+    def attended(self) -> Tensor:
         """What ``out_proj`` will see: the attention once more, with the identity in its place and the same random numbers."""
         m = self.module
-        names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
-        call = {
-            "key_padding_mask": None,
-            "attn_mask": None,
-            "is_causal": False,
-            **dict(zip(names, args, strict=False)),
-            **kwargs,
-        }
+        if self.own:
+            raise Unreadable(f"what {type(m).__name__}.forward makes of its argument, masks and all, is not known")
         # Under autocast the inputs may be narrower than the weights, and nothing casts them here.
         wide = m.out_proj.weight.dtype
-        q, k, v = (call[name].detach().to(wide) for name in names[:3])
-        padding, mask = (self._additive(call[name], wide) for name in ("key_padding_mask", "attn_mask"))
+        q, k, v = (x.detach().to(wide) for x in self.inputs)
+        padding, mask = (_additive(self.named.get(name), wide) for name in ("key_padding_mask", "attn_mask"))
         if m.batch_first and q.ndim == 3:
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         separate = not m._qkv_same_embed_dim
@@ -107,6 +117,12 @@ class AttentionTap(Tap):
                 q_proj_weight=weights[0],
                 k_proj_weight=weights[1],
                 v_proj_weight=weights[2],
-                is_causal=call["is_causal"],
+                is_causal=self.named.get("is_causal", False),
             )
         return h
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask as what is added to the scores."""
+    mask = F._canonical_mask(mask, "mask", None, "", dtype, check_other=False)
+    return None if mask is None else mask.to(dtype)

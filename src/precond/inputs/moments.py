@@ -12,6 +12,8 @@ from torch import Tensor
 
 Kind = Literal["moments", "covariance"]
 Conv = Literal["channel", "patch"]
+Rows = Tensor | Sequence[Tensor]
+"""Samples of features: (groups, N, n), or for each group its own (N, n)."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,27 @@ def pool(parts: Sequence[Moments]) -> Moments:
     return Moments.from_raw(total, parts[0].mean.dtype)
 
 
+def of_samples(rows: Rows, kind: Kind, center: Tensor | None = None, examples: int | None = None) -> Moments | None:
+    """Moments of rows, None where there are none; of groups that have none the count is 0, and so is everything else."""
+    of = covariance if kind == "covariance" else of_rows
+    if isinstance(rows, Tensor):
+        return of(rows, center, examples) if rows.shape[1] else None
+    if not any(len(x) for x in rows):
+        return None
+    parts = []
+    for k, x in enumerate(rows):
+        own = None if center is None else center[k : k + 1]
+        parts.append(of(x[None], own, examples) if len(x) else _nothing(x, kind))
+    joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("count", "mean", "spread", "deviation")}
+    return Moments(**joined, examples=joined["count"].amin() if examples is None else parts[0].examples)
+
+
+def _nothing(x: Tensor, kind: Kind) -> Moments:
+    zeros = lambda *shape: widened(x).new_zeros(shape)  # noqa: E731
+    n = x.shape[-1]
+    return Moments(zeros(1), zeros(1, n), zeros(1, n, n) if kind == "covariance" else zeros(1, n), zeros(1, n), zeros())
+
+
 def of_rows(x: Tensor, center: Tensor | None = None, examples: int | None = None) -> Moments:
     """Mean, variance and deviation of rows x, shape (groups, N, n), in float32 (float64 for float64 inputs)."""
     return _moments(widened(x), 1, center, examples)
@@ -128,6 +151,11 @@ def variances(spread: Tensor, like: Tensor) -> Tensor:
 def outer(mean: Tensor, like: Tensor) -> Tensor:
     """μ² or μμᵀ, whichever has as many dimensions as ``like``."""
     return mean.square() if like.ndim == mean.ndim else mean[..., :, None] * mean[..., None, :]
+
+
+def greatest(t: Tensor) -> float:
+    """The greatest entry; of one alone it is read without an operation."""
+    return t.item() if t.numel() == 1 else float(t.max())
 
 
 def least(t: Tensor) -> float:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from precond.hooks import WeakHook, remove
 from precond.inputs.moments import Moments, Request, pool
+from precond.inputs.reading import Unreadable
 from precond.inputs.sites import Site
-from precond.inputs.taps import Tap
+from precond.inputs.taps import Tap, Weight
 from precond.observing import watching
 
 Seen = dict[tuple[str, Request], Moments]
@@ -24,16 +25,23 @@ class Observer:
     """Watches the training forwards of some sites between two optimizer steps.
 
     A forward counts if its module trains and gradients are on; one that activation checkpointing repeats within backward
-    counts once. Nothing of the inputs is kept but their moments.
+    counts once. Nothing of the inputs is kept but their moments. Nothing is raised into a forward: what cannot be read is
+    passed by, and :attr:`unread` says why.
+
+    Attributes:
+        unread: by site name, why inputs of it were not read since :meth:`clear`.
+        absent: how many contexts say that the forwards are another's.
     """
 
     def __init__(self, sites: Sequence[Site], requests: Iterable[Request]):
         self.sites, self.requests = tuple(sites), tuple(requests)
         self.enabled = True
         self.wanted: dict[tuple[str, Request], Tensor | None] = {}
+        self.unread: dict[str, str] = {}
+        self.absent = 0
         self._seen: Seen = {}
         self._without_grad: dict[nn.Module, int] = {}
-        by_module: dict[nn.Module, list[tuple[Site, Tap, Any]]] = {}
+        by_module: dict[nn.Module, list[tuple[Site, Tap, Weight]]] = {}
         for site in self.sites:
             for tap, weight in site.taps:
                 by_module.setdefault(tap.module, []).append((site, tap, weight))
@@ -43,25 +51,43 @@ class Observer:
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called before each forward of a watched module."""
-        if not self.wanted:
+        if not self.wanted or self.absent:
             return
         work = self._work.get(module)  # None in a shallow copy, such as nn.DataParallel's replicas
         if work is None or not (self.enabled and module.training and watching()) or _transformed() or not self._counts(module):
             return
-        if any(isinstance(x, Tensor) and not x.numel() for x in (*args, *kwargs.values())):
-            return  # an empty batch shows nothing
-        device = work[0][0].weight.device.type
-        full = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-        with torch.no_grad(), full:
-            for site, tap, weight in work:
-                if not site.weight.requires_grad:
+        asked = [(site, weight, keys) for site, _, weight in work if site.weight.requires_grad and (keys := self._keys(site))]
+        if not asked:
+            return
+        tap = work[0][1]
+        try:
+            device = work[0][0].weight.device.type
+            full = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+            with torch.no_grad(), full:
+                if (call := tap.read(args, kwargs)) is None:
+                    return
+                for site, weight, keys in asked:
+                    self._fold(tap, call, site, weight, keys)
+        except Exception as error:
+            for site, _, _ in asked:
+                self.unread[site.name] = why_unread(error)
+
+    def _keys(self, site: Site) -> list[tuple[str, Request]]:
+        """What is wanted of a site."""
+        return [key for request in self.requests if (key := (site.name, request)) in self.wanted]
+
+    def _fold(self, tap: Tap, call: Any, site: Site, weight: Weight, keys: Sequence[tuple[str, Request]]) -> None:
+        """Put what a call shows of a weight to what was seen before."""
+        try:
+            for key in keys:
+                found = tap.moments(call, weight, key[1], self.wanted[key])
+                if found is None:
                     continue
-                for request in self.requests:
-                    key = (site.name, request)
-                    if key not in self.wanted:
-                        continue
-                    found = tap.moments(args, kwargs, weight, request, self.wanted[key])
-                    self._seen[key] = pool([self._seen[key], found]) if key in self._seen else found
+                if found.mean.shape != site.shape(key[1]):
+                    raise Unreadable(f"its inputs have {tuple(found.mean.shape)} features, not {site.shape(key[1])}")
+                self._seen[key] = pool([self._seen[key], found]) if key in self._seen else found
+        except Exception as error:
+            self.unread[site.name] = why_unread(error)
 
     def _counts(self, module: nn.Module) -> bool:
         """Whether this forward is one of the step's own, each of which counts once under checkpointing of either kind."""
@@ -76,11 +102,9 @@ class Observer:
         return pending > 0
 
     @property
-    def expecting(self) -> bool:
-        """Whether some layer that trains is to be observed."""
-        if not self.wanted:
-            return False
-        return any(site.weight.requires_grad and (site.name, r) in self.wanted for site in self.sites for r in self.requests)
+    def expected(self) -> list[Site]:
+        """The sites of weights that train, of which something is wanted."""
+        return [site for site in self.sites if site.weight.requires_grad and self._keys(site)] if self.wanted else []
 
     def collect(self) -> Seen:
         """What was seen since :meth:`clear`."""
@@ -88,11 +112,19 @@ class Observer:
 
     def clear(self) -> None:
         """Forget it: the step was taken, or skipped."""
-        self._seen, self._without_grad = {}, {}
+        self._seen, self._without_grad, self.unread = {}, {}, {}
 
     def close(self) -> None:
         """Remove the hooks."""
         remove(self._handles)
+
+
+def why_unread(error: Exception) -> str:
+    """Why inputs were not read."""
+    if isinstance(error, Unreadable):
+        return str(error)
+    first = str(error).strip().split("\n")[0]
+    return f"reading its inputs failed with {type(error).__name__}: {first}"
 
 
 def _transformed() -> bool:

@@ -8,19 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from precond.inputs.attention import AttentionTap
-from precond.inputs.conv import ConvTap
+from precond.inputs.kinds import tap_of
 from precond.inputs.moments import Request
-from precond.inputs.taps import LinearTap, Tap, Weight
+from precond.inputs.roles import kind_of
+from precond.inputs.taps import Tap, Weight
 from precond.maps import Layout
 from precond.sharding import flattened
-
-_TAPS: list[tuple[type[nn.Module], type[Tap]]] = [
-    (nn.MultiheadAttention, AttentionTap),
-    (nn.modules.conv._ConvNd, ConvTap),
-    (nn.Linear, LinearTap),
-]
-_UNSEEN = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +34,10 @@ class Site:
     rows: slice
     taps: tuple[tuple[Tap, Weight], ...]
 
+    def answers(self, request: Request) -> bool:
+        """Whether it has the statistics of a request."""
+        return all(tap.answers(request) for tap, _ in self.taps)
+
     def shape(self, request: Request) -> tuple[int, int]:
         """(groups, features) of the statistics of a request."""
         layout = self.layout(request)
@@ -52,58 +49,75 @@ class Site:
         return tap.layout(weight, request)
 
 
+@dataclass(frozen=True, eq=False)
+class Passed:
+    """Weights whose inputs cannot be observed.
+
+    Attributes:
+        name: of their module, or of the weight.
+        why: continues "its inputs are not observed: it …".
+        params: they, and what else the module has.
+    """
+
+    name: str
+    why: str
+    params: tuple[Tensor, ...]
+
+
 @dataclass(frozen=True)
 class Survey:
     """What can be observed in a model.
 
     Attributes:
         sites: the weights.
-        passed_by: names of modules with weights that cannot be observed, with the reason.
+        passed_by: what cannot.
     """
 
     sites: tuple[Site, ...]
-    passed_by: tuple[tuple[str, str], ...]
+    passed_by: tuple[Passed, ...]
 
 
 def survey(modules: Iterable[tuple[str, nn.Module]]) -> Survey:
     """Find the sites among named modules (of ``named_modules(remove_duplicate=False)`` or several such)."""
     taps: dict[Tensor, list[tuple[str, Tap, Weight]]] = {}
-    others: dict[Tensor, str] = {}
-    passed_by: list[tuple[str, str]] = []
+    others: dict[Tensor, tuple[str, str, nn.Module]] = {}
+    passed_by: list[Passed] = []
     known: set[nn.Module] = set()
     for path, module in modules:
         if module in known:
             continue
         known.add(module)
-        tap = _tap(module)
-        seen: set[Tensor] = set()
         if flattened(module):
             raise TypeError(
                 f"FSDP1 ({path or 'the model'!r}) flattens parameters, whose rows no layer's inputs belong to: "
                 "shard with torch.distributed.fsdp.fully_shard (FSDP2)"
             )
-        if parametrize.is_parametrized(module):
-            passed_by.append((path, "is parametrized: its weight is computed, not a parameter"))
-        elif isinstance(module, _UNSEEN):
-            passed_by.append((path, f"is a {type(module).__name__}, whose weights have no inputs of one layer"))
-        elif tap is not None:
-            if any(not isinstance(w.param, nn.Parameter) for w in tap.weights):
-                passed_by.append((path, "computes its weight from other parameters"))
+        tap, weights, why = _weights_of(module)
+        refused = {} if tap is None or why else dict(tap.refused)
+        if why:
+            passed_by.append(Passed(path, why, tuple(module.parameters())))
+            continue
+        seen: set[Tensor] = set(refused)
+        for weight in weights:
+            seen |= {p for p in (weight.param, weight.bias) if p is not None}
+            if weight.param not in refused:
+                taps.setdefault(weight.param, []).append((path, tap, weight))  # type: ignore[arg-type]
+        if isinstance(module, nn.MultiheadAttention):
+            known.add(module.out_proj)  # never called as a module
+        for name, own in module._parameters.items():
+            if own is None:
                 continue
-            for weight in tap.weights:
-                seen.add(weight.param)
-                taps.setdefault(weight.param, []).append((path, tap, weight))
-            if isinstance(module, nn.MultiheadAttention):
-                known.add(module.out_proj)  # never called as a module
-        for own in module._parameters.values():
-            if own is not None and own not in seen and not (tap is not None and own.ndim == 1):
-                others[own] = path
+            if own in refused:
+                passed_by.append(Passed(f"{path}.{name}".lstrip("."), refused[own], (own,)))
+            if own not in seen and not (weights and own.ndim == 1):
+                others[own] = path, name, module
+    passed_by += [_of_no_kind(own, *where) for own, where in others.items() if own not in taps and _is_matrix(own, *where)]
     sites = []
     for param, found in taps.items():
         path, first, weight = found[0]
         alike = all(type(t) is type(first) and _shape(t, w) == _shape(first, weight) for _, t, w in found)
         if param in others or not alike:
-            passed_by.append((path, "shares its weight with a layer that has other inputs"))
+            passed_by.append(Passed(path, "shares its weight with a layer that has other inputs", (param,)))
             continue
         bias = weight.bias if all(w.bias is weight.bias for _, _, w in found) else None
         attribute = next((n for n, p in first.module.named_parameters() if p is param), "weight")
@@ -111,8 +125,30 @@ def survey(modules: Iterable[tuple[str, nn.Module]]) -> Survey:
     return Survey(tuple(sites), tuple(passed_by))
 
 
-def _tap(module: nn.Module) -> Tap | None:
-    return next((tap(module) for kind, tap in _TAPS if isinstance(module, kind)), None)
+def _weights_of(module: nn.Module) -> tuple[Tap | None, list[Weight], str]:
+    """The tap of a module, its weights, and why it has none where its kind would have."""
+    tap = tap_of(module)
+    if parametrize.is_parametrized(module):
+        return tap, [], "is parametrized: its weight is computed, not a parameter"
+    if tap is None:
+        return None, [], ""
+    try:
+        weights = [w for w in tap.weights if w.param is not None]
+    except AttributeError as error:
+        return tap, [], f"has not the weights that its kind has ({error})"
+    if any(not isinstance(w.param, nn.Parameter) for w in weights):
+        return tap, [], "computes its weight from other parameters"
+    return tap, weights, ""
+
+
+def _is_matrix(param: Tensor, path: str, name: str, module: nn.Module) -> bool:
+    """Whether one would take it for the weight of a layer, by its shape and its module."""
+    return sum(n > 1 for n in param.shape) > 1 and kind_of(f"{path}.{name}", param, module) == "weight"
+
+
+def _of_no_kind(param: Tensor, path: str, name: str, module: nn.Module) -> Passed:
+    what = f"is in a {type(module).__name__}, a kind of layer that is not known (precond.register_layer)"
+    return Passed(f"{path}.{name}".lstrip("."), what, (param,))
 
 
 def _shape(tap: Tap, weight: Weight) -> Layout:

@@ -33,6 +33,16 @@ class Layout:
     held: range | None = None
     rows: int = 0
 
+    @property
+    def output_dim(self) -> int | None:
+        """The dimension of the weight along which whole rows follow each other; None where there is none."""
+        return (1 if self.groups == 1 else None) if self.transposed else 0
+
+    @property
+    def straight(self) -> bool:
+        """Whether a contiguous weight is (groups, rows, n) as it lies in memory, the rows of all groups along its first dimension."""
+        return not self.transposed and self.held is None
+
     def inputs(self, shape: torch.Size) -> int:
         """n, of a weight of some shape."""
         return shape[0] // self.groups * shape[2:].numel() if self.transposed else shape[1:].numel()
@@ -84,6 +94,40 @@ class Layout:
     def spread_out(self, statistic: Tensor) -> Tensor:
         """A statistic per channel as one per input of a row."""
         return statistic.repeat_interleave(self.repeat, -1) if self.repeat > 1 else statistic
+
+
+@dataclass(frozen=True)
+class Stacked(Layout):
+    """A stack of ``groups`` weights (out, in), or (in, out) where it is ``transposed``: experts, which see different inputs each.
+
+    ``held`` are the experts that this process holds, where it does not hold all.
+    """
+
+    @property
+    def output_dim(self) -> int:
+        return 0
+
+    @property
+    def straight(self) -> bool:
+        return False
+
+    def inputs(self, shape: torch.Size) -> int:
+        return shape[1 if self.transposed else 2]
+
+    def part(self, held: range, shape: torch.Size) -> Layout:
+        return replace(self, held=held)
+
+    def mine(self, statistic: Tensor) -> Tensor:
+        return statistic if self.held is None else statistic[self.held.start : self.held.stop]
+
+    def view(self, weight: Tensor) -> Tensor:
+        return weight.mT if self.transposed else weight
+
+    def back(self, view: Tensor, like: Tensor) -> Tensor:
+        return view[..., 0] if like.ndim == 2 else view.mT if self.transposed else view
+
+    def column(self, bias: Tensor) -> Tensor:
+        return bias[..., None]
 
 
 class Standardizing(LinearMap):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from precond.blocks import Leaf
+from torch import Tensor
+
+from precond.blocks import Block, Leaf
 from precond.engine.cells import Cell
 from precond.preconditioners import Composition, Preconditioner
+from precond.preconditioners.auto import NOT_OBSERVED
 from precond.preconditioners.split import Split
 from precond.preconditioners.stacked import Each
 
@@ -40,11 +43,14 @@ class Explanation:
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
-def explain(leaves: Sequence[Leaf], cells: Sequence[Cell], of_groups: Sequence[Preconditioner]) -> Explanation:
+def explain(
+    leaves: Sequence[Leaf], cells: Sequence[Cell], of_groups: Sequence[Preconditioner], unobserved: Mapping[Tensor, str]
+) -> Explanation:
     """The table of an optimizer's leaves and cells.
 
     Args:
         of_groups: what each parameter group asked for.
+        unobserved: weights whose inputs are not observed, and why.
     """
     members = [(index, cell) for cell in cells for index in cell.members]
     acting = {i: (k, cell) for k, (index, cell) in enumerate(members) for i in index}
@@ -54,19 +60,32 @@ def explain(leaves: Sequence[Leaf], cells: Sequence[Cell], of_groups: Sequence[P
     rows = []
     for i, leaf in enumerate(leaves):
         k, cell = acting.get(i, (-1, None))
-        what = "none (frozen)" if cell is None else _written(cell.preconditioner) if cell.handled else "identity"
-        rows.append(Row(leaf.name, tuple(leaf.shape), leaf.kind, what, k, why.get(i, "")))
+        what, reason = "none (frozen)", why.get(i, "")
+        if cell is not None:
+            what = _acting(cell.preconditioner, cell.block, cell.index.index(i) % len(cell.block.leaves)) if cell.handled else "identity"
+            if (missing := unobserved.get(leaf.param)) and (reason == NOT_OBSERVED or cell.preconditioner.requests):
+                reason = f"{NOT_OBSERVED}: {missing}"
+        rows.append(Row(leaf.name, tuple(leaf.shape), leaf.kind, what, k, reason))
     return Explanation(tuple(rows))
 
 
-def _written(x: Any) -> str:
-    """As one would write it: with the settings that are not the defaults, compositions as P₁ ∘ P₂, parts as P₁ | P₂."""
-    if isinstance(x, Composition):
-        return f"{_written(x.outer)} ∘ {_written(x.inner)}"
+def _acting(x: Preconditioner, block: Block, i: int) -> str:
+    """What acts on a leaf of a block: of compositions P₁ ∘ P₂ those that do anything to it, of parts its own."""
+    if not x.handles(block):
+        return "identity"
     if isinstance(x, Each):
-        return _written(x.of)
+        return _acting(x.of, block, i)
+    if isinstance(x, Composition):
+        both = [_acting(part, block, i) for part in (x.outer, x.inner)]
+        return " ∘ ".join(what for what in both if what != "identity") or "identity"
     if isinstance(x, Split):
-        return " | ".join(dict.fromkeys(_written(part.preconditioner) for part in x.parts))
+        own = (part for part in x.parts if i in part.index)
+        return next((_acting(part.preconditioner, block.subset(part.index), part.index.index(i)) for part in own), "identity")
+    return _written(x)
+
+
+def _written(x: Any) -> str:
+    """As one would write it: with the settings that are not the defaults."""
     if not is_dataclass(x):
         return repr(x)
     own = ((f.name, getattr(x, f.name)) for f in fields(x) if getattr(x, f.name) != f.default)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from precond.engine.cells import Cell
-from precond.inputs import Observer, Request
+from precond.inputs import Observer, Request, Site
+from precond.inputs.observer import Seen
 from precond.inputs.sync import check_alike, synchronized
 from precond.optimizer.parameters import Owners
 from precond.optimizer.passes import Recorder
 from precond.replicas import distributed
+from precond.sharding import local
 from precond.vec import all_finite
 
 
@@ -23,14 +26,16 @@ class Listening:
     Attributes:
         recorder: of the random state, or None where no second pass wants it.
         observer: of layer inputs, or None where no preconditioner wants them.
+        unobserved: weights whose inputs are not observed, and why; of layers, as far as steps have shown it.
     """
 
     def __init__(self, requests: frozenset[Request]):
         self.requests = requests
         self.recorder: Recorder | None = None
         self.observer: Observer | None = None
+        self.unobserved: dict[Tensor, str] = {}
         self._heard: bool | None = None
-        self._told = False
+        self._told: set[str] = set()
 
     def begin(self, owners: Owners, recorded: Iterable[torch.device] | None, cells: Sequence[Cell]) -> None:
         """Put the hooks on the models; ``recorded``: the devices whose random state second passes want, or None."""
@@ -40,9 +45,9 @@ class Listening:
             self.recorder = Recorder(modules, recorded)
         if self.requests:
             found = owners.survey()
-            if found.passed_by:
-                names = "; ".join(f"{name!r} {why}" for name, why in found.passed_by)
-                warnings.warn(f"no input statistics for some layers, which keep their gradient: {names}", stacklevel=5)
+            self.unobserved = {p: passed.why for passed in found.passed_by for p in passed.params}
+            trained = [passed for passed in found.passed_by if any(p.requires_grad for p in passed.params)]
+            _warn({passed.name: passed.why for passed in trained}, stacklevel=6)
             self.observer = Observer(found.sites, self.requests)
             self._want(cells)
             if distributed():
@@ -62,15 +67,45 @@ class Listening:
         seen = synchronized(self.observer) if distributed() else self.observer.collect()
         for cell in cells:
             cell.inputs = seen
-        if not seen and self.observer.expecting and not self._told:
-            self._told = True
-            warnings.warn(
-                "no layer inputs were observed since the last step: was the model compiled and called before the optimizer was "
-                "made, or are layers called by their forward() or by functions? Such layers keep their gradient",
-                stacklevel=6,
-            )
+        self._tell(seen, self.observer.expected, self.observer.unread)
         # An input that is not finite is so in its own variance.
         return all_finite(tuple(m.variance for m in seen.values()))
+
+    def _tell(self, seen: Seen, expected: Sequence[Site], unread: Mapping[str, str]) -> None:
+        """Say once of each layer that it should have been seen, has a gradient, and was not seen; or not read."""
+        new: dict[str, str] = {}
+        for site in expected:
+            here = any((site.name, request) in seen for request in self.requests)
+            if here and site.name not in unread:
+                self.unobserved.pop(site.weight, None)
+                continue
+            self.unobserved[site.weight] = unread.get(site.name, _UNSEEN)
+            if site.name not in self._told:
+                if site.name in unread or _has_gradient(site.weight):
+                    new[site.name] = self.unobserved[site.weight]
+                else:
+                    self.unobserved[site.weight] = "was not called"
+        if new and not seen and not unread and not self._told:
+            warnings.warn(
+                "no layer inputs were observed since the last step: was the model compiled and called before the optimizer was "
+                "made, are its layers in eval() mode, or called by their forward() or by functions? Such layers keep their gradient",
+                stacklevel=7,
+            )
+        else:
+            _warn(new, stacklevel=8)
+        self._told |= new.keys()
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Forwards inside are another's."""
+        listeners = [x for x in (self.recorder, self.observer) if x is not None]
+        for listener in listeners:
+            listener.absent += 1
+        try:
+            yield
+        finally:
+            for listener in listeners:
+                listener.absent -= 1
 
     def _want(self, cells: Sequence[Cell]) -> None:
         """Tell the observer what the next step needs."""
@@ -115,3 +150,23 @@ class Listening:
             if listener is not None:
                 listener.close()
         self.recorder = self.observer = None
+
+
+_UNSEEN = "was not called as a layer that trains: it is in eval() mode, or called by its forward() or by a function"
+
+
+def _warn(reasons: Mapping[str, str], stacklevel: int) -> None:
+    if not reasons:
+        return
+    alike: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        alike.setdefault(why, []).append(repr(name))
+    texts = []
+    for why, (first, *others) in alike.items():
+        texts.append(f"{first} (likewise {', '.join(others)}) {why}" if others else f"{first} {why}")
+    warnings.warn(f"no input statistics for some layers, which keep their gradient: {'; '.join(texts)}", stacklevel=stacklevel)
+
+
+def _has_gradient(p: Tensor) -> bool:
+    """Whether something was done with a parameter."""
+    return p.grad is not None and (p.grad.layout != torch.strided or bool(local(p.grad).any()))

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from precond.blocks import Leaf, is_decayed, kind_of
+from precond.blocks import Leaf, is_decayed
 from precond.inputs import Site, Survey, survey
+from precond.inputs.kinds import inputs_first
+from precond.inputs.roles import kind_of
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -124,8 +126,8 @@ class Owners:
 
     def __init__(self, modules: Iterable[nn.Module] = (), known: Iterable[Leaf] = ()):
         self.modules: list[weakref.ref[nn.Module]] = [weakref.ref(m) for m in modules]
-        # Layer and kind of parameters whose module is not known any more.
-        self._known = {leaf.param: (leaf.layer, leaf.kind) for leaf in known}
+        # What is known of parameters whose module is not known any more.
+        self._known = {leaf.param: (leaf.layer, leaf.kind, leaf.inputs_first) for leaf in known}
         self._survey: Survey | None = None
 
     def add(self, modules: Iterable[nn.Module]) -> None:
@@ -173,9 +175,10 @@ class Owners:
                 name = name or f"param_{len(leaves)}"
                 layer = path if path is not None else name.rpartition(".")[0] or name
                 kind = kind_of(name, param, module)
+                turned = module is not None and inputs_first(module, param)
                 if module is None and param in self._known:
-                    layer, kind = self._known[param]
-                leaves.append(Leaf(name, param, kind, layer, module, k, tuple(sites.get(param, ()))))
+                    layer, kind, turned = self._known[param]
+                leaves.append(Leaf(name, param, kind, layer, module, k, tuple(sites.get(param, ())), turned))
         return leaves
 
 

@@ -77,6 +77,7 @@ class Recorder:
     def __init__(self, modules: Iterable[nn.Module], devices: Iterable[torch.device]):
         self.devices = list(devices)
         self.random: Random | None = None
+        self.absent = 0  # how many contexts say that the forwards are another's
         self._armed = True
         self._handles = [module.register_forward_pre_hook(WeakHook(self, "note")) for module in modules]
         weakref.finalize(self, remove, self._handles)
@@ -87,7 +88,7 @@ class Recorder:
 
     def note(self, module: nn.Module, args: Any) -> None:
         """Called before a forward."""
-        if self._armed and module.training and torch.is_grad_enabled() and watching():
+        if self._armed and not self.absent and module.training and torch.is_grad_enabled() and watching():
             self.random, self._armed = random_state(self.devices), False
 
     def close(self) -> None:

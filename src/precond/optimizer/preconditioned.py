@@ -226,6 +226,32 @@ class PreconditionedGD(torch.optim.Optimizer):
         """Whether it observes the inputs of layers."""
         return bool(self._requests)
 
+    def unobserved(self) -> AbstractContextManager[None]:
+        """Forwards inside are another optimizer's: this one neither observes layer inputs there nor notes the random state.
+
+        A generator's loss runs through the discriminator, and the discriminator's data come from the generator. Without this,
+        each optimizer's statistics are of both.
+
+        Example:
+            >>> import torch, precond
+            >>> G, D = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
+            >>> of_G, of_D = precond.bnp(G), precond.bnp(D)
+            >>> z, real = torch.randn(8, 2), torch.randn(8, 2)
+            >>> for _ in range(2):
+            ...     of_D.zero_grad()
+            ...     with of_G.unobserved():
+            ...         fake = G(z).detach()
+            ...     (D(fake) - D(real)).mean().backward()
+            ...     of_D.step()
+            ...     of_G.zero_grad()
+            ...     with of_D.unobserved():
+            ...         (-D(G(z))).mean().backward()
+            ...     of_G.step()
+            >>> of_D.state[D.weight]["count"].item(), of_G.state[G.weight]["count"].item()
+            (32.0, 16.0)
+        """
+        return self._listening.away()
+
     # --- the step ------------------------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -592,7 +618,8 @@ class PreconditionedGD(torch.optim.Optimizer):
     def explain(self) -> Explanation:
         """Which preconditioner acts on which parameter, and which parameters it takes jointly; ``print`` it."""
         self._follow_groups()
-        return explain(self._bound.leaves, self._bound.cells, [choice.preconditioner for choice in self._bound.choices])
+        choices = [choice.preconditioner for choice in self._bound.choices]
+        return explain(self._bound.leaves, self._bound.cells, choices, self._listening.unobserved)
 
     def measure(self, name: str, scale: float | Tensor | None, length: Callable[[], Tensor] | None) -> Tensor | float:
         """A number of the last step, from gradients and state as they are now: see :class:`precond.optimizer.record.Record`."""

@@ -10,11 +10,15 @@ from torch import nn
 from precond import blocks, checks
 from precond.blocks import Leaf
 from precond.inputs import Request
+from precond.inputs.moments import REQUESTS
+from precond.maps import Stacked
 from precond.preconditioners.base import Part, Preconditioner, Resolved, placed
 from precond.preconditioners.bnp import BNP
 from precond.preconditioners.polar import Polar
 from precond.preconditioners.rms import RMS
 from precond.preconditioners.whitening import Whitening
+
+NOT_OBSERVED = "inputs are not observed"
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,11 @@ class Chosen:
 class Auto(Resolved):
     """Whitened inputs and polar steps for layers, standardized inputs where layers are wide, RMS for all else.
 
-    A layer whose weight is a matrix (out, in), and whose inputs are observed, takes ``whitening @ polar``; with more than ``max_inputs``
-    inputs ``bnp @ polar``, whose cost does not grow with their square. A layer that sees its inputs in groups, or is transposed, takes
-    ``bnp @ rms``, and a matrix whose inputs are not observed ``polar``. Embeddings, normalization layers and all that is left take
-    ``rms``. Steps of all have about the same size in units of a layer's outputs, so that one learning rate serves all.
+    A layer whose weight is a matrix (out, in), or (in, out), and whose inputs are observed, takes ``whitening @ polar``; with more than
+    ``max_inputs`` inputs ``bnp @ polar``, whose cost does not grow with their square. A layer that sees its inputs in groups (experts too),
+    a transposed convolution, and a recurrent layer with its several matrices take ``bnp @ rms``, and a matrix whose inputs are not observed
+    ``polar``. Embeddings, normalization layers and all that is left take ``rms``. Steps of all have about the same size in units of a
+    layer's outputs, so that one learning rate serves all.
 
     Args:
         max_inputs: more inputs than this are standardized, not whitened.
@@ -83,11 +88,16 @@ class Auto(Resolved):
         if weight.ndim < 2 or weight.kind != "weight" or not weight.param.numel():
             return None, {"norm": "scales and shifts", "embedding": "rows of a table"}.get(weight.kind, "no matrix")
         rows, columns = weight.shape[0], weight.param[0].numel()
+        if weight.inputs_first and weight.ndim == 2:
+            rows, columns = columns, rows
         if not observed:
-            return self.polar, "inputs are not observed"
-        transposed = isinstance(weight.module, nn.modules.conv._ConvTransposeNd)
-        if transposed or getattr(weight.module, "groups", 1) > 1:
+            return self.polar, NOT_OBSERVED
+        turned = weight.inputs_first and weight.ndim > 2
+        stacked = any(isinstance(site.layout(REQUESTS[0]), Stacked) for leaf in layer for site in leaf.sites)
+        if turned or stacked or getattr(weight.module, "groups", 1) > 1:
             return self.bnp @ self.rms, "rows see different inputs"
+        if isinstance(weight.module, nn.RNNBase | nn.RNNCellBase):
+            return self.bnp @ self.rms, "several matrices in one layer"
         if min(rows, columns) > self.polar.max_dim:
             return self.bnp @ self.rms, f"more than {self.polar.max_dim:,} rows and columns"
         if columns > self.max_inputs:

@@ -11,7 +11,6 @@ from torch import Tensor
 from precond import checks
 from precond.blocks import Block, state_dtype
 from precond.inputs import Moments, Request
-from precond.inputs.moments import least
 from precond.preconditioners.input_side import InputSide, LayerPart
 
 _DENSE = 20  # steps that are all observed
@@ -84,10 +83,7 @@ class BNP(InputSide):
         if part.bias is None:
             mean, variance = torch.zeros_like(mean), square
         else:
-            # One sample has no variance: scale without centering until there are two.
-            if least(state["count"]) < 2:
-                one = (state["count"] < 2)[:, None]
-                mean, variance = torch.where(one, 0, mean), torch.where(one, square, variance)
+            mean, variance = self.centered(mean, variance, square, state)
         std = self.damping_of(square, state).add_(variance).sqrt_()
         # An input that was always zero has no scale, and its weight has had no gradient.
         return mean, std.masked_fill_(std == 0, 1.0)
@@ -98,5 +94,5 @@ class BNP(InputSide):
         if not self.width_scaling:
             return mean, std, 1.0
         n = layout.inputs(part.site.weight.shape)
-        q = (n / state["count"]).clamp_min(1).sqrt()[:, None]
+        q = (n / state["count"].clamp_min(1)).clamp_min(1).sqrt()[:, None]
         return mean, std * q, (1 / q)[..., None]

@@ -13,7 +13,7 @@ from torch import Tensor
 from precond import blocks
 from precond.blocks import Block, Leaf, State
 from precond.inputs import Moments, Request, Site
-from precond.inputs.moments import by_group, least, variances
+from precond.inputs.moments import by_group, greatest, least, variances
 from precond.maps import Identity, Layout, LinearMap, Sliced, Standardizing
 from precond.preconditioners.base import Needs, Part, Preconditioner, Seen
 from precond.vec import Vec
@@ -73,7 +73,7 @@ class InputSide(Preconditioner):
         layers = [
             tuple(place[p] for p in (site.weight, site.bias) if p is not None and p in place)
             for site in dict.fromkeys(s for leaf in leaves for s in leaf.sites)
-            if site.weight in place
+            if site.weight in place and site.answers(self.request)
         ]
         return [Part(i, self) for i in blocks.join(layers, blocks.by_tensor(leaves))]
 
@@ -89,7 +89,8 @@ class InputSide(Preconditioner):
 
     def _parts(self, block: Block) -> list[LayerPart]:
         place = {leaf.param: i for i, leaf in enumerate(block.leaves)}
-        sites = [s for s in dict.fromkeys(s for leaf in block.leaves for s in leaf.sites) if s.weight in place]
+        every = dict.fromkeys(s for leaf in block.leaves for s in leaf.sites)
+        sites = [s for s in every if s.weight in place and s.answers(self.request)]
         parts = [
             LayerPart(place[s.weight], None if s.bias is None else place.get(s.bias), s.rows, s, k) for k, s in enumerate(sites)
         ]
@@ -101,12 +102,14 @@ class InputSide(Preconditioner):
         if weight.shard is None and (bias is None or bias.shard is None):
             return None
         layout = part.site.layout(self.request)
-        rows = weight.shard.span(1 if layout.transposed else 0) if weight.shard is not None else None
-        if rows is None or (layout.transposed and layout.groups > 1):
+        dim = layout.output_dim
+        rows = None if dim is None or weight.shard is None else weight.shard.span(dim)
+        if rows is None:
             raise ValueError(
-                f"{type(self).__name__}: {weight.name!r} is not divided by rows, whose inputs are seen whole; shard a transposed "
-                "convolution without groups along its outputs, fully_shard(..., shard_placement_fn=lambda p: Shard(1)), or leave "
-                "the layer out of sharding or of this preconditioner (Route)"
+                f"{type(self).__name__}: {weight.name!r} is not divided by rows, whose inputs are seen whole; shard a weight (in, out), "
+                "such as a transposed convolution's without groups or Hugging Face's Conv1D's, along its outputs, "
+                "fully_shard(..., shard_placement_fn=lambda p: Shard(1)), or leave the layer out of sharding or of this "
+                "preconditioner (Route)"
             )
         if bias is not None and (bias.shard is None or bias.shard.span(0) != rows):
             raise ValueError(
@@ -123,14 +126,21 @@ class InputSide(Preconditioner):
     def arrow(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, float | Tensor]:
         """(μ, σ, β) of U·diag(β, 1/σ), U = [[1, −μᵀ], [0, I]]: μ and σ of each input of a row, shape (groups, n)."""
 
+    def centered(self, mean: Tensor, variance: Tensor, square: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(μ, σ²), of groups with one sample (0, E[h²]): it has no variance, so there is scale without centering until there are two."""
+        if least(state["count"]) >= 2:
+            return mean, variance
+        one = (state["count"] < 2)[:, None]
+        return torch.where(one, 0, mean), torch.where(one, square, variance)
+
     def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec) -> LinearMap:
         """P on (weight, bias) or (weight,)."""
         mean, std, beta = self.arrow(part, state)
         return Standardizing(mean, std, like, beta, part.layout(self.request))
 
     def known(self, mine: dict[str, Tensor]) -> bool:
-        """Whether P is known of a weight; else it is the identity."""
-        return least(mine["count"]) > 0
+        """Whether P is known of a weight, or of some of its groups; else it is the identity."""
+        return greatest(mine["count"]) > 0
 
     def wants(self, step: int, state: dict[str, Tensor]) -> bool:
         """Whether the inputs of a weight are to be observed at a step."""
@@ -149,7 +159,7 @@ class InputSide(Preconditioner):
 
     def _center(self, state: dict[str, Tensor]) -> Tensor | None:
         """The mean that deviations are measured from."""
-        return state["mean"] if self.damping > 0 and least(state["count"]) > 0 else None
+        return state["mean"] if self.damping > 0 and greatest(state["count"]) > 0 else None
 
     def init(self, block: Block) -> dict[str, Any]:
         return {_key(k, part): v for part in self.parts(block) for k, v in self.fresh(part, block).items()}
@@ -167,21 +177,27 @@ class InputSide(Preconditioner):
     def fold(self, mine: dict[str, Tensor], new: Moments, decay: float) -> None:
         r"""Running averages by the law of total variance, with the old μ: σ² ← ρσ² + (1−ρ)[σ_A² + ρ(μ_A − μ)²].
 
-        ρ_t = min(ρ, 1 − N_t/ΣN): pooled at first, so that one sample does not count like many.
+        ρ_t = min(ρ, 1 − N_t/ΣN): pooled at first, so that one sample does not count like many. A group that saw nothing, such as
+        an expert that no token was routed to, stays as it is.
         """
         size = by_group(new.count)
         gain = size / (by_group(mine["count"]) + size)  # 1 − ρ_t
-        gain = max(gain, 1 - decay) if isinstance(gain, float) else gain.clamp_min_(1 - decay)
+        if isinstance(gain, float):
+            gain = max(gain, 1 - decay)
+        else:
+            shown = new.count[:, None]
+            gain, size = torch.where(shown > 0, gain.clamp_min_(1 - decay), 0.0), shown.clamp_min(1)
         delta = new.mean - mine["mean"]
         mine["activity"].copy_(self.active(mine, new, delta, gain))
         # With ρ = 0 the statistics are those of the newest batch, and so is the number of samples behind them.
-        mine["count"].copy_(new.count) if decay == 0 else mine["count"].add_(new.count)
+        newest = new.count if isinstance(gain, float) else torch.where(new.count > 0, new.count, mine["count"])
+        mine["count"].copy_(newest) if decay == 0 else mine["count"].add_(new.count)
         if "noise" in mine:  # 1/N of a mean with these weights
             noise = mine["noise"] if isinstance(gain, float) else mine["noise"][:, None]
             noise.mul_((1 - gain) ** 2).add_(gain**2 / size)
-        for name, newest in (("size", new.count), ("examples", new.examples)):
+        for name, latest in (("size", new.count), ("examples", new.examples)):
             if name in mine:
-                mine[name].copy_(newest)
+                mine[name].copy_(latest)
         if "variance" in mine:
             mine["variance"].lerp_(new.spread, gain).add_(delta.square().mul_(gain * (1 - gain)))
         else:

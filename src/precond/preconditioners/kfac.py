@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from precond import blocks, checks
 from precond.blocks import Block, Leaf, State, state_dtype
@@ -54,7 +53,7 @@ class OutputFactor(Preconditioner):
         outputs = {leaf.shape[0] if leaf.ndim else 1 for leaf in block.leaves}
         weights = [leaf for leaf in block.leaves if leaf.ndim >= 2 and leaf.kind == "weight" and leaf.param.numel()]
         biases = [leaf for leaf in block.leaves if leaf.kind == "bias" and leaf.ndim == 1]
-        if any(isinstance(leaf.module, nn.modules.conv._ConvTransposeNd) for leaf in weights):
+        if any(leaf.inputs_first for leaf in weights):
             return False  # their rows are inputs
         known = len(weights) + len(biases) == len(block.leaves) and bool(weights)
         return known and len(outputs) == 1 and 2 <= next(iter(outputs)) <= self.max_dim

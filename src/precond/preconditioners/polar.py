@@ -8,7 +8,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from precond import blocks, checks
 from precond.blocks import Block, Leaf, State, state_dtype
@@ -19,7 +19,7 @@ from precond.preconditioners.muon import normalized
 from precond.preconditioners.polar_roots import WHOLE, Leading, root_of
 from precond.preconditioners.rms import RMS
 from precond.preconditioners.roots import renewed
-from precond.vec import all_finite
+from precond.vec import Vec, all_finite
 
 if TYPE_CHECKING:
     from precond.inputs import Moments, Request
@@ -100,17 +100,28 @@ class Polar(Preconditioner):
         weights = [i for i, leaf in enumerate(leaves) if leaf.kind == "weight" and self._fits(leaf.param)]
         if len(weights) != 1:
             return ()
-        rows = leaves[weights[0]].shape[0]
-        if isinstance(leaves[weights[0]].module, nn.modules.conv._ConvTransposeNd):
+        weight = leaves[weights[0]]
+        if weight.inputs_first and weight.ndim > 2:
             return (weights[0],)  # its rows are inputs
+        rows = weight.shape[1 if weight.inputs_first else 0]
         biases = [i for i, leaf in enumerate(leaves) if leaf.kind == "bias" and tuple(leaf.shape) == (rows,)]
         return (weights[0], *biases) if len(biases) == 1 else (weights[0],)
 
     def handles(self, block: Block) -> bool:
         return self._layer(block.leaves) == tuple(range(len(block.leaves)))
 
+    @staticmethod
+    def is_turned(block: Block) -> bool:
+        """Whether its weight is (in, out)."""
+        return block.leaves[0].inputs_first and block.leaves[0].ndim == 2
+
+    @classmethod
+    def matrix(cls, block: Block, v: Vec) -> Tensor:
+        """A vector of a layer as the matrix [W b], a row for each output."""
+        return augmented(v, cls.is_turned(block))
+
     def init(self, block: Block) -> dict:
-        p, n = block.tensors[0], min(augmented(block.tensors).shape)
+        p, n = block.tensors[0], min(self.matrix(block, block.tensors).shape)
         zeros = lambda *shape: torch.zeros(shape, dtype=state_dtype(p.dtype), device=p.device)  # noqa: E731
         L = zeros(n, n)
         root = WHOLE if self.rank is None or n <= 4 * self.rank else Leading(self.rank)
@@ -137,10 +148,10 @@ class Polar(Preconditioner):
                 torch.maximum(state["size"], found.count.amax(), out=state["size"])
 
     def observe(self, state: State, seen: Seen) -> None:
-        m = augmented(seen.gradient if seen.momentum is None else seen.momentum)
+        m = self.matrix(state.block, seen.gradient if seen.momentum is None else seen.momentum)
         self.hear(state, seen.inputs)
         if first := self.is_fresh(state):
-            self.measure(state, None if seen.position is None else augmented(seen.position()))
+            self.measure(state, None if seen.position is None else self.matrix(state.block, seen.position()))
         if share := self.share(state, m.shape, first):
             self.renew(state, m, share)
         X, size = normalized(m, _TINY)
@@ -184,5 +195,6 @@ class Polar(Preconditioner):
 
     def map(self, state: State) -> LinearMap:
         like = state.block.tensors
-        matrix = augmented(like)
-        return Augmented(Scaled(root_of(state).map(state, matrix), self.gain(state, matrix.shape).sqrt()), like)
+        matrix = self.matrix(state.block, like)
+        on_matrix = Scaled(root_of(state).map(state, matrix), self.gain(state, matrix.shape).sqrt())
+        return Augmented(on_matrix, like, self.is_turned(state.block))

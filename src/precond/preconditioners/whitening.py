@@ -12,7 +12,7 @@ from torch import Tensor
 from precond import checks
 from precond.blocks import Block, State, state_dtype
 from precond.inputs import Moments, Request
-from precond.inputs.moments import by_group, least, variances
+from precond.inputs.moments import by_group, greatest, least, variances
 from precond.maps import LinearMap
 from precond.preconditioners.correlation import Correlation, Leading, Root, Whole
 from precond.preconditioners.input_side import InputSide, LayerPart
@@ -125,6 +125,8 @@ class Whitening(InputSide):
         square = torch.addcmul(variance, mean, mean)
         if part.bias is None:
             variance, mean = square, torch.zeros_like(mean)
+        else:
+            mean, variance = self.centered(mean, variance, square, state)
         std = self.damping_of(square, state).add_(variance).sqrt_()
         return mean, std.masked_fill_(std == 0, 1.0)
 
@@ -137,7 +139,7 @@ class Whitening(InputSide):
         return super().part_map(part, state, like) @ self.root_of(state).map(state, like, layout)
 
     def known(self, mine: dict[str, Tensor]) -> bool:
-        return least(mine["count"]) >= 2  # one sample has no covariance
+        return greatest(mine["count"]) >= 2  # one sample has no covariance
 
     def refresh(self, state: State) -> None:
         if not renewed(min(state.steps), self.every):

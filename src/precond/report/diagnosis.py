@@ -51,6 +51,7 @@ def render_diagnosis(found: Diagnosis, title: str, facts: dict[str, str], comman
         facts=facts,
         found=found,
         cards=_cards(found),
+        verdict=found.verdict,
         advice=[(a, number(a.gain)) for a in found.advice],
         columns=[LABELS.get(name, name) for name in columns],
         rows=[(layer, _cells(layer, columns)) for layer in found.layers],

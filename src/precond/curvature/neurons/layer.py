@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from precond import checks
 from precond.inputs.conv import ConvTap
 from precond.inputs.moments import Request
-from precond.inputs.taps import LinearTap, Tap
+from precond.inputs.taps import LinearTap
 
 _CONV = nn.modules.conv._ConvNd
 
@@ -55,7 +55,7 @@ class Layer:
         checks.one_of(caller, "layer", name, eligible)
         self.name, self.module = name, modules[name]
         self.conv = isinstance(self.module, _CONV)
-        self.tap: Tap = ConvTap(self.module) if self.conv else LinearTap(self.module)
+        self.tap: Any = ConvTap(self.module) if self.conv else LinearTap(self.module)
 
     @property
     def units(self) -> int:
@@ -119,7 +119,7 @@ class Layer:
 
     def inputs(self, call: Call) -> Tensor:
         """What the weight meets at each place, (groups, places, n)."""
-        return self.tap.rows(call.args, call.kwargs, self.tap.weights[0]).detach()
+        return self.tap.rows(self.tap.read(call.args, call.kwargs), self.tap.weights[0]).detach()
 
 
 def arrangements(lead: tuple[int, ...], samples: int) -> Iterator[Tensor]:

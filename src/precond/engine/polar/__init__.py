@@ -23,6 +23,8 @@ def polar(cell: Cell, P: Preconditioner, momentum: Momentum | None, decay: float
         return None
     if "clean" in cell.average or "m" not in cell.average:
         return None
+    if inner.is_turned(cell.block):
+        return None
     if outer is not None and not (isinstance(outer, BNP | Whitening) and is_plain(outer, cell.block)):
         return None
     if isinstance(outer, BNP) and outer.width_scaling:
