@@ -36,6 +36,7 @@ class Leaf:
         kind: ``"weight"``, ``"bias"``, ``"norm"``, ``"embedding"``, or ``"vector"`` (one-dimensional, its module unknown).
         layer: qualified name of the module that owns it; its own name where none is known.
         module: that module, or None.
+        attribute: what the module calls it, or nothing.
         group: the number of its parameter group.
         sites: where the inputs of the layer are observed, for which it is the weight or the bias.
     """
@@ -47,6 +48,7 @@ class Leaf:
     module: nn.Module | None = field(default=None, repr=False)
     group: int = 0
     sites: tuple[Any, ...] = field(default=(), repr=False)
+    attribute: str = field(default="", repr=False)
 
     @property
     def shape(self) -> torch.Size:

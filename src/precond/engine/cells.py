@@ -213,6 +213,7 @@ def _adopt(
             for leaf, tensor in zip(state.block.leaves, fresh, strict=False):
                 known = existing.get(leaf.param, {}).get(outside(prefix + key))
                 mine = local(known) if isinstance(known, Tensor) else tensor
-                kept.append(mine if mine.shape == tensor.shape else tensor)
+                # The parameter may have been converted since, or moved.
+                kept.append(mine.to(tensor) if mine.shape == tensor.shape else tensor)
             state[key] = tuple(kept) if isinstance(value, tuple) else kept[0]
     state["step"] = steps

@@ -27,11 +27,11 @@ class Observer:
     counts once. Nothing of the inputs is kept but their moments.
     """
 
-    def __init__(self, sites: Sequence[Site], requests: Iterable[Request]):
+    def __init__(self, sites: Sequence[Site], requests: Iterable[Request], seen: Seen | None = None):
         self.sites, self.requests = tuple(sites), tuple(requests)
         self.enabled = True
         self.wanted: dict[tuple[str, Request], Tensor | None] = {}
-        self._seen: Seen = {}
+        self._seen: Seen = {} if seen is None else seen
         self._without_grad: dict[nn.Module, int] = {}
         by_module: dict[nn.Module, list[tuple[Site, Tap, Any]]] = {}
         for site in self.sites:

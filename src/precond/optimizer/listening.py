@@ -34,6 +34,7 @@ class Listening:
 
     def begin(self, owners: Owners, recorded: Iterable[torch.device] | None, cells: Sequence[Cell]) -> None:
         """Put the hooks on the models; ``recorded``: the devices whose random state second passes want, or None."""
+        seen = {} if self.observer is None else self.observer.collect()  # in this step, should the hooks be put on anew
         self.close()
         modules = owners.alive()
         if recorded is not None and modules:
@@ -43,7 +44,7 @@ class Listening:
             if found.passed_by:
                 names = "; ".join(f"{name!r} {why}" for name, why in found.passed_by)
                 warnings.warn(f"no input statistics for some layers, which keep their gradient: {names}", stacklevel=5)
-            self.observer = Observer(found.sites, self.requests)
+            self.observer = Observer(found.sites, self.requests, seen)
             self._want(cells)
             if distributed():
                 check_alike(self.observer)

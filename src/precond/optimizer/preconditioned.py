@@ -29,7 +29,7 @@ from precond.optimizer.fusing import alike, divided, kernels_of
 from precond.optimizer.listening import Listening
 from precond.optimizer.looking import map_in_force, measure
 from precond.optimizer.naming import Naming
-from precond.optimizer.parameters import Owners, Params, to_groups
+from precond.optimizer.parameters import Owners, Params, in_place, to_groups
 from precond.optimizer.passes import Recorder, random_state, restore_random_state
 from precond.optimizer.probing import Probe, exact_gradient, finite_loss, loss_gradient, take_gradients, unscaled
 from precond.optimizer.record import Record
@@ -162,17 +162,33 @@ class PreconditionedGD(torch.optim.Optimizer):
         self._bound, self._kernels_of, self._pending = bound, None, None
 
     def _follow_groups(self) -> None:
-        """Follow the groups: their numbers may have changed, parameters may have been frozen or thawed."""
+        """Follow groups and model: numbers may have changed, parameters been frozen, thawed, converted, moved, or replaced."""
         match self._bound.follow(self.param_groups, self.naming):
             case "broken":
-                before = self._bound.entries
+                before = self._bound
+                changed = not all(map(in_place, before.leaves))
+                if changed:
+                    self._follow_model()
+                check_precision(self.owners.leaves(self.param_groups), before.choices[0], self.rounding)
                 self._bind()
+                self._spare.clear()
+                if changed:
+                    self._listen()
                 kept = {(leaf.param, key) for leaf, key, _ in self._bound.entries}
-                for leaf, key, _ in before:  # the state of what is frozen waits
-                    if leaf.param.requires_grad and (leaf.param, key) not in kept and key not in serialization.OPTIONAL:
+                for leaf, key, _ in before.entries:  # the state of what is frozen waits
+                    if leaf.param in self.state and leaf.param.requires_grad and (leaf.param, key) not in kept and key not in serialization.OPTIONAL:
                         self.state[leaf.param].pop(self.naming.outside(key), None)
             case "renumbered":
                 self._kernels_of = None
+
+    def _follow_model(self) -> None:
+        """Parameters that stand in the place of others take over their state."""
+        new = self.owners.moved(self._bound.leaves)
+        for group in self.param_groups:
+            group["params"] = [new.get(p, p) for p in group["params"]]
+        for p, q in new.items():
+            if p in self.state:
+                self.state[q] = self.state.pop(p)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its ``"params"`` may be a module. State is made at once."""
