@@ -237,6 +237,7 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     # --- the step ------------------------------------------------------------------------------------------------------
 
+    @torch._disable_dynamo  # under torch.compile the graph breaks here: a step reads its numbers and looks at its model
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step.
 
@@ -320,6 +321,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         """Whether the parameters stand at a probed point p + δ."""
         return self._pending is not None and self._pending.moved
 
+    @torch._disable_dynamo
     def probe(self, grad_scale: float | Tensor | None = None) -> bool:
         """Ask for another gradient: ``loss.backward(); while opt.probe(): loss_fn(...).backward()``; then ``opt.step()``.
 
