@@ -128,9 +128,11 @@ def build(
     choices: Sequence[Choice],
     existing: Mapping[Tensor, dict[str, Any]],
     outside: Callable[[str], str],
+    clean: bool = True,
 ) -> tuple[list[Cell], list[tuple[Leaf, str, Tensor]]]:
     """Cells for the leaves that want gradients, and their state entries (leaf, key, tensor).
 
+    ``clean``: statistics are of the clean gradient, whatever regularizers add to what is descended.
     State tensors that ``existing`` holds already, of the same shape, under their names ``outside``, are taken over as they are.
     """
     live = [i for i, leaf in enumerate(leaves) if leaf.param.requires_grad]
@@ -144,7 +146,8 @@ def build(
             )
         state = State(block, preconditioner.init(block) if preconditioner.handles(block) else {})
         average = State(block, momentum.init(block) if momentum is not None else {})
-        if "m" in average and preconditioner.uses_momentum and any(map(_adds, choices[block.leaves[0].group].regularizers)):
+        regularizers = choices[block.leaves[0].group].regularizers
+        if clean and "m" in average and preconditioner.uses_momentum and any(r.joins_gradient for r in regularizers):
             average["clean"] = block.zeros()
         steps = tuple(_known(existing, leaf, "step", _fresh_step) for leaf in block.leaves)
         for s in (state, average):
@@ -182,11 +185,6 @@ def _disagree(leaf: Leaf) -> ValueError:
         f"the groups of {leaf.name!r} and of the rest of its layer differ in a number that decides what is stepped jointly "
         "(max_dim, max_inputs); give both groups one value"
     )
-
-
-def _adds(r: Regularizer) -> bool:
-    """Whether a regularizer adds to the gradient, so that the momentum is not the clean gradient's."""
-    return r.probes or r.exact or (r.space == "p" and not getattr(r, "proximal", False))
 
 
 def _fresh_step(leaf: Leaf) -> Tensor:

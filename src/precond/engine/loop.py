@@ -16,7 +16,8 @@ from torch import Tensor
 from precond import vec
 from precond.blocks import State
 from precond.engine.point import Point
-from precond.maps import LinearMap
+from precond.maps import Identity, LinearMap
+from precond.regularizers.base import At
 from precond.spaces import Cotangent, Instead, Prox, Tangent, Term
 from precond.vec import Vec
 
@@ -114,7 +115,7 @@ def step(point: Point, rules: Rules, evidence: Evidence) -> Vec:
         else:
             length = point.sums.dot(a, point.joined(maps()).gram(a)).clamp_min(0).sqrt()
         a = vec.scale(a, _clip_factor(rules.max_norm, length))
-    u = descent(point, factors(), a)
+    u = descent(point, bounded(point, factors(), ats) if rules.statistics_from == "loss" else factors(), a)
     for term in [*early, *late]:
         if isinstance(term, Tangent):
             u = vec.add(u, term.formed())
@@ -136,6 +137,24 @@ def assemble(g: Vec, terms: Sequence[Term]) -> Vec:
         if isinstance(term, Cotangent):
             g = vec.add(g, term.vec)
     return g
+
+
+def bounded(
+    point: Point, factors: Sequence[tuple[LinearMap, LinearMap]], ats: Sequence[At]
+) -> Sequence[tuple[LinearMap, LinearMap]]:
+    """(F, N) of each cell with α·‖M‖·‖∇²R‖ ≤ 1: no step along the gradient of a penalty in p goes beyond the penalty's minimum.
+
+    M made without knowing of the penalty may be as large as it likes, 1/σ² for inputs of a small variance σ². Where α‖M‖·2λ > 2, the
+    steps p ← p − αM(g + 2λp) grow without bound, however small α∇²L is; (M⁻¹ + sI)⁻¹ in place of M leaves their fixed point.
+    """
+    curvature = [sum(map(float, x)) for x in zip(*(r.stiffness(at) for r, at in zip(point.choices[0].regularizers, ats, strict=True)))]
+    if not any(curvature):
+        return factors
+    out = []
+    for (_, span), (F, N) in zip(point.spans, factors, strict=True):
+        t = max(float(lr) * c for lr, c in zip(point.lr[span], curvature[span], strict=True))
+        out.append((F, N.bounded(t) if t and isinstance(F, Identity) else N))
+    return out
 
 
 def descent(point: Point, factors: Sequence[tuple[LinearMap, LinearMap]], a: Vec, fold: bool = True) -> Vec:

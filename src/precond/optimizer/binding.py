@@ -62,12 +62,13 @@ def bind(
     naming: Naming,
     observed: bool,
     rounding: str,
+    clean: bool,
     existing: Mapping[Tensor, dict[str, Any]],
 ) -> Binding:
-    """Cells for the parameters that want gradients; state that ``existing`` holds is taken over as it is."""
+    """Cells for the parameters that want gradients; state that ``existing`` holds is taken over, in the parameters' dtype and place."""
     leaves = owners.leaves(groups, observed)
     choices = choices_of(groups, naming)
-    cells, entries = engine_cells.build(leaves, choices, existing, naming.outside)
+    cells, entries = engine_cells.build(leaves, choices, existing, naming.outside, clean)
     if rounding == "kahan":
         entries += _residuals(leaves, existing)
     kinds = read_kinds(leaf.param for leaf in leaves)

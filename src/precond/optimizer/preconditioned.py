@@ -152,7 +152,8 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def bound_to(self, groups: Sequence[Mapping[str, Any]], existing: Mapping[Tensor, dict[str, Any]]) -> Binding:
         """What groups come to, with the state that exists; nothing of the optimizer's own changes."""
-        return bind(groups, self.owners, self.naming, self.observes, self.rounding, existing)
+        clean = self.rules.statistics_from == "loss"
+        return bind(groups, self.owners, self.naming, self.observes, self.rounding, clean, existing)
 
     def adopt(self, bound: Binding, state: defaultdict[Tensor, Any]) -> None:
         """Take a binding and its state as the optimizer's own."""
@@ -169,7 +170,7 @@ class PreconditionedGD(torch.optim.Optimizer):
                 changed = not all(map(in_place, before.leaves))
                 if changed:
                     self._follow_model()
-                check_precision(self.owners.leaves(self.param_groups), before.choices[0], self.rounding)
+                check_precision(self.owners.leaves(self.param_groups), choices_of(self.param_groups, self.naming)[0], self.rounding)
                 self._bind()
                 self._spare.clear()
                 if changed:
