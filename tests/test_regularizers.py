@@ -83,7 +83,7 @@ TERMS = [
 def test_terms_in_closed_form(regularizer, kind, expected):
     term = regularizer.term(evaluated(regularizer))
     assert type(term) is kind
-    found = term.apply(split(p)) if kind is Prox else term.vec
+    found = term.apply(split(p)) if kind is Prox else term.formed() if kind is Tangent else term.vec
     torch.testing.assert_close(vec.flatten(found), expected)
 
 

@@ -27,6 +27,7 @@ class Leaf:
         kind: ``"weight"``, ``"bias"``, ``"norm"``, ``"embedding"``, or ``"vector"`` (one-dimensional, its module unknown).
         layer: qualified name of the module that owns it; its own name where none is known.
         module: that module, or None.
+        attribute: what the module calls it, or nothing.
         group: the number of its parameter group.
         sites: where the inputs of the layer are observed, for which it is the weight or the bias.
         inputs_first: whether its first dimension counts the inputs of its layer, as in transposed convolutions.
@@ -40,6 +41,7 @@ class Leaf:
     group: int = 0
     sites: tuple[Any, ...] = field(default=(), repr=False)
     inputs_first: bool = False
+    attribute: str = field(default="", repr=False)
 
     @property
     def shape(self) -> torch.Size:

@@ -1,29 +1,48 @@
-"""Hooks that do not keep what they serve alive."""
+"""Hooks that do not keep what they serve alive, and stay out of compiled graphs."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
+
+_CLOSE = (
+    "a precond optimizer watches this model's training forwards, which no graph can hold: call optimizer.close() first (it then "
+    "observes nothing more)"
+)
 
 
 class WeakHook:
-    """Calls ``method`` of an object while that lives; a copied or unpickled model carries an inert one."""
+    """A forward pre-hook that calls ``method`` of an object while that lives; a copied or unpickled model carries an inert one.
+
+    Forwards out of training are let pass, and so are those that make a graph to be kept (``torch.export``, ``torch.jit.trace``): a
+    hook would leave symbols in place of inputs. Under ``torch.compile`` a training forward breaks the graph here.
+    """
 
     def __init__(self, target: Any = None, method: str = ""):
         self._target = weakref.ref(target) if target is not None else _nobody
         self._method = method
+        self._outside = _outside()
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        if not module.training or torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return
         target = self._target()
         if target is None:
             return
         if torch.compiler.is_compiling():  # a traced graph would run this once and never again
-            _outside(target, self._method, args)
+            self._outside(target, self._method, module, args)
         else:
-            getattr(target, self._method)(*args)
+            getattr(target, self._method)(module, *args)
+
+    @property
+    def __name__(self) -> str:
+        # What torch.jit.script asks for first; it compiles hooks from their source, and this one has none that it could.
+        raise AttributeError(f"torch.jit.script: {_CLOSE}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WeakHook, ()
@@ -33,9 +52,16 @@ def _nobody() -> None:
     return None
 
 
-@torch._disable_dynamo
-def _outside(target: Any, method: str, args: tuple[Any, ...]) -> None:
-    getattr(target, method)(*args)
+def _call(target: Any, method: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    getattr(target, method)(module, *args)
+
+
+@cache
+def _outside() -> Callable[..., None]:
+    """The same, outside of any graph; where a break is not allowed the error says what to do."""
+    import torch._dynamo  # which an optimizer's constructor has imported
+
+    return torch._dynamo.disable(_call, reason=_CLOSE)
 
 
 def remove(handles: Iterable[Any]) -> None:

@@ -11,10 +11,12 @@ WIDE = 128 * 128
 """Entries of a matrix from which on its products are faster in 16 bits than in 32, where the processor has instructions for them."""
 
 
-def in_16_bits(matrices: Tensor) -> bool:
-    """Whether products with matrices (…, A, B) are to be taken in bfloat16: of float32 and some size, where there are instructions for it."""
-    A, B = matrices.shape[-2:]
-    return matrices.dtype == torch.float32 and A * B >= WIDE and _multiplies(matrices.device)
+def in_16_bits(weights: Tensor, members: int = 1) -> bool:
+    """Whether products with a weight, or with several side by side, are to be taken in bfloat16.
+
+    They are where weights are of float32 and some size, and there are instructions for such products.
+    """
+    return weights.dtype == torch.float32 and weights.numel() // members >= WIDE and _multiplies(weights.device)
 
 
 def _multiplies(device: torch.device) -> bool:

@@ -159,6 +159,14 @@ def combined(f: Callable[..., Scalar], *scalars: Sequence[Scalar]) -> list[Scala
     return out
 
 
+def larger(a: Scalar, b: Scalar) -> Scalar:
+    """The larger of two scalars; tensors are not read by the host."""
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+        return max(a, b)
+    like = a if isinstance(a, Tensor) else b
+    return torch.maximum(*(x if isinstance(x, Tensor) else torch.full_like(like, x) for x in (a, b)))  # type: ignore[arg-type]
+
+
 def _alike(s: Sequence[Scalar]) -> list[tuple[Scalar, list[int]]]:
     """The different scalars, and where each stands; tensors are not read, only the same tensor counts as equal."""
     found: dict[Any, tuple[Scalar, list[int]]] = {}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from precond.blocks import Block, Leaf, Stack, State, state_dtype
 from precond.inputs.observer import Seen
@@ -15,7 +16,7 @@ from precond.momentum import Momentum
 from precond.preconditioners.base import Preconditioner
 from precond.preconditioners.base import Seen as Evidence
 from precond.regularizers.base import Regularizer
-from precond.vec import Vec
+from precond.vec import Scalar, Vec
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,14 @@ class Cell:
         self.momentum.fold(own, gradient)
         return self.momentum.current(own, gradient)
 
-    def descent(self, a: Vec, fold: bool = True) -> Vec:
-        """F N Nᵀ · momentum(Fᵀa) with P = F N, or momentum(M a) where the momentum is one of tangents; one tensor for each leaf."""
+    def descent(self, a: Vec, least: Scalar = 0.0, fold: bool = True) -> Vec:
+        """F N Nᵀ · momentum(Fᵀa) with P = F N, or momentum(M a) where the momentum is one of tangents; one tensor for each leaf.
+
+        M is damped until its eigenvalues are at most 1/``least``, where that is not 0 and its map has such a form.
+        """
         F, N = self.factors()
+        if isinstance(F, Identity) and (isinstance(least, Tensor) or least):
+            N = N.bounded(least)
         y = self._averaged(F.rmv(self.block.gathered(a)), "cotangent", fold)
         return self.block.scattered(self._averaged(F.mv(N.gram(y)), "tangent", fold))
 

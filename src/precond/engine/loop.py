@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from precond import vec
 from precond.blocks import State
 from precond.engine.point import Point
+from precond.regularizers.base import At, Regularizer
 from precond.spaces import Cotangent, Instead, Prox, Tangent, Term
 from precond.vec import Scalar, Vec
 
@@ -107,9 +108,9 @@ def step(point: Point, rules: Rules, evidence: Evidence, measured: bool = False)
     early = [r.term(at) for r, at, now in zip(regularizers, ats, is_early, strict=True) if now]
     a = assemble(point.g, early)
     factor: Tensor | None = None
-    alone = not evidence.observed and all(is_early) and a is point.g and rules.max_norm is None and not rules.plainly
+    source = point.g if rules.statistics_from == "loss" else a
+    alone = not evidence.observed and all(is_early) and a is source and rules.max_norm is None and not rules.plainly
     if not evidence.observed and not alone:
-        source = point.g if rules.statistics_from == "loss" else a
         settled = not any(r.circular for r in regularizers) and not evidence.found
         if rules.max_norm is not None and rules.norm_space == "p" and settled:
             # As when torch.nn.utils.clip_grad_norm_ runs before the step: the statistics see the clipped gradient.
@@ -127,8 +128,9 @@ def step(point: Point, rules: Rules, evidence: Evidence, measured: bool = False)
     terms = [*early, *late]
     tangents = [term for term in terms if isinstance(term, Tangent)]
     lengths: list[Tensor] = []
-    for cell, span in point.spans:  # one after the other: memory for one cell's step is all that is needed
-        u, lr = cell.advance(a[span]) if alone else cell.descent(a[span]), point.lr[span]
+    least = bounds(point, ats, regularizers) if rules.statistics_from == "loss" else [0.0] * len(point.cells)
+    for (cell, span), t in zip(point.spans, least, strict=True):  # one after the other: memory for one cell's step will do
+        u, lr = cell.advance(a[span]) if alone else cell.descent(a[span], t), point.lr[span]
         if measured:
             whole = _with(u, tangents, span)
             lengths += torch._foreach_norm(vec.scale(whole, lr))
@@ -150,6 +152,19 @@ def assemble(g: Vec, terms: Sequence[Term]) -> Vec:
         if isinstance(term, Cotangent):
             g = vec.add(g, term.vec)
     return g
+
+
+def bounds(point: Point, ats: Sequence[At], regularizers: Sequence[Regularizer]) -> list[Scalar]:
+    """The least t of each cell with α‖M‖·‖∇²R‖ ≤ 1 for ‖M‖ ≤ 1/t: no step along the gradient of a penalty in p goes beyond its minimum.
+
+    M made without knowing of the penalty may be as large as it likes, 1/σ² for inputs of a small variance σ². Where α‖M‖·2λ > 2, the
+    steps p ← p − αM(g + 2λp) grow without bound, however small α∇²L is; (M⁻¹ + sI)⁻¹ in place of M leaves their fixed point.
+    """
+    curvature = [sum(x) for x in zip(*(r.stiffness(at) for r, at in zip(regularizers, ats, strict=True)), strict=True)]
+    if all(not isinstance(x, Tensor) and x == 0 for x in curvature):
+        return [0.0] * len(point.cells)
+    each = vec.combined(lambda x, c: x * c, point.lr, curvature)
+    return [reduce(vec.larger, {id(x): x for x in each[span]}.values()) for _, span in point.spans]
 
 
 def last_update(point: Point) -> Vec:

@@ -14,7 +14,6 @@ from precond.engine.cells import Cell, Choice
 from precond.momentum import Momentum
 from precond.preconditioners.base import Preconditioner
 from precond.preconditioners.stacked import Stacked, side_by_side, stackable
-from precond.regularizers.base import Regularizer
 from precond.sharding import local
 from precond.vec import Vec
 
@@ -55,7 +54,12 @@ def units(leaves: Sequence[Leaf], live: Sequence[int], choices: Sequence[Choice]
 
 
 def build(
-    leaves: Sequence[Leaf], choices: Sequence[Choice], existing: Existing, outside: Callable[[str], str], plainly: bool = False
+    leaves: Sequence[Leaf],
+    choices: Sequence[Choice],
+    existing: Existing,
+    outside: Callable[[str], str],
+    plainly: bool = False,
+    clean: bool = True,
 ) -> tuple[list[Cell], list[tuple[Leaf, str, Tensor]]]:
     """Cells for the leaves that want gradients, and their state entries (leaf, key, tensor).
 
@@ -63,11 +67,12 @@ def build(
         existing: whose tensors, of the same shape, are taken over as they are.
         outside: our names of state tensors → those in ``existing``.
         plainly: every block alone.
+        clean: statistics are of the clean gradient, whatever regularizers add to what is descended.
     """
 
     live = [i for i, leaf in enumerate(leaves) if leaf.param.requires_grad]
     cells, entries = [], []
-    singles = [_Single.of(unit, leaves, choices, existing, outside) for unit in units(leaves, live, choices)]
+    singles = [_Single.of(unit, leaves, choices, existing, outside, clean) for unit in units(leaves, live, choices)]
     for alike in [[single] for single in singles] if plainly else _alike(singles):
         first, index = alike[0], tuple(i for single in alike for i in single.unit.index)
         preconditioner, momentum, block = first.unit.preconditioner, first.unit.momentum, first.block
@@ -110,6 +115,7 @@ class _Single:
         choices: Sequence[Choice],
         existing: Existing,
         outside: Callable[[str], str],
+        clean: bool,
     ) -> _Single:
         P, block = unit.preconditioner, Block(tuple(leaves[i] for i in unit.index))
         if block.sharded and P.needs == "block":
@@ -120,7 +126,8 @@ class _Single:
         handled = P.handles(block)
         state = State(block, P.init(block) if handled else {})
         average = State(block, unit.momentum.init(block) if unit.momentum is not None else {})
-        if "m" in average and P.uses_momentum and any(map(_adds, choices[block.leaves[0].group].regularizers)):
+        regularizers = choices[block.leaves[0].group].regularizers
+        if clean and "m" in average and P.uses_momentum and any(r.joins_gradient for r in regularizers):
             average["clean"] = block.zeros()
         steps = tuple(_known(existing, leaf, "step", _fresh_step) for leaf in block.leaves)
         for s in (state, average):
@@ -198,11 +205,6 @@ def _disagree(leaf: Leaf) -> ValueError:
     )
 
 
-def _adds(r: Regularizer) -> bool:
-    """Whether a regularizer adds to the gradient, so that the momentum is not the clean gradient's."""
-    return r.probes or r.exact or (r.space == "p" and not getattr(r, "proximal", False))
-
-
 def _fresh_step(leaf: Leaf) -> Tensor:
     # On the host, as torch keeps it: reading it never waits for a device.
     return torch.zeros((), dtype=torch.float32)
@@ -227,6 +229,7 @@ def _adopt(
             for leaf, tensor in zip(state.block.leaves, fresh, strict=False):
                 known = existing.get(leaf.param, {}).get(outside(prefix + key))
                 mine = local(known) if isinstance(known, Tensor) else tensor
-                kept.append(mine if mine.shape == tensor.shape else tensor)
+                # The parameter may have been converted since, or moved.
+                kept.append(mine.to(tensor) if mine.shape == tensor.shape else tensor)
             state[key] = tuple(kept) if isinstance(value, tuple) else kept[0]
     state["step"] = steps

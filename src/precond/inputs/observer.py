@@ -33,13 +33,13 @@ class Observer:
         absent: how many contexts say that the forwards are another's.
     """
 
-    def __init__(self, sites: Sequence[Site], requests: Iterable[Request]):
+    def __init__(self, sites: Sequence[Site], requests: Iterable[Request], seen: Seen | None = None):
         self.sites, self.requests = tuple(sites), tuple(requests)
         self.enabled = True
         self.wanted: dict[tuple[str, Request], Tensor | None] = {}
         self.unread: dict[str, str] = {}
         self.absent = 0
-        self._seen: Seen = {}
+        self._seen: Seen = {} if seen is None else seen
         self._without_grad: dict[nn.Module, int] = {}
         by_module: dict[nn.Module, list[tuple[Site, Tap, Weight]]] = {}
         for site in self.sites:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from precond import vec
-from precond.vec import Vec
+from precond.vec import Scalar, Vec
 
 
 class LinearMap(ABC):
@@ -56,6 +56,10 @@ class LinearMap(ABC):
         if delta == 0:
             return self
         raise NotImplementedError(f"{type(self).__name__} has no damped form; set damping=0 in the regularizer")
+
+    def bounded(self, t: Scalar) -> LinearMap:
+        """The map itself where M's eigenvalues are at most 1/t; else one that is damped until they are, where it has such a form."""
+        return self
 
     @property
     def T(self) -> LinearMap:

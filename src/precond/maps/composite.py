@@ -8,7 +8,7 @@ from precond import vec
 from precond.maps.base import Identity, LinearMap, Piecewise
 from precond.maps.dense import Dense
 from precond.maps.diagonal import Diagonal
-from precond.vec import Vec
+from precond.vec import Scalar, Vec
 
 
 class Product(LinearMap):
@@ -65,6 +65,9 @@ class BlockDiagonal(Piecewise):
 
     def damped(self, delta: float) -> LinearMap:
         return BlockDiagonal([(i, m.damped(delta)) for i, m in self.blocks], self.like, self.rest.damped(delta))
+
+    def bounded(self, t: Scalar) -> LinearMap:
+        return BlockDiagonal([(i, m.bounded(t)) for i, m in self.blocks], self.like, self.rest)
 
     @property
     def T(self) -> LinearMap:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from precond import vec
 from precond.maps.base import LinearMap
-from precond.vec import Vec
+from precond.vec import Scalar, Vec
 
 
 class Diagonal(LinearMap):
@@ -78,6 +78,9 @@ class InverseRoot(Diagonal):
         holes: whether some h may be ∞.
         means: the mean over the finite entries of each tensor of a vector, where other processes hold some of them.
     """
+
+    def bounded(self, t: Scalar) -> LinearMap:
+        return InverseRoot(tuple(torch._foreach_clamp_min(self.denominator, t)), self.holes, self.means)
 
     denominator: Vec = ()  # given, not computed and cached as a diagonal's
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from precond.maps.base import LinearMap, Piecewise
 from precond.maps.dense import _mean_inverse
 from precond.maps.diagonal import Diagonal
-from precond.vec import Vec
+from precond.vec import Scalar, Vec
 
 
 @dataclass(frozen=True)
@@ -209,10 +209,26 @@ class Standardizing(LinearMap):
             raise ValueError("Standardizing: give `like` to damp it")
         variance = self.std.square()
         if len(self.like) == 1:
-            return Standardizing(self.mean, (variance + delta * variance.mean()).sqrt(), self.like, layout=self.layout)
+            return self._shifted(delta * variance.mean())
+        mean, k = self.mean, self.beta**-2
+        return self._shifted(delta * (k + (variance + k * mean.square()).sum(-1, keepdim=True)).mean() / (mean.shape[-1] + 1))
+
+    def bounded(self, t: Scalar) -> LinearMap:
+        """Damped by the least s for which the eigenvalues of (M⁻¹ + sI)⁻¹ are known to be at most 1/t."""
+        largest = self.std.square().amin(-1, keepdim=True).reciprocal()
+        if self.like is None or len(self.like) > 1:
+            # Of a positive matrix of two blocks the largest eigenvalue is at most the sum of theirs.
+            largest = largest + self.beta**2 + (self.mean / self.std).square().sum(-1, keepdim=True)
+        s = (t - 1 / largest).clamp_min(0)
+        return self._shifted(s)
+
+    def _shifted(self, t: Tensor) -> LinearMap:
+        """The map whose Gram matrix is (M⁻¹ + tI)⁻¹, t of each group of rows or of all."""
+        variance = self.std.square()
+        if self.like is not None and len(self.like) == 1:
+            return Standardizing(self.mean, (variance + t).sqrt(), self.like, layout=self.layout)
         # M⁻¹ + tI per row = [[1/β² + t, μᵀ/β²], [μ/β², σ² + t + μμᵀ/β²]], whose LDLᵀ factors are an arrow and a rank-one change.
         mean, k = self.mean, self.beta**-2
-        t = delta * (k + (variance + k * mean.square()).sum(-1, keepdim=True)).mean() / (mean.shape[-1] + 1)
         corner = k + t
         std = (variance + t).sqrt()
         v, c = mean / std, k - k * k / corner
@@ -248,6 +264,9 @@ class _RankOne(Standardizing):
 
     def damped(self, delta: float) -> LinearMap:
         return LinearMap.damped(self, delta)
+
+    def bounded(self, t: Scalar) -> LinearMap:
+        return self
 
 
 class RowMatrix(LinearMap):
@@ -333,3 +352,6 @@ class Sliced(Piecewise):
 
     def damped(self, delta: float) -> LinearMap:
         return Sliced([(w, b, rows, m.damped(delta)) for w, b, rows, m in self.parts], self.like)
+
+    def bounded(self, t: Scalar) -> LinearMap:
+        return Sliced([(w, b, rows, m.bounded(t)) for w, b, rows, m in self.parts], self.like)

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from precond.maps.base import LinearMap, Piecewise
-from precond.vec import Vec
+from precond.vec import Scalar, Vec
 
 
 class Gathering(Protocol):
@@ -41,6 +41,9 @@ class OfMembers(Piecewise):
 
     def damped(self, delta: float) -> LinearMap:
         return self if delta == 0 else OfMembers(self.map.damped(delta), self.stack)
+
+    def bounded(self, t: Scalar) -> LinearMap:
+        return OfMembers(self.map.bounded(t), self.stack)
 
     @property
     def T(self) -> LinearMap:
@@ -78,6 +81,9 @@ class Vectorized(Piecewise):
 
     def damped(self, delta: float) -> LinearMap:
         return self if delta == 0 else self._changed(lambda P: P.damped(delta))
+
+    def bounded(self, t: Scalar) -> LinearMap:
+        return self._changed(lambda P: P.bounded(t))
 
     @property
     def T(self) -> LinearMap:

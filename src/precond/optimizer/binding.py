@@ -14,7 +14,7 @@ from precond.blocks import Leaf
 from precond.engine import plan
 from precond.engine.cells import Cell, Choice
 from precond.optimizer.naming import Naming
-from precond.optimizer.parameters import Owners
+from precond.optimizer.parameters import Owners, in_place
 
 Following = Literal["same", "renumbered", "broken"]
 """Of the groups since a binding was made: nothing has changed; numbers have; parameters or strategies have."""
@@ -27,7 +27,7 @@ class Binding:
     Attributes:
         entries: (leaf, key, tensor) of all state.
         options: the groups' options when it was made.
-        live: which leaves wanted gradients then.
+        kinds: whether each leaf wanted gradients then, its dtype and device.
     """
 
     leaves: list[Leaf] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Binding:
     cells: list[Cell] = field(default_factory=list)
     entries: list[tuple[Leaf, str, Tensor]] = field(default_factory=list)
     options: list[tuple[Any, ...]] = field(default_factory=list)
-    live: list[bool] = field(default_factory=list)
+    kinds: list[tuple[Any, ...]] = field(default_factory=list)
 
     @property
     def divided(self) -> bool:
@@ -55,7 +55,7 @@ class Binding:
     def follow(self, groups: Sequence[Mapping[str, Any]], naming: Naming) -> Following:
         """Take over numbers that have changed in the groups."""
         options = read_options(groups, naming)
-        if self.live != [p.requires_grad for group in groups for p in group["params"]]:
+        if self.kinds != read_kinds(p for group in groups for p in group["params"]) or not all(map(in_place, self.leaves)):
             return "broken"
         if options == self.options:
             return "same"
@@ -82,16 +82,17 @@ def bind(
     observed: bool,
     rounding: str,
     plainly: bool,
+    clean: bool,
     existing: Mapping[Tensor, dict[str, Any]],
 ) -> Binding:
-    """Cells for the parameters that want gradients; state that ``existing`` holds is taken over as it is."""
+    """Cells for the parameters that want gradients; state that ``existing`` holds is taken over, in the parameters' dtype and place."""
     leaves = owners.leaves(groups, observed)
     choices = choices_of(groups, naming)
-    cells, entries = plan.build(leaves, choices, existing, naming.outside, plainly)
+    cells, entries = plan.build(leaves, choices, existing, naming.outside, plainly, clean)
     if rounding == "kahan":
         entries += _residuals(leaves, existing)
-    live = [leaf.param.requires_grad for leaf in leaves]
-    return Binding(leaves, choices, cells, entries, read_options(groups, naming), live)
+    kinds = read_kinds(leaf.param for leaf in leaves)
+    return Binding(leaves, choices, cells, entries, read_options(groups, naming), kinds)
 
 
 def choices_of(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[Choice]:
@@ -110,6 +111,11 @@ def choices_of(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[Choi
                         f"{f.name}; give all groups one value, or leave parameters out by {r.scalars[0]}=0"
                     )
     return choices
+
+
+def read_kinds(params: Iterable[Tensor]) -> list[tuple[Any, ...]]:
+    """Of each parameter what decides where its state is, and in what dtype; a model may be converted at any time."""
+    return [(p.requires_grad, p.dtype, p.device) for p in params]
 
 
 def read_options(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[tuple[Any, ...]]:
@@ -131,6 +137,10 @@ def _residuals(leaves: Sequence[Leaf], existing: Mapping[Tensor, dict[str, Any]]
     narrow = [p for p in leaves if p.param.requires_grad and p.param.dtype in (torch.bfloat16, torch.float16)]
     known = [existing.get(leaf.param, {}).get("residual") for leaf in narrow]
     return [
-        (leaf, "residual", torch.zeros_like(leaf.param, requires_grad=False) if r is None else r)
+        (
+            leaf,
+            "residual",
+            torch.zeros_like(leaf.param, requires_grad=False) if r is None else r.to(leaf.param.device, leaf.param.dtype),
+        )
         for leaf, r in zip(narrow, known, strict=True)
     ]

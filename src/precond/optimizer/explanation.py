@@ -62,7 +62,11 @@ def explain(
         k, cell = acting.get(i, (-1, None))
         what, reason = "none (frozen)", why.get(i, "")
         if cell is not None:
-            what = _acting(cell.preconditioner, cell.block, cell.index.index(i) % len(cell.block.leaves)) if cell.handled else "identity"
+            what = (
+                _acting(cell.preconditioner, cell.block, cell.index.index(i) % len(cell.block.leaves))
+                if cell.handled
+                else "identity"
+            )
             if (missing := unobserved.get(leaf.param)) and (reason == NOT_OBSERVED or cell.preconditioner.requests):
                 reason = f"{NOT_OBSERVED}: {missing}"
         rows.append(Row(leaf.name, tuple(leaf.shape), leaf.kind, what, k, reason))

@@ -39,6 +39,7 @@ class Listening:
 
     def begin(self, owners: Owners, recorded: Iterable[torch.device] | None, cells: Sequence[Cell]) -> None:
         """Put the hooks on the models; ``recorded``: the devices whose random state second passes want, or None."""
+        seen = {} if self.observer is None else self.observer.collect()  # in this step, should the hooks be put on anew
         self.close()
         modules = owners.alive()
         if recorded is not None and modules:
@@ -48,7 +49,7 @@ class Listening:
             self.unobserved = {p: passed.why for passed in found.passed_by for p in passed.params}
             trained = [passed for passed in found.passed_by if any(p.requires_grad for p in passed.params)]
             _warn({passed.name: passed.why for passed in trained}, stacklevel=6)
-            self.observer = Observer(found.sites, self.requests)
+            self.observer = Observer(found.sites, self.requests, seen)
             self._want(cells)
             if distributed():
                 check_alike(self.observer)

@@ -14,6 +14,7 @@ from precond.blocks import Leaf, is_decayed
 from precond.inputs import Site, Survey, survey
 from precond.inputs.kinds import inputs_first
 from precond.inputs.roles import kind_of
+from precond.sharding import Shard
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -113,6 +114,11 @@ def _check(params: Sequence[Tensor]) -> None:
             raise TypeError(f"params holds a parameter of layout {p.layout}; only dense (strided) parameters are supported")
 
 
+def in_place(leaf: Leaf) -> bool:
+    """Whether a leaf's module, where one is known, still holds its parameter. (Between passes FSDP2 puts others there.)"""
+    return leaf.module is None or leaf.module._parameters.get(leaf.attribute) is leaf.param or leaf.shard is not None
+
+
 class ModuleGroups(list[dict[str, Any]]):
     """Parameter groups that remember the module they come from, so that an optimizer can protect its second passes."""
 
@@ -135,6 +141,31 @@ class Owners:
         self.modules += [weakref.ref(m) for m in modules]
         self._survey = None
 
+    def moved(self, leaves: Iterable[Leaf]) -> dict[Tensor, Tensor]:
+        """Parameter → the one that now stands where it stood, of the leaves that their modules do not hold any more.
+
+        ``to_empty`` and ``load_state_dict(assign=True)`` replace parameters; parametrizations move them, or make others of them.
+
+        Raises:
+            RuntimeError: where a parameter has gone, or what stands there is another thing.
+        """
+        self._survey = None
+        gone = [leaf for leaf in leaves if not in_place(leaf)]
+        held = {p for m in self.alive() for p in m.parameters()} if gone else set()
+        out = {}
+        for leaf in gone:
+            if leaf.param in held:
+                continue  # moved within the model, as by a parametrization of one tensor
+            assert leaf.module is not None
+            new = leaf.module._parameters.get(leaf.attribute)
+            if new is None or new.shape != leaf.shape or Shard.of(new) is not None:
+                raise RuntimeError(
+                    f"{leaf.name!r} is no parameter of the model any more, which was changed (weight_norm, a parametrization, "
+                    "fully_shard, another layer) after the optimizer was made: make the optimizer after such changes"
+                )
+            out[leaf.param] = new
+        return out
+
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be copied, and the modules of a copied optimizer are not these.
         return {"modules": [], "_known": self._known, "_survey": None}
@@ -156,12 +187,12 @@ class Owners:
 
     def leaves(self, param_groups: Sequence[Mapping[str, Any]], observed: bool = False) -> list[Leaf]:
         """The leaves of parameter groups in order; where inputs are ``observed``, with the sites of their layers."""
-        owner: dict[Tensor, tuple[str, nn.Module]] = {}
+        owner: dict[Tensor, tuple[str, nn.Module, str]] = {}
         for number, root in enumerate(self.alive()):
             prefix = f"{number}:" if number else ""
             for path, module in root.named_modules():
-                for param in module.parameters(recurse=False):
-                    owner.setdefault(param, (prefix + clean(path), module))
+                for attribute, param in module.named_parameters(recurse=False):
+                    owner.setdefault(param, (prefix + clean(path), module, attribute))
         sites: dict[Tensor, list[Site]] = {}
         for site in self.survey().sites if observed else ():
             for param in (site.weight, site.bias):
@@ -171,14 +202,14 @@ class Owners:
         for k, group in enumerate(param_groups):
             names = group.get("param_names") or [None] * len(group["params"])
             for name, param in zip(names, group["params"], strict=True):
-                path, module = owner.get(param, (None, None))
+                path, module, attribute = owner.get(param, (None, None, ""))
                 name = name or f"param_{len(leaves)}"
                 layer = path if path is not None else name.rpartition(".")[0] or name
                 kind = kind_of(name, param, module)
                 turned = module is not None and inputs_first(module, param)
                 if module is None and param in self._known:
                     layer, kind, turned = self._known[param]
-                leaves.append(Leaf(name, param, kind, layer, module, k, tuple(sites.get(param, ())), turned))
+                leaves.append(Leaf(name, param, kind, layer, module, k, tuple(sites.get(param, ())), turned, attribute))
         return leaves
 
 

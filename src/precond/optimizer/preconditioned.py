@@ -29,7 +29,7 @@ from precond.optimizer.fusing import alike, divided, kernels_of
 from precond.optimizer.listening import Listening
 from precond.optimizer.looking import map_in_force, measure
 from precond.optimizer.naming import Naming
-from precond.optimizer.parameters import Owners, Params, to_groups
+from precond.optimizer.parameters import Owners, Params, in_place, to_groups
 from precond.optimizer.passes import Recorder, random_state, restore_random_state
 from precond.optimizer.probing import Probe, exact_gradient, finite_loss, loss_gradient, take_gradients, unscaled
 from precond.optimizer.record import Record
@@ -153,7 +153,8 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def bound_to(self, groups: Sequence[Mapping[str, Any]], existing: Mapping[Tensor, dict[str, Any]]) -> Binding:
         """What groups come to, with the state that exists; nothing of the optimizer's own changes."""
-        return bind(groups, self.owners, self.naming, self.observes, self.rounding, self.rules.plainly, existing)
+        clean = self.rules.statistics_from == "loss"
+        return bind(groups, self.owners, self.naming, self.observes, self.rounding, self.rules.plainly, clean, existing)
 
     def adopt(self, bound: Binding, state: defaultdict[Tensor, Any]) -> None:
         """Take a binding and its state as the optimizer's own."""
@@ -163,14 +164,28 @@ class PreconditionedGD(torch.optim.Optimizer):
         self._bound, self._kernels_of, self._pending = bound, None, None
 
     def _follow_groups(self) -> None:
-        """Follow the groups: their numbers may have changed, parameters may have been frozen or thawed."""
+        """Follow groups and model: numbers may have changed, parameters been frozen, thawed, converted, moved, or replaced."""
         match self._bound.follow(self.param_groups, self.naming):
             case "broken":
-                before = self._bound.entries
+                before = self._bound
+                changed = not all(map(in_place, before.leaves))
+                if changed:
+                    self._follow_model()
+                check_precision(
+                    self.owners.leaves(self.param_groups), choices_of(self.param_groups, self.naming)[0], self.rounding
+                )
                 self._bind()
+                self._spare.clear()
+                if changed:
+                    self._listen()
                 kept = {(leaf.param, key) for leaf, key, _ in self._bound.entries}
-                for leaf, key, _ in before:  # the state of what is frozen waits
-                    if leaf.param.requires_grad and (leaf.param, key) not in kept and key not in serialization.OPTIONAL:
+                for leaf, key, _ in before.entries:  # the state of what is frozen waits
+                    if (
+                        leaf.param in self.state
+                        and leaf.param.requires_grad
+                        and (leaf.param, key) not in kept
+                        and key not in serialization.OPTIONAL
+                    ):
                         self.state[leaf.param].pop(self.naming.outside(key), None)
             case "renumbered":
                 self._kernels_of = None
@@ -180,6 +195,15 @@ class PreconditionedGD(torch.optim.Optimizer):
         """Bind anew where members of a stack must part."""
         if self._bound.divided:
             self._bind()
+
+    def _follow_model(self) -> None:
+        """Parameters that stand in the place of others take over their state."""
+        new = self.owners.moved(self._bound.leaves)
+        for group in self.param_groups:
+            group["params"] = [new.get(p, p) for p in group["params"]]
+        for p, q in new.items():
+            if p in self.state:
+                self.state[q] = self.state.pop(p)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its ``"params"`` may be a module. State is made at once."""
@@ -254,6 +278,7 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     # --- the step ------------------------------------------------------------------------------------------------------
 
+    @torch._disable_dynamo  # under torch.compile the graph breaks here: a step reads its numbers and looks at its model
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step.
 
@@ -339,6 +364,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         """Whether the parameters stand at a probed point p + δ."""
         return self._pending is not None and self._pending.moved
 
+    @torch._disable_dynamo
     def probe(self, grad_scale: float | Tensor | None = None) -> bool:
         """Ask for another gradient: ``loss.backward(); while opt.probe(): loss_fn(...).backward()``; then ``opt.step()``.
 

@@ -123,5 +123,5 @@ def _fit(recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str
     return out
 
 
-OPTIONAL = {"m", "r_max", "residual"}
+OPTIONAL = {"m", "clean", "r_max", "residual"}
 """Keys that another configuration of the same recipe may have left."""

@@ -100,7 +100,7 @@ class Muon(Stacked):
             return super().descend(state, seen)
         (m,) = seen.gradient if seen.momentum is None else seen.momentum
         X, norm = normalized(as_matrices(m), self.eps)
-        narrow = self.arithmetic == "bfloat16" and in_16_bits(X)
+        narrow = self.arithmetic == "bfloat16" and in_16_bits(X, len(X))
         step, gram = iterated(X.bfloat16() if narrow else X, self.coefficients, int(self.steps), self.factor(*X.shape[-2:]))
         state["norm"].copy_(norm)
         state["gram"].copy_(gram)

@@ -58,6 +58,7 @@ def bnp(
         "width_scaling": width_scaling,
         "maximize": maximize,
     }
+    options.setdefault("statistics_from", "loss")  # P is not made of gradients
     return make("bnp", params, lr, _bnp, defaults, {}, {}, regularizers, options)
 
 

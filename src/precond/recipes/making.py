@@ -49,6 +49,7 @@ def make(
     build = Build(recipe, extra)
     choice = build(defaults)
     options.setdefault("norm_space", "p")
+    options.setdefault("statistics_from", statistics(choice.regularizers))
     naming = Naming(name, {**defaults, **numbers(extra)}, build, state, only_started)
     return PreconditionedGD(
         params,
@@ -62,8 +63,15 @@ def make(
 
 
 def statistics(regularizers: Iterable[Regularizer]) -> str:
-    """From the regularized gradient, as torch's coupled decay and the literature's SAM-Adam; penalties in z take the P before."""
-    return "lagged" if any(r.circular for r in regularizers) else "total"
+    """From what M is applied to: the regularized gradient, where a penalty joins it; penalties in z take the P before.
+
+    As torch's coupled decay and the literature's SAM-Adam have it. M is about 1/√r̂, without bound where the clean gradient vanishes
+    (a dead unit, an input that is always 0, a bias before a normalization) and the penalty's does not: 2λp/ε would be its step. Made
+    of a = g + c, M a is bounded as it always is, |m̂| ≤ C√r̂, and it vanishes where a does, so that the optimum is that of L + λR.
+    """
+    if any(r.circular for r in regularizers):
+        return "lagged"
+    return "total" if any(r.joins_gradient for r in regularizers) else "loss"
 
 
 def after(inputs: Preconditioner | None, P: Preconditioner, group: Mapping[str, Any]) -> Preconditioner:

@@ -14,7 +14,7 @@ from precond.momentum import Momentum
 from precond.optimizer import PreconditionedGD
 from precond.optimizer.parameters import Params
 from precond.preconditioners import RMS, AdaGrad, Fixed, Preconditioner
-from precond.recipes.making import after, make, statistics
+from precond.recipes.making import after, make
 from precond.regularizers import L2, Regularizer
 from precond.schedules import numbers
 
@@ -63,6 +63,7 @@ def sgd(
         "nesterov": nesterov,
         "maximize": maximize,
     }
+    options.setdefault("statistics_from", "loss")  # P is not made of gradients
     return make(
         "sgd", params, lr, _sgd, defaults, {"m": "momentum_buffer"}, {"differentiable": differentiable},
         regularizers, options, only_started=True,
@@ -93,8 +94,6 @@ def adagrad(
     checks.non_negative(
         "adagrad", lr_decay=lr_decay, weight_decay=weight_decay, initial_accumulator_value=initial_accumulator_value, eps=eps
     )
-    regularizers = tuple(regularizers)
-    options.setdefault("statistics_from", statistics(regularizers))
     defaults = {
         "lr_decay": lr_decay,
         "eps": eps,
@@ -133,8 +132,6 @@ def rmsprop(
     """P = diag((√r + ε)^(−1/2)), r ← αr + (1−α)g² from zero: ``torch.optim.RMSprop``. Arguments as in :func:`sgd` and in torch."""
     checks.fraction("rmsprop", alpha=alpha, momentum=momentum)
     checks.non_negative("rmsprop", eps=eps, weight_decay=weight_decay)
-    regularizers = tuple(regularizers)
-    options.setdefault("statistics_from", statistics(regularizers))
     defaults = {
         "momentum": momentum,
         "alpha": alpha,
@@ -198,9 +195,6 @@ def adam(
         raise ValueError(f"{name}: betas must hold two numbers, got {betas!r}")
     checks.fraction(name, **{"betas[0]": betas[0], "betas[1]": betas[1]})
     checks.non_negative(name, eps=eps, weight_decay=weight_decay)
-    regularizers = tuple(regularizers)
-    coupled = not decoupled_weight_decay or any(r.probes or r.exact for r in regularizers)
-    options.setdefault("statistics_from", statistics(regularizers) if coupled else "loss")
     defaults = {
         "betas": tuple(betas),
         "eps": eps,

@@ -119,6 +119,11 @@ class Regularizer(ABC):
         """Whether its term is a cotangent that needs P, so that P cannot be built from the regularized gradient."""
         return False
 
+    @property
+    def joins_gradient(self) -> bool:
+        """Whether its term is a cotangent, which M multiplies."""
+        return self.probes or self.exact or self.space == "p"
+
     def probe(self, at: At) -> tuple[Tangent, ...]:
         """Displacements δ of the points p + δ at which further gradients are wanted; empty: none."""
         return ()
@@ -126,6 +131,10 @@ class Regularizer(ABC):
     @abstractmethod
     def term(self, at: At) -> Term:
         """What the penalty adds to the step."""
+
+    def stiffness(self, at: At) -> Sequence[Scalar]:
+        """The largest curvature, of each tensor, of a penalty whose term joins the gradient; 0 where that has none, or it is not known."""
+        return [0.0] * len(at.p)
 
     def value(self, at: At) -> Tensor | float:
         """λR(p), for logging."""

@@ -62,6 +62,10 @@ class L1(Regularizer):
     def needs_map(self) -> bool:
         return self.space == "z" or self.proximal
 
+    @property
+    def joins_gradient(self) -> bool:
+        return self.space == "p" and not self.proximal
+
     def term(self, at: At) -> Term:
         if self.proximal:
             return Prox(lambda p: self._prox(p, at))

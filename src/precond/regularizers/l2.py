@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ from precond.preconditioners.base import Preconditioner
 from precond.regularizers.base import At, Regularizer, uniform
 from precond.schedules import Schedule
 from precond.spaces import Term
+from precond.vec import Scalar
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,9 @@ class L2(Regularizer):
         if self._uniform(at) or at.space.map.diagonal:
             return at.space.raised(at.p, two_lam)  # P(2λP⁻¹p), without the detour
         return at.space.raised(at.space.push(vec.scale(at.space.solve(at.p), two_lam)))
+
+    def stiffness(self, at: At) -> Sequence[Scalar]:
+        return [2 * x if self.joins_gradient else 0.0 for x in at["lam"]]
 
     def value(self, at: At) -> Tensor | float:
         z = at.space.solve(at.p)
