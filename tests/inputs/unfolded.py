@@ -35,7 +35,7 @@ class Rows:
         """μ and σ² of each entry of a row; 0 and E[h²] where there is nothing to center with, or one sample; 0 and 1 without any."""
         h = self.samples if conv == "patch" or self.channels is None else self.channels
         if not len(h):
-            return torch.zeros(h.shape[1]), torch.ones(h.shape[1])
+            return h.new_zeros(h.shape[1]), h.new_ones(h.shape[1])
         mean, variance = h.double().mean(0), h.double().var(0, correction=0)
         if not centered or len(h) == 1:
             mean, variance = torch.zeros_like(mean), variance + mean**2
