@@ -201,6 +201,11 @@ class Stack(Block):
         """What this process holds of all leaves."""
         return tuple(leaf.tensor.detach() for leaf in self.all_leaves)
 
+    @property
+    def means(self) -> Callable[[Vec], Sequence[Tensor]]:
+        """The mean of the finite entries of each member's tensors, (k, 1, …)."""
+        return lambda v: [_means(t) for t in v]
+
     def gathered(self, v: Sequence[Tensor]) -> Vec:
         """Tensors of all leaves, member after member, as stacked ones."""
         m = len(self.leaves)
@@ -218,6 +223,13 @@ class Stack(Block):
 
     def subset(self, index: Sequence[int]) -> Stack:
         return Stack.of([member.subset(index) for member in self.members])
+
+
+def _means(t: Tensor) -> Tensor:
+    flat = t.flatten(1) if t.ndim > 1 else t[:, None]
+    finite = flat.isfinite()
+    mean = torch.where(finite, flat, 0).sum(1) / finite.sum(1).clamp_min(1)
+    return mean.view(-1, *[1] * (t.ndim - 1))
 
 
 class State(dict[str, Any]):

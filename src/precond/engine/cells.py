@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor
 
 from precond.blocks import Block, Leaf, Stack, State, state_dtype
+from precond.inputs import Request
 from precond.inputs.observer import Seen
 from precond.maps import Identity, LinearMap
 from precond.maps.stacked import OfMembers
 from precond.momentum import Momentum
 from precond.preconditioners.base import Preconditioner
 from precond.preconditioners.base import Seen as Evidence
+from precond.preconditioners.stacked import on
 from precond.regularizers.base import Regularizer
 from precond.vec import Scalar, Vec
 
@@ -74,6 +77,15 @@ class Cell:
         return self.block.all_leaves
 
     @property
+    def acting(self) -> Preconditioner:
+        """The preconditioner, as the block takes it."""
+        return on(self.block, self.preconditioner)
+
+    def wanted(self) -> Iterable[tuple[str, Request, Tensor | None]]:
+        """What is to be observed of layer inputs before the next step: see :meth:`Preconditioner.wanted`."""
+        return self.acting.wanted(self.state) if self.handled else ()
+
+    @property
     def handled(self) -> bool:
         """Whether the preconditioner in force acts on the block."""
         if self._handled is None or self._handled[0] is not self.preconditioner:
@@ -100,7 +112,7 @@ class Cell:
         if self.handled:
             gradient = self.block.gathered(gradient)
             momentum = self._clean_momentum(state, gradient)
-            self.preconditioner.observe(state, Evidence(gradient, self.inputs, momentum, self._position))
+            self.acting.observe(state, Evidence(gradient, self.inputs, momentum, self._position))
 
     def _position(self) -> Vec:
         return self.block.gathered(tuple(leaf.tensor.detach().to(state_dtype(leaf.param.dtype)) for leaf in self.leaves))
@@ -144,11 +156,11 @@ class Cell:
         # What was put side by side is memory of the step's own.
         own = len(self.members) > 1 and "m" in self.average
         m = self.momentum.write(self.average, gradient, gradient) if own else self.momentum.current(self.average, gradient)
-        return self.block.scattered(self.preconditioner.descend(self.state, Evidence(gradient, self.inputs, m, self._position)))
+        return self.block.scattered(self.acting.descend(self.state, Evidence(gradient, self.inputs, m, self._position)))
 
     def factors(self) -> tuple[LinearMap, LinearMap]:
         """(F, N) with P = F N, on the tensors of the block; the momentum of cotangents is kept in the coordinates of F."""
-        return self.preconditioner.factors(self.state) if self.handled else (Identity(), Identity(self.block.tensors))
+        return self.acting.factors(self.state) if self.handled else (Identity(), Identity(self.block.tensors))
 
     def _averaged(self, a: Vec, of: str, fold: bool) -> Vec:
         """The momentum of cotangents (in the coordinates of F) or of tangents with a folded in; a itself where it is of the other."""
@@ -160,7 +172,7 @@ class Cell:
 
     def refresh(self) -> None:
         """Work after the step; the momentum moves with its coordinates."""
-        if self.handled and (change := self.preconditioner.refresh(self.state)) is not None and self.keeps_cotangents:
+        if self.handled and (change := self.acting.refresh(self.state)) is not None and self.keeps_cotangents:
             for name in ("m", "clean"):
                 if name in self.average:
                     for kept, moved in zip(self.average[name], change.mv(self.average[name]), strict=True):
@@ -175,5 +187,5 @@ class Cell:
         """P from ``state``, on one tensor for each leaf."""
         if not self.handled:
             return Identity(tuple(leaf.tensor for leaf in self.leaves))
-        of_block = self.preconditioner.map(state)
+        of_block = self.acting.map(state)
         return of_block if not isinstance(self.block, Stack) else OfMembers(of_block, self.block)

@@ -16,6 +16,7 @@ from precond.momentum import Momentum
 from precond.precision import in_16_bits
 from precond.preconditioners import BNP, RMS, Whitening
 from precond.preconditioners.base import Seen
+from precond.preconditioners.stacked import on
 from precond.vec import Scalar, Tensors
 from precond.workspace import WORKSPACE
 
@@ -65,12 +66,12 @@ class AdamInCoordinates:
             return
         outer = cell.state["outer"]
         if cell.inputs:
-            self.P.observe(outer, Seen((), cell.inputs))
+            on(outer.block, self.P).observe(outer, Seen((), cell.inputs))
         if (P1 := self._kept(outer)) is None:
             self._adam(cell, p, g, lr, self.decay, maximize)
         else:
             self._step(cell, P1, p, g, float(lr), maximize)
-        self.P.refresh(outer)
+        on(outer.block, self.P).refresh(outer)
 
     def _step(self, cell: Cell, P1: _Outer, p: Tensors, g: Tensors, lr: float, maximize: bool) -> None:
         shape = self.groups, len(p[0]) // self.groups, P1.mean.shape[-1]

@@ -12,8 +12,9 @@ from torch import Tensor
 from precond.blocks import Block, Leaf, Stack, State, within
 from precond.engine.cells import Cell, Choice
 from precond.momentum import Momentum
+from precond.preconditioners import BNP, RMS, SOAP, Composition, Polar, Whitening
 from precond.preconditioners.base import Preconditioner
-from precond.preconditioners.stacked import Stacked, side_by_side, stackable
+from precond.preconditioners.stacked import stackable, takes_stacks
 from precond.sharding import local
 from precond.vec import Vec
 
@@ -72,7 +73,9 @@ def build(
 
     live = [i for i, leaf in enumerate(leaves) if leaf.param.requires_grad]
     cells, entries = [], []
-    singles = [_Single.of(unit, leaves, choices, existing, outside, clean) for unit in units(leaves, live, choices)]
+    singles = [
+        _Single.of(unit, leaves, choices, existing, outside, clean, not plainly) for unit in units(leaves, live, choices)
+    ]
     for alike in [[single] for single in singles] if plainly else _alike(singles):
         first, index = alike[0], tuple(i for single in alike for i in single.unit.index)
         preconditioner, momentum, block = first.unit.preconditioner, first.unit.momentum, first.block
@@ -80,16 +83,11 @@ def build(
         if len(alike) > 1 or first.stacks:
             block = Stack.of([single.block for single in alike])
             state, average = (_side_by_side([getattr(s, name) for s in alike], block) for name in ("state", "average"))
-        cell = Cell(index, block, taken(preconditioner, block), momentum, state, average)
+        cell = Cell(index, block, preconditioner, momentum, state, average)
         entries += [*state.entries(), *average.entries()]
         entries += [(leaf, "step", t) for leaf, t in zip(cell.leaves, state["step"], strict=True)]
         cells.append(cell)
     return cells, entries
-
-
-def taken(preconditioner: Preconditioner, block: Block) -> Preconditioner:
-    """The preconditioner as a block takes it: a stack of one whose methods know of single blocks, side by side."""
-    return side_by_side(preconditioner) if isinstance(block, Stack) else preconditioner
 
 
 @dataclass
@@ -116,6 +114,7 @@ class _Single:
         existing: Existing,
         outside: Callable[[str], str],
         clean: bool,
+        kernels: bool,
     ) -> _Single:
         P, block = unit.preconditioner, Block(tuple(leaves[i] for i in unit.index))
         if block.sharded and P.needs == "block":
@@ -132,17 +131,31 @@ class _Single:
         steps = tuple(_known(existing, leaf, "step", _fresh_step) for leaf in block.leaves)
         for s in (state, average):
             _adopt(s, existing, steps, outside)
-        alone = not handled or block.sharded or not stackable(P)
+        kernel = kernels and _has_kernel(P, block)
+        alone = not handled or block.sharded or kernel or P.entrywise or not stackable(P)
         key = (
             id(block) if alone else None,
             tuple((tuple(leaf.shape), leaf.param.dtype, leaf.param.device) for leaf in block.leaves),
             # Members of a stack are at one step, and have or have not a gradient together.
             tuple(float(t) for t in steps),
             any(leaf.param.grad is not None for leaf in block.leaves),
+            P.kind(block) if handled else None,
             tuple(_structure(state)),
             tuple(_structure(average)),
         )
-        return cls(unit, block, state, average, handled and isinstance(P, Stacked), key)
+        return cls(unit, block, state, average, handled and not kernel and stackable(P) and takes_stacks(P), key)
+
+
+def _has_kernel(P: Preconditioner, block: Block) -> bool:
+    """Whether a layer may be stepped by a kernel of its own, where it is on a processor."""
+    match P:
+        case BNP() | SOAP() | Polar():
+            found = True
+        case Composition(outer=BNP() | Whitening(), inner=RMS() | Polar()):
+            found = True
+        case _:
+            found = False
+    return found and all(t.device.type == "cpu" for t in block.tensors)
 
 
 def _alike(singles: Sequence[_Single]) -> Iterator[list[_Single]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -38,11 +38,11 @@ class Moments:
     """Statistics of samples of features h, for groups of output rows that see different inputs.
 
     Attributes:
-        count: number of samples N, shape (groups,).
+        count: number of samples N, shape (groups,), on the host, which knows it from shapes.
         mean: μ, shape (groups, n).
         spread: σ², biased, shape (groups, n); or the covariance E[(h−μ)(h−μ)ᵀ], shape (groups, n, n).
         deviation: E|h − c|, shape (groups, n), c the mean known before the batch, or 0: one c for all that is put together.
-        examples: how many the samples come from, shape (): those of one image resemble each other.
+        examples: how many the samples come from, shape (), on the host: those of one image resemble each other.
     """
 
     count: Tensor
@@ -59,20 +59,31 @@ class Moments:
     def raw(self) -> tuple[Tensor, ...]:
         """(N, Σh, Σh² or Σhhᵀ, Σ|h − c|, examples) in float64, which add over batches and processes."""
         mean, spread = self.mean.double(), self.spread.double()
-        n = self.count.double()
+        n = self.count.double().to(mean.device)
         square = _fit(n, spread) * (spread + outer(mean, spread))
-        return n, n[:, None] * mean, square, n[:, None] * self.deviation.double(), self.examples.double()
+        return self.count.double(), n[:, None] * mean, square, n[:, None] * self.deviation.double(), self.examples.double()
 
     @classmethod
     def from_raw(cls, raw: Sequence[Tensor], dtype: torch.dtype) -> Moments:
         """The inverse of :meth:`raw`."""
         count, total, square, deviation, examples = raw
-        n = count.clamp_min(1)
+        n = count.clamp_min(1).to(total.device)
         mean = total / n[:, None]
         spread = square / _fit(n, square) - outer(mean, square)
         if spread.ndim == mean.ndim:
             spread = spread.clamp_min(0)
         return cls(*(t.to(dtype) for t in (count, mean, spread, deviation / n[:, None], examples)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Moments | None]) -> Moments:
+        """Of several layers, one after the other; of one that saw nothing (None) the count is 0."""
+        some = next(p for p in parts if p is not None)
+        nothing = cls(*(torch.zeros_like(t) for t in (some.count, some.mean, some.spread, some.deviation, some.examples)))
+        each = [nothing if p is None else p for p in parts]
+        if len(each) == 1:
+            return replace(some, examples=some.examples[None])
+        tensors = {name: torch.cat([getattr(p, name) for p in each]) for name in ("count", "mean", "spread", "deviation")}
+        return cls(**tensors, examples=torch.stack([p.examples for p in each]))
 
 
 def pool(parts: Sequence[Moments]) -> Moments:
@@ -101,7 +112,8 @@ def of_samples(rows: Rows, kind: Kind, center: Tensor | None = None, examples: i
 def _nothing(x: Tensor, kind: Kind) -> Moments:
     zeros = lambda *shape: widened(x).new_zeros(shape)  # noqa: E731
     n = x.shape[-1]
-    return Moments(zeros(1), zeros(1, n), zeros(1, n, n) if kind == "covariance" else zeros(1, n), zeros(1, n), zeros())
+    none = torch.zeros(1, dtype=widened(x).dtype)
+    return Moments(none, zeros(1, n), zeros(1, n, n) if kind == "covariance" else zeros(1, n), zeros(1, n), none[0])
 
 
 def of_rows(x: Tensor, center: Tensor | None = None, examples: int | None = None) -> Moments:
@@ -133,8 +145,8 @@ def _moments(x: Tensor, samples: int, center: Tensor | None, examples: int | Non
         size = d.abs_()  # in place: memory that was never touched costs more than the arithmetic
         deviation = (x.abs() if center is None else size).mean(samples)
         spread = size.square_().mean(samples).addcmul_(mean, mean, value=-1).clamp_min_(0)
-    count = x.new_full((x.shape[0],), float(x.shape[samples]))
-    of = count[0] if examples is None else x.new_full((), float(examples))
+    count = torch.full((x.shape[0],), float(x.shape[samples]), dtype=x.dtype)
+    of = count[0] if examples is None else torch.full((), float(examples), dtype=x.dtype)
     return Moments(count, shift + mean, spread, deviation, of)
 
 
@@ -163,9 +175,10 @@ def least(t: Tensor) -> float:
     return t.item() if t.numel() == 1 else float(t.min())
 
 
-def by_group(t: Tensor) -> float | Tensor:
-    """A number for each group: a column, or where there is but one group the number itself, which costs no operations."""
-    return t.item() if t.numel() == 1 else t[:, None]
+def by_group(t: Tensor, like: Tensor) -> float | Tensor:
+    """A number for each group, from the host: a column where ``like`` is, or where all are one number that number, which costs nothing."""
+    first, *others = t.tolist()
+    return first if all(x == first for x in others) else t.to(like)[:, None]
 
 
 def _fit(n: Tensor, like: Tensor) -> Tensor:

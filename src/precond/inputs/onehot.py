@@ -58,6 +58,6 @@ class OneHot(Tap):
             p[self.module.padding_idx] = 0
         p = (p / len(seen))[None]
         c = torch.zeros_like(p) if center is None else center
-        count = p.new_full((1,), float(len(seen)))
+        count = torch.full((1,), float(len(seen)), dtype=p.dtype)
         deviation = p * (1 - c).abs() + (1 - p) * c.abs()
         return Moments(count, p, p * (1 - p), deviation, count[0])

@@ -9,7 +9,7 @@ from precond.maps.base import Identity, LinearMap, Scaled, Transposed
 from precond.maps.composite import BlockDiagonal, Product, block_diagonal, compose
 from precond.maps.dense import Dense, GramOnly, Kronecker
 from precond.maps.diagonal import Diagonal, InverseRoot
-from precond.maps.layers import Layout, RowMatrix, Sliced, Stacked, Standardizing
+from precond.maps.layers import Layout, RowMatrix, SideBySide, Sliced, Stacked, Standardizing
 from precond.maps.rotation import Orthogonal, Reflected, Rotation, completed
 from precond.maps.spiked import Spiked
 from precond.maps.symmetric import SymmetricKronecker, Tiled, Unrooted
@@ -31,6 +31,7 @@ __all__ = [
     "Rotation",
     "RowMatrix",
     "Scaled",
+    "SideBySide",
     "Sliced",
     "Spiked",
     "Stacked",

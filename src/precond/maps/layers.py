@@ -91,9 +91,60 @@ class Layout:
             return self.view(bias[:, None])
         return bias.reshape(self.groups, bias.shape[0] // self.groups, 1)
 
+    def means(self, t: Tensor) -> Tensor:
+        """The mean of all entries of a statistic (groups, …) of a layer, one number or one for each of the groups."""
+        return t.mean()
+
     def spread_out(self, statistic: Tensor) -> Tensor:
         """A statistic per channel as one per input of a row."""
         return statistic.repeat_interleave(self.repeat, -1) if self.repeat > 1 else statistic
+
+
+@dataclass(frozen=True)
+class SideBySide(Layout):
+    """Weights of k layers alike in one tensor, (k, …), each seen by a layout: their groups follow each other.
+
+    Attributes:
+        of: the layout of each.
+        members: k.
+    """
+
+    of: Layout = Layout()
+    members: int = 1
+
+    @classmethod
+    def all(cls, of: Layout, members: int) -> SideBySide:
+        """k layers with one layout."""
+        return cls(
+            groups=of.groups, transposed=of.transposed, repeat=of.repeat, held=of.held, rows=of.rows, of=of, members=members
+        )
+
+    @property
+    def straight(self) -> bool:
+        return self.of.straight
+
+    def mine(self, statistic: Tensor) -> Tensor:
+        return statistic if self.held is None else self.of.mine(statistic)
+
+    def view(self, weight: Tensor) -> Tensor:
+        if self.straight:
+            return weight.reshape(self.members * self.groups, weight.shape[1] // self.groups, weight.shape[2:].numel())
+        return self._each(self.of.view, weight)
+
+    def back(self, view: Tensor, like: Tensor) -> Tensor:
+        if self.straight:
+            return view.reshape(like.shape)
+        parts = zip(view.unflatten(0, (self.members, -1)).unbind(0), like.unbind(0), strict=True)
+        return torch.stack([self.of.back(v, one) for v, one in parts])
+
+    def column(self, bias: Tensor) -> Tensor:
+        return self._each(self.of.column, bias)
+
+    def _each(self, f: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+        return f(t[0]) if self.members == 1 else torch.cat([f(one) for one in t.unbind(0)])
+
+    def means(self, t: Tensor) -> Tensor:
+        return t.unflatten(0, (self.members, -1)).flatten(1).mean(1).repeat_interleave(t.shape[0] // self.members)
 
 
 @dataclass(frozen=True)
@@ -209,9 +260,16 @@ class Standardizing(LinearMap):
             raise ValueError("Standardizing: give `like` to damp it")
         variance = self.std.square()
         if len(self.like) == 1:
-            return self._shifted(delta * variance.mean())
+            return self._shifted(delta * self._means(variance))
         mean, k = self.mean, self.beta**-2
-        return self._shifted(delta * (k + (variance + k * mean.square()).sum(-1, keepdim=True)).mean() / (mean.shape[-1] + 1))
+        return self._shifted(
+            delta * self._means(k + (variance + k * mean.square()).sum(-1, keepdim=True)) / (mean.shape[-1] + 1)
+        )
+
+    def _means(self, t: Tensor) -> Tensor:
+        """The mean over a layer's groups, as a column where there are several layers."""
+        found = self.layout.means(t)
+        return found if found.ndim == 0 else found[:, None, None]
 
     def bounded(self, t: Scalar) -> LinearMap:
         """Damped by the least s for which the eigenvalues of (M⁻¹ + sI)⁻¹ are known to be at most 1/t."""
@@ -312,18 +370,28 @@ class RowMatrix(LinearMap):
         if delta == 0:
             return self
         s, V = torch.linalg.eigh(self.R.mT @ self.R)
-        bias = s.new_ones(self.layout.groups if len(self.like) > 1 else 0)
-        absolute = delta * _mean_inverse(torch.cat([s.flatten(), bias]))  # per row of each group
+        absolute = delta * mean_inverse(s, self.layout, len(self.like) > 1)  # per row of each group
         inner = RowMatrix(self.R @ (V * (1 + absolute * s).rsqrt()[..., None, :]) @ V.mT, self.like, self.layout)
-        return beside_bias(inner, self.like, (1 + absolute).rsqrt())
+        return beside_bias(inner, self.like, (1 + absolute).rsqrt(), self.layout)
 
 
-def beside_bias(on_rows: LinearMap, like: Vec, scale: Tensor) -> LinearMap:
-    """A map on the rows of a layer's weight with a scale of its bias, where it has one."""
+def mean_inverse(s: Tensor, layout: Layout, biased: bool) -> Tensor:
+    """The mean inverse eigenvalue of a layer, of s (groups, n) on its rows and 1 on its bias: (1, 1), or (groups, 1) of several layers."""
+    members = layout.members if isinstance(layout, SideBySide) else 1
+    each = s.unflatten(0, (members, -1)).flatten(1)
+    ones = s.new_ones(members, s.shape[0] // members if biased else 0)
+    found = _mean_inverse(torch.cat([each, ones], 1), 1)
+    return found.repeat_interleave(s.shape[0] // members, 0) if members > 1 else found
+
+
+def beside_bias(on_rows: LinearMap, like: Vec, scale: Tensor, layout: Layout) -> LinearMap:
+    """A map on the rows of a layer's weight with a scale (1, 1) or (groups, 1) of its bias, where it has one."""
     if len(like) == 1:
         return on_rows
     ones = tuple(torch.ones_like(t) for t in like)
-    return on_rows @ Diagonal((ones[0], ones[1] * scale))
+    members = layout.members if isinstance(layout, SideBySide) else 1
+    of_bias = scale.view(members, -1)[:, :1] if members > 1 else scale.view(())
+    return on_rows @ Diagonal((ones[0], ones[1] * of_bias))
 
 
 class Sliced(Piecewise):
@@ -344,10 +412,10 @@ class Sliced(Piecewise):
         for b in biases:
             out[b] = v[b].clone()
         for weight, bias, rows, block in self.parts:
-            found = getattr(block, method)((v[weight],) if bias is None else (v[weight], v[bias][rows]))
+            found = getattr(block, method)((v[weight],) if bias is None else (v[weight], v[bias][..., rows]))
             out[weight] = found[0]
             if bias is not None:
-                out[bias][rows] = found[1]
+                out[bias][..., rows] = found[1]
         return tuple(out)
 
     def damped(self, delta: float) -> LinearMap:

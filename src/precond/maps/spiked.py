@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from precond.maps.base import LinearMap
-from precond.maps.dense import _mean_inverse
-from precond.maps.layers import Layout, beside_bias
+from precond.maps.layers import Layout, beside_bias, mean_inverse
 from precond.vec import Vec
 
 
@@ -58,8 +57,9 @@ class Spiked(LinearMap):
         if delta == 0:
             return self
         s, a = self.leading.square(), self.rest.square()
-        groups, n, r = self.basis.shape
-        bias = s.new_ones(groups if len(self.like) > 1 else 0)
-        absolute = delta * _mean_inverse(torch.cat([s.flatten(), a.repeat_interleave(n - r), bias]))  # per row of each group
-        leading, rest = self.leading * (1 + absolute * s).rsqrt(), self.rest * (1 + absolute * a).rsqrt()
-        return beside_bias(Spiked(self.basis, leading, rest, self.like, self.layout), self.like, (1 + absolute).rsqrt())
+        n, r = self.basis.shape[-2:]
+        every = torch.cat([s, a[:, None].expand(-1, n - r)], 1)
+        absolute = delta * mean_inverse(every, self.layout, len(self.like) > 1)  # per row of each group
+        leading, rest = self.leading * (1 + absolute * s).rsqrt(), self.rest * (1 + absolute[:, 0] * a).rsqrt()
+        inner = Spiked(self.basis, leading, rest, self.like, self.layout)
+        return beside_bias(inner, self.like, (1 + absolute).rsqrt(), self.layout)

@@ -70,7 +70,7 @@ class Binding:
             first, *others = (of[index] for index in cell.members)
             if any(u.preconditioner != first.preconditioner or u.momentum != first.momentum for u in others):
                 return "broken"
-            cell.preconditioner, cell.momentum = plan.taken(first.preconditioner, cell.block), first.momentum
+            cell.preconditioner, cell.momentum = first.preconditioner, first.momentum
         self.options = options
         return "renumbered"
 

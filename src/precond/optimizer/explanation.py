@@ -13,7 +13,6 @@ from precond.engine.cells import Cell
 from precond.preconditioners import Composition, Preconditioner
 from precond.preconditioners.auto import NOT_OBSERVED
 from precond.preconditioners.split import Split
-from precond.preconditioners.stacked import Each
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,6 @@ def _acting(x: Preconditioner, block: Block, i: int) -> str:
     """What acts on a leaf of a block: of compositions P₁ ∘ P₂ those that do anything to it, of parts its own."""
     if not x.handles(block):
         return "identity"
-    if isinstance(x, Each):
-        return _acting(x.of, block, i)
     if isinstance(x, Composition):
         both = [_acting(part, block, i) for part in (x.outer, x.inner)]
         return " ∘ ".join(what for what in both if what != "identity") or "identity"

@@ -115,8 +115,7 @@ class Listening:
         frozen = [site.name for site in self.observer.sites if not site.weight.requires_grad]
         wanted: dict[tuple[str, Request], Tensor | None] = dict.fromkeys((f, r) for f in frozen for r in self.requests)
         for cell in cells:
-            if cell.handled:
-                wanted |= {(site, request): known for site, request, known in cell.preconditioner.wanted(cell.state)}
+            wanted |= {(site, request): known for site, request, known in cell.wanted()}
         self.observer.wanted = wanted
 
     def pause(self) -> None:

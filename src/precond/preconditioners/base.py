@@ -83,6 +83,11 @@ class Preconditioner(ABC):
         return self.entrywise
 
     @property
+    def constituents(self) -> tuple[Preconditioner, ...]:
+        """The preconditioners that it is made of; none by default."""
+        return ()
+
+    @property
     def needs(self) -> Needs:
         """What one process must hold whole where parameters are divided among several."""
         return "entry" if self.entrywise else "block"
@@ -108,6 +113,10 @@ class Preconditioner(ABC):
     def handles(self, block: Block) -> bool:
         """Whether it does anything to a block; what it does not handle it maps by the identity."""
         return True
+
+    def kind(self, block: Block) -> Any:
+        """What, beside the shapes of their tensors, blocks that are taken side by side have in common."""
+        return None
 
     @abstractmethod
     def init(self, block: Block) -> State | dict[str, Any]:

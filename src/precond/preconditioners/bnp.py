@@ -59,22 +59,23 @@ class BNP(InputSide):
     def request(self) -> Request:
         return Request("moments", self.conv)
 
-    def _interval(self, step: float, examples: Tensor) -> int:
-        """k, at a step of a layer that sees so many examples."""
-        return 1 if self.decay == 0 or step <= _DENSE else max(1, min(self.every, int(examples) // _ENOUGH))
+    def _interval(self, step: float, examples: Tensor) -> Tensor:
+        """k, at a step of layers that see so many examples."""
+        k = (examples // _ENOUGH).clamp(1, self.every)
+        return torch.ones_like(k) if self.decay == 0 or step <= _DENSE else k
 
     def wants(self, step: int, state: dict[str, Tensor]) -> bool:
-        return step % self._interval(step, state["examples"]) == 0
+        return bool((step % self._interval(step, state["examples"]) == 0).any())
 
-    def rate(self, step: float, new: Moments) -> float:
+    def rate(self, step: float, new: Moments) -> Tensor:
         return self.decay ** self._interval(step, new.examples)
 
     def fresh(self, part: LayerPart, block: Block) -> dict[str, Tensor]:
         weight = block.leaves[part.weight].param
         shape = part.site.shape(self.request)
-        zeros = lambda shape: torch.zeros(shape, dtype=state_dtype(weight.dtype), device=weight.device)  # noqa: E731
-        features = {name: zeros(shape) for name in ("mean", "variance", "activity")}
-        return {"count": zeros(shape[:1]), "examples": zeros(()), **features}
+        dtype = state_dtype(weight.dtype)
+        features = {name: torch.zeros(shape, dtype=dtype, device=weight.device) for name in ("mean", "variance", "activity")}
+        return {"count": torch.zeros(shape[:1], dtype=dtype), "examples": torch.zeros((), dtype=dtype), **features}
 
     def scales(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(μ, σ̃) of each feature."""
@@ -94,5 +95,5 @@ class BNP(InputSide):
         if not self.width_scaling:
             return mean, std, 1.0
         n = layout.inputs(part.site.weight.shape)
-        q = (n / state["count"].clamp_min(1)).clamp_min(1).sqrt()[:, None]
+        q = (n / state["count"].clamp_min(1)).clamp_min(1).sqrt().to(std)[:, None]
         return mean, std * q, (1 / q)[..., None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from precond.inputs import Request
 from precond.maps import Identity, LinearMap
 from precond.preconditioners.base import Needs, Part, Preconditioner, Seen, strictest
 from precond.preconditioners.split import over
-from precond.preconditioners.stacked import singly
+from precond.preconditioners.stacked import on
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Composition(Preconditioner):
         return self.outer.invertible and self.inner.invertible
 
     @property
-    def alone(self) -> bool:  # type: ignore[override]
-        return self.outer.alone or self.inner.alone
+    def constituents(self) -> tuple[Preconditioner, ...]:
+        return self.outer, self.inner
 
     @property
     def uses_momentum(self) -> bool:  # type: ignore[override]
@@ -89,6 +90,9 @@ class Composition(Preconditioner):
     def handles(self, block: Block) -> bool:
         return self.outer.handles(block) or self.inner.handles(block)
 
+    def kind(self, block: Block) -> Any:
+        return tuple(part.kind(block) if part.handles(block) else None for part in self.constituents)
+
     def init(self, block: Block) -> dict:
         return {
             name: State(block, part.init(block)) if part.handles(block) else State(block)
@@ -97,11 +101,13 @@ class Composition(Preconditioner):
 
     def _outer(self, state: State) -> LinearMap:
         block = state["outer"].block
-        return singly(self.outer).map(state["outer"]) if self.outer.handles(block) else Identity(block.tensors)
+        return (
+            on(state["outer"].block, self.outer).map(state["outer"]) if self.outer.handles(block) else Identity(block.tensors)
+        )
 
     def observe(self, state: State, seen: Seen) -> None:
         if self.outer.handles(state["outer"].block):
-            singly(self.outer).observe(state["outer"], seen)
+            on(state["outer"].block, self.outer).observe(state["outer"], seen)
         if self.inner.handles(state["inner"].block):
             P1, position = self._outer(state), seen.position
             in_z1 = Seen(
@@ -110,27 +116,31 @@ class Composition(Preconditioner):
                 None if seen.momentum is None else P1.rmv(seen.momentum),
                 None if position is None or not self.outer.invertible else lambda: P1.solve(position()),
             )
-            singly(self.inner).observe(state["inner"], in_z1)
+            on(state["inner"].block, self.inner).observe(state["inner"], in_z1)
 
     def map(self, state: State) -> LinearMap:
         block = state["inner"].block
-        inner = singly(self.inner).map(state["inner"]) if self.inner.handles(block) else Identity(block.tensors)
+        inner = (
+            on(state["inner"].block, self.inner).map(state["inner"]) if self.inner.handles(block) else Identity(block.tensors)
+        )
         return self._outer(state) @ inner
 
     def factors(self, state: State) -> tuple[LinearMap, LinearMap]:
         # A map that is made of the momentum takes it in the coordinates of the step in progress.
         if self.uses_momentum or not self.inner.handles(state["inner"].block):
             return super().factors(state)
-        F, N = singly(self.inner).factors(state["inner"])
+        F, N = on(state["inner"].block, self.inner).factors(state["inner"])
         return self._outer(state) @ F, N
 
     def wanted(self, state: State) -> Iterable[tuple[str, Request, Tensor | None]]:
         for name, part in (("outer", self.outer), ("inner", self.inner)):
             if part.requests and part.handles(state[name].block):
-                yield from singly(part).wanted(state[name])
+                yield from on(state[name].block, part).wanted(state[name])
 
     def refresh(self, state: State) -> LinearMap | None:
         if self.outer.handles(state["outer"].block):
-            singly(self.outer).refresh(state["outer"])
-        change = singly(self.inner).refresh(state["inner"]) if self.inner.handles(state["inner"].block) else None
+            on(state["outer"].block, self.outer).refresh(state["outer"])
+        change = (
+            on(state["inner"].block, self.inner).refresh(state["inner"]) if self.inner.handles(state["inner"].block) else None
+        )
         return None if self.uses_momentum else change

@@ -12,6 +12,7 @@ from torch import Tensor
 from precond.inputs.moments import outer, variances
 from precond.maps import Layout, LinearMap, RowMatrix, Spiked
 from precond.maps.eigen import eigenpairs, in_general_position, leading_pairs
+from precond.maps.iterations import followed, inverse_square_root, waits
 from precond.vec import Vec
 
 
@@ -96,12 +97,15 @@ class Leading(Root):
         return {"basis": _eyes(mean, self.rank), "leading": mean.new_ones(groups, self.rank), "rest": mean.new_ones(groups)}
 
     def renew(self, state: dict[str, Tensor], K: Correlation) -> None:
-        Q, steps = state["basis"], 1
+        Q = state["basis"]
         n = Q.shape[-2]
-        if not bool((state["leading"] - 1).any()):
-            Q, steps = in_general_position(n, self.rank, Q).expand_as(Q), 3
+        fresh = (state["leading"] == 1).all(-1)[:, None, None]
+        Q = torch.where(fresh, in_general_position(n, self.rank, Q), Q)
         # Not of K itself, whose eigenvectors are the same but nearer to each other in eigenvalues.
-        values, U = leading_pairs(K.unshrunk, Q, steps)
+        if waits(Q):
+            values, U = followed(K.unshrunk, Q, 4)
+        else:
+            values, U = leading_pairs(K.unshrunk, Q, 3 if bool(fresh.any()) else 1)
         values = (values + (K.shrunk - 1)) / K.shrunk
         # The trace of K is n.
         rest = (n - values.sum(-1)) / (n - self.rank)
@@ -122,10 +126,15 @@ def _eyes(mean: Tensor, columns: int) -> Tensor:
 
 def inverse_root(K: Tensor, root: str) -> Tensor:
     """R with R Rᵀ = K⁻¹ for symmetric positive definite K (…, n, n): K^(−1/2), or L⁻ᵀ with K = LLᵀ."""
+    rounding = K.shape[-1] * torch.finfo(K.dtype).eps
     if root == "cholesky":
         L, info = torch.linalg.cholesky_ex(K)
+        if waits(K):
+            return torch.where((info == 0)[..., None, None], inverse_of_triangular(L).mT, inverse_square_root(K, rounding))
         if not bool(info.any()):
             return inverse_of_triangular(L).mT
+    if waits(K):
+        return inverse_square_root(K, rounding)
     values, V = eigenpairs(K)
     floor = values.amax(-1, keepdim=True) * K.shape[-1] * torch.finfo(K.dtype).eps
     scaled = V * torch.maximum(values, floor).rsqrt()[..., None, :]

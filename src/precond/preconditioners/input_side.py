@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from precond import blocks
-from precond.blocks import Block, Leaf, State
+from precond.blocks import Block, Leaf, Stack, State
 from precond.inputs import Moments, Request, Site
 from precond.inputs.moments import by_group, greatest, least, variances
-from precond.maps import Identity, Layout, LinearMap, Sliced, Standardizing
-from precond.preconditioners.base import Needs, Part, Preconditioner, Seen
+from precond.maps import Identity, Layout, LinearMap, SideBySide, Sliced, Standardizing
+from precond.preconditioners.base import Needs, Part, Seen
+from precond.preconditioners.stacked import Stacked
 from precond.vec import Vec
 
 
@@ -40,11 +41,11 @@ class LayerPart:
         return layout if self.held is None else layout.part(self.held, self.site.weight.shape)
 
     def of(self, v: Vec) -> Vec:
-        """(weight, bias) or (weight,) of a vector of the block."""
-        return (v[self.weight],) if self.bias is None else (v[self.weight], v[self.bias][self.rows])
+        """(weight, bias) or (weight,) of a vector of the block, or of the stack."""
+        return (v[self.weight],) if self.bias is None else (v[self.weight], v[self.bias][..., self.rows])
 
 
-class InputSide(Preconditioner):
+class InputSide(Stacked):
     """A map made of the inputs of each layer; every output row alike, so that rows need not communicate.
 
     A layer that is not observed (or was never called) keeps its gradient.
@@ -52,7 +53,6 @@ class InputSide(Preconditioner):
 
     decay: float
     damping: float
-    alone = True
 
     @property
     @abstractmethod
@@ -130,13 +130,16 @@ class InputSide(Preconditioner):
         """(μ, σ²), of groups with one sample (0, E[h²]): it has no variance, so there is scale without centering until there are two."""
         if least(state["count"]) >= 2:
             return mean, variance
-        one = (state["count"] < 2)[:, None]
+        one = (state["count"] < 2).to(mean.device)[:, None]
         return torch.where(one, 0, mean), torch.where(one, square, variance)
 
-    def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec) -> LinearMap:
-        """P on (weight, bias) or (weight,)."""
+    def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec, layout: Layout) -> LinearMap:
+        """P on (weight, bias) or (weight,) of a stack."""
         mean, std, beta = self.arrow(part, state)
-        return Standardizing(mean, std, like, beta, part.layout(self.request))
+        return Standardizing(mean, std, like, beta, layout)
+
+    def kind(self, block: Block) -> Any:
+        return tuple((p.weight, p.bias, (p.rows.start, p.rows.stop), p.layout(self.request)) for p in self.parts(block))
 
     def known(self, mine: dict[str, Tensor]) -> bool:
         """Whether P is known of a weight, or of some of its groups; else it is the identity."""
@@ -154,48 +157,53 @@ class InputSide(Preconditioner):
         step = int(min(state.steps)) + 1
         if self.idle(step):
             return []
-        each = ((p, self._of(p, state)) for p in self.parts(state.block))
-        return [(p.site.name, self.request, self._center(mine)) for p, mine in each if self.wants(step, mine)]
+        out = []
+        for part in self.parts(state.block):
+            mine = self._of(part, state)
+            if not self.wants(step, mine):
+                continue
+            sites = self._sites(part, state.block)
+            known = self.damping > 0 and greatest(mine["count"]) > 0
+            centers = mine["mean"].unflatten(0, (len(sites), -1)).unbind(0) if known else [None] * len(sites)
+            out += [(site.name, self.request, center) for site, center in zip(sites, centers, strict=True)]
+        return out
 
-    def _center(self, state: dict[str, Tensor]) -> Tensor | None:
-        """The mean that deviations are measured from."""
-        return state["mean"] if self.damping > 0 and greatest(state["count"]) > 0 else None
+    def _sites(self, part: LayerPart, block: Block) -> list[Site]:
+        """The site of a part, in each member of a stack."""
+        return [self.parts(member)[part.number].site for member in block.members] if isinstance(block, Stack) else [part.site]
 
     def init(self, block: Block) -> dict[str, Any]:
         return {_key(k, part): v for part in self.parts(block) for k, v in self.fresh(part, block).items()}
 
     def observe(self, state: State, seen: Seen) -> None:
         for part in self.parts(state.block):
-            found = (seen.inputs or {}).get((part.site.name, self.request))
-            if found is not None:
-                self.fold(self._of(part, state), found, self.rate(min(state.steps), found))
+            found = [(seen.inputs or {}).get((site.name, self.request)) for site in self._sites(part, state.block)]
+            if any(f is not None for f in found):
+                new = Moments.joined(found)
+                self.fold(self._of(part, state), new, self.rate(min(state.steps), new))
 
-    def rate(self, step: float, new: Moments) -> float:
-        """ρ of what is observed for a step."""
+    def rate(self, step: float, new: Moments) -> float | Tensor:
+        """ρ of what is observed for a step; or one for each layer or each group, on the host."""
         return self.decay
 
-    def fold(self, mine: dict[str, Tensor], new: Moments, decay: float) -> None:
+    def fold(self, mine: dict[str, Tensor], new: Moments, decay: float | Tensor) -> None:
         r"""Running averages by the law of total variance, with the old μ: σ² ← ρσ² + (1−ρ)[σ_A² + ρ(μ_A − μ)²].
 
         ρ_t = min(ρ, 1 − N_t/ΣN): pooled at first, so that one sample does not count like many. A group that saw nothing, such as
         an expert that no token was routed to, stays as it is.
         """
-        size = by_group(new.count)
-        gain = size / (by_group(mine["count"]) + size)  # 1 − ρ_t
-        if isinstance(gain, float):
-            gain = max(gain, 1 - decay)
-        else:
-            shown = new.count[:, None]
-            gain, size = torch.where(shown > 0, gain.clamp_min_(1 - decay), 0.0), shown.clamp_min(1)
+        count, N = mine["count"], new.count
+        decay = torch.as_tensor(decay, dtype=N.dtype)
+        decay = decay.repeat_interleave(len(N) // decay.numel()) if decay.ndim else decay.expand_as(N)
+        weight = torch.where(N > 0, torch.maximum(N / (count + N), 1 - decay), 0.0)  # 1 − ρ_t
+        gain = by_group(weight, new.mean)
         delta = new.mean - mine["mean"]
         mine["activity"].copy_(self.active(mine, new, delta, gain))
         # With ρ = 0 the statistics are those of the newest batch, and so is the number of samples behind them.
-        newest = new.count if isinstance(gain, float) else torch.where(new.count > 0, new.count, mine["count"])
-        mine["count"].copy_(newest) if decay == 0 else mine["count"].add_(new.count)
+        count.copy_(torch.where((decay == 0) & (N > 0), N, count + N))
         if "noise" in mine:  # 1/N of a mean with these weights
-            noise = mine["noise"] if isinstance(gain, float) else mine["noise"][:, None]
-            noise.mul_((1 - gain) ** 2).add_(gain**2 / size)
-        for name, latest in (("size", new.count), ("examples", new.examples)):
+            mine["noise"].mul_((1 - weight) ** 2).add_(weight**2 / N.clamp_min(1))
+        for name, latest in (("size", N), ("examples", new.examples)):
             if name in mine:
                 mine[name].copy_(latest)
         if "variance" in mine:
@@ -222,16 +230,17 @@ class InputSide(Preconditioner):
         """
         if self.damping == 0:
             return torch.zeros_like(square)
-        count = by_group(state["count"])
+        count = by_group(state["count"], square)
         rare = state["activity"].square().mul_(-count / (count + 8)).add_(1 / 3).clamp_min_(0)
         return rare.mul_(square.mean(-1, keepdim=True)).add_(square, alpha=self.damping)
 
     def map(self, state: State) -> LinearMap:
-        like = state.block.tensors
-        maps = []
-        for part in self.parts(state.block):
-            mine = self._of(part, state)
-            maps.append((part, self.part_map(part, mine, part.of(like)) if self.known(mine) else Identity(part.of(like))))
+        block, like, maps = state.block, state.block.tensors, []
+        assert isinstance(block, Stack)
+        for part in self.parts(block):
+            mine, own = self._of(part, state), part.of(like)
+            layout = SideBySide.all(part.layout(self.request), len(block.members))
+            maps.append((part, self.part_map(part, mine, own, layout) if self.known(mine) else Identity(own)))
         (first, only), *more = maps
         whole = (0,) if first.bias is None else (0, 1)
         if not more and len(like) == len(whole) and first.weight == 0 and first.rows == slice(None):
@@ -240,10 +249,14 @@ class InputSide(Preconditioner):
 
     @staticmethod
     def _of(part: LayerPart, state: State) -> dict[str, Tensor]:
-        if not part.number:
-            return state
-        suffix = _key("", part)
-        return {k.removesuffix(suffix): v for k, v in state.items() if k.endswith(suffix)}
+        """The statistics of a part, of all members' groups one after the other."""
+        suffix = f".{part.number}" if part.number else ""
+        mine = {
+            k.removesuffix(suffix): v
+            for k, v in state.items()
+            if k != "step" and k.endswith(suffix) and ("." in k) == bool(suffix)
+        }
+        return {k: v.flatten(0, 1) if v.ndim > 1 else v for k, v in mine.items()}
 
 
 def _key(name: str, part: LayerPart) -> str:

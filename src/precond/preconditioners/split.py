@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from precond.blocks import Block, State
 from precond.inputs import Request
 from precond.maps import BlockDiagonal, Identity, LinearMap
 from precond.preconditioners.base import Needs, Part, Preconditioner, Seen, strictest
-from precond.preconditioners.stacked import singly
+from precond.preconditioners.stacked import on
 from precond.vec import Vec
 
 
@@ -41,7 +42,13 @@ class Split(Preconditioner):
     def invertible(self) -> bool:  # type: ignore[override]
         return all(p.preconditioner.invertible for p in self.parts)
 
-    alone = True
+    @property
+    def constituents(self) -> tuple[Preconditioner, ...]:
+        return tuple(part.preconditioner for part in self.parts)
+
+    def kind(self, block: Block) -> Any:
+        subs = ((part.preconditioner, block.subset(part.index)) for part in self.parts)
+        return tuple(P.kind(sub) if P.handles(sub) else None for P, sub in subs)
 
     @property
     def uses_momentum(self) -> bool:  # type: ignore[override]
@@ -72,25 +79,25 @@ class Split(Preconditioner):
         for part, sub in self._each(state):
             own = tuple(seen.gradient[i] for i in part.index)
             average = None if seen.momentum is None else tuple(seen.momentum[i] for i in part.index)
-            singly(part.preconditioner).observe(sub, Seen(own, seen.inputs, average, _of(seen.position, part.index)))
+            on(sub.block, part.preconditioner).observe(sub, Seen(own, seen.inputs, average, _of(seen.position, part.index)))
 
     def map(self, state: State) -> LinearMap:
         return BlockDiagonal(
-            [(p.index, singly(p.preconditioner).map(sub)) for p, sub in self._each(state)], state.block.tensors
+            [(p.index, on(sub.block, p.preconditioner).map(sub)) for p, sub in self._each(state)], state.block.tensors
         )
 
     def factors(self, state: State) -> tuple[LinearMap, LinearMap]:
-        pairs = [(p.index, *singly(p.preconditioner).factors(sub)) for p, sub in self._each(state)]
+        pairs = [(p.index, *on(sub.block, p.preconditioner).factors(sub)) for p, sub in self._each(state)]
         F, N = ([(pair[0], pair[k]) for pair in pairs] for k in (1, 2))
         like = state.block.tensors
         return (Identity() if all(isinstance(m, Identity) for _, m in F) else BlockDiagonal(F, like)), BlockDiagonal(N, like)
 
     def wanted(self, state: State) -> Iterable[tuple[str, Request, Tensor | None]]:
         for part, sub in self._each(state):
-            yield from singly(part.preconditioner).wanted(sub)
+            yield from on(sub.block, part.preconditioner).wanted(sub)
 
     def refresh(self, state: State) -> LinearMap | None:
-        changes = [(part.index, singly(part.preconditioner).refresh(sub)) for part, sub in self._each(state)]
+        changes = [(part.index, on(sub.block, part.preconditioner).refresh(sub)) for part, sub in self._each(state)]
         moved = [(index, change) for index, change in changes if change is not None]
         return BlockDiagonal(moved, state.block.tensors) if moved else None
 

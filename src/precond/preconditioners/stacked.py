@@ -91,15 +91,25 @@ class Each(Stacked):
 
 def stackable(preconditioner: Preconditioner) -> bool:
     """Whether blocks alike can be taken side by side by a preconditioner."""
-    if isinstance(preconditioner, Stacked):
+    if isinstance(preconditioner, Stacked) or preconditioner.entrywise:
         return True
+    if preconditioner.constituents:
+        return all(map(stackable, preconditioner.constituents))
     own_refresh = type(preconditioner).refresh is not Preconditioner.refresh
-    return not (preconditioner.alone or preconditioner.entrywise or own_refresh or preconditioner.requests)
+    return not (preconditioner.alone or own_refresh or preconditioner.requests)
 
 
-def side_by_side(preconditioner: Preconditioner) -> Preconditioner:
-    """A preconditioner as a stack takes it."""
-    return preconditioner if isinstance(preconditioner, Stacked) else Each(preconditioner)
+def takes_stacks(preconditioner: Preconditioner) -> bool:
+    """Whether it is, or holds, one whose methods take nothing but stacks, also of a single block."""
+    return isinstance(preconditioner, Stacked) or any(map(takes_stacks, preconditioner.constituents))
+
+
+def on(block: Block, preconditioner: Preconditioner) -> Preconditioner:
+    """A preconditioner's methods as a block, or a stack of blocks, takes them."""
+    if not isinstance(block, Stack):
+        return _Singly(preconditioner) if isinstance(preconditioner, Stacked) else preconditioner
+    itself = isinstance(preconditioner, Stacked) or preconditioner.entrywise or preconditioner.constituents
+    return preconditioner if itself else Each(preconditioner)
 
 
 @dataclass(frozen=True)
@@ -133,11 +143,6 @@ class _Singly(Preconditioner):
     @staticmethod
     def _apart(P: LinearMap, state: State) -> LinearMap:
         return OfMembers(P, Stack.of([state.block]))
-
-
-def singly(preconditioner: Preconditioner) -> Preconditioner:
-    """A preconditioner's methods as a block alone takes them."""
-    return _Singly(preconditioner) if isinstance(preconditioner, Stacked) else preconditioner
 
 
 def _one(v: Vec) -> Vec:

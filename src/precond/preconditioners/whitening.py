@@ -13,7 +13,7 @@ from precond import checks
 from precond.blocks import Block, State, state_dtype
 from precond.inputs import Moments, Request
 from precond.inputs.moments import by_group, greatest, least, variances
-from precond.maps import LinearMap
+from precond.maps import Layout, LinearMap
 from precond.preconditioners.correlation import Correlation, Leading, Root, Whole
 from precond.preconditioners.input_side import InputSide, LayerPart
 from precond.preconditioners.roots import renewed
@@ -84,20 +84,21 @@ class Whitening(InputSide):
             steps = min(steps, math.ceil(self.samples * state["mean"].shape[-1] / size))
         return any(renewed(step + k, self.every) for k in range(steps))
 
-    def rate(self, step: float, new: Moments) -> float:
+    def rate(self, step: float, new: Moments) -> float | Tensor:
         if not self.samples:
             return self.decay
-        enough = least(new.count) / (self.samples * new.mean.shape[-1])
-        return min(self.decay, max(0.0, 1 - enough))
+        return (1 - new.count / (self.samples * new.mean.shape[-1])).clamp(0.0, self.decay)
 
     def active(self, mine: dict[str, Tensor], new: Moments, delta: Tensor, gain: float | Tensor) -> Tensor:
         found = super().active(mine, new, delta, gain)
-        if not self.samples or not least(mine["count"]):
+        if not self.samples or not greatest(mine["count"]):
             return found
         # Deviations are from the mean before. About the new one E|h − μ| may be less by |Δμ|: an input that has died, whose mean has
         # moved to where it always is now, deviated much from where it was, and would count as active.
         own = (new.deviation - delta.abs()).clamp_min_(0).mul_(new.variance.rsqrt()).nan_to_num_(0.0, 0.0)
-        return torch.minimum(found, mine["activity"].lerp(own, gain))
+        least_of_both = torch.minimum(found, mine["activity"].lerp(own, gain))
+        known = by_group((mine["count"] > 0).to(found.dtype), found)
+        return least_of_both if isinstance(known, float) else torch.where(known > 0, least_of_both, found)
 
     def fresh(self, part: LayerPart, block: Block) -> dict[str, Tensor]:
         weight = block.leaves[part.weight].param
@@ -105,9 +106,7 @@ class Whitening(InputSide):
         root = Whole(self.root) if self.rank is None or n <= 4 * self.rank else Leading(int(self.rank))
         zeros = lambda *shape: torch.zeros(shape, dtype=state_dtype(weight.dtype), device=weight.device)  # noqa: E731
         return {
-            "count": zeros(groups),
-            "noise": zeros(groups),
-            "size": zeros(groups),
+            **{name: torch.zeros(groups, dtype=state_dtype(weight.dtype)) for name in ("count", "noise", "size")},
             "mean": zeros(groups, n),
             "covariance": zeros(groups, n, n),
             "activity": zeros(groups, n),
@@ -133,10 +132,9 @@ class Whitening(InputSide):
     def arrow(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, float | Tensor]:
         return *self.scales(part, state), 1.0
 
-    def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec) -> LinearMap:
+    def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec, layout: Layout) -> LinearMap:
         # Before the first refresh the root is the identity, which leaves BNP's arrow.
-        layout = part.layout(self.request)
-        return super().part_map(part, state, like) @ self.root_of(state).map(state, like, layout)
+        return super().part_map(part, state, like, layout) @ self.root_of(state).map(state, like, layout)
 
     def known(self, mine: dict[str, Tensor]) -> bool:
         return greatest(mine["count"]) >= 2  # one sample has no covariance
@@ -149,5 +147,5 @@ class Whitening(InputSide):
             if self.known(mine):
                 _, std = self.scales(part, mine)
                 mean = None if part.bias is not None else mine["mean"]  # with no bias to center with, E[hhᵀ]
-                shrunk = 1 + self.shrinkage * std.shape[-1] * by_group(mine["noise"])  # 1/(1 − γ)
+                shrunk = 1 + self.shrinkage * std.shape[-1] * by_group(mine["noise"], std)  # 1/(1 − γ)
                 self.root_of(mine).renew(mine, Correlation(mine["covariance"], mean, std, shrunk))

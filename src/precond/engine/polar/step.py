@@ -16,6 +16,7 @@ from precond.maps import augmented
 from precond.momentum import Momentum
 from precond.preconditioners import BNP, Polar, Whitening
 from precond.preconditioners.base import Seen
+from precond.preconditioners.stacked import on
 from precond.vec import Scalar, Tensors
 
 Outer = TypeVar("Outer")
@@ -76,7 +77,7 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
             assert self.outer is not None
             state = cell.state["inner"]
             if cell.inputs:
-                self.outer.observe(cell.state["outer"], Seen((), cell.inputs))
+                on(cell.block, self.outer).observe(cell.state["outer"], Seen((), cell.inputs))
             P1 = self._kept(cell.state["outer"])
         if maximize:
             g = torch._foreach_neg(g)
@@ -85,7 +86,7 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
             self.P.hear(state, cell.inputs)
         m, size = self._average(cell, g, P1), 1.0
         if first := self._is_first(state):
-            z = tuple(p) if self.outer is None else self.outer.map(cell.state["outer"]).solve(tuple(p))
+            z = tuple(p) if self.outer is None else on(cell.block, self.outer).map(cell.state["outer"]).solve(tuple(p))
             self.P.measure(state, augmented(z))
         shape = self._shape(p)
         if share := self.P.share(state, shape, first):
@@ -100,7 +101,7 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
             torch._foreach_mul_(p, 1 - lr * self.decay)
         self._move(p, P1, d, -lr * self.P.reach(state, shape) / norm if norm > 0 else 0.0)
         if self.outer is not None:
-            self.outer.refresh(cell.state["outer"])
+            on(cell.block, self.outer).refresh(cell.state["outer"])
 
     @staticmethod
     def _shape(p: Tensors) -> tuple[int, int]:
