@@ -241,6 +241,14 @@ class State(dict[str, Any]):
     def __init__(self, block: Block, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.block = block
+        self._made: dict[str, tuple[Any, Any]] = {}
+
+    def kept(self, name: str, of: Any, make: Callable[[], Any]) -> Any:
+        """What was made of the state last, until that of which it is made (versions of tensors, say) is another."""
+        known = self._made.get(name)
+        if known is None or known[0] != of:
+            known = self._made[name] = of, make()
+        return known[1]
 
     @property
     def steps(self) -> list[float]:

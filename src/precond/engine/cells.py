@@ -146,17 +146,26 @@ class Cell:
     def advance(self, g: Vec) -> Vec:
         """:meth:`observe` and :meth:`descent` of a gradient to which nothing is added, and the step counted."""
         torch._foreach_add_(self.state["step"], 1)
-        shared = self.handled and self.preconditioner.uses_momentum and self.keeps_cotangents and "clean" not in self.average
-        if not shared:
+        plain = self.momentum is None or (self.keeps_cotangents and "clean" not in self.average)
+        if not self.handled or not plain:
             self.observe(self.state, g)
             return self.descent(g)
-        gradient = self.block.gathered(g)
-        assert self.momentum is not None
-        self.momentum.fold(self.average, gradient)
-        # What was put side by side is memory of the step's own.
-        own = len(self.members) > 1 and "m" in self.average
-        m = self.momentum.write(self.average, gradient, gradient) if own else self.momentum.current(self.average, gradient)
-        return self.block.scattered(self.acting.descend(self.state, Evidence(gradient, self.inputs, m, self._position)))
+        P = self.acting
+        if not P.uses_momentum:  # nothing keeps what the next call needs no more
+            seen = lambda: Evidence(self.block.gathered(g), self.inputs, None, self._position)  # noqa: E731
+            return self.block.scattered(P.push(self.state, self._averaged(P.pull(self.state, seen()), "cotangent", fold=True)))
+        gradient, own = self.block.gathered(g), len(self.members) > 1  # what was put side by side is memory of the step's own
+        if self.momentum is None:
+            m = gradient
+        else:
+            self.momentum.fold(self.average, gradient)
+            write = own and "m" in self.average
+            m = (
+                self.momentum.write(self.average, gradient, gradient)
+                if write
+                else self.momentum.current(self.average, gradient)
+            )
+        return self.block.scattered(P.descend(self.state, Evidence(gradient, self.inputs, m, self._position)))
 
     def factors(self) -> tuple[LinearMap, LinearMap]:
         """(F, N) with P = F N, on the tensors of the block; the momentum of cotangents is kept in the coordinates of F."""

@@ -6,7 +6,7 @@ They read every tensor once. What they cannot do takes :mod:`precond.engine.loop
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from precond.engine.loop import Rules
 from precond.engine.polar import polar
 from precond.maps import Identity
 from precond.momentum import Momentum
-from precond.preconditioners import BNP, RMS, SOAP, AdaGrad, Composition, Fixed, Whitening
+from precond.preconditioners import BNP, RMS, SOAP, AdaGrad, Composition, Fixed, Preconditioner, Whitening
 from precond.regularizers import L2
 from precond.vec import Scalar, Tensors
 
@@ -59,6 +59,23 @@ def kernel(cell: Cell, choices: Sequence[Choice], rules: Rules) -> Kernel | None
     P, momentum = cell.preconditioner, _momentum(cell)
     if not cell.handled:
         P = Fixed()
+    if isinstance(P, Composition) and isinstance(P.outer, Fixed) and P.entrywise:
+        found = _entrywise(P.inner, momentum, decay)
+        return None if found is None else _OfInner(found)
+    return _entrywise(P, momentum, decay)
+
+
+@dataclass(frozen=True)
+class _OfInner:
+    """The kernel of the inner one of a composition, where the outer one leaves everything as it is."""
+
+    of: Kernel
+
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
+        self.of(replace(cell, state=cell.state["inner"]), p, g, lr, maximize)
+
+
+def _entrywise(P: Preconditioner, momentum: Momentum | None, decay: _Decay) -> Kernel | None:
     match P, momentum:
         case RMS(start="zero", bias_correction=True, centered=False), Momentum(kind="ema", start="zero", of="cotangent"):
             if P.eps > 0 and momentum.corrected and not (decay.coupled and decay.decoupled):

@@ -12,8 +12,8 @@ from torch import Tensor
 from precond.blocks import Block, Leaf, Stack, State, within
 from precond.engine.cells import Cell, Choice
 from precond.momentum import Momentum
-from precond.preconditioners import BNP, RMS, SOAP, Composition, Polar, Whitening
-from precond.preconditioners.base import Preconditioner
+from precond.preconditioners import BNP, RMS, SOAP, Composition, Fixed, Polar, Whitening
+from precond.preconditioners.base import Preconditioner, placed
 from precond.preconditioners.stacked import stackable, takes_stacks
 from precond.sharding import local
 from precond.vec import Vec
@@ -39,16 +39,23 @@ def units(leaves: Sequence[Leaf], live: Sequence[int], choices: Sequence[Choice]
     chosen = [leaves[i] for i in live]
     out = []
     taken: set[int] = set()
+    idle: dict[tuple[int, Momentum | None], list[int]] = {}
     # Numbers of a group may decide what is a block, a limit of length, say: each group takes its own plan's.
     for group, choice in enumerate(choices):
         for part in choice.preconditioner.partition(chosen):
             if chosen[part.index[0]].group == group:
                 own = part.preconditioner.momentum
-                index = tuple(live[i] for i in part.index)
-                out.append(Unit(index, part.preconditioner, choice.momentum if own is None else own))
+                momentum = choice.momentum if own is None else own
+                if part.preconditioner.handles(Block(tuple(chosen[i] for i in part.index))):
+                    out.append(Unit(tuple(live[i] for i in part.index), part.preconditioner, momentum))
+                else:
+                    idle.setdefault((group, momentum), []).extend(part.index)
                 if twice := taken.intersection(part.index):
                     raise _disagree(chosen[min(twice)])
                 taken.update(part.index)
+    for (_, momentum), index in idle.items():  # what is left as it is goes together
+        for part in placed(Fixed(), chosen, sorted(index)):
+            out.append(Unit(tuple(live[i] for i in part.index), part.preconditioner, momentum))
     if missed := set(range(len(chosen))) - taken:
         raise _disagree(chosen[min(missed)])
     return out

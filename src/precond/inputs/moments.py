@@ -41,15 +41,20 @@ class Moments:
         count: number of samples N, shape (groups,), on the host, which knows it from shapes.
         mean: μ, shape (groups, n).
         spread: σ², biased, shape (groups, n); or the covariance E[(h−μ)(h−μ)ᵀ], shape (groups, n, n).
-        deviation: E|h − c|, shape (groups, n), c the mean known before the batch, or 0: one c for all that is put together.
+        absolute: Σ|h − c|, shape (groups, n), c the mean known before the batch, or 0: one c for all that is put together.
         examples: how many the samples come from, shape (), on the host: those of one image resemble each other.
     """
 
     count: Tensor
     mean: Tensor
     spread: Tensor
-    deviation: Tensor
+    absolute: Tensor
     examples: Tensor
+
+    @cached_property
+    def deviation(self) -> Tensor:
+        """E|h − c|, shape (groups, n)."""
+        return self.absolute / by_group(self.count.clamp_min(1), self.absolute)
 
     @cached_property
     def variance(self) -> Tensor:
@@ -61,29 +66,38 @@ class Moments:
         mean, spread = self.mean.double(), self.spread.double()
         n = self.count.double().to(mean.device)
         square = _fit(n, spread) * (spread + outer(mean, spread))
-        return self.count.double(), n[:, None] * mean, square, n[:, None] * self.deviation.double(), self.examples.double()
+        return self.count.double(), n[:, None] * mean, square, self.absolute.double(), self.examples.double()
 
     @classmethod
     def from_raw(cls, raw: Sequence[Tensor], dtype: torch.dtype) -> Moments:
         """The inverse of :meth:`raw`."""
-        count, total, square, deviation, examples = raw
+        count, total, square, absolute, examples = raw
         n = count.clamp_min(1).to(total.device)
         mean = total / n[:, None]
         spread = square / _fit(n, square) - outer(mean, square)
         if spread.ndim == mean.ndim:
             spread = spread.clamp_min(0)
-        return cls(*(t.to(dtype) for t in (count, mean, spread, deviation / n[:, None], examples)))
+        return cls(*(t.to(dtype) for t in (count, mean, spread, absolute, examples)))
 
     @classmethod
     def joined(cls, parts: Sequence[Moments | None]) -> Moments:
         """Of several layers, one after the other; of one that saw nothing (None) the count is 0."""
         some = next(p for p in parts if p is not None)
-        nothing = cls(*(torch.zeros_like(t) for t in (some.count, some.mean, some.spread, some.deviation, some.examples)))
-        each = [nothing if p is None else p for p in parts]
-        if len(each) == 1:
+        if len(parts) == 1:
             return replace(some, examples=some.examples[None])
-        tensors = {name: torch.cat([getattr(p, name) for p in each]) for name in ("count", "mean", "spread", "deviation")}
+        each = [some._of_none() if p is None else p for p in parts]
+        tensors = {name: torch.cat([getattr(p, name) for p in each]) for name in ("count", "mean", "spread", "absolute")}
         return cls(**tensors, examples=torch.stack([p.examples for p in each]))
+
+    def _of_none(self) -> Moments:
+        """Of no samples, in these shapes."""
+        return Moments(*(torch.zeros_like(t) for t in (self.count, self.mean, self.spread, self.absolute, self.examples)))
+
+    def bounded_to(self, mean: Tensor, spread: Tensor) -> Moments:
+        """Numbers that are not finite replaced, in groups that have any, by what is known, without a look at them by the host."""
+        finite = self.variance.sum(-1) < torch.inf
+        where = lambda new, old: torch.where(_fit(finite, new), new, old)  # noqa: E731
+        return replace(self, mean=where(self.mean, mean), spread=where(self.spread, spread), absolute=where(self.absolute, 0.0))
 
 
 def pool(parts: Sequence[Moments]) -> Moments:
@@ -105,7 +119,7 @@ def of_samples(rows: Rows, kind: Kind, center: Tensor | None = None, examples: i
     for k, x in enumerate(rows):
         own = None if center is None else center[k : k + 1]
         parts.append(of(x[None], own, examples) if len(x) else _nothing(x, kind))
-    joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("count", "mean", "spread", "deviation")}
+    joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("count", "mean", "spread", "absolute")}
     return Moments(**joined, examples=joined["count"].amin() if examples is None else parts[0].examples)
 
 
@@ -132,22 +146,44 @@ def covariance(x: Tensor, center: Tensor | None = None, examples: int | None = N
 
 
 def _moments(x: Tensor, samples: int, center: Tensor | None, examples: int | None, full: bool = False) -> Moments:
-    # About the mean known so far, or the batch's own: one pass about zero cancels where |μ| ≫ σ.
-    shift = x.mean(samples) if center is None else center
-    d = x - shift.unsqueeze(samples)
-    mean = d.mean(samples)
-    if full:
-        deviation = (x if center is None else d).abs().mean(samples)
-        d.sub_(mean.unsqueeze(samples))
-        # Scaled within the product: another matrix of n² entries in fresh memory would cost half as much again.
-        spread = torch.baddbmm(d.new_empty(()), d.mT, d, beta=0, alpha=1 / x.shape[1])
-    else:
-        size = d.abs_()  # in place: memory that was never touched costs more than the arithmetic
-        deviation = (x.abs() if center is None else size).mean(samples)
-        spread = size.square_().mean(samples).addcmul_(mean, mean, value=-1).clamp_min_(0)
+    on = _on_processor if x.device.type == "cpu" else _on_accelerator
+    mean, spread, absolute = on(x, samples, None if center is None else center.unsqueeze(samples), full)
     count = torch.full((x.shape[0],), float(x.shape[samples]), dtype=x.dtype)
     of = count[0] if examples is None else torch.full((), float(examples), dtype=x.dtype)
-    return Moments(count, shift + mean, spread, deviation, of)
+    return Moments(count, mean, spread, absolute, of)
+
+
+def _on_processor(x: Tensor, samples: int, center: Tensor | None, full: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, spread, Σ|h − c|) in as few passes over memory as it takes."""
+    # About the mean known so far, or the batch's own: one pass about zero cancels where |μ| ≫ σ.
+    shift = x.mean(samples, keepdim=True) if center is None else center
+    d = x - shift
+    mean = d.mean(samples)
+    if full:
+        absolute = (x if center is None else d).abs().sum(samples)
+        d.sub_(mean.unsqueeze(samples))
+        spread = _gram(d)
+    else:
+        size = d.abs_()  # in place: memory that was never touched costs more than the arithmetic
+        absolute = (x.abs() if center is None else size).sum(samples)
+        spread = size.square_().mean(samples).addcmul_(mean, mean, value=-1).clamp_min_(0)
+    return shift.squeeze(samples) + mean, spread, absolute
+
+
+def _on_accelerator(x: Tensor, samples: int, center: Tensor | None, full: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in as few operations as it takes."""
+    absolute = torch.linalg.vector_norm(x if center is None else x - center, 1, samples)
+    if full:
+        mean = x.mean(samples, keepdim=True)
+        return mean.squeeze(samples), _gram(x - mean), absolute
+    spread, mean = torch.var_mean(x, samples, correction=0)
+    return mean, spread, absolute
+
+
+def _gram(d: Tensor) -> Tensor:
+    """ddᵀ/N of rows d (groups, N, n)."""
+    # Scaled within the product: another matrix of n² entries in fresh memory would cost half as much again.
+    return torch.baddbmm(d.new_empty(()), d.mT, d, beta=0, alpha=1 / d.shape[1])
 
 
 def widened(x: Tensor) -> Tensor:

@@ -60,4 +60,4 @@ class OneHot(Tap):
         c = torch.zeros_like(p) if center is None else center
         count = torch.full((1,), float(len(seen)), dtype=p.dtype)
         deviation = p * (1 - c).abs() + (1 - p) * c.abs()
-        return Moments(count, p, p * (1 - p), deviation, count[0])
+        return Moments(count, p, p * (1 - p), len(seen) * deviation, count[0])

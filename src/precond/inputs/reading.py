@@ -97,8 +97,6 @@ def plain(x: Any) -> Tensor | None:
         raise Unreadable(f"its input is sparse ({x.layout}); pass input.to_dense() where memory allows")
     if x.is_quantized or not x.is_floating_point():
         raise Unreadable(f"its input holds {x.dtype}, not floating-point numbers")
-    if type(x) is not Tensor:
-        raise Unreadable(f"its input is a {type(x).__name__}, whose numbers are not in one dense tensor")
     return x if x.numel() else None
 
 

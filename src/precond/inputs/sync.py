@@ -28,27 +28,37 @@ def synchronized(observer: Observer) -> Seen:
     seen = observer.collect()
     pairs = [(site, request) for site in observer.sites for request in observer.requests]
     keys = [(site, request) for site, request in pairs if (site.name, request) in observer.wanted]
-    pieces, shapes = [], []
+    numbers, sums, shapes = [], [], []
     for site, request in keys:
         groups, n = site.shape(request)
         square = (groups, n, n) if request.kind == "covariance" else (groups, n)
-        shapes.append(((groups,), (groups, n), square, (groups, n), ()))
-        found = seen.get((site.name, request))
-        zeros = [torch.zeros(s, dtype=torch.float64, device=site.weight.device) for s in shapes[-1]]
-        pieces += [t.reshape(-1) for t in (zeros if found is None else found.raw())]
-    if not pieces:
+        shapes.append(((groups, n), square, (groups, n)))
+        device, found = site.weight.device, seen.get((site.name, request))
+        if found is None:
+            numbers += [torch.zeros(groups + 1, dtype=torch.float64)]
+            sums += [torch.zeros(int(torch.Size(s).numel()), dtype=torch.float64, device=device) for s in shapes[-1]]
+        else:
+            count, *tensors, examples = found.raw()
+            numbers += [torch.cat([count, examples[None]])]
+            sums += [t.reshape(-1) for t in tensors]
+    if not sums:
         return {}
-    flat = torch.cat(pieces)
+    known = torch.cat(numbers).to(sums[0].device)
+    flat = torch.cat([known, *sums])
     dist.all_reduce(flat)
+    counts, flat = flat[: len(known)].cpu(), flat[len(known) :]  # the host knows of how many samples statistics are
     out: Seen = {}
-    start = 0
+    at = start = 0
     for (site, request), sizes in zip(keys, shapes, strict=True):
         parts = []
         for shape in sizes:
             size = int(torch.Size(shape).numel())
             parts.append(flat[start : start + size].reshape(shape))
             start += size
-        if parts[0].min() > 0:
+        groups = sizes[0][0]
+        count, examples = counts[at : at + groups], counts[at + groups]
+        at += groups + 1
+        if count.min() > 0:
             dtype = torch.float64 if site.weight.dtype == torch.float64 else torch.float32
-            out[site.name, request] = Moments.from_raw(parts, dtype)
+            out[site.name, request] = Moments.from_raw((count, *parts, examples), dtype)
     return out

@@ -54,13 +54,16 @@ class Listening:
             if distributed():
                 check_alike(self.observer)
 
-    def collect(self, cells: Sequence[Cell]) -> bool:
-        """Hand what was seen of layer inputs to the cells, once a step; False where it holds inf or NaN."""
+    def collect(self, cells: Sequence[Cell], watch: bool) -> bool:
+        """Hand what was seen of layer inputs to the cells, once a step; False where it holds inf or NaN.
+
+        On an accelerator that is not looked at, unless one is to ``watch``: what is not finite is passed by where it is folded in.
+        """
         if self._heard is None:
-            self._heard = self._hand_out(cells)
+            self._heard = self._hand_out(cells, watch)
         return self._heard
 
-    def _hand_out(self, cells: Sequence[Cell]) -> bool:
+    def _hand_out(self, cells: Sequence[Cell], watch: bool) -> bool:
         if self.observer is None:
             if self.requests:
                 raise RuntimeError("this optimizer was copied or unpickled and observes no model: call watch(model) first")
@@ -70,7 +73,7 @@ class Listening:
             cell.inputs = seen
         self._tell(seen, self.observer.expected, self.observer.unread)
         # An input that is not finite is so in its own variance.
-        return all_finite(tuple(m.variance for m in seen.values()))
+        return all_finite(tuple(v for v in (m.variance for m in seen.values()) if watch or v.device.type == "cpu"))
 
     def _tell(self, seen: Seen, expected: Sequence[Site], unread: Mapping[str, str]) -> None:
         """Say once of each layer that it should have been seen, has a gradient, and was not seen; or not read."""

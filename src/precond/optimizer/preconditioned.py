@@ -411,7 +411,9 @@ class PreconditionedGD(torch.optim.Optimizer):
         watch = self._watches(grad_scale)
         gradients = [leaf.param.grad for leaf in self._bound.leaves]
         point = self._point(unscaled(gradients, grad_scale))
-        if not self._listening.collect(self._bound.cells) or (watch and not self._agreed(vec.all_finite(point.g))):
+        if not self._listening.collect(self._bound.cells, self.nonfinite != "propagate") or (
+            watch and not self._agreed(vec.all_finite(point.g))
+        ):
             return Probe(
                 self._bound.leaves, modules, point, gradients, grad_scale, k, Evidence(), (), self._spare, refused=True
             )
@@ -480,7 +482,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         kernels = self._kernels()
         if kernels is None or self._gradient_based is not None or getattr(self, "found_inf", None) is not None:
             return False
-        if not self._listening.collect(self._bound.cells):
+        if not self._listening.collect(self._bound.cells, self.nonfinite != "propagate"):
             return False
         work, rest = divided(kernels, self._bound.cells, self._lr, self.param_groups)
         if rest and not work:
@@ -522,7 +524,10 @@ class PreconditionedGD(torch.optim.Optimizer):
         """Take the step by the reference engine, or skip it."""
         pending, self._pending = self._pending, None
         scale = getattr(self, "grad_scale", None)
-        good_inputs, good_products = pending is not None or self._listening.collect(self._bound.cells), True
+        good_inputs, good_products = (
+            pending is not None or self._listening.collect(self._bound.cells, self.nonfinite != "propagate"),
+            True,
+        )
         if pending is None:
             point = self._point(unscaled([leaf.param.grad for leaf in self._bound.leaves], scale))
             evidence = Evidence(hessian=None if graph is None else self._hessian(point, graph))

@@ -135,6 +135,16 @@ class Preconditioner(ABC):
         self.observe(state, seen)
         return self.map(state).gram(seen.gradient if seen.momentum is None else seen.momentum)
 
+    def pull(self, state: State, seen: Seen) -> Vec:
+        """:meth:`observe`, and Fᵀg of the gradient seen."""
+        self.observe(state, seen)
+        return self.factors(state)[0].rmv(seen.gradient)
+
+    def push(self, state: State, y: Vec) -> Vec:
+        """F N Nᵀ y: the step of an average y in the coordinates of F."""
+        F, N = self.factors(state)
+        return F.mv(N.gram(y))
+
     def wanted(self, state: State) -> Iterable[tuple[str, Request, Tensor | None]]:
         """(site name, request, the mean that deviations are measured from) to observe before the next step; nothing by default."""
         return ()

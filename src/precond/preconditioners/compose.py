@@ -14,8 +14,10 @@ from precond.blocks import Block, Leaf, State
 from precond.inputs import Request
 from precond.maps import Identity, LinearMap
 from precond.preconditioners.base import Needs, Part, Preconditioner, Seen, strictest
+from precond.preconditioners.fixed import Fixed
 from precond.preconditioners.split import over
 from precond.preconditioners.stacked import on
+from precond.vec import Vec
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Composition(Preconditioner):
         return self.outer.lr_scale(leaf) * self.inner.lr_scale(leaf)
 
     def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
-        a, b = self.outer.partition(leaves), self.inner.partition(leaves)
+        a, b = (_partition(part, leaves) for part in self.constituents)
         # A part that acts entry by entry takes any block: the others decide, and what is left goes together.
         fine = blocks.join(*([p.index for p in parts if not p.preconditioner.entrywise] for parts in (a, b)))
         joined = {i for index in fine for i in index}
@@ -106,17 +108,38 @@ class Composition(Preconditioner):
         )
 
     def observe(self, state: State, seen: Seen) -> None:
+        if self.inner.handles(state["inner"].block):
+            on(state["inner"].block, self.inner).observe(state["inner"], self._inside(state, seen))
+        elif self.outer.handles(state["outer"].block):
+            on(state["outer"].block, self.outer).observe(state["outer"], seen)
+
+    def _inside(self, state: State, seen: Seen) -> Seen:
+        """What was seen, in z₁, after the outer one has observed it."""
         if self.outer.handles(state["outer"].block):
             on(state["outer"].block, self.outer).observe(state["outer"], seen)
-        if self.inner.handles(state["inner"].block):
-            P1, position = self._outer(state), seen.position
-            in_z1 = Seen(
-                P1.rmv(seen.gradient),
-                seen.inputs,
-                None if seen.momentum is None else P1.rmv(seen.momentum),
-                None if position is None or not self.outer.invertible else lambda: P1.solve(position()),
-            )
-            on(state["inner"].block, self.inner).observe(state["inner"], in_z1)
+        P1, position = self._outer(state), seen.position
+        return Seen(
+            P1.rmv(seen.gradient),
+            seen.inputs,
+            None if seen.momentum is None else P1.rmv(seen.momentum),
+            None if position is None or not self.outer.invertible else lambda: P1.solve(position()),
+        )
+
+    def descend(self, state: State, seen: Seen) -> Vec:
+        if not self.inner.handles(state["inner"].block):
+            return super().descend(state, seen)
+        inside = self._inside(state, seen)
+        return self._outer(state).mv(on(state["inner"].block, self.inner).descend(state["inner"], inside))
+
+    def pull(self, state: State, seen: Seen) -> Vec:
+        if self.uses_momentum or not self.inner.handles(state["inner"].block):
+            return super().pull(state, seen)
+        return on(state["inner"].block, self.inner).pull(state["inner"], self._inside(state, seen))
+
+    def push(self, state: State, y: Vec) -> Vec:
+        if self.uses_momentum or not self.inner.handles(state["inner"].block):
+            return super().push(state, y)
+        return self._outer(state).mv(on(state["inner"].block, self.inner).push(state["inner"], y))
 
     def map(self, state: State) -> LinearMap:
         block = state["inner"].block
@@ -144,3 +167,11 @@ class Composition(Preconditioner):
             on(state["inner"].block, self.inner).refresh(state["inner"]) if self.inner.handles(state["inner"].block) else None
         )
         return None if self.uses_momentum else change
+
+
+def _partition(preconditioner: Preconditioner, leaves: Sequence[Leaf]) -> list[Part]:
+    """Its partition; what it leaves as it is joins nothing."""
+    parts = preconditioner.partition(leaves)
+    idle = [p for p in parts if not p.preconditioner.handles(Block(tuple(leaves[i] for i in p.index)))]
+    rest = [i for p in idle for i in p.index]
+    return [p for p in parts if p not in idle] + ([Part(tuple(rest), Fixed())] if rest else [])

@@ -179,8 +179,10 @@ class InputSide(Stacked):
         for part in self.parts(state.block):
             found = [(seen.inputs or {}).get((site.name, self.request)) for site in self._sites(part, state.block)]
             if any(f is not None for f in found):
-                new = Moments.joined(found)
-                self.fold(self._of(part, state), new, self.rate(min(state.steps), new))
+                mine, new = self._of(part, state), Moments.joined(found)
+                if new.mean.device.type != "cpu":  # where it is, the step was not taken: a look at it costs nothing there
+                    new = new.bounded_to(mine["mean"], mine["variance" if "variance" in mine else "covariance"])
+                self.fold(mine, new, self.rate(min(state.steps), new))
 
     def rate(self, step: float, new: Moments) -> float | Tensor:
         """ρ of what is observed for a step; or one for each layer or each group, on the host."""
@@ -207,7 +209,11 @@ class InputSide(Stacked):
             if name in mine:
                 mine[name].copy_(latest)
         if "variance" in mine:
-            mine["variance"].lerp_(new.spread, gain).add_(delta.square().mul_(gain * (1 - gain)))
+            mine["variance"].lerp_(new.spread, gain)
+            if isinstance(gain, float):
+                mine["variance"].addcmul_(delta, delta, value=gain * (1 - gain))
+            else:
+                mine["variance"].addcmul_(delta * (gain * (1 - gain)), delta)
         else:
             mine["covariance"].lerp_(new.spread, gain if isinstance(gain, float) else gain[..., None])
             mine["covariance"].baddbmm_((delta * (gain * (1 - gain)))[..., :, None], delta[..., None, :])
@@ -235,6 +241,11 @@ class InputSide(Stacked):
         return rare.mul_(square.mean(-1, keepdim=True)).add_(square, alpha=self.damping)
 
     def map(self, state: State) -> LinearMap:
+        """P; made again where the statistics have changed."""
+        versions = tuple(t._version for name, t in state.items() if name != "step")
+        return state.kept("map", versions, lambda: self._map(state))
+
+    def _map(self, state: State) -> LinearMap:
         block, like, maps = state.block, state.block.tensors, []
         assert isinstance(block, Stack)
         for part in self.parts(block):

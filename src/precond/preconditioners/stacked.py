@@ -122,9 +122,7 @@ class _Singly(Preconditioner):
         return self.of.init(block)
 
     def observe(self, state: State, seen: Seen) -> None:
-        momentum, at = seen.momentum, seen.position
-        one = Seen(_one(seen.gradient), seen.inputs, momentum and _one(momentum), at and (lambda: _one(at())))
-        self.of.observe(state.as_stack(), one)
+        self.of.observe(state.as_stack(), self._seen(seen))
 
     def map(self, state: State) -> LinearMap:
         return self._apart(self.of.map(state.as_stack()), state)
@@ -132,6 +130,19 @@ class _Singly(Preconditioner):
     def factors(self, state: State) -> tuple[LinearMap, LinearMap]:
         F, N = self.of.factors(state.as_stack())
         return F if isinstance(F, Identity) else self._apart(F, state), self._apart(N, state)
+
+    def _seen(self, seen: Seen) -> Seen:
+        momentum, at = seen.momentum, seen.position
+        return Seen(_one(seen.gradient), seen.inputs, momentum and _one(momentum), at and (lambda: _one(at())))
+
+    def descend(self, state: State, seen: Seen) -> Vec:
+        return tuple(t[0] for t in self.of.descend(state.as_stack(), self._seen(seen)))
+
+    def pull(self, state: State, seen: Seen) -> Vec:
+        return tuple(t[0] for t in self.of.pull(state.as_stack(), self._seen(seen)))
+
+    def push(self, state: State, y: Vec) -> Vec:
+        return tuple(t[0] for t in self.of.push(state.as_stack(), _one(y)))
 
     def wanted(self, state: State) -> Iterable[tuple[str, Request, Tensor | None]]:
         return self.of.wanted(state.as_stack())
