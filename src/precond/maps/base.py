@@ -154,25 +154,30 @@ class Identity(LinearMap):
 
 
 class Scaled(LinearMap):
-    """P = s·Q with a number s > 0."""
+    """P = s·Q with a number s > 0, or one for each of k tensors side by side, (k,)."""
 
     def __init__(self, map: LinearMap, s: float | Tensor):
         self.map, self.s, self.like, self.root, self.diagonal = map, s, map.like, map.root, map.diagonal
 
+    def _times(self, v: Vec, s: float | Tensor) -> Vec:
+        if not isinstance(s, Tensor) or s.ndim == 0:
+            return vec.scale(v, s)
+        return tuple(t * s.view(-1, *[1] * (t.ndim - 1)) for t in v)
+
     def mv(self, v: Vec) -> Vec:
-        return vec.scale(self.map.mv(v), self.s)
+        return self._times(self.map.mv(v), self.s)
 
     def rmv(self, v: Vec) -> Vec:
-        return vec.scale(self.map.rmv(v), self.s)
+        return self._times(self.map.rmv(v), self.s)
 
     def solve(self, v: Vec) -> Vec:
-        return vec.scale(self.map.solve(v), 1 / self.s)
+        return self._times(self.map.solve(v), 1 / self.s)
 
     def rsolve(self, v: Vec) -> Vec:
-        return vec.scale(self.map.rsolve(v), 1 / self.s)
+        return self._times(self.map.rsolve(v), 1 / self.s)
 
     def gram(self, v: Vec) -> Vec:
-        return vec.scale(self.map.gram(v), self.s**2)
+        return self._times(self.map.gram(v), self.s**2)
 
     def damped(self, delta: float) -> LinearMap:
         return Scaled(self.map.damped(delta), self.s)

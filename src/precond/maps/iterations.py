@@ -54,3 +54,9 @@ def followed(product: Callable[[Tensor], Tensor], Q: Tensor, steps: int) -> tupl
     for _ in range(steps):
         Q = torch.linalg.qr(product(Q)).Q
     return (Q * product(Q)).sum(-2), Q
+
+
+def largest(S: Tensor) -> Tensor:
+    """λ_max of symmetric positive S (…, n, n), about, shape (…, 1, 1): (Σλ⁸)^(1/8), from above by a factor of at most n^(1/8)."""
+    square = S @ S
+    return torch.linalg.vector_norm(square @ square, 2, (-2, -1), keepdim=True) ** 0.25

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from precond import blocks, checks
-from precond.blocks import Block, Leaf, State, state_dtype
+from precond.blocks import Block, Leaf, Stack, State, state_dtype
 from precond.inputs.moments import REQUESTS
-from precond.maps import Augmented, LinearMap, Scaled, augmented
-from precond.preconditioners.base import Part, Preconditioner, Seen, placed
+from precond.maps import Augmented, LinearMap, Scaled, augmented, parted
+from precond.preconditioners.base import Part, Seen, placed
 from precond.preconditioners.muon import normalized
 from precond.preconditioners.polar_roots import WHOLE, Leading, root_of
 from precond.preconditioners.rms import RMS
 from precond.preconditioners.roots import renewed
+from precond.preconditioners.stacked import Stacked
 from precond.vec import Vec, all_finite
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _TINY = 1e-37  # the least ‖m‖ that m is divided by
 
 
 @dataclass(frozen=True)
-class Polar(Preconditioner):
+class Polar(Stacked):
     r"""Muon on a schedule: M = s·L^(−1/2), L a running mean of m mᵀ/‖m‖² for the momentum m of a layer, [weight bias] as a matrix (A, B).
 
     Where L is that of m itself, L^(−1/2)m is in the direction of its polar factor UVᵀ, as in :class:`~precond.Muon`. A layer of many
@@ -71,7 +72,6 @@ class Polar(Preconditioner):
     others_eps: float = 1e-8
     momentum: Momentum | None = None
 
-    alone = True
     uses_momentum = True
     advised_damping = 0.1
 
@@ -117,84 +117,120 @@ class Polar(Preconditioner):
 
     @classmethod
     def matrix(cls, block: Block, v: Vec) -> Tensor:
-        """A vector of a layer as the matrix [W b], a row for each output."""
-        return augmented(v, cls.is_turned(block))
+        """A vector of a layer as the matrix [W b], a row for each output; of a stack matrices side by side."""
+        return augmented(v, cls.is_turned(block), isinstance(block, Stack))
 
     def init(self, block: Block) -> dict:
         p, n = block.tensors[0], min(self.matrix(block, block.tensors).shape)
         zeros = lambda *shape: torch.zeros(shape, dtype=state_dtype(p.dtype), device=p.device)  # noqa: E731
         L = zeros(n, n)
         root = WHOLE if self.rank is None or n <= 4 * self.rank else Leading(self.rank)
-        return {"gram": L, **root.fresh(L), "norm": zeros(), "length": zeros() + 1, "size": zeros()}
+        size = torch.zeros((), dtype=state_dtype(p.dtype))  # on the host, which knows it from shapes
+        return {"gram": L, **root.fresh(L), "norm": zeros(), "length": zeros() + 1, "size": size}
 
     def share(self, state: State, shape: Sequence[int], first: bool) -> float:
-        """The share of this step's m mᵀ in L, of a matrix of a shape; 0: L and its root stay."""
-        if first or (root_of(state).whole and self.exact(state, shape)):
-            return 1.0
-        return 1 - self.decay if renewed(min(state.steps), self.every) else 0.0
+        """The largest share of this step's m mᵀ in L, of a matrix of a shape; 0: L and its root stay."""
+        return 1.0 if first else max(self._shares(state, shape))
+
+    def _shares(self, state: State, shape: Sequence[int]) -> list[float]:
+        """The share of each member of a stack; of a layer alone its own."""
+        regular = 1 - self.decay if renewed(min(state.steps), self.every) else 0.0
+        whole = root_of(state).whole
+        return [1.0 if whole and self.exact(N, shape) else regular for N in state["size"].reshape(-1).tolist()]
 
     @staticmethod
-    def exact(state: State, shape: Sequence[int]) -> bool:
+    def exact(N: float, shape: Sequence[int]) -> bool:
         """Whether a root of n rows, 3000n² + 5n³ operations by the clock, costs no more than the layer's three products, 6NAB."""
         A, B = shape
         n = min(A, B)
-        return 3000 * n**2 + 5 * n**3 <= 6 * state["size"].item() * A * B
+        return 3000 * n**2 + 5 * n**3 <= 6 * N * A * B
 
     @staticmethod
-    def hear(state: State, inputs: Mapping[tuple[str, Request], Moments] | None) -> None:
-        """Keep the largest number N of samples that a step has shown of the layer; 0: not known."""
-        for site, request in product(state.block.leaves[0].sites, REQUESTS):
-            if inputs and (found := inputs.get((site.name, request))) is not None:
-                torch.maximum(state["size"], found.count.amax(), out=state["size"])
+    def count_samples(state: State, inputs: Mapping[tuple[str, Request], Moments] | None) -> None:
+        """Keep the largest number N of samples that a step has shown of each layer; 0: not known."""
+        members = state.block.members if isinstance(state.block, Stack) else (state.block,)
+        for member, size in zip(members, state["size"].reshape(-1), strict=True):
+            for site, request in product(member.leaves[0].sites, REQUESTS):
+                if inputs and (found := inputs.get((site.name, request))) is not None:
+                    torch.maximum(size, found.count.amax(), out=size)
 
     def observe(self, state: State, seen: Seen) -> None:
+        self._turned(state, seen)
+
+    def descend(self, state: State, seen: Seen) -> Vec:
+        turned, norm = self._turned(state, seen)
+        length = torch.where(norm > 0, self.step_length(state, turned.shape[-2:]) / norm, 0.0)
+        return parted(turned.mul_(length[:, None, None]), state.block.tensors, self.is_turned(state.block))
+
+    def _turned(self, state: State, seen: Seen) -> tuple[Tensor, Tensor]:
+        """(L^(−1/2)m/‖m‖, its norm) of the momentum seen, in a step that observes it."""
         m = self.matrix(state.block, seen.gradient if seen.momentum is None else seen.momentum)
-        self.hear(state, seen.inputs)
-        if first := self.is_fresh(state):
-            self.measure(state, None if seen.position is None else self.matrix(state.block, seen.position()))
-        if share := self.share(state, m.shape, first):
-            self.renew(state, m, share)
+        self.count_samples(state, seen.inputs)
+        if first := self._first(state):
+            fresh = ~state["gram"].diagonal(dim1=-2, dim2=-1).any(-1)
+            self.measure(state, None if seen.position is None else self.matrix(state.block, seen.position()), fresh)
         X, size = normalized(m, _TINY)
-        state["norm"].copy_(self.turn(state, X).norm() * size)
+        shares = self._shares(state, m.shape[-2:])
+        if first or any(shares):
+            share = torch.tensor(shares).to(X) if len(set(shares)) > 1 else X.new_full((len(X),), shares[0])
+            gram = X @ X.mT if X.shape[-2] <= X.shape[-1] else X.mT @ X
+            self.fold(state, gram, torch.where(fresh, 1.0, share) if first else share)
+        turned = self.apply_inverse_root(state, X)
+        norm = torch.linalg.vector_norm(turned, 2, (-2, -1))
+        state["norm"].copy_(norm * size)
+        return turned, norm
+
+    @classmethod
+    def _first(cls, state: State) -> bool:
+        """Whether some layer was not observed yet: looked at in the first eight steps, and in the first of a state that is bound anew."""
+        (t, *_) = state.steps
+        looked = state.kept("looked", None, lambda: [])
+        known = bool(looked) and t > 8
+        looked.append(t) if not looked else None
+        return not known and cls.is_fresh(state)
 
     @staticmethod
     def is_fresh(state: State) -> bool:
-        """Whether nothing was observed yet: at the first step, and where a bias was frozen or thawed later."""
-        return not bool(state["gram"].diagonal().any())
+        """Whether nothing was observed yet of some layer: at the first step, and where a bias was frozen or thawed later."""
+        return not bool(state["gram"].diagonal(dim1=-2, dim2=-1).any(-1).all())
 
     @staticmethod
-    def measure(state: State, z: Tensor | None) -> None:
-        """Keep how long the rows of the parameters are at first; None: not known."""
-        state["length"].fill_(1.0 if z is None else (z.norm() / len(z) ** 0.5).clamp_min(1.0))
+    def measure(state: State, z: Tensor | None, where: Tensor) -> None:
+        """Keep how long the rows of the parameters are at first, of some layers; z None: not known."""
+        if z is not None:
+            found = (torch.linalg.vector_norm(z, 2, (-2, -1)) / z.shape[-2] ** 0.5).clamp_min(1.0)
+            state["length"].copy_(torch.where(where, found, state["length"]))
 
-    def renew(self, state: State, m: Tensor, share: float) -> None:
-        """Fold m/‖m‖ into L and take the root anew; where that fails, the one before stays."""
-        X, _ = normalized(m, _TINY)
-        self.fold(state, X @ X.T if X.shape[0] <= X.shape[1] else X.T @ X, share)
+    def fold(self, state: State, gram: Tensor, share: float | Tensor) -> None:
+        """Fold m mᵀ/‖m‖² into L, (k, n, n) with a share (k,) of each or (n, n), and take the root anew.
 
-    def fold(self, state: State, gram: Tensor, share: float) -> None:
-        """The same, given m mᵀ/‖m‖²."""
-        if all_finite((gram,)):
-            root_of(state).renew(state, state["gram"].lerp_(gram, share), self.damping)
+        Where that fails, or m is not finite, what was before stays.
+        """
+        L = state["gram"]
+        if isinstance(share, Tensor):
+            # A Gram matrix is finite where its diagonal is.
+            takes = gram.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite() & (share > 0)
+            L.copy_(torch.where(takes[:, None, None], torch.lerp(L, gram, share[:, None, None]), L))
+        elif all_finite((gram,)):
+            L.lerp_(gram, share)
+        else:
+            return
+        root_of(state).renew(state, L, self.damping)
 
     @staticmethod
-    def turn(state: State, m: Tensor) -> Tensor:
+    def apply_inverse_root(state: State, m: Tensor) -> Tensor:
         """L^(−1/2)m, or m L^(−1/2) where m is tall."""
         root = root_of(state)
-        return root.times(state, m) if m.shape[0] <= m.shape[1] else root.times(state, m.T).T
+        return root.times(state, m) if m.shape[-2] <= m.shape[-1] else root.times(state, m.mT).mT
 
     @staticmethod
-    def reach(state: State, shape: Sequence[int]) -> float:
+    def step_length(state: State, shape: Sequence[int]) -> Tensor:
         """The length γ·√min(A, B) of a step."""
         A, B = shape
-        return min(A, B) ** 0.5 * max(1.0, A / B) ** 0.5 * state["length"].item()
-
-    def gain(self, state: State, shape: Sequence[int]) -> Tensor:
-        """s, of a matrix of a shape."""
-        return torch.where(state["norm"] > 0, self.reach(state, shape) / state["norm"], 0.0)
+        return state["length"] * (min(A, B) ** 0.5 * max(1.0, A / B) ** 0.5)
 
     def map(self, state: State) -> LinearMap:
-        like = state.block.tensors
+        like, stacked = state.block.tensors, isinstance(state.block, Stack)
         matrix = self.matrix(state.block, like)
-        on_matrix = Scaled(root_of(state).map(state, matrix), self.gain(state, matrix.shape).sqrt())
-        return Augmented(on_matrix, like, self.is_turned(state.block))
+        s = torch.where(state["norm"] > 0, self.step_length(state, matrix.shape[-2:]) / state["norm"], 0.0)
+        return Augmented(Scaled(root_of(state).map(state, matrix), s.sqrt()), like, self.is_turned(state.block), stacked)

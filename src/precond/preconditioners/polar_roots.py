@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from precond.maps import Layout, LinearMap, Spiked, SymmetricKronecker
+from precond.maps import Layout, LinearMap, SideBySide, Spiked, SymmetricKronecker
+from precond.maps.eigen import in_general_position
+from precond.maps.iterations import followed, inverse_square_root, largest, waits
 from precond.preconditioners.roots import inverse_root, leading_inverse_root
 
 
@@ -24,11 +26,11 @@ class Root(ABC):
 
     @abstractmethod
     def fresh(self, L: Tensor) -> dict[str, Tensor]:
-        """The state of L^(−1/2) = I, for an L of this shape."""
+        """The state of L^(−1/2) = I, for an L (n, n)."""
 
     @abstractmethod
     def renew(self, state: Mapping[str, Tensor], L: Tensor, damping: float) -> None:
-        """Find it anew; where that fails it stays."""
+        """Find it anew, of L (n, n) or of several side by side (k, n, n); where that fails it stays."""
 
     @abstractmethod
     def times(self, state: Mapping[str, Tensor], X: Tensor) -> Tensor:
@@ -52,8 +54,15 @@ class Whole(Root):
         return {"root": torch.eye(len(L)).to(L)}
 
     def renew(self, state: Mapping[str, Tensor], L: Tensor, damping: float) -> None:
-        if (root := inverse_root(L, 0.5, damping)) is not None:
-            state["root"].copy_(root)
+        if waits(L):
+            top = largest(L)
+            zero = top == 0
+            root = inverse_square_root(L / torch.where(zero, 1.0, top), damping, 24) * torch.where(zero, 1.0, top).rsqrt()
+            state["root"].copy_(torch.where(zero, torch.eye(L.shape[-1]).to(L), root))
+            return
+        for S, kept in zip(L, state["root"], strict=True) if L.ndim == 3 else [(L, state["root"])]:
+            if (root := inverse_root(S, 0.5, damping)) is not None:
+                kept.copy_(root)
 
     def times(self, state: Mapping[str, Tensor], X: Tensor) -> Tensor:
         return state["root"] @ X
@@ -81,26 +90,47 @@ class Leading(Root):
         return {"basis": torch.eye(len(L), self.rank).to(L), "leading": L.new_ones(self.rank), "rest": L.new_ones(())}
 
     def renew(self, state: Mapping[str, Tensor], L: Tensor, damping: float) -> None:
-        known = state["basis"] if bool((state["leading"] - 1).any()) else None  # fresh, or of L = 0
-        if (found := leading_inverse_root(L, 0.5, damping, known, self.rank)) is not None:
-            for name, value in zip(("basis", "leading", "rest"), found, strict=True):
+        names = ("basis", "leading", "rest")
+        if waits(L):
+            for name, value in zip(names, self._followed(state, L, damping), strict=True):
                 state[name].copy_(value)
+            return
+        each = [{name: state[name][i] for name in names} for i in range(len(L))] if L.ndim == 3 else [state]
+        for S, mine in zip(L if L.ndim == 3 else [L], each, strict=True):
+            known = mine["basis"] if bool((mine["leading"] - 1).any()) else None  # fresh, or of L = 0
+            if (found := leading_inverse_root(S, 0.5, damping, known, self.rank)) is not None:
+                for name, value in zip(names, found, strict=True):
+                    mine[name].copy_(value)
+
+    def _followed(self, state: Mapping[str, Tensor], L: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of (k, n, n) by orthogonal iteration from where the basis was, without a look at the numbers."""
+        n, r = L.shape[-1], self.rank
+        fresh = (state["leading"] == 1).all(-1)[:, None, None]
+        start = torch.where(fresh, in_general_position(n, r, L), state["basis"])
+        values, U = followed(lambda Q: L @ Q, start, 4)
+        rest = (L.diagonal(dim1=-2, dim2=-1).sum(-1) - values.sum(-1)) / (n - r)
+        top = values.amax(-1, keepdim=True)
+        both = torch.cat([values, rest[:, None]], 1).clamp_min(0) + max(damping, n * torch.finfo(L.dtype).eps) * top
+        both = torch.where(top > 0, both.rsqrt(), 1.0)
+        return U, both[:, :r], both[:, r]
 
     def times(self, state: Mapping[str, Tensor], X: Tensor) -> Tensor:
-        U, a = state["basis"], state["rest"]
-        return a * X + (U * (state["leading"] - a)) @ (U.T @ X)
+        U, s, a = state["basis"], state["leading"], state["rest"]
+        return a[..., None, None] * X + (U * (s - a[..., None])[..., None, :]) @ (U.mT @ X)
 
     def matrix(self, state: Mapping[str, Tensor]) -> Tensor:
         U = state["basis"]
         return self.times(state, torch.eye(len(U)).to(U))
 
     def map(self, state: Mapping[str, Tensor], matrix: Tensor) -> LinearMap:
-        root = (state["basis"][None], state["leading"].sqrt()[None], state["rest"].sqrt()[None])
-        return Spiked(*root, (matrix,), Layout(transposed=_is_wide(matrix)))
+        root, layout = (state["basis"], state["leading"].sqrt(), state["rest"].sqrt()), Layout(transposed=_is_wide(matrix))
+        if matrix.ndim == 3:
+            return Spiked(*root, (matrix,), SideBySide.all(layout, len(matrix)))
+        return Spiked(*(t[None] for t in root), (matrix,), layout)
 
 
 def _is_wide(matrix: Tensor) -> bool:
-    return matrix.shape[0] <= matrix.shape[1]
+    return matrix.shape[-2] <= matrix.shape[-1]
 
 
 WHOLE = Whole()
@@ -108,4 +138,4 @@ WHOLE = Whole()
 
 def root_of(state: Mapping[str, Tensor]) -> Root:
     """The root that a state of :class:`~precond.Polar` holds."""
-    return WHOLE if "root" in state else Leading(state["basis"].shape[1])
+    return WHOLE if "root" in state else Leading(state["basis"].shape[-1])

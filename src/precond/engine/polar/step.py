@@ -83,11 +83,11 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
             g = torch._foreach_neg(g)
         self.momentum.fold(cell.average, tuple(g))
         if cell.inputs:
-            self.P.hear(state, cell.inputs)
+            self.P.count_samples(state, cell.inputs)
         m, size = self._average(cell, g, P1), 1.0
         if first := self._is_first(state):
             z = tuple(p) if self.outer is None else on(cell.block, self.outer).map(cell.state["outer"]).solve(tuple(p))
-            self.P.measure(state, augmented(z))
+            self.P.measure(state, augmented(z), torch.tensor(True))
         shape = self._shape(p)
         if share := self.P.share(state, shape, first):
             self._renew(state, P1, m, share)
@@ -99,7 +99,7 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
         lr = float(lr)
         if self.decay:
             torch._foreach_mul_(p, 1 - lr * self.decay)
-        self._move(p, P1, d, -lr * self.P.reach(state, shape) / norm if norm > 0 else 0.0)
+        self._move(p, P1, d, -lr * self.P.step_length(state, shape).item() / norm if norm > 0 else 0.0)
         if self.outer is not None:
             on(cell.block, self.outer).refresh(cell.state["outer"])
 
