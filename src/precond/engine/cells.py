@@ -154,7 +154,9 @@ class Cell:
         if not P.uses_momentum:  # nothing keeps what the next call needs no more
             seen = lambda: Evidence(self.block.gathered(g), self.inputs, None, self._position)  # noqa: E731
             return self.block.scattered(P.push(self.state, self._averaged(P.pull(self.state, seen()), "cotangent", fold=True)))
-        gradient, own = self.block.gathered(g), len(self.members) > 1  # what was put side by side is memory of the step's own
+        gradient = self.block.gathered(g)
+        # What was put side by side is memory of the step's own, and what is made of the momentum alone asks for no gradient.
+        own = len(self.members) > 1 and not P.constituents
         if self.momentum is None:
             m = gradient
         else:

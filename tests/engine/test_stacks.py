@@ -1,0 +1,128 @@
+"""Blocks alike, side by side, take the steps that each takes alone: every configuration, on a model whose layers repeat."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from contract.table import EVERY, closure, flat
+from precond.blocks import Stack
+from precond.engine import plan
+
+each = pytest.mark.parametrize("name", EVERY)
+TOLERANCE = 1e-9
+"""Of float64: products of several matrices at once are summed in another order, which 12 steps of an eigenbasis or a root enlarge."""
+
+
+class Repeated(nn.Module):
+    """Layers of the same and of other shapes, some with a bias and some without, convolutions among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.norms = nn.ModuleList(nn.LayerNorm(6) for _ in range(2))
+        self.inner = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+        self.bare = nn.ModuleList(nn.Linear(6, 6, bias=False) for _ in range(2))
+        self.first, self.head = nn.Linear(64, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.expand(-1, 4, -1, -1)
+        for conv in self.convs:
+            x = x + torch.tanh(conv(x))
+        x = self.first(x.flatten(1))
+        for k, layer in enumerate(self.inner):
+            x = x + torch.tanh(layer(self.norms[k % 2](x)))
+        for layer in self.bare:
+            x = x + layer(x).tanh()
+        return self.head(x)
+
+
+def model() -> Repeated:
+    torch.manual_seed(0)
+    return Repeated().double()
+
+
+def data(count: int):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(12, 1, 4, 4, generator=generator, dtype=torch.float64) + 0.3, torch.randint(3, (12,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def train(net: nn.Module, optimizer, batches, change=None) -> None:
+    for t, batch in enumerate(batches):
+        torch.manual_seed(100 + t)
+        if change is _frozen:
+            change(net, t)
+        run = closure(net, optimizer, batch)
+
+        def changed(run=run, t=t):
+            loss = run()
+            if change is _missing:
+                change(net, t)
+            return loss
+
+        optimizer.step(changed)
+
+
+@pytest.fixture
+def side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No layer has a kernel of its own, as on an accelerator."""
+    monkeypatch.setattr(plan, "_has_kernel", lambda P, block: False)
+
+
+def _missing(net: Repeated, t: int) -> None:
+    if t in (2, 3, 7):
+        net.inner[1].weight.grad = net.inner[1].bias.grad = None
+    if t == 5:
+        net.convs[0].bias.grad = None
+    if t >= 6:
+        net.bare[1].weight.grad = None
+
+
+def _frozen(net: Repeated, t: int) -> None:
+    for p in (*net.inner[2].parameters(), net.convs[1].weight):
+        p.requires_grad_(not 3 <= t < 7)
+        p.grad = None
+
+
+CHANGES = {"": None, "gradients are missing": _missing, "frozen and thawed": _frozen}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@each
+def test_side_by_side_as_alone(name, change, side_by_side):
+    ends = []
+    for engine in ("auto", "loop"):
+        net = model()
+        optimizer = EVERY[name](net, engine=engine)
+        train(net, optimizer, data(12), change)
+        ends.append(flat(net))
+    distance = (ends[0] - ends[1]).norm() / (ends[1] - flat(model())).norm()
+    assert distance <= TOLERANCE
+
+
+@each
+def test_resumed_in_the_midst_of_a_period(name, side_by_side):
+    net = model()
+    optimizer = EVERY[name](net)
+    train(net, optimizer, data(5))
+    saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(net.state_dict())
+    train(net, optimizer, data(12)[5:])
+    again = model()
+    again.load_state_dict(weights)
+    resumed = EVERY[name](again)
+    resumed.load_state_dict(saved)
+    train(again, resumed, data(12)[5:])
+    assert torch.equal(flat(again), flat(net))
+
+
+def test_layers_alike_are_one_stack(side_by_side):
+    optimizer = EVERY["muon"](model())
+    sizes = sorted(len(cell.block.members) for cell in optimizer._bound.cells if isinstance(cell.block, Stack))
+    assert sizes == [1, 1, 3, 6]  # of muon's matrices: the first, the head, the convolutions, and all (6, 6)
+    assert optimizer.state[optimizer.param_groups[0]["params"][0]]
