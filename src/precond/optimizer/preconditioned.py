@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from precond import checks, vec
+from precond.arguments import fitted, number
 from precond.blocks import Leaf
 from precond.engine import fused, loop
 from precond.engine.cells import Cell, Choice
@@ -95,9 +96,9 @@ class PreconditionedGD(torch.optim.Optimizer):
         rounding: Literal["nearest", "kahan"] = "nearest",
         naming: Naming | None = None,
     ):
-        choice = Choice(preconditioner, momentum, tuple(regularizers))
+        name = "PreconditionedGD" if naming is None else naming.name
+        choice = Choice(preconditioner, momentum, fitted(name, "regularizers", regularizers, Iterable[Regularizer]))
         self.naming = Naming.generic(choice) if naming is None else naming
-        name = self.naming.name
         checks.learning_rate(name, lr)
         checks.one_of(name, "statistics_from", statistics_from, ("loss", "total", "lagged"))
         checks.one_of(name, "norm_space", norm_space, ("z", "p"))
@@ -105,7 +106,9 @@ class PreconditionedGD(torch.optim.Optimizer):
         checks.one_of(name, "engine", engine, ("auto", "loop", "fused"))
         checks.one_of(name, "rounding", rounding, ("nearest", "kahan"))
         if max_norm is not None:
+            max_norm = number(name, "max_norm", max_norm)
             checks.positive(name, max_norm=max_norm)
+        lr = number(name, "lr", lr)
         validate(name, choice, statistics_from)
         self.rules = Rules(statistics_from, max_norm, norm_space)
         self.nonfinite, self.engine, self.rounding = nonfinite, engine, rounding
@@ -176,12 +179,14 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its ``"params"`` may be a module. State is made at once."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"add_param_group: expected a dict with 'params', got {type(param_group).__name__}")
         checks.learning_rate(self.naming.name, param_group.get("lr", 0.0))
         if not self._bound.leaves:  # called by torch.optim.Optimizer's constructor, on groups that are parsed already
             super().add_param_group(param_group)
             return
         modules: list[nn.Module] = []
-        (group,) = to_groups([param_group], modules, self.param_groups)
+        (group,) = to_groups([param_group], modules, self.param_groups, self.owners.names)
         super().add_param_group(group)
         try:
             check_precision(self.owners.leaves([group]), choices_of(self.param_groups, self.naming)[-1], self.rounding)

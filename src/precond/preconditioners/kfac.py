@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from precond import blocks, checks
+from precond.arguments import settle
 from precond.blocks import Block, Leaf, State, state_dtype
 from precond.maps import BlockDiagonal, LinearMap, SymmetricKronecker
 from precond.preconditioners.base import Part, Preconditioner, Seen
@@ -39,6 +40,7 @@ class OutputFactor(Preconditioner):
     max_dim: int = 8192
 
     def __post_init__(self) -> None:
+        settle(self)
         checks.fraction("OutputFactor", decay=self.decay)
         checks.non_negative("OutputFactor", damping=self.damping)
         checks.positive("OutputFactor", power=self.power)
