@@ -99,6 +99,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         name = "PreconditionedGD" if naming is None else naming.name
         choice = Choice(preconditioner, momentum, fitted(name, "regularizers", regularizers, Iterable[Regularizer]))
         self.naming = Naming.generic(choice) if naming is None else naming
+        lr = number(name, "lr", lr)
         checks.learning_rate(name, lr)
         checks.one_of(name, "statistics_from", statistics_from, ("loss", "total", "lagged"))
         checks.one_of(name, "norm_space", norm_space, ("z", "p"))
@@ -108,7 +109,6 @@ class PreconditionedGD(torch.optim.Optimizer):
         if max_norm is not None:
             max_norm = number(name, "max_norm", max_norm)
             checks.positive(name, max_norm=max_norm)
-        lr = number(name, "lr", lr)
         validate(name, choice, statistics_from)
         self.rules = Rules(statistics_from, max_norm, norm_space)
         self.nonfinite, self.engine, self.rounding = nonfinite, engine, rounding
