@@ -20,6 +20,7 @@ from precond.engine.cells import Cell, Choice
 from precond.engine.fused import Kernel
 from precond.engine.loop import Evidence, Rules
 from precond.engine.point import Point, gather
+from precond.interrupts import Uninterrupted
 from precond.maps import LinearMap
 from precond.momentum import Momentum
 from precond.optimizer import serialization
@@ -168,12 +169,13 @@ class PreconditionedGD(torch.optim.Optimizer):
         """Follow the groups: their numbers may have changed, parameters may have been frozen or thawed."""
         match self._bound.follow(self.param_groups, self.naming):
             case "broken":
-                before = self._bound.entries
-                self._bind()
-                kept = {(leaf.param, key) for leaf, key, _ in self._bound.entries}
-                for leaf, key, _ in before:  # the state of what is frozen waits
-                    if leaf.param.requires_grad and (leaf.param, key) not in kept and key not in serialization.OPTIONAL:
-                        self.state[leaf.param].pop(self.naming.outside(key), None)
+                with Uninterrupted():
+                    before = self._bound.entries
+                    self._bind()
+                    kept = {(leaf.param, key) for leaf, key, _ in self._bound.entries}
+                    for leaf, key, _ in before:  # the state of what is frozen waits
+                        if leaf.param.requires_grad and (leaf.param, key) not in kept and key not in serialization.OPTIONAL:
+                            self.state[leaf.param].pop(self.naming.outside(key), None)
             case "renumbered":
                 self._kernels_of = None
 
@@ -249,12 +251,13 @@ class PreconditionedGD(torch.optim.Optimizer):
             loss, graph = self._gradients(closure)
         elif self._gradient_based is not None:
             self._check_probed()
-        try:
-            with torch.no_grad(), self._own_precision():
-                if not self._fuse(loss):
-                    self._finish(loss, graph)
-        finally:
-            self._listening.again(self._bound.cells)
+        with Uninterrupted():
+            try:
+                with torch.no_grad(), self._own_precision():
+                    if not self._fuse(loss):
+                        self._finish(loss, graph)
+            finally:
+                self._listening.again(self._bound.cells)
         return loss
 
     def _gradients(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
@@ -328,13 +331,14 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _next_probe(self, grad_scale: float | Tensor | None, recorder: Recorder | None) -> bool:
-        if self._pending is None:
-            with self._own_precision():
-                self._pending = self._first_probe(grad_scale)
-            self._listening.pause()
-        elif self._pending.moved:
-            self._pending.collect(self._good if self._watches(self._pending.scale) else lambda g: True)
-        return self._pending is not None and self._pending.move(recorder)
+        with Uninterrupted():
+            if self._pending is None:
+                with self._own_precision():
+                    self._pending = self._first_probe(grad_scale)
+                self._listening.pause()
+            elif self._pending.moved:
+                self._pending.collect(self._good if self._watches(self._pending.scale) else lambda g: True)
+            return self._pending is not None and self._pending.move(recorder)
 
     def _first_probe(self, grad_scale: float | Tensor | None) -> Probe | None:
         """Take the clean gradient and find where else gradients are wanted; None where there is no gradient at all."""
@@ -376,9 +380,10 @@ class PreconditionedGD(torch.optim.Optimizer):
     def restore(self) -> None:
         """Forget a probe that was not followed by its step (after an exception, say): parameters, gradients, random state."""
         if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.cancel()
-            self._listening.resume()
+            with Uninterrupted():
+                pending, self._pending = self._pending, None
+                pending.cancel()
+                self._listening.resume()
 
     @property
     def _devices(self) -> set[torch.device]:
@@ -607,8 +612,9 @@ class PreconditionedGD(torch.optim.Optimizer):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         self.restore()
-        serialization.load(self, state_dict)
-        self._listening.again(self._bound.cells)
+        with Uninterrupted():
+            serialization.load(self, state_dict)
+            self._listening.again(self._bound.cells)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
