@@ -23,7 +23,7 @@ from harness import table
 from torch import Tensor, nn
 
 import precond
-from precond import BNP, RMS, SAM, GradientNorm, L2, Momentum, PreconditionedGD, Whitening, is_matrix
+from precond import BNP, L2, RMS, SAM, GradientNorm, Momentum, PreconditionedGD, Whitening, is_matrix
 
 PERIOD = 20
 """Steps after which all schedules below are at the same place again."""

@@ -30,7 +30,7 @@ def checked(function: Callable[Given, Made]) -> Callable[Given, Made]:
         ... def twice(x: float, *, loud: bool = False) -> float:
         ...     return 2 * x
         >>> twice(3)
-        6
+        6.0
         >>> twice("3")
         Traceback (most recent call last):
         ...

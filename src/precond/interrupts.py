@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import _signal  # the standard library's signal wraps it, and spends four fifths of the time on names of handlers
+import _signal  # type: ignore[import-not-found]  # what signal wraps, which spends four fifths of the time on handlers' names
 import signal
 from threading import current_thread, main_thread
 from types import FrameType, TracebackType

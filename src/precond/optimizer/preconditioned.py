@@ -596,8 +596,7 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's; torch-named recipes use torch's names, and torch's class of that name loads it."""
-        if self.probing:
-            raise RuntimeError("state_dict: the parameters stand at a probed point; finish the step or call restore() first")
+        self._check_settled("state_dict")
         return serialization.started(super().state_dict(), self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -618,8 +617,12 @@ class PreconditionedGD(torch.optim.Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
+    def _check_settled(self, what: str) -> None:
+        if self.probing:
+            raise RuntimeError(f"{what}: the parameters stand at a probed point; finish the step or call restore() first")
+
     def __getstate__(self) -> dict[str, Any]:
-        self.restore()
+        self._check_settled("copying or pickling the optimizer")
         # An LR scheduler puts a `step` on the instance that calls this very optimizer's.
         derived = {"step", "last", "_bound", "_kernels_of", "_pending", "_spare", "_listening", "_warned"}
         state = {k: v for k, v in self.__dict__.items() if k not in derived and "hook" not in k}
