@@ -172,7 +172,7 @@ def same(a, b):
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-# SAM with statistics of the clean gradient commits these at the probe, and no more with them in its closures: see docs/design.md.
+# SAM with statistics of the clean gradient commits these at the probe, before its second closure: see docs/design.md.
 WHOLE = [(r, o) for r, o in VARIANTS if not ("regularizers" in o and r == "auto")]
 
 
@@ -226,7 +226,7 @@ def test_hooks_go_with_their_optimizer_and_models_without_it(recipe, options):
     gc.collect()
     assert gone() is None
     assert not any(hooks for m in model.modules() for name, hooks in vars(m).items() if name.endswith("_hooks"))
-    model, optimizer = started(recipe, options, 2)
+    model, _optimizer = started(recipe, options, 2)
     lost = weakref.ref(model)
     del model
     gc.collect()
@@ -234,9 +234,9 @@ def test_hooks_go_with_their_optimizer_and_models_without_it(recipe, options):
 
 
 def test_nothing_grows_in_hundreds_of_steps():
-    """The script that takes 20,000 of each recipe, with 200."""
+    """The script that takes 20,000 of each recipe, with 100."""
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "endurance.py", "--steps", "200"],
+        [sys.executable, ROOT / "benchmarks" / "endurance.py", "--steps", "100"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
