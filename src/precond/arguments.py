@@ -73,6 +73,8 @@ def fitted(owner: str, name: str, value: Any, hint: Any) -> Any:
         TypeError: for a value of another type.
         ValueError: for one of the type that is out of range.
     """
+    if hint is Any:
+        return value
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
     classes = tuple(o for o in options if isinstance(o, type) and o not in (float, int, bool, str, types.NoneType, Tensor))
     if (value is None and types.NoneType in options) or isinstance(value, classes):
@@ -93,7 +95,8 @@ def fitted(owner: str, name: str, value: Any, hint: Any) -> Any:
         return _all(owner, name, value, inside[0])
     if origin is Callable and (isinstance(value, str) or (callable(value) and not isinstance(value, type))):
         return value
-    if kind is None and not classes and isinstance(value, str):
+    # An annotation of another form is of a user's own class, and says nothing here.
+    if origin is not Callable and (kind is not None or (not classes and isinstance(value, str))):
         return value
     wanted = "function of a leaf or a pattern such as '*.weight'" if origin is Callable else (*classes, str)[0].__name__
     raise TypeError(f"{owner}: {name} must be a {wanted}, got {_shown(value)}")

@@ -12,7 +12,7 @@ import torch
 
 
 class Uninterrupted:
-    """Keyboard interrupts that come within the block are raised at its end.
+    """A keyboard interrupt that comes within the block is raised at its end, a second one at once.
 
     The handler of SIGINT is exchanged and put back; elsewhere than in the main thread, which alone is interrupted, nothing is done.
 
@@ -41,6 +41,8 @@ class Uninterrupted:
             self._before = before
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._came is not None:  # whoever asks twice does not want to wait
+            self._before(number, frame)
         self._came = (number, frame)
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:

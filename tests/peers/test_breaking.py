@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from peers.recipes import RECIPES, closure, flat, loss_of, make, net, train
 from precond import SAM, GradientNorm, PreconditionedGD
+from precond.interrupts import Uninterrupted
 
 ROOT = Path(__file__).parents[2]
 VARIANTS = [
@@ -197,6 +198,15 @@ def test_ctrl_c_leaves_what_was_before_the_step_or_what_is_after_it(recipe, opti
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not found[0] and found[-1]
     train(model, optimizer, 1)
+
+
+def test_a_second_ctrl_c_is_not_held_back():
+    done = []
+    with pytest.raises(KeyboardInterrupt), Uninterrupted():
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+            done.append(1)
+    assert len(done) == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # --- copies and ends --------------------------------------------------------------------------------------------------------

@@ -108,6 +108,19 @@ def test_fields_of_strategies(kind, field):
     assert failures(kind.__name__, field, lambda m, v: STRATEGIES[kind](m, kind(**{**needed, field: v}))) == []
 
 
+def test_fields_of_a_user_s_own_are_left_alone():
+    @dataclasses.dataclass(frozen=True)
+    class Mine(precond.RMS):
+        table: dict[str, float] | None = None
+        anything: Any = 1
+        rows: list[float] = dataclasses.field(default_factory=list)
+
+    chosen = Mine(table={"a": 1.0}, anything=len, rows=[2])
+    assert (chosen.table, chosen.anything, chosen.rows) == ({"a": 1.0}, len, [2])
+    with pytest.raises(TypeError, match="Mine: amsgrad must be True or False"):
+        Mine(amsgrad="no")
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_options_that_do_not_exist(recipe):
     with pytest.raises(TypeError, match="learning_rate"):
