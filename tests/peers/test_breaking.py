@@ -244,9 +244,9 @@ def test_hooks_go_with_their_optimizer_and_models_without_it(recipe, options):
 
 
 def test_nothing_grows_in_hundreds_of_steps():
-    """The script that takes 20,000 of each recipe, with 100."""
+    """The script that takes 20,000 of each recipe, with 60."""
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "endurance.py", "--steps", "100"],
+        [sys.executable, ROOT / "benchmarks" / "endurance.py", "--steps", "60"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
