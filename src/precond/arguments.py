@@ -117,12 +117,12 @@ def number(owner: str, name: str, value: Any, whole: bool = False) -> Any:
     if isinstance(value, Tensor) and not whole:
         checks.one_number(owner, name, value)
         if value.device.type == "cpu" and value.isnan():
-            raise ValueError(f"{owner}: {name} must be a number, got {value!r}")
+            raise ValueError(f"{owner}: {name} must be a finite number, got {value!r}")
         return value if name == "lr" or not value.ndim else value.reshape(())
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{owner}: {name} must be a {'whole ' if whole else ''}number, got {_shown(value)}")
     if value != value:
-        raise ValueError(f"{owner}: {name} must be a number, got {value!r}")
+        raise ValueError(f"{owner}: {name} must be a finite number, got {value!r}")
     if whole and value % 1:
         raise ValueError(f"{owner}: {name} must be a whole number, got {value!r}; round it")
     try:
