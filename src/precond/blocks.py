@@ -78,7 +78,13 @@ def matches(rule: Rule | None, leaf: Leaf) -> bool:
     """Whether a rule holds for a leaf; None holds for all."""
     if rule is None:
         return True
-    return fnmatch.fnmatchcase(leaf.name, rule) if isinstance(rule, str) else bool(rule(leaf))
+    if isinstance(rule, str):
+        return fnmatch.fnmatchcase(leaf.name, rule)
+    try:
+        return bool(rule(leaf))
+    except Exception as error:
+        error.add_note(f"raised by the rule (where=) {rule!r} for the parameter {leaf.name!r}; a rule takes a precond.Leaf")
+        raise
 
 
 def is_decayed(leaf: Leaf) -> bool:

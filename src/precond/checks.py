@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 
-def non_negative(owner: str, **values: Any) -> None:
-    """Raise ValueError where a number is negative, NaN or infinite (tensors of one element are not read)."""
+def one_number(owner: str, name: str, value: Tensor) -> None:
+    """Raise ValueError where a tensor does not hold one number."""
+    if value.numel() != 1:
+        each = "rate" if name == "lr" else "value"
+        raise ValueError(
+            f"{owner}: {name} must hold one number, got a tensor of shape {tuple(value.shape)}; use one group per {each}"
+        )
+
+
+def _readable(owner: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and numbers; of tensors only those that are read without waiting for a device."""
     for name, value in values.items():
         if isinstance(value, Tensor):
-            continue
+            one_number(owner, name, value)
+            if value.device.type != "cpu":
+                continue
+            value = value.item()
+        yield name, value
+
+
+def non_negative(owner: str, **values: Any) -> None:
+    """Raise ValueError where a number is negative, NaN or infinite (tensors on other devices are not read)."""
+    for name, value in _readable(owner, values):
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise TypeError(f"{owner}: {name} must be a number, got {value!r} of type {type(value).__name__}")
         if not (value >= 0 and math.isfinite(value)):
@@ -24,10 +42,7 @@ def non_negative(owner: str, **values: Any) -> None:
 def learning_rate(owner: str, lr: Any) -> None:
     """Raise where a learning rate is no number >= 0 and no tensor that holds one (which is read here, once)."""
     if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(
-                f"{owner}: lr must hold one number, got a tensor of shape {tuple(lr.shape)}; use one group per rate"
-            )
+        one_number(owner, "lr", lr)
         lr = lr.item()
     non_negative(owner, lr=lr)
 
@@ -35,7 +50,7 @@ def learning_rate(owner: str, lr: Any) -> None:
 def positive(owner: str, **values: Any) -> None:
     """Raise ValueError where a number is not positive and finite."""
     non_negative(owner, **values)
-    for name, value in values.items():
+    for name, value in _readable(owner, values):
         if value == 0:
             raise ValueError(f"{owner}: {name} must be > 0, got {value!r}")
 
@@ -43,15 +58,15 @@ def positive(owner: str, **values: Any) -> None:
 def whole(owner: str, **values: Any) -> None:
     """Raise ValueError where a number is not whole and positive."""
     positive(owner, **values)
-    for name, value in values.items():
-        if not isinstance(value, Tensor) and value != int(value):
+    for name, value in _readable(owner, values):
+        if value != int(value):
             raise ValueError(f"{owner}: {name} must be a whole number, got {value!r}; round it")
 
 
 def fraction(owner: str, **values: Any) -> None:
     """Raise ValueError where a number lies outside [0, 1)."""
     non_negative(owner, **values)
-    for name, value in values.items():
+    for name, value in _readable(owner, values):
         if not value < 1:
             raise ValueError(f"{owner}: {name} must lie in [0, 1), got {value!r}; usual values are 0.9 to 0.999")
 
@@ -59,7 +74,7 @@ def fraction(owner: str, **values: Any) -> None:
 def one_of(owner: str, name: str, value: Any, choices: Iterable[Any]) -> None:
     """Raise ValueError where a value is not among the choices; the message offers the nearest."""
     choices = list(choices)
-    if value in choices:
+    if any(isinstance(value, type(c)) and value == c for c in choices):
         return
     near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from precond import checks
+from precond.arguments import settle
 from precond.blocks import Block, State
 from precond.vec import Vec
 
@@ -44,11 +45,9 @@ class Momentum:
     dampening: float = 0.0
 
     def __post_init__(self) -> None:
+        settle(self)
         checks.fraction("Momentum", beta=self.beta)
         checks.non_negative("Momentum", dampening=self.dampening)
-        checks.one_of("Momentum", "kind", self.kind, ("ema", "heavy_ball", "nesterov"))
-        checks.one_of("Momentum", "start", self.start, ("zero", "first_gradient"))
-        checks.one_of("Momentum", "of", self.of, ("cotangent", "tangent"))
         if self.bias_correction and (self.kind != "ema" or self.start != "zero"):
             raise ValueError(
                 f"Momentum: bias_correction=True corrects an EMA that starts at zero; kind={self.kind!r}, "

@@ -140,7 +140,7 @@ REFUSED = {
 }  # fmt: skip
 
 
-REFUSED["twice"] = ({"params": None}, ValueError, "same parameter twice|more than one")
+REFUSED["twice"] = ({"params": None}, ValueError, "two groups of params|more than one")
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -261,7 +261,7 @@ def test_a_checkpoint_before_or_after_a_refresh(name, at, tmp_path):
     [
         (lambda: Muon(steps=0), "steps must be > 0"),
         (lambda: Muon(steps=2.5), "steps must be a whole number"),
-        (lambda: Muon(coefficients=(1.0, 2.0)), "three of a"),
+        (lambda: Muon(coefficients=(1.0, 2.0)), "coefficients must hold 3 numbers"),
         (lambda: Muon(root="newton"), "did you mean 'newton-schulz'"),
         (lambda: Muon(scale="rms"), "scale must be one of"),
         (lambda: precond.muon([nn.Parameter(torch.ones(2, 2))], adjust_lr_fn="match"), "adjust_lr_fn must be one of"),

@@ -158,7 +158,7 @@ def gather(
             leaves.append(leaf)
             grad = gradients[i]
             if grad is not None and grad.is_sparse:
-                raise TypeError(
+                raise RuntimeError(  # torch.optim's type
                     f"the gradient of {leaf.name!r} is sparse: make its layer with sparse=False (or use SparseAdam for it)"
                 )
             wide = state_dtype(leaf.param.dtype)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 import torch
 
@@ -19,6 +21,7 @@ def validate(name: str, choice: Choice, statistics_from: str) -> None:
         raise TypeError(f"{name}: preconditioner must be one, such as precond.RMS(), got {choice.preconditioner!r}")
     if choice.momentum is not None and not isinstance(choice.momentum, Momentum):
         raise TypeError(f"{name}: momentum must be a precond.Momentum or None, got {choice.momentum!r}; Momentum(0.9) is one")
+    _check_momenta(name, choice.preconditioner)
     for r in choice.regularizers:
         if not isinstance(r, Regularizer):
             raise TypeError(f"{name}: regularizers must hold regularizers such as precond.L2(1e-4), got {r!r}")
@@ -31,6 +34,17 @@ def validate(name: str, choice: Choice, statistics_from: str) -> None:
     second = [type(r).__name__ for r in choice.regularizers if r.probes or r.exact]
     if len(second) > 1:
         raise ValueError(f"{name}: {' and '.join(second)} both need a second gradient; at most one regularizer may")
+
+
+def _check_momenta(name: str, choice: Any) -> None:
+    """Raise where a preconditioner within a choice has a momentum of its own that is none."""
+    if isinstance(choice, tuple | list):
+        for item in choice:
+            _check_momenta(name, item)
+    elif isinstance(choice, Preconditioner) and is_dataclass(choice):
+        if not isinstance(choice.momentum, Momentum | None):
+            raise TypeError(f"{name}: momentum of {type(choice).__name__} must be a Momentum or None, got {choice.momentum!r}")
+        _check_momenta(name, [getattr(choice, f.name) for f in fields(choice)])
 
 
 def check_precision(leaves: Sequence[Leaf], choice: Choice, rounding: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -27,14 +28,20 @@ def clean(name: str) -> str:
     return ".".join(p for p in parts if p not in ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
 
 
-def to_groups(params: Params, modules: list[nn.Module], before: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
+def to_groups(
+    params: Params, modules: list[nn.Module], before: Sequence[Mapping[str, Any]] = (), names_are_ours: bool = True
+) -> list[dict[str, Any]]:
     """Parameter groups for ``torch.optim.Optimizer``; the modules met are appended to ``modules``.
 
-    Groups that come after others (``before``) have names if those have, and names of their own.
+    Groups that come after others (``before``) have names if those have, and names of their own. Where a user named those
+    (the names are not ours, from a model), they name these too.
 
     Raises:
         TypeError: for something that holds no parameters, sparse, complex or integer ones.
-        ValueError: for no parameters, or a parameter given twice.
+        ValueError: for no parameters, a parameter in two groups, tensors that are no leaves, or names for some alone.
+
+    Warns:
+        UserWarning: for a parameter that one group holds twice; it is taken once.
     """
     if isinstance(params, nn.Module):
         params = [{"params": params}]
@@ -49,11 +56,19 @@ def to_groups(params: Params, modules: list[nn.Module], before: Sequence[Mapping
         raise ValueError("params is empty: there is nothing to optimize; pass model.parameters() or the model")
     if not isinstance(items[0], Mapping):
         items = [{"params": items}]
-    groups = []
+    groups: list[dict[str, Any]] = []
+    told: set[bool] = set()  # whether the user named parameters
     for item in items:
         if not isinstance(item, Mapping) or "params" not in item:
             raise TypeError(f"params mixes groups with other things: expected a dict with 'params', got {type(item).__name__}")
-        groups.append({**item, "params": _named(item["params"], modules)})
+        pairs = _named(item["params"], modules)
+        groups.append({**item, "params": pairs})
+        if not isinstance(item["params"], nn.Module):
+            told |= {name is not None for name, _ in pairs}
+    if before and not names_are_ours:
+        told.add("param_names" in before[0])
+    if len(told) > 1 or (before and True in told and not all("param_names" in group for group in before)):
+        raise ValueError("params names some parameters and not others; give all of them names, or none, or the model itself")
     if before:
         named = all("param_names" in group for group in before)
     else:
@@ -84,12 +99,21 @@ def _named(params: Any, modules: list[nn.Module]) -> list[tuple[str | None, Tens
         params = [params]
     elif isinstance(params, set):
         raise TypeError("params is a set, whose order changes between runs; pass a list")
+    seen: set[Tensor] = set()
     for item in params:
         name, param = item if isinstance(item, tuple) else (None, item)
         if isinstance(param, nn.Module):
             raise TypeError("params holds a module among parameters; pass the module itself, or {'params': module} as a group")
         if not isinstance(param, Tensor):
             raise TypeError(f"params must hold tensors, got {type(param).__name__}; pass model.parameters() or the model")
+        if param in seen:
+            warnings.warn(
+                f"a group of params holds the same parameter twice (shape {tuple(param.shape)}): it is taken once "
+                "(torch.optim steps it twice)",
+                stacklevel=7,
+            )
+            continue
+        seen.add(param)
         if param.is_floating_point() or param.is_complex() or param.requires_grad:
             pairs.append((None if name is None else clean(name), param))
     return pairs
@@ -103,8 +127,12 @@ def _check(params: Sequence[Tensor]) -> None:
         if is_lazy(p):
             raise ValueError("params holds parameters of lazy modules that have no shape yet; call the model on a batch first")
         if p in seen:
-            raise ValueError(f"params holds the same parameter twice (shape {tuple(p.shape)}); pass each once")
+            raise ValueError(f"two groups of params hold the same parameter (shape {tuple(p.shape)}); put it into one of them")
         seen.add(p)
+        if not (p.is_leaf or p.retains_grad):
+            raise ValueError(
+                f"params holds a tensor that was computed (shape {tuple(p.shape)}), no leaf; pass what it was computed from"
+            )
         if p.is_complex():
             raise TypeError(
                 f"params holds a complex parameter (shape {tuple(p.shape)}); optimize torch.view_as_real of it, "
@@ -169,6 +197,11 @@ class Owners:
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be copied, and the modules of a copied optimizer are not these.
         return {"modules": [], "_known": self._known, "_survey": None}
+
+    @property
+    def names(self) -> bool:
+        """Whether names of parameters are a model's, not a user's."""
+        return bool(self.modules or self._known)
 
     def alive(self) -> list[nn.Module]:
         """The modules that still exist."""

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from precond import checks, vec
+from precond.arguments import fitted, number
 from precond.blocks import Leaf
 from precond.engine import fused, loop
 from precond.engine.cells import Cell, Choice
 from precond.engine.fused import Kernel
 from precond.engine.loop import Evidence, Rules
 from precond.engine.point import Point, gather
+from precond.interrupts import Uninterrupted
 from precond.maps import LinearMap
 from precond.momentum import Momentum
 from precond.optimizer import serialization
@@ -96,9 +98,10 @@ class PreconditionedGD(torch.optim.Optimizer):
         rounding: Literal["nearest", "kahan"] = "nearest",
         naming: Naming | None = None,
     ):
-        choice = Choice(preconditioner, momentum, tuple(regularizers))
+        name = "PreconditionedGD" if naming is None else naming.name
+        choice = Choice(preconditioner, momentum, fitted(name, "regularizers", regularizers, Iterable[Regularizer]))
         self.naming = Naming.generic(choice) if naming is None else naming
-        name = self.naming.name
+        lr = number(name, "lr", lr)
         checks.learning_rate(name, lr)
         checks.one_of(name, "statistics_from", statistics_from, ("loss", "total", "lagged"))
         checks.one_of(name, "norm_space", norm_space, ("z", "p"))
@@ -106,6 +109,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         checks.one_of(name, "engine", engine, ("auto", "loop", "fused"))
         checks.one_of(name, "rounding", rounding, ("nearest", "kahan"))
         if max_norm is not None:
+            max_norm = number(name, "max_norm", max_norm)
             checks.positive(name, max_norm=max_norm)
         validate(name, choice, statistics_from)
         self.rules = Rules(statistics_from, max_norm, norm_space, engine == "loop")
@@ -167,26 +171,27 @@ class PreconditionedGD(torch.optim.Optimizer):
         """Follow groups and model: numbers may have changed, parameters been frozen, thawed, converted, moved, or replaced."""
         match self._bound.follow(self.param_groups, self.naming):
             case "broken":
-                before = self._bound
-                changed = not all(map(in_place, before.leaves))
-                if changed:
-                    self._follow_model()
-                check_precision(
-                    self.owners.leaves(self.param_groups), choices_of(self.param_groups, self.naming)[0], self.rounding
-                )
-                self._bind()
-                self._spare.clear()
-                if changed:
-                    self._listen()
-                kept = {(leaf.param, key) for leaf, key, _ in self._bound.entries}
-                for leaf, key, _ in before.entries:  # the state of what is frozen waits
-                    if (
-                        leaf.param in self.state
-                        and leaf.param.requires_grad
-                        and (leaf.param, key) not in kept
-                        and key not in serialization.OPTIONAL
-                    ):
-                        self.state[leaf.param].pop(self.naming.outside(key), None)
+                with Uninterrupted():
+                    before = self._bound
+                    changed = not all(map(in_place, before.leaves))
+                    if changed:
+                        self._follow_model()
+                    check_precision(
+                        self.owners.leaves(self.param_groups), choices_of(self.param_groups, self.naming)[0], self.rounding
+                    )
+                    self._bind()
+                    self._spare.clear()
+                    if changed:
+                        self._listen()
+                    kept = {(leaf.param, key) for leaf, key, _ in self._bound.entries}
+                    for leaf, key, _ in before.entries:  # the state of what is frozen waits
+                        if (
+                            leaf.param in self.state
+                            and leaf.param.requires_grad
+                            and (leaf.param, key) not in kept
+                            and key not in serialization.OPTIONAL
+                        ):
+                            self.state[leaf.param].pop(self.naming.outside(key), None)
             case "renumbered":
                 self._kernels_of = None
         self._settle()
@@ -207,12 +212,14 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its ``"params"`` may be a module. State is made at once."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"add_param_group: expected a dict with 'params', got {type(param_group).__name__}")
         checks.learning_rate(self.naming.name, param_group.get("lr", 0.0))
         if not self._bound.leaves:  # called by torch.optim.Optimizer's constructor, on groups that are parsed already
             super().add_param_group(param_group)
             return
         modules: list[nn.Module] = []
-        (group,) = to_groups([param_group], modules, self.param_groups)
+        (group,) = to_groups([param_group], modules, self.param_groups, self.owners.names)
         super().add_param_group(group)
         try:
             check_precision(self.owners.leaves([group]), choices_of(self.param_groups, self.naming)[-1], self.rounding)
@@ -304,12 +311,13 @@ class PreconditionedGD(torch.optim.Optimizer):
                 self._settle()
         elif self._gradient_based is not None:
             self._check_probed()
-        try:
-            with torch.no_grad(), self._own_precision():
-                if not self._fuse(loss):
-                    self._finish(loss, graph)
-        finally:
-            self._listening.again(self._bound.cells)
+        with Uninterrupted():
+            try:
+                with torch.no_grad(), self._own_precision():
+                    if not self._fuse(loss):
+                        self._finish(loss, graph)
+            finally:
+                self._listening.again(self._bound.cells)
         return loss
 
     def _gradients(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
@@ -384,14 +392,15 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _next_probe(self, grad_scale: float | Tensor | None, recorder: Recorder | None) -> bool:
-        if self._pending is None:
-            self._settle()
-            with self._own_precision():
-                self._pending = self._first_probe(grad_scale)
-            self._listening.pause()
-        elif self._pending.moved:
-            self._pending.collect(self._good if self._watches(self._pending.scale) else lambda g: True)
-        return self._pending is not None and self._pending.move(recorder)
+        with Uninterrupted():
+            if self._pending is None:
+                self._settle()
+                with self._own_precision():
+                    self._pending = self._first_probe(grad_scale)
+                self._listening.pause()
+            elif self._pending.moved:
+                self._pending.collect(self._good if self._watches(self._pending.scale) else lambda g: True)
+            return self._pending is not None and self._pending.move(recorder)
 
     def _first_probe(self, grad_scale: float | Tensor | None) -> Probe | None:
         """Take the clean gradient and find where else gradients are wanted; None where there is no gradient at all."""
@@ -435,9 +444,10 @@ class PreconditionedGD(torch.optim.Optimizer):
     def restore(self) -> None:
         """Forget a probe that was not followed by its step (after an exception, say): parameters, gradients, random state."""
         if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.cancel()
-            self._listening.resume()
+            with Uninterrupted():
+                pending, self._pending = self._pending, None
+                pending.cancel()
+                self._listening.resume()
 
     @property
     def _devices(self) -> set[torch.device]:
@@ -661,8 +671,7 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's; torch-named recipes use torch's names, and torch's class of that name loads it."""
-        if self.probing:
-            raise RuntimeError("state_dict: the parameters stand at a probed point; finish the step or call restore() first")
+        self._check_settled("state_dict")
         return serialization.started(super().state_dict(), self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -677,13 +686,18 @@ class PreconditionedGD(torch.optim.Optimizer):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         self.restore()
-        serialization.load(self, state_dict)
-        self._listening.again(self._bound.cells)
+        with Uninterrupted():
+            serialization.load(self, state_dict)
+            self._listening.again(self._bound.cells)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
+    def _check_settled(self, what: str) -> None:
+        if self.probing:
+            raise RuntimeError(f"{what}: the parameters stand at a probed point; finish the step or call restore() first")
+
     def __getstate__(self) -> dict[str, Any]:
-        self.restore()
+        self._check_settled("copying or pickling the optimizer")
         # An LR scheduler puts a `step` on the instance that calls this very optimizer's.
         derived = {"step", "last", "_bound", "_kernels_of", "_pending", "_spare", "_listening", "_warned"}
         state = {k: v for k, v in self.__dict__.items() if k not in derived and "hook" not in k}

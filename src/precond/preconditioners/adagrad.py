@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from precond import checks
+from precond.arguments import settle
 from precond.blocks import Block, State
 from precond.maps import InverseRoot, LinearMap
 from precond.preconditioners.base import Preconditioner, Seen
@@ -36,6 +37,7 @@ class AdaGrad(Preconditioner):
     advised_damping = 0.1
 
     def __post_init__(self) -> None:
+        settle(self)
         checks.non_negative("AdaGrad", eps=self.eps, initial=self.initial, lr_decay=self.lr_decay)
 
     def init(self, block: Block) -> dict:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from precond import blocks, checks
+from precond.arguments import settle
 from precond.blocks import Leaf
 from precond.inputs import Request
 from precond.inputs.moments import REQUESTS
@@ -54,6 +55,7 @@ class Auto(Resolved):
     uses_momentum = True
 
     def __post_init__(self) -> None:
+        settle(self)
         checks.whole("Auto", max_inputs=self.max_inputs)
 
     @property

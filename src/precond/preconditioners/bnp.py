@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from precond import checks
+from precond.arguments import settle
 from precond.blocks import Block, state_dtype
 from precond.inputs import Moments, Request
 from precond.preconditioners.input_side import InputSide, LayerPart
@@ -50,10 +51,10 @@ class BNP(InputSide):
     every: int = 16
 
     def __post_init__(self) -> None:
+        settle(self)
         checks.fraction("BNP", decay=self.decay)
         checks.non_negative("BNP", damping=self.damping)
         checks.positive("BNP", every=self.every)
-        checks.one_of("BNP", "conv", self.conv, ("channel", "patch"))
 
     @property
     def request(self) -> Request:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from precond import blocks, checks
+from precond.arguments import settle
 from precond.blocks import Block, Leaf, State, state_dtype
 from precond.maps import BlockDiagonal, LinearMap, SymmetricKronecker
 from precond.preconditioners.base import Part, Preconditioner, Seen
@@ -40,6 +41,7 @@ class OutputFactor(Preconditioner):
     alone = True
 
     def __post_init__(self) -> None:
+        settle(self)
         checks.fraction("OutputFactor", decay=self.decay)
         checks.non_negative("OutputFactor", damping=self.damping)
         checks.positive("OutputFactor", power=self.power)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from precond import checks
+from precond.arguments import settle
 from precond.blocks import Block, Leaf, State, state_dtype
 from precond.maps import LinearMap, SymmetricKronecker, Unrooted
 from precond.maps.eigen import eigenpairs
@@ -18,7 +19,7 @@ from precond.precision import in_16_bits
 from precond.preconditioners.base import Part, Seen
 from precond.preconditioners.fixed import Fixed
 from precond.preconditioners.kronecker import as_matrices, as_matrix, split
-from precond.preconditioners.newton_schulz import JORDAN, Coefficients, iterated, polynomial
+from precond.preconditioners.newton_schulz import JORDAN, Coefficients, iterated, polynomial, stays_bounded
 from precond.preconditioners.stacked import Stacked
 from precond.vec import Vec
 
@@ -64,15 +65,16 @@ class Muon(Stacked):
     invertible = False
 
     def __post_init__(self) -> None:
-        checks.one_of("Muon", "root", self.root, ("newton-schulz", "eigh"))
-        checks.one_of("Muon", "scale", self.scale, ("original", "match_rms_adamw", "none"))
-        checks.one_of("Muon", "arithmetic", self.arithmetic, ("bfloat16", "full"))
+        settle(self)
         checks.positive("Muon", eps=self.eps)
         checks.whole("Muon", steps=self.steps)
         if self.steps >= 100:
             raise ValueError(f"Muon: steps must be less than 100, got {self.steps!r}; 5 is usual")
-        if len(self.coefficients) != 3:
-            raise ValueError(f"Muon: coefficients must be the three of a + bx + cx², got {self.coefficients!r}")
+        if not stays_bounded(self.coefficients, self.steps):
+            raise ValueError(
+                f"Muon: coefficients (ns_coefficients) {self.coefficients!r} let singular values grow without bound in "
+                f"{self.steps} steps; {JORDAN} are usual"
+            )
 
     def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
         """Each matrix by itself; what is none together, as it is."""

@@ -23,6 +23,18 @@ JORDAN: Coefficients = (3.4445, -4.7750, 2.0315)
 """Steepest at zero: singular values above 10⁻³ of the norm end between 0.68 and 1.2 after five steps."""
 
 
+def stays_bounded(coefficients: Coefficients, steps: int) -> bool:
+    """Whether singular values of at most one stay below ten: other coefficients end in inf, in a few steps or in many."""
+    a, b, c = coefficients
+    for start in range(1, 101):
+        x = start / 100
+        for _ in range(steps):
+            x = x * (a + b * x * x + c * x**4)
+            if not abs(x) < 10:
+                return False
+    return True
+
+
 def polynomial(G: Tensor, coefficients: Coefficients, steps: int) -> Tensor:
     """Q(G) such that the iteration maps X to Q(XXᵀ)X, from G = XXᵀ (n, n) with eigenvalues in [0, 1]."""
     a, b, c = coefficients

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from precond import blocks, checks
+from precond.arguments import settle
 from precond.blocks import Block, Leaf, Stack, State, state_dtype
 from precond.inputs.moments import REQUESTS
 from precond.maps import Augmented, LinearMap, Scaled, augmented, parted
@@ -76,12 +77,12 @@ class Polar(Stacked):
     advised_damping = 0.1
 
     def __post_init__(self) -> None:
+        settle(self)
         checks.whole("Polar", every=self.every, max_dim=self.max_dim)
         checks.fraction("Polar", decay=self.decay, others_decay=self.others_decay)
         checks.non_negative("Polar", damping=self.damping, others_eps=self.others_eps)
         if self.rank is not None:
             checks.whole("Polar", rank=self.rank)
-        checks.one_of("Polar", "arithmetic", self.arithmetic, ("bfloat16", "full"))
 
     def _fits(self, weight: Tensor) -> bool:
         return weight.ndim >= 2 and weight.numel() > 0 and min(weight.shape[0], weight[0].numel()) <= self.max_dim

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from precond import checks
+from precond.arguments import settle
 from precond.blocks import Block, State
 from precond.maps import InverseRoot, LinearMap
 from precond.preconditioners.base import Preconditioner, Seen
@@ -48,9 +49,9 @@ class RMS(Preconditioner):
     advised_damping = 0.1
 
     def __post_init__(self) -> None:
+        settle(self)
         checks.fraction("RMS", decay=self.decay)
         checks.non_negative("RMS", eps=self.eps)
-        checks.one_of("RMS", "start", self.start, ("zero", "first_gradient"))
         if self.centered and (self.start == "first_gradient" or self.bias_correction):
             raise ValueError(
                 "RMS: centered=True needs start='zero' and bias_correction=False, as in torch.optim.RMSprop; "

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from precond import checks
+from precond.arguments import settle
 from precond.blocks import Block, Leaf, State, state_dtype
 from precond.maps import LinearMap, Scaled, SymmetricKronecker, Tiled
 from precond.preconditioners.adagrad import AdaGrad
 from precond.preconditioners.base import Part, Preconditioner, Seen
-from precond.preconditioners.kronecker import SIDES, Sides, as_matrix, fold, norm, sides_of, split
+from precond.preconditioners.kronecker import Sides, as_matrix, fold, norm, sides_of, split
 from precond.preconditioners.rms import RMS
 from precond.preconditioners.roots import eigenbasis, inverse_root, power_step
 
@@ -64,17 +65,17 @@ class Shampoo(Preconditioner):
     advised_damping = 0.1
 
     def __post_init__(self) -> None:
+        settle(self)
         checks.non_negative("Shampoo", initial=self.initial, damping=self.damping)
         checks.whole("Shampoo", every=self.every, max_dim=self.max_dim, block=self.block)
         checks.positive("Shampoo", graft_eps=self.graft_eps)
         checks.fraction("Shampoo", graft_decay=self.graft_decay)
-        checks.one_of("Shampoo", "method", self.method, ("eigh", "newton", "qr"))
-        checks.one_of("Shampoo", "sides", self.sides, SIDES)
-        checks.one_of("Shampoo", "graft", self.graft, ("none", "sgd", "adagrad", "rms"))
         if self.decay is not None:
             checks.fraction("Shampoo", decay=self.decay)
         if self.power is not None:
             checks.positive("Shampoo", power=self.power)
+            if self.power > 1:
+                raise ValueError(f"Shampoo: power must be <= 1 (an inverse per side), got {self.power!r}; 0.25 is usual")
         if self.method == "newton" and self.power is not None and abs(1 / self.power - round(1 / self.power)) > 1e-6:
             raise ValueError(f"Shampoo: method='newton' needs a whole 1/power, got power={self.power!r}; use method='eigh'")
 

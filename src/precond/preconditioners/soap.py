@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from precond import checks
+from precond.arguments import settle
 from precond.blocks import Block, Leaf, State, state_dtype
 from precond.maps import InverseRoot, LinearMap, Rotation, completed
 from precond.preconditioners.base import Part, Preconditioner, Seen
 from precond.preconditioners.bases import WHOLE, Basis, Leading, basis_of
-from precond.preconditioners.kronecker import SIDES, Sides, as_matrix, sides_of, split
+from precond.preconditioners.kronecker import Sides, as_matrix, sides_of, split
 from precond.preconditioners.rms import RMS
 from precond.vec import Vec
 
@@ -66,9 +67,9 @@ class SOAP(Preconditioner):
     advised_damping = 0.1
 
     def __post_init__(self) -> None:
+        settle(self)
         checks.fraction("SOAP", decay=self.decay)
         checks.non_negative("SOAP", eps=self.eps)
-        checks.one_of("SOAP", "sides", self.sides, SIDES)
         checks.whole("SOAP", every=self.every, factor_every=self.factor_every, max_dim=self.max_dim)
         if self.rank is not None:
             checks.whole("SOAP", rank=self.rank)

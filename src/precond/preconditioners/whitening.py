@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from precond import checks
+from precond.arguments import settle
 from precond.blocks import Block, State, state_dtype
 from precond.inputs import Moments, Request
 from precond.inputs.moments import by_group, greatest, least, variances
@@ -64,9 +65,9 @@ class Whitening(InputSide):
     rank: int | None = 64
 
     def __post_init__(self) -> None:
+        settle(self)
         checks.fraction("Whitening", decay=self.decay)
         checks.non_negative("Whitening", damping=self.damping, shrinkage=self.shrinkage, samples=self.samples)
-        checks.one_of("Whitening", "root", self.root, ("symmetric", "cholesky"))
         checks.positive("Whitening", every=self.every, observe_steps=self.observe_steps)
         if self.rank is not None:
             checks.whole("Whitening", rank=self.rank)

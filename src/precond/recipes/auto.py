@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from precond import checks
+from precond.arguments import checked
 from precond.engine.cells import Choice
 from precond.momentum import Momentum
 from precond.optimizer import PreconditionedGD
@@ -31,6 +32,7 @@ class _Auto:
         return Choice(choice, Momentum(beta), (L2(group["weight_decay"] / 2, space="z"),))
 
 
+@checked
 def auto(
     params: Params,
     lr: float | Tensor = 1e-2,
@@ -74,5 +76,5 @@ def auto(
     defaults = {"weight_decay": weight_decay, "momentum": momentum, "maximize": maximize, **numbers(choice)}
     optimizer = make("auto", params, lr, _Auto(choice), defaults, {}, {}, regularizers, options)
     if all(row.preconditioner.startswith(("RMS", "none")) for row in optimizer.explain().rows):
-        warnings.warn("auto: the model has no layer that it knows; RMS acts on all of it", stacklevel=2)
+        warnings.warn("auto: the model has no layer that it knows; RMS acts on all of it", stacklevel=3)
     return optimizer

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from precond import checks
+from precond.arguments import checked
 from precond.engine.cells import Choice
 from precond.momentum import Momentum
 from precond.optimizer import PreconditionedGD
@@ -24,6 +25,7 @@ def _bnp(group: Mapping[str, Any]) -> Choice:
     return Choice(P, momentum, (L2(group["weight_decay"] / 2, space="z"),))
 
 
+@checked
 def bnp(
     params: Params,
     lr: float | Tensor = 0.1,
@@ -31,7 +33,7 @@ def bnp(
     weight_decay: float = 0.0,
     decay: float = 0.99,
     damping: float = 0.01,
-    conv: str = "channel",
+    conv: Literal["channel", "patch"] = "channel",
     width_scaling: bool = False,
     *,
     maximize: bool = False,
@@ -62,6 +64,7 @@ def bnp(
     return make("bnp", params, lr, _bnp, defaults, {}, {}, regularizers, options)
 
 
+@checked
 def whitening(
     params: Params,
     lr: float | Tensor = 1e-3,

@@ -29,6 +29,23 @@ class Build:
         return Choice(choice.preconditioner, choice.momentum, choice.regularizers + replaced(self.extra, group))
 
 
+def implementations(name: str, foreach: bool | None, fused: bool | None, differentiable: bool, **numbers: Any) -> None:
+    """Refuse what torch.optim refuses of its implementations, none of which is used here.
+
+    Args:
+        numbers: those that torch's ``foreach`` does not take as tensors.
+
+    Raises:
+        RuntimeError, ValueError: of torch's types.
+    """
+    for other, asked in (("foreach", foreach), ("differentiable", differentiable)):
+        if fused and asked:
+            raise RuntimeError(f"{name}: fused=True and {other}=True cannot be together; leave both out, `engine` decides")
+    for number, value in numbers.items():
+        if foreach and isinstance(value, Tensor):
+            raise ValueError(f"{name}: {number} as a tensor is refused with foreach=True, as by torch.optim; leave foreach out")
+
+
 def make(
     name: str,
     params: Params,

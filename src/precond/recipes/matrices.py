@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from precond import checks
+from precond.arguments import checked
 from precond.blocks import Rule, is_hidden
 from precond.engine.cells import Choice
 from precond.momentum import Momentum
@@ -46,6 +47,7 @@ class _Muon:
         return Choice(after(self.inputs, P, group), Momentum(group["betas"][0]), (L2(group["weight_decay"] / 2, space="z"),))
 
 
+@checked
 def muon(
     params: Params,
     lr: float | Tensor = 1e-3,
@@ -83,17 +85,17 @@ def muon(
     """
     checks.fraction("muon", momentum=momentum, **{"betas[0]": betas[0], "betas[1]": betas[1]})
     checks.non_negative("muon", weight_decay=weight_decay, adam_eps=adam_eps)
-    checks.positive("muon", eps=eps, ns_steps=ns_steps, adam_lr_scale=adam_lr_scale)
-    checks.one_of("muon", "adjust_lr_fn", adjust_lr_fn, (None, "original", "match_rms_adamw"))
+    checks.positive("muon", eps=eps, adam_lr_scale=adam_lr_scale)
+    checks.whole("muon", ns_steps=ns_steps)
     defaults = {
         "weight_decay": weight_decay,
         "momentum": momentum,
         "nesterov": nesterov,
-        "ns_coefficients": tuple(ns_coefficients),
+        "ns_coefficients": ns_coefficients,
         "eps": eps,
         "ns_steps": ns_steps,
         "adjust_lr_fn": adjust_lr_fn,
-        "betas": tuple(betas),
+        "betas": betas,
         "adam_eps": adam_eps,
         "adam_lr_scale": adam_lr_scale,
         "maximize": maximize,
@@ -126,6 +128,7 @@ class _SOAP:
         return Choice(after(self.inputs, P, group), Momentum(beta1), (L2(group["weight_decay"] / 2, space="z"),))
 
 
+@checked
 def soap(
     params: Params,
     lr: float | Tensor = 3e-3,
@@ -161,13 +164,16 @@ def soap(
     """
     checks.fraction("soap", **{"betas[0]": betas[0], "betas[1]": betas[1]})
     checks.non_negative("soap", eps=eps, weight_decay=weight_decay)
+    if shampoo_beta >= 0:
+        checks.fraction("soap", shampoo_beta=shampoo_beta)
+    every = {"precondition_frequency": precondition_frequency, "factor_frequency": factor_frequency}
+    checks.whole("soap", **every, max_precond_dim=max_precond_dim)
     defaults = {
-        "betas": tuple(betas),
+        "betas": betas,
         "shampoo_beta": shampoo_beta,
         "eps": eps,
         "weight_decay": weight_decay,
-        "precondition_frequency": precondition_frequency,
-        "factor_frequency": factor_frequency,
+        **every,
         "max_precond_dim": max_precond_dim,
         "maximize": maximize,
         **numbers(inputs),
@@ -203,6 +209,7 @@ class _Shampoo:
         return Choice(after(self.inputs, P, group), Momentum(beta1), (L2(group["weight_decay"] / 2, space="z"),))
 
 
+@checked
 def shampoo(
     params: Params,
     lr: float | Tensor = 1e-3,
@@ -241,15 +248,18 @@ def shampoo(
         maximize, regularizers, options: as in :func:`sgd`.
     """
     checks.fraction("shampoo", **{"betas[0]": betas[0], "betas[1]": betas[1]})
-    checks.non_negative("shampoo", eps=eps, weight_decay=weight_decay)
+    checks.non_negative("shampoo", weight_decay=weight_decay, matrix_eps=matrix_eps)
+    checks.positive("shampoo", eps=eps)
+    if shampoo_beta >= 0:
+        checks.fraction("shampoo", shampoo_beta=shampoo_beta)
+    sizes = {"precondition_frequency": precondition_frequency, "block_size": block_size, "max_precond_dim": max_precond_dim}
+    checks.whole("shampoo", **sizes)
     defaults = {
-        "betas": tuple(betas),
+        "betas": betas,
         "shampoo_beta": shampoo_beta,
         "eps": eps,
         "weight_decay": weight_decay,
-        "precondition_frequency": precondition_frequency,
-        "block_size": block_size,
-        "max_precond_dim": max_precond_dim,
+        **sizes,
         "initial": initial,
         "matrix_eps": matrix_eps,
         "maximize": maximize,

@@ -9,12 +9,13 @@ from typing import Any, Literal
 from torch import Tensor
 
 from precond import checks
+from precond.arguments import checked
 from precond.engine.cells import Choice
 from precond.momentum import Momentum
 from precond.optimizer import PreconditionedGD
 from precond.optimizer.parameters import Params
 from precond.preconditioners import RMS, AdaGrad, Fixed, Preconditioner
-from precond.recipes.making import after, make
+from precond.recipes.making import after, implementations, make
 from precond.regularizers import L2, Regularizer
 from precond.schedules import numbers
 
@@ -27,6 +28,7 @@ def _sgd(group: Mapping[str, Any]) -> Choice:
     return Choice(Fixed(), momentum, (L2(group["weight_decay"] / 2, space="p"),))
 
 
+@checked
 def sgd(
     params: Params,
     lr: float | Tensor = 1e-3,
@@ -47,11 +49,12 @@ def sgd(
     Args:
         params: see :class:`~precond.PreconditionedGD`.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.
-        foreach, fused: accepted and ignored; ``engine`` decides.
+        foreach, fused: accepted and ignored; ``engine`` decides. What torch refuses of them is refused.
         differentiable: raises.
         regularizers: further penalties.
         options: of :class:`~precond.PreconditionedGD`.
     """
+    implementations("sgd", foreach, fused, differentiable)
     checks.fraction("sgd", momentum=momentum)
     checks.non_negative("sgd", dampening=dampening, weight_decay=weight_decay)
     if nesterov and (momentum <= 0 or dampening != 0):
@@ -75,6 +78,7 @@ def _adagrad(group: Mapping[str, Any]) -> Choice:
     return Choice(P, None, (L2(group["weight_decay"] / 2, space="p"),))
 
 
+@checked
 def adagrad(
     params: Params,
     lr: float | Tensor = 1e-2,
@@ -91,6 +95,7 @@ def adagrad(
     **options: Any,
 ) -> PreconditionedGD:
     """P = diag((√Σg² + ε)^(−1/2)): ``torch.optim.Adagrad``. Arguments as in :func:`sgd` and in torch."""
+    implementations("adagrad", foreach, fused, differentiable)
     checks.non_negative(
         "adagrad", lr_decay=lr_decay, weight_decay=weight_decay, initial_accumulator_value=initial_accumulator_value, eps=eps
     )
@@ -113,6 +118,7 @@ def _rmsprop(group: Mapping[str, Any]) -> Choice:
     return Choice(P, momentum, (L2(group["weight_decay"] / 2, space="p"),))
 
 
+@checked
 def rmsprop(
     params: Params,
     lr: float | Tensor = 1e-2,
@@ -163,6 +169,7 @@ class _Adam:
         return Choice(after(self.inputs, P, group), Momentum(beta1), (L2(group["weight_decay"] / 2, space=space),))
 
 
+@checked
 def adam(
     params: Params,
     lr: float | Tensor = 1e-3,
@@ -191,12 +198,13 @@ def adam(
     Adam; in z the penalty is then taken with the P before the step (``statistics_from="lagged"``). Ye, eqs. (6)–(8), (10).
     """
     name = "adamw" if decoupled_weight_decay else "adam"
-    if len(betas) != 2:
-        raise ValueError(f"{name}: betas must hold two numbers, got {betas!r}")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError(f"{name}: betas must be two numbers or two tensors, got {betas!r}")
+    implementations(name, foreach, fused, differentiable, **({} if capturable else {"lr": lr, "betas": betas[0]}))
     checks.fraction(name, **{"betas[0]": betas[0], "betas[1]": betas[1]})
     checks.non_negative(name, eps=eps, weight_decay=weight_decay)
     defaults = {
-        "betas": tuple(betas),
+        "betas": betas,
         "eps": eps,
         "weight_decay": weight_decay,
         "amsgrad": amsgrad,
@@ -209,6 +217,7 @@ def adam(
     return make(name, params, lr, _Adam(decoupled_weight_decay, inputs), defaults, state, unsupported, regularizers, options)
 
 
+@checked
 def adamw(
     params: Params,
     lr: float | Tensor = 1e-3,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from precond import checks, vec
+from precond.arguments import settle
 from precond.blocks import Rule
 from precond.preconditioners.base import Preconditioner
 from precond.regularizers.base import At, Regularizer, needs_root, uniform
@@ -68,9 +69,7 @@ class GradientNorm(Regularizer):
     takes_damping = True
 
     def __post_init__(self) -> None:
-        checks.one_of("GradientNorm", "space", self.space, ("p", "z"))
-        checks.one_of("GradientNorm", "power", self.power, (1, 2))
-        checks.one_of("GradientNorm", "method", self.method, METHODS)
+        settle(self)
         if not isinstance(self.lam, Schedule):
             checks.non_negative("GradientNorm", lam=self.lam)
         if not self.q >= 1:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from precond import checks, vec
+from precond.arguments import settle
 from precond.blocks import Rule
 from precond.preconditioners.base import Preconditioner
 from precond.regularizers.base import At, Regularizer, needs_inverse, needs_root
@@ -44,7 +45,7 @@ class L1(Regularizer):
     where: Rule | None = None
 
     def __post_init__(self) -> None:
-        checks.one_of("L1", "space", self.space, ("p", "z"))
+        settle(self)
         if not isinstance(self.lam, Schedule):
             checks.non_negative("L1", lam=self.lam)
 

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from precond import checks, vec
+from precond.arguments import settle
 from precond.blocks import Rule
 from precond.preconditioners.base import Preconditioner
 from precond.regularizers.base import At, Regularizer, uniform
@@ -38,7 +39,7 @@ class L2(Regularizer):
     where: Rule | None = None
 
     def __post_init__(self) -> None:
-        checks.one_of("L2", "space", self.space, ("p", "z"))
+        settle(self)
         if not isinstance(self.lam, Schedule):
             checks.non_negative("L2", lam=self.lam)
 

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from precond import checks, vec
+from precond.arguments import settle
 from precond.blocks import Rule
 from precond.preconditioners.base import Preconditioner
 from precond.regularizers.base import At, Regularizer, needs_inverse, needs_root, uniform
@@ -49,7 +50,7 @@ class SAM(Regularizer):
     replaces_gradient = True
 
     def __post_init__(self) -> None:
-        checks.one_of("SAM", "space", self.space, ("p", "z"))
+        settle(self)
         checks.non_negative("SAM", eta=self.eta)
         if not isinstance(self.rho, Schedule):
             checks.non_negative("SAM", rho=self.rho)
