@@ -173,9 +173,9 @@ class State(dict[str, Any]):
         self.block = block
 
     @property
-    def steps(self) -> list[float]:
+    def steps(self) -> list[int]:
         """The number of the step in progress for each leaf, from 1."""
-        return [t.item() for t in self["step"]]
+        return [int(t.item()) for t in self["step"]]
 
     def ahead(self) -> State:
         """A copy with tensors of its own and the step counts one ahead: what the statistics would become."""

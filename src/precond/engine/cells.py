@@ -149,7 +149,7 @@ def build(
         regularizers = choices[block.leaves[0].group].regularizers
         if clean and "m" in average and preconditioner.uses_momentum and any(r.joins_gradient for r in regularizers):
             average["clean"] = block.zeros()
-        steps = tuple(_known(existing, leaf, "step", _fresh_step) for leaf in block.leaves)
+        steps = tuple(_count(existing.get(leaf.param, {}).get("step")) for leaf in block.leaves)
         for s in (state, average):
             _adopt(s, existing, steps, outside)
             entries += list(s.entries())
@@ -187,14 +187,9 @@ def _disagree(leaf: Leaf) -> ValueError:
     )
 
 
-def _fresh_step(leaf: Leaf) -> Tensor:
-    # On the host, as torch keeps it: reading it never waits for a device.
-    return torch.zeros((), dtype=torch.float32)
-
-
-def _known(existing: Mapping[Tensor, dict[str, Any]], leaf: Leaf, key: str, make: Callable[[Leaf], Tensor]) -> Tensor:
-    known = existing.get(leaf.param, {}).get(key)
-    return known if isinstance(known, Tensor) else make(leaf)
+def _count(known: Any) -> Tensor:
+    # On the host, as torch keeps it: reading it never waits for a device. Not in float32, where 2²⁴ + 1 is 2²⁴.
+    return torch.as_tensor(0.0 if known is None else known, dtype=torch.float64, device="cpu")
 
 
 def _adopt(

@@ -582,10 +582,13 @@ class PreconditionedGD(torch.optim.Optimizer):
     # --- looking ---------------------------------------------------------------------------------------------------------
 
     def map(self, params: Iterable[Tensor] | None = None) -> LinearMap:
-        """The P in force, aligned to ``params`` (default: all parameters in order); frozen ones are left as they are.
+        """The P in force, aligned to ``params`` (default: all parameters in order).
+
+        Frozen parameters, and those that have had no gradient yet (with what is stepped jointly with them), are left as they are,
+        P = I: nothing has moved them, and what their first gradient will make of P is not known.
 
         Raises:
-            RuntimeError: before the first step, where the statistics are empty.
+            RuntimeError: before the first step, where all statistics are empty.
             ValueError: where a block is asked for in part, or a parameter is not this optimizer's.
         """
         self._follow_groups()

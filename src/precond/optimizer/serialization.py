@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 def started(state_dict: dict[str, Any], optimizer: PreconditionedGD) -> dict[str, Any]:
     """A state dict, where the optimizer's torch twin has it so, without the tensors of parameters that made no step."""
     drop = optimizer.naming.only_started
-    state = {k: {"step": e["step"]} if drop and not e["step"] else dict(e) for k, e in state_dict["state"].items()}
+    state = {}
+    for key, entries in state_dict["state"].items():
+        step = torch.as_tensor(entries.get("step", 0.0))
+        narrow = step.to(torch.float32)  # as torch.optim's, where that holds it
+        kept = {} if drop and not step else entries
+        state[key] = {**kept, "step": narrow if narrow == step else step}
     return {**state_dict, "state": state}
 
 
