@@ -125,17 +125,17 @@ class Cell:
 
 def build(
     leaves: Sequence[Leaf],
+    live: Sequence[int],
     choices: Sequence[Choice],
     existing: Mapping[Tensor, dict[str, Any]],
     outside: Callable[[str], str],
     clean: bool = True,
 ) -> tuple[list[Cell], list[tuple[Leaf, str, Tensor]]]:
-    """Cells for the leaves that want gradients, and their state entries (leaf, key, tensor).
+    """Cells for the leaves at the positions ``live``, which want gradients, and their state entries (leaf, key, tensor).
 
     ``clean``: statistics are of the clean gradient, whatever regularizers add to what is descended.
     State tensors that ``existing`` holds already, of the same shape, under their names ``outside``, are taken over as they are.
     """
-    live = [i for i, leaf in enumerate(leaves) if leaf.param.requires_grad]
     cells, entries = [], []
     for index, preconditioner, momentum in strategies(leaves, live, choices):
         block = Block(tuple(leaves[i] for i in index))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -30,6 +30,8 @@ class Observer:
     def __init__(self, sites: Sequence[Site], requests: Iterable[Request], seen: Seen | None = None):
         self.sites, self.requests = tuple(sites), tuple(requests)
         self.enabled = True
+        self.ready: Callable[[], None] = _nothing  # called before the first forward that counts
+        self._first = True
         self.wanted: dict[tuple[str, Request], Tensor | None] = {}
         self._seen: Seen = {} if seen is None else seen
         self._without_grad: dict[nn.Module, int] = {}
@@ -43,6 +45,9 @@ class Observer:
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called before each forward of a watched module."""
+        if self._first and self.enabled and watching():
+            self._first = False
+            self.ready()
         if not self.wanted:
             return
         work = self._work.get(module)  # None in a shallow copy, such as nn.DataParallel's replicas
@@ -88,11 +93,15 @@ class Observer:
 
     def clear(self) -> None:
         """Forget it: the step was taken, or skipped."""
-        self._seen, self._without_grad = {}, {}
+        self._seen, self._without_grad, self._first = {}, {}, True
 
     def close(self) -> None:
         """Remove the hooks."""
         remove(self._handles)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _transformed() -> bool:

@@ -75,9 +75,6 @@ class InverseRoot(Diagonal):
         means: the mean over the finite entries of each tensor of a vector, where other processes hold some of them.
     """
 
-    def bounded(self, t: float) -> LinearMap:
-        return InverseRoot(tuple(torch._foreach_clamp_min(self.denominator, t)), self.holes, self.means)
-
     denominator: Vec = ()  # given, not computed and cached as a diagonal's
 
     def __init__(self, denominator: Vec, holes: bool = True, means: Callable[[Vec], Sequence[Tensor]] | None = None):

@@ -150,10 +150,20 @@ class PreconditionedGD(torch.optim.Optimizer):
         """Make cells and state for the parameters that want gradients, keeping the state that exists."""
         self.adopt(self.bound_to(self.param_groups, self.state), self.state)
 
-    def bound_to(self, groups: Sequence[Mapping[str, Any]], existing: Mapping[Tensor, dict[str, Any]]) -> Binding:
+    @property
+    def frozen(self) -> set[Tensor]:
+        """The parameters that wanted no gradients in the last step."""
+        return self._bound.frozen
+
+    def bound_to(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        existing: Mapping[Tensor, dict[str, Any]],
+        frozen: set[Tensor] | None = None,
+    ) -> Binding:
         """What groups come to, with the state that exists; nothing of the optimizer's own changes."""
         clean = self.rules.statistics_from == "loss"
-        return bind(groups, self.owners, self.naming, self.observes, self.rounding, clean, existing)
+        return bind(groups, self.owners, self.naming, self.observes, self.rounding, clean, existing, frozen)
 
     def adopt(self, bound: Binding, state: defaultdict[Tensor, Any]) -> None:
         """Take a binding and its state as the optimizer's own."""
@@ -175,6 +185,7 @@ class PreconditionedGD(torch.optim.Optimizer):
                 self._spare.clear()
                 if changed:
                     self._listen()
+                self._listening.want(self._bound.cells)
                 kept = {(leaf.param, key) for leaf, key, _ in self._bound.entries}
                 for leaf, key, _ in before.entries:  # the state of what is frozen waits
                     if leaf.param in self.state and leaf.param.requires_grad and (leaf.param, key) not in kept and key not in serialization.OPTIONAL:
@@ -216,7 +227,13 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def _listen(self) -> None:
         """Put the hooks on the model that second passes and input statistics need."""
-        self._listening.begin(self.owners, self._devices if self._probing else None, self._bound.cells)
+        recorded = self._devices if self._probing else None
+        self._listening.begin(self.owners, recorded, self._bound.cells, self._before_forward)
+
+    def _before_forward(self) -> None:
+        """What is frozen, thawed or converted between steps is followed before inputs are observed, as after a resume."""
+        if self._pending is None and self._bound.converted(self.param_groups):
+            self._follow_groups()
 
     def watch(self, model: nn.Module) -> None:
         """Observe a model again, whose parameters these are: after the optimizer was copied or unpickled.
