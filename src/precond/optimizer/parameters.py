@@ -32,7 +32,7 @@ def to_groups(params: Params, modules: list[nn.Module], before: Sequence[Mapping
 
     Raises:
         TypeError: for something that holds no parameters, sparse, complex or integer ones.
-        ValueError: for no parameters, or a parameter given twice.
+        ValueError: for no parameters, a parameter given twice, or some with names and some without.
     """
     if isinstance(params, nn.Module):
         params = [{"params": params}]
@@ -47,11 +47,18 @@ def to_groups(params: Params, modules: list[nn.Module], before: Sequence[Mapping
         raise ValueError("params is empty: there is nothing to optimize; pass model.parameters() or the model")
     if not isinstance(items[0], Mapping):
         items = [{"params": items}]
-    groups = []
+    groups: list[dict[str, Any]] = []
     for item in items:
         if not isinstance(item, Mapping) or "params" not in item:
             raise TypeError(f"params mixes groups with other things: expected a dict with 'params', got {type(item).__name__}")
         groups.append({**item, "params": _named(item["params"], modules)})
+    with_names = {name is not None for group in groups for name, _ in group["params"]}
+    with_names |= {"param_names" in group for group in before}
+    if len(with_names) == 2 and not modules:  # names of a module were not asked for, and may go
+        raise ValueError(
+            "params has some parameters with names and some without: pass (name, parameter) pairs throughout, as "
+            "model.named_parameters() gives them, or none"
+        )
     if before:
         named = all("param_names" in group for group in before)
     else:

@@ -119,6 +119,8 @@ class PreconditionedGD(torch.optim.Optimizer):
         if self._requests and not modules:
             raise TypeError(f"{name}: {preconditioner!r} observes the inputs of layers: pass the model itself as params")
         super().__init__(groups, {"lr": lr, "maximize": False, **self.naming.defaults})
+        if momentum is not None and "betas" not in self.defaults:  # which OneCycleLR and CyclicLR look for, and put in the groups
+            self.defaults.setdefault("momentum", momentum.beta)
         self._bind()
         check_precision(self._bound.leaves, choice, rounding)
         if (
@@ -174,6 +176,8 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def _follow_groups(self) -> None:
         """Follow groups and model: numbers may have changed, parameters been frozen, thawed, converted, moved, or replaced."""
+        for group in self.param_groups:
+            self.naming.cycle(group)
         match self._bound.follow(self.param_groups, self.naming):
             case "broken":
                 before = self._bound
@@ -208,15 +212,18 @@ class PreconditionedGD(torch.optim.Optimizer):
         if not self._bound.leaves:  # called by torch.optim.Optimizer's constructor, on groups that are parsed already
             super().add_param_group(param_group)
             return
-        modules: list[nn.Module] = []
+        modules = self.owners.alive()
+        known = len(modules)
         (group,) = to_groups([param_group], modules, self.param_groups)
         super().add_param_group(group)
+        if "momentum" not in self.naming.defaults:
+            group.pop("momentum", None)  # of the defaults, for schedulers alone
         try:
             check_precision(self.owners.leaves([group]), choices_of(self.param_groups, self.naming)[-1], self.rounding)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        self.owners.add(modules)
+        self.owners.add(modules[known:])
         self._bind()
         self._listen()
 
