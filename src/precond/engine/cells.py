@@ -154,7 +154,7 @@ def build(
             _adopt(s, existing, steps, outside)
             entries += list(s.entries())
         entries += [(leaf, "step", t) for leaf, t in zip(block.leaves, steps, strict=True)]
-        cells.append(Cell(index, block, preconditioner, momentum, state, average))
+        cells.append(Cell(index, block, preconditioner, momentum, state.seal(), average))
     return cells, entries
 
 

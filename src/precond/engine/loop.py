@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precond import vec
+from precond import contracts, vec
 from precond.blocks import State
 from precond.engine.point import Point
 from precond.maps import Identity, LinearMap
@@ -116,6 +116,7 @@ def step(point: Point, rules: Rules, evidence: Evidence) -> Vec:
             length = point.sums.dot(a, point.joined(maps()).gram(a)).clamp_min(0).sqrt()
         a = vec.scale(a, _clip_factor(rules.max_norm, length))
     u = descent(point, bounded(point, factors(), ats) if rules.statistics_from == "loss" else factors(), a)
+    contracts.shapes("the step P Pᵀg", u, point.p)
     for term in [*early, *late]:
         if isinstance(term, Tangent):
             u = vec.add(u, term.formed())
@@ -147,7 +148,8 @@ def bounded(
     M made without knowing of the penalty may be as large as it likes, 1/σ² for inputs of a small variance σ². Where α‖M‖·2λ > 2, the
     steps p ← p − αM(g + 2λp) grow without bound, however small α∇²L is; (M⁻¹ + sI)⁻¹ in place of M leaves their fixed point.
     """
-    curvature = [sum(map(float, x)) for x in zip(*(r.stiffness(at) for r, at in zip(point.choices[0].regularizers, ats, strict=True)))]
+    each = [r.stiffness(at) for r, at in zip(point.choices[0].regularizers, ats, strict=True)]
+    curvature = [sum(float(of_leaf[i]) for of_leaf in each) for i in range(len(point.p))]
     if not any(curvature):
         return factors
     out = []

@@ -134,6 +134,10 @@ def _residuals(leaves: Sequence[Leaf], existing: Mapping[Tensor, dict[str, Any]]
     narrow = [p for p in leaves if p.param.dtype in (torch.bfloat16, torch.float16)]
     known = [existing.get(leaf.param, {}).get("residual") for leaf in narrow]
     return [
-        (leaf, "residual", torch.zeros_like(leaf.param, requires_grad=False) if r is None else r.to(leaf.param.device, leaf.param.dtype))
+        (
+            leaf,
+            "residual",
+            torch.zeros_like(leaf.param, requires_grad=False) if r is None else r.to(leaf.param.device, leaf.param.dtype),
+        )
         for leaf, r in zip(narrow, known, strict=True)
     ]

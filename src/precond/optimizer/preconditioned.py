@@ -23,7 +23,7 @@ from precond.maps import LinearMap
 from precond.momentum import Momentum
 from precond.optimizer import serialization
 from precond.optimizer.binding import Binding, bind, choices_of
-from precond.optimizer.compatibility import check_precision, validate
+from precond.optimizer.compatibility import check_precision, listed, validate
 from precond.optimizer.explanation import Explanation, explain
 from precond.optimizer.fusing import alike, divided, kernels_of
 from precond.optimizer.listening import Listening
@@ -95,9 +95,9 @@ class PreconditionedGD(torch.optim.Optimizer):
         rounding: Literal["nearest", "kahan"] = "nearest",
         naming: Naming | None = None,
     ):
-        choice = Choice(preconditioner, momentum, tuple(regularizers))
+        name = "PreconditionedGD" if naming is None else naming.name
+        choice = Choice(preconditioner, momentum, listed(name, regularizers))
         self.naming = Naming.generic(choice) if naming is None else naming
-        name = self.naming.name
         checks.learning_rate(name, lr)
         checks.one_of(name, "statistics_from", statistics_from, ("loss", "total", "lagged"))
         checks.one_of(name, "norm_space", norm_space, ("z", "p"))
@@ -119,7 +119,9 @@ class PreconditionedGD(torch.optim.Optimizer):
         if self._requests and not modules:
             raise TypeError(f"{name}: {preconditioner!r} observes the inputs of layers: pass the model itself as params")
         super().__init__(groups, {"lr": lr, "maximize": False, **self.naming.defaults})
-        if momentum is not None and "betas" not in self.defaults:  # which OneCycleLR and CyclicLR look for, and put in the groups
+        if (
+            momentum is not None and "betas" not in self.defaults
+        ):  # which OneCycleLR and CyclicLR look for, and put in the groups
             self.defaults.setdefault("momentum", momentum.beta)
         self._bind()
         check_precision(self._bound.leaves, choice, rounding)
@@ -184,7 +186,9 @@ class PreconditionedGD(torch.optim.Optimizer):
                 changed = not all(map(in_place, before.leaves))
                 if changed:
                     self._follow_model()
-                check_precision(self.owners.leaves(self.param_groups), choices_of(self.param_groups, self.naming)[0], self.rounding)
+                check_precision(
+                    self.owners.leaves(self.param_groups), choices_of(self.param_groups, self.naming)[0], self.rounding
+                )
                 self._bind()
                 self._spare.clear()
                 if changed:
@@ -192,8 +196,10 @@ class PreconditionedGD(torch.optim.Optimizer):
                 self._listening.want(self._bound.cells)
                 kept = {(leaf.param, key) for leaf, key, _ in self._bound.entries}
                 for leaf, key, _ in before.entries:  # the state of what is frozen waits
-                    if leaf.param in self.state and leaf.param.requires_grad and (leaf.param, key) not in kept and key not in serialization.OPTIONAL:
-                        self.state[leaf.param].pop(self.naming.outside(key), None)
+                    state = self.state.get(leaf.param)
+                    gone = (leaf.param, key) not in kept and key not in serialization.OPTIONAL
+                    if state is not None and leaf.param.requires_grad and gone:
+                        state.pop(self.naming.outside(key), None)
             case "renumbered":
                 self._kernels_of = None
 
@@ -279,6 +285,12 @@ class PreconditionedGD(torch.optim.Optimizer):
             FloatingPointError: for inf or NaN with ``nonfinite="raise"``.
         """
         self._follow_groups()
+        first = self._bound.leaves[0].param
+        if first.is_meta and first.grad is None:
+            raise RuntimeError(
+                f"{self.naming.name}: its parameters are on the meta device: give them memory before the optimizer is made "
+                "(model.to_empty(device=...)), or pass the model as params, whose new parameters it then follows"
+            )
         loss, graph = None, None
         if closure is not None:
             self.restore()
