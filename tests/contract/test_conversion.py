@@ -131,5 +131,5 @@ def test_parameters_left_on_meta():
     optimizer = precond.adamw(model.parameters())
     model.to_empty(device="cpu")
     model(torch.ones(4, 3)).sum().backward()
-    with pytest.raises(RuntimeError, match="meta device.*to_empty"):
+    with pytest.raises(RuntimeError, match=r"meta device.*to_empty"):
         optimizer.step()

@@ -53,23 +53,23 @@ def preconditioner_of(
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"preconditioner_of: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    wanted = _aligned(optimizer, params)
+    wanted, names = _aligned(optimizer, params)
     with torch.no_grad():
         if isinstance(optimizer, PreconditionedGD):
             map_ = optimizer.map(wanted)
         else:
-            map_ = _from_state(optimizer, wanted)
+            map_ = _from_state(optimizer, wanted, names)
         return _weighted(map_, _ratios(optimizer, wanted))
 
 
 def step_size(optimizer: torch.optim.Optimizer, params: Objective | Iterable[Tensor] | None = None) -> float:
     """α, the largest learning rate of any of the parameters, which :func:`preconditioner_of` relates the others to."""
-    wanted = _aligned(optimizer, params)
+    wanted, _ = _aligned(optimizer, params)
     return max(_rates(optimizer, wanted), default=0.0)
 
 
-def _aligned(optimizer: torch.optim.Optimizer, params: Objective | Iterable[Tensor] | None) -> Vec:
-    """The parameters that P is aligned with."""
+def _aligned(optimizer: torch.optim.Optimizer, params: Objective | Iterable[Tensor] | None) -> tuple[Vec, Sequence[str]]:
+    """The parameters that P is aligned with, and what they are called in messages."""
     own = [p for group in optimizer.param_groups for p in group["params"]]
     if params is None:
         params = [p for p in own if p.requires_grad]
@@ -87,17 +87,17 @@ def _aligned(optimizer: torch.optim.Optimizer, params: Objective | Iterable[Tens
             "Objective of the model that it trains (not objective.double(), which holds a copy), "
             "with params= those that it steps"
         )
-    return wanted
+    return wanted, names
 
 
-def _from_state(optimizer: torch.optim.Optimizer, wanted: Vec) -> LinearMap:
+def _from_state(optimizer: torch.optim.Optimizer, wanted: Vec, names: Sequence[str]) -> LinearMap:
     map_of, stateless = registered(optimizer)
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    # An entry of `state` may come from looking into it.
     began = {id(p) for p, state in optimizer.state.items() if state and float(state.get("step", 1)) > 0}
     if not stateless and wanted and not began and any(p.requires_grad for p in wanted):
         raise RuntimeError(
-            f"preconditioner_of: {type(optimizer).__name__} has seen no gradient yet, so P is not known; take a step first"
+            f"preconditioner_of: {type(optimizer).__name__} has seen no gradient of {names[0]} yet, nor of any other, so P is not "
+            "known; take a step first"
         )
     maps: list[LinearMap] = []
     for p in wanted:

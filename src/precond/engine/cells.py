@@ -17,7 +17,7 @@ from precond.preconditioners.base import Preconditioner
 from precond.preconditioners.base import Seen as Evidence
 from precond.regularizers.base import Regularizer
 from precond.sharding import local
-from precond.vec import Vec
+from precond.vec import Tensors, Vec
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def build(
         regularizers = choices[block.leaves[0].group].regularizers
         if clean and "m" in average and preconditioner.uses_momentum and any(r.joins_gradient for r in regularizers):
             average["clean"] = block.zeros()
-        steps = tuple(_count(existing.get(leaf.param, {}).get("step")) for leaf in block.leaves)
+        steps = tuple(as_count(existing.get(leaf.param, {}).get("step")) for leaf in block.leaves)
         for s in (state, average):
             _adopt(s, existing, steps, outside)
             entries += list(s.entries())
@@ -187,9 +187,24 @@ def _disagree(leaf: Leaf) -> ValueError:
     )
 
 
-def _count(known: Any) -> Tensor:
-    # On the host, as torch keeps it: reading it never waits for a device. Not in float32, where 2²⁴ + 1 is 2²⁴.
-    return torch.as_tensor(0.0 if known is None else known, dtype=torch.float64, device="cpu")
+_NARROW = 2**23
+"""Counts of steps from here on are in float64: in float32, as torch.optim keeps them, 2²⁴ + 1 is 2²⁴."""
+
+
+def as_count(known: Any) -> Tensor:
+    """A count of steps, from one that is known; None: 0."""
+    # On the host, as torch keeps it: reading it never waits for a device.
+    steps = torch.as_tensor(0.0 if known is None else known, device="cpu")
+    return steps.to(torch.float64 if steps >= _NARROW else torch.float32)
+
+
+def count_step(steps: Tensors) -> None:
+    """Count a step of each leaf, in place."""
+    # Those that were more than 2²³ ahead of the first are wide since they were bound.
+    if steps and steps[0].dtype == torch.float32 and steps[0].item() >= _NARROW - 1:
+        for t in steps:
+            t.data = t.to(torch.float64)
+    torch._foreach_add_(steps, 1)
 
 
 def _adopt(

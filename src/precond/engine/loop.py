@@ -15,6 +15,7 @@ from torch import Tensor
 
 from precond import contracts, vec
 from precond.blocks import State
+from precond.engine.cells import count_step
 from precond.engine.point import Point
 from precond.maps import Identity, LinearMap
 from precond.regularizers.base import At
@@ -58,7 +59,7 @@ class Evidence:
 def observe(point: Point, gradient: Vec) -> None:
     """Commit a gradient to the statistics, and count the step."""
     for cell, span in point.spans:
-        torch._foreach_add_(cell.state["step"], 1)
+        count_step(cell.state["step"])
         cell.observe(cell.state, gradient[span])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from precond import checks, vec
 from precond.blocks import Leaf
 from precond.engine import fused, loop
-from precond.engine.cells import Cell, Choice
+from precond.engine.cells import Cell, Choice, count_step
 from precond.engine.fused import Kernel
 from precond.engine.loop import Evidence, Rules
 from precond.engine.point import Point, gather
@@ -478,7 +478,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             if not self._agreed(finite and (point is None or vec.all_finite(point.g))):
                 return False
         if work:  # there may be no gradient at all
-            torch._foreach_add_([t for _, cell, _ in work for t in cell.state["step"]], 1)
+            count_step([t for _, cell, _ in work for t in cell.state["step"]])
         for kernel, cell, aligned in work:
             leaf = cell.block.leaves[0]
             kernel(cell, cell.block.tensors, aligned, self._lr(leaf), self.param_groups[leaf.group]["maximize"])
@@ -498,7 +498,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         ((k, found),) = evidence.found.items()
         at = point.at(k, point.maps, found=found, memo=evidence.memo)
         a = loop.assemble(point.g, [point.choices[0].regularizers[k].term(at)])
-        torch._foreach_add_([t for cell in point.cells for t in cell.state["step"]], 1)
+        count_step([t for cell in point.cells for t in cell.state["step"]])
         for kernel, (cell, span) in zip(kernels, point.spans, strict=True):
             p = cell.block.tensors
             assert kernel is not None

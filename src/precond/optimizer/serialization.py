@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from precond.engine.cells import as_count
 from precond.sharding import copy_
 
 if TYPE_CHECKING:
@@ -118,7 +119,9 @@ def _match(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[s
 
 def _fit(recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
     """(target, value) pairs of one parameter; ValueError where they do not fit."""
-    alien = sorted(theirs.keys() - mine.keys() - OPTIONAL)
+    alien = sorted(
+        theirs.keys() - mine.keys() - OPTIONAL - {"clean"}
+    )  # kept once, where statistics now are of what is descended
     if alien:
         raise ValueError(
             f"load_state_dict: the state of {name!r} has {', '.join(map(repr, alien))}, which {recipe} does not keep "
@@ -129,7 +132,8 @@ def _fit(recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str
         if key in theirs:
             value = torch.as_tensor(theirs[key])
             if key == "step":
-                value = value.reshape(())
+                target.data = as_count(value.reshape(()))
+                continue
             if value.shape != target.shape:
                 raise ValueError(
                     f"load_state_dict: {key!r} of {name!r} has shape {tuple(value.shape)}, the parameter needs "
@@ -145,5 +149,5 @@ def _fit(recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str
 FROZEN = "frozen"
 """What the state of a parameter holds that was frozen when it was saved."""
 
-OPTIONAL = {"m", "clean", "r_max", "residual"}
+OPTIONAL = {"m", "r_max", "residual"}
 """Keys that another configuration of the same recipe may have left."""
