@@ -248,6 +248,7 @@ class State(dict[str, Any]):
         super().__init__(*args, **kwargs)
         self.block = block
         self._made: dict[str, tuple[Any, Any]] = {}
+        self._sealed = False
 
     def kept(self, name: str, of: Any, make: Callable[[], Any]) -> Any:
         """What was made of the state last, until that of which it is made (versions of tensors, say) is another."""
@@ -256,10 +257,34 @@ class State(dict[str, Any]):
             known = self._made[name] = of, make()
         return known[1]
 
+    def seal(self) -> State:
+        """From now on its tensors are written into, not replaced: those of the optimizer's state are the same."""
+        self._sealed = True
+        for value in self.values():
+            if isinstance(value, State):
+                value.seal()
+        return self
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if self._sealed:
+            raise TypeError(
+                f"state[{key!r}] = … would put another tensor where the optimizer does not see it: write into the one that is "
+                f"there, state[{key!r}].copy_(new), or for a tuple t.copy_(new) for each t, and make all tensors in init"
+            )
+        super().__setitem__(key, value)
+
+    def __ior__(self, other: Any) -> State:  # type: ignore[override, misc]
+        self.update(other)
+        return self
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for key, value in dict(*args, **kwargs).items():
+            self[key] = value
+
     @property
-    def steps(self) -> list[float]:
+    def steps(self) -> list[int]:
         """The number of the step in progress for each leaf, from 1."""
-        return [t.item() for t in self["step"][: len(self.block.leaves)]]
+        return [int(t.item()) for t in self["step"][: len(self.block.leaves)]]
 
     def ahead(self) -> State:
         """A copy with tensors of its own and the step counts one ahead: what the statistics would become."""
@@ -311,7 +336,7 @@ class State(dict[str, Any]):
                 out[key] = value.restricted(index)
             else:
                 out[key] = tuple(value[i] for i in index) if isinstance(value, tuple) else value
-        return out
+        return out.seal() if self._sealed else out
 
     def entries(self, prefix: str = "") -> Iterable[tuple[Leaf, str, Tensor]]:
         """(leaf, key, tensor) of everything but the step counts; parts add their name and a dot to the key (:func:`within`).

@@ -24,7 +24,8 @@ def preconditioner_of(
     Momentum is no part of P. The learning rate α is none either, but where groups (or routes) differ in theirs, their ratio is:
     P of a group is multiplied by √(α_group/α), with α the largest one, :func:`step_size`. So PᵀHP is what the steps go by, and
     α·λ_max(PᵀHP) < 2 is their limit of stability without momentum. (Where all rates are 0 there is no ratio, and none is
-    taken.) That is exact where the tensors of one joint block share a rate. Frozen parameters are left as they are, P = I.
+    taken.) That is exact where the tensors of one joint block share a rate. Frozen parameters are left as they are, P = I, and so
+    are those that have had no gradient yet: see :meth:`PreconditionedGD.map`.
 
     ``condition_number(P.T @ hessian(objective) @ P, float64=True)`` takes both to float64.
 
@@ -92,18 +93,18 @@ def _aligned(optimizer: torch.optim.Optimizer, params: Objective | Iterable[Tens
 def _from_state(optimizer: torch.optim.Optimizer, wanted: Vec, names: Sequence[str]) -> LinearMap:
     map_of, stateless = registered(optimizer)
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    began = {id(p) for p, state in optimizer.state.items() if state and float(state.get("step", 1)) > 0}
+    if not stateless and wanted and not began and any(p.requires_grad for p in wanted):
+        raise RuntimeError(
+            f"preconditioner_of: {type(optimizer).__name__} has seen no gradient of {names[0]} yet, nor of any other, so P is not "
+            "known; take a step first"
+        )
     maps: list[LinearMap] = []
-    for name, p in zip(names, wanted, strict=True):
-        state = optimizer.state.get(p, {})
-        if not p.requires_grad and not state:
-            maps.append(Identity((p.detach(),)))
-        elif not stateless and (not state or float(state.get("step", 1)) == 0):
-            raise RuntimeError(
-                f"preconditioner_of: {type(optimizer).__name__} has seen no gradient of {name} yet, so P is not known; take a step "
-                "first, or leave the parameter out of params"
-            )
+    for p in wanted:
+        if stateless or id(p) in began:
+            maps.append(map_of(p, optimizer.state.get(p, {}), group_of[id(p)]))
         else:
-            maps.append(map_of(p, state, group_of[id(p)]))
+            maps.append(Identity((p.detach(),)))
     return side_by_side(maps, tuple(p.detach() for p in wanted))
 
 

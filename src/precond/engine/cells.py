@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from precond.preconditioners.base import Preconditioner
 from precond.preconditioners.base import Seen as Evidence
 from precond.preconditioners.stacked import on
 from precond.regularizers.base import Regularizer
-from precond.vec import Scalar, Vec
+from precond.vec import Scalar, Tensors, Vec
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Cell:
 
     def advance(self, g: Vec) -> Vec:
         """:meth:`observe` and :meth:`descent` of a gradient to which nothing is added, and the step counted."""
-        torch._foreach_add_(self.state["step"], 1)
+        count_step(self.state["step"])
         plain = self.momentum is None or (self.keeps_cotangents and "clean" not in self.average)
         if not self.handled or not plain:
             self.observe(self.state, g)
@@ -200,3 +201,23 @@ class Cell:
             return Identity(tuple(leaf.tensor for leaf in self.leaves))
         of_block = self.acting.map(state)
         return of_block if not isinstance(self.block, Stack) else OfMembers(of_block, self.block)
+
+
+_NARROW = 2**23
+"""Counts of steps from here on are in float64: in float32, as torch.optim keeps them, 2²⁴ + 1 is 2²⁴."""
+
+
+def as_count(known: Any) -> Tensor:
+    """A count of steps, from one that is known; None: 0."""
+    # On the host, as torch keeps it: reading it never waits for a device.
+    steps = torch.as_tensor(0.0 if known is None else known, device="cpu")
+    return steps.to(torch.float64 if steps >= _NARROW else torch.float32)
+
+
+def count_step(steps: Tensors) -> None:
+    """Count a step of each leaf, in place."""
+    # Those that were more than 2²³ ahead of the first are wide since they were bound.
+    if steps and steps[0].dtype == torch.float32 and steps[0].item() >= _NARROW - 1:
+        for t in steps:
+            t.data = t.to(torch.float64)
+    torch._foreach_add_(steps, 1)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precond import vec
+from precond import contracts, vec
 from precond.blocks import State
+from precond.engine.cells import count_step
 from precond.engine.point import Point
 from precond.regularizers.base import At, Regularizer
 from precond.spaces import Cotangent, Instead, Prox, Tangent, Term
@@ -59,7 +60,7 @@ class Evidence:
 def observe(point: Point, gradient: Vec) -> None:
     """Commit a gradient to the statistics, and count the step."""
     for cell, span in point.spans:
-        torch._foreach_add_(cell.state["step"], 1)
+        count_step(cell.state["step"])
         cell.observe(cell.state, gradient[span])
 
 
@@ -131,6 +132,7 @@ def step(point: Point, rules: Rules, evidence: Evidence, measured: bool = False)
     least = bounds(point, ats, regularizers) if rules.statistics_from == "loss" else [0.0] * len(point.cells)
     for (cell, span), t in zip(point.spans, least, strict=True):  # one after the other: memory for one cell's step will do
         u, lr = cell.advance(a[span]) if alone else cell.descent(a[span], t), point.lr[span]
+        contracts.shapes("the step P Pᵀg", u, point.p[span])
         if measured:
             whole = _with(u, tangents, span)
             lengths += torch._foreach_norm(vec.scale(whole, lr))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from precond.blocks import Block, Leaf, Stack, State, within
-from precond.engine.cells import Cell, Choice
+from precond.engine.cells import Cell, Choice, as_count
 from precond.momentum import Momentum
 from precond.preconditioners import BNP, RMS, SOAP, Composition, Fixed, Polar, Whitening
 from precond.preconditioners.base import Preconditioner, placed
@@ -63,13 +63,14 @@ def units(leaves: Sequence[Leaf], live: Sequence[int], choices: Sequence[Choice]
 
 def build(
     leaves: Sequence[Leaf],
+    live: Sequence[int],
     choices: Sequence[Choice],
     existing: Existing,
     outside: Callable[[str], str],
     plainly: bool = False,
     clean: bool = True,
 ) -> tuple[list[Cell], list[tuple[Leaf, str, Tensor]]]:
-    """Cells for the leaves that want gradients, and their state entries (leaf, key, tensor).
+    """Cells for the leaves at the positions ``live``, which want gradients, and their state entries (leaf, key, tensor).
 
     Args:
         existing: whose tensors, of the same shape, are taken over as they are.
@@ -78,7 +79,6 @@ def build(
         clean: statistics are of the clean gradient, whatever regularizers add to what is descended.
     """
 
-    live = [i for i, leaf in enumerate(leaves) if leaf.param.requires_grad]
     cells, entries = [], []
     singles = [
         _Single.of(unit, leaves, choices, existing, outside, clean, not plainly) for unit in units(leaves, live, choices)
@@ -90,7 +90,7 @@ def build(
         if len(alike) > 1 or first.stacks:
             block = Stack.of([single.block for single in alike])
             state, average = (_side_by_side([getattr(s, name) for s in alike], block) for name in ("state", "average"))
-        cell = Cell(index, block, preconditioner, momentum, state, average)
+        cell = Cell(index, block, preconditioner, momentum, state.seal(), average)
         entries += [*state.entries(), *average.entries()]
         entries += [(leaf, "step", t) for leaf, t in zip(cell.leaves, state["step"], strict=True)]
         cells.append(cell)
@@ -135,7 +135,7 @@ class _Single:
         regularizers = choices[block.leaves[0].group].regularizers
         if clean and "m" in average and P.uses_momentum and any(r.joins_gradient for r in regularizers):
             average["clean"] = block.zeros()
-        steps = tuple(_known(existing, leaf, "step", _fresh_step) for leaf in block.leaves)
+        steps = tuple(as_count(existing.get(leaf.param, {}).get("step")) for leaf in block.leaves)
         for s in (state, average):
             _adopt(s, existing, steps, outside)
         kernel = kernels and _has_kernel(P, block)
@@ -223,16 +223,6 @@ def _disagree(leaf: Leaf) -> ValueError:
         f"the groups of {leaf.name!r} and of the rest of its layer differ in a number that decides what is stepped jointly "
         "(max_dim, max_inputs); give both groups one value"
     )
-
-
-def _fresh_step(leaf: Leaf) -> Tensor:
-    # On the host, as torch keeps it: reading it never waits for a device.
-    return torch.zeros((), dtype=torch.float32)
-
-
-def _known(existing: Mapping[Tensor, dict[str, Any]], leaf: Leaf, key: str, make: Callable[[Leaf], Tensor]) -> Tensor:
-    known = existing.get(leaf.param, {}).get(key)
-    return known if isinstance(known, Tensor) else make(leaf)
 
 
 def _adopt(

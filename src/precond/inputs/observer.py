@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -36,6 +36,8 @@ class Observer:
     def __init__(self, sites: Sequence[Site], requests: Iterable[Request], seen: Seen | None = None):
         self.sites, self.requests = tuple(sites), tuple(requests)
         self.enabled = True
+        self.ready: Callable[[], None] = _nothing  # called before the first forward that counts
+        self._first = True
         self.wanted: dict[tuple[str, Request], Tensor | None] = {}
         self.unread: dict[str, str] = {}
         self.absent = 0
@@ -51,6 +53,9 @@ class Observer:
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called before each forward of a watched module."""
+        if self._first and self.enabled and not self.absent and watching():
+            self._first = False
+            self.ready()
         if not self.wanted or self.absent:
             return
         work = self._work.get(module)  # None in a shallow copy, such as nn.DataParallel's replicas
@@ -112,7 +117,7 @@ class Observer:
 
     def clear(self) -> None:
         """Forget it: the step was taken, or skipped."""
-        self._seen, self._without_grad, self.unread = {}, {}, {}
+        self._seen, self._without_grad, self.unread, self._first = {}, {}, {}, True
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -125,6 +130,10 @@ def why_unread(error: Exception) -> str:
         return str(error)
     first = str(error).strip().split("\n")[0]
     return f"reading its inputs failed with {type(error).__name__}: {first}"
+
+
+def _nothing() -> None:
+    pass
 
 
 def _transformed() -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
@@ -52,10 +52,19 @@ class Binding:
         """The cells of several blocks."""
         return [cell for cell in self.cells if len(cell.members) > 1]
 
+    @property
+    def frozen(self) -> set[Tensor]:
+        """The parameters that wanted no gradients."""
+        return {leaf.param for leaf, (wants, *_) in zip(self.leaves, self.kinds, strict=True) if not wants}
+
+    def converted(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether parameters were frozen, thawed, converted or moved since."""
+        return self.kinds != read_kinds(p for group in groups for p in group["params"])
+
     def follow(self, groups: Sequence[Mapping[str, Any]], naming: Naming) -> Following:
         """Take over numbers that have changed in the groups."""
         options = read_options(groups, naming)
-        if self.kinds != read_kinds(p for group in groups for p in group["params"]) or not all(map(in_place, self.leaves)):
+        if self.converted(groups) or not all(map(in_place, self.leaves)):
             return "broken"
         if options == self.options:
             return "same"
@@ -84,14 +93,22 @@ def bind(
     plainly: bool,
     clean: bool,
     existing: Mapping[Tensor, dict[str, Any]],
+    frozen: Container[Tensor] | None = None,
 ) -> Binding:
-    """Cells for the parameters that want gradients; state that ``existing`` holds is taken over, in the parameters' dtype and place."""
+    """Cells for the parameters that want gradients; state that ``existing`` holds is taken over, in the parameters' dtype and place.
+
+    Args:
+        frozen: the parameters that want no gradients; None: those that require none now.
+    """
     leaves = owners.leaves(groups, observed)
     choices = choices_of(groups, naming)
-    cells, entries = plan.build(leaves, choices, existing, naming.outside, plainly, clean)
+    params = [leaf.param for leaf in leaves]
+    frozen = {p for p in params if not p.requires_grad} if frozen is None else frozen
+    live = [i for i, p in enumerate(params) if p not in frozen]
+    cells, entries = plan.build(leaves, live, choices, existing, naming.outside, plainly, clean)
     if rounding == "kahan":
-        entries += _residuals(leaves, existing)
-    kinds = read_kinds(leaf.param for leaf in leaves)
+        entries += _residuals([leaves[i] for i in live], existing)
+    kinds = [(p not in frozen, *kind) for p, (_, *kind) in zip(params, read_kinds(params), strict=True)]
     return Binding(leaves, choices, cells, entries, read_options(groups, naming), kinds)
 
 
@@ -134,7 +151,7 @@ def _structure(options: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 
 def _residuals(leaves: Sequence[Leaf], existing: Mapping[Tensor, dict[str, Any]]) -> list[tuple[Leaf, str, Tensor]]:
     """State entries of the Kahan compensation of 16-bit parameters."""
-    narrow = [p for p in leaves if p.param.requires_grad and p.param.dtype in (torch.bfloat16, torch.float16)]
+    narrow = [p for p in leaves if p.param.dtype in (torch.bfloat16, torch.float16)]
     known = [existing.get(leaf.param, {}).get("residual") for leaf in narrow]
     return [
         (

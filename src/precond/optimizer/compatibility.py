@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 
+from precond import contracts
 from precond.blocks import Leaf
 from precond.engine.cells import Choice
 from precond.momentum import Momentum
@@ -17,14 +18,19 @@ from precond.regularizers import Regularizer
 
 def validate(name: str, choice: Choice, statistics_from: str) -> None:
     """Raise where strategies do not go together."""
-    if not isinstance(choice.preconditioner, Preconditioner):
-        raise TypeError(f"{name}: preconditioner must be one, such as precond.RMS(), got {choice.preconditioner!r}")
-    if choice.momentum is not None and not isinstance(choice.momentum, Momentum):
-        raise TypeError(f"{name}: momentum must be a precond.Momentum or None, got {choice.momentum!r}; Momentum(0.9) is one")
+    contracts.instance(name, "preconditioner", choice.preconditioner, Preconditioner, "precond.RMS()")
+    if choice.momentum is not None:
+        contracts.instance(name, "momentum", choice.momentum, Momentum, "precond.Momentum(0.9), or None")
+    for strategy in (choice.preconditioner, *choice.regularizers):
+        contracts.frozen(name, strategy)
     _check_momenta(name, choice.preconditioner)
     for r in choice.regularizers:
-        if not isinstance(r, Regularizer):
-            raise TypeError(f"{name}: regularizers must hold regularizers such as precond.L2(1e-4), got {r!r}")
+        kind = type(r).__name__
+        if missing := [field for field in ("space", *r.scalars) if not hasattr(r, field)]:
+            raise TypeError(
+                f'{name}: {kind} lacks {missing[0]!r}; give it a field, such as `lam: float` and `space: str = "z"` '
+                "(scalars names the numbers that groups may set)"
+            )
         r.validate(choice.preconditioner)
         if statistics_from == "total" and r.circular:
             raise ValueError(
@@ -45,6 +51,17 @@ def _check_momenta(name: str, choice: Any) -> None:
         if not isinstance(choice.momentum, Momentum | None):
             raise TypeError(f"{name}: momentum of {type(choice).__name__} must be a Momentum or None, got {choice.momentum!r}")
         _check_momenta(name, [getattr(choice, f.name) for f in fields(choice)])
+
+
+def listed(name: str, regularizers: Any) -> tuple[Regularizer, ...]:
+    """Regularizers as a tuple; raise TypeError where they are none."""
+    if isinstance(regularizers, Regularizer):
+        raise TypeError(f"{name}: regularizers must be a list of them, got {regularizers!r}; put it in brackets")
+    contracts.instance(name, "regularizers", regularizers, Iterable, "[precond.L2(1e-4)]")
+    out = tuple(regularizers)
+    for r in out:
+        contracts.instance(name, "each of regularizers", r, Regularizer, "precond.L2(1e-4)")
+    return out
 
 
 def check_precision(leaves: Sequence[Leaf], choice: Choice, rounding: str) -> None:

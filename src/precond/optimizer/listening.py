@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -37,8 +38,19 @@ class Listening:
         self._heard: bool | None = None
         self._told: set[str] = set()
 
-    def begin(self, owners: Owners, recorded: Iterable[torch.device] | None, cells: Sequence[Cell]) -> None:
-        """Put the hooks on the models; ``recorded``: the devices whose random state second passes want, or None."""
+    def begin(
+        self,
+        owners: Owners,
+        recorded: Iterable[torch.device] | None,
+        cells: Sequence[Cell],
+        ready: Callable[[], None],
+    ) -> None:
+        """Put the hooks on the models.
+
+        Args:
+            recorded: the devices whose random state second passes want, or None.
+            ready: a method, held weakly, to call before the first observed forward of a step.
+        """
         seen = {} if self.observer is None else self.observer.collect()  # in this step, should the hooks be put on anew
         self.close()
         modules = owners.alive()
@@ -50,7 +62,9 @@ class Listening:
             trained = [passed for passed in found.passed_by if any(p.requires_grad for p in passed.params)]
             _warn({passed.name: passed.why for passed in trained}, stacklevel=6)
             self.observer = Observer(found.sites, self.requests, seen)
-            self._want(cells)
+            of = weakref.WeakMethod(ready)
+            self.observer.ready = lambda: None if (call := of()) is None else call()
+            self.want(cells)
             if distributed():
                 check_alike(self.observer)
 
@@ -111,15 +125,13 @@ class Listening:
             for listener in listeners:
                 listener.absent -= 1
 
-    def _want(self, cells: Sequence[Cell]) -> None:
+    def want(self, cells: Sequence[Cell]) -> None:
         """Tell the observer what the next step needs."""
-        assert self.observer is not None
-        # A frozen weight may be thawed before the next forward, which the observer then sees.
-        frozen = [site.name for site in self.observer.sites if not site.weight.requires_grad]
-        wanted: dict[tuple[str, Request], Tensor | None] = dict.fromkeys((f, r) for f in frozen for r in self.requests)
-        for cell in cells:
-            wanted |= {(site, request): known for site, request, known in cell.wanted()}
-        self.observer.wanted = wanted
+        if self.observer is not None:
+            wanted: dict[tuple[str, Request], Tensor | None] = {}
+            for cell in cells:
+                wanted |= {(site, request): known for site, request, known in cell.wanted()}
+            self.observer.wanted = wanted
 
     def pause(self) -> None:
         """Until the step is over, forwards are those of second passes."""
@@ -144,8 +156,7 @@ class Listening:
     def again(self, cells: Sequence[Cell]) -> None:
         """The step is over: the next forwards are its successor's."""
         self.forget()
-        if self.observer is not None:
-            self._want(cells)
+        self.want(cells)
 
     def close(self) -> None:
         """Remove the hooks."""

@@ -23,6 +23,8 @@ def map_in_force(leaves: Sequence[Leaf], cells: Sequence[Cell], params: Iterable
     place = {p: i for i, p in enumerate(wanted)}
     if alien := [tuple(p.shape) for p in wanted if p not in {leaf.param for leaf in leaves}]:
         raise ValueError(f"map: a parameter of shape {alien[0]} is not this optimizer's")
+    if cells and not any(max(cell.state.steps) for cell in cells) and any(len(cell.state) > 1 for cell in cells):
+        raise RuntimeError("map: no gradient has been seen yet, of which P is made; take a step first")
     blocks = []
     for cell in [stack.member(k) for stack in cells for k in range(len(stack.members))]:
         inside = tuple(i for i, leaf in enumerate(cell.leaves) if leaf.param in place)
@@ -33,7 +35,11 @@ def map_in_force(leaves: Sequence[Leaf], cells: Sequence[Cell], params: Iterable
                 raise ValueError(f"map: the block {cell.block.name!r} acts jointly; ask for all of its parameters")
             cell = cell.restricted(inside)
         if len(cell.state) > 1 and min(cell.state.steps) == 0:
-            raise RuntimeError(f"map: {cell.block.name!r} has seen no gradient yet; take a step first")
+            # What its first gradient will make of it is not known: until then it is left as it is.
+            started = tuple(i for i, t in enumerate(cell.state.steps) if t)
+            if not started or not cell.preconditioner.entrywise:
+                continue
+            cell = cell.restricted(started)
         blocks.append(([place[leaf.param] for leaf in cell.leaves], cell.map(cell.state)))
     return BlockDiagonal(blocks, tuple(local(p).detach() for p in wanted))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +44,17 @@ class Naming:
     def generic(cls, choice: Choice) -> Naming:
         """Our own names throughout."""
         return cls("PreconditionedGD", numbers(choice), Generic(choice))
+
+    def cycle(self, group: dict[str, Any]) -> None:
+        """Where a scheduler (OneCycleLR, CyclicLR) cycles a group's momentum, all of its averages take the value.
+
+        Such a scheduler leaves ``max_momentum`` in the group, and writes the one number of those that it knows, β₁ or ``momentum``.
+        """
+        if "max_momentum" in group:
+            beta = group["betas"][0] if "betas" in self.defaults else group["momentum"]
+            for key in self.defaults:
+                if key == "momentum" or re.fullmatch(r"momentum(_\d+)?\.beta", key):
+                    group[key] = beta
 
     def outside(self, key: str) -> str:
         """The name of a state tensor in a state dict."""

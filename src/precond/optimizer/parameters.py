@@ -180,7 +180,7 @@ class Owners:
         self._survey = None
         gone = [leaf for leaf in leaves if not in_place(leaf)]
         held = {p for m in self.alive() for p in m.parameters()} if gone else set()
-        out = {}
+        out: dict[Tensor, Tensor] = {}
         for leaf in gone:
             if leaf.param in held:
                 continue  # moved within the model, as by a parametrization of one tensor

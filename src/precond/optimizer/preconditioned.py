@@ -16,7 +16,7 @@ from precond import checks, vec
 from precond.arguments import fitted, number
 from precond.blocks import Leaf
 from precond.engine import fused, loop
-from precond.engine.cells import Cell, Choice
+from precond.engine.cells import Cell, Choice, count_step
 from precond.engine.fused import Kernel
 from precond.engine.loop import Evidence, Rules
 from precond.engine.point import Point, gather
@@ -25,7 +25,7 @@ from precond.maps import LinearMap
 from precond.momentum import Momentum
 from precond.optimizer import serialization
 from precond.optimizer.binding import Binding, bind, choices_of
-from precond.optimizer.compatibility import check_precision, validate
+from precond.optimizer.compatibility import check_precision, listed, validate
 from precond.optimizer.explanation import Explanation, explain
 from precond.optimizer.fusing import alike, divided, kernels_of
 from precond.optimizer.listening import Listening
@@ -99,7 +99,9 @@ class PreconditionedGD(torch.optim.Optimizer):
         naming: Naming | None = None,
     ):
         name = "PreconditionedGD" if naming is None else naming.name
-        choice = Choice(preconditioner, momentum, fitted(name, "regularizers", regularizers, Iterable[Regularizer]))
+        choice = Choice(
+            preconditioner, momentum, fitted(name, "regularizers", listed(name, regularizers), Iterable[Regularizer])
+        )
         self.naming = Naming.generic(choice) if naming is None else naming
         lr = number(name, "lr", lr)
         checks.learning_rate(name, lr)
@@ -124,6 +126,10 @@ class PreconditionedGD(torch.optim.Optimizer):
         if self._requests and not modules:
             raise TypeError(f"{name}: {preconditioner!r} observes the inputs of layers: pass the model itself as params")
         super().__init__(groups, {"lr": lr, "maximize": False, **self.naming.defaults})
+        if (
+            momentum is not None and "betas" not in self.defaults
+        ):  # which OneCycleLR and CyclicLR look for, and put in the groups
+            self.defaults.setdefault("momentum", momentum.beta)
         self._bind()
         check_precision(self._bound.leaves, choice, rounding)
         if (
@@ -155,10 +161,20 @@ class PreconditionedGD(torch.optim.Optimizer):
         """Make cells and state for the parameters that want gradients, keeping the state that exists."""
         self.adopt(self.bound_to(self.param_groups, self.state), self.state)
 
-    def bound_to(self, groups: Sequence[Mapping[str, Any]], existing: Mapping[Tensor, dict[str, Any]]) -> Binding:
+    @property
+    def frozen(self) -> set[Tensor]:
+        """The parameters that wanted no gradients in the last step."""
+        return self._bound.frozen
+
+    def bound_to(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        existing: Mapping[Tensor, dict[str, Any]],
+        frozen: set[Tensor] | None = None,
+    ) -> Binding:
         """What groups come to, with the state that exists; nothing of the optimizer's own changes."""
         clean = self.rules.statistics_from == "loss"
-        return bind(groups, self.owners, self.naming, self.observes, self.rounding, self.rules.plainly, clean, existing)
+        return bind(groups, self.owners, self.naming, self.observes, self.rounding, self.rules.plainly, clean, existing, frozen)
 
     def adopt(self, bound: Binding, state: defaultdict[Tensor, Any]) -> None:
         """Take a binding and its state as the optimizer's own."""
@@ -169,6 +185,8 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def _follow_groups(self) -> None:
         """Follow groups and model: numbers may have changed, parameters been frozen, thawed, converted, moved, or replaced."""
+        for group in self.param_groups:
+            self.naming.cycle(group)
         match self._bound.follow(self.param_groups, self.naming):
             case "broken":
                 with Uninterrupted():
@@ -183,15 +201,13 @@ class PreconditionedGD(torch.optim.Optimizer):
                     self._spare.clear()
                     if changed:
                         self._listen()
+                    self._listening.want(self._bound.cells)
                     kept = {(leaf.param, key) for leaf, key, _ in self._bound.entries}
                     for leaf, key, _ in before.entries:  # the state of what is frozen waits
-                        if (
-                            leaf.param in self.state
-                            and leaf.param.requires_grad
-                            and (leaf.param, key) not in kept
-                            and key not in serialization.OPTIONAL
-                        ):
-                            self.state[leaf.param].pop(self.naming.outside(key), None)
+                        state = self.state.get(leaf.param)
+                        gone = (leaf.param, key) not in kept and key not in serialization.OPTIONAL
+                        if state is not None and leaf.param.requires_grad and gone:
+                            state.pop(self.naming.outside(key), None)
             case "renumbered":
                 self._kernels_of = None
         self._settle()
@@ -218,15 +234,18 @@ class PreconditionedGD(torch.optim.Optimizer):
         if not self._bound.leaves:  # called by torch.optim.Optimizer's constructor, on groups that are parsed already
             super().add_param_group(param_group)
             return
-        modules: list[nn.Module] = []
+        modules = self.owners.alive()
+        known = len(modules)
         (group,) = to_groups([param_group], modules, self.param_groups, self.owners.names)
         super().add_param_group(group)
+        if "momentum" not in self.naming.defaults:
+            group.pop("momentum", None)  # of the defaults, for schedulers alone
         try:
             check_precision(self.owners.leaves([group]), choices_of(self.param_groups, self.naming)[-1], self.rounding)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        self.owners.add(modules)
+        self.owners.add(modules[known:])
         self._bind()
         self._listen()
 
@@ -237,7 +256,13 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def _listen(self) -> None:
         """Put the hooks on the model that second passes and input statistics need."""
-        self._listening.begin(self.owners, self._devices if self._probing else None, self._bound.cells)
+        recorded = self._devices if self._probing else None
+        self._listening.begin(self.owners, recorded, self._bound.cells, self._before_forward)
+
+    def _before_forward(self) -> None:
+        """What is frozen, thawed or converted between steps is followed before inputs are observed, as after a resume."""
+        if self._pending is None and self._bound.converted(self.param_groups):
+            self._follow_groups()
 
     def watch(self, model: nn.Module) -> None:
         """Observe a model again, whose parameters these are: after the optimizer was copied or unpickled.
@@ -302,6 +327,12 @@ class PreconditionedGD(torch.optim.Optimizer):
             FloatingPointError: for inf or NaN with ``nonfinite="raise"``.
         """
         self._follow_groups()
+        first = self._bound.leaves[0].param
+        if first.is_meta and first.grad is None:
+            raise RuntimeError(
+                f"{self.naming.name}: its parameters are on the meta device: give them memory before the optimizer is made "
+                "(model.to_empty(device=...)), or pass the model as params, whose new parameters it then follows"
+            )
         loss, graph = None, None
         if closure is not None:
             self.restore()
@@ -503,7 +534,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             if not self._agreed(finite and (point is None or vec.all_finite(point.g))):
                 return False
         if work:  # there may be no gradient at all
-            torch._foreach_add_([t for _, cell, _ in work for t in cell.state["step"]], 1)
+            count_step([t for _, cell, _ in work for t in cell.state["step"]])
         for kernel, cell, aligned in work:
             leaf = cell.block.leaves[0]
             kernel(cell, cell.block.tensors, aligned, self._lr(leaf), self.param_groups[leaf.group]["maximize"])
@@ -523,7 +554,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         ((k, found),) = evidence.found.items()
         at = point.at(k, point.maps, found=found, memo=evidence.memo)
         a = loop.assemble(point.g, [point.choices[0].regularizers[k].term(at)])
-        torch._foreach_add_([t for cell in point.cells for t in cell.state["step"]], 1)
+        count_step([t for cell in point.cells for t in cell.state["step"]])
         for kernel, (cell, span) in zip(kernels, point.spans, strict=True):
             p = cell.block.tensors
             assert kernel is not None
@@ -647,10 +678,13 @@ class PreconditionedGD(torch.optim.Optimizer):
     # --- looking ---------------------------------------------------------------------------------------------------------
 
     def map(self, params: Iterable[Tensor] | None = None) -> LinearMap:
-        """The P in force, aligned to ``params`` (default: all parameters in order); frozen ones are left as they are.
+        """The P in force, aligned to ``params`` (default: all parameters in order).
+
+        Frozen parameters, and those that have had no gradient yet (with what is stepped jointly with them), are left as they are,
+        P = I: nothing has moved them, and what their first gradient will make of P is not known.
 
         Raises:
-            RuntimeError: before the first step, where the statistics are empty.
+            RuntimeError: before the first step, where all statistics are empty.
             ValueError: where a block is asked for in part, or a parameter is not this optimizer's.
         """
         self._follow_groups()

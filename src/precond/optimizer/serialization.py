@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from precond.engine.cells import as_count
 from precond.sharding import copy_
 
 if TYPE_CHECKING:
@@ -18,9 +19,21 @@ if TYPE_CHECKING:
 
 
 def started(state_dict: dict[str, Any], optimizer: PreconditionedGD) -> dict[str, Any]:
-    """A state dict, where the optimizer's torch twin has it so, without the tensors of parameters that made no step."""
+    """A state dict, where the optimizer's torch twin has it so, without the tensors of parameters that made no step.
+
+    It says which parameters were frozen in the last step: what is frozen decides which others are stepped jointly.
+    """
     drop = optimizer.naming.only_started
-    state = {k: {"step": e["step"]} if drop and not e["step"] else dict(e) for k, e in state_dict["state"].items()}
+    index = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    frozen = {index[p] for p in optimizer.frozen}
+    state = {}
+    for key, entries in state_dict["state"].items():
+        step = torch.as_tensor(entries.get("step", 0.0))
+        narrow = step.to(torch.float32)  # as torch.optim's, where that holds it
+        kept = {} if drop and not step else entries
+        state[key] = {**kept, "step": narrow if narrow == step else step}
+        if key in frozen:
+            state[key][FROZEN] = True
     return {**state_dict, "state": state}
 
 
@@ -52,7 +65,11 @@ def load(optimizer: PreconditionedGD, state_dict: Mapping[str, Any]) -> None:
         {**ours, **{k: deepcopy(v) for k, v in saved.items() if k not in ("params", "param_names")}}
         for ours, saved in zip(groups, saved_groups, strict=True)
     ]
-    bound = optimizer.bound_to(new_groups, {})
+    # Cells are those of the step before saving; what has been frozen or thawed since is followed as if never stopped.
+    frozen = {p for p in identity if _was_frozen(saved_state, identity[p])} if saved_state else None
+    if frozen is not None:
+        frozen |= {p for group in groups for p in group["params"] if p not in identity and not p.requires_grad}
+    bound = optimizer.bound_to(new_groups, {}, frozen)
     known: dict[Tensor, dict[str, Tensor]] = {}
     names = {}
     for leaf, key, tensor in bound.entries:
@@ -71,8 +88,12 @@ def load(optimizer: PreconditionedGD, state_dict: Mapping[str, Any]) -> None:
     optimizer.adopt(bound, defaultdict(dict))
     optimizer._settle()
     for param, key in identity.items():
-        if not param.requires_grad and key in saved_state:  # frozen now; its state waits until it is thawed
-            optimizer.state[param] = deepcopy(dict(saved_state[key]))
+        if frozen and param in frozen and key in saved_state:  # its state waits until it is thawed
+            optimizer.state[param] = {k: deepcopy(v) for k, v in saved_state[key].items() if k != FROZEN}
+
+
+def _was_frozen(saved_state: Mapping[Any, Mapping[str, Any]], key: Any) -> bool:
+    return key not in saved_state or bool(saved_state[key].get(FROZEN, False))
 
 
 def _match(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, Any]:
@@ -99,7 +120,9 @@ def _match(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[s
 
 def _fit(recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
     """(target, value) pairs of one parameter; ValueError where they do not fit."""
-    alien = sorted(theirs.keys() - mine.keys() - OPTIONAL)
+    alien = sorted(
+        theirs.keys() - mine.keys() - OPTIONAL - {"clean"}
+    )  # kept once, where statistics now are of what is descended
     if alien:
         raise ValueError(
             f"load_state_dict: the state of {name!r} has {', '.join(map(repr, alien))}, which {recipe} does not keep "
@@ -110,7 +133,8 @@ def _fit(recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str
         if key in theirs:
             value = torch.as_tensor(theirs[key])
             if key == "step":
-                value = value.reshape(())
+                target.data = as_count(value.reshape(()))
+                continue
             if value.shape != target.shape:
                 raise ValueError(
                     f"load_state_dict: {key!r} of {name!r} has shape {tuple(value.shape)}, the parameter needs "
@@ -123,5 +147,8 @@ def _fit(recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str
     return out
 
 
-OPTIONAL = {"m", "clean", "r_max", "residual"}
+FROZEN = "frozen"
+"""What the state of a parameter holds that was frozen when it was saved."""
+
+OPTIONAL = {"m", "r_max", "residual"}
 """Keys that another configuration of the same recipe may have left."""

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from precond import blocks
+from precond import blocks, contracts
 from precond.blocks import Block, Leaf, State
 from precond.inputs import Moments, Request
-from precond.maps import Identity, LinearMap
+from precond.maps import Diagonal, Identity, LinearMap
 from precond.vec import Vec
 
 if TYPE_CHECKING:
@@ -54,6 +54,69 @@ class Part:
     preconditioner: Preconditioner
 
 
+def _check_init(self: Preconditioner, returned: Any, block: Block) -> None:
+    who = f"{type(self).__name__}.init"
+    what = "a dict of statistics: a tuple with one tensor for each parameter of the block, or one tensor"
+    if not isinstance(returned, dict):
+        raise TypeError(f"{who} returned {type(returned).__name__}; return {what}")
+    for key, value in returned.items():
+        tensors = value if isinstance(value, tuple) else (value,)
+        if not isinstance(value, State) and not all(isinstance(t, Tensor) for t in tensors):
+            got = f"a tuple with {value!r}" if isinstance(value, tuple) else f"{type(value).__name__} {value!r}"
+            raise TypeError(f"{who}: {key!r} is {got}; return {what} (torch.zeros(()) holds a number)")
+        if key == "step":
+            raise ValueError(f"{who}: 'step' is the optimizer's count of steps, state.steps; give {key!r} another name")
+        if isinstance(value, tuple) and len(value) != len(block.leaves):
+            raise ValueError(
+                f"{who}: {key!r} has {len(value)} tensors, the block {len(block.leaves)} parameters; return {what}"
+            )
+        if not isinstance(value, State):
+            for leaf, t in zip(block.leaves, tensors, strict=False):
+                if t.device != leaf.param.device:
+                    raise ValueError(
+                        f"{who}: {key!r} is on {t.device}, {leaf.name!r} on {leaf.param.device}; make it with device=p.device"
+                    )
+
+
+def _check_observe(self: Preconditioner, returned: Any, state: State, seen: Seen) -> None:
+    if returned is not None:
+        raise TypeError(
+            f"{type(self).__name__}.observe returned {type(returned).__name__}; it writes into the tensors of state, in place "
+            "(r.lerp_(new, 0.1), r.copy_(new)), and returns nothing"
+        )
+
+
+def _check_map(self: Preconditioner, returned: Any, state: State) -> None:
+    who = f"{type(self).__name__}.map"
+    if not isinstance(returned, LinearMap):
+        raise TypeError(
+            f"{who} returned {type(returned).__name__}; return a LinearMap, such as InverseRoot(denominators) or Identity()"
+        )
+    if isinstance(returned, Diagonal) and returned.like is not None:
+        contracts.shapes(who, returned.like, state.block.tensors)
+
+
+def _check_refresh(self: Preconditioner, returned: Any, state: State) -> None:
+    if not (returned is None or isinstance(returned, LinearMap)):
+        raise TypeError(
+            f"{type(self).__name__}.refresh returned {type(returned).__name__}; return nothing, or the LinearMap that carries the "
+            "momentum along"
+        )
+
+
+_CHECKS: dict[str, Callable[..., None]] = {
+    "init": _check_init,
+    "observe": _check_observe,
+    "map": _check_map,
+    "refresh": _check_refresh,
+}
+_SIGNATURES = {
+    "init": "init(self, block), which returns a dict of tensors, the statistics",
+    "observe": "observe(self, state, seen), which writes what was seen into state's tensors",
+    "map": "map(self, state), which returns P, a LinearMap",
+}
+
+
 class Preconditioner(ABC):
     """A frozen choice of how statistics become a map P.
 
@@ -77,6 +140,14 @@ class Preconditioner(ABC):
     uses_momentum: bool = False
     momentum: Momentum | None = None
     advised_damping: float = 0.0
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        contracts.checked(cls, _CHECKS)
+
+    def __new__(cls, *args: Any, **more: Any) -> Preconditioner:
+        contracts.whole(cls, _SIGNATURES)
+        return super().__new__(cls)
 
     @property
     def diagonal(self) -> bool:

@@ -58,7 +58,7 @@ def auto(
         maximize, regularizers, options: as in :func:`sgd`.
 
     Warns:
-        UserWarning: where the model has no layer that it knows; RMS then acts on all of it.
+        UserWarning: where the model has no layer that it knows, and RMS acts on all of it, or where all of it is frozen.
 
     Example:
         >>> import torch, precond
@@ -75,6 +75,11 @@ def auto(
     choice = Auto() if choice is None else choice
     defaults = {"weight_decay": weight_decay, "momentum": momentum, "maximize": maximize, **numbers(choice)}
     optimizer = make("auto", params, lr, _Auto(choice), defaults, {}, {}, regularizers, options)
-    if all(row.preconditioner.startswith(("RMS", "none")) for row in optimizer.explain().rows):
-        warnings.warn("auto: the model has no layer that it knows; RMS acts on all of it", stacklevel=3)
+    acting = {row.preconditioner for row in optimizer.explain().rows} - {"none (frozen)"}
+    if not acting:
+        warnings.warn(
+            "auto: all parameters are frozen (requires_grad=False); nothing is trained until some are thawed", stacklevel=2
+        )
+    elif all(what.startswith("RMS") for what in acting):
+        warnings.warn("auto: the model has no layer that it knows; RMS acts on all of it", stacklevel=2)
     return optimizer

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from precond.engine.cells import Choice
 from precond.optimizer import PreconditionedGD
+from precond.optimizer.compatibility import listed
 from precond.optimizer.naming import Naming
 from precond.optimizer.parameters import Params
 from precond.preconditioners import Preconditioner
@@ -61,7 +62,7 @@ def make(
     for option, value in unsupported.items():
         if value:
             raise ValueError(f"{name}: {option}={value!r} is not supported; leave it out (torch.optim's own class has it)")
-    extra = tuple(regularizers)
+    extra = listed(name, regularizers)
     defaults = {**defaults, "foreach": None, "capturable": False, "differentiable": False, "fused": None}
     build = Build(recipe, extra)
     choice = build(defaults)

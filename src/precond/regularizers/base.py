@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precond import checks
+from precond import checks, contracts
 from precond.blocks import Rule
 from precond.maps import LinearMap
 from precond.preconditioners.base import Preconditioner
 from precond.sharding import ALONE, Sums
-from precond.spaces import Space, Tangent, Term
+from precond.spaces import Prox, Space, Tangent, Term
 from precond.vec import Scalar, Vec
 
 SPACES = ("p", "z")
@@ -78,6 +78,29 @@ class At:
         return self.sums.norm(tuple(t if m else t.new_empty(0) for t, m in zip(self.p, self.takes_part, strict=True)))
 
 
+def _check_term(self: Regularizer, returned: Any, at: At) -> None:
+    who = f"{type(self).__name__}.term"
+    if not isinstance(returned, Term):
+        raise TypeError(
+            f"{who} returned {type(returned).__name__}; return at.space.raised(v), which is a Cotangent(v) in p, that M multiplies, "
+            "and a Tangent(v) in z, that moves p as it is; or Instead(g), or Prox(f)"
+        )
+    if not isinstance(returned, Prox):
+        contracts.shapes(who, returned.vec, at.p)
+
+
+def _check_probe(self: Regularizer, returned: Any, at: At) -> None:
+    who = f"{type(self).__name__}.probe"
+    if not isinstance(returned, tuple) or not all(isinstance(d, Tangent) for d in returned):
+        raise TypeError(f"{who} returned {type(returned).__name__}; return a tuple of Tangents, (Tangent(d),), () for none")
+    for displacement in returned:
+        contracts.shapes(who, displacement.vec, at.p)
+
+
+_CHECKS: dict[str, Callable[..., None]] = {"term": _check_term, "probe": _check_probe}
+_SIGNATURES = {"term": "term(self, at), which returns at.space.raised(v), a Cotangent or Tangent"}
+
+
 class Regularizer(ABC):
     """A frozen penalty λR.
 
@@ -100,6 +123,14 @@ class Regularizer(ABC):
     space: str
     where: Rule | None = None
     damping: float | None = None
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        contracts.checked(cls, _CHECKS)
+
+    def __new__(cls, *args: Any, **more: Any) -> Regularizer:
+        contracts.whole(cls, _SIGNATURES)
+        return super().__new__(cls)
 
     def validate(self, preconditioner: Preconditioner) -> None:
         """Raise ValueError where the penalty is not defined for the preconditioner's map."""

@@ -1,0 +1,166 @@
+"""Slips of who writes a preconditioner or a regularizer: each is an error that says what to return, none is silence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+import precond
+from precond import RMS, Momentum, PreconditionedGD, Route
+from precond.preconditioners import Preconditioner
+from precond.spaces import Cotangent, Tangent
+
+
+@dataclass(frozen=True)
+class Rows(precond.Preconditioner):
+    """A number for each row."""
+
+    decay: float = 0.9
+
+    def init(self, block):
+        return {"r": tuple(torch.zeros(p.shape[:1]) for p in block.params)}
+
+    def observe(self, state, seen):
+        for r, g in zip(state["r"], seen.gradient, strict=True):
+            r.lerp_(g.square().flatten(1).mean(1) if g.ndim > 1 else g.square(), 1 - self.decay)
+
+    def map(self, state):
+        pairs = zip(state["r"], state.block.params, strict=True)
+        return precond.InverseRoot(tuple((r.sqrt() + 1).view(-1, *[1] * (p.ndim - 1)).expand_as(p) for r, p in pairs))
+
+
+@dataclass(frozen=True)
+class Penalty(precond.Regularizer):
+    lam: float = 0.1
+    space: str = "z"
+
+    def term(self, at):
+        return at.space.raised(at.p)
+
+
+def own(base, **methods):
+    """A class with other methods."""
+    return dataclass(frozen=True)(type("Mine", (base,), methods))
+
+
+def rebinding(self, state, seen):
+    state["r"] = tuple(r + 1 for r in state["r"])
+
+
+def late(self, state, seen):
+    state["seen"] = seen.gradient[0]
+
+
+def probing(returned):
+    return own(Penalty, probes=True, scalars=("lam",), probe=lambda self, at: returned(at))
+
+
+@dataclass
+class Changeable(precond.Preconditioner):
+    decay: float = 0.9
+
+    init, observe, map = Rows.init, Rows.observe, Rows.map
+
+
+@dataclass(frozen=True)
+class Spaceless(precond.Regularizer):
+    lam: float = 0.1
+
+    def term(self, at):
+        return Cotangent(at.p)
+
+
+P, R = Rows, Penalty
+AT_ONCE = {
+    "init: list": (lambda: own(P, init=lambda self, b: {"r": [torch.zeros(2)]})(), "'r' is list.*return a dict"),
+    "init: float": (lambda: own(P, init=lambda self, b: {"r": 0.0})(), "'r' is float 0.0.*return a dict"),
+    "init: None inside": (lambda: own(P, init=lambda self, b: {"r": None})(), "'r' is NoneType.*return a dict"),
+    "init: numbers": (lambda: own(P, init=lambda self, b: {"r": (0.0,)})(), "'r' is a tuple with"),
+    "init: nothing": (lambda: own(P, init=lambda self, b: None)(), "init returned NoneType; return a dict"),
+    "init: too many": (lambda: own(P, init=lambda self, b: {"r": (torch.zeros(2),) * 3})(), "3 tensors, the block 1"),
+    "init: device": (lambda: own(P, init=lambda self, b: {"r": torch.zeros(2, device="meta")})(), "device=p.device"),
+    "init: step": (lambda: own(P, init=lambda self, b: {"step": torch.zeros(())})(), "another name"),
+    "no methods": (lambda: own(Preconditioner)(), r"lacks init\(self, block\).*map\(self, state\), which returns P"),
+    "a class": (lambda: Rows, r"pass an object of it, Rows\(...\)"),
+    "not frozen": (Changeable, r"write @dataclass\(frozen=True\)"),
+    "not frozen, within": (lambda: RMS() @ Changeable(), r"Changeable may change.*frozen=True"),
+    "not frozen, routed": (lambda: Route([("*", Changeable())]), r"Changeable may change.*frozen=True"),
+}
+AT_A_STEP = {
+    "observe: rebinds": (lambda: own(P, observe=rebinding)(), r"state\['r'\] = .*copy_\(new\)"),
+    "observe: a new key": (lambda: own(P, observe=late)(), r"make all tensors in init"),
+    "observe: returns": (lambda: own(P, observe=lambda self, state, seen: {"r": 1})(), "in place.*returns nothing"),
+    "refresh: rebinds": (lambda: own(P, refresh=lambda self, s: s.update(r=s["r"]))(), r"state\['r'\] = "),
+    "refresh: returns": (lambda: own(P, refresh=lambda self, s: s["r"])(), "refresh returned tuple; return nothing"),
+    "map: nothing": (lambda: own(P, map=lambda self, s: None)(), "map returned NoneType; return a LinearMap"),
+    "map: tensors": (lambda: own(P, map=lambda self, s: s["r"])(), "map returned tuple; return a LinearMap"),
+    "map: shape": (lambda: own(P, map=lambda self, s: precond.InverseRoot((torch.ones(7),)))(), r"\(7,\).*\(2, 3\)"),
+    "rebinds, composed": (lambda: own(P, observe=rebinding)() @ RMS(), r"state\['r'\] = "),
+    "map, routed": (lambda: Route([("*", own(P, map=lambda self, s: None)())]), "return a LinearMap"),
+}
+TERMS = {
+    "term: tuple": (lambda: own(R, term=lambda self, at: at.p)(), r"term returned tuple; return at.space.raised\(v\)"),
+    "term: nothing": (lambda: own(R, term=lambda self, at: None)(), r"term returned NoneType; return at.space.raised\(v\)"),
+    "term: shapes": (lambda: own(R, term=lambda self, at: Tangent(at.p[:1]))(), "one tensor for each"),
+    "probe: a tangent": (lambda: probing(lambda at: Tangent(at.p))(), r"return a tuple of Tangents, \(Tangent\(d\),\)"),
+    "probe: tensors": (lambda: probing(lambda at: (at.p,))(), "return a tuple of Tangents"),
+}
+CHOICES = {
+    "a penalty's class": ({"regularizers": [Penalty]}, r"pass an object of it, Penalty\(...\)"),
+    "momentum's class": ({"momentum": Momentum}, r"pass an object of it, Momentum\(...\)"),
+    "one penalty": ({"regularizers": Penalty()}, "put it in brackets"),
+    "no list": ({"regularizers": 0.1}, r"such as \[precond.L2\(1e-4\)\]"),
+    "no space": ({"regularizers": [Spaceless()]}, "Spaceless lacks 'space'; give it a field"),
+    "no term": (lambda: {"regularizers": [own(precond.Regularizer)()]}, r"lacks term\(self, at\), which returns"),
+}
+
+
+def step(preconditioner, **options):
+    model = nn.Linear(3, 2)
+    optimizer = PreconditionedGD(model, lr=0.1, preconditioner=preconditioner, **options)
+
+    def run():
+        optimizer.zero_grad()
+        loss = model(torch.ones(5, 3)).square().mean()
+        loss.backward()
+        return loss
+
+    return lambda: [optimizer.step(run) for _ in range(2)]
+
+
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_found_at_construction(name):
+    make, words = AT_ONCE[name]
+    with pytest.raises((TypeError, ValueError), match=words):
+        step(make())
+
+
+@pytest.mark.parametrize("name", AT_A_STEP)
+def test_found_at_the_step(name):
+    make, words = AT_A_STEP[name]
+    run = step(make())
+    with pytest.raises((TypeError, ValueError), match=words):
+        run()
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_terms(name):
+    make, words = TERMS[name]
+    run = step(Rows(), regularizers=[make()])
+    with pytest.raises((TypeError, ValueError), match=words):
+        run()
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices(name):
+    options, words = CHOICES[name]
+    with pytest.raises(TypeError, match=words):
+        step(Rows(), **(options() if callable(options) else options))
+
+
+def test_what_is_right_passes():
+    step(Rows(), regularizers=[Penalty(), probing(lambda at: ())()])()
+    step(RMS() @ Rows(), regularizers=[Penalty(space="p")], momentum=Momentum())()

@@ -1,0 +1,135 @@
+"""A model that is converted, moved or rewritten after its optimizer was made: state follows, or one error says what to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import precond
+from contract.table import flat
+from precond import SAM, GradientNorm
+
+MAKERS = {
+    **precond.RECIPES,
+    "adam in BNP's coordinates": lambda m: precond.adam(m, inputs=precond.BNP()),
+    "SAM": lambda m: precond.adamw(m, regularizers=[SAM(0.01)]),
+    "gradient norm": lambda m: precond.soap(m, regularizers=[GradientNorm(0.01, method="central")]),
+    "kahan": lambda m: precond.adamw(m, rounding="kahan"),
+}
+PROBING = {"SAM", "gradient norm"}
+X = torch.randn(5, 16, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3))
+
+
+def step(model, optimizer, t):
+    def run():
+        optimizer.zero_grad()
+        loss = model(X[t].to(model[3].weight.dtype)).square().mean()
+        loss.backward()
+        return loss
+
+    return optimizer.step(run)
+
+
+def to_empty(model):
+    values = {k: v.clone() for k, v in model.state_dict().items()}
+    model.to("meta").to_empty(device="cpu")
+    model.load_state_dict(values)
+
+
+def swapped(model):
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+class Same(nn.Module):
+    def forward(self, x):
+        return x * 1.0
+
+    def right_inverse(self, x):
+        return x
+
+
+CHANGES = {
+    "double": lambda m: m.double(),
+    "bfloat16": lambda m: m.bfloat16(),
+    "half": lambda m: m.half(),
+    "double, tensors swapped": swapped,
+    "meta, to_empty": to_empty,
+    "assigned": lambda m: m.load_state_dict({k: v.clone() for k, v in m.state_dict().items()}, assign=True),
+    "parametrized": lambda m: nn.utils.parametrize.register_parametrization(m[0], "weight", Same()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", MAKERS)
+def test_state_follows(name, change):
+    for before in (0, 2):
+        model = net()
+        optimizer = MAKERS[name](model)
+        for t in range(before):
+            step(model, optimizer, t)
+        CHANGES[change](model)
+        if name in PROBING and change in ("bfloat16", "half"):
+            for _ in range(2):  # not only the first time
+                with pytest.raises(ValueError, match="rounding='kahan'"):
+                    step(model, optimizer, before)
+            continue
+        start = flat(model)
+        for t in (before, before + 1):
+            step(model, optimizer, t)
+        assert not torch.equal(flat(model), start) and flat(model).isfinite().all()
+        params = set(model.parameters())
+        assert set(optimizer.state) <= params and {p for g in optimizer.param_groups for p in g["params"]} == params
+        assert {int(e["step"]) for e in optimizer.state.values()} == {before + 2}
+        wide = {torch.float32 if p.dtype.itemsize == 2 else p.dtype for p in params}
+        kept = {t.dtype for e in optimizer.state.values() for k, t in e.items() if k not in ("step", "residual")}
+        assert kept <= wide
+        optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_after_steps_it_goes_on_from_its_statistics(name):
+    """In float64 from the state that float32 left: near the steps that float32 would have made."""
+    ends = []
+    for convert in (False, True):
+        model = net()
+        optimizer = MAKERS[name](model)
+        for t in range(5):
+            if convert and t == 3:
+                model.double()
+            step(model, optimizer, t)
+        ends.append(flat(model).double())
+    # Adam divides gradients of rounding's size (a bias before LayerNorm) by their own size: such entries move by 2α in either case.
+    moved = (ends[0] - ends[1]).abs()
+    assert moved.median() <= 1e-4 and moved.max() <= 0.1
+
+
+@pytest.mark.parametrize("rewrite", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm], ids=["new", "old"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_weight_that_is_no_parameter_any_more(name, rewrite):
+    model = net()
+    optimizer = MAKERS[name](model)
+    step(model, optimizer, 0)
+    rewrite(model[0])
+    with pytest.raises(RuntimeError, match=r"'0.weight' is no parameter of the model any more.*after such changes"):
+        step(model, optimizer, 1)
+
+
+def test_parameters_left_on_meta():
+    with torch.device("meta"):
+        model = nn.Linear(3, 2)
+    optimizer = precond.adamw(model.parameters())
+    model.to_empty(device="cpu")
+    model(torch.ones(4, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"meta device.*to_empty"):
+        optimizer.step()
