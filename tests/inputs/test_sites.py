@@ -135,8 +135,6 @@ PASSED_BY: list[tuple[str, Callable[[], nn.Module], str]] = [
     ("spectral norm", lambda: parametrizations.spectral_norm(nn.Linear(4, 4)), "is parametrized"),
     ("old weight norm", lambda: _old_weight_norm(nn.Linear(4, 4)), "computes its weight"),
     ("pruned", lambda: prune.l1_unstructured(nn.Linear(4, 4), "weight", amount=0.5), "computes its weight"),
-    ("LSTM", lambda: _First(nn.LSTM(4, 4)), "is a LSTM"),
-    ("GRU cell", lambda: nn.GRUCell(4, 4), "is a GRUCell"),
 ]
 
 
@@ -144,15 +142,6 @@ def _old_weight_norm(module: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return nn.utils.weight_norm(module)
-
-
-class _First(nn.Module):
-    def __init__(self, inner: nn.Module):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)[0]
 
 
 @pytest.mark.parametrize(("make", "why"), [row[1:] for row in PASSED_BY], ids=[row[0] for row in PASSED_BY])

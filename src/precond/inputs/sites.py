@@ -92,6 +92,10 @@ def survey(modules: Iterable[tuple[str, nn.Module]]) -> Survey:
                 f"FSDP1 ({path or 'the model'!r}) flattens parameters, whose rows no layer's inputs belong to: "
                 "shard with torch.distributed.fsdp.fully_shard (FSDP2)"
             )
+        if isinstance(module, nn.MultiheadAttention):
+            known.add(module.out_proj)  # never called as a module
+        if parametrize.is_parametrized(module):
+            known |= set(module.parametrizations.values())  # type: ignore[operator]
         tap, weights, why = _weights_of(module)
         refused = {} if tap is None or why else dict(tap.refused)
         if why:
@@ -102,8 +106,6 @@ def survey(modules: Iterable[tuple[str, nn.Module]]) -> Survey:
             seen |= {p for p in (weight.param, weight.bias) if p is not None}
             if weight.param not in refused:
                 taps.setdefault(weight.param, []).append((path, tap, weight))  # type: ignore[arg-type]
-        if isinstance(module, nn.MultiheadAttention):
-            known.add(module.out_proj)  # never called as a module
         for name, own in module._parameters.items():
             if own is None:
                 continue
