@@ -274,3 +274,23 @@ def test_experts_without_rows_in_a_step_keep_their_statistics():
         torch.testing.assert_close(state[name][0], before[name][0], rtol=1e-14, atol=0)
         assert state[name].isfinite().all()
     assert all(p.isfinite().all() for p in layer.parameters())
+
+
+def test_running_a_recurrent_module_once_more_changes_nothing_of_it():
+    """Outputs, dropout's random numbers and those that come after are as without an observer."""
+
+    def outputs(observed: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.LSTM(3, 4, 3, dropout=0.5, bidirectional=True).double()
+        optimizer = precond.whitening(model) if observed else None
+        out = [model(data(5, 2, 3))[0] for _ in range(2)]
+        del optimizer
+        return [*out, torch.rand(3)]
+
+    for a, b in zip(outputs(False), outputs(True), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_product_of_many_inputs_is_refused():
+    with pytest.warns(UserWarning, match="'weight' is bilinear with 10,000 products of inputs, more than 4,096"):
+        precond.whitening(nn.Bilinear(100, 100, 2))
