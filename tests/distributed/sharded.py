@@ -123,9 +123,9 @@ class Calls(nn.Module):
 
 
 def _experts(transposed: bool) -> nn.Module:
-    """Three, of which the ranks hold two and one; sequences go to them by their times."""
+    """Three, of which the ranks hold two and one; sequences go to two of them by their times."""
     make = kinds.ExpertsFirst if transposed else kinds.Experts
-    return Calls(make(transposed, True), lambda m, x: m(x.transpose(0, 1).flatten(0, 1), len(x) * torch.tensor([1, 2, 2])))
+    return Calls(make(transposed, True), lambda m, x: m(x.transpose(0, 1).flatten(0, 1), len(x) * torch.tensor([2, 0, 3])))
 
 
 LAYERS: dict[str, tuple[Any, tuple[int, ...], Any]] = {

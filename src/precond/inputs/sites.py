@@ -82,6 +82,7 @@ def survey(modules: Iterable[tuple[str, nn.Module]]) -> Survey:
     taps: dict[Tensor, list[tuple[str, Tap, Weight]]] = {}
     others: dict[Tensor, tuple[str, str, nn.Module]] = {}
     passed_by: list[Passed] = []
+    computed: set[Tensor] = set()  # what other weights are made of
     known: set[nn.Module] = set()
     for path, module in modules:
         if module in known:
@@ -100,6 +101,7 @@ def survey(modules: Iterable[tuple[str, nn.Module]]) -> Survey:
         refused = {} if tap is None or why else dict(tap.refused)
         if why:
             passed_by.append(Passed(path, why, tuple(module.parameters())))
+            computed |= set(module.parameters())
             continue
         seen: set[Tensor] = set(refused)
         for weight in weights:
@@ -118,7 +120,7 @@ def survey(modules: Iterable[tuple[str, nn.Module]]) -> Survey:
     for param, found in taps.items():
         path, first, weight = found[0]
         alike = all(type(t) is type(first) and _shape(t, w) == _shape(first, weight) for _, t, w in found)
-        if param in others or not alike:
+        if param in others or param in computed or not alike:
             passed_by.append(Passed(path, "shares its weight with a layer that has other inputs", (param,)))
             continue
         bias = weight.bias if all(w.bias is weight.bias for _, _, w in found) else None

@@ -26,8 +26,12 @@ def check_alike(observer: Observer) -> None:
 def synchronized(observer: Observer) -> Seen:
     """What all ranks have seen together, the same on each, weighted by count; layers that no rank has called are absent."""
     seen = observer.collect()
-    pairs = [(site, request) for site in observer.sites for request in observer.requests]
-    keys = [(site, request) for site, request in pairs if (site.name, request) in observer.wanted]
+    keys = [
+        (site, request)
+        for site in observer.expected
+        for request in observer.requests
+        if (site.name, request) in observer.wanted
+    ]
     pieces, shapes = [], []
     for site, request in keys:
         groups, n = site.shape(request)
@@ -48,7 +52,7 @@ def synchronized(observer: Observer) -> Seen:
             size = int(torch.Size(shape).numel())
             parts.append(flat[start : start + size].reshape(shape))
             start += size
-        if parts[0].min() > 0:
+        if parts[0].max() > 0:
             dtype = torch.float64 if site.weight.dtype == torch.float64 else torch.float32
             out[site.name, request] = Moments.from_raw(parts, dtype)
     return out

@@ -47,7 +47,7 @@ class Listening:
             found = owners.survey()
             self.unobserved = {p: passed.why for passed in found.passed_by for p in passed.params}
             trained = [passed for passed in found.passed_by if any(p.requires_grad for p in passed.params)]
-            _warn({passed.name: passed.why for passed in trained}, stacklevel=6)
+            _warn({passed.name or "(the model)": passed.why for passed in trained}, stacklevel=6)
             self.observer = Observer(found.sites, self.requests)
             self._want(cells)
             if distributed():
@@ -111,8 +111,9 @@ class Listening:
         """Tell the observer what the next step needs."""
         assert self.observer is not None
         # A frozen weight may be thawed before the next forward, which the observer then sees.
-        frozen = [site.name for site in self.observer.sites if not site.weight.requires_grad]
-        wanted: dict[tuple[str, Request], Tensor | None] = dict.fromkeys((f, r) for f in frozen for r in self.requests)
+        frozen = [site for site in self.observer.sites if not site.weight.requires_grad]
+        keys = ((site.name, request) for site in frozen for request in self.requests if site.answers(request))
+        wanted: dict[tuple[str, Request], Tensor | None] = dict.fromkeys(keys)
         for cell in cells:
             if cell.handled:
                 wanted |= {(site, request): known for site, request, known in cell.preconditioner.wanted(cell.state)}
