@@ -357,11 +357,37 @@ def test_samples_are_drawn():
     assert drawn.spectra.kappa("raw") == pytest.approx(full.spectra.kappa("raw"), rel=0.3)
 
 
+def test_recurrent_layers_are_seen():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.out = nn.GRU(4, 3, batch_first=True), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.out(self.rnn(x)[0][:, -1])
+
+    torch.manual_seed(0)
+    model, x = Net().double(), torch.randn(30, 6, 4, dtype=torch.float64) * torch.logspace(-1, 1, 4)
+    objective = Objective(model, nn.functional.mse_loss, [(x, torch.zeros(30, 2, dtype=torch.float64))])
+    found = diagnose(objective, precond.whitening(model))
+    with torch.no_grad():
+        h = model.rnn(x)[0]
+    before = torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], 1)
+    inputs = {"rnn.weight_ih_l0": x, "rnn.weight_hh_l0": before, "out": h[:, -1]}
+    assert {layer.name: layer.source for layer in found.layers if layer.name in inputs} == {
+        "rnn.weight_ih_l0": "data", "rnn.weight_hh_l0": "hidden states", "out": found.layers[-1].source
+    }  # fmt: skip
+    for layer in found.layers:
+        rows = inputs[layer.name].reshape(-1, inputs[layer.name].shape[-1]).numpy()
+        np.testing.assert_allclose(layer.spectra.kappa("raw"), kappa(extended(rows)), rtol=1e-8, err_msg=layer.name)
+    assert found.undiagnosed == ()
+
+
 def test_notes():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.rnn, self.out, self.unused = nn.LSTM(8, 4, batch_first=True), nn.Linear(4, 2), nn.Linear(3, 3)
+            self.rnn, self.out, self.unused = nn.LSTM(8, 6, proj_size=4, batch_first=True), nn.Linear(4, 2), nn.Linear(3, 3)
 
         def forward(self, x):
             return self.out(self.rnn(x[:, None])[0])
@@ -369,7 +395,8 @@ def test_notes():
     model = Net()
     objective = objective_of(model, torch.randn(30, 8))
     notes = " ".join(diagnose(objective, torch.optim.Adam(model.parameters())).notes)
-    assert "rnn is a LSTM" in notes and "unused.weight was not called" in notes and "take a step" in notes
+    assert "rnn.weight_hr_l0 is a projection of hidden states" in notes
+    assert "unused.weight was not called" in notes and "take a step" in notes
     assert "more than max_inputs=3" in " ".join(diagnose(objective, max_inputs=3).notes)
     with torch.no_grad():
         model.out.weight.fill_(math.nan)

@@ -12,8 +12,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
 
 from distributed.training import Setting, build, contents, fit
+from inputs import kinds
 from precond import BNP, RMS, Dense, Diagonal, Fixed, GradientNorm, LossClosure, PreconditionedGD, Route, auto, soap
 
 
@@ -109,6 +111,23 @@ class Attention(nn.Module):
         return self.inner(x, x, x[..., : self.inner.vdim])[0]
 
 
+class Calls(nn.Module):
+    """A layer that is called with more than x."""
+
+    def __init__(self, inner: nn.Module, call: Any):
+        super().__init__()
+        self.inner, self.call = inner, call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.inner, x)
+
+
+def _experts(transposed: bool) -> nn.Module:
+    """Three, of which the ranks hold two and one; sequences go to two of them by their times."""
+    make = kinds.ExpertsFirst if transposed else kinds.Experts
+    return Calls(make(transposed, True), lambda m, x: m(x.transpose(0, 1).flatten(0, 1), len(x) * torch.tensor([2, 0, 3])))
+
+
 LAYERS: dict[str, tuple[Any, tuple[int, ...], Any]] = {
     "transposed, along outputs": (lambda: nn.ConvTranspose1d(3, 4, 2), (4, 3, 6), _along_outputs),
     "transposed": (lambda: nn.ConvTranspose1d(4, 2, 2), (4, 4, 6), None),
@@ -116,16 +135,25 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...], Any]] = {
     "linear, along inputs": (lambda: nn.Linear(4, 2), (4, 4), _along_outputs),
     "depthwise": (lambda: nn.Conv1d(5, 5, 2, groups=5), (4, 5, 6), None),
     "separate projections": (lambda: Attention(vdim=3), (4, 6, 4), None),
+    "Conv1D, along outputs": (lambda: kinds.Conv1D(6, 4), (4, 5, 4), _along_outputs),
+    "Conv1D": (lambda: kinds.Conv1D(3, 4), (4, 5, 4), None),
+    "experts": (lambda: _experts(False), (4, 5, 4), None),
+    "experts, inputs first": (lambda: _experts(True), (4, 5, 4), None),
+    "bilinear": (lambda: Calls(nn.Bilinear(3, 3, 5), lambda m, x: m(x, 2 * x)), (8, 3), None),
+    "LSTM": (lambda: Calls(nn.LSTM(3, 4, 2, batch_first=True, bidirectional=True), lambda m, x: m(x.mT)[0]), (8, 3, 5), None),
+    "GRU cell": (lambda: Calls(nn.GRUCell(3, 4), lambda m, x: m(x, x.new_ones(len(x), 4))), (8, 3), None),
     "separate, no bias": (lambda: Attention(vdim=3, bias=False), (4, 6, 4), None),
 }
 
 
-def layer(name: str, alone: bool = False) -> dict[str, Any]:
-    """Three steps of a layer."""
+def layer(name: str, alone: bool = False, copies: bool = False) -> dict[str, Any]:
+    """Three steps of a layer, which ranks hold parts or copies of."""
     make, shape, placement = LAYERS[name]
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(make()).double()
-    if not alone:
+    if copies:
+        model = DistributedDataParallel(model)
+    elif not alone:
         model = fully_shard(model, mesh=_mesh(), shard_placement_fn=placement)
     optimizer = PreconditionedGD(model, 0.02, preconditioner=BNP(damping=0.0, width_scaling=True) @ RMS(eps=1e-3))
     for k in range(3):

@@ -93,6 +93,7 @@ def test_a_checkpoint_of_two_ranks_is_resumed_by_one(ranks, optimizer, tmp_path)
 # --- layers that are divided in other ways, and what cannot be ----------------------------------------------------------------
 
 REFUSALS = {
+    "Conv1D": "shard a weight (in, out)",
     "transposed": "not divided by rows",
     "transposed, groups": "not divided by rows",
     "linear, along inputs": "not divided by rows",
@@ -101,9 +102,10 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", [n for n in sharded.LAYERS if n not in REFUSALS])
-def test_layers_divided_by_rows(ranks, name):
+@pytest.mark.parametrize("copies", [False, True], ids=["parts", "copies"])
+def test_layers_divided_by_rows(ranks, name, copies):
     alone = sharded.layer(name, alone=True)
-    for found in ranks.run(sharded.layer, name):
+    for found in ranks.run(sharded.layer, name, False, copies):
         check_equal(found, alone, rtol=1e-7, atol=1e-9)
 
 

@@ -142,7 +142,9 @@ class Diagnosis:
         if not self.layers:
             return "No layer was diagnosed: this says nothing about the model."
         if self.undiagnosed:
-            return f"Nothing stands out in these layers; {len(self.undiagnosed)} others were not diagnosed (see the notes)."
+            n = len(self.undiagnosed)
+            others = "1 other weight was" if n == 1 else f"{n} other weights were"
+            return f"Nothing stands out in these layers; {others} not diagnosed (see the notes)."
         return "Nothing stands out."
 
     @property

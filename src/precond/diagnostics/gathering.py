@@ -101,9 +101,9 @@ def gather(objective: Objective, samples: int, max_inputs: int) -> tuple[list[Ga
     finally:
         remove(handles)
     for site in sites:
-        if why := streams[site].unread or ("" if streams[site].count else "it was not called as a layer"):
+        if why := streams[site].unread or ("" if streams[site].count else "was not called as a layer"):
             what = "some of its inputs" if streams[site].count else "its inputs"
-            notes.append(f"{site.name}: {why}; {what} are not diagnosed")
+            notes.append(f"{site.name} {why}; {what} are not diagnosed")
     biases = {site: site.bias is not None and id(site.bias) in trained for site in sites}
     return [streams[site].gathered(biases[site]) for site in sites if streams[site].count], notes
 

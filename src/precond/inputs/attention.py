@@ -85,7 +85,7 @@ class Called:
         """What ``out_proj`` will see: the attention once more, with the identity in its place and the same random numbers."""
         m = self.module
         if self.own:
-            raise Unreadable(f"what {type(m).__name__}.forward makes of its argument, masks and all, is not known")
+            raise Unreadable(f"meets what {type(m).__name__}.forward makes of its argument, masks and all, which is not known")
         # Under autocast the inputs may be narrower than the weights, and nothing casts them here.
         wide = m.out_proj.weight.dtype
         q, k, v = (x.detach().to(wide) for x in self.inputs)

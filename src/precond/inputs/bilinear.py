@@ -28,7 +28,7 @@ class BilinearTap(Tap):
         named = called_with(self.module, args, kwargs)
         names = ("input1", "input2")
         if not is_called_as(self.module, nn.Bilinear) and not all(isinstance(named.get(name), Tensor) for name in names):
-            raise Unreadable(f"{type(self.module).__name__}.forward has no arguments input1 and input2")
+            raise Unreadable(f"is in a {type(self.module).__name__}, whose forward was given no input1 and input2")
         a, b = (plain(named.get(name)) for name in names)
         return None if a is None or b is None else (a, b)
 

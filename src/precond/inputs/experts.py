@@ -74,7 +74,7 @@ class HFExpertsTap(Tap):
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Routed | None:
         m = self.module
         if getattr(m, "_is_expert_parallel", False):
-            raise Unreadable("its experts are divided among processes")
+            raise Unreadable("is divided among processes by experts")
         x, index = list(called_with(m, args, kwargs).values())[:2]
         x = plain(x)
         return None if x is None else Routed(m, x, index)

@@ -90,7 +90,7 @@ class RegisteredTap(Tap):
         if not isinstance(layout, Stacked):
             return _flat(met, n)[None]
         if len(met) != layout.groups:
-            raise Unreadable(f"its kind's `inputs` made {len(met)} tensors for {layout.groups} experts")
+            raise Unreadable(f"has {layout.groups} experts, for which `inputs` of its kind made {len(met)} tensors")
         return tuple(_flat(x, n) for x in met)
 
     def origin(self, seen: Any, weight: Weight) -> Tensor | str:
@@ -104,7 +104,7 @@ def _flat(x: Any, n: int) -> Tensor:
         return x.detach().reshape(0, n)
     found = plain(x)
     if found is None or found.shape[-1:] != (n,):
-        raise Unreadable(f"its kind's `inputs` made {tuple(x.shape)} of its call, which does not end with its {n} features")
+        raise Unreadable(f"has {n} inputs, of which `inputs` of its kind made a tensor of shape {tuple(x.shape)}")
     return found.detach().reshape(-1, n)
 
 

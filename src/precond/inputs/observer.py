@@ -89,7 +89,7 @@ class Observer:
                 if found is None:
                     continue
                 if found.mean.shape != site.shape(key[1]):
-                    raise Unreadable(f"its inputs have {tuple(found.mean.shape)} features, not {site.shape(key[1])}")
+                    raise Unreadable(f"has {site.shape(key[1])} features, but inputs have {tuple(found.mean.shape)}")
                 self._seen[key] = pool([self._seen[key], found]) if key in self._seen else found
         except Exception as error:
             self.unread[site.name] = why_unread(error)
@@ -129,7 +129,7 @@ def why_unread(error: Exception) -> str:
     if isinstance(error, Unreadable):
         return str(error)
     first = str(error).strip().split("\n")[0]
-    return f"reading its inputs failed with {type(error).__name__}: {first}"
+    return f"could not be told its inputs ({type(error).__name__}: {first})"
 
 
 def _nothing() -> None:

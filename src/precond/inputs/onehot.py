@@ -37,7 +37,7 @@ class OneHot(Tap):
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         index = next((x for x in called_with(self.module, args, kwargs).values() if isinstance(x, Tensor)), None)
         if index is None or index.is_floating_point() or index.layout != torch.strided or index.is_nested:
-            raise Unreadable("its input is no tensor of tokens")
+            raise Unreadable("was given no tensor of tokens")
         return index.reshape(-1) if index.numel() and index.device.type != "meta" else None
 
     def origin(self, seen: Tensor, weight: Weight) -> str:

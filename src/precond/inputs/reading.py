@@ -19,7 +19,7 @@ _USUAL = ("input", "x", "inputs", "hidden_states")
 
 
 class Unreadable(Exception):
-    """The inputs of a call cannot be read; the message says why, and continues "its inputs were not read: …"."""
+    """The inputs of a call cannot be read; the message says why, as a verb whose subject is the weight."""
 
 
 def called_with(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,8 +65,11 @@ def argument(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     kind = type(module).__name__
     if candidates:
         names = [name for name, leaves in every.items() if any(id(t) in candidates for t in leaves)]
-        raise Unreadable(f"{kind}.forward has several tensors that its weight may meet ({', '.join(names)})")
-    raise Unreadable(f"{kind}.forward was given no tensor that its weight could meet ({_shapes(list(tensors.values()))})")
+        raise Unreadable(
+            f"may meet several tensors that {kind}.forward was given ({', '.join(names)}): precond.register_layer says which"
+        )
+    shapes = _shapes(list(tensors.values()))
+    raise Unreadable(f"can meet no tensor that {kind}.forward was given ({shapes}): precond.register_layer says what it meets")
 
 
 def _shapes(tensors: list[Tensor]) -> str:
@@ -82,7 +85,7 @@ def plain(x: Any) -> Tensor | None:
         Unreadable: for what is no such tensor.
     """
     if not isinstance(x, Tensor):
-        raise Unreadable(f"its input is a {type(x).__name__}, not a tensor")
+        raise Unreadable(f"was given a {type(x).__name__}, not a tensor")
     if x.device.type == "meta" or is_fake(x):
         return None
     if type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ and type(x) is not Tensor:
@@ -90,13 +93,13 @@ def plain(x: Any) -> Tensor | None:
             x = x.as_subclass(Tensor)  # what its class does to functions is not asked for
     x = replicated(x)
     if x is None:
-        raise Unreadable("its input is divided among processes")
+        raise Unreadable("was given a tensor that is divided among processes")
     if x.is_nested:
         x = x.values() if x.layout == torch.jagged and x._lengths is None else _together(x.unbind())
     if x.layout != torch.strided:
-        raise Unreadable(f"its input is sparse ({x.layout}); pass input.to_dense() where memory allows")
+        raise Unreadable(f"was given a sparse tensor ({x.layout}): pass input.to_dense(), where memory allows")
     if x.is_quantized or not x.is_floating_point():
-        raise Unreadable(f"its input holds {x.dtype}, not floating-point numbers")
+        raise Unreadable(f"was given {x.dtype}, not floating-point numbers")
     return x if x.numel() else None
 
 

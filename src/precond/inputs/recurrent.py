@@ -160,7 +160,7 @@ class CellTap(Tap):
         m = self.module
         named = called_with(m, args, kwargs)
         if not isinstance(named.get("input"), Tensor):
-            raise Unreadable(f"{type(m).__name__}.forward has no argument input")
+            raise Unreadable(f"is in a {type(m).__name__}, whose forward was given no input")
         x, hx = plain(named["input"]), named.get("hx")
         h = hx[0] if isinstance(hx, tuple) else hx
         if x is None or x.shape[-1] != m.input_size:

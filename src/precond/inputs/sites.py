@@ -82,6 +82,7 @@ def survey(modules: Iterable[tuple[str, nn.Module]]) -> Survey:
     taps: dict[Tensor, list[tuple[str, Tap, Weight]]] = {}
     others: dict[Tensor, tuple[str, str, nn.Module]] = {}
     passed_by: list[Passed] = []
+    computed: set[Tensor] = set()  # what other weights are made of
     known: set[nn.Module] = set()
     for path, module in modules:
         if module in known:
@@ -92,18 +93,21 @@ def survey(modules: Iterable[tuple[str, nn.Module]]) -> Survey:
                 f"FSDP1 ({path or 'the model'!r}) flattens parameters, whose rows no layer's inputs belong to: "
                 "shard with torch.distributed.fsdp.fully_shard (FSDP2)"
             )
+        if isinstance(module, nn.MultiheadAttention):
+            known.add(module.out_proj)  # never called as a module
+        if parametrize.is_parametrized(module):
+            known |= set(module.parametrizations.values())  # type: ignore[operator]
         tap, weights, why = _weights_of(module)
         refused = {} if tap is None or why else dict(tap.refused)
         if why:
             passed_by.append(Passed(path, why, tuple(module.parameters())))
+            computed |= set(module.parameters())
             continue
         seen: set[Tensor] = set(refused)
         for weight in weights:
             seen |= {p for p in (weight.param, weight.bias) if p is not None}
             if weight.param not in refused:
                 taps.setdefault(weight.param, []).append((path, tap, weight))  # type: ignore[arg-type]
-        if isinstance(module, nn.MultiheadAttention):
-            known.add(module.out_proj)  # never called as a module
         for name, own in module._parameters.items():
             if own is None:
                 continue
@@ -116,7 +120,7 @@ def survey(modules: Iterable[tuple[str, nn.Module]]) -> Survey:
     for param, found in taps.items():
         path, first, weight = found[0]
         alike = all(type(t) is type(first) and _shape(t, w) == _shape(first, weight) for _, t, w in found)
-        if param in others or not alike:
+        if param in others or param in computed or not alike:
             passed_by.append(Passed(path, "shares its weight with a layer that has other inputs", (param,)))
             continue
         bias = weight.bias if all(w.bias is weight.bias for _, _, w in found) else None

@@ -26,8 +26,12 @@ def check_alike(observer: Observer) -> None:
 def synchronized(observer: Observer) -> Seen:
     """What all ranks have seen together, the same on each, weighted by count; layers that no rank has called are absent."""
     seen = observer.collect()
-    pairs = [(site, request) for site in observer.sites for request in observer.requests]
-    keys = [(site, request) for site, request in pairs if (site.name, request) in observer.wanted]
+    keys = [
+        (site, request)
+        for site in observer.expected
+        for request in observer.requests
+        if (site.name, request) in observer.wanted
+    ]
     numbers, sums, shapes = [], [], []
     for site, request in keys:
         groups, n = site.shape(request)
@@ -58,7 +62,7 @@ def synchronized(observer: Observer) -> Seen:
         groups = sizes[0][0]
         count, examples = counts[at : at + groups], counts[at + groups]
         at += groups + 1
-        if count.min() > 0:
+        if count.max() > 0:
             dtype = torch.float64 if site.weight.dtype == torch.float64 else torch.float32
             out[site.name, request] = Moments.from_raw((count, *parts, examples), dtype)
     return out

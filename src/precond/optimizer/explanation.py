@@ -14,6 +14,8 @@ from precond.preconditioners import Composition, Preconditioner
 from precond.preconditioners.auto import NOT_OBSERVED
 from precond.preconditioners.split import Split
 
+_TABLE = "is a table of embeddings (precond.inputs.OneHot)"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -61,12 +63,10 @@ def explain(
         k, cell = acting.get(i, (-1, None))
         what, reason = "none (frozen)", why.get(i, "")
         if cell is not None:
-            what = (
-                _acting(cell.preconditioner, cell.block, cell.index.index(i) % len(cell.block.leaves))
-                if cell.handled
-                else "identity"
-            )
-            if (missing := unobserved.get(leaf.param)) and (reason == NOT_OBSERVED or cell.preconditioner.requests):
+            mine = cell.index.index(i) % len(cell.block.leaves)
+            what = _acting(cell.preconditioner, cell.block, mine) if cell.handled else "identity"
+            missing = unobserved.get(leaf.param) or (_TABLE if leaf.kind == "embedding" and not leaf.sites else "")
+            if missing and (reason == NOT_OBSERVED or cell.preconditioner.requests):
                 reason = f"{NOT_OBSERVED}: {missing}"
         rows.append(Row(leaf.name, tuple(leaf.shape), leaf.kind, what, k, reason))
     return Explanation(tuple(rows))

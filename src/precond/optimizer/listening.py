@@ -60,7 +60,7 @@ class Listening:
             found = owners.survey()
             self.unobserved = {p: passed.why for passed in found.passed_by for p in passed.params}
             trained = [passed for passed in found.passed_by if any(p.requires_grad for p in passed.params)]
-            _warn({passed.name: passed.why for passed in trained}, stacklevel=6)
+            _warn({passed.name or "(the model)": passed.why for passed in trained}, stacklevel=6)
             self.observer = Observer(found.sites, self.requests, seen)
             of = weakref.WeakMethod(ready)
             self.observer.ready = lambda: None if (call := of()) is None else call()
