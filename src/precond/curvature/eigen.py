@@ -148,6 +148,7 @@ class _Search:
     Attributes:
         sought: τ, the smallest value of the list of which a further copy would change it.
         bottom: the other end of the spectrum.
+        same: distance of two values that are not told apart.
         theta: the uppermost Ritz value of a chain from a random vector, orthogonal to all that is known.
         residual: ‖A x − θ x‖ of it, within the chain's space.
         steps: m, of the chain.
@@ -156,6 +157,7 @@ class _Search:
 
     sought: float
     bottom: float
+    same: float
     theta: float
     residual: float
     steps: int
@@ -163,7 +165,8 @@ class _Search:
 
     @property
     def found(self) -> bool:
-        return self.theta >= self.sought - self.residual
+        """Whether the chain has one of the values of the list."""
+        return self.theta >= self.sought - self.same
 
     @property
     def absent(self) -> bool:
@@ -176,9 +179,9 @@ class _Search:
         References:
             Kuczyński & Woźniakowski (1992), Estimating the largest eigenvalue by the power and Lanczos algorithms with a random start.
         """
-        gap = self.sought - self.theta
-        if gap <= 0:
+        if self.found:
             return False
+        gap = self.sought - self.theta
         share = min(gap / (self.sought - self.bottom), 1.0)
         chance = 1.648 * self.room**0.5 * math.exp(-(share**0.5) * (2 * self.steps - 1))
         return min(chance, self.residual / gap * self.room**0.5) <= _MISSED
@@ -204,7 +207,7 @@ def _searches(found: Spectrum, low: int, high: int, tol: float) -> list[_Search]
             theta, residual, at = values[:-count], errors[:-count], -1
         if len(theta):
             bottom = float(values[0] - errors[0])
-            out.append(_Search(float(apart[0]), bottom, float(theta[at]), float(residual[at]), chain.steps, chain.room))
+            out.append(_Search(float(apart[0]), bottom, float(same[-len(apart)]), float(theta[at]), float(residual[at]), chain.steps, chain.room))
     return out
 
 

@@ -4,7 +4,8 @@ A V_j = V_j T_j + Q_{j+1} B E_jᵀ with V_jᵀV_j = I and T_j = V_jᵀ A V_j, so
 residual ‖A V_j s − θ V_j s‖ = ‖B E_jᵀ s‖, and A has an eigenvalue within it of θ. Both ends of the spectrum converge first.
 
 Of a multiple eigenvalue the Krylov space of one vector holds one direction. The others are orthogonal to it: a chain from a fresh random
-vector, orthogonal to all that is there, finds them, and T stays block diagonal up to what is set aside.
+vector, orthogonal to all that is there, finds them. T has the products of both; what is left of the first chain's end is part of the
+residuals.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ class Lanczos:
         self._generator, self._inside = generator, inside
         self._V = start.new_empty(min(basis, 32) + len(start), start.shape[1])
         self._T = torch.zeros(64, 64, dtype=torch.float64)
-        # What chains before this one would have been continued with, and its coefficients uᵀA v with the basis.
-        self._aside, self._beside = start[:0], torch.zeros(0, 64, dtype=torch.float64)
+        # Where chains before this one ended: directions u outside of the basis, and coefficients c, A V = V T + Σ u cᵀ + ….
+        self._loose, self._slack = start[:0], torch.zeros(0, 64, dtype=torch.float64)
         # The basis is V[:size], the next block V[size:next], the block before it V[before:size].
         self.size = self._next = self._before = self.products = self.length = 0
         self._chain: int | None = 0
@@ -102,21 +103,19 @@ class Lanczos:
         return self._next == self.size
 
     def fresh(self, block: int) -> None:
-        """Set the next block aside and go on from random vectors orthogonal to it and to the basis."""
+        """Go on from random vectors orthogonal to the basis, not from where the chain has come to."""
         j, m = self.size, self._next
-        self._aside = torch.cat([self._aside, self._V[j:m]])
-        self._beside = torch.cat([self._beside, self._T[j:m]])
-        self._beside[:, j:] = 0
+        border = self._T[j:m].clone()
+        ended = border.abs().sum(1) > 0
+        self._loose = torch.cat([self._loose, self._V[j:m][ended.to(self._V.device)]])
+        self._slack = torch.cat([self._slack, border[ended]])
         self._T[j:], self._T[:, j:] = 0, 0
-        self._next, self._chain, self.length = j, j, 0
-        self._before, self._fresh = j, True
-        b = min(block, self.room - j - len(self._aside))
-        self._grow(j + b)
-        for i in range(j, j + b):
+        self._next = j + min(block, self.room - j)
+        self._grow(self._next)
+        for i in range(j, self._next):
             self._V[i] = self._random(i)
-        self._next = j + max(b, 0)
-        if b <= 0:
-            self._take_back()
+        self._before = self._chain = j
+        self.length, self._fresh = 0, True
 
     def step(self) -> None:
         """One more block: w = A q, T's next columns, and the next block from what is left of w."""
@@ -128,23 +127,22 @@ class Lanczos:
         recent = self._before
         # What the recurrence says is not zero goes first; what the full pass then finds is rounding, or asymmetry.
         w, C[recent:] = self._without(w, self._V[recent:m])
-        w, D = self._without(w, self._aside)
         before = torch.linalg.vector_norm(w, dim=1)
         w, again = self._without(w, self._V[:m])
-        if not self._fresh and recent:
-            self.noise = max(self.noise, float(torch.linalg.vector_norm(again[:recent], dim=0).max()))
+        known = self._chain or 0
+        if not self._fresh and recent > known:
+            self.noise = max(self.noise, float(torch.linalg.vector_norm(again[known:recent], dim=0).max()))
         C += again
         # Twice is enough (Parlett): again where the pass took away most of w.
         if bool((torch.linalg.vector_norm(w, dim=1) < 0.7 * before).any()):
             w, again = self._without(w, self._V[:m])
             C += again
-        w, rest = self._without(w, self._aside)
         if j > 0 and not self._fresh:
             self.noise = max(self.noise, float((C[recent:j] - self._T[recent:j, j:m]).abs().max()))
         self._grow(m + len(q))
         self._T[:m, j:m], self._T[j:m, :m] = C, C.T
         self._T[j:m, j:m] = (C[j:] + C[j:].T) / 2
-        self._beside[:, j:m] = D + rest
+        self._loose = self._loose - (self._loose @ q.T) @ q
         self.size, self._before, self._fresh = m, j, False
         self.length += self._chain is not None
         norm = float(self._T[:m, :m].abs().max())
@@ -159,8 +157,13 @@ class Lanczos:
         """Ritz values with their residuals."""
         j = self.size
         theta, S = torch.linalg.eigh(self._T[:j, :j])
-        B = torch.cat([self._T[j : self._next, :j], self._beside[:, :j]])
-        return Ritz(theta, torch.linalg.vector_norm(B @ S, dim=0), S)
+        outside = self._T[j : self._next, :j] @ S
+        if not len(self._loose):
+            return Ritz(theta, torch.linalg.vector_norm(outside, dim=0), S)
+        outside = torch.cat([outside, self._slack[:, :j] @ S])
+        directions = torch.cat([self._V[j : self._next], self._loose])
+        gram = (directions @ directions.T).double().cpu()
+        return Ritz(theta, (outside * (gram @ outside)).sum(0).clamp_min(0).sqrt(), S)
 
     def chain(self) -> Ritz | None:
         """Ritz values of A restricted to what was orthogonal to the basis at the last fresh start; None after a restart."""
@@ -182,10 +185,10 @@ class Lanczos:
         border = self._T[j : self._next, :j] @ S
         self._V[:k], pending = self.vectors(S), self._V[j : self._next].clone()
         self._V[k : k + len(pending)] = pending
-        beside = self._beside[:, :j] @ S
+        slack = self._slack[:, :j] @ S
         self._T.zero_()
-        self._beside.zero_()
-        self._beside[:, :k] = beside
+        self._slack.zero_()
+        self._slack[:, :k] = slack
         self._T[:k, :k] = theta.diag()
         self.size, self._next, self._before = k, k + len(pending), k
         self._T[k : self._next, :k], self._T[:k, k : self._next] = border, border.T
@@ -202,10 +205,9 @@ class Lanczos:
 
     def _append(self, w: Tensor, norm: float = 0.0) -> None:
         """Put an orthonormal basis of a block's rows next, W = RᵀQ; directions that vanish are replaced at random."""
-        j, b = self.size, min(len(w), self.room - self.size - len(self._aside))
+        j, b = self.size, min(len(w), self.room - self.size)
         if b <= 0:
             self._next = j
-            self._take_back()
             return
         if len(w) == 1:
             s, Q, R = torch.linalg.vector_norm(w, dim=1), w, torch.ones(1, 1, dtype=torch.float64)
@@ -229,21 +231,12 @@ class Lanczos:
             self._T[j : j + b, j - len(w) : j] = s[:, None] * R
             self._T[j - len(w) : j, j : j + b] = (s[:, None] * R).T
 
-    def _take_back(self) -> None:
-        """What was set aside comes next: nothing else is left of the space."""
-        j, k = self.size, len(self._aside)
-        self._grow(j + k)
-        self._V[j : j + k] = self._aside
-        self._T[j : j + k, :j], self._T[:j, j : j + k] = self._beside[:, :j], self._beside[:, :j].T
-        self._aside, self._beside = self._aside[:0], self._beside[:0]
-        self._next, self._before, self._fresh = j + k, j, True
-
     def _random(self, last: int) -> Tensor:
-        """A random unit vector orthogonal to V[:last] and to what was set aside."""
+        """A random unit vector orthogonal to V[:last]."""
         return self._orthogonal(torch.randn(1, self._V.shape[1], generator=self._generator, dtype=torch.float64).to(self._V), last)
 
     def _orthogonal(self, x: Tensor, last: int) -> Tensor:
-        V = torch.cat([self._V[:last], self._aside]) if len(self._aside) else self._V[:last]
+        V = self._V[:last]
         for _ in range(3):
             x = self._inside(x)
             x = x - (x @ V.T) @ V
@@ -259,6 +252,6 @@ class Lanczos:
             square = torch.zeros(2 * needed, 2 * needed, dtype=torch.float64)
             square[: len(self._T), : len(self._T)] = self._T
             self._T = square
-            wide = torch.zeros(len(self._beside), 2 * needed, dtype=torch.float64)
-            wide[:, : self._beside.shape[1]] = self._beside
-            self._beside = wide
+            wide = torch.zeros(len(self._slack), 2 * needed, dtype=torch.float64)
+            wide[:, : self._slack.shape[1]] = self._slack
+            self._slack = wide
