@@ -244,11 +244,19 @@ def _lanczos(
             if confirmed:
                 run.fresh(settings.block)
                 every = 32
-            check, before = run.size + max(settings.block, run.size // every), now
+            wait = max(8, run.size // 8) if now and not before else run.size // every
+            check, before = run.size + max(settings.block, wait), now
         if run.size + 2 * settings.block > basis:
-            ends, j = basis // 4, run.size
-            run.restart(torch.tensor([i for i in range(j) if i < ends or i >= j - ends]))
+            run.restart(_kept(_found(run, settings, dtype, out), basis // 4))
             check = 0
+
+
+def _kept(found: Spectrum, ends: int) -> Tensor:
+    """Positions of the values at both ends; of many null ones, beside which nothing else would have room, half as many."""
+    count = len(found.values)
+    null = (found.values.abs() <= found.threshold).nonzero()[:, 0].tolist()
+    rest = [i for i in range(count) if i not in set(null[ends // 2 :])]
+    return torch.tensor(sorted({*rest[:ends], *rest[-ends:]}))
 
 
 def _found(run: Lanczos, settings: Settings, dtype: torch.dtype, out: Coordinates) -> Spectrum:
