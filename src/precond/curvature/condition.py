@@ -128,9 +128,7 @@ def _position(mask: Tensor) -> int | None:
     return int(at[0]) if len(at) else None
 
 
-def _conditioning(
-    found: Spectrum, first: int | None, before: int, tol: float, n: int, dtype: torch.dtype
-) -> Conditioning:
+def _conditioning(found: Spectrum, first: int | None, before: int, tol: float, n: int, dtype: torch.dtype) -> Conditioning:
     values, residuals, errors = found.values.double(), found.residuals.double(), found.errors.double() + found.floor
     if not found.complete and len(values) and float(values[0]) < -found.threshold:
         # Inside the spectrum of an indefinite map Lanczos has passed over eigenvalues.

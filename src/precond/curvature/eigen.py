@@ -207,7 +207,17 @@ def _searches(found: Spectrum, low: int, high: int, tol: float) -> list[_Search]
             theta, residual, at = values[:-count], errors[:-count], -1
         if len(theta):
             bottom = float(values[0] - errors[0])
-            out.append(_Search(float(apart[0]), bottom, float(same[-len(apart)]), float(theta[at]), float(residual[at]), chain.steps, chain.room))
+            out.append(
+                _Search(
+                    float(apart[0]),
+                    bottom,
+                    float(same[-len(apart)]),
+                    float(theta[at]),
+                    float(residual[at]),
+                    chain.steps,
+                    chain.room,
+                )
+            )
     return out
 
 

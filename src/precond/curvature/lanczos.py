@@ -173,6 +173,16 @@ class Lanczos:
         theta, S = torch.linalg.eigh(self._T[c:j, c:j])
         return Ritz(theta, torch.linalg.vector_norm(self._T[j : self._next, c:j] @ S, dim=0), S)
 
+    def recurrence(self) -> Tensor:
+        """α_j and β_j, A q_j = β_{j−1} q_{j−1} + α_j q_j + β_j q_{j+1}, of a run from one vector, (j, 2)."""
+        j = self.size
+        beta = (
+            torch.cat([self._T[: j + 1, : j + 1].diagonal(-1), torch.zeros(1)])[:j]
+            if self._next > j
+            else torch.cat([self._T[:j, :j].diagonal(-1), torch.zeros(1)])
+        )
+        return torch.stack([self._T[:j, :j].diagonal(), beta], 1)
+
     def vectors(self, coordinates: Tensor) -> Tensor:
         """V_j s for columns s, as rows."""
         V = self._V[: self.size]
@@ -233,7 +243,9 @@ class Lanczos:
 
     def _random(self, last: int) -> Tensor:
         """A random unit vector orthogonal to V[:last]."""
-        return self._orthogonal(torch.randn(1, self._V.shape[1], generator=self._generator, dtype=torch.float64).to(self._V), last)
+        return self._orthogonal(
+            torch.randn(1, self._V.shape[1], generator=self._generator, dtype=torch.float64).to(self._V), last
+        )
 
     def _orthogonal(self, x: Tensor, last: int) -> Tensor:
         V = self._V[:last]
