@@ -2,6 +2,7 @@ r"""Condition numbers of symmetric maps."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -73,35 +74,66 @@ def condition_number(
     n, dtype = length(like), flatten(like).dtype
     settings = Settings(tol, null_tol, method, max_products, block, basis, seed, vectors=False)
 
-    def made(found: Spectrum, before: int = 0) -> Conditioning:
-        return _conditioning(found, before, tol, n, dtype)
+    def made(found: Spectrum, ends: _Ends, before: int = 0) -> Conditioning:
+        return _conditioning(found, ends.first(found), before, tol, n, dtype)
 
     if method == "auto" and n <= _DENSE:
         # Half of all products is where the dense path becomes the faster one.
         settings = Settings(tol, null_tol, method, min(max_products, max(n // 2, 1)), block, basis, seed, vectors=False)
-    found = spectrum(map, lambda s: _done(s, tol), deflate, settings, "condition_number")
-    out = made(found)
-    if method == "auto" and n <= _DENSE and not _done(found, tol) and not out.indefinite:
+    ends = _Ends(tol)
+    found = spectrum(map, ends.known, deflate, settings, "condition_number")
+    out = made(found, ends)
+    if method == "auto" and n <= _DENSE and not ends.known(found) and not out.indefinite:
         settings = Settings(tol, null_tol, "dense", max_products, block, basis, seed, vectors=False)
-        out = made(spectrum(map, lambda s: True, deflate, settings, "condition_number"), found.products)
+        out = made(spectrum(map, lambda s: True, deflate, settings, "condition_number"), _Ends(tol), found.products)
     return out
 
 
-def _done(found: Spectrum, tol: float) -> bool:
-    """Whether more products would not change what can be said of κ and κ₊."""
-    values, settled = found.values, found.settled(tol)
-    if found.complete:
-        return True
-    if not bool(settled[0] & settled[-1]):
-        return False
-    if float(values[0]) < -found.threshold:
-        return True
-    low = int((values <= found.threshold).sum())
-    return bool(settled[: low + 1].all())
+class _Ends:
+    """Whether more products would change what can be said of κ and κ₊, followed through one run.
+
+    Behind a null space of many dimensions rounding brings up one null vector after the other, and there is always a Ritz value on its way
+    from the positive ones down to zero. Ritz values at one place of the order only fall as the run goes on (Cauchy). So those below
+    λ_min₊ are counted where it settles first; when as many have come to rest at zero, and it is still there, those that came later are
+    passed over.
+    """
+
+    def __init__(self, tol: float):
+        self._tol = tol
+        self._value, self._below = math.nan, 0
+
+    def known(self, found: Spectrum) -> bool:
+        if found.complete:
+            return True
+        values, settled = found.values, found.settled(self._tol)
+        if float(values[0]) < -found.threshold:
+            return bool(settled[0] & settled[-1])
+        at = _position(settled & (values > found.threshold))
+        if at is None:
+            return False
+        if not abs(float(values[at]) - self._value) <= 2 * self._tol * self._value:
+            self._value, self._below = float(values[at]), at
+        # Fewer than before where a restart has dropped some.
+        self._below = min(self._below, at)
+        return bool(settled[-1] & settled[: self._below].all())
+
+    def first(self, found: Spectrum) -> int | None:
+        """The position of λ_min₊ among the values."""
+        positive = found.values > found.threshold
+        return _position(positive & found.settled(self._tol) if self.known(found) and not found.complete else positive)
 
 
-def _conditioning(found: Spectrum, before: int, tol: float, n: int, dtype: torch.dtype) -> Conditioning:
+def _position(mask: Tensor) -> int | None:
+    at = mask.nonzero()[:, 0]
+    return int(at[0]) if len(at) else None
+
+
+def _conditioning(found: Spectrum, first: int | None, before: int, tol: float, n: int, dtype: torch.dtype) -> Conditioning:
     values, residuals, errors = found.values.double(), found.residuals.double(), found.errors.double() + found.floor
+    if not found.complete and len(values) and float(values[0]) < -found.threshold:
+        # Inside the spectrum of an indefinite map Lanczos has passed over eigenvalues.
+        first = None
+    smallest = None if first is None else [float(x[first]) for x in (values, errors, residuals)]
     # Coordinates where the map is zero, which Lanczos left out, are null eigenvectors.
     exact = torch.zeros(min(found.zeros, 1), dtype=torch.float64)
     values, residuals, errors = (torch.cat([x, exact]) for x in (values, residuals, errors))
@@ -110,19 +142,14 @@ def _conditioning(found: Spectrum, before: int, tol: float, n: int, dtype: torch
     order = values.argsort()
     values, residuals, errors = values[order], residuals[order], errors[order]
     null = values.abs() <= found.threshold
-    positive = (values > found.threshold).nonzero()[:, 0]
-    if not found.complete and float(values[0]) < -found.threshold:
-        # Inside the spectrum of an indefinite map Lanczos has passed over eigenvalues.
-        positive = positive[:0]
-    first = int(positive[0]) if len(positive) else None
     return Conditioning(
         lam_max=float(values[-1]),
         lam_min=float(values[0]),
-        lam_min_positive=None if first is None else float(values[first]),
+        lam_min_positive=None if smallest is None else smallest[0],
         lam_max_error=float(errors[-1]),
         lam_min_error=float(errors[0]),
-        lam_min_positive_error=None if first is None else float(errors[first]),
-        residuals=(float(residuals[-1]), float(residuals[0]), torch.nan if first is None else float(residuals[first])),
+        lam_min_positive_error=None if smallest is None else smallest[1],
+        residuals=(float(residuals[-1]), float(residuals[0]), torch.nan if smallest is None else smallest[2]),
         inertia=_inertia(found, values, errors, n),
         threshold=found.threshold,
         null_level=max(float(values[null].abs().max()) if bool(null.any()) else 0.0, found.floor),

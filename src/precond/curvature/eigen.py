@@ -2,6 +2,7 @@ r"""The ends of the spectrum of a symmetric map."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ from precond.curvature.symmetric import example_of
 from precond.vec import Vec, flatten, unflatten
 
 Which = Literal["largest", "smallest", "both"]
+# The probability with which a copy may be overlooked.
+_MISSED = 1e-4
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Eigenvalues:
         resolved: which are accurate to ``tol`` relative to themselves, or null (of a magnitude below the threshold).
         floor: what rounding leaves undecided.
         threshold: magnitude up to which an eigenvalue counts as null.
-        complete: whether all eigenvalues were computed; otherwise copies of a multiple one beyond ``block`` may be missing.
+        complete: whether no copy of a multiple eigenvalue is missing from the list: all eigenvalues were computed, or a fresh random
+            vector, orthogonal to what was there, found no further copy (which misses one with a probability of at most 1e-4).
         products: matrix–vector products used.
         method: ``"dense"`` or ``"lanczos"``.
     """
@@ -47,14 +51,16 @@ class Eigenvalues:
 
     @property
     def converged(self) -> bool:
-        """Whether every value is resolved."""
-        return bool(self.resolved.all())
+        """Whether every value is resolved, and no copy is missing."""
+        return self.complete and bool(self.resolved.all())
 
     def __str__(self) -> str:
         lines = [
             f"{value:+.6e} ± {error:.0e}{'' if ok else '   not resolved'}"
             for value, error, ok in zip(self.values.tolist(), self.errors.tolist(), self.resolved.tolist(), strict=True)
         ]
+        if not self.complete:
+            lines.append("copies of multiple eigenvalues may be missing: raise max_products")
         return "\n".join([*lines, f"{self.products} products, {self.method}; |λ| <= {self.threshold:.0e} counts as null"])
 
 
@@ -74,7 +80,9 @@ def eigenvalues(
 ) -> Eigenvalues:
     r"""The k algebraically largest or smallest eigenvalues of a symmetric map, or k at both ends, with error bounds.
 
-    Lanczos with full reorthogonalization (without it copies of one eigenvalue pass for several), both ends from one run.
+    Lanczos with full reorthogonalization (without it copies of one eigenvalue pass for several), both ends from one run. One run meets
+    one vector of an eigenspace. So fresh runs, orthogonal to all that is there, follow until one finds no copy that belongs in the list;
+    where no copy could change it (k = 1, or all values equal) there are none. ``max_products`` bounds all of them together.
 
     Args:
         map: a symmetric map, such as ``hessian(objective)`` or ``P.T @ hessian(objective) @ P``; a matrix; a SciPy ``LinearOperator``.
@@ -84,7 +92,7 @@ def eigenvalues(
         null_tol: magnitude, relative to max|λ|, up to which an eigenvalue counts as null; None: 16 times the dtype's ε.
         method: ``"dense"``, ``"lanczos"`` or ``"auto"``.
         max_products: where to stop, resolved or not.
-        block: vectors at once: multiplicities up to it are found.
+        block: vectors at once.
         basis: vectors kept in memory; None: 1 GiB of them.
         deflate: a subspace whose eigenvalues are left out.
         seed: of the first vector.
@@ -112,9 +120,15 @@ def eigenvalues(
 
     def done(found: Spectrum) -> bool:
         count = len(found.values)
-        return count >= low + high and bool(found.settled(tol)[_ends(count, low, high)].all())
+        if not (count >= low + high and bool(found.settled(tol)[_ends(count, low, high)].all())):
+            return False
+        # Each end of the chain: it has found something that belongs in the list, or shows that nothing of it is there.
+        return all(end.absent or end.found for end in _searches(found, low, high, tol))
 
-    found = spectrum(map, done, deflate, settings, "eigenvalues")
+    def missing(found: Spectrum) -> bool:
+        return not all(end.absent for end in _searches(found, low, high, tol))
+
+    found = spectrum(map, done, deflate, settings, "eigenvalues", missing)
     count = len(found.values)
     # Coordinates where the map is zero are eigenvectors too, which Lanczos left out.
     zeros = found.zeros if found.method == "lanczos" else 0
@@ -123,7 +137,88 @@ def eigenvalues(
             f"eigenvalues: k asks for {low + high} eigenvalues, found {count + zeros}; ask for fewer, or raise max_products"
         )
     like = example_of(map, "eigenvalues")
-    return _with_zeros(found, low, high, zeros, tol, like, which == "largest")
+    complete = found.complete or not missing(found)
+    return _with_zeros(found, low, high, zeros, tol, like, which == "largest", complete)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Whether copies are missing at one end of the spectrum, the values signed so that it is the upper end.
+
+    Attributes:
+        sought: τ, the smallest value of the list of which a further copy would change it.
+        bottom: the other end of the spectrum.
+        same: distance of two values that are not told apart.
+        theta: the uppermost Ritz value of a chain from a random vector, orthogonal to all that is known.
+        residual: ‖A x − θ x‖ of it, within the chain's space.
+        steps: m, of the chain.
+        room: n, the dimension of the space.
+    """
+
+    sought: float
+    bottom: float
+    same: float
+    theta: float
+    residual: float
+    steps: int
+    room: int
+
+    @property
+    def found(self) -> bool:
+        """Whether the chain has one of the values of the list."""
+        return self.theta >= self.sought - self.same
+
+    @property
+    def absent(self) -> bool:
+        r"""Whether the chain would have met an eigenvalue ≥ τ but with a probability δ.
+
+        A Krylov space of m dimensions has θ < λ_max − ε(λ_max − λ_min) with probability at most 1.648 √n exp(−√ε(2m − 1)). And the
+        Ritz vector of θ has hardly less of an eigenvector above than the random vector, |q| <= s with probability s√n, and at most
+        residual/(τ − θ).
+
+        References:
+            Kuczyński & Woźniakowski (1992), Estimating the largest eigenvalue by the power and Lanczos algorithms with a random start.
+        """
+        if self.found:
+            return False
+        gap = self.sought - self.theta
+        share = min(gap / (self.sought - self.bottom), 1.0)
+        chance = 1.648 * self.room**0.5 * math.exp(-(share**0.5) * (2 * self.steps - 1))
+        return min(chance, self.residual / gap * self.room**0.5) <= _MISSED
+
+
+def _searches(found: Spectrum, low: int, high: int, tol: float) -> list[_Search]:
+    """The ends at which a copy could change the list of the ``low`` smallest and ``high`` largest."""
+    out = []
+    for count, sign in ((low, -1), (high, 1)):
+        values, errors = (x if sign > 0 else x.flip(0) for x in (sign * found.values, found.errors + found.floor))
+        listed, chain = values[len(values) - count :], found.chain
+        if count < 2 or chain is None:
+            continue
+        null = torch.where(listed.abs().maximum(listed[0].abs()) <= found.threshold, 2 * found.threshold, 0.0)
+        same = torch.maximum(tol * listed.abs() + (errors[-count:] + errors[-count]), null)
+        apart = listed[listed - listed[0] > same]
+        if not len(apart):
+            continue
+        if chain.ritz is not None:
+            theta, residual = sign * chain.ritz.values, chain.ritz.residuals
+            at = int(theta.argmax())
+        else:
+            theta, residual, at = values[:-count], errors[:-count], -1
+        if len(theta):
+            bottom = float(values[0] - errors[0])
+            out.append(
+                _Search(
+                    float(apart[0]),
+                    bottom,
+                    float(same[-len(apart)]),
+                    float(theta[at]),
+                    float(residual[at]),
+                    chain.steps,
+                    chain.room,
+                )
+            )
+    return out
 
 
 def _ends(count: int, low: int, high: int) -> Tensor:
@@ -131,7 +226,9 @@ def _ends(count: int, low: int, high: int) -> Tensor:
     return torch.tensor([*range(low), *range(count - high, count)], dtype=torch.long)
 
 
-def _with_zeros(found: Spectrum, low: int, high: int, zeros: int, tol: float, like: Vec, descending: bool) -> Eigenvalues:
+def _with_zeros(
+    found: Spectrum, low: int, high: int, zeros: int, tol: float, like: Vec, descending: bool, complete: bool
+) -> Eigenvalues:
     """The wanted ends of the computed values and of ``zeros`` exact zeros."""
     count = len(found.values)
     near = _ends(count, min(low, count), min(high, count)).unique()
@@ -159,7 +256,7 @@ def _with_zeros(found: Spectrum, low: int, high: int, zeros: int, tol: float, li
         joined(found.resolved(tol), null == 0),
         found.floor,
         found.threshold,
-        found.complete,
+        complete,
         found.products,
         found.method,
     )

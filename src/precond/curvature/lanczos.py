@@ -2,6 +2,10 @@ r"""Block Lanczos with full reorthogonalization and thick restarts.
 
 A V_j = V_j T_j + Q_{j+1} B E_jᵀ with V_jᵀV_j = I and T_j = V_jᵀ A V_j, so that a Ritz pair (θ, V_j s) of T_j s = θ s has the
 residual ‖A V_j s − θ V_j s‖ = ‖B E_jᵀ s‖, and A has an eigenvalue within it of θ. Both ends of the spectrum converge first.
+
+Of a multiple eigenvalue the Krylov space of one vector holds one direction. The others are orthogonal to it: a chain from a fresh random
+vector, orthogonal to all that is there, finds them. T has the products of both; what is left of the first chain's end is part of the
+residuals.
 """
 
 from __future__ import annotations
@@ -36,18 +40,27 @@ class Ritz:
     def errors(self) -> Tensor:
         r"""Bounds of |θ − λ|: the residual ρ, or 2ρ²/γ where the neighbors are a distance γ > 2ρ away (Kato–Temple).
 
-        γ is read from the Ritz values, which overstate the distance of neighbors that have not converged: the second form supposes that
-        the next eigenvalue is at least half as far. That is no proof (of two eigenvalues closer together than ρ one may be hidden). The
-        residual holds always: some eigenvalue lies within it.
+        Values much closer together than their residuals, copies of one, are taken as a group, with γ the distance of the group's
+        neighbors and ρ² the sum of the group's (Mathias). γ is read from the Ritz values, which overstate the distance of neighbors that
+        have not converged: the second form supposes that the next eigenvalue is at least half as far. That is no proof (of two eigenvalues
+        closer together than ρ one may be hidden). The residual holds always: some eigenvalue lies within it.
+
+        References:
+            Mathias (1998), Quadratic residual bounds for the Hermitian eigenvalue problem.
         """
         theta, rho = self.values, self.residuals
         if len(theta) < 2:
             return rho
         step = theta.diff()
+        apart = step > 3 * torch.maximum(rho[1:], rho[:-1])
+        group = torch.cat([torch.zeros(1, dtype=torch.long), apart.cumsum(0)])
+        square = torch.zeros_like(theta).index_add(0, group, rho.square())
         gap = torch.full_like(theta, torch.inf)
-        gap[:-1] = step - rho[1:]
-        gap[1:] = torch.minimum(gap[1:], step - rho[:-1])
-        return torch.where(gap > 2 * rho, 2 * rho.square() / gap, rho)
+        gap[group[:-1][apart]] = (step - rho[1:])[apart]
+        gap[group[1:][apart]] = torch.minimum(gap[group[1:][apart]], (step - rho[:-1])[apart])
+        width = torch.zeros_like(theta).index_add(0, group[1:], torch.where(apart, 0.0, step))
+        tight = (width <= 0.1 * square.sqrt()) & (gap > 2 * square.sqrt()) & gap.isfinite()
+        return torch.where(tight[group], torch.minimum(2 * (square / gap)[group], rho), rho)
 
 
 class Lanczos:
@@ -75,7 +88,11 @@ class Lanczos:
         self._generator, self._inside = generator, inside
         self._V = start.new_empty(min(basis, 32) + len(start), start.shape[1])
         self._T = torch.zeros(64, 64, dtype=torch.float64)
-        self.size = self._next = self.products = 0
+        # Where chains before this one ended: directions u outside of the basis, and coefficients c, A V = V T + Σ u cᵀ + ….
+        self._loose, self._slack = start[:0], torch.zeros(0, 64, dtype=torch.float64)
+        # The basis is V[:size], the next block V[size:next], the block before it V[before:size].
+        self.size = self._next = self._before = self.products = self.length = 0
+        self._chain: int | None = 0
         self.noise = 0.0
         self._fresh = True
         self._append(start)
@@ -85,6 +102,21 @@ class Lanczos:
         """Whether the basis spans the whole space, so that T has all eigenvalues."""
         return self._next == self.size
 
+    def fresh(self, block: int) -> None:
+        """Go on from random vectors orthogonal to the basis, not from where the chain has come to."""
+        j, m = self.size, self._next
+        border = self._T[j:m].clone()
+        ended = border.abs().sum(1) > 0
+        self._loose = torch.cat([self._loose, self._V[j:m][ended.to(self._V.device)]])
+        self._slack = torch.cat([self._slack, border[ended]])
+        self._T[j:], self._T[:, j:] = 0, 0
+        self._next = j + min(block, self.room - j)
+        self._grow(self._next)
+        for i in range(j, self._next):
+            self._V[i] = self._random(i)
+        self._before = self._chain = j
+        self.length, self._fresh = 0, True
+
     def step(self) -> None:
         """One more block: w = A q, T's next columns, and the next block from what is left of w."""
         j, m = self.size, self._next
@@ -92,24 +124,27 @@ class Lanczos:
         w = self._apply(q)
         self.products += len(q)
         C = torch.zeros(m, len(q), dtype=torch.float64)
-        recent = max(0, 2 * j - m)
+        recent = self._before
         # What the recurrence says is not zero goes first; what the full pass then finds is rounding, or asymmetry.
-        w, C[recent:] = self._without(w, recent, m)
+        w, C[recent:] = self._without(w, self._V[recent:m])
         before = torch.linalg.vector_norm(w, dim=1)
-        w, again = self._without(w, 0, m)
-        if not self._fresh and recent:
-            self.noise = max(self.noise, float(torch.linalg.vector_norm(again[:recent], dim=0).max()))
+        w, again = self._without(w, self._V[:m])
+        known = self._chain or 0
+        if not self._fresh and recent > known:
+            self.noise = max(self.noise, float(torch.linalg.vector_norm(again[known:recent], dim=0).max()))
         C += again
         # Twice is enough (Parlett): again where the pass took away most of w.
         if bool((torch.linalg.vector_norm(w, dim=1) < 0.7 * before).any()):
-            w, again = self._without(w, 0, m)
+            w, again = self._without(w, self._V[:m])
             C += again
         if j > 0 and not self._fresh:
             self.noise = max(self.noise, float((C[recent:j] - self._T[recent:j, j:m]).abs().max()))
         self._grow(m + len(q))
         self._T[:m, j:m], self._T[j:m, :m] = C, C.T
         self._T[j:m, j:m] = (C[j:] + C[j:].T) / 2
-        self.size, self._fresh = m, False
+        self._loose = self._loose - (self._loose @ q.T) @ q
+        self.size, self._before, self._fresh = m, j, False
+        self.length += self._chain is not None
         norm = float(self._T[:m, :m].abs().max())
         if self.noise > _ASYMMETRY * norm:
             raise NotSymmetric(
@@ -122,8 +157,31 @@ class Lanczos:
         """Ritz values with their residuals."""
         j = self.size
         theta, S = torch.linalg.eigh(self._T[:j, :j])
-        B = self._T[j : self._next, :j]
-        return Ritz(theta, torch.linalg.vector_norm(B @ S, dim=0), S)
+        outside = self._T[j : self._next, :j] @ S
+        if not len(self._loose):
+            return Ritz(theta, torch.linalg.vector_norm(outside, dim=0), S)
+        outside = torch.cat([outside, self._slack[:, :j] @ S])
+        directions = torch.cat([self._V[j : self._next], self._loose])
+        gram = (directions @ directions.T).double().cpu()
+        return Ritz(theta, (outside * (gram @ outside)).sum(0).clamp_min(0).sqrt(), S)
+
+    def chain(self) -> Ritz | None:
+        """Ritz values of A restricted to what was orthogonal to the basis at the last fresh start; None after a restart."""
+        if self._chain is None:
+            return None
+        c, j = self._chain, self.size
+        theta, S = torch.linalg.eigh(self._T[c:j, c:j])
+        return Ritz(theta, torch.linalg.vector_norm(self._T[j : self._next, c:j] @ S, dim=0), S)
+
+    def recurrence(self) -> Tensor:
+        """α_j and β_j, A q_j = β_{j−1} q_{j−1} + α_j q_j + β_j q_{j+1}, of a run from one vector, (j, 2)."""
+        j = self.size
+        beta = (
+            torch.cat([self._T[: j + 1, : j + 1].diagonal(-1), torch.zeros(1)])[:j]
+            if self._next > j
+            else torch.cat([self._T[:j, :j].diagonal(-1), torch.zeros(1)])
+        )
+        return torch.stack([self._T[:j, :j].diagonal(), beta], 1)
 
     def vectors(self, coordinates: Tensor) -> Tensor:
         """V_j s for columns s, as rows."""
@@ -137,15 +195,18 @@ class Lanczos:
         border = self._T[j : self._next, :j] @ S
         self._V[:k], pending = self.vectors(S), self._V[j : self._next].clone()
         self._V[k : k + len(pending)] = pending
+        slack = self._slack[:, :j] @ S
         self._T.zero_()
+        self._slack.zero_()
+        self._slack[:, :k] = slack
         self._T[:k, :k] = theta.diag()
-        self.size, self._next = k, k + len(pending)
+        self.size, self._next, self._before = k, k + len(pending), k
         self._T[k : self._next, :k], self._T[:k, k : self._next] = border, border.T
-        self._fresh = True
+        self._fresh, self._chain = True, None
 
-    def _without(self, w: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """w less its components along V[first:last], and these."""
-        V = self._V[first:last]
+    @staticmethod
+    def _without(w: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+        """w less its components along the rows of V, and these."""
         if len(w) == 1:
             c = V @ w[0]
             return torch.addmv(w[0], V.T, c, alpha=-1)[None], c[:, None].double().cpu()
@@ -167,19 +228,27 @@ class Lanczos:
         s, R = s[:b].double().cpu(), R[:b]
         self._V[j : j + b] = Q[:b]
         self._next = j + b
-        gone = torch.nonzero(s <= 10 * torch.finfo(w.dtype).eps * norm)[:, 0].tolist()
+        gone = s <= 10 * torch.finfo(w.dtype).eps * norm
         s[gone] = 0
-        for i in gone:
-            self._V[j + i] = self._random(j + i)
+        for i in range(b):
+            if gone[i]:
+                self._V[j + i] = self._random(j + i)
+            elif s[i] < 0.01 * s[0]:
+                # A small part of the block is as far from orthogonal to the basis as rounding of the large part makes it.
+                self._V[j + i] = self._orthogonal(self._V[j + i][None], j + i)
         if j > 0:
             # A q_i = … + Σ_l s_l R[l, i] q_{j+l}: what T gets below its last block.
             self._T[j : j + b, j - len(w) : j] = s[:, None] * R
             self._T[j - len(w) : j, j : j + b] = (s[:, None] * R).T
 
     def _random(self, last: int) -> Tensor:
-        """A unit vector orthogonal to V[:last]."""
+        """A random unit vector orthogonal to V[:last]."""
+        return self._orthogonal(
+            torch.randn(1, self._V.shape[1], generator=self._generator, dtype=torch.float64).to(self._V), last
+        )
+
+    def _orthogonal(self, x: Tensor, last: int) -> Tensor:
         V = self._V[:last]
-        x = torch.randn(1, V.shape[1], generator=self._generator, dtype=torch.float64).to(V)
         for _ in range(3):
             x = self._inside(x)
             x = x - (x @ V.T) @ V
@@ -195,3 +264,6 @@ class Lanczos:
             square = torch.zeros(2 * needed, 2 * needed, dtype=torch.float64)
             square[: len(self._T), : len(self._T)] = self._T
             self._T = square
+            wide = torch.zeros(len(self._slack), 2 * needed, dtype=torch.float64)
+            wide[:, : self._slack.shape[1]] = self._slack
+            self._slack = wide

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from precond.curvature.errors import NotSymmetric
-from precond.curvature.lanczos import _ASYMMETRY, Lanczos
+from precond.curvature.lanczos import _ASYMMETRY, Lanczos, Ritz
 from precond.curvature.subspace import Coordinates, Subspace
 from precond.curvature.symmetric import apply_block, dense, example_of, from_rows, length, to_rows
 from precond.maps import LinearMap
@@ -62,6 +62,21 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Chain:
+    """What the last fresh start has found: the ends of A on the complement of all that had been there.
+
+    Attributes:
+        ritz: Ritz values and residuals there; None after a restart, which merges it with the rest.
+        steps: its length, or that at the first restart.
+        room: dimension of the space.
+    """
+
+    ritz: Ritz | None
+    steps: int
+    room: int
+
+
+@dataclass(frozen=True)
 class Spectrum:
     """Eigenvalues in ascending order: all of them, or both ends' approximations.
 
@@ -79,6 +94,7 @@ class Spectrum:
         method: ``"dense"`` or ``"lanczos"``.
         weights: squared components of the random first vector along the Ritz vectors, sum 1; None: not known (after a restart).
         kept: False at coordinates where the map is exactly zero and which Lanczos left out; None: nowhere.
+        chain: what the last fresh start has found; None: all eigenvalues were computed.
     """
 
     values: Tensor
@@ -94,6 +110,7 @@ class Spectrum:
     method: str
     kept: Tensor | None = None
     weights: Tensor | None = None
+    chain: Chain | None = None
 
     def resolved(self, tol: float) -> Tensor:
         """Which values are accurate to ``tol`` relative to themselves, or known to be null."""
@@ -108,16 +125,24 @@ class Spectrum:
 
 
 def spectrum(
-    map: LinearMap, done: Callable[[Spectrum], bool], deflate: Subspace | None, settings: Settings, caller: str
+    map: LinearMap,
+    done: Callable[[Spectrum], bool],
+    deflate: Subspace | None,
+    settings: Settings,
+    caller: str,
+    fresh: Callable[[Spectrum], bool] = lambda found: False,
 ) -> Spectrum:
-    """The spectrum of a symmetric map outside a subspace, computed until ``done``, exhausted or out of products."""
+    """The spectrum of a symmetric map outside a subspace, computed until ``done``, exhausted or out of products.
+
+    Where it is done and ``fresh`` holds, Lanczos goes on from a fresh vector until it is done anew.
+    """
     like = example_of(map, caller)
     n = length(like)
     if n == 0:
         raise ValueError(f"{caller}: the map acts on no entries; choose parameters")
     if settings.method == "dense" or (settings.method == "auto" and n <= SMALL):
         return _dense(map, deflate, settings, like)
-    return _lanczos(map, done, deflate, settings, like)
+    return _lanczos(map, done, fresh, deflate, settings, like)
 
 
 def row_product(map: LinearMap, like: Vec) -> Callable[[Tensor], Tensor]:
@@ -174,7 +199,12 @@ def _dense(map: LinearMap, deflate: Subspace | None, settings: Settings, like: V
 
 
 def _lanczos(
-    map: LinearMap, done: Callable[[Spectrum], bool], deflate: Subspace | None, settings: Settings, like: Vec
+    map: LinearMap,
+    done: Callable[[Spectrum], bool],
+    fresh: Callable[[Spectrum], bool],
+    deflate: Subspace | None,
+    settings: Settings,
+    like: Vec,
 ) -> Spectrum:
     flat = flatten(like)
     dtype, n = flat.dtype, flat.numel()
@@ -189,8 +219,9 @@ def _lanczos(
     theta = torch.zeros(0, dtype=torch.float64)
     if room <= 0:
         return Spectrum(
-            theta, theta, theta, lambda at: flat.new_zeros(0, n), True, 0.0, 0.0, out.zeros, out.dim - out.zeros, 1, "lanczos"
-        )
+            theta, theta, theta, lambda at: flat.new_zeros(0, n), True, 0.0, 0.0, out.zeros, out.dim - out.zeros, 1, "lanczos",
+            out.kept,
+        )  # fmt: skip
     run = Lanczos(
         lambda rows: out.removed(product(rows)),
         out.removed(random(min(settings.block, room))),
@@ -199,21 +230,33 @@ def _lanczos(
         generator,
         out.removed,
     )
-    check, before = 0, False
+    check, before, every = 0, False, 16
     while True:
         run.step()
         last = run.exhausted or run.products + settings.block + 1 > settings.max_products
         if run.size >= check or last:
             found = _found(run, settings, dtype, out)
-            # Twice: a Ritz value may come to rest at the second eigenvalue before it feels the first.
+            # Twice: a Ritz value may come to rest at the second eigenvalue before it feels the first. A fresh start confirms it, too.
             now = done(found)
-            if last or (now and before):
+            confirmed = now and before
+            if last or (confirmed and not fresh(found)):
                 return found
-            check, before = run.size + max(settings.block, run.size // 16), now
+            if confirmed:
+                run.fresh(settings.block)
+                every = 32
+            wait = max(8, run.size // 8) if now and not before else run.size // every
+            check, before = run.size + max(settings.block, wait), now
         if run.size + 2 * settings.block > basis:
-            ends, j = basis // 4, run.size
-            run.restart(torch.tensor([i for i in range(j) if i < ends or i >= j - ends]))
+            run.restart(_kept(_found(run, settings, dtype, out), basis // 4))
             check = 0
+
+
+def _kept(found: Spectrum, ends: int) -> Tensor:
+    """Positions of the values at both ends; of many null ones, beside which nothing else would have room, half as many."""
+    count = len(found.values)
+    null = (found.values.abs() <= found.threshold).nonzero()[:, 0].tolist()
+    rest = [i for i in range(count) if i not in set(null[ends // 2 :])]
+    return torch.tensor(sorted({*rest[:ends], *rest[-ends:]}))
 
 
 def _found(run: Lanczos, settings: Settings, dtype: torch.dtype, out: Coordinates) -> Spectrum:
@@ -223,5 +266,5 @@ def _found(run: Lanczos, settings: Settings, dtype: torch.dtype, out: Coordinate
     return Spectrum(
         ritz.values, ritz.residuals, ritz.errors, lambda at: run.vectors(ritz.coordinates[:, at]), run.exhausted, floor,
         _threshold(settings, dtype, scale, floor), out.zeros, out.dim - out.zeros, run.products + 1, "lanczos", out.kept,
-        ritz.coordinates[: settings.block].square().mean(0) if run.products == run.size else None,
+        ritz.coordinates[: settings.block].square().mean(0) if run.products == run.size else None, Chain(run.chain(), run.length, run.room),
     )  # fmt: skip
