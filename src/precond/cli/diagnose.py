@@ -56,7 +56,7 @@ class Diagnose:
         widths: Units of the hidden layers, or channels of the convolutions.
         normalization: Of the inputs of each layer.
         activation: Between layers.
-        data_dir: Folder of the IDX files of fashion-mnist; where Debian's package puts them if not given.
+        data_dir: Folder of the IDX files of fashion-mnist; $FASHION_MNIST, or where Debian's package puts them, if not given.
         seed: Of the model and of dropout.
         threads: Threads of torch.
         device: Where to compute: cpu, cuda, ....

@@ -1,4 +1,4 @@
-"""The entry point ``precond``."""
+"""The commands of ``precond``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from precond.cli.report import Report
 from precond.cli.settings import Settings
 from precond.cli.train import Train
 from precond.cli.verify import Verify
-from precond.report.environment import versions
 
 # A new command is one file with a dataclass that has ``run(argv) -> int``, and one row here.
 COMMANDS: dict[str, type[Any]] = {
@@ -42,9 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 for what the user can put right; 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv == ["--version"]:
-        print(f"precond {versions()['precond']}")
-        return 0
     try:
         return parse(argv).run(argv)
     except UserError as error:

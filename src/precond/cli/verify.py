@@ -38,7 +38,7 @@ class Verify:
         out: Folder for evidence.html (with plots) and verify.md (the table), or for results.json and z-versus-p.md of the study.
         experiment: Instead of the statements, a study: z-versus-p trains with penalties in p and in z on small data (three quarters of an hour;
             an interrupted one goes on with the same command).
-        data_dir: Where the study finds Fashion-MNIST; None: where Debian's package puts it.
+        data_dir: Where the study finds Fashion-MNIST; $FASHION_MNIST, or where Debian's package puts it, if not given.
     """
 
     only: Annotated[str, tyro.conf.arg(metavar="A,B,…")] = ""
