@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Union
@@ -38,12 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None: those of the process.
 
     Returns:
-        The exit code: 0; 2 for what the user can put right; 130 after Ctrl-C.
+        The exit code: 0; 2 for what the user can put right; 130 after Ctrl-C; 141 where nobody reads what is printed.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return parse(argv).run(argv)
     except UserError as error:
+        print(f"precond: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # As a program that the signal ends: without a word, and without one from the interpreter when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
         print(f"precond: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

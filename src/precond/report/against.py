@@ -151,7 +151,7 @@ def save_summary(path: Path, results: Results) -> None:
     for task in results.tasks:
         goal = f"{'training' if task.target.part == 'train' else 'validation'} loss {numbers.short(task.target.value)}"
         parts += [f"## {task.name}\n", f"Target: {goal}, {task.target.rule}.\n", markdown_of_task(task, results.clock)]
-    write_atomically(path, "\n".join(parts).encode())
+    write_atomically(path, "\n".join(parts))
 
 
 def markdown_of_task(task: TaskResults, clock: Clock) -> str:
