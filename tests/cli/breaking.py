@@ -90,6 +90,8 @@ def start(name: str, where: Path, before: Callable[[], object] = lambda: None) -
         os.dup2(words, 2)
         before()
         code = main(argv(name))
+    except SystemExit as stopped:
+        code = stopped.code if isinstance(stopped.code, int) else 70
     except BaseException:
         import traceback
 
@@ -319,8 +321,8 @@ def silent(name: str, trials: int) -> str:
 
 NAMES = [
     "", " ", "<script>alert(1)</script>", "\"'><img src=x onerror=alert(1)>", "</style></svg><b>", "javascript:alert(1)", "../../../etc/passwd",
-    "/etc/passwd", "a\x00b", "\x1b[31mred", "[bold red]x[/]", "[/]", "$\\frac{1}{2$", "{{ 7 * 7 }}", "{% include 'x' %}", "%s%n", "\ud800", "\u202eright to left",
-    "日本語 🙂 ñ", "a|b\n# c", "x" * 20_000, "&lt;&amp;", "]]>", "<!--", "_", "_legend",
+    "/etc/passwd", "a\x00b", "\x1b[31mred", "[bold red]x[/]", "[/]", "$\\frac{1}{2$", "{{ 7 * 7 }}", "{% include 'x' %}", "%s%n", "\ud800",
+    "\u202eright to left",     "日本語 🙂 ñ", "a|b\n# c", "x" * 20_000, "&lt;&amp;", "]]>", "<!--", "_", "_legend",
 ]  # fmt: skip
 VALUES: list[Any] = [
     None, True, -1, 0, 1, 2**31, 2**63, 10**400, 1e308, -1e308, 1e-320, 0.5, "NaN", [], {}, [None], [[]], {"a": {}}, [1e308, -1e308],
@@ -434,6 +436,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     _quick_study()
     parse(["report", "x"])  # imports
-    way, trials, *chosen = sys.argv[1:]
-    for command in chosen or COMMANDS:
-        print(f"{way} {command}: {trials} trials, {WAYS[way](command, int(trials))}", flush=True)
+    if sys.argv[1:] == ["sample"]:
+        chosen = [(way, 2, "logistic") for way in ("kill", "small_files", "together", "silent")]
+    else:
+        chosen = [(sys.argv[1], int(sys.argv[2]), command) for command in sys.argv[3:] or COMMANDS]
+    for way, trials, command in chosen:
+        print(f"{way} {command}: {trials} trials, {WAYS[way](command, trials)}", flush=True)

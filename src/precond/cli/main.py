@@ -51,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # As a program that the signal ends: without a word, and without one from the interpreter when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except SystemExit as stopped:
+        # Rich has done the same already, with the code of a command that failed.
+        if isinstance(stopped.__context__, BrokenPipeError):
+            return 141
+        raise
     except OSError as error:
         print(f"precond: error: {error}", file=sys.stderr)
         return 2

@@ -233,8 +233,9 @@ class _Training:
             if identity == self._identity:
                 self._load(state)
         except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise CheckpointError(
-                f"{self._checkpoint.path} holds no state of this training ({type(error).__name__}: {error}); delete it to repeat this "
+                f"{self._checkpoint.path} holds no state of this training ({reason}); delete it to repeat this "
                 "training from its start, or start all over with --no-resume"
             ) from error
         if identity != self._identity:
@@ -247,6 +248,7 @@ class _Training:
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
         self._random = state["random"]
+        restore_random_states(self._random)
         self._curve = Curve(**state["curve"])
 
     def _outcome(self, diverged: bool) -> Outcome:
