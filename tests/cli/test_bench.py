@@ -11,16 +11,12 @@ from precond.cli.bench import Bench, Experiment
 from precond.cli.main import main
 from precond.report import load_results, ratios
 from precond.workloads import LogUniform, Task
-from precond.workloads.fashion_mnist import FOLDER
 from precond.workloads.fashion_study import ENTRANTS, fashion_tasks
 from precond.workloads.race import REFERENCE
 
-needs_data = pytest.mark.skipif(not FOLDER.is_dir(), reason="Fashion-MNIST is not installed")
 
-
-@needs_data
-def test_every_entrant_of_every_task_has_the_same_budget() -> None:
-    tasks = fashion_tasks((0, 1, 2), trials=5, examples=1000)
+def test_every_entrant_of_every_task_has_the_same_budget(fashion_mnist: Path) -> None:
+    tasks = fashion_tasks((0, 1, 2), trials=5, folder=fashion_mnist, examples=1000)
     assert [task.name for task in tasks] == [f"{net}, batch {b}" for b in (128, 60, 6, 2, 1) for net in ("MLP", "conv net")]
     for task in tasks:
         assert (task.search.trials, task.seeds, task.reference, task.allowance) == (5, (0, 1, 2), "Adam", 0.0)
@@ -28,15 +24,16 @@ def test_every_entrant_of_every_task_has_the_same_budget() -> None:
         assert {c.lr_from for c in task.contenders} == {"searched"}
         widths = [math.log10(c.lr.high / c.lr.low) for c in task.contenders if isinstance(c.lr, LogUniform)]
         assert widths == pytest.approx([3.477] * len(ENTRANTS), abs=0.05)
-    assert [t.plan.steps for t in fashion_tasks((0,), 5, scale=0.1, examples=1000)][:2] == [80, 20]
+    assert [t.plan.steps for t in fashion_tasks((0,), 5, scale=0.1, folder=fashion_mnist, examples=1000)][:2] == [80, 20]
 
 
-@needs_data
-def test_tasks_are_chosen_by_whole_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_are_chosen_by_whole_words(
+    fashion_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     made: list[str] = []
 
     def tasks(*args: object) -> tuple[Task, ...]:
-        every = fashion_tasks((0,), 1, 0.002, None, 300)
+        every = fashion_tasks((0,), 1, 0.002, fashion_mnist, 300)
         return tuple(t for t in every if "MLP" in t.name)
 
     def launch(title: str, chosen: list[Task], *rest: object) -> int:
@@ -47,16 +44,17 @@ def test_tasks_are_chosen_by_whole_words(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(bench, "launch", launch)
     assert main(["bench", "fashion-mnist", "--tasks", "batch 6,batch 1", "--out", str(tmp_path)]) == 0
     assert made == ["MLP, batch 6", "MLP, batch 1"]
+    assert main(["bench", "fashion-mnist", "--tasks", "nonsense"]) == 2
+    assert "no task of fashion-mnist contains 'nonsense'; there are MLP, batch 128; MLP, batch 60" in capsys.readouterr().err
 
 
-@needs_data
 def test_entrants_are_chosen_beside_the_reference_and_keep_their_files(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    fashion_mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More of them go on in the same folder."""
 
     def task(*args: object) -> tuple[Task, ...]:
-        (found,) = (t for t in fashion_tasks((0,), 1, 0.002, None, 300) if t.name == "MLP, batch 128")
+        (found,) = (t for t in fashion_tasks((0,), 1, 0.002, fashion_mnist, 300) if t.name == "MLP, batch 128")
         return (replace(found, reference="Adam", seeds=(0,)),)
 
     monkeypatch.setitem(bench.EXPERIMENTS, "fashion-mnist", Experiment(task))
@@ -101,11 +99,11 @@ def test_the_settings_that_decide_a_result_are_kept(monkeypatch: pytest.MonkeyPa
     }
 
 
-@needs_data
-def test_a_race(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_race(fashion_mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for package in ("heavyball", "pytorch_optimizer", "schedulefree"):
         pytest.importorskip(package, reason=f"{package} is not installed (extra [bench])")
     arguments = ["--tasks", "wine", "--trials", "2", "--seeds", "0,1,2", "--scale", "0.02", "--examples", "300"]
+    arguments += ["--data-dir", str(fashion_mnist)]
     assert main(["bench", "race", *arguments, "--out", str(tmp_path)]) == 0
     (task,) = load_results(tmp_path / "results.json").tasks
     assert (task.name, task.reference, task.target.part) == ("logistic, wine", REFERENCE, "train")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import precond
-from contract.table import EVERY, OWN, TWINS, Twin, batches, closure, flat, net, train
+from contract.table import EVERY, OWN, TWINS, Twin, batches, closure, flat, net, rounding, train
 from precond import RMS, SAM, GradientNorm, LossClosure, PreconditionedGD
 from precond.engine import loop
 
@@ -40,7 +40,7 @@ def test_auto_is_loop(name, gaps):
 
             optimizer.step(gappy)
         ends.append(flat(model))
-    assert relative(*ends) <= 1e-12
+    assert relative(*ends) <= rounding(name)
 
 
 LAYOUTS = {
@@ -146,7 +146,7 @@ def test_params_may_be_given_in_any_form(name):
         model = net()
         train(model, OWN[name](give(model)), batches(4))
         ends[form] = flat(model)
-    assert len(ends) >= 2 and all(relative(end, ends["module"]) <= 1e-12 for end in ends.values())
+    assert len(ends) >= 2 and all(relative(end, ends["module"]) <= rounding(name) for end in ends.values())
 
 
 def test_a_kernel_that_does_not_fit_is_refused():

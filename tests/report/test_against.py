@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from precond.report import Entry, Results, TaskResults, default_target, geometric_mean, load_results, markdown, overall, ratios
-from precond.report.against import Ratio
+from precond.report.against import Ratio, markdown_of_task
 from precond.report.page import render
 from precond.report.saving import save
 from precond.workloads import Curve, Outcome, Trial
@@ -124,3 +124,12 @@ def test_the_longer_list_makes_the_rows() -> None:
     assert '<th scope="col">one</th><th scope="col">two</th>' in page
     many = render(results(*(task(str(i), (REFERENCE, FAST)) for i in range(3))))
     assert '<th scope="col">ref</th><th scope="col">fast</th>' in many
+
+
+def test_names_do_not_move_the_columns() -> None:
+    """Of Markdown: a bar is escaped, a name is one line."""
+    named = replace(task("a|b\nc"), entries=(replace(REFERENCE, label="ref"), replace(FAST, label="x|y")))
+    for text in (markdown(results(named)), markdown_of_task(named, "seconds")):
+        rows = text.splitlines()
+        assert len({row.replace("\\|", "").count("|") for row in rows}) == 1 and "x\\|y" in text
+    assert "a\\|b c" in markdown(results(named))

@@ -144,7 +144,7 @@ def test_numbers_survive(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [(None, "there is no"), ("{", "is no JSON"), ("[]", "no results of layout"), ('{"schema": 1}', "no results of layout"),
-     ('{"schema": 2}', "lacks what results hold")],
+     ('{"schema": 2}', "does not hold what results hold .it lacks title")],
 )  # fmt: skip
 def test_files_that_hold_no_results(tmp_path: Path, content: str | None, words: str) -> None:
     path = tmp_path / "results.json"

@@ -1,18 +1,13 @@
 """IDX files, good and damaged, and Fashion-MNIST made of them."""
 
 import gzip
-import struct
 from pathlib import Path
 
 import pytest
 import torch
 
+from fashion import idx, written
 from precond.workloads import DataError, load_data, read_idx
-
-
-def idx(values: torch.Tensor) -> bytes:
-    return struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape) + bytes(values.flatten().tolist())
-
 
 IMAGES = torch.arange(24, dtype=torch.uint8).reshape(2, 3, 4)
 GOOD = idx(IMAGES)
@@ -46,16 +41,13 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, word
     assert str(path) in str(caught.value)
 
 
-def fashion(folder: Path, n: int = 200, labels: torch.Tensor | None = None) -> Path:
-    for prefix in ("train", "t10k"):
-        y = torch.arange(n, dtype=torch.uint8) % 10 if labels is None else labels
-        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(idx(torch.full((n, 28, 28), 255, dtype=torch.uint8)))
-        (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(y), mtime=0))
-    return folder
+def white(folder: Path, labels: torch.Tensor | None = None) -> Path:
+    images = torch.full((200, 28, 28), 255, dtype=torch.uint8)
+    return written(folder, images, torch.arange(200, dtype=torch.uint8) % 10 if labels is None else labels)
 
 
 def test_fashion_mnist_from_a_folder(tmp_path: Path) -> None:
-    data = load_data("fashion-mnist", folder=fashion(tmp_path))
+    data = load_data("fashion-mnist", folder=white(tmp_path))
     assert {name: len(part) for name, part in data.parts.items()} == {"train": 160, "validation": 40, "test": 200}
     assert data.parts["test"].inputs.shape == (200, 1, 28, 28)
     assert data.parts["test"].inputs.max() == 1
@@ -75,4 +67,4 @@ def test_fashion_mnist_absent_says_how_to_get_it(tmp_path: Path) -> None:
 )
 def test_labels_that_do_not_fit(tmp_path: Path, labels: torch.Tensor, words: str) -> None:
     with pytest.raises(DataError, match=words):
-        load_data("fashion-mnist", folder=fashion(tmp_path, labels=labels))
+        load_data("fashion-mnist", folder=white(tmp_path, labels))

@@ -13,13 +13,11 @@ from torch import nn
 
 from precond.workloads import Checkpoint, Interrupted, LogUniform, Outcome, Plan, Task, peers, train
 from precond.workloads.data import Part
-from precond.workloads.fashion_mnist import FOLDER
 from precond.workloads.models import Architecture
 from precond.workloads.networks import CharacterTransformer
 from precond.workloads.problem import Tensors, in_batches
 from precond.workloads.race import REFERENCE, RULES, entrants, race_tasks
 
-needs_data = pytest.mark.skipif(not FOLDER.is_dir(), reason="Fashion-MNIST is not installed")
 PLAN = Plan(0.003, 6, 3, "linear", 2, 3)
 ENTRANTS = {entrant.label: entrant for entrant, _ in entrants()}
 
@@ -55,11 +53,10 @@ def numbers(outcome: Outcome) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def tasks() -> dict[str, Task]:
-    return {task.name: task for task in race_tasks((0, 1, 2), trials=5, scale=0.01, examples=300)}
+def tasks(fashion_mnist: Path) -> dict[str, Task]:
+    return {task.name: task for task in race_tasks((0, 1, 2), trials=5, scale=0.01, folder=fashion_mnist, examples=300)}
 
 
-@needs_data
 def test_the_rules_are_the_same_for_all(tasks: dict[str, Task]) -> None:
     assert len(tasks) == 9
     for task in tasks.values():
@@ -78,7 +75,6 @@ def test_the_rules_are_the_same_for_all(tasks: dict[str, Task]) -> None:
     assert len(RULES) > 3
 
 
-@needs_data
 @pytest.mark.parametrize(
     "name", ["logistic, wine", "logistic, breast cancer", "digits MLP", "Fashion MLP", "Fashion conv net", "Fashion conv net, BN",
              "autoencoder", "character transformer", "vision transformer"],

@@ -49,7 +49,7 @@ class Bench:
         seeds: One training per seed with the best of them.
         scale: Times the steps of the table; less for a first look.
         examples: Train on a stratified sample of so many examples.
-        data_dir: Folder of the IDX files of fashion-mnist; where Debian's package puts them if not given.
+        data_dir: Folder of the IDX files of fashion-mnist; $FASHION_MNIST, or where Debian's package puts them, if not given.
         out: Output folder; runs/bench-NAME if not given.
         resume: Go on where the same command left off in the output folder; otherwise start all over.
         checkpoint_seconds: Shortest time between two checkpoints.

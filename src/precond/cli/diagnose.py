@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from rich.text import Text
 
 from precond import checks
 from precond.cli.errors import UserError, as_user_errors
+from precond.cli.folder import file_name, sole
 from precond.cli.settings import Integers
 from precond.curvature import Objective
 from precond.diagnostics import Diagnosis, diagnose
@@ -56,7 +56,7 @@ class Diagnose:
         widths: Units of the hidden layers, or channels of the convolutions.
         normalization: Of the inputs of each layer.
         activation: Between layers.
-        data_dir: Folder of the IDX files of fashion-mnist; where Debian's package puts them if not given.
+        data_dir: Folder of the IDX files of fashion-mnist; $FASHION_MNIST, or where Debian's package puts them, if not given.
         seed: Of the model and of dropout.
         threads: Threads of torch.
         device: Where to compute: cpu, cuda, ....
@@ -91,28 +91,28 @@ class Diagnose:
             )
             checks.non_negative("diagnose", steps=self.steps)
             torch.set_num_threads(self.threads)
-            with isolated(self.seed):
-                objective, optimizer, facts = self._problem()
+        folder = self.out or Path("runs") / file_name(f"diagnose {self.target}")
+        with as_user_errors(), isolated(self.seed):
+            objective, optimizer, facts = self._problem()
+            with sole(folder):
                 self._train(objective, optimizer)
                 found = diagnose(objective, optimizer, curvature=self.curvature, samples=self.samples)
-        folder = self.out or Path("runs") / f"diagnose-{re.sub(r'[^A-Za-z0-9._-]+', '-', self.target)}"
-        facts |= {"loss": number(found.loss), "optimizer": found.optimizer or "none: P = I", "steps before": str(self.steps)}
-        if found.lr is not None:
-            facts["learning rate"] = number(found.lr)
-        facts |= {**versions(), **machine(self.device)}
-        line = shlex.join(["precond", *argv])
-        with as_user_errors():
-            save_diagnosis(folder / "diagnosis.html", found, f"precond diagnose: {self.target}", facts, line)
-            content = json.dumps(
-                to_json({"command": line, "facts": facts, **found.as_dict()}), ensure_ascii=False, indent=1, allow_nan=False
-            )
-            write_atomically(folder / "diagnosis.json", content.encode())
+                self._save(folder, found, facts, shlex.join(["precond", *argv]))
         console = Console(highlight=False)
         if not console.is_terminal:
             console = Console(highlight=False, width=160)
         show(found, console)
         console.print(Text(f"Saved in {folder}: diagnosis.html, diagnosis.json"), soft_wrap=True)
         return 0
+
+    def _save(self, folder: Path, found: Diagnosis, facts: dict[str, str], line: str) -> None:
+        facts |= {"loss": number(found.loss), "optimizer": found.optimizer or "none: P = I", "steps before": str(self.steps)}
+        if found.lr is not None:
+            facts["learning rate"] = number(found.lr)
+        facts |= {**versions(), **machine(self.device)}
+        save_diagnosis(folder / "diagnosis.html", found, f"precond diagnose: {self.target}", facts, line)
+        content = to_json({"command": line, "facts": facts, **found.as_dict()})
+        write_atomically(folder / "diagnosis.json", json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False))
 
     # --- what is looked at ---------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -11,7 +12,8 @@ from typing import IO, Any
 
 from precond.cli.errors import UserError
 from precond.report import outcome_from_json, outcome_to_json
-from precond.workloads import Checkpoint, Outcome, write_atomically
+from precond.report.reading import parsed
+from precond.workloads import Checkpoint, Outcome, WriteError, sweep, write_atomically
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,22 @@ class Folder:
             whole = locks.enter_context(_opened(self.path / ".lock"))
             # Who removes must be alone; who trains shares the folder.
             if not _locked(whole, alone=not resume):
-                raise self._busy()
+                raise _busy(self.path)
             for task in tasks:
-                if not _locked(locks.enter_context(_opened(self.path / "trainings" / task / ".lock")), alone=True):
-                    raise self._busy()
+                folder = self.path / "trainings" / task
+                if not _locked(locks.enter_context(_opened(folder / ".lock")), alone=True):
+                    raise _busy(self.path)
+                sweep(folder)
             if not resume:
                 self._clear()
             with self.alone():
+                sweep(self.path)
                 file = self.path / "settings.json"
                 if file.exists():
                     self._compare(file, settings)
-                write_atomically(file, json.dumps(settings, indent=1, ensure_ascii=False).encode())
-            _locked(whole, alone=False)
+                write_atomically(file, json.dumps(settings, indent=1, ensure_ascii=False))
+            if not _locked(whole, alone=False):
+                raise _busy(self.path)
             yield
 
     @contextmanager
@@ -70,13 +76,10 @@ class Folder:
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _busy(self) -> UserError:
-        return UserError(f"another process works in {self.path}; wait until it ends, or name another folder with --out")
-
     def _compare(self, file: Path, settings: dict[str, Any]) -> None:
         remedy = "name another folder with --out, or start all over with --no-resume"
         try:
-            before = json.loads(file.read_bytes())
+            before = parsed(file.read_bytes())
             names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is damaged; {remedy}") from error
@@ -109,12 +112,12 @@ class Folder:
         """
         file = self.path / "trainings" / f"{slug}.json"
         try:
-            return outcome_from_json(json.loads(file.read_bytes()))
+            return outcome_from_json(file.read_bytes())
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise UserError(
-                f"{file} is damaged; delete it to repeat this training, or start all over with --no-resume"
+                f"{file} is damaged ({error}); delete it to repeat this training, or start all over with --no-resume"
             ) from error
 
     def finish(self, slug: str, outcome: Outcome) -> None:
@@ -123,14 +126,55 @@ class Folder:
         Raises:
             WriteError: where it cannot be written; the checkpoint is still there.
         """
-        content = json.dumps(outcome_to_json(outcome), allow_nan=False).encode()
-        write_atomically(self.path / "trainings" / f"{slug}.json", content)
+        write_atomically(self.path / "trainings" / f"{slug}.json", json.dumps(outcome_to_json(outcome), allow_nan=False))
         self.checkpoint(slug).discard()
+
+
+@contextmanager
+def sole(path: Path) -> Iterator[None]:
+    """The folder of a command that writes its files at its end, for this process alone.
+
+    Raises:
+        UserError: where another process works in it, or it cannot be written; before the work, not after it.
+    """
+    with ExitStack() as locks:
+        try:
+            if not _locked(locks.enter_context(_opened(path / ".lock")), alone=True):
+                raise _busy(path)
+            sweep(path)
+        except OSError as error:
+            raise cannot_work(path, error) from error
+        try:
+            yield
+        except WriteError as error:
+            raise UserError(str(error)) from error
+
+
+def cannot_work(path: Path, error: OSError) -> UserError:
+    """What is wrong with a folder."""
+    return UserError(f"cannot work in {path}: {error}; name another folder with --out")
+
+
+def file_name(text: str) -> str:
+    """Letters and digits of a text, and hyphens for all between; what is too long for a file system ends in a digest.
+
+    Example:
+        >>> file_name("../MLP, batch 128"), file_name("<...>"), len(file_name("x" * 1000))
+        ('MLP-batch-128', 'x', 87)
+    """
+    name = "-".join("".join(c if c.isalnum() else " " for c in text).split()) or "x"
+    short = name.encode()[:80].decode(errors="ignore")
+    return name if len(name.encode()) <= 120 else f"{short}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def _busy(path: Path) -> UserError:
+    return UserError(f"another process works in {path}; wait until it ends, or name another folder with --out")
 
 
 def _opened(path: Path) -> IO[bytes]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return open(path, "wb")
+    # Not "wb": a link of that name may lead to a file of the user.
+    return open(path, "ab")
 
 
 def _locked(file: IO[bytes], alone: bool) -> bool:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from precond.cli.errors import UserError
-from precond.cli.folder import Folder
+from precond.cli.folder import Folder, cannot_work, file_name
 from precond.cli.progress import Live
 from precond.cli.stopping import stopping
 from precond.cli.study import Study, folder_name
@@ -96,8 +96,10 @@ def launch(
                 saved = save(folder.path, results) + (["model.pt"] if where.model else [])
     except (CheckpointError, WriteError) as error:
         raise UserError(str(error)) from error
+    except BrokenPipeError:  # nobody reads what is printed
+        raise
     except OSError as error:
-        raise UserError(f"cannot work in {folder.path}: {error}; name another folder with --out") from error
+        raise cannot_work(folder.path, error) from error
     if live.known:
         console.print(f"{live.known} of {study.amount} trainings were done before (--no-resume repeats them).")
     for drawn in final_tables(results):
@@ -112,7 +114,7 @@ def launch(
 def _default_folder(title: str, identity: dict[str, Any]) -> Path:
     """Other settings, other folder: the same command finds its own work again."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
-    return Path("runs") / f"{title.replace(' ', '-').replace(':', '-')}-{digest}"
+    return Path("runs") / f"{file_name(title)}-{digest}"
 
 
 def _interrupted(live: Live, interrupted: Interrupted, folder: Folder, line: str, number: int) -> int:

@@ -13,10 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from precond.cli.errors import UserError, as_user_errors
+from precond.cli.folder import sole
 from precond.cli.settings import Texts
 from precond.report.environment import machine, versions
 from precond.report.logistic import rows, save_logistic
-from precond.workloads import WriteError
 from precond.workloads.logistic import SETS, descents, logistic
 
 
@@ -52,21 +52,19 @@ class LogisticRegression:
         console = Console(highlight=False)
         if not console.is_terminal:
             console = Console(highlight=False, width=160)
-        found = []
-        for problem in problems:
-            with console.status(f"{problem.name} …"):
-                found.append((problem, descents(problem, self.tolerance, self.limit)))
-            drawn = Table(title=f"{problem.name}: full-batch iterations, λ = {self.l2:g}", title_justify="left")
-            drawn.add_column("method")
-            for heading in ("κ", "lr", "predicted", f"to {self.tolerance:g}", "last gap"):
-                drawn.add_column(heading, justify="right")
-            for row in rows(found[-1][1]):
-                drawn.add_row(*map(Text, row))
-            console.print(drawn)
-        facts = {**versions(), **machine("cpu")}
-        try:
+        with sole(self.out):
+            found = []
+            for problem in problems:
+                with console.status(f"{problem.name} …"):
+                    found.append((problem, descents(problem, self.tolerance, self.limit)))
+                drawn = Table(title=f"{problem.name}: full-batch iterations, λ = {self.l2:g}", title_justify="left")
+                drawn.add_column("method")
+                for heading in ("κ", "lr", "predicted", f"to {self.tolerance:g}", "last gap"):
+                    drawn.add_column(heading, justify="right")
+                for row in rows(found[-1][1]):
+                    drawn.add_row(*map(Text, row))
+                console.print(drawn)
+            facts = {**versions(), **machine("cpu")}
             save_logistic(self.out, found, facts, self.tolerance, shlex.join(["precond", *argv]))
-        except WriteError as error:
-            raise UserError(str(error)) from error
         console.print(Text(f"Saved in {self.out}: report.html, results.json"), soft_wrap=True)
         return 0

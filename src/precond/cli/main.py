@@ -1,7 +1,8 @@
-"""The entry point ``precond``."""
+"""The commands of ``precond``."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Union
@@ -18,7 +19,6 @@ from precond.cli.report import Report
 from precond.cli.settings import Settings
 from precond.cli.train import Train
 from precond.cli.verify import Verify
-from precond.report.environment import versions
 
 # A new command is one file with a dataclass that has ``run(argv) -> int``, and one row here.
 COMMANDS: dict[str, type[Any]] = {
@@ -39,15 +39,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None: those of the process.
 
     Returns:
-        The exit code: 0; 2 for what the user can put right; 130 after Ctrl-C.
+        The exit code: 0; 2 for what the user can put right; 130 after Ctrl-C; 141 where nobody reads what is printed.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv == ["--version"]:
-        print(f"precond {versions()['precond']}")
-        return 0
     try:
         return parse(argv).run(argv)
     except UserError as error:
+        print(f"precond: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # As a program that the signal ends: without a word, and without one from the interpreter when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except SystemExit as stopped:
+        # Rich has done the same already, with the code of a command that failed.
+        if isinstance(stopped.__context__, BrokenPipeError):
+            return 141
+        raise
+    except OSError as error:
         print(f"precond: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

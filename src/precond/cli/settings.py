@@ -53,7 +53,7 @@ class Settings:
             validation loss wins.
         search_seed: Seed of the search.
         examples: Train on a stratified sample of so many examples.
-        data_dir: Folder of the IDX files of fashion-mnist; where Debian's package puts them if not given.
+        data_dir: Folder of the IDX files of fashion-mnist; $FASHION_MNIST, or where Debian's package puts them, if not given.
         split_seed: Seed of the split into training, validation and test parts.
         evaluations: Evaluations of a training, equally spaced.
         target: Validation loss of which the work to reach it is reported; the best of the first entrant that finished (median

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from precond.cli.folder import Folder
+from precond.cli.folder import Folder, file_name
 from precond.report import Entry, Target, TaskResults, default_target
 from precond.workloads import (
     CheckpointError,
@@ -106,7 +106,7 @@ class Study:
         goal: float | None = None
         # The reference first: searches of the others may aim at its loss.
         for index, contender in sorted(task.numbered, key=lambda pair: pair[1].label != task.reference):
-            slug = f"{folder_name(task)}/{index:02d}-{_file_name(contender.entrant.slug)}"
+            slug = f"{folder_name(task)}/{index:02d}-{file_name(contender.entrant.slug)}"
             title = f"{self._prefix(task)}{contender.label}"
             trials = tuple[Trial, ...]()
             lr = contender.lr if isinstance(contender.lr, float) and contender.lr_from == "given" else None
@@ -174,11 +174,14 @@ class Study:
         return f"{task.name}: " if len(self.tasks) > 1 else ""
 
     def _train(self, task: Task, job: Job, folder: Folder, watcher: Watcher) -> Outcome:
-        outcome = folder.outcome(job.slug)
+        model_path, checkpoint = None if job.is_trial else self.model_path, folder.checkpoint(job.slug)
+        # Without the model that it shall leave, a training is not done.
+        outcome = folder.outcome(job.slug) if model_path is None or model_path.exists() else None
         known = outcome is not None
-        if outcome is None:
+        if outcome is not None:
+            checkpoint.discard()  # of a process killed between the two files
+        else:
             watcher.started(job)
-            checkpoint = folder.checkpoint(job.slug)
             entrant = job.contender.entrant
             try:
                 self._warm_up(job)
@@ -193,8 +196,8 @@ class Study:
                 outcome = Outcome(job.plan.seed, job.plan.lr or math.nan, Curve(), "failed", error=reason)
                 checkpoint.discard()
             else:
-                if self.model_path is not None and not job.is_trial:
-                    _save_model(self.model_path, model)
+                if model_path is not None:
+                    _save_model(model_path, model)
                 folder.finish(job.slug, outcome)
         watcher.finished(job, outcome, known)
         return outcome
@@ -233,11 +236,7 @@ class Study:
 
 def folder_name(task: Task) -> str:
     """Where the trainings of a task are."""
-    return _file_name(task.name)
-
-
-def _file_name(text: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in text).split()) or "x"
+    return file_name(task.name)
 
 
 def _save_model(path: Path, model: torch.nn.Module) -> None:

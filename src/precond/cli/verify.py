@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from precond.cli.errors import UserError, as_user_errors
+from precond.cli.folder import sole
 from precond.evidence import Section, as_expected, chosen, measured, sections, study
 from precond.report.environment import machine, versions
 from precond.report.evidence import SIGNS, counts, expected, number, save_evidence, tolerance
@@ -38,7 +39,7 @@ class Verify:
         out: Folder for evidence.html (with plots) and verify.md (the table), or for results.json and z-versus-p.md of the study.
         experiment: Instead of the statements, a study: z-versus-p trains with penalties in p and in z on small data (three quarters of an hour;
             an interrupted one goes on with the same command).
-        data_dir: Where the study finds Fashion-MNIST; None: where Debian's package puts it.
+        data_dir: Where the study finds Fashion-MNIST; $FASHION_MNIST, or where Debian's package puts it, if not given.
     """
 
     only: Annotated[str, tyro.conf.arg(metavar="A,B,…")] = ""
@@ -55,7 +56,8 @@ class Verify:
         if not console.is_terminal:
             console = Console(highlight=False, width=160)
         if self.experiment is not None:
-            return self._study(console, only, argv)
+            with sole(self.out):
+                return self._study(console, only, argv)
         with as_user_errors():
             entries = chosen(only)
         columns = (
@@ -64,17 +66,18 @@ class Verify:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
         )
-        found = []
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task("", total=len(entries))
-            for chapter, entry in entries:
-                progress.update(task, description=entry.name)
-                found.append((chapter, measured(entry)))
-                progress.advance(task)
-        parts = sections(found)
-        show(parts, console)
-        with as_user_errors():
-            save_evidence(self.out, parts, {**versions(), **machine("cpu")}, shlex.join(["precond", *argv]))
+        with sole(self.out):
+            found = []
+            with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+                task = progress.add_task("", total=len(entries))
+                for chapter, entry in entries:
+                    progress.update(task, description=entry.name)
+                    found.append((chapter, measured(entry)))
+                    progress.advance(task)
+            parts = sections(found)
+            show(parts, console)
+            with as_user_errors():
+                save_evidence(self.out, parts, {**versions(), **machine("cpu")}, shlex.join(["precond", *argv]))
         console.print(Text(f"Saved in {self.out}: evidence.html, verify.md"), soft_wrap=True)
         return 0 if as_expected(parts) else 1
 

@@ -73,7 +73,7 @@ def save_diagnosis(path: Path, found: Diagnosis, title: str, facts: dict[str, st
     Raises:
         WriteError: where it cannot be written.
     """
-    write_atomically(path, render_diagnosis(found, title, facts, command).encode())
+    write_atomically(path, render_diagnosis(found, title, facts, command))
 
 
 def _finite(x: float) -> float:

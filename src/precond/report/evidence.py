@@ -99,8 +99,8 @@ def save_evidence(folder: Path, sections: Sequence[Section], facts: dict[str, st
     Raises:
         WriteError: where they cannot be written.
     """
-    write_atomically(folder / "evidence.html", render_evidence(sections, facts, command).encode())
-    write_atomically(folder / "verify.md", markdown(sections, command).encode())
+    write_atomically(folder / "evidence.html", render_evidence(sections, facts, command))
+    write_atomically(folder / "verify.md", markdown(sections, command))
 
 
 def markdown(sections: Sequence[Section], command: str) -> str:

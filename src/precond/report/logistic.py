@@ -56,8 +56,8 @@ def save_logistic(
         for p, descents in found
     ]  # fmt: skip
     content = to_json({"command": command, "tolerance": tolerance, **facts, "problems": problems})
-    write_atomically(folder / "results.json", (json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n").encode())
-    write_atomically(folder / "report.html", render_logistic(found, facts, tolerance, command).encode())
+    write_atomically(folder / "results.json", json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomically(folder / "report.html", render_logistic(found, facts, tolerance, command))
 
 
 def render_logistic(

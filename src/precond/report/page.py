@@ -66,7 +66,7 @@ def save_page(path: Path, results: Results) -> None:
     Raises:
         WriteError: where it cannot be written.
     """
-    write_atomically(path, render(results).encode())
+    write_atomically(path, render(results))
 
 
 def _task(task: TaskResults, clock: Clock, pens: Mapping[str, Pen], prefix: str) -> dict[str, Any]:

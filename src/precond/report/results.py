@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from precond.workloads import Aim, Curve, Judge, LrFrom, Outcome, Trial, write_atomically
+from precond.report.reading import parsed, read
+from precond.workloads import Aim, Judge, LrFrom, Outcome, Trial, write_atomically
 
 SCHEMA = 2
 """Version of the file's layout; it changes when a reader of an older file would be misled."""
@@ -29,6 +30,10 @@ class Entry:
     runs: tuple[Outcome, ...]
     search: tuple[Trial, ...] = ()
     bounds: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError(f"{self.label!r} has no training")
 
     @property
     def lr(self) -> float:
@@ -74,6 +79,10 @@ class TaskResults:
     judge: Judge = "validation"
     aim: Aim = "loss"
 
+    def __post_init__(self) -> None:
+        if not self.entries:
+            raise ValueError(f"{self.name!r} has no entrant")
+
     @property
     def probes(self) -> bool:
         """Whether some training took more gradients than steps."""
@@ -111,6 +120,10 @@ class Results:
     tasks: tuple[TaskResults, ...]
     rules: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError(f"{self.title!r} has no task")
+
 
 def to_json(value: Any) -> Any:
     """Tuples and paths as JSON's own types; NaN and infinities, which JSON lacks, as null."""
@@ -130,10 +143,13 @@ def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
     return to_json(asdict(outcome))
 
 
-def outcome_from_json(found: dict[str, Any]) -> Outcome:
-    """The inverse; null is NaN in a curve and as a learning rate."""
-    columns: dict[str, Any] = {name: [math.nan if x is None else x for x in column] for name, column in found["curve"].items()}
-    return Outcome(**{**found, "lr": math.nan if found["lr"] is None else found["lr"], "curve": Curve(**columns)})
+def outcome_from_json(content: bytes) -> Outcome:
+    """The inverse, from the text; null is NaN in a curve and as a learning rate.
+
+    Raises:
+        ValueError: for anything else than a training.
+    """
+    return read(parsed(content), Outcome, "")
 
 
 def save_results(
@@ -153,7 +169,7 @@ def save_results(
     content = {"schema": SCHEMA, **asdict(results), **({"against": against} if against else {})}
     for task, table in zip(content["tasks"], tables, strict=True):
         task["table"] = table
-    write_atomically(path, (_text(to_json(content), "") + "\n").encode())
+    write_atomically(path, _text(to_json(content), "") + "\n")
 
 
 def _text(value: Any, indent: str) -> str:
@@ -173,30 +189,14 @@ def load_results(path: Path) -> Results:
         ResultsError: where it is absent, damaged, or of another layout.
     """
     try:
-        found = json.loads(path.read_bytes())
+        found = parsed(path.read_bytes())
     except FileNotFoundError as error:
         raise ResultsError(f"there is no {path}; name a results.json or the folder that holds it") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise ResultsError(f"{path} is no JSON ({error}); run the comparison again") from error
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise ResultsError(f"{path} holds no results of layout {SCHEMA}; run the comparison again with this version of precond")
     try:
-        tasks, rules = tuple(map(_task, found["tasks"])), tuple(found.get("rules", ()))
-        rest = {k: v for k, v in found.items() if k not in ("schema", "against")}
-        return Results(**rest | {"tasks": tasks, "rules": rules})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ResultsError(f"{path} lacks what results hold ({error}); run the comparison again") from error
-
-
-def _task(found: dict[str, Any]) -> TaskResults:
-    value = found["target"]["value"]
-    target = Target(**{**found["target"], "value": math.nan if value is None else value})
-    entries = tuple(map(_entry, found["entries"]))
-    further = {name: found[name] for name in ("reference", "judge", "aim") if name in found}
-    return TaskResults(found["name"], found["metric"], found["facts"], target, entries, **further)
-
-
-def _entry(found: dict[str, Any]) -> Entry:
-    trials = tuple(Trial(t["lr"], math.nan if t["loss"] is None else t["loss"], t.get("steps")) for t in found["search"])
-    bounds = None if found["bounds"] is None else tuple(found["bounds"])
-    return Entry(found["label"], found["lr_from"], tuple(outcome_from_json(run) for run in found["runs"]), trials, bounds)
+        return read(found, Results, "")
+    except ValueError as error:
+        raise ResultsError(f"{path} does not hold what results hold ({error}); run the comparison again") from error

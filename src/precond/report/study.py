@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from precond.evidence import study
-from precond.evidence.study import Result, Score, Setting, Trial
+from precond.evidence.study import Result, Score, Setting
 from precond.report.evidence import number
+from precond.report.reading import parsed, read
 from precond.report.results import to_json
 from precond.workloads import write_atomically
 
@@ -35,13 +36,13 @@ def load_study(file: Path, settings: Sequence[Setting]) -> tuple[Result, ...]:
         ValueError: where the file is damaged, or is one of a study with other seeds, data or strengths.
     """
     try:
-        found = json.loads(file.read_bytes())
+        found = parsed(file.read_bytes())
         same = found["design"] == design(settings)
-        results = tuple(_result(entry) for entry in found["results"])
+        results = tuple(_result(entry, f"results[{i}]", settings) for i, entry in enumerate(found["results"])) if same else ()
     except FileNotFoundError:
         return ()
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error!r}); delete it or name another folder with --out") from error
+        raise ValueError(f"{file} is damaged ({error}); delete it or name another folder with --out") from error
     if not same:
         raise ValueError(
             f"{file} holds a study with other seeds, data or strengths; delete it or name another folder with --out"
@@ -67,8 +68,8 @@ def save_study(
     order = [(s.name, m.label) for s in settings for m in study.methods()]
     results = sorted(results, key=lambda r: order.index((r.setting, r.method)))
     found = {"command": command, **facts, "design": design(settings), "results": [to_json(asdict(r)) for r in results]}
-    write_atomically(folder / "results.json", (json.dumps(found, indent=0, ensure_ascii=False) + "\n").encode())
-    write_atomically(folder / "z-versus-p.md", study_markdown(settings, results, command).encode())
+    write_atomically(folder / "results.json", json.dumps(found, indent=0, ensure_ascii=False) + "\n")
+    write_atomically(folder / "z-versus-p.md", study_markdown(settings, results, command))
 
 
 def study_markdown(settings: Sequence[Setting], results: Sequence[Result], command: str) -> str:
@@ -156,16 +157,18 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _result(entry: dict[str, Any]) -> Result:
-    def loss(value: float | None) -> float:
-        return math.inf if value is None else value
+def _result(entry: Any, at: str, settings: Sequence[Setting]) -> Result:
+    def loss(value: float) -> float:
+        return math.inf if math.isnan(value) else value
 
-    return Result(
-        entry["setting"],
-        entry["method"],
-        entry["lr"],
-        entry["strength"],
-        tuple(Trial(t["lr"], t["strength"], loss(t["loss"])) for t in entry["trials"]),
-        tuple(Score(loss(s["validation"]), loss(s["test"]), s["accuracy"]) for s in entry["scores"]),
-        tuple(tuple(map(loss, losses)) for losses in entry["stronger"]),
+    found = read(entry, Result, at)
+    if found.setting not in [s.name for s in settings] or found.method not in [m.label for m in study.methods()]:
+        raise ValueError(f"{at} is of {found.setting!r} and {found.method!r}, which there are not")
+    if len(found.scores) != len(study.SEEDS) or not found.trials or len(found.stronger) not in (0, len(study.FACTORS)):
+        raise ValueError(f"{at} is not complete")
+    return replace(
+        found,
+        trials=tuple(replace(t, loss=loss(t.loss)) for t in found.trials),
+        scores=tuple(Score(loss(s.validation), loss(s.test), s.accuracy) for s in found.scores),
+        stronger=tuple(tuple(map(loss, losses)) for losses in found.stronger),
     )

@@ -6,7 +6,7 @@ from precond.workloads.curve import Curve, Outcome
 from precond.workloads.entrant import Entrant, Peer, Recipe
 from precond.workloads.evaluation import Score, evaluate
 from precond.workloads.factory import FactoryError
-from precond.workloads.files import WriteError, write_atomically
+from precond.workloads.files import WriteError, sweep, write_atomically
 from precond.workloads.idx import DataError, read_idx
 from precond.workloads.models import Architecture, count_parameters
 from precond.workloads.problem import BuiltIn, Problem, Workload
@@ -48,6 +48,7 @@ __all__ = [
     "load_workload",
     "parse_entrants",
     "read_idx",
+    "sweep",
     "train",
     "write_atomically",
 ]

@@ -30,6 +30,12 @@ class Curve:
     validation_loss: list[float] = field(default_factory=list)
     validation_metric: list[float] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        lengths = {name: len(column) for name, column in self.columns().items()}
+        for name, length in lengths.items():
+            if length != lengths["step"] and not (name.startswith("validation") and length == 0):
+                raise ValueError(f"a curve of {lengths['step']} evaluations has {length} values of {name}")
+
     def columns(self) -> dict[str, list[float]]:
         """All columns by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}

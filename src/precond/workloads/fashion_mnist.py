@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from precond.workloads.data import DataSet, Part, parts_of
 from precond.workloads.idx import DataError, read_idx
 
-FOLDER = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package ``dataset-fashion-mnist`` puts the files."""
+FOLDER = Path(os.environ.get("FASHION_MNIST") or "/usr/share/datasets/fashion-mnist")
+"""Where the files are if nobody says: ``$FASHION_MNIST``, or where Debian's package ``dataset-fashion-mnist`` puts them."""
 
 _VALIDATION = 10_000
 
@@ -50,5 +51,5 @@ def _file(folder: Path, name: str) -> Path:
             return path
     raise DataError(
         f"no {name} or {name}.gz in {folder}; get Fashion-MNIST on Debian or Ubuntu with `apt-get install "
-        "dataset-fashion-mnist`, or name the folder of its four IDX files with --data-dir"
+        "dataset-fashion-mnist`, or name the folder of its four IDX files with --data-dir or in $FASHION_MNIST"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 from pathlib import Path
 
 
@@ -15,18 +16,25 @@ class WriteError(OSError):
         return str(self.strerror)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a file so that a crash at any moment leaves either the old content or the new.
 
-    The content goes to a temporary file beside it, to the disk, and then under the name.
+    The content goes to a temporary file beside it, to the disk, and then under the name. The temporary file has a name of its own, so that
+    processes that write the same file do not meet in it; what a killed one leaves of it, :func:`sweep` removes.
+
+    Args:
+        path: the file; its folder is made.
+        content: bytes, or text, in which what UTF-8 has no bytes for (halves of surrogate pairs) is escaped.
 
     Raises:
         WriteError: where it cannot be written (disk full, no permission); the old file is intact.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -38,11 +46,18 @@ def write_atomically(path: Path, content: bytes) -> None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else error.strerror or str(error)
         remedy = "free some space" if full else "make it writable"
-        kept = "; the one written before is intact" if path.exists() else ""
+        kept = "; the one written before is intact" if os.path.exists(path) else ""
         raise WriteError(
             error.errno,
             f"cannot write {path} ({len(content):,} bytes): {reason}{kept}; {remedy} and run the same command again",
         ) from error
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half written; for those who know that nobody writes there now."""
+    for file in folder.glob(f".{'[0-9a-f]' * 16}.tmp"):
+        with contextlib.suppress(OSError):
+            file.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -95,9 +96,7 @@ def pytorch_optimizer(name: str, **options: Any) -> Callable[[nn.Module, float],
     """An optimizer of the package pytorch-optimizer by its name."""
 
     def make(model: nn.Module, lr: float) -> Optimizer:
-        import pytorch_optimizer as package
-
-        return getattr(package, name)(model.parameters(), lr=lr, weight_decay=0.0, **options)
+        return getattr(_package("pytorch_optimizer"), name)(model.parameters(), lr=lr, weight_decay=0.0, **options)
 
     return make
 
@@ -117,8 +116,7 @@ def heavyball(name: str) -> Callable[[nn.Module, float], Optimizer]:
     def make(model: nn.Module, lr: float) -> Optimizer:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            import heavyball as package
-
+            package = _package("heavyball")
             package.utils.compile_mode = None
             optimizer = getattr(package, name)(model.parameters(), lr=lr, weight_decay=0.0, compile_step=False)
         # It says so at every step of a schedule, and supports it with its own defaults.
@@ -130,11 +128,16 @@ def heavyball(name: str) -> Callable[[nn.Module, float], Optimizer]:
 
 def schedule_free(model: nn.Module, lr: float) -> Optimizer:
     """AdamW of the package schedulefree."""
-    import schedulefree
-
-    optimizer = schedulefree.AdamWScheduleFree(model.parameters(), lr=lr, weight_decay=0.0)
+    optimizer = _package("schedulefree").AdamWScheduleFree(model.parameters(), lr=lr, weight_decay=0.0)
     optimizer.train()
     return optimizer
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}; install what it is compared with: pip install 'precond[bench]'") from error
 
 
 @dataclass(frozen=True)

@@ -228,16 +228,27 @@ class _Training:
         if state is None:
             return
         assert self._checkpoint is not None
-        if state["identity"] != self._identity:
+        try:
+            identity = state["identity"]
+            if identity == self._identity:
+                self._load(state)
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise CheckpointError(
-                f"{self._checkpoint.path} belongs to {state['identity']}, not to {self._identity}; use another folder"
-            )
+                f"{self._checkpoint.path} holds no state of this training ({reason}); delete it to repeat this "
+                "training from its start, or start all over with --no-resume"
+            ) from error
+        if identity != self._identity:
+            raise CheckpointError(f"{self._checkpoint.path} belongs to {identity}, not to {self._identity}; use another folder")
+
+    def _load(self, state: dict[str, Any]) -> None:
         self._step, self._gradients = state["step"], state["gradients"]
         self._seconds, self._cpu_seconds = state["seconds"], state["cpu_seconds"]
         self.problem.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
         self._random = state["random"]
+        restore_random_states(self._random)
         self._curve = Curve(**state["curve"])
 
     def _outcome(self, diverged: bool) -> Outcome:
