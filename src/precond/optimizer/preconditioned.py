@@ -26,6 +26,7 @@ from precond.optimizer.binding import Binding, bind, choices_of
 from precond.optimizer.compatibility import check_precision, validate
 from precond.optimizer.explanation import Explanation, explain
 from precond.optimizer.fusing import alike, divided, kernels_of
+from precond.optimizer.imitation import hand_through
 from precond.optimizer.listening import Listening
 from precond.optimizer.looking import map_in_force, measure
 from precond.optimizer.naming import Naming
@@ -85,6 +86,10 @@ class PreconditionedGD(torch.optim.Optimizer):
     References:
         Ye, eqs. (4), (5), (9)–(12).
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        hand_through(cls, PreconditionedGD)
 
     def __init__(
         self,
@@ -350,6 +355,16 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def _agreed(self, good: bool) -> bool:
         return agreed(good, self._bound.leaves[0].param.device)
+
+    @property
+    def probes(self) -> bool:
+        """Whether a step wants gradients at other points, which :meth:`probe` or a closure's further calls give."""
+        return self._probing
+
+    @property
+    def replaces_gradient(self) -> bool:
+        """Whether the gradient found at another point stands in the place of the clean one, as in SAM."""
+        return self._probing and self._bound.choices[0].regularizers[self._gradient_based or 0].replaces_gradient
 
     @property
     def probing(self) -> bool:
