@@ -48,9 +48,12 @@ class SecondGradients(Callback):
             self._micro.add(_pass, trainer, pl_module, batch, batch_idx)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        if self._micro is not None:
-            with _unlogged(pl_module):
-                self._micro.repeat()
+        if self._micro is None:
+            return
+        if trainer.fit_loop._skip_backward:  # weight averaging gathers batch statistics; the gradients are those of a step taken
+            self._micro.optimizer.zero_grad()
+        with _unlogged(pl_module):
+            self._micro.repeat()
 
 
 def _pass(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
