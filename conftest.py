@@ -3,5 +3,5 @@
 from importlib.util import find_spec
 
 collect_ignore = [
-    f"src/precond/integrations/{framework}.py" for framework in ("lightning", "transformers", "skorch") if find_spec(framework) is None
+    f"src/precond/integrations/{framework}.py" for framework in ("lightning", "transformers") if find_spec(framework) is None
 ]

@@ -77,7 +77,7 @@ def test_bfloat16(recipe):
 @each
 def test_float16_and_an_overflow(recipe):
     """A scaler in the wrapper, as on a GPU: the step is skipped, and the wrapper says so."""
-    accelerator, model, optimizer, scheduler = make(recipe, torch.float32)
+    accelerator, model, optimizer, _ = make(recipe, torch.float32)
     scaler = torch.amp.GradScaler("cpu")
     accelerator.scaler = scaler
     wrapped = accelerate.optimizer.AcceleratedOptimizer(optimizer.optimizer, scaler=scaler)

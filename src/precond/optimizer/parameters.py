@@ -33,10 +33,12 @@ def to_groups(params: Params, modules: list[nn.Module], before: Sequence[Mapping
         TypeError: for something that holds no parameters, sparse, complex or integer ones.
         ValueError: for no parameters, or a parameter given twice.
     """
+    known: dict[Tensor, str] = {}
     if isinstance(params, nn.Module):
         params = [{"params": params}]
     elif isinstance(params, ModuleGroups) and params.module is not None:
         modules.append(params.module)
+        known = {p: clean(name) for name, p in params.module.named_parameters()}
     elif isinstance(params, Tensor):
         raise TypeError("params must be a module, an iterable of parameters or of groups, got one tensor; pass [tensor]")
     elif isinstance(params, Mapping):
@@ -50,7 +52,8 @@ def to_groups(params: Params, modules: list[nn.Module], before: Sequence[Mapping
     for item in items:
         if not isinstance(item, Mapping) or "params" not in item:
             raise TypeError(f"params mixes groups with other things: expected a dict with 'params', got {type(item).__name__}")
-        groups.append({**item, "params": _named(item["params"], modules)})
+        pairs = [(name or known.get(p), p) for name, p in _named(item["params"], modules)]
+        groups.append({**item, "params": pairs})
     if before:
         named = all("param_names" in group for group in before)
     else:
