@@ -63,7 +63,8 @@ class Listening:
         seen = synchronized(self.observer) if distributed() else self.observer.collect()
         for cell in cells:
             cell.inputs = seen
-        if not seen and self.observer.expecting and not self._told:
+        wanted = any(g is not None for cell in cells for g in cell.block.gradients)
+        if wanted and not seen and self.observer.expecting and not self._told:
             self._told = True
             warnings.warn(
                 "no layer inputs were observed since the last step: was the model compiled and called before the optimizer was "

@@ -300,7 +300,12 @@ class PreconditionedGD(torch.optim.Optimizer):
                 found = self._exact_gradient(closure)
                 self._listening.end_closure(anew=True)
                 return found
-            loss, made = loss_gradient(self._bound.leaves, closure, self._clearings)
+            try:
+                loss, made = loss_gradient(self._bound.leaves, closure, self._clearings)
+            except BaseException:
+                self._pending = self._pending or pending
+                self.restore()
+                raise
             self._listening.end_closure(anew=made == "anew")
             if made == "none" and self._pending is None:
                 self._pending = pending
