@@ -4,7 +4,9 @@
 SHELL := /bin/sh
 
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
+FRAMEWORKS := .venv-integrations
 DATA ?= digits
 OUT ?= runs/demo
 DEMO ?= compare $(DATA) --out $(OUT)
@@ -19,13 +21,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo test docs lint format types imports pytest numerics data clean distclean
+.PHONY: help demo test integrations trainers docs lint format types imports pytest numerics data clean distclean
 
 help:
 	@echo 'make demo   train on real handwritten digits and write $(OUT)/report.html'
 	@echo 'make test   tests, doctests, lint, format, types, direction of imports'
 	@echo 'make numerics  the numeric tests as three other processors compute'
 	@echo 'make data   the tests that read Fashion-MNIST'
+	@echo 'make integrations   the tests under Lightning, Hugging Face, timm, skorch, which it installs in $(FRAMEWORKS)'
 	@echo 'make docs   the documentation, with its examples executed, in docs/_build/html'
 	@echo 'make clean  remove what these commands wrote, but not $(VENV) (make distclean: that too)'
 
@@ -61,9 +64,9 @@ numerics-compatible: export MKL_CBWR := COMPATIBLE
 numerics-compatible: export ONEDNN_MAX_CPU_ISA := SSE41
 
 # One thread per process: small tensors gain nothing from more, and the workers of the tests share the cores.
-demo pytest data docs $(PROCESSORS): export OMP_NUM_THREADS := 1
-demo pytest data docs $(PROCESSORS): export MKL_NUM_THREADS := 1
-demo pytest data docs $(PROCESSORS): export OPENBLAS_NUM_THREADS := 1
+demo pytest data trainers docs $(PROCESSORS): export OMP_NUM_THREADS := 1
+demo pytest data trainers docs $(PROCESSORS): export MKL_NUM_THREADS := 1
+demo pytest data trainers docs $(PROCESSORS): export OPENBLAS_NUM_THREADS := 1
 pytest: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n $(WORKERS)
 
@@ -77,6 +80,14 @@ $(PROCESSORS): $(VENV)/installed-test
 data: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) -m fashion_mnist
 
+# The frameworks bring much with them, and have an environment and a lock file of their own.
+integrations:
+	@$(MAKE) --no-print-directory VENV=$(FRAMEWORKS) CONSTRAINTS=constraints-integrations.txt trainers
+
+trainers: $(VENV)/installed-integrations
+	$(BIN)/python -m pytest -n $(WORKERS) tests/integrations docs/test_documents.py \
+		-k 'integrations or trainer or Lightning or Accelerate'
+
 docs: $(VENV)/installed-docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo 'docs/_build/html/index.html'
@@ -85,10 +96,11 @@ docs: $(VENV)/installed-docs
 $(VENV)/installed-demo: EXTRAS := cli,report
 $(VENV)/installed-test: EXTRAS := cli,report,test
 $(VENV)/installed-docs: EXTRAS := cli,report,docs
-$(VENV)/installed-%: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
-	@echo 'Installing precond[$(EXTRAS)] and the versions of constraints.txt in $(VENV) (minutes the first time) ...'
-	@$(BIN)/python -m pip install -qq -c constraints.txt hatchling editables
-	@$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+$(VENV)/installed-integrations: EXTRAS := integrations,test
+$(VENV)/installed-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/pyvenv.cfg
+	@echo 'Installing precond[$(EXTRAS)] and the versions of $(CONSTRAINTS) in $(VENV) (minutes the first time) ...'
+	@$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) hatchling editables
+	@$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) --no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@
 
 $(VENV)/pyvenv.cfg:
@@ -106,4 +118,4 @@ clean:
 	find src tests docs examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(FRAMEWORKS)

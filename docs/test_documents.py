@@ -79,7 +79,7 @@ def run(name: str, *codes: str) -> dict:
         for code in codes:
             exec(compile(code, name, "exec"), module.__dict__)
     except ModuleNotFoundError as error:
-        if error.name in ("lightning", "accelerate"):
+        if error.name in ("lightning", "accelerate", "transformers", "timm", "skorch"):
             pytest.skip(f"{error.name} is not installed")
         raise
     finally:
@@ -111,6 +111,12 @@ def test_api_names_everything_public():
 @pytest.mark.parametrize("page", ["curvature", "layers", "neurons", "normalization"])
 def test_page(page):
     run(page, *(code for blocks in sections(f"docs/{page}.md").values() for _, code in blocks))
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs/trainers").iterdir()))
+def test_trainer(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(page, *(code for blocks in sections(f"docs/trainers/{page}").values() for _, code in blocks))
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])

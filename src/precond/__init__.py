@@ -1,5 +1,6 @@
 """Preconditioned optimization and regularization: choose the coordinates z, p = P z, in which a network is trained."""
 
+from precond import optim
 from precond.blocks import Block, Leaf, State, is_decayed, is_hidden, is_matrix
 from precond.convergence import observed_rate, optimal_lr, predict, rate
 from precond.curvature import (
@@ -32,6 +33,7 @@ from precond.maps import (
 )
 from precond.momentum import Momentum
 from precond.normalization import MinMax, Standardize, collapse_affine, fold_batchnorm
+from precond.optim import SGD, Adam, AdamW, RMSprop
 from precond.optimizer import PreconditionedGD
 from precond.optimizer.parameters import decay_groups
 from precond.optimizer.passes import frozen_statistics
@@ -67,8 +69,11 @@ __all__ = [
     "RECIPES",
     "RMS",
     "SAM",
+    "SGD",
     "SOAP",
     "AdaGrad",
+    "Adam",
+    "AdamW",
     "At",
     "Auto",
     "Block",
@@ -101,6 +106,7 @@ __all__ = [
     "Preconditioner",
     "Product",
     "Prox",
+    "RMSprop",
     "Regularizer",
     "Route",
     "Scaled",
@@ -137,6 +143,7 @@ __all__ = [
     "neuron_hessian",
     "neuron_hessians",
     "observed_rate",
+    "optim",
     "optimal_lr",
     "preconditioner_of",
     "predict",

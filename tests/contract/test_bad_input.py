@@ -98,8 +98,8 @@ STEPS = {
         RuntimeError,
         "call probe\\(\\) until it returns False",
     ),
-    "no backward": (L2(0.1), lambda m, o, b: (o.zero_grad(), o.step(lambda: m(b[0]).sum())), RuntimeError, r"LossClosure\(f\)"),
-    "nothing returned": (L2(0.1), lambda m, o, b: o.step(lambda: None), TypeError, "returned None; it must return the loss"),
+    "no backward": (SAM(0.1), lambda m, o, b: (o.zero_grad(), o.step(lambda: m(b[0]).sum())), RuntimeError, r"LossClosure\(f\)"),
+    "nothing returned": (SAM(0.1), lambda m, o, b: o.step(lambda: None), TypeError, "returned None; it must return the loss"),
     "a vector": (L2(0.1), lambda m, o, b: o.step(vector_loss(m, b)), ValueError, r"loss.mean\(\)"),
     "a vector, LossClosure": (L2(0.1), lambda m, o, b: o.step(LossClosure(vector_loss(m, b))), ValueError, r"loss.mean\(\)"),
     "exact, standard closure": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,26 @@ from precond.observing import watching
 
 Seen = dict[tuple[str, Request], Moments]
 """By site name and request."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Which gradient a parameter had, to tell whether a backward has been since; keeps none alive."""
+
+    gradient: weakref.ref[Tensor] | None
+    version: int
+
+    def holds(self, param: Tensor) -> bool:
+        """Whether it still has that gradient."""
+        g = param.grad
+        if g is None or self.gradient is None:
+            return g is None and self.gradient is None
+        return self.gradient() is g and g._version == self.version
+
+
+def mark(param: Tensor) -> Mark:
+    """The gradient that a parameter has now."""
+    return Mark(None, 0) if param.grad is None else Mark(weakref.ref(param.grad), param.grad._version)
 
 
 class Observer:
@@ -41,7 +62,9 @@ class Observer:
         self.wanted: dict[tuple[str, Request], Tensor | None] = {}
         self.unread: dict[str, str] = {}
         self.absent = 0
-        self._seen: Seen = {} if seen is None else seen
+        self._seen: Seen = {} if seen is None else seen  # since the last backward through the layer
+        self._earlier: Seen = {}  # before it: micro-batches, or a step that a scaler skipped
+        self._marks: dict[str, Mark] = {}
         self._without_grad: dict[nn.Module, int] = {}
         by_module: dict[nn.Module, list[tuple[Site, Tap, Weight]]] = {}
         for site in self.sites:
@@ -84,6 +107,9 @@ class Observer:
     def _fold(self, tap: Tap, call: Any, site: Site, weight: Weight, keys: Sequence[tuple[str, Request]]) -> None:
         """Put what a call shows of a weight to what was seen before."""
         try:
+            if self._used(site):
+                self._separate(site)
+            self._marks[site.name] = mark(site.weight)
             for key in keys:
                 found = tap.moments(call, weight, key[1], self.wanted[key])
                 if found is None:
@@ -113,11 +139,48 @@ class Observer:
 
     def collect(self) -> Seen:
         """What was seen since :meth:`clear`."""
-        return self._seen
+        both = {key: pool([self._earlier[key], self._seen[key]]) for key in self._earlier.keys() & self._seen.keys()}
+        return {**self._earlier, **self._seen, **both}
+
+    def _used(self, site: Site) -> bool:
+        """Whether the layer's gradient has changed since its last forward."""
+        known = self._marks.get(site.name)
+        return known is not None and not known.holds(site.weight)
+
+    def _separate(self, site: Site) -> None:
+        for key in [(site.name, request) for request in self.requests]:
+            if key in self._seen:
+                found = self._seen.pop(key)
+                self._earlier[key] = pool([self._earlier[key], found]) if key in self._earlier else found
+
+    def separate(self) -> None:
+        """Keep what was seen so far apart from what is seen next."""
+        for site in self.sites:
+            self._separate(site)
+
+    def drop_earlier(self) -> None:
+        """Of layers seen since :meth:`separate`, that alone counts."""
+        for key in self._seen:
+            self._earlier.pop(key, None)
+
+    def drop_used(self) -> None:
+        """Forget what was seen before the last backward, whose gradient is about to be cleared."""
+        for site in self.sites:
+            if self._used(site):
+                self._separate(site)
+            for request in self.requests:
+                self._earlier.pop((site.name, request), None)
+
+    def cleared(self) -> None:
+        """The gradients were cleared: that is no backward."""
+        for site in self.sites:
+            if site.name in self._marks:
+                self._marks[site.name] = mark(site.weight)
 
     def clear(self) -> None:
         """Forget it: the step was taken, or skipped."""
-        self._seen, self._without_grad, self.unread, self._first = {}, {}, {}, True
+        self._seen, self._earlier, self._marks, self._without_grad = {}, {}, {}, {}
+        self.unread, self._first = {}, True
 
     def close(self) -> None:
         """Remove the hooks."""

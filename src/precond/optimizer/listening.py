@@ -144,6 +144,28 @@ class Listening:
         if self.observer is not None:
             self.observer.enabled = True
 
+    def begin_closure(self) -> None:
+        """A closure runs a step's forwards; what counts of those before it is known when it ends."""
+        self._heard = None
+        if self.observer is not None:
+            self.observer.enabled = True
+            self.observer.separate()
+
+    def end_closure(self, anew: bool) -> None:
+        """The closure has run; where it made the gradient ``anew``, earlier forwards of what it called do not count."""
+        if anew and self.observer is not None:
+            self.observer.drop_earlier()
+
+    @contextmanager
+    def clearing(self) -> Iterator[None]:
+        """Gradients are cleared inside, which is outside of a closure: forwards whose backward has been do not count."""
+        observer = self.observer if self._heard is None else None
+        if observer is not None and observer.enabled:
+            observer.drop_used()
+        yield
+        if observer is not None:
+            observer.cleared()
+
     def forget(self) -> None:
         """What was heard so far does not count: the step's forwards are yet to come."""
         self._heard = None

@@ -43,10 +43,12 @@ def to_groups(
     Warns:
         UserWarning: for a parameter that one group holds twice; it is taken once.
     """
+    known: dict[Tensor, str] = {}
     if isinstance(params, nn.Module):
         params = [{"params": params}]
     elif isinstance(params, ModuleGroups) and params.module is not None:
         modules.append(params.module)
+        known = {p: clean(name) for name, p in params.module.named_parameters()}
     elif isinstance(params, Tensor):
         raise TypeError("params must be a module, an iterable of parameters or of groups, got one tensor; pass [tensor]")
     elif isinstance(params, Mapping):
@@ -62,7 +64,7 @@ def to_groups(
         if not isinstance(item, Mapping) or "params" not in item:
             raise TypeError(f"params mixes groups with other things: expected a dict with 'params', got {type(item).__name__}")
         pairs = _named(item["params"], modules)
-        groups.append({**item, "params": pairs})
+        groups.append({**item, "params": [(name or known.get(p), p) for name, p in pairs]})
         if not isinstance(item["params"], nn.Module):
             told |= {name is not None for name, _ in pairs}
     if before and not names_are_ours:

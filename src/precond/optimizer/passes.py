@@ -79,18 +79,42 @@ class Recorder:
         self.random: Random | None = None
         self.absent = 0  # how many contexts say that the forwards are another's
         self._armed = True
-        self._handles = [module.register_forward_pre_hook(WeakHook(self, "note")) for module in modules]
+        roots = list(modules)
+        self._handles = [module.register_forward_pre_hook(WeakHook(self, "note_root")) for module in roots]
+        # Of a module that is never called itself (a LightningModule whose training_step calls its parts) the parts are.
+        self._of_parts = [m.register_forward_pre_hook(WeakHook(self, "note")) for root in roots for m in _parts(root)]
         weakref.finalize(self, remove, self._handles)
+        weakref.finalize(self, remove, self._of_parts)
 
     def arm(self) -> None:
         """Forget the last note and wait for the next first forward."""
         self.random, self._armed = None, True
 
+    def note_root(self, module: nn.Module, args: Any) -> None:
+        """Called before a forward of a whole model, whose parts need not be listened to then."""
+        if self._of_parts and _trains(module):
+            remove(self._of_parts)
+            self._of_parts.clear()
+        self.note(module, args)
+
     def note(self, module: nn.Module, args: Any) -> None:
         """Called before a forward."""
-        if self._armed and not self.absent and module.training and torch.is_grad_enabled() and watching():
+        if self._armed and not self.absent and _trains(module):
             self.random, self._armed = random_state(self.devices), False
 
     def close(self) -> None:
         """Remove the hooks."""
-        remove(self._handles)
+        remove([*self._handles, *self._of_parts])
+
+
+def _trains(module: nn.Module) -> bool:
+    return module.training and torch.is_grad_enabled() and watching()
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The children of a module; of a container that is never called, its own."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _parts(child)
+        else:
+            yield child

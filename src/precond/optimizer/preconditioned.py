@@ -28,12 +28,22 @@ from precond.optimizer.binding import Binding, bind, choices_of
 from precond.optimizer.compatibility import check_precision, listed, validate
 from precond.optimizer.explanation import Explanation, explain
 from precond.optimizer.fusing import alike, divided, kernels_of
+from precond.optimizer.imitation import hand_through
 from precond.optimizer.listening import Listening
 from precond.optimizer.looking import map_in_force, measure
 from precond.optimizer.naming import Naming
 from precond.optimizer.parameters import Owners, Params, in_place, to_groups
-from precond.optimizer.passes import Recorder, random_state, restore_random_state
-from precond.optimizer.probing import Probe, exact_gradient, finite_loss, loss_gradient, take_gradients, unscaled
+from precond.optimizer.passes import Random, Recorder, random_state, restore_random_state
+from precond.optimizer.probing import (
+    Clearings,
+    Probe,
+    check_repeatable,
+    exact_gradient,
+    finite_loss,
+    loss_gradient,
+    take_gradients,
+    unscaled,
+)
 from precond.optimizer.record import Record
 from precond.preconditioners import Preconditioner
 from precond.preconditioners.stacked import Stacked
@@ -80,7 +90,9 @@ class PreconditionedGD(torch.optim.Optimizer):
         Ye, eqs. (4), (5), (9)–(12).
     """
 
-    _step_supports_amp_scaling = True
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        hand_through(cls, PreconditionedGD)
 
     def __init__(
         self,
@@ -124,7 +136,11 @@ class PreconditionedGD(torch.optim.Optimizer):
         groups = to_groups(params, modules)
         self.owners = Owners(modules)
         if self._requests and not modules:
-            raise TypeError(f"{name}: {preconditioner!r} observes the inputs of layers: pass the model itself as params")
+            raise TypeError(
+                f"{name} observes the inputs of layers: pass the model itself as params, not model.parameters(); groups may "
+                "hold modules, as [{'params': model.head, 'lr': 0.1}], and precond.integrations has the model for trainers that "
+                f"make the groups themselves. The inputs are asked for by {preconditioner!r}"
+            )
         super().__init__(groups, {"lr": lr, "maximize": False, **self.naming.defaults})
         if (
             momentum is not None and "betas" not in self.defaults
@@ -153,6 +169,8 @@ class PreconditionedGD(torch.optim.Optimizer):
         self._kernels_of: tuple[list[Kernel | None] | None] | None = None
         self._pending: Probe | None = None
         self._spare: dict[Tensor, Tensor] = {}
+        self._clearings = Clearings()
+        self._closing = False
         self._listening = Listening(self._requests)
         self._warned = False
         self.last = Record(self)
@@ -277,6 +295,22 @@ class PreconditionedGD(torch.optim.Optimizer):
         self._bind()
         self._listen()
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim's. What layers received in forwards whose gradients are cleared does not count."""
+        with nullcontext() if self._closing else self._listening.clearing():
+            super().zero_grad(set_to_none)
+        self._clearings.count += 1
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler leaves unscaling, and skipping after an overflow, to :meth:`step`.
+
+        Second gradients need that, and replicas, which must agree on a skip. Trainers refuse to clip the gradients of
+        an optimizer that says so; no scaler is at work while a closure runs.
+        """
+        shared = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in self.owners.alive())
+        return not self._closing and (self._probing or shared or any(leaf.shard is not None for leaf in self._bound.leaves))
+
     @property
     def observes(self) -> bool:
         """Whether it observes the inputs of layers."""
@@ -316,14 +350,16 @@ class PreconditionedGD(torch.optim.Optimizer):
 
         Args:
             closure: the standard kind (zero_grad, forward, backward, return the loss) or a :class:`LossClosure`. Without
-                one the gradients in ``.grad`` are used, and a probing regularizer needs :meth:`probe` before.
+                one, and after one that changes no gradient, those in ``.grad`` are used, and a probing regularizer needs
+                :meth:`probe` before.
 
         Returns:
             What the closure returned at the unperturbed parameters; None without a closure.
 
         Raises:
-            RuntimeError: where a second gradient is needed and was not probed, or the closure called no backward.
-            TypeError, ValueError: for a closure that returns no scalar.
+            RuntimeError: where a second gradient is needed and was not probed: the closure called no backward, or it added to
+                gradients of other batches, which a second call would not repeat.
+            TypeError, ValueError: for a closure that returns no scalar. None will do where no second gradient is needed.
             FloatingPointError: for inf or NaN with ``nonfinite="raise"``.
         """
         self._follow_groups()
@@ -335,8 +371,6 @@ class PreconditionedGD(torch.optim.Optimizer):
             )
         loss, graph = None, None
         if closure is not None:
-            self.restore()
-            self._listening.forget()  # the closure makes the gradient anew, and its forward shows all inputs
             loss, graph = self._gradients(closure)
             if self._pending is None:
                 self._settle()
@@ -353,23 +387,51 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def _gradients(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
         """The clean pass, and the probes with the random state forked around them; the loss and the gradient's graph."""
-        if self._gradient_based is None:
-            return loss_gradient(self._bound.leaves, closure), None
-        if not self._probing:
-            return self._exact_gradient(closure)
-        before = random_state(self._devices)
-        loss = loss_gradient(self._bound.leaves, closure)
+        if self.probing:
+            self.restore()
+        # A probe that is complete is this step's, unless the closure makes another gradient.
+        pending, self._pending = self._pending, None
+        before = random_state(self._devices) if self._probing else {}
+        self._listening.begin_closure()
+        self._closing = True
+        try:
+            if self._gradient_based is not None and not self._probing:
+                found = self._exact_gradient(closure)
+                self._listening.end_closure(anew=True)
+                return found
+            try:
+                loss, made = loss_gradient(self._bound.leaves, closure, self._clearings)
+            except BaseException:
+                self._pending = self._pending or pending
+                self.restore()
+                raise
+            self._listening.end_closure(anew=made == "anew")
+            if made == "none" and self._pending is None:
+                self._pending = pending
+            # A trainer's callback may have probed within the closure; and where it returned no loss and there is no gradient,
+            # the batch is passed by.
+            passed_by = loss is None and all(leaf.param.grad is None for leaf in self._bound.leaves)
+            if self._pending is not None:
+                self._check_probed()
+            elif self._probing and not passed_by:
+                check_repeatable(loss, made, self._regularizer_name)
+                self._probe_by(closure, loss, before)
+            return loss, None
+        finally:
+            self._closing = False
+
+    def _probe_by(self, closure: Callable[[], Any], loss: Any, before: Random) -> None:
+        """The second gradients by further calls of the closure."""
         after = random_state(self._devices)
         try:
             while (self.nonfinite == "propagate" or self._agreed(finite_loss(loss))) and self._next_probe(None, None):
                 restore_random_state(before)
-                loss_gradient(self._bound.leaves, closure)
+                loss_gradient(self._bound.leaves, closure, self._clearings)
         except BaseException:
             self.restore()
             raise
         finally:
             restore_random_state(after)
-        return loss, None
 
     def _exact_gradient(self, closure: Callable[[], Any]) -> tuple[Any, list[Tensor | None]]:
         """The loss and the gradient's graph of this process; ``.grad`` is the mean over all, which no reducer of DDP sees."""
@@ -397,6 +459,16 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def _agreed(self, good: bool) -> bool:
         return agreed(good, self._bound.leaves[0].param.device)
+
+    @property
+    def probes(self) -> bool:
+        """Whether a step wants gradients at other points, which :meth:`probe` or a closure's further calls give."""
+        return self._probing
+
+    @property
+    def replaces_gradient(self) -> bool:
+        """Whether the gradient found at another point stands in the place of the clean one, as in SAM."""
+        return self._probing and self._bound.choices[0].regularizers[self._gradient_based or 0].replaces_gradient
 
     @property
     def probing(self) -> bool:
@@ -733,7 +805,9 @@ class PreconditionedGD(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._check_settled("copying or pickling the optimizer")
         # An LR scheduler puts a `step` on the instance that calls this very optimizer's.
-        derived = {"step", "last", "_bound", "_kernels_of", "_pending", "_spare", "_listening", "_warned"}
+        derived = {
+            "step", "last", "_bound", "_kernels_of", "_pending", "_spare", "_clearings", "_closing", "_listening", "_warned",
+        }  # fmt: skip
         state = {k: v for k, v in self.__dict__.items() if k not in derived and "hook" not in k}
         return {**state, "owners": Owners(known=self.owners.leaves(self.param_groups))}
 

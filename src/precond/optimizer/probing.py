@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +42,22 @@ class LossClosure:
             return self.f()
 
 
-def loss_gradient(leaves: Sequence[Leaf], closure: Callable[[], Any]) -> Any:
-    """Run a closure of either kind so that ``.grad`` holds the gradient; returns the loss.
+@dataclass
+class Clearings:
+    """How often an optimizer's gradients were cleared."""
+
+    count: int = 0
+
+
+Made = Literal["none", "added", "anew"]
+"""What a closure did to the gradients: nothing, it added to those that were there, or it made new ones."""
+
+
+def loss_gradient(leaves: Sequence[Leaf], closure: Callable[[], Any], clearings: Clearings) -> tuple[Any, Made]:
+    """Run a closure of either kind so that ``.grad`` holds the gradient; the loss, and what it did to the gradients.
 
     Raises:
-        TypeError, ValueError: for a closure that returns nothing or no scalar.
-        RuntimeError: for a standard closure that calls no backward.
+        TypeError, ValueError: for a closure that returns something else than a scalar or None.
     """
     if isinstance(closure, LossClosure):
         for leaf in leaves:
@@ -54,17 +65,40 @@ def loss_gradient(leaves: Sequence[Leaf], closure: Callable[[], Any]) -> Any:
         loss = closure()
         _check_loss(loss)
         loss.backward()
-        return loss.detach()
+        return loss.detach(), "anew"
+    cleared = clearings.count
     before = [(leaf.param.grad, _version(leaf.param.grad)) for leaf in leaves]
     with torch.enable_grad():
         loss = closure()
-    _check_loss(loss)
-    if all(leaf.param.grad is g and _version(g) == v for leaf, (g, v) in zip(leaves, before, strict=True)):
+    if loss is not None:
+        _check_loss(loss)
+    same = [leaf.param.grad is g for leaf, (g, _) in zip(leaves, before, strict=True)]
+    if all(s and _version(g) == v for s, (g, v) in zip(same, before, strict=True)):
+        return loss, "none"
+    added = clearings.count == cleared and any(s and g is not None for s, (g, _) in zip(same, before, strict=True))
+    return loss, "added" if added else "anew"
+
+
+def check_repeatable(loss: Any, made: Made, regularizer: str) -> None:
+    """Raise where a second call of a closure cannot give the second gradient of the same loss.
+
+    Raises:
+        TypeError: where it returned None.
+        RuntimeError: where it called no backward, or added to the gradients of other batches.
+    """
+    if loss is None:
+        raise TypeError(f"the closure returned None; it must return the loss, of which {regularizer} needs a second gradient")
+    if made == "none":
         raise RuntimeError(
-            "the closure left every gradient as it was: it must call zero_grad(), backward() and return the loss "
-            "(a function that only returns the loss is passed as LossClosure(f))"
+            f"the closure left every gradient as it was, and {regularizer} needs a second one: it must call zero_grad(), "
+            "backward() and return the loss (a function that only returns the loss is passed as LossClosure(f))"
         )
-    return loss
+    if made == "added":
+        raise RuntimeError(
+            "the closure must call zero_grad() before backward(): it added to gradients that were there, and the second gradient "
+            f"that {regularizer} needs would be of its last batch alone. To accumulate, repeat all micro-batches: "
+            "`while opt.probe(): ...` before step(), or precond.integrations (Lightning: SecondGradients() among the callbacks)"
+        )
 
 
 def exact_gradient(leaves: Sequence[Leaf], closure: Any, regularizer: str) -> tuple[Any, Gradients]:

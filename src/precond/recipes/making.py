@@ -59,6 +59,7 @@ def make(
     options: dict[str, Any],
     only_started: bool = False,
 ) -> PreconditionedGD:
+    """A recipe's optimizer; ``options`` of :class:`PreconditionedGD`, and ``made``, the object to make where a class makes one."""
     for option, value in unsupported.items():
         if value:
             raise ValueError(f"{name}: {option}={value!r} is not supported; leave it out (torch.optim's own class has it)")
@@ -69,7 +70,9 @@ def make(
     options.setdefault("norm_space", "p")
     options.setdefault("statistics_from", statistics(choice.regularizers))
     naming = Naming(name, {**defaults, **numbers(extra)}, build, state, only_started)
-    return PreconditionedGD(
+    made: PreconditionedGD = options.pop("made", None) or PreconditionedGD.__new__(PreconditionedGD)
+    PreconditionedGD.__init__(
+        made,
         params,
         lr,
         preconditioner=choice.preconditioner,
@@ -78,6 +81,7 @@ def make(
         naming=naming,
         **options,
     )
+    return made
 
 
 def statistics(regularizers: Iterable[Regularizer]) -> str:
