@@ -59,8 +59,8 @@ class Cost:
 
     @property
     def mixed(self) -> int:
-        """Operations on tensors of several devices, in all steps."""
-        return sum(s.own.mixed.total() + s.hooks.mixed.total() for s in self.steps)
+        """Calls on tensors of several devices, in all steps."""
+        return sum(c.mixed.total() + c.scattered.total() for s in self.steps for c in (s.own, s.hooks))
 
     @property
     def copies(self) -> int:
@@ -74,11 +74,16 @@ class Cost:
 
     @property
     def temporaries(self) -> float:
-        """Bytes a parameter that a step needs beside what it found, at most."""
-        return max(s.peak for s in self.steps) / self.parameters
+        """Bytes a parameter that the typical step needs beside what it found."""
+        return sorted(s.peak for s in self.steps)[len(self.steps) // 2] / self.parameters
+
+    @property
+    def worst_temporaries(self) -> float:
+        """The most, by the typical step's; 1 where no step has any."""
+        return max(s.peak for s in self.steps) / (self.temporaries * self.parameters) if self.temporaries else 1.0
 
     def where(self, what: str) -> Counter[str]:
-        """Of ``"launches"``, ``"reads"`` or ``"mixed"``: which operations, in all counted steps."""
+        """Of ``"launches"``, ``"reads"``, …: which operations, in all counted steps."""
         return sum((getattr(c, what) for s in self.steps for c in (s.own, s.hooks)), Counter())
 
 
@@ -87,7 +92,7 @@ def _copies(count: Count) -> int:
 
 
 @contextmanager
-def _metered_hooks(model: nn.Module, count: Count) -> Iterator[None]:
+def metered_hooks(model: nn.Module, count: Count) -> Iterator[None]:
     """Charge what hooks do on a module's inputs and outputs, and nothing else of a forward."""
 
     def metered(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,7 +130,7 @@ class Driver:
         """A forward, where anyone looks at it, and gradients: one direction that lasts, and noise."""
         if getattr(self.optimizer, "observes", False):
             shape, vocabulary = (2, len(self.model.positions.weight)), len(self.model.tokens.weight)
-            with _metered_hooks(self.model, hooks):
+            with metered_hooks(self.model, hooks):
                 self.model(to_device(torch.randint(vocabulary, shape, generator=self.generator)))
         for p, lasting in zip(self.model.parameters(), self.lasting, strict=True):
             p.grad = Pretended(lasting + 0.01 * self._draw(p), p.device)

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +20,34 @@ HERE = str(Path(__file__).parent)
 
 @dataclass
 class Count:
-    """What happened, by operation and, where a host waits or devices mix, by the line of the caller."""
+    """What happened, by operation and, where a host waits or devices mix, by the line of the caller.
+
+    ``mixed`` are operations on tensors of several devices, most of which are errors on real ones; ``scattered`` are calls on lists
+    whose tensors, one by one, are on several devices: the slow route.
+    """
 
     launches: Counter[str] = field(default_factory=Counter)
     reads: Counter[str] = field(default_factory=Counter)
     mixed: Counter[str] = field(default_factory=Counter)
+    scattered: Counter[str] = field(default_factory=Counter)
     copies_in: Counter[str] = field(default_factory=Counter)
     copies_out: Counter[str] = field(default_factory=Counter)
     solvers: Counter[str] = field(default_factory=Counter)
 
+    def plus(self, other: Count) -> Count:
+        """Both together."""
+        return Count(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
     def add(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Sequence[Tensor]) -> None:
         """Charge an operation that meets the device; ``tensors``: all among its arguments."""
-        name, devices = prices.name_of(func), {t.device for t in tensors}
+        name = prices.name_of(func)
         if name in ("copy_", "_to_copy"):
             self._copy(name, args, kwargs)
             if name == "copy_" and args[0].device.type == "cpu":
                 return
-        elif len(devices) > 1:
-            self.mixed[f"{name} at {_caller()}"] += 1
+        elif len({t.device for t in tensors}) > 1:
+            kind = self.scattered if prices.pairs_up(func, args) else self.mixed
+            kind[f"{name} at {_caller()}"] += 1
         if prices.waits(func, args):
             self.reads[f"{name} at {_caller()}"] += 1
         if name in prices.SOLVERS:

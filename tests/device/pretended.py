@@ -38,7 +38,7 @@ class Pretended(torch.Tensor):
             device=device, requires_grad=requires_grad,
         )  # fmt: skip
         self.host = real
-        weakref.finalize(self, METER.release, METER.hold(real)).atexit = False
+        weakref.finalize(self, METER.release, METER.hold(real))
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

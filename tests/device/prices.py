@@ -27,6 +27,7 @@ TENSORS, BLOCKS, BLOCK = (110, 64, 48, 36, 30), 320, 65536
 CONCATENATED = 128
 
 
+@cache
 def name_of(func: OpOverload) -> str:
     """``_foreach_add_`` of ``aten::_foreach_add_.List``."""
     return func._schema.name.split("::")[-1]
@@ -48,10 +49,15 @@ def is_free(func: OpOverload) -> bool:
 
 def waits(func: OpOverload, args: Sequence[Any]) -> bool:
     """Whether the host must read what the device holds: a number, the shape of a result, a solver's ``info``."""
-    name = name_of(func)
-    if name in ("index", "index_put", "index_put_"):
+    if name_of(func) in ("index", "index_put", "index_put_"):
         return any(isinstance(x, Tensor) and x.dtype == torch.bool for x in args[1])
-    return name in READS_INFO or not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.isdisjoint(func.tags)
+    return _always_waits(func)
+
+
+@cache
+def _always_waits(func: OpOverload) -> bool:
+    tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    return name_of(func) in READS_INFO or not tags.isdisjoint(func.tags)
 
 
 def launches(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
@@ -64,6 +70,14 @@ def launches(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     if name in ("stack", "cat"):
         return ceil(len(args[0]) / CONCATENATED)
     return 2 if name == "addr_" else 1
+
+
+def pairs_up(func: OpOverload, args: Sequence[Any]) -> bool:
+    """Whether a call on lists computes on one device at a time, tensor by tensor."""
+    if not name_of(func).startswith("_foreach"):
+        return False
+    lists, others = [x for x in args if _is_list(x)], [x for x in args if isinstance(x, Tensor)]
+    return not others and all(len({t.device for t in row}) == 1 for row in zip(*lists, strict=True))
 
 
 def _is_list(x: Any) -> bool:
