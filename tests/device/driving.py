@@ -80,7 +80,8 @@ class Cost:
     @property
     def worst_temporaries(self) -> float:
         """The most, by the typical step's; 1 where no step has any."""
-        return max(s.peak for s in self.steps) / (self.temporaries * self.parameters) if self.temporaries else 1.0
+        peaks = sorted(s.peak for s in self.steps)
+        return peaks[-1] / typical if (typical := peaks[len(peaks) // 2]) else 1.0
 
     def where(self, what: str) -> Counter[str]:
         """Of ``"launches"``, ``"reads"``, …: which operations, in all counted steps."""

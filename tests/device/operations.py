@@ -46,7 +46,7 @@ OPERATIONS: dict[str, Operation] = {
     "equal": Operation(lambda x: torch.equal(x, x.view(4, 4)), reads=1),
     "nonzero": Operation(lambda x: x.nonzero(), launches=1, reads=1),
     "mask": Operation(lambda x: x[x > 0], launches=2, reads=1),
-    "where": Operation(lambda x: torch.where(x > 0, x, 0.0), launches=3),
+    "where": Operation(lambda x: torch.where(x > 0, x, x), launches=2),
     "eigh": Operation(lambda x: torch.linalg.eigh(x), launches=1, reads=1, solvers=1),
     "qr": Operation(lambda x: torch.linalg.qr(x), launches=1, solvers=1),
     "to the host": Operation(lambda x: x.cpu(), launches=1, reads=1, copies_out=1),

@@ -165,11 +165,16 @@ _ANSWERS = {
 def pretending() -> Iterator[None]:
     """Within, ``cuda:0`` and ``cuda:1`` exist. Once a process has entered it, autograd knows them until its end.
 
+    ``Module.to`` makes new parameters here, where a real device keeps them: call it before the optimizer is made.
+
     Raises:
         Unavailable: where the device guard cannot be built.
     """
     torch.ops.load_library(str(guard()))
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
     with ExitStack() as stack:
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)
         for name, answer in _ANSWERS.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         stack.enter_context(_Factories())
