@@ -49,7 +49,9 @@ def main() -> None:
     parser.add_argument("recipes", nargs="*", metavar="recipe", help=f"of {', '.join(ROWS)}; all, if left out")
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--vocabulary", type=int, default=64)
-    parser.add_argument("--where", choices=("launches", "reads", "mixed", "scattered", "solvers"), help="and say by which operations")
+    parser.add_argument(
+        "--where", choices=("launches", "reads", "mixed", "scattered", "solvers"), help="and say by which operations"
+    )
     options = parser.parse_args()
     if unknown := set(options.recipes) - set(ROWS):
         parser.error(f"no such recipe: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
@@ -64,7 +66,9 @@ def main() -> None:
             found = cost(row.make, GPT(options.width, vocabulary=options.vocabulary))
             table.add_row(name, *cells(found, row.now, row.goal))
             if options.where:
-                details += [f"{name}: {n / len(found.steps):.1f} {what}" for what, n in found.where(options.where).most_common(12)]
+                details += [
+                    f"{name}: {n / len(found.steps):.1f} {what}" for what, n in found.where(options.where).most_common(12)
+                ]
     console.print(table)
     for line in details:
         console.print(line, markup=False)

@@ -1,7 +1,7 @@
 """Tensors that say ``cuda`` and compute on the CPU: control flow is a real device's, and whatever meets one is metered.
 
 Where a program waits for a device, mixes devices or launches thousands of kernels is decided by Python, not by the device: none is
-needed to see 
+needed to see
 """
 
 from __future__ import annotations

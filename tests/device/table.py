@@ -39,7 +39,9 @@ class Limits:
         """Which of them the cost exceeds, and by how much."""
         names = [f.name for f in fields(self)]
         return [
-            f"{name} {getattr(cost, name):.4g} > {getattr(self, name):g}" for name in names if getattr(cost, name) > getattr(self, name)
+            f"{name} {getattr(cost, name):.4g} > {getattr(self, name):g}"
+            for name in names
+            if getattr(cost, name) > getattr(self, name)
         ]
 
 
@@ -72,7 +74,9 @@ ROWS: dict[str, Row] = {
     "soap, rank 16": Row(lambda m: precond.soap(m, rank=16), Limits(2948, 1.93, 444, 18.0), goal(400, 12)),
     "shampoo": Row(precond.shampoo, Limits(1982, 2.12, 600, 12.2), goal(250, 12)),
     "whitening": Row(precond.whitening, Limits(3843, 1.49, 577, 16.1), goal(400, 12)),
-    "whitening, rank 8": Row(lambda m: precond.whitening(m, inputs=Whitening(rank=8)), Limits(4023, 1.54, 589, 16.1), goal(400, 12)),
+    "whitening, rank 8": Row(
+        lambda m: precond.whitening(m, inputs=Whitening(rank=8)), Limits(4023, 1.54, 589, 16.1), goal(400, 12)
+    ),
     "auto": Row(precond.auto, Limits(3991, 2.17, 1057, 16.1), goal(500, 12)),
 }
 
