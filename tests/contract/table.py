@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,9 @@ from precond import (
     Whitening,
     is_matrix,
 )
+
+DEVICE = torch.device(os.environ.get("PRECOND_DEVICE", "cpu"))
+"""Where the nets and batches of the contract are: ``pytest --device cuda tests/contract``."""
 
 
 @dataclass(frozen=True)
@@ -210,15 +214,15 @@ class Net(nn.Module):
 
 def net(dtype: torch.dtype = torch.float64, dropout: float = 0.2) -> Net:
     torch.manual_seed(0)
-    return Net(dropout).to(dtype)
+    return Net(dropout).to(DEVICE, dtype)
 
 
 def batches(count: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [
         (
-            torch.randn(8, 1, 4, 4, generator=generator, dtype=torch.float64).to(dtype),
-            torch.randint(0, 3, (8,), generator=generator),
+            torch.randn(8, 1, 4, 4, generator=generator, dtype=torch.float64).to(DEVICE, dtype),
+            torch.randint(0, 3, (8,), generator=generator).to(DEVICE),
         )
         for _ in range(count)
     ]

@@ -1,0 +1,61 @@
+"""A process of its own for the pretended device: what torch is told there is for good, and no other test shall hear of it."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from device.building import Unavailable, guard
+from distributed.pool import Failed
+
+PATIENCE = 120  # seconds
+
+
+def _serve(pipe: Any) -> None:
+    from device.pretended import pretending
+
+    torch.set_num_threads(1)
+    with pretending():
+        while (task := pipe.recv()) is not None:
+            function, args = task
+            try:
+                pipe.send((True, function(*args)))
+            except BaseException as error:
+                pipe.send((False, (type(error).__name__, str(error), traceback.format_exc())))
+
+
+class Process:
+    """Runs module-level functions where ``cuda:0`` and ``cuda:1`` exist.
+
+    Raises:
+        Unavailable: where they cannot.
+    """
+
+    def __init__(self) -> None:
+        guard()
+        context = mp.get_context("spawn")
+        self._pipe, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(there,), daemon=True)
+        self._process.start()
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What the function returns there; raises :class:`distributed.pool.Failed` for what it raises."""
+        self._pipe.send((function, args))
+        if not self._pipe.poll(PATIENCE):
+            raise TimeoutError(f"{function.__name__}{args}: the device's process does not answer")
+        good, value = self._pipe.recv()
+        if not good:
+            raise Failed(*value)
+        return value
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+
+__all__ = ["Failed", "Process", "Unavailable"]

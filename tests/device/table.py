@@ -1,0 +1,86 @@
+"""What a step of each recipe may cost on a device: the limit in force and the one to reach, for a GPT of 148 tensors.
+
+The limit in force is what was measured when it was last lowered. Whoever makes a step cheaper lowers it to what ``python
+benchmarks/launches.py`` prints; none may rise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import nn
+
+import precond
+from device.driving import Cost, Make, cost
+from device.pretended import to_device
+from precond import BNP, SAM, Whitening
+
+
+@dataclass(frozen=True)
+class Limits:
+    """At most so much.
+
+    Attributes:
+        launches: of the typical step among steps 11 to 20, hooks included.
+        worst: those of the worst step, by the typical one's.
+        reads: times that a step, or a hook in its forward, waits for the device.
+        temporaries: bytes a parameter of the typical step.
+        worst_temporaries: those of the worst step, by the typical one's.
+    """
+
+    launches: float
+    worst: float
+    reads: int
+    temporaries: float
+    worst_temporaries: float = 1.0
+
+    def passed(self, cost: Cost) -> list[str]:
+        """Which of them the cost exceeds, and by how much."""
+        names = [f.name for f in fields(self)]
+        return [
+            f"{name} {getattr(cost, name):.4g} > {getattr(self, name):g}"
+            for name in names
+            if getattr(cost, name) > getattr(self, name)
+        ]
+
+
+@dataclass(frozen=True)
+class Row:
+    make: Make
+    now: Limits
+    goal: Limits
+
+
+def goal(launches: float, temporaries: float) -> Limits:
+    return Limits(launches, worst=1.5, reads=0, temporaries=temporaries, worst_temporaries=1.3)
+
+
+def tensor_lr(model: nn.Module) -> torch.optim.Optimizer:
+    return precond.adamw(model, lr=to_device(torch.tensor(1e-3)))
+
+
+ROWS: dict[str, Row] = {
+    "sgd": Row(lambda m: precond.sgd(m, lr=0.1, momentum=0.9, weight_decay=1e-4), Limits(22, 1.0, 0, 8.0), goal(10, 1)),
+    "adagrad": Row(precond.adagrad, Limits(30, 1.0, 0, 16.0), goal(10, 1)),
+    "rmsprop": Row(precond.rmsprop, Limits(32, 1.0, 0, 16.0), goal(10, 1)),
+    "adamw": Row(precond.adamw, Limits(40, 1.0, 0, 16.0), goal(10, 1)),
+    "adamw, tensor lr": Row(tensor_lr, Limits(626, 1.0, 0, 16.0), goal(10, 1)),
+    "adamw, SAM in z": Row(lambda m: precond.adamw(m, regularizers=[SAM(1e-3)]), Limits(950, 1.0, 148, 16.0), goal(80, 9)),
+    "bnp": Row(lambda m: precond.bnp(m, lr=1e-3, momentum=0.9), Limits(2523, 1.0, 337, 11.8), goal(350, 6)),
+    "adam in BNP's coordinates": Row(lambda m: precond.adam(m, inputs=BNP()), Limits(3939, 1.0, 481, 16.1), goal(400, 6)),
+    "muon": Row(precond.muon, Limits(3440, 1.0, 0, 13.5), goal(150, 6)),
+    "soap": Row(precond.soap, Limits(932, 3.69, 300, 16.0), goal(250, 12)),
+    "soap, rank 16": Row(lambda m: precond.soap(m, rank=16), Limits(2948, 1.93, 444, 18.0), goal(400, 12)),
+    "shampoo": Row(precond.shampoo, Limits(1982, 2.12, 600, 12.2), goal(250, 12)),
+    "whitening": Row(precond.whitening, Limits(3843, 1.49, 577, 16.1), goal(400, 12)),
+    "whitening, rank 8": Row(
+        lambda m: precond.whitening(m, inputs=Whitening(rank=8)), Limits(4023, 1.54, 589, 16.1), goal(400, 12)
+    ),
+    "auto": Row(precond.auto, Limits(3991, 2.17, 1057, 16.1), goal(500, 12)),
+}
+
+
+def cost_of(name: str) -> Cost:
+    """Measured now."""
+    return cost(ROWS[name].make)

@@ -1,0 +1,96 @@
+"""On a device every step is the CPU's, and nothing of it happens elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+
+from contract.table import EVERY, OWN, TWINS
+from device import training
+
+each = pytest.mark.parametrize("name", EVERY)
+PLAIN = [n for n in EVERY if "SAM" not in n and "gradient norm" not in n]
+
+
+def but(names: Iterable[str], failing: Iterable[str], reason: str) -> pytest.MarkDecorator:
+    """All names; of those that fail today it is known, and news if they do not."""
+    mark = pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True)
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=mark) if n in failing else n for n in names])
+
+
+@each
+def test_a_training_is_the_cpu_s(device, name):
+    found = device.run(training.followed, name)
+    assert found.distance <= 1e-12
+    assert not found.strayed and not found.count.mixed and not found.count.scattered
+
+
+WAITS = {
+    "bnp", "bnp, momentum, decay", "bnp, patch", "adamw in BNP's coordinates", "whitening", "whitening, cholesky, amsgrad",
+    "adamw, SAM in z", "adamw, SAM in p", "RMS, SAM in z", "RMS, adaptive SAM in z", "RMS, momentum, gradient norm in z",
+    "AdaGrad, gradient norm in p, central", "BNP with AdaGrad, SAM in z", "route, SAM in p, warm-up",
+    "RMS, gradient norm of power 1, q = 1, times lr", "muon, SAM in z", "muon with whitening", "Muon, exact root, L2 in p", "soap",
+    "soap, one side, drift, gradient norm in z", "soap, rank", "soap with whitening", "SOAP, SAM in z, heavy ball", "shampoo",
+    "shampoo, sums, tiles, adaptive SAM in z", "Shampoo, one side, qr, proximal L1", "KFAC on whitening", "auto", "auto, SAM in p",
+    "Polar, gradient norm in z, clipped", "BNP with Polar, heavy ball",
+}  # fmt: skip
+
+
+@but(EVERY, WAITS, "the host reads sample counts, lengths, drifts and ranks")
+def test_nothing_is_read_after_warm_up(device, name):
+    count = device.run(training.followed, name).warm
+    assert not count.reads and not count.copies_out
+
+
+@each
+def test_resume_from_the_host(device, name):
+    same, strayed = device.run(training.resumed, name)
+    assert same and not strayed
+
+
+MIXES = {
+    "RMS, momentum, gradient norm in z", "AdaGrad, gradient norm in p, central", "composition",
+    "RMS, gradient norm of power 1, q = 1, times lr", "momentum of tangents, amsgrad", "soap, one side, drift, gradient norm in z",
+    "SOAP, SAM in z, heavy ball", "Polar, gradient norm in z, clipped",
+}  # fmt: skip
+
+
+@but(OWN, MIXES, "a length is a tensor of one device and multiplies those of all")
+def test_parameters_may_be_on_several_devices(device, name):
+    found = device.run(training.spread, name)
+    assert found.distance <= 1e-12
+    assert not found.strayed and not found.count.mixed
+
+
+@but(OWN, set(OWN) - {"route"}, "lists are not divided by device, and take torch's slow route")
+def test_each_device_is_stepped_by_itself(device, name):
+    assert not device.run(training.spread, name).count.scattered
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_loss_scale_and_an_overflow_come_as_tensors(device, name):
+    distance, nothing_changed, _ = device.run(training.scaled, name)
+    assert distance <= 1e-12 and nothing_changed
+
+
+TORCH_NAMED = [str(twin) for twin in TWINS]
+
+
+@but(TORCH_NAMED, TORCH_NAMED, "found_inf is read")
+def test_they_are_used_as_such(device, name):
+    *_, reads = device.run(training.scaled, name)
+    assert reads == 0
+
+
+@pytest.mark.parametrize("where", ["cuda", "cpu"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_learning_rate_may_be_a_tensor_of_either(device, name, where):
+    distance, reads = device.run(training.tensor_lr, name, where)
+    assert distance <= 1e-12
+    assert not reads or name in WAITS
+
+
+def test_compensated_16_bit_parameters(device):
+    same, strayed = device.run(training.kahan)
+    assert same and not strayed

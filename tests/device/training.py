@@ -1,0 +1,223 @@
+"""Trainings on the pretended device beside the same on the CPU: what each ends at, and what it did on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import precond
+from contract.table import EVERY, OWN, batches, net
+from contract.table import closure as on_the_cpu
+from device.driving import metered_hooks
+from device.meter import METER, Count
+from device.pretended import move, on_cpu, to_device
+from device.twins import Loss, Twins
+
+WARM, STEPS = 8, 14
+Make = Callable[..., torch.optim.Optimizer]
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Followed:
+    """How a training on the device went.
+
+    Attributes:
+        distance: of its parameters from those on the CPU, relative.
+        strayed: entries of state that are not where their parameter is, ``step`` aside, which torch keeps on the host too.
+        count: what all steps did, hooks included.
+        warm: what the steps after the first :data:`WARM` did.
+    """
+
+    distance: float
+    strayed: list[str]
+    count: Count
+    warm: Count
+
+
+@dataclass
+class Training:
+    """Twins and the optimizer of the one on the device."""
+
+    twins: Twins
+    optimizer: torch.optim.Optimizer
+    loss: Loss = field(default=lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]))
+
+    def step(self, batch: Batch, count: Count) -> None:
+        def run() -> Tensor:
+            with METER.into(None), metered_hooks(self.twins.model, count):
+                self.optimizer.zero_grad()
+                return self.twins.backward(self.loss, batch)
+
+        with METER.into(count):
+            self.optimizer.step(run)
+
+    def steps(self, data: Sequence[Batch], start: int = 0) -> Count:
+        """Random numbers are a function of the step alone, as in ``contract.table.train``."""
+        count = Count()
+        for t, batch in enumerate(data, start):
+            torch.manual_seed(100 + t)
+            self.step(batch, count)
+        return count
+
+    @property
+    def end(self) -> Tensor:
+        return flat(self.twins.model)
+
+    @property
+    def strayed(self) -> list[str]:
+        names = {p: n for n, p in self.twins.model.named_parameters()}
+        return [
+            f"{names[p]}: {key} on {t.device}"
+            for p, entries in self.optimizer.state.items()
+            for key, t in entries.items()
+            if isinstance(t, Tensor) and key != "step" and t.device != p.device
+        ]
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([on_cpu(p).flatten() for p in model.parameters()])
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def _cpu(model: nn.Module, optimizer: torch.optim.Optimizer, data: Sequence[Batch], loss: Loss | None = None) -> Tensor:
+    for t, batch in enumerate(data):
+        torch.manual_seed(100 + t)
+
+        def own(batch: Batch = batch) -> Tensor:
+            optimizer.zero_grad()
+            value = loss(model, batch)
+            value.backward()
+            return value
+
+        optimizer.step(on_the_cpu(model, optimizer, batch) if loss is None else own)
+    return flat(model)
+
+
+@cache
+def followed(name: str) -> Followed:
+    """A configuration of the contract's table, on its net."""
+    data = batches(STEPS)
+    twins = Twins(net())
+    training = Training(twins, EVERY[name](twins.model))
+    count, warm = training.steps(data[:WARM]), training.steps(data[WARM:], WARM)
+    model = net()
+    end = _cpu(model, EVERY[name](model), data)
+    return Followed(relative(training.end, end), training.strayed, count.plus(warm), warm)
+
+
+class Spread(nn.Module):
+    """Linear layers, each of which may be on a device of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(n, 6, dtype=torch.float64) for n in (5, 6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x.to(layer.weight.device)))
+        return x
+
+
+@cache
+def spread(name: str) -> Followed:
+    """Parameters on ``cuda:0``, ``cuda:1`` and the CPU in one optimizer."""
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return (model(batch[0]) - 1).square().mean()
+
+    torch.manual_seed(0)
+    twins, model = Twins(Spread()), Spread()
+    model.load_state_dict(twins.twin.state_dict())
+    for layer, device in zip(twins.model.layers, ("cuda:0", "cuda:1", "cpu"), strict=True):
+        move(layer, device)
+    data = [(torch.randn(8, 5, dtype=torch.float64), torch.zeros(())) for _ in range(6)]
+    training = Training(twins, OWN[name](twins.model), loss)
+    count = training.steps(data)
+    end = _cpu(model, OWN[name](model), data, loss)
+    return Followed(relative(training.end, end), training.strayed, count, count)
+
+
+def resumed(name: str) -> tuple[bool, list[str]]:
+    """Whether a training that was saved to the host and loaded goes on as if never stopped, and what strayed."""
+    data = batches(12)
+    whole = Twins(net())
+    uninterrupted = Training(whole, EVERY[name](whole.model))
+    uninterrupted.steps(data)
+    first = Twins(net())
+    training = Training(first, EVERY[name](first.model))
+    training.steps(data[:7])
+    second = Twins(net())
+    second.model.load_state_dict(first.model.state_dict())
+    successor = Training(second, EVERY[name](second.model, lr=99.0))
+    successor.optimizer.load_state_dict(_on_host(training.optimizer.state_dict()))
+    successor.steps(data[7:], 7)
+    return torch.equal(uninterrupted.end, successor.end), successor.strayed
+
+
+def _on_host(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return on_cpu(x).clone()
+    if isinstance(x, dict):
+        return {k: _on_host(v) for k, v in x.items()}
+    return type(x)(map(_on_host, x)) if isinstance(x, list | tuple) else x
+
+
+def _scripted(make: Make, steps: int, before_step: Callable[[Any, int], None], scale: float = 1.0) -> tuple[Tensor, Count, Any]:
+    """Steps with gradients of a seed and no closure."""
+    torch.manual_seed(0)
+    model = move(net())
+    optimizer, count = make(model), Count()
+    for t in range(steps):
+        for p in model.parameters():
+            p.grad = to_device(scale * torch.randn(p.shape, dtype=p.dtype))
+        before_step(optimizer, t)
+        with METER.into(count):
+            optimizer.step()
+    return flat(model), count, optimizer
+
+
+@cache
+def scaled(name: str) -> tuple[float, bool, int]:
+    """As ``GradScaler.step`` hands its tensors over: distance from the unscaled, whether an overflow changed nothing, waits."""
+
+    def scaler(optimizer: Any, t: int) -> None:
+        optimizer.grad_scale, optimizer.found_inf = to_device(torch.tensor(1024.0)), to_device(torch.tensor(0.0))
+
+    def overflow(optimizer: Any, t: int) -> None:
+        scaler(optimizer, t)
+        optimizer.found_inf = to_device(torch.tensor(float(t == 4)))
+
+    plain, _, _ = _scripted(EVERY[name], 4, lambda o, t: None)
+    ours, count, _ = _scripted(EVERY[name], 4, scaler, 1024.0)
+    skipped, _, _ = _scripted(EVERY[name], 5, overflow, 1024.0)
+    return relative(ours, plain), torch.equal(skipped, ours), count.reads.total()
+
+
+def tensor_lr(name: str, device: str) -> tuple[float, int]:
+    """A rate that is a tensor, of the device or of the host: distance from the number's, and waits."""
+    rate = to_device(torch.tensor(0.003, dtype=torch.float64), device)
+    plain, _, _ = _scripted(lambda m: EVERY[name](m, lr=0.003), 4, lambda o, t: None)
+    ours, count, _ = _scripted(lambda m: EVERY[name](m, lr=rate), 4, lambda o, t: None)
+    return relative(ours, plain), count.reads.total()
+
+
+def kahan() -> tuple[bool, list[str]]:
+    """AdamW on 16-bit parameters with compensation: whether it ends as on the CPU, and what strayed."""
+    ends = []
+    strayed: list[str] = []
+    for device in ("cpu", "cuda"):
+        twins = Twins(net(torch.bfloat16), device)
+        training = Training(twins, precond.adamw(twins.model, lr=1e-3, rounding="kahan"))
+        training.steps(batches(6, torch.bfloat16))
+        ends.append(training.end)
+        strayed += training.strayed
+    return torch.equal(*ends), strayed
