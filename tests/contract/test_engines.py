@@ -40,7 +40,8 @@ def test_auto_is_loop(name, gaps):
 
             optimizer.step(gappy)
         ends.append(flat(model))
-    assert relative(*ends) <= 1e-12
+    # A finite difference divides rounding by its length, 1e-7 of the parameters' in float64.
+    assert relative(*ends) <= (1e-9 if "gradient norm" in name else 1e-12)
 
 
 LAYOUTS = {
