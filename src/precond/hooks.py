@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 _CLOSE = (
-    "a precond optimizer watches this model's training forwards, which no graph can hold: call optimizer.close() first (it then "
-    "observes nothing more)"
+    "a precond optimizer watches this model's training forwards, which no graph can hold: call optimizer.close() first, and "
+    "optimizer.watch(model) before training goes on"
 )
 
 

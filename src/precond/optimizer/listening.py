@@ -80,7 +80,9 @@ class Listening:
     def _hand_out(self, cells: Sequence[Cell], watch: bool) -> bool:
         if self.observer is None:
             if self.requests:
-                raise RuntimeError("this optimizer was copied or unpickled and observes no model: call watch(model) first")
+                raise RuntimeError(
+                    "this optimizer was closed, copied or unpickled and observes no model: call watch(model) first"
+                )
             return True
         seen = synchronized(self.observer) if distributed() else self.observer.collect()
         for cell in cells:

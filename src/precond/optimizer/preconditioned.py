@@ -64,7 +64,8 @@ class PreconditionedGD(torch.optim.Optimizer):
         preconditioner: statistics → P.
         regularizers: penalties; at most one may need a second gradient.
         momentum: None, or an average of cotangents or tangents.
-        statistics_from: ``"loss"``: P is built from the clean gradient; ``"total"``: from the regularized one, allowed where
+        statistics_from: ``"loss"``: P is built from the clean gradient (where that vanishes, and the gradient of a penalty in p does
+            not, the step is as long as 1/ε: recipes therefore choose between the other two); ``"total"``: from the regularized one, allowed where
             no regularizer's cotangent depends on P; ``"lagged"``: likewise, and where one does, it is taken with the P before
             the step (for SAM and gradient norms in z: with the clean gradient's P steps grow without bound as it vanishes).
         max_norm: clip the assembled gradient to this norm, in ``norm_space``; None: do not. (In p, where nothing probes, the
@@ -818,5 +819,9 @@ class PreconditionedGD(torch.optim.Optimizer):
             self._bind()
 
     def close(self) -> None:
-        """Remove the hooks on the model. The optimizer's end does it too."""
+        """Remove the hooks on the model: before ``torch.jit.script``, or ``torch.compile(fullgraph=True)`` of training forwards.
+
+        :meth:`watch` puts them on again: a recipe that observes inputs needs that before its next step. The optimizer's end
+        removes them too.
+        """
         self._listening.close()
