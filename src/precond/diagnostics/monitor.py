@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from precond import checks, vec
 from precond.curvature import Objective, hessian
 from precond.curvature.isolation import forked_random
+from precond.diagnostics.gathering import layer_of
 from precond.diagnostics.live import Top, kappa_of_moments, largest
 from precond.diagnostics.preconditioner import preconditioner_of, step_size
 from precond.diagnostics.registry import registered
@@ -253,7 +254,7 @@ class Monitor:
         cold = self._vector is None
         if self._vector is None:
             generator = torch.Generator().manual_seed(0)
-            self._vector = vec.map_(lambda p: torch.randn(p.shape, generator=generator).to(p), self._parameters())
+            self._vector = vec.map_(lambda p: torch.randn(p.shape, generator=generator).to(_wide(p)), self._parameters())
         top = largest(P.T @ hessian(self.objective) @ P, self._vector, max(self.products, _COLD) if cold else self.products)
         if not math.isfinite(top.value):
             self._vector = None
@@ -272,7 +273,7 @@ class Monitor:
             for site in sites
             for tap, weight in site.taps
         ]
-        loss, g = 0.0, vec.zeros_like(self._parameters())
+        loss, g = 0.0, vec.map_(_wide, vec.zeros_like(self._parameters()))
         try:
             for index, weight in enumerate(objective.weights):
                 with objective.measuring(index):
@@ -282,7 +283,7 @@ class Monitor:
         finally:
             remove(handles)
         biased = {site: site.bias is not None and id(site.bias) in trained for site in seen}
-        kappas = {f"inputs/{site.name.removesuffix('.weight')}": kappa_of_moments(m, biased[site]) for site, m in seen.items()}
+        kappas = {f"inputs/{layer_of(site)}": kappa_of_moments(m, biased[site]) for site, m in seen.items()}
         return loss, g, kappas
 
 
@@ -299,6 +300,11 @@ def _see(
     with torch.no_grad():
         found = tap.moments(args, kwargs, weight, _MOMENTS, None)
         seen[site] = pool([seen[site], found]) if site in seen else found
+
+
+def _wide(t: Tensor) -> Tensor:
+    """In float32 at least: what optimizers keep for 16-bit parameters."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _wait(device: torch.device) -> None:
