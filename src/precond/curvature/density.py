@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precond.curvature.lanczos import Lanczos
+from precond.curvature.lanczos import Lanczos, allowed
 from precond.curvature.operators import as_map
-from precond.curvature.spectrum import SMALL, Method, Settings, row_product, spectrum
+from precond.curvature.spectrum import SMALL, Method, Settings, row_product, spectrum, working
 from precond.curvature.subspace import Coordinates, Subspace
 from precond.curvature.symmetric import example_of, length
 from precond.vec import flatten
@@ -172,15 +172,18 @@ def spectral_density(
         return SpectralDensity(
             values[None], torch.full((1, len(values)), 1 / len(values), dtype=torch.float64), len(values), True, n
         )
-    flat = flatten(like)
+    flat = working(like)
     generator = torch.Generator().manual_seed(seed)
     product = row_product(map, like)
+    asymmetry = allowed(flatten(like).dtype)
     outside = deflate if deflate is not None else Coordinates(torch.ones(n, dtype=torch.bool, device=flat.device))
     room = n - outside.dim
     nodes, weights, recurrence, products = [], [], [], 0
     for _ in range(probes):
         start = outside.removed(torch.randn(1, n, generator=generator, dtype=torch.float64).to(flat))
-        run = Lanczos(lambda rows: outside.removed(product(rows)), start, room, steps + 2, generator, outside.removed)
+        run = Lanczos(
+            lambda rows: outside.removed(product(rows)), start, room, steps + 2, generator, outside.removed, asymmetry
+        )
         while run.size < min(steps, room):
             run.step()
         ritz = run.ritz()

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from precond.curvature.operators import as_map
-from precond.curvature.spectrum import Method, Settings, Spectrum, spectrum
+from precond.curvature.spectrum import Method, Settings, Spectrum, spectrum, working
 from precond.curvature.subspace import Subspace
 from precond.curvature.symmetric import example_of
-from precond.vec import Vec, flatten, unflatten
+from precond.vec import Vec, unflatten
 
 Which = Literal["largest", "smallest", "both"]
 # The probability with which a copy may be overlooked.
@@ -59,6 +59,8 @@ class Eigenvalues:
             f"{value:+.6e} ± {error:.0e}{'' if ok else '   not resolved'}"
             for value, error, ok in zip(self.values.tolist(), self.errors.tolist(), self.resolved.tolist(), strict=True)
         ]
+        if bool((~self.resolved & (self.errors <= 2 * self.floor)).any()):
+            lines.append(f"rounding of products alone leaves ±{self.floor:.0e}: compute in float64, hessian(objective.double())")
         if not self.complete:
             lines.append("copies of multiple eigenvalues may be missing: raise max_products")
         return "\n".join([*lines, f"{self.products} products, {self.method}; |λ| <= {self.threshold:.0e} counts as null"])
@@ -247,7 +249,7 @@ def _with_zeros(
         assert found.kept is not None
         at = (~found.kept).nonzero()[:added, 0].cpu()
         rows = torch.cat([rows, torch.nn.functional.one_hot(at, len(found.kept)).to(rows)])
-    flat = flatten(like)
+    flat = working(like)
     return Eigenvalues(
         values[wanted],
         tuple(unflatten(row.to(flat), like) for row in rows[wanted]),

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from precond.curvature.operators import as_map
-from precond.curvature.spectrum import SMALL, row_product
+from precond.curvature.spectrum import SMALL, row_product, working
 from precond.curvature.symmetric import example_of, length
-from precond.vec import Vec, flatten, unflatten
+from precond.vec import Vec, unflatten
 
 T = TypeVar("T", float, Vec)
 Estimator = Literal["auto", "exact", "hutchinson", "hutch++"]
@@ -88,7 +88,7 @@ def diagonal(map: Any, *, products: int = 96, method: Estimator = "auto", seed: 
     found = _diagonal(map, products, method, seed, "diagonal")
     mean = found.known + found.scatter.mean(0)
     error = found.scatter.std(0) / len(found.scatter) ** 0.5 if not found.exact else torch.zeros_like(mean)
-    flat = flatten(found.like)
+    flat = working(found.like)
     value, bars = (unflatten(x.to(flat), found.like) for x in (mean, error))
     return Estimate(value, bars, found.exact, found.products)
 
@@ -111,7 +111,7 @@ def _diagonal(map: Any, products: int, method: Estimator, seed: int, caller: str
         raise ValueError(f"{caller}: products must be a whole number >= 6, got {products!r}; 96 is a usual choice")
     map = as_map(map, caller)
     like = example_of(map, caller)
-    n, flat = length(like), flatten(like)
+    n, flat = length(like), working(like)
     apply = row_product(map, like)
     if method == "exact" or (method == "auto" and n <= SMALL) or products >= n:
         parts = []

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from precond.observing import unwatched
 
 Mode = Literal["eval", "train", "unchanged"]
+_RECURRENT = ("_flat_weights", "_flat_weight_refs")
+
+
+def _gone() -> None:
+    """A reference to nothing."""
 
 
 @contextmanager
@@ -41,8 +47,9 @@ def lent_tensors(module: nn.Module, twins: Mapping[int, Tensor]) -> Iterator[Non
     """
     copies: dict[int, Tensor] = {}
     before = [(m, dict(m._parameters), dict(m._buffers)) for m in module.modules() if m._parameters or m._buffers]
-    # A recurrent layer's own list of its weights follows them in its forward pass, and would keep the twins after.
-    weights = [(m, m._flat_weights) for m in module.modules() if isinstance(m, nn.RNNBase)]
+    # A recurrent layer keeps its weights in a list of its own, and in its forward pass makes that anew where they are not those that it
+    # refers to. Both are put back: the list alone would stay the old one in the next forward, the references being to the twins.
+    weights = [(m, {n: vars(m).get(n) for n in _RECURRENT}) for m in module.modules() if isinstance(m, nn.RNNBase)]
     try:
         for m, parameters, buffers in before:
             for name, buffer in buffers.items():
@@ -51,13 +58,15 @@ def lent_tensors(module: nn.Module, twins: Mapping[int, Tensor]) -> Iterator[Non
             for name, p in parameters.items():
                 if id(p) in twins:
                     m._parameters[name] = twins[id(p)]  # type: ignore[assignment]
+        for m, _ in weights:
+            m._flat_weight_refs = [_gone] * len(m._flat_weights_names)  # type: ignore[list-item]
         yield
     finally:
         for m, parameters, buffers in before:
             m._parameters.update(parameters)
             m._buffers.update(buffers)
-        for m, flat in weights:
-            m._flat_weights = flat
+        for m, lists in weights:
+            vars(m).update(lists)
 
 
 @contextmanager
@@ -85,6 +94,19 @@ def random_states(devices: Iterable[torch.device]) -> list[Tensor]:
     return states
 
 
+class _Elementary(TorchFunctionMode):
+    """Operations whose own second derivative is wrong, made of others: g v/‖v‖ of weight normalization (asymmetric in torch 2.13)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return _weight_norm(*args, **kwargs) if func is torch._weight_norm else func(*args, **kwargs)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    axes = [i for i in range(v.ndim) if dim == -1 or i != dim % v.ndim]
+    return g * v / v.square().sum(axes, keepdim=True).sqrt()
+
+
 @contextmanager
 def twice_differentiable(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Gradients on, and every kernel one whose backward can be differentiated, in the parameters' own precision.
@@ -97,6 +119,7 @@ def twice_differentiable(model: nn.Module, device: torch.device) -> Iterator[Non
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_Elementary())
         if device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield

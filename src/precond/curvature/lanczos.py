@@ -22,6 +22,17 @@ from precond.curvature.errors import NotSymmetric
 _ASYMMETRY = 1e-3
 
 
+_SYMMETRIC = (
+    "give P.T @ H @ P instead of M @ H, check that the objective is deterministic, and compute 16-bit models in float64 "
+    "(hessian(objective.double()))"
+)
+
+
+def allowed(dtype: torch.dtype) -> float:
+    """What asymmetry may be rounding of products in a dtype: in 16 bits, that of the 16 operations that a derivative passes, say."""
+    return max(_ASYMMETRY, 16 * torch.finfo(dtype).eps if torch.finfo(dtype).bits < 32 else 0.0)
+
+
 @dataclass(frozen=True)
 class Ritz:
     """Approximate eigenvalues in ascending order.
@@ -73,6 +84,7 @@ class Lanczos:
         basis: largest number of basis vectors in memory; beyond, both ends are kept and the rest is dropped.
         generator: source of directions where the Krylov space ends early.
         inside: projection onto the space, for those directions.
+        asymmetry: of the map, relative to its norm, from where on it is refused.
     """
 
     def __init__(
@@ -83,8 +95,9 @@ class Lanczos:
         basis: int,
         generator: torch.Generator,
         inside: Callable[[Tensor], Tensor],
+        asymmetry: float = _ASYMMETRY,
     ):
-        self._apply, self.room, self.basis = apply, room, basis
+        self._apply, self.room, self.basis, self._asymmetry = apply, room, basis, asymmetry
         self._generator, self._inside = generator, inside
         self._V = start.new_empty(min(basis, 32) + len(start), start.shape[1])
         self._T = torch.zeros(64, 64, dtype=torch.float64)
@@ -146,10 +159,10 @@ class Lanczos:
         self.size, self._before, self._fresh = m, j, False
         self.length += self._chain is not None
         norm = float(self._T[:m, :m].abs().max())
-        if self.noise > _ASYMMETRY * norm:
+        if self.noise > self._asymmetry * norm:
             raise NotSymmetric(
                 f"the map is not symmetric: coefficients vᵀAq and qᵀAv differ by {self.noise:.1e} at a norm of {norm:.1e}; "
-                "give P.T @ H @ P instead of M @ H, and check that the objective is deterministic"
+                f"{_SYMMETRIC}"
             )
         self._append(w, norm)
 

@@ -125,12 +125,16 @@ def to_scipy(map: LinearMap) -> LinearOperator:
 
     like = example_of(map, "to_scipy")
     flat = flatten(like)
+    # NumPy has no bfloat16, and SciPy's solvers no float16.
+    wide = torch.promote_types(flat.dtype, torch.float32)
 
     def vector(f: Callable[[Vec], Vec]) -> Callable[[Any], Any]:
-        return lambda x: flatten(f(unflatten(torch.as_tensor(x.reshape(-1)).to(flat), like))).detach().cpu().numpy()
+        return lambda x: flatten(f(unflatten(torch.as_tensor(x.reshape(-1)).to(flat), like))).detach().to("cpu", wide).numpy()
 
     def matmat(X: Any) -> Any:
-        return to_rows(apply_block(map, from_rows(torch.as_tensor(X.T.copy()).to(flat), like))).T.detach().cpu().numpy()
+        return (
+            to_rows(apply_block(map, from_rows(torch.as_tensor(X.T.copy()).to(flat), like))).T.detach().to("cpu", wide).numpy()
+        )
 
-    n, dtype = length(like), flat.new_zeros(0).cpu().numpy().dtype
+    n, dtype = length(like), torch.zeros(0, dtype=wide).numpy().dtype
     return LinearOperator((n, n), matvec=vector(map.mv), rmatvec=vector(map.rmv), matmat=matmat, dtype=dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from precond.curvature.errors import NotSymmetric
-from precond.curvature.lanczos import _ASYMMETRY, Lanczos, Ritz
+from precond.curvature.lanczos import _SYMMETRIC, Lanczos, Ritz, allowed
 from precond.curvature.subspace import Coordinates, Subspace
 from precond.curvature.symmetric import apply_block, dense, example_of, from_rows, length, to_rows
 from precond.maps import LinearMap
@@ -145,14 +145,21 @@ def spectrum(
     return _lanczos(map, done, fresh, deflate, settings, like)
 
 
+def working(like: Vec) -> Tensor:
+    """Zeros (n,) in the precision of the vectors around the products: the map's own, at least float32."""
+    flat = flatten(like)
+    return torch.zeros_like(flat, dtype=torch.promote_types(flat.dtype, torch.float32))
+
+
 def row_product(map: LinearMap, like: Vec) -> Callable[[Tensor], Tensor]:
-    """A on each row of a matrix (k, n), refused where it is not finite."""
+    """A on each row of a matrix (k, n), in the map's precision, refused where it is not finite."""
+    dtype = flatten(like).dtype
 
     def product(rows: Tensor) -> Tensor:
         if len(rows) == 1:
-            out = flatten(map.mv(unflatten(rows[0], like)))[None]
+            out = flatten(map.mv(unflatten(rows[0].to(dtype), like)))[None]
         else:
-            out = to_rows(apply_block(map, from_rows(rows, like)))
+            out = to_rows(apply_block(map, from_rows(rows.to(dtype), like)))
         out = out.to(rows)
         if not torch.isfinite(out).all():
             raise ValueError("a product of the map is not finite; look for divergence or bad data")
@@ -173,14 +180,14 @@ def _dense(map: LinearMap, deflate: Subspace | None, settings: Settings, like: V
         raise ValueError("the map has entries that are not finite; look for divergence or bad data")
     A = A.double()
     asymmetry = float(torch.linalg.matrix_norm(A - A.T)) / 2
-    if asymmetry > _ASYMMETRY * float(torch.linalg.matrix_norm(A)):
+    norm = float(torch.linalg.matrix_norm(A))
+    if asymmetry > allowed(dtype) * norm:
         raise NotSymmetric(
-            f"the map is not symmetric: ‖A − Aᵀ‖/2 is {asymmetry:.1e}; give P.T @ H @ P instead of M @ H, "
-            "and check that the objective is deterministic"
+            f"the map is not symmetric: ‖A − Aᵀ‖/2 is {asymmetry:.1e} at a norm of {norm:.1e}; {_SYMMETRIC}"
         )
     A = (A + A.T) / 2
     if deflate is not None and deflate.dim:
-        removed = lambda X: deflate.removed(X.to(dtype)).double()  # noqa: E731
+        removed = lambda X: deflate.removed(X.to(working(like))).double()  # noqa: E731
         # The subspace's own eigenvalues are moved beyond all others, and cut off there.
         inside = removed(torch.eye(len(A), dtype=A.dtype, device=A.device))
         beyond = 2 * float(torch.linalg.matrix_norm(A)) + 1
@@ -193,7 +200,7 @@ def _dense(map: LinearMap, deflate: Subspace | None, settings: Settings, like: V
     floor = max(asymmetry / len(A) ** 0.5, torch.finfo(dtype).eps / 4 * scale)
     none = torch.zeros_like(theta)
     return Spectrum(
-        theta, none, none, lambda at: X[:, at.to(X.device)].T.to(dtype), True, floor, _threshold(settings, dtype, scale, floor),
+        theta, none, none, lambda at: X[:, at.to(X.device)].T.to(working(like)), True, floor, _threshold(settings, dtype, scale, floor),
         0, deflate.dim if deflate is not None else 0, len(A), "dense",
     )  # fmt: skip
 
@@ -206,8 +213,8 @@ def _lanczos(
     settings: Settings,
     like: Vec,
 ) -> Spectrum:
-    flat = flatten(like)
-    dtype, n = flat.dtype, flat.numel()
+    flat = working(like)
+    dtype, n = flatten(like).dtype, flat.numel()
     generator = torch.Generator().manual_seed(settings.seed)
     random = lambda k: torch.randn(k, n, generator=generator, dtype=torch.float64).to(flat)  # noqa: E731
 
@@ -229,6 +236,7 @@ def _lanczos(
         basis,
         generator,
         out.removed,
+        allowed(dtype),
     )
     check, before, every = 0, False, 16
     while True:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from precond import checks
+from precond import checks, vec
 from precond.curvature import (
     Conditioning,
     CurvatureError,
@@ -118,7 +118,7 @@ class Diagnosis:
         optimizer: its class, or None.
         lr: its largest learning rate.
         lam_max: λ_max of PᵀHP (or PᵀGP), where curvature was asked for.
-        lr_limit: the largest stable learning rate, 2/λ_max times what momentum makes of it; None with ``lam_max``.
+        lr_limit: the largest stable learning rate, 2/λ_max times what momentum makes of it; None with ``lam_max``, and where P is not known.
         matrix: of which.
         undiagnosed: which weights' inputs were not diagnosed, each with the reason.
     """
@@ -244,13 +244,20 @@ def diagnose(
             P = preconditioner_of(optimizer, objective)
         except RuntimeError as error:
             notes.append(f"the optimizer's P is left out: {error}")
+        try:
+            if P is not None:
+                P.mv(vec.map_(torch.zeros_like, objective.params))
+        except ValueError as error:
+            # A map of which M alone is known (Muon's, where the momentum is singular) refuses to be applied.
+            notes.append(f"the optimizer's P is left out: {error}")
+            P = None
     g = objective.gradient()
     layers = [_layer(objective, seen, P, g, curvature, notes) for seen in gathered]
     lam_max = limit = None
     if curvature != "none":
         A = _MATRICES[curvature](objective)
         lam_max = float(eigenvalues(A if P is None else P.T @ A @ P, 1).values[0])
-        if optimizer is not None and lam_max > 0:
+        if optimizer is not None and P is not None and lam_max > 0:
             limit = 2 * stable_factor(optimizer) / lam_max
     found = Diagnosis(
         tuple(layers), (), tuple(notes), objective.value(), None if optimizer is None else type(optimizer).__name__,

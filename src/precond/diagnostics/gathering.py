@@ -59,12 +59,17 @@ class Gathered:
     @property
     def name(self) -> str:
         """The layer: the weight's name without ``.weight``."""
-        return self.site.name.removesuffix(".weight") if self.site.name != "weight" else "(the model)"
+        return layer_of(self.site)
 
     @property
     def kernel(self) -> int:
         """Entries of a patch per channel; 1 for other layers."""
         return self.site.layout(_CHANNEL).repeat
+
+
+def layer_of(site: Site) -> str:
+    """The name of a layer: its weight's without ``.weight``; of a model that is itself the layer, ``"(the model)"``."""
+    return site.name.removesuffix(".weight") if site.name != "weight" else "(the model)"
 
 
 def gather(objective: Objective, samples: int, max_inputs: int) -> tuple[list[Gathered], list[str]]:

@@ -42,7 +42,7 @@ def largest(A: LinearMap, start: Vec, products: int) -> Top:
     Q = [q / torch.linalg.vector_norm(q)]
     AQ: list[Tensor] = []
     for _ in range(products):
-        AQ.append(flatten(A.mv(unflatten(Q[-1], like))))
+        AQ.append(flatten(A.mv(unflatten(Q[-1], like))).to(q))
         w = AQ[-1]
         basis = torch.stack(Q)
         for _ in range(2):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from precond import checks, vec
 from precond.curvature import Objective, hessian
 from precond.curvature.isolation import forked_random
+from precond.diagnostics.gathering import layer_of
 from precond.diagnostics.live import Top, kappa_of_moments, largest
 from precond.diagnostics.preconditioner import preconditioner_of, step_size
 from precond.diagnostics.registry import registered
@@ -254,7 +255,7 @@ class Monitor:
         cold = self._vector is None
         if self._vector is None:
             generator = torch.Generator().manual_seed(0)
-            self._vector = vec.map_(lambda p: torch.randn(p.shape, generator=generator).to(p), self._parameters())
+            self._vector = vec.map_(lambda p: torch.randn(p.shape, generator=generator).to(_wide(p)), self._parameters())
         top = largest(P.T @ hessian(self.objective) @ P, self._vector, max(self.products, _COLD) if cold else self.products)
         if not math.isfinite(top.value):
             self._vector = None
@@ -273,7 +274,7 @@ class Monitor:
             for site in sites
             for tap, weight in site.taps
         ]
-        loss, g = 0.0, vec.zeros_like(self._parameters())
+        loss, g = 0.0, vec.map_(_wide, vec.zeros_like(self._parameters()))
         try:
             for index, weight in enumerate(objective.weights):
                 with objective.measuring(index):
@@ -283,7 +284,7 @@ class Monitor:
         finally:
             remove(handles)
         biased = {site: site.bias is not None and id(site.bias) in trained for site in seen}
-        kappas = {f"inputs/{site.name.removesuffix('.weight')}": kappa_of_moments(m, biased[site]) for site, m in seen.items()}
+        kappas = {f"inputs/{layer_of(site)}": kappa_of_moments(m, biased[site]) for site, m in seen.items()}
         return loss, g, kappas
 
 
@@ -302,6 +303,11 @@ def _see(
         found = None if call is None else tap.moments(call, weight, _MOMENTS, None)
         if found is not None:
             seen[site] = pool([seen[site], found]) if site in seen else found
+
+
+def _wide(t: Tensor) -> Tensor:
+    """In float32 at least: what optimizers keep for 16-bit parameters."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _wait(device: torch.device) -> None:

@@ -41,7 +41,8 @@ def _convolutional() -> Problem:
 def _block(problem: Problem, H: Tensor, layer: str, unit: int) -> Tensor:
     """The rows and columns of [b; w] of a neuron in the whole Hessian."""
     places = dict(zip((n for n, _ in problem.model.named_parameters()), problem.pieces(torch.arange(len(H))), strict=True))
-    at = torch.cat([places[f"{layer}.bias"][unit : unit + 1], places[f"{layer}.weight"][unit].flatten()])
+    bias, weight = (places[f"{layer}.{kind}".lstrip(".")][unit].flatten() for kind in ("bias", "weight"))
+    at = torch.cat([bias, weight])
     return H[at][:, at]
 
 

@@ -52,6 +52,8 @@ class Layer:
         eligible = [n for n, m in modules.items() if isinstance(m, nn.Linear | _CONV)]
         if not eligible:
             raise ValueError(f"{caller}: {type(model).__name__} has no nn.Linear or convolution; H_e S H_eᵀ is about these")
+        # What diagnose() calls a model that is itself the layer.
+        name = "" if name == "(the model)" else name
         checks.one_of(caller, "layer", name, eligible)
         self.name, self.module = name, modules[name]
         self.conv = isinstance(self.module, _CONV)
