@@ -156,7 +156,9 @@ def cannot_work(path: Path, error: OSError) -> UserError:
 
 
 def file_name(text: str, also: str = "") -> str:
-    """Letters and digits of a text, other characters that are named, and hyphens for all between; what is too long for a file system ends in a digest.
+    """Letters and digits of a text, other characters that are named, and hyphens for all between.
+
+    What is too long for a file system ends in a digest.
 
     Example:
         >>> file_name("../MLP, batch 128"), file_name("train my_own:one", "_"), len(file_name("x" * 1000))
