@@ -207,7 +207,7 @@ def test_ones_own_factory_in_the_current_folder(
     assert main(args) == 2
     assert "needs validation data" in capsys.readouterr().err
     assert main([*args, "--lr", "0.1"]) == 0
-    (page,) = tmp_path.glob("runs/compare-my-problem-of-test-make-*/report.html")
+    (page,) = tmp_path.glob("runs/compare-my_problem_of_test-make-*/report.html")
     assert "Training loss" in page.read_text()
 
 

@@ -91,7 +91,7 @@ class Diagnose:
             )
             checks.non_negative("diagnose", steps=self.steps)
             torch.set_num_threads(self.threads)
-        folder = self.out or Path("runs") / file_name(f"diagnose {self.target}")
+        folder = self.out or Path("runs") / file_name(f"diagnose {self.target}", "._")
         with as_user_errors(), isolated(self.seed):
             objective, optimizer, facts = self._problem()
             with sole(folder):

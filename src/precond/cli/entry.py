@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def absent() -> list[str]:
     """Packages of the extra that are not installed."""
     of_extra = re.compile(rf"([\w.-]+).*extra == ['\"]{EXTRA}['\"]")
+    if not _installed("precond"):  # sources on the path of modules, which say nothing of what they need
+        return []
     names = [found[1] for line in requires("precond") or () if (found := of_extra.match(line))]
     return [name for name in names if not _installed(name)]
 

@@ -155,14 +155,16 @@ def cannot_work(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot work in {path}: {error}; name another folder with --out")
 
 
-def file_name(text: str) -> str:
-    """Letters and digits of a text, and hyphens for all between; what is too long for a file system ends in a digest.
+def file_name(text: str, also: str = "") -> str:
+    """Letters and digits of a text, other characters that are named, and hyphens for all between.
+
+    What is too long for a file system ends in a digest.
 
     Example:
-        >>> file_name("../MLP, batch 128"), file_name("<...>"), len(file_name("x" * 1000))
-        ('MLP-batch-128', 'x', 87)
+        >>> file_name("../MLP, batch 128"), file_name("train my_own:one", "_"), len(file_name("x" * 1000))
+        ('MLP-batch-128', 'train-my_own-one', 87)
     """
-    name = "-".join("".join(c if c.isalnum() else " " for c in text).split()) or "x"
+    name = "-".join("".join(c if c.isalnum() or c in also else " " for c in text).split()) or "x"
     short = name.encode()[:80].decode(errors="ignore")
     return name if len(name.encode()) <= 120 else f"{short}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 

@@ -114,7 +114,7 @@ def launch(
 def _default_folder(title: str, identity: dict[str, Any]) -> Path:
     """Other settings, other folder: the same command finds its own work again."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
-    return Path("runs") / f"{file_name(title)}-{digest}"
+    return Path("runs") / f"{file_name(title, '._')}-{digest}"
 
 
 def _interrupted(live: Live, interrupted: Interrupted, folder: Folder, line: str, number: int) -> int:
