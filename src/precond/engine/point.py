@@ -168,5 +168,5 @@ def gather(
         wide_p = leaf.tensor.detach().to(state_dtype(leaf.param.dtype))
         rest = residual(leaf)
         p.append(wide_p if rest is None else wide_p + rest)
-    steps = [t + 1 for cell in kept for t in cell.state.steps]
+    steps = [int(t.item()) + 1 for cell in kept for t in cell.state["step"]]
     return Point(kept, tuple(leaves), tuple(p), tuple(g), [lr(leaf) for leaf in leaves], steps, choices)

@@ -72,7 +72,8 @@ def _check_init(self: Preconditioner, returned: Any, block: Block) -> None:
             )
         if not isinstance(value, State):
             for leaf, t in zip(block.leaves, tensors, strict=False):
-                if t.device != leaf.param.device:
+                on_host = key.partition(".")[0] in self.counts and t.device.type == "cpu"
+                if t.device != leaf.param.device and not on_host:
                     raise ValueError(
                         f"{who}: {key!r} is on {t.device}, {leaf.name!r} on {leaf.param.device}; make it with device=p.device"
                     )
@@ -128,6 +129,7 @@ class Preconditioner(ABC):
         states_root: its map states a root P of M = P Pᵀ.
         invertible: P has an inverse.
         alone: its methods read tensors on the host, or return what carries the momentum along: blocks alike are not taken side by side.
+        counts: names of numbers in its state that the host knows (how many samples a layer saw) and keeps.
         uses_momentum: its map is made of the momentum.
         momentum: an average of its own for the parameters that it acts on, in place of the optimizer's; None: the optimizer's.
         advised_damping: the damping of M that penalties in z take unless told otherwise (math: M_r = (M⁻¹ + δI)⁻¹).
@@ -137,6 +139,7 @@ class Preconditioner(ABC):
     states_root: bool = True
     invertible: bool = True
     alone: bool = False
+    counts: frozenset[str] = frozenset()
     uses_momentum: bool = False
     momentum: Momentum | None = None
     advised_damping: float = 0.0

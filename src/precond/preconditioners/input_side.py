@@ -54,6 +54,8 @@ class InputSide(Stacked):
     decay: float
     damping: float
 
+    counts = frozenset({"count", "noise", "size", "examples"})
+
     @property
     @abstractmethod
     def request(self) -> Request:

@@ -73,6 +73,7 @@ class Polar(Stacked):
     others_eps: float = 1e-8
     momentum: Momentum | None = None
 
+    counts = frozenset({"size"})
     uses_momentum = True
     advised_damping = 0.1
 
