@@ -128,17 +128,24 @@ class Cell:
         F, N = self.factors()
         if isinstance(F, Identity) and (isinstance(least, Tensor) or least):
             N = N.bounded(least)
-        y = self._averaged(F.rmv(self.block.gathered(a)), "cotangent", fold)
+        return self._stepped(F.rmv(self.block.gathered(a)), F, N, fold)
+
+    def _stepped(self, y: Vec, F: LinearMap, N: LinearMap, fold: bool = True) -> Vec:
+        """F N Nᵀ · momentum(y), or momentum(F N Nᵀ y); one tensor for each leaf."""
+        y = self._averaged(y, "cotangent", fold)
         return self.block.scattered(self._averaged(F.mv(N.gram(y)), "tangent", fold))
 
     def advance(self, g: Vec) -> Vec:
         """:meth:`observe` and :meth:`descent` of a gradient to which nothing is added, and the step counted."""
         torch._foreach_add_(self.state["step"], 1)
-        shared = self.handled and self.preconditioner.uses_momentum and self.keeps_cotangents and "clean" not in self.average
-        if not shared:
+        if not self.handled or (self.preconditioner.uses_momentum and not (self.keeps_cotangents and "clean" not in self.average)):
             self.observe(self.state, g)
             return self.descent(g)
         gradient = self.block.gathered(g)
+        if not self.preconditioner.uses_momentum:
+            seen = Evidence(gradient, self.inputs, None, self._position)
+            del gradient
+            return self._stepped(*self.preconditioner.pull(self.state, seen))
         assert self.momentum is not None
         self.momentum.fold(self.average, gradient)
         # What was put side by side is memory of the step's own.
@@ -160,11 +167,9 @@ class Cell:
 
     def refresh(self) -> None:
         """Work after the step; the momentum moves with its coordinates."""
-        if self.handled and (change := self.preconditioner.refresh(self.state)) is not None and self.keeps_cotangents:
-            for name in ("m", "clean"):
-                if name in self.average:
-                    for kept, moved in zip(self.average[name], change.mv(self.average[name]), strict=True):
-                        kept.copy_(moved)
+        if self.handled:
+            kept = [self.average[name] for name in ("m", "clean") if name in self.average] if self.keeps_cotangents else []
+            self.preconditioner.refresh(self.state, kept)
 
     @property
     def keeps_cotangents(self) -> bool:

@@ -64,7 +64,7 @@ class Preconditioner(ABC):
         diagonal: its map is diagonal, as every entrywise one is.
         states_root: its map states a root P of M = P Pᵀ.
         invertible: P has an inverse.
-        alone: its methods read tensors on the host, or return what carries the momentum along: blocks alike are not taken side by side.
+        alone: its methods read tensors on the host: blocks alike are not taken side by side.
         uses_momentum: its map is made of the momentum.
         momentum: an average of its own for the parameters that it acts on, in place of the optimizer's; None: the optimizer's.
         advised_damping: the damping of M that penalties in z take unless told otherwise (math: M_r = (M⁻¹ + δI)⁻¹).
@@ -121,6 +121,12 @@ class Preconditioner(ABC):
     def map(self, state: State) -> LinearMap:
         """P, from the statistics."""
 
+    def pull(self, state: State, seen: Seen) -> tuple[Vec, LinearMap, LinearMap]:
+        """:meth:`observe`, and (Fᵀg, F, N) of the gradient seen, with F and N as of :meth:`factors`: all at once may cost less."""
+        self.observe(state, seen)
+        F, N = self.factors(state)
+        return F.rmv(seen.gradient), F, N
+
     def descend(self, state: State, seen: Seen) -> Vec:
         """:meth:`observe`, and M m of the momentum seen, where that is what the step takes: both at once may cost less."""
         self.observe(state, seen)
@@ -137,13 +143,12 @@ class Preconditioner(ABC):
         """
         return Identity(), self.map(state)
 
-    def refresh(self, state: State) -> LinearMap | None:
+    def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:
         """Work after the step, such as new eigenbases; nothing by default.
 
-        Returns:
-            What carries the momentum from the coordinates of F before into those after; None where it is left as it is.
+        Args:
+            carried: vectors in the coordinates of F, averages of cotangents, to be carried into its new ones in place.
         """
-        return None
 
     def __matmul__(self, other: Preconditioner) -> Preconditioner:
         from precond.preconditioners.compose import Composition

@@ -15,6 +15,7 @@ from precond.maps import Identity, LinearMap
 from precond.preconditioners.base import Needs, Part, Preconditioner, Seen, strictest
 from precond.preconditioners.split import over
 from precond.preconditioners.stacked import singly
+from precond.vec import Vec
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,8 @@ class Composition(Preconditioner):
             if part.requests and part.handles(state[name].block):
                 yield from singly(part).wanted(state[name])
 
-    def refresh(self, state: State) -> LinearMap | None:
+    def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:
         if self.outer.handles(state["outer"].block):
             singly(self.outer).refresh(state["outer"])
-        change = singly(self.inner).refresh(state["inner"]) if self.inner.handles(state["inner"].block) else None
-        return None if self.uses_momentum else change
+        if self.inner.handles(state["inner"].block):
+            singly(self.inner).refresh(state["inner"], () if self.uses_momentum else carried)
