@@ -154,7 +154,7 @@ class Identity(LinearMap):
 
 
 class Scaled(LinearMap):
-    """P = s·Q with a number s > 0."""
+    """P = s·Q with a number s > 0, or a tensor of numbers for matrices side by side."""
 
     def __init__(self, map: LinearMap, s: float | Tensor):
         self.map, self.s, self.like, self.root, self.diagonal = map, s, map.like, map.root, map.diagonal

@@ -41,8 +41,8 @@ class Basis(ABC):
         """Q ↦ S Q."""
 
     @abstractmethod
-    def begin(self, state: Values, side: str) -> None:
-        """Choose bases of eigenvectors; where that fails they stay."""
+    def begin(self, state: Values, side: str) -> Tensor:
+        """Choose bases of eigenvectors, where they are found (k,)."""
 
     @abstractmethod
     def follow(self, state: Values, side: str, may: Tensor | None) -> Tensor | None:
@@ -77,8 +77,8 @@ class Whole(Basis):
     def times(self, state: Values, side: str) -> Callable[[Tensor], Tensor]:
         return state[side].__matmul__
 
-    def begin(self, state: Values, side: str) -> None:
-        begin(state[side], state[f"{side}_basis"])
+    def begin(self, state: Values, side: str) -> Tensor:
+        return begin(state[side], state[f"{side}_basis"])
 
     def follow(self, state: Values, side: str, may: Tensor | None) -> Tensor | None:
         return follow(state[side], state[f"{side}_basis"], may)
@@ -106,7 +106,8 @@ class Leading(Basis):
         A = X.new_empty(*X.shape[:-1], self.rank + X.shape[-1])  # the new S is A Aᵀ
         torch.mul(V, (keep * values).sqrt_()[:, None], out=A[..., : self.rank])
         torch.mul(X, (1 - keep) ** 0.5, out=A[..., self.rank :])
-        if early and not (at_hand(V) and bool((known := self.seen(state, side)).all())):  # then V is in general position yet
+        known = self.seen(state, side) if early else None
+        if known is not None and not (at_hand(V) and bool(known.all())):  # V is in general position yet where S is 0
             V = torch.where(known[:, None, None], V, orthonormal(A @ (A.mT @ orthonormal(A @ (A.mT @ V)))))
         Q = orthonormal(A @ (A.mT @ V))
         self._keep(state, side, Q @ torch.linalg.qr(A.mT @ Q, mode="r").R.mT)
@@ -128,20 +129,21 @@ class Leading(Basis):
         values, V = state[side], state[f"{side}_vectors"]
         return lambda Q: V @ (values[..., None] * (V.mT @ Q))
 
-    def begin(self, state: Values, side: str) -> None:
-        self._choose(state, side, None)
+    def begin(self, state: Values, side: str) -> Tensor:
+        return self._choose(state, side, None)
 
     def follow(self, state: Values, side: str, may: Tensor | None) -> Tensor | None:
         self._choose(state, side, may)
         return None
 
-    def _choose(self, state: Values, side: str, may: Tensor | None) -> None:
+    def _choose(self, state: Values, side: str, may: Tensor | None) -> Tensor:
         values, basis = state[side], state[f"{side}_basis"]
         L = state[f"{side}_vectors"] * values.sqrt()[:, None]
         moves = self.seen(state, side) if may is None else may & self.seen(state, side)
-        fine = self._keep(state, side, L @ _turning(L.mT @ L))
+        moves = moves & self._keep(state, side, L @ _turning(L.mT @ L))[:, 0]
         U = orthonormal(state[f"{side}_vectors"] * state[side].sqrt()[:, None])
-        torch.where((moves & fine[:, 0])[:, None, None], U, basis, out=basis)
+        torch.where(moves[:, None, None], U, basis, out=basis)
+        return moves
 
 
 def _turning(C: Tensor) -> Tensor:

@@ -38,11 +38,13 @@ def eigenbasis(S: Tensor) -> Tensor | None:
     return torch.linalg.householder_product(*torch.geqrf(U))
 
 
-def begin(S: Tensor, Q: Tensor) -> None:
-    """Q ← the eigenvectors of S, in place; where that fails it stays."""
-    for matrix, basis in zip(S, Q, strict=True):
-        if (found := eigenbasis(matrix)) is not None:
-            basis.copy_(found)
+def begin(S: Tensor, Q: Tensor) -> Tensor:
+    """Q ← the eigenvectors of S, in place, where these are found (k,)."""
+    found = [eigenbasis(matrix) for matrix in S]
+    for basis, new in zip(Q, found, strict=True):
+        if new is not None:
+            basis.copy_(new)
+    return torch.tensor([new is not None for new in found]).to(S.device)
 
 
 def orthonormal(Y: Tensor) -> Tensor:

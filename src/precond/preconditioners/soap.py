@@ -171,19 +171,19 @@ class SOAP(Stacked):
             if (basis := basis_of(state, side)) is None:
                 continue
             new = basis.seen(state, side) & ~basis.chosen(state, side)
-            for some in spans(new.tolist()):
+            for some in spans(new.cpu().tolist()):
                 part = state.span(some)
-                basis.begin(part, side)
+                found = basis.begin(part, side)[:, None, None]
                 Q = completed(part[name])  # of the identity before
-                for X in [as_matrices(m[some]) for (m,) in carried]:
-                    X.copy_(_turned(Q, X, side, back=False))
-                r, n = as_matrices(part["r"][0]), part[name].shape[-2]
+                for (m,) in carried:
+                    _turn(m[some], Q, side, back=False, where=found)
+                (r,), n = part["r"], part[name].shape[-2]
                 squares = (Q @ torch.eye(n).to(r).expand(len(r), n, n)).square()
-                r.copy_(squares.mT @ r if side == "left" else r @ squares)
+                _turn(r, squares, side, back=False, where=found)
 
     def _follow(self, state: State, carried: Sequence[Vec]) -> None:
         """Let bases follow the statistics."""
-        averages, r = [as_matrices(m) for (m,) in carried], as_matrices(state["r"][0])
+        (r,) = state["r"]
         for side, name in zip(_SIDES, BASES, strict=True):
             if (basis := basis_of(state, side)) is None:
                 continue
@@ -194,14 +194,15 @@ class SOAP(Stacked):
                 if at_hand(may) and not bool(may.any()):
                     continue
             old = _orthogonal(state, name)
-            for X in averages:
-                X.copy_(_turned(old, X, side, back=True))
+            for (m,) in carried:
+                _turn(m, old, side, back=True)
             if (order := basis.follow(state, side, may)) is not None:
+                R = as_matrices(r)
                 index = order[:, :, None] if side == "left" else order[:, None]
-                r.copy_(r.gather(1 if side == "left" else 2, index.expand(r.shape)))
+                r.copy_(R.gather(1 if side == "left" else 2, index.expand(R.shape)).view(r.shape))
             new = _orthogonal(state, name)
-            for X in averages:
-                X.copy_(_turned(new, X, side, back=False))
+            for (m,) in carried:
+                _turn(m, new, side, back=False)
 
 
 def _orthogonal(state: State, name: str) -> Orthogonal | None:
@@ -215,8 +216,8 @@ def _orthogonal(state: State, name: str) -> Orthogonal | None:
     return made
 
 
-def _turned(Q: Orthogonal, X: Tensor, side: str, back: bool) -> Tensor:
-    """QᵀX, or X Q; and back."""
-    if side == "left":
-        return (Q if back else transposed(Q)) @ X
-    return from_right(transposed(Q) if back else Q, X)
+def _turn(t: Tensor, Q: Orthogonal, side: str, back: bool, where: Tensor | None = None) -> None:
+    """X ← QᵀX, or X Q, with X the matrices of t; or back."""
+    X = as_matrices(t)
+    turned = (Q if back else transposed(Q)) @ X if side == "left" else from_right(transposed(Q) if back else Q, X)
+    t.copy_((turned if where is None else torch.where(where, turned, X)).reshape(t.shape))
