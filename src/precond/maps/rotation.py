@@ -14,47 +14,46 @@ from precond.vec import Vec
 
 @dataclass(frozen=True, eq=False)
 class Reflected:
-    r"""The orthogonal matrix Q = I − Y T Yᵀ (n, n): reflections, one after the other, in the compact form of Schreiber & Van Loan (1989).
+    r"""The orthogonal matrix Q = I − Z Yᵀ (n, n): reflections, one after the other, in the compact form of Schreiber & Van Loan (1989).
 
     A product with it takes 4nr operations a column. Columns beyond the first r are unit vectors but for what the reflections mix in.
 
     Attributes:
-        Y: (…, n, r), of matrices side by side.
-        core: T (…, r, r).
+        Z, Y: (…, n, r), of matrices side by side.
     """
 
+    Z: Tensor
     Y: Tensor
-    core: Tensor
 
     @classmethod
     def completing(cls, U: Tensor) -> Reflected:
         """Q whose first r columns are orthonormal ones U (…, n, r), some with the other sign.
 
-        The rest of Q is a function of U that no sign changes. Where last columns of U are zero, columns of Q are such a rest, too.
+        The rest of Q is a function of U that no sign changes.
         """
         A, tau = torch.geqrf(U)
         Y = A.tril(-1)
         Y.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-        # T⁻¹ = diag(1/τ) + the upper part of YᵀY; τ is 0 where a column is a unit vector already.
+        # Z = Y T, T⁻¹ = diag(1/τ) + the upper part of YᵀY; τ is 0 where a column is a unit vector already.
         upper = (Y.mT @ Y).triu_(1).mul_(tau[..., None])
         T = torch.linalg.solve_triangular(upper, tau.diag_embed(), upper=True, unitriangular=True)
-        return cls(Y, T)
+        return cls(Y @ T, Y)
 
     @property
     def T(self) -> Reflected:
         """Qᵀ."""
-        return Reflected(self.Y, self.core.mT)
+        return Reflected(self.Y, self.Z)
 
     @property
     def ndim(self) -> int:
         return self.Y.ndim
 
     def __matmul__(self, X: Tensor) -> Tensor:
-        return _minus(X, self.Y, self.core @ (self.Y.mT @ X))
+        return _minus(X, self.Z, self.Y.mT @ X)
 
     def from_right(self, X: Tensor) -> Tensor:
         """X Q."""
-        return _minus(X, (X @ self.Y) @ self.core, self.Y.mT)
+        return _minus(X, X @ self.Z, self.Y.mT)
 
 
 def _minus(X: Tensor, A: Tensor, B: Tensor) -> Tensor:

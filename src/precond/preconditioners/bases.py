@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from precond.maps.eigen import in_general_position
-from precond.preconditioners.eigenbases import at_hand, begin, drift, follow, orthonormal
+from precond.preconditioners.eigenbases import at_hand, begin, drift, follow, orthonormal, rounding
 from precond.preconditioners.kronecker import fold
 from precond.preconditioners.roots import decomposed, kept
 
@@ -88,7 +88,7 @@ class Whole(Basis):
 class Leading(Basis):
     r"""S ≈ V·diag(λ)·Vᵀ of rank r, in which each new GGᵀ is followed by a step of orthogonal iteration from where V was.
 
-    Columns of V have length 1; they are the eigenvectors when a basis is chosen or follows, and between that some of the same span.
+    Columns of V have length 1 and are near the eigenvectors of S, which are taken when a basis is chosen or follows.
     Never is there a matrix of n² entries: a fold takes 8nmr operations for a gradient of nm entries.
 
     Args:
@@ -103,27 +103,25 @@ class Leading(Basis):
 
     def fold(self, state: Values, side: str, G: Tensor, keep: float, early: bool) -> None:
         X, values, V = G.mT if side == "right" else G, state[side], state[f"{side}_vectors"]
-        A = X.new_empty(*X.shape[:-1], self.rank + X.shape[-1])  # the new S is A Aᵀ
-        torch.mul(V, (keep * values).sqrt_()[:, None], out=A[..., : self.rank])
-        torch.mul(X, (1 - keep) ** 0.5, out=A[..., self.rank :])
-        known = self.seen(state, side) if early else None
+        A = X.new_empty(*X.shape[:-1], self.rank + X.shape[-1])  # the new S is a multiple of A Aᵀ
+        scale = keep if keep else 1.0
+        torch.mul(V, values.sqrt()[:, None] if keep else 0.0, out=A[..., : self.rank])
+        torch.mul(X, ((1 - keep) / scale) ** 0.5, out=A[..., self.rank :])
+        step = lambda Q: torch.linalg.qr(A @ (A.mT @ Q)).Q  # noqa: E731
+        start, known = V, self.seen(state, side) if early else None
         if known is not None and not (at_hand(V) and bool(known.all())):  # V is in general position yet where S is 0
-            V = torch.where(known[:, None, None], V, orthonormal(A @ (A.mT @ orthonormal(A @ (A.mT @ V)))))
-        Q = orthonormal(A @ (A.mT @ V))
-        self._keep(state, side, Q @ torch.linalg.qr(A.mT @ Q, mode="r").R.mT)
-
-    def _keep(self, state: Values, side: str, L: Tensor) -> Tensor:
-        """S = L Lᵀ, where that is finite; which are (k, 1)."""
+            start = torch.where(known[:, None, None], V, step(step(V)))
+        Q = step(start)
+        R = torch.linalg.qr(A.mT @ Q, mode="r").R
+        L = torch.baddbmm(Q, Q, R.mT, beta=0, alpha=scale**0.5)  # S = L Lᵀ now
         sizes = torch.linalg.vector_norm(L, dim=-2)
         squares = sizes.square()
-        fine = squares.sum(-1, keepdim=True).isfinite()
-        if at_hand(L) and not bool(fine.all()):
+        # Columns of rounding are left out: those of V stay, which no rounding decides. So does all where something is not finite.
+        some = squares > rounding(L.shape[-2], L.dtype) * squares.amax(-1, keepdim=True)
+        if at_hand(L) and not bool(sizes.isfinite().all()):
             kept(L)
-        values, V = state[side], state[f"{side}_vectors"]
-        torch.where(fine, squares, values, out=values)
-        known = fine & (sizes > 0)
-        torch.where(known[:, None], L.div_(torch.where(known, sizes, 1.0)[:, None]), V, out=V)
-        return fine
+        torch.mul(squares.nan_to_num_(0.0, 0.0), some, out=values)
+        torch.where(some[:, None], L.div_(sizes[:, None]), V, out=V)
 
     def times(self, state: Values, side: str) -> Callable[[Tensor], Tensor]:
         values, V = state[side], state[f"{side}_vectors"]
@@ -137,25 +135,19 @@ class Leading(Basis):
         return None
 
     def _choose(self, state: Values, side: str, may: Tensor | None) -> Tensor:
-        values, basis = state[side], state[f"{side}_basis"]
-        L = state[f"{side}_vectors"] * values.sqrt()[:, None]
+        values, V, basis = state[side], state[f"{side}_vectors"], state[f"{side}_basis"]
+        L = V * values.sqrt()[:, None]
         moves = self.seen(state, side) if may is None else may & self.seen(state, side)
-        moves = moves & self._keep(state, side, L @ _turning(L.mT @ L))[:, 0]
-        U = orthonormal(state[f"{side}_vectors"] * state[side].sqrt()[:, None])
-        torch.where(moves[:, None, None], U, basis, out=basis)
+        if at_hand(L):
+            found = [decomposed(C) for C in L.mT @ L]
+            W = torch.stack([L.new_zeros(self.rank, self.rank) if pairs is None else pairs[1].flip(1) for pairs in found])
+            moves = moves & torch.tensor([pairs is not None for pairs in found])
+        else:
+            # Two steps of orthogonal iteration, for a matrix near a diagonal one: a fold is a step of this kind, too.
+            C = L.mT @ L
+            W = torch.linalg.qr(C @ torch.linalg.qr(C).Q).Q
+        torch.where(moves[:, None, None], orthonormal(L @ W), basis, out=basis)
         return moves
-
-
-def _turning(C: Tensor) -> Tensor:
-    """Eigenvectors of small matrices (k, r, r), the largest eigenvalue first; those that do not converge, or are not finite: I."""
-    eye = torch.eye(C.shape[-1]).to(C)
-    if at_hand(C):
-        found = [decomposed(c) for c in C]
-        return torch.stack([eye if pairs is None else pairs[1].flip(1) for pairs in found])
-    W = eye.expand(C.shape)
-    for _ in range(12):  # as many steps of orthogonal iteration: nothing waits for a device then
-        W = torch.linalg.qr(C @ W).Q
-    return W
 
 
 WHOLE = Whole()

@@ -53,7 +53,6 @@ def orthonormal(Y: Tensor) -> Tensor:
     some = _independent(A)
     if not (at_hand(Y) and bool(some.all())):
         A, tau = torch.geqrf(Y * some[..., None, :])
-        tau *= some
     return torch.linalg.householder_product(A, tau)
 
 
