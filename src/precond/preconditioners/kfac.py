@@ -73,7 +73,7 @@ class OutputFactor(Stacked):
         for some in [slice(0, len(B))] if min(state.steps) == 1 else state.due(self.every):
             mean = B[some].diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
             normal = torch.where(mean > 0, B[some] / mean, 0.0)
-            renew(state["outputs_root"][some], normal, self.power, self.damping)
+            renew([state["outputs_root"][some]], [normal], self.power, self.damping)
 
     def map(self, state: State) -> LinearMap:
         like = state.block.tensors

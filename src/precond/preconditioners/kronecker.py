@@ -38,10 +38,10 @@ def sides_of(shape: Sequence[int], sides: Sides, limit: int) -> tuple[bool, bool
 
 
 def norms(t: Tensor) -> Tensor:
-    """‖·‖ of each of k tensors (k, …) with entries, whose squares may leave the range of their dtype."""
+    """‖·‖ of each of k tensors (k, …) with entries, whose squares may leave the range of their dtype; NaN of zeros."""
     rows = t.flatten(1)
     largest = torch.linalg.vector_norm(rows, torch.inf, 1, keepdim=True)
-    size = torch.linalg.vector_norm(rows / largest.clamp_min(torch.finfo(t.dtype).tiny), 2, 1)
+    size = torch.linalg.vector_norm(rows / largest, 2, 1)
     return size.mul_(largest[:, 0])
 
 

@@ -140,21 +140,17 @@ class Shampoo(Stacked):
         factors = [(name, k) for _, k in self._numbered(state) for name in _SIDES if f"{name}.{k}" in state]
         for n in dict.fromkeys(state[f"{name}.{k}"].shape[-1] for name, k in factors):
             of_size = [(name, k) for name, k in factors if state[f"{name}.{k}"].shape[-1] == n]
-            S = _joined([state[f"{name}.{k}"] for name, k in of_size])
-            S = S if self.decay is None else S / (1 - self.decay**t)
-            roots, bases = ([state[f"{name}_{kind}.{k}"] for name, k in of_size if self._keeps(kind)] for kind in ("root", "basis"))
-            root, basis = _joined(roots), _joined(bases) if bases else None
-            if basis is not None and t == 1:
-                begin(S, basis)
-            elif basis is not None:
-                follow(S, basis)
-            renew(root, S, power, self.damping, self.method, basis)
-            _parted(root, roots)
-            if basis is not None:
-                _parted(basis, bases)
+            S, roots, bases = ([state[f"{name}{kind}.{k}"] for name, k in of_size] for kind in ("", "_root", self._basis))
+            if self.method == "qr":
+                for matrices, basis in zip(S, bases, strict=True):
+                    begin(matrices, basis) if t == 1 else follow(matrices, basis)
+            scale = 1.0 if self.decay is None else 1 - self.decay**t
+            renew(roots, S, power, self.damping, self.method, bases if self.method == "qr" else (), scale)
 
-    def _keeps(self, kind: str) -> bool:
-        return kind == "root" or self.method == "qr"
+    @property
+    def _basis(self) -> str:
+        """What names of state entries say that hold bases; where there are none those of the factors serve."""
+        return "_basis" if self.method == "qr" else ""
 
     def _measure(self, state: State, g: Tensor, t: float) -> None:
         """The factors that give M g the grafted lengths; a gradient of zero leaves its as it is."""
@@ -185,14 +181,5 @@ class Shampoo(Stacked):
         raw = self._raw(state)
         if self.graft == "none":
             return raw
-        return Scaled(raw, state["length"].sqrt().view(-1, *(1,) * (state.block.tensors[0].ndim - 1)))
+        return Scaled(raw, square=state["length"].view(-1, *(1,) * (state.block.tensors[0].ndim - 1)))
 
-
-def _joined(factors: Sequence[Tensor]) -> Tensor:
-    """Stacks of matrices, one after the other."""
-    return factors[0] if len(factors) == 1 else torch.cat(list(factors))
-
-
-def _parted(joined: Tensor, out: Sequence[Tensor]) -> None:
-    if len(out) > 1:
-        torch._foreach_copy_(list(out), joined.split(len(out[0])))
