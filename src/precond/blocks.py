@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from precond.sharding import Shard, Sums, local, sums
+from precond.turns import is_due
 from precond.vec import Vec
 
 _OUTPUTS = {"head", "heads", "lm_head", "classifier", "output", "readout", "unembed", "logits"}
@@ -31,6 +32,7 @@ class Leaf:
         group: the number of its parameter group.
         sites: where the inputs of the layer are observed, for which it is the weight or the bias.
         inputs_first: whether its first dimension counts the inputs of its layer, as in transposed convolutions.
+        turn: which of the steps of a period its periodic work falls on (:mod:`precond.turns`).
     """
 
     name: str
@@ -42,6 +44,7 @@ class Leaf:
     sites: tuple[Any, ...] = field(default=(), repr=False)
     inputs_first: bool = False
     attribute: str = field(default="", repr=False)
+    turn: int = 0
 
     @property
     def shape(self) -> torch.Size:
@@ -225,7 +228,11 @@ class Stack(Block):
 
     def member(self, k: int) -> Stack:
         """The k-th block, as a stack of one."""
-        return Stack.of([self.members[k]])
+        return self.span(slice(k, k + 1))
+
+    def span(self, some: slice) -> Stack:
+        """Some of its blocks."""
+        return Stack.of(self.members[some])
 
     def subset(self, index: Sequence[int]) -> Stack:
         return Stack.of([member.subset(index) for member in self.members])
@@ -304,17 +311,29 @@ class State(dict[str, Any]):
 
     def member(self, k: int) -> State:
         """The state of the k-th member of a stack, as a stack of one; the tensors are the same."""
+        return self.span(slice(k, k + 1))
+
+    def span(self, some: slice) -> State:
+        """The state of some members of a stack, one beside the other; the tensors are the same."""
         stack = self.block
         assert isinstance(stack, Stack)
-        out, m = State(stack.member(k)), len(stack.leaves)
+        if some == slice(0, len(stack.members)):
+            return self
+        out, m = State(stack.span(some)), len(stack.leaves)
         for key, value in self.items():
             if isinstance(value, State):
-                out[key] = value.member(k)
+                out[key] = value.span(some)
             elif key == "step":
-                out[key] = value[k * m : k * m + m]
+                out[key] = value[some.start * m : some.stop * m]
             else:
-                out[key] = tuple(t[k : k + 1] for t in value) if isinstance(value, tuple) else value[k : k + 1]
+                out[key] = tuple(t[some] for t in value) if isinstance(value, tuple) else value[some]
         return out
+
+    def due(self, every: float) -> list[slice]:
+        """The members of a stack for which the step in progress is one of a period's, as spans of them."""
+        t, stack = self.steps[0], self.block
+        assert isinstance(stack, Stack)
+        return spans([is_due(t, every, member.leaves[0].turn) for member in stack.members])
 
     def as_stack(self) -> State:
         """The state of a block alone, as that of a stack of one; the tensors are the same."""
@@ -355,6 +374,17 @@ class State(dict[str, Any]):
                         yield member.leaves[0], prefix + key, tensor
                 else:
                     yield self.block.leaves[0], prefix + key, value
+
+
+def spans(chosen: Sequence[bool]) -> list[slice]:
+    """Where runs of True stand."""
+    out: list[slice] = []
+    for k, c in enumerate(chosen):
+        if c and out and out[-1].stop == k:
+            out[-1] = slice(out[-1].start, k + 1)
+        elif c:
+            out.append(slice(k, k + 1))
+    return out
 
 
 def within(key: str) -> str:

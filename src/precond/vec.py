@@ -41,9 +41,11 @@ def div(a: Vec, b: Vec) -> Vec:
 
 
 def scale(a: Vec, s: Scalar | Sequence[Scalar]) -> Vec:
-    """s·a with one scalar, or with one scalar per tensor."""
+    """s·a with one scalar, one scalar per tensor, or a tensor of numbers that is broadcast."""
     if not a:
         return ()
+    if isinstance(s, Tensor) and s.ndim:
+        return tuple(t * s for t in a)
     if isinstance(s, Sequence):
         if not any(isinstance(x, Tensor) for x in s):
             return tuple(torch._foreach_mul(a, [float(x) for x in s]))

@@ -85,7 +85,9 @@ def test_copies_are_found(name, which, tol):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.tuples(st.sampled_from([0.0, 1.0, -1.0, 3.0, 1e-3, 1 + 1e-5, -7.0]), st.integers(1, 7)), min_size=1, max_size=5),
+    st.lists(
+        st.tuples(st.sampled_from([0.0, 1.0, -1.0, 3.0, 1e-3, 1 + 1e-5, -7.0]), st.integers(1, 7)), min_size=1, max_size=5
+    ),
     st.integers(0, 60),
     st.integers(1, 6),
     st.sampled_from(["largest", "smallest", "both"]),

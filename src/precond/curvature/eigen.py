@@ -60,7 +60,9 @@ class Eigenvalues:
             for value, error, ok in zip(self.values.tolist(), self.errors.tolist(), self.resolved.tolist(), strict=True)
         ]
         if bool((~self.resolved & (self.errors <= 2 * self.floor)).any()):
-            lines.append(f"rounding of products alone leaves ±{self.floor:.0e}: compute in float64, hessian(objective.double())")
+            lines.append(
+                f"rounding of products alone leaves ±{self.floor:.0e}: compute in float64, hessian(objective.double())"
+            )
         if not self.complete:
             lines.append("copies of multiple eigenvalues may be missing: raise max_products")
         return "\n".join([*lines, f"{self.products} products, {self.method}; |λ| <= {self.threshold:.0e} counts as null"])

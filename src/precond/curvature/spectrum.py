@@ -182,9 +182,7 @@ def _dense(map: LinearMap, deflate: Subspace | None, settings: Settings, like: V
     asymmetry = float(torch.linalg.matrix_norm(A - A.T)) / 2
     norm = float(torch.linalg.matrix_norm(A))
     if asymmetry > allowed(dtype) * norm:
-        raise NotSymmetric(
-            f"the map is not symmetric: ‖A − Aᵀ‖/2 is {asymmetry:.1e} at a norm of {norm:.1e}; {_SYMMETRIC}"
-        )
+        raise NotSymmetric(f"the map is not symmetric: ‖A − Aᵀ‖/2 is {asymmetry:.1e} at a norm of {norm:.1e}; {_SYMMETRIC}")
     A = (A + A.T) / 2
     if deflate is not None and deflate.dim:
         removed = lambda X: deflate.removed(X.to(working(like))).double()  # noqa: E731

@@ -141,7 +141,11 @@ class Cell:
         F, N = self.factors()
         if isinstance(F, Identity) and (isinstance(least, Tensor) or least):
             N = N.bounded(least)
-        y = self._averaged(F.rmv(self.block.gathered(a)), "cotangent", fold)
+        return self._stepped(F.rmv(self.block.gathered(a)), F, N, fold)
+
+    def _stepped(self, y: Vec, F: LinearMap, N: LinearMap, fold: bool = True) -> Vec:
+        """F N Nᵀ · momentum(y), or momentum(F N Nᵀ y); one tensor for each leaf."""
+        y = self._averaged(y, "cotangent", fold)
         return self.block.scattered(self._averaged(F.mv(N.gram(y)), "tangent", fold))
 
     def advance(self, g: Vec) -> Vec:
@@ -184,11 +188,9 @@ class Cell:
 
     def refresh(self) -> None:
         """Work after the step; the momentum moves with its coordinates."""
-        if self.handled and (change := self.acting.refresh(self.state)) is not None and self.keeps_cotangents:
-            for name in ("m", "clean"):
-                if name in self.average:
-                    for kept, moved in zip(self.average[name], change.mv(self.average[name]), strict=True):
-                        kept.copy_(moved)
+        if self.handled:
+            kept = [self.average[name] for name in ("m", "clean") if name in self.average] if self.keeps_cotangents else []
+            self.acting.refresh(self.state, kept)
 
     @property
     def keeps_cotangents(self) -> bool:

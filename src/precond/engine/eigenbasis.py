@@ -14,6 +14,7 @@ from precond.momentum import Momentum
 from precond.preconditioners import SOAP
 from precond.preconditioners.kronecker import as_matrix
 from precond.preconditioners.soap import BASES
+from precond.preconditioners.stacked import on
 from precond.vec import Scalar, Tensors
 from precond.workspace import WORKSPACE
 
@@ -50,8 +51,9 @@ class Rotated:
             amsgrad=False,
             maximize=maximize,
         )  # step = −m̂/(√r̂ + ε)
-        if not self.P.rotates(state):
-            D, (t,) = self.P.factors(state)[1], state.steps
+        stack = state.as_stack()
+        if (chosen := self.P.chosen(stack)) is not None and not bool(chosen):
+            D, (t,) = on(cell.block, self.P).factors(state)[1], state.steps
             (h,) = D.gram(cell.average["m"])
             torch.mul(as_matrix(h), -1 / (1 - self.momentum.beta**t), out=step)
         keep = 1 - lr * self.decay
@@ -64,7 +66,7 @@ class Rotated:
                 W.addmm_(A, step, beta=keep, alpha=lr)
             else:
                 W.mul_(keep).add_(_times(A, step, rotated), alpha=lr)
-        self.P.fold(state, g[0])
+        self.P.fold(stack, g[0][None])
         cell.refresh()
 
 

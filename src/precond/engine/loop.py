@@ -137,6 +137,7 @@ def step(point: Point, rules: Rules, evidence: Evidence, measured: bool = False)
             whole = _with(u, tangents, span)
             lengths += torch._foreach_norm(vec.scale(whole, lr))
         _move(point.p[span], u, [term.part(span) for term in tangents], lr)
+        del u  # memory for the next one's
     for term in terms:
         if isinstance(term, Prox):
             torch._foreach_copy_(point.p, term.apply(point.p))

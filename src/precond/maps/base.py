@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -154,10 +155,18 @@ class Identity(LinearMap):
 
 
 class Scaled(LinearMap):
-    """P = s·Q with a number s > 0, or one for each of k tensors side by side, (k,)."""
+    """P = s·Q with a number s > 0, or one for each of k tensors side by side, (k,); s itself or s² is given."""
 
-    def __init__(self, map: LinearMap, s: float | Tensor):
-        self.map, self.s, self.like, self.root, self.diagonal = map, s, map.like, map.root, map.diagonal
+    def __init__(self, map: LinearMap, s: float | Tensor | None = None, square: float | Tensor = 1.0):
+        self.map, self.square = map, square if s is None else s**2
+        self.like, self.root, self.diagonal = map.like, map.root, map.diagonal
+        if s is not None:
+            self.s = s
+
+    @cached_property
+    def s(self) -> float | Tensor:
+        """s ≥ 0."""
+        return self.square**0.5
 
     def _times(self, v: Vec, s: float | Tensor) -> Vec:
         if not isinstance(s, Tensor) or s.ndim == 0:
@@ -177,7 +186,7 @@ class Scaled(LinearMap):
         return self._times(self.map.rsolve(v), 1 / self.s)
 
     def gram(self, v: Vec) -> Vec:
-        return self._times(self.map.gram(v), self.s**2)
+        return self._times(self.map.gram(v), self.square)
 
     def damped(self, delta: float) -> LinearMap:
-        return Scaled(self.map.damped(delta), self.s)
+        return Scaled(self.map.damped(delta), square=self.square)

@@ -101,6 +101,12 @@ class InverseRoot(Diagonal):
         return vec.div(v, self.denominator)
 
 
+def mean_of(x: Tensor, holes: bool) -> Tensor:
+    """The mean over the entries of each of k tensors side by side (k, …), or over its finite ones."""
+    over = tuple(range(1, x.ndim))
+    return _mean(x, x.isfinite(), over) if holes else x.mean(over, keepdim=True)
+
+
 def _mean(x: Tensor, where: Tensor, over: tuple[int, ...] | None = None) -> Tensor:
     """The mean of the entries of x for which a condition holds; 0 where it holds for none. Of all, or along dimensions that stay."""
     dims = {} if over is None else {"dim": over, "keepdim": True}

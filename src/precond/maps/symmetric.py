@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -101,24 +101,29 @@ class Tiled(Piecewise):
     Args:
         tiles: (rows, columns, a map of one tensor of that shape).
         like: example of the tensor.
+        stacked: whether it is several tensors side by side, (k, out, …).
     """
 
     like: Vec
 
-    def __init__(self, tiles: Sequence[tuple[slice, slice, LinearMap]], like: Vec):
-        self.tiles, self.like = tuple(tiles), like
+    def __init__(self, tiles: Sequence[tuple[slice, slice, LinearMap]], like: Vec, stacked: bool = False):
+        self.tiles, self.like, self.stacked = tuple(tiles), like, stacked
         self.root, self.diagonal = all(m.root for *_, m in tiles), all(m.diagonal for *_, m in tiles)
 
     def _each(self, method: str, v: Vec) -> Vec:
         (W,) = v
-        out = W.reshape(W.shape[0], -1).clone()
+        X = W.flatten(2) if self.stacked else W.reshape(W.shape[0], -1)
+        out = torch.empty_like(X)
         for rows, columns, tile in self.tiles:
-            (out[rows, columns],) = getattr(tile, method)((out[rows, columns].contiguous(),))
+            (out[..., rows, columns],) = getattr(tile, method)((X[..., rows, columns],))
         return (out.reshape(W.shape),)
 
+    def _of(self, f: Callable[[LinearMap], LinearMap]) -> Tiled:
+        return Tiled([(r, c, f(m)) for r, c, m in self.tiles], self.like, self.stacked)
+
     def damped(self, delta: float) -> LinearMap:
-        return self if delta == 0 else Tiled([(r, c, m.damped(delta)) for r, c, m in self.tiles], self.like)
+        return self if delta == 0 else self._of(lambda m: m.damped(delta))
 
     @property
     def T(self) -> LinearMap:
-        return Tiled([(r, c, m.T) for r, c, m in self.tiles], self.like)
+        return self._of(lambda m: m.T)

@@ -16,6 +16,7 @@ from precond.inputs import Site, Survey, survey
 from precond.inputs.kinds import inputs_first
 from precond.inputs.roles import kind_of
 from precond.sharding import Shard
+from precond.turns import turns
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -234,6 +235,7 @@ class Owners:
                 if param is not None:
                     sites.setdefault(param, []).append(site)
         leaves: list[Leaf] = []
+        turn = iter(turns([p for group in param_groups for p in group["params"]]))
         for k, group in enumerate(param_groups):
             names = group.get("param_names") or [None] * len(group["params"])
             for name, param in zip(names, group["params"], strict=True):
@@ -244,7 +246,8 @@ class Owners:
                 turned = module is not None and inputs_first(module, param)
                 if module is None and param in self._known:
                     layer, kind, turned = self._known[param]
-                leaves.append(Leaf(name, param, kind, layer, module, k, tuple(sites.get(param, ())), turned, attribute))
+                seen = tuple(sites.get(param, ()))
+                leaves.append(Leaf(name, param, kind, layer, module, k, seen, turned, attribute, next(turn)))
         return leaves
 
 

@@ -97,11 +97,11 @@ def _check_map(self: Preconditioner, returned: Any, state: State) -> None:
         contracts.shapes(who, returned.like, state.block.tensors)
 
 
-def _check_refresh(self: Preconditioner, returned: Any, state: State) -> None:
-    if not (returned is None or isinstance(returned, LinearMap)):
+def _check_refresh(self: Preconditioner, returned: Any, state: State, carried: Sequence[Vec] = ()) -> None:
+    if returned is not None:
         raise TypeError(
-            f"{type(self).__name__}.refresh returned {type(returned).__name__}; return nothing, or the LinearMap that carries the "
-            "momentum along"
+            f"{type(self).__name__}.refresh returned {type(returned).__name__}; it writes into the tensors of state and into the "
+            "averages carried, in place, and returns nothing"
         )
 
 
@@ -128,7 +128,7 @@ class Preconditioner(ABC):
         diagonal: its map is diagonal, as every entrywise one is.
         states_root: its map states a root P of M = P Pᵀ.
         invertible: P has an inverse.
-        alone: its methods read tensors on the host, or return what carries the momentum along: blocks alike are not taken side by side.
+        alone: its methods read tensors on the host: blocks alike are not taken side by side.
         counts: names of numbers in its state that the host knows (how many samples a layer saw) and keeps.
         uses_momentum: its map is made of the momentum.
         momentum: an average of its own for the parameters that it acts on, in place of the optimizer's; None: the optimizer's.
@@ -230,13 +230,12 @@ class Preconditioner(ABC):
         """
         return Identity(), self.map(state)
 
-    def refresh(self, state: State) -> LinearMap | None:
+    def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:  # noqa: B027
         """Work after the step, such as new eigenbases; nothing by default.
 
-        Returns:
-            What carries the momentum from the coordinates of F before into those after; None where it is left as it is.
+        Args:
+            carried: vectors in the coordinates of F, averages of cotangents, to be carried into its new ones in place.
         """
-        return None
 
     def __matmul__(self, other: Preconditioner) -> Preconditioner:
         from precond.preconditioners.compose import Composition

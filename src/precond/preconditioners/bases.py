@@ -9,43 +9,59 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from precond.maps.eigen import in_general_position, leading_pairs
+from precond.maps.eigen import in_general_position
+from precond.preconditioners.eigenbases import at_hand, begin, drift, follow, orthonormal, rounding
 from precond.preconditioners.kronecker import fold
-from precond.preconditioners.roots import decomposed, drift, eigenbasis, power_step
+from precond.preconditioners.roots import decomposed, kept
+
+Values = Mapping[str, Tensor]
 
 
 class Basis(ABC):
-    """Of one side of a matrix, ``"left"`` or ``"right"``: S, a running mean of GGᵀ or GᵀG, and an orthonormal basis in force.
+    """Of one side, ``"left"`` or ``"right"``, of k matrices: S, running means of GGᵀ or GᵀG, and an orthonormal basis in force of each.
 
-    The state holds the basis under the side's name with ``_basis``; it is the identity, or the identity's first columns, until it is chosen.
+    The state holds the bases under the side's name with ``_basis``; one is the identity, or the identity's first columns, until it is
+    chosen.
     """
 
     @abstractmethod
     def fresh(self, side: str, n: int, like: Tensor) -> dict[str, Tensor]:
-        """The state of S = 0, (n, n), in the dtype and on the device of ``like``."""
+        """The state of one S = 0, (n, n), in the dtype and on the device of ``like``."""
 
     @abstractmethod
-    def fold(self, state: Mapping[str, Tensor], side: str, G: Tensor, keep: float) -> None:
-        """S ← keep·S + (1 − keep)·GGᵀ, or GᵀG."""
+    def fold(self, state: Values, side: str, G: Tensor, keep: float, early: bool) -> None:
+        """S ← keep·S + (1 − keep)·GGᵀ, or GᵀG.
+
+        Args:
+            early: some G may be the first that is not zero.
+        """
 
     @abstractmethod
-    def times(self, state: Mapping[str, Tensor], side: str) -> Callable[[Tensor], Tensor]:
+    def times(self, state: Values, side: str) -> Callable[[Tensor], Tensor]:
         """Q ↦ S Q."""
 
     @abstractmethod
-    def first(self, state: Mapping[str, Tensor], side: str) -> Tensor | None:
-        """The basis of the eigenvectors, or None where that fails."""
+    def begin(self, state: Values, side: str) -> Tensor:
+        """Choose bases of eigenvectors, where they are found (k,)."""
 
     @abstractmethod
-    def next(self, state: Mapping[str, Tensor], side: str) -> tuple[Tensor, Tensor | None] | None:
-        """(a basis that has followed S, the order in which it took the columns of the one before, or None: as they were)."""
+    def follow(self, state: Values, side: str, may: Tensor | None) -> Tensor | None:
+        """Let bases follow S, those that ``may`` (k,).
 
-    def seen(self, state: Mapping[str, Tensor], side: str) -> bool:
-        """Whether S is not 0."""
-        return bool(state[side].any())
+        Returns:
+            The order in which the columns before were taken (k, n), or None: as they were.
+        """
 
-    def drift(self, state: Mapping[str, Tensor], side: str, first: int) -> float:
-        """How far the basis in force is from eigenvectors; see :func:`precond.preconditioners.roots.drift`."""
+    def seen(self, state: Values, side: str) -> Tensor:
+        """Whether S is not 0 (k,)."""
+        return state[side].flatten(1).any(1)
+
+    def chosen(self, state: Values, side: str) -> Tensor:
+        """Whether the basis is no longer the identity (k,)."""
+        return (state[f"{side}_basis"].diagonal(dim1=-2, dim2=-1) != 1).any(-1)
+
+    def drift(self, state: Values, side: str, first: int) -> Tensor:
+        """How far the basis in force is from eigenvectors; see :func:`precond.preconditioners.eigenbases.drift`."""
         return drift(self.times(state, side), state[f"{side}_basis"], first)
 
 
@@ -55,24 +71,24 @@ class Whole(Basis):
     def fresh(self, side: str, n: int, like: Tensor) -> dict[str, Tensor]:
         return {side: like.new_zeros(n, n), f"{side}_basis": torch.eye(n).to(like)}
 
-    def fold(self, state: Mapping[str, Tensor], side: str, G: Tensor, keep: float) -> None:
+    def fold(self, state: Values, side: str, G: Tensor, keep: float, early: bool) -> None:
         fold(state[side], G, side == "right", keep, 1 - keep)
 
-    def times(self, state: Mapping[str, Tensor], side: str) -> Callable[[Tensor], Tensor]:
+    def times(self, state: Values, side: str) -> Callable[[Tensor], Tensor]:
         return state[side].__matmul__
 
-    def first(self, state: Mapping[str, Tensor], side: str) -> Tensor | None:
-        found = eigenbasis(state[side])
-        return None if found is None else found[1]
+    def begin(self, state: Values, side: str) -> Tensor:
+        return begin(state[side], state[f"{side}_basis"])
 
-    def next(self, state: Mapping[str, Tensor], side: str) -> tuple[Tensor, Tensor | None] | None:
-        return power_step(state[side], state[f"{side}_basis"])
+    def follow(self, state: Values, side: str, may: Tensor | None) -> Tensor | None:
+        return follow(state[side], state[f"{side}_basis"], may)
 
 
 @dataclass(frozen=True)
 class Leading(Basis):
     r"""S ≈ V·diag(λ)·Vᵀ of rank r, in which each new GGᵀ is followed by a step of orthogonal iteration from where V was.
 
+    Columns of V have length 1 and are near the eigenvectors of S, which are taken when a basis is chosen or follows.
     Never is there a matrix of n² entries: a fold takes 8nmr operations for a gradient of nm entries.
 
     Args:
@@ -82,33 +98,63 @@ class Leading(Basis):
     rank: int
 
     def fresh(self, side: str, n: int, like: Tensor) -> dict[str, Tensor]:
-        eye = torch.eye(n, self.rank).to(like)
-        return {side: like.new_zeros(self.rank), f"{side}_vectors": eye, f"{side}_basis": eye.clone()}
+        start = orthonormal(in_general_position(n, self.rank, like))
+        return {side: like.new_zeros(self.rank), f"{side}_vectors": start, f"{side}_basis": torch.eye(n, self.rank).to(like)}
 
-    def fold(self, state: Mapping[str, Tensor], side: str, G: Tensor, keep: float) -> None:
-        X, V, old = G.T if side == "right" else G, state[f"{side}_vectors"], self.times(state, side)
-        start, steps = (V, 1) if self.seen(state, side) else (in_general_position(V.shape[0], V.shape[1], V), 3)
-        new = lambda Q: torch.add(keep * old(Q), X @ (X.T @ Q), alpha=1 - keep)  # noqa: E731
-        if (found := decomposed(G, lambda _: leading_pairs(new, start, steps))) is not None:
-            state[side].copy_(found[0].flip(0))
-            V.copy_(found[1].flip(1))
+    def fold(self, state: Values, side: str, G: Tensor, keep: float, early: bool) -> None:
+        X, values, V = G.mT if side == "right" else G, state[side], state[f"{side}_vectors"]
+        A = X.new_empty(*X.shape[:-1], self.rank + X.shape[-1])  # the new S is a multiple of A Aᵀ
+        scale = keep if keep else 1.0
+        torch.mul(V, values.sqrt()[:, None] if keep else 0.0, out=A[..., : self.rank])
+        torch.mul(X, ((1 - keep) / scale) ** 0.5, out=A[..., self.rank :])
+        step = lambda Q: torch.linalg.qr(A @ (A.mT @ Q)).Q  # noqa: E731
+        start, known = V, self.seen(state, side) if early else None
+        if known is not None and not (at_hand(V) and bool(known.all())):  # V is in general position yet where S is 0
+            start = torch.where(known[:, None, None], V, step(step(V)))
+        Q = step(start)
+        R = torch.linalg.qr(A.mT @ Q, mode="r").R
+        L = torch.baddbmm(Q, Q, R.mT, beta=0, alpha=scale**0.5)  # S = L Lᵀ now
+        sizes = torch.linalg.vector_norm(L, dim=-2)
+        squares = sizes.square()
+        # Columns of rounding are left out: those of V stay, which no rounding decides. So does all where something is not finite.
+        some = squares > rounding(L.shape[-2], L.dtype) * squares.amax(-1, keepdim=True)
+        if at_hand(L) and not bool(sizes.isfinite().all()):
+            kept(L)
+        torch.mul(squares.nan_to_num_(0.0, 0.0), some, out=values)
+        torch.where(some[:, None], L.div_(sizes[:, None]), V, out=V)
 
-    def times(self, state: Mapping[str, Tensor], side: str) -> Callable[[Tensor], Tensor]:
+    def times(self, state: Values, side: str) -> Callable[[Tensor], Tensor]:
         values, V = state[side], state[f"{side}_vectors"]
-        return lambda Q: V @ (values[:, None] * (V.T @ Q))
+        return lambda Q: V @ (values[..., None] * (V.mT @ Q))
 
-    def first(self, state: Mapping[str, Tensor], side: str) -> Tensor | None:
-        return state[f"{side}_vectors"].clone()
+    def begin(self, state: Values, side: str) -> Tensor:
+        return self._choose(state, side, None)
 
-    def next(self, state: Mapping[str, Tensor], side: str) -> tuple[Tensor, Tensor | None] | None:
-        return state[f"{side}_vectors"].clone(), None
+    def follow(self, state: Values, side: str, may: Tensor | None) -> Tensor | None:
+        self._choose(state, side, may)
+        return None
+
+    def _choose(self, state: Values, side: str, may: Tensor | None) -> Tensor:
+        values, V, basis = state[side], state[f"{side}_vectors"], state[f"{side}_basis"]
+        L = V * values.sqrt()[:, None]
+        moves = self.seen(state, side) if may is None else may & self.seen(state, side)
+        if at_hand(L):
+            found = [decomposed(C) for C in L.mT @ L]
+            W = torch.stack([L.new_zeros(self.rank, self.rank) if pairs is None else pairs[1].flip(1) for pairs in found])
+            moves = moves & torch.tensor([pairs is not None for pairs in found])
+        else:
+            # Two steps of orthogonal iteration, for a matrix near a diagonal one: a fold is a step of this kind, too.
+            C = L.mT @ L
+            W = torch.linalg.qr(C @ torch.linalg.qr(C).Q).Q
+        torch.where(moves[:, None, None], orthonormal(L @ W), basis, out=basis)
+        return moves
 
 
 WHOLE = Whole()
 
 
-def basis_of(state: Mapping[str, Tensor], side: str) -> Basis | None:
-    """How the basis of a side is kept in a state; None where that side has none."""
+def basis_of(state: Values, side: str) -> Basis | None:
+    """How the bases of a side are kept in a state (of a stack); None where that side has none."""
     if side not in state:
         return None
-    return WHOLE if state[side].ndim == 2 else Leading(len(state[side]))
+    return WHOLE if state[side].ndim == 3 else Leading(state[side].shape[-1])

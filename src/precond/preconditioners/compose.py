@@ -160,13 +160,11 @@ class Composition(Preconditioner):
             if part.requests and part.handles(state[name].block):
                 yield from on(state[name].block, part).wanted(state[name])
 
-    def refresh(self, state: State) -> LinearMap | None:
+    def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:
         if self.outer.handles(state["outer"].block):
             on(state["outer"].block, self.outer).refresh(state["outer"])
-        change = (
-            on(state["inner"].block, self.inner).refresh(state["inner"]) if self.inner.handles(state["inner"].block) else None
-        )
-        return None if self.uses_momentum else change
+        if self.inner.handles(state["inner"].block):
+            on(state["inner"].block, self.inner).refresh(state["inner"], () if self.uses_momentum else carried)
 
 
 def _partition(preconditioner: Preconditioner, leaves: Sequence[Leaf]) -> list[Part]:

@@ -12,13 +12,14 @@ from precond.arguments import settle
 from precond.blocks import Block, Leaf, State, state_dtype
 from precond.maps import BlockDiagonal, LinearMap, SymmetricKronecker
 from precond.preconditioners.base import Part, Preconditioner, Seen
-from precond.preconditioners.kronecker import as_matrix, fold
-from precond.preconditioners.roots import inverse_root
+from precond.preconditioners.kronecker import as_matrices, fold
+from precond.preconditioners.rational import renew
+from precond.preconditioners.stacked import Stacked
 from precond.preconditioners.whitening import Whitening
 
 
 @dataclass(frozen=True)
-class OutputFactor(Preconditioner):
+class OutputFactor(Stacked):
     r"""M = (B/β + ε′I)^(−e) on the outputs of each layer: one matrix for the rows of its weight and for its bias.
 
     B is the mean of GGᵀ + g_b g_bᵀ over steps, β its mean eigenvalue, by which it is divided so that M keeps the gradient's scale.
@@ -37,8 +38,6 @@ class OutputFactor(Preconditioner):
     damping: float = 1e-2
     every: int = 10
     max_dim: int = 8192
-
-    alone = True
 
     def __post_init__(self) -> None:
         settle(self)
@@ -69,15 +68,14 @@ class OutputFactor(Preconditioner):
         }
 
     def observe(self, state: State, seen: Seen) -> None:
-        t = min(state.steps)
-        B = state["outputs"].mul_(self.decay)
+        B, keep = state["outputs"], self.decay
         for g in seen.gradient:
-            fold(B, as_matrix(g), False, 1.0, 1 - self.decay)
-        if t == 1 or t % self.every == 0:
-            mean = B.diagonal().mean()
-            root = inverse_root(torch.where(mean > 0, B / mean, 0.0), self.power, self.damping)
-            if root is not None:
-                state["outputs_root"].copy_(root)
+            fold(B, g[..., None] if g.ndim == 2 else as_matrices(g), False, keep, 1 - self.decay)
+            keep = 1.0
+        for some in [slice(0, len(B))] if min(state.steps) == 1 else state.due(self.every):
+            mean = B[some].diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+            normal = torch.where(mean > 0, B[some] / mean, 0.0)
+            renew([state["outputs_root"][some]], [normal], self.power, self.damping)
 
     def map(self, state: State) -> LinearMap:
         like = state.block.tensors

@@ -37,10 +37,12 @@ def sides_of(shape: Sequence[int], sides: Sides, limit: int) -> tuple[bool, bool
     return left and 2 <= rows <= limit, right and 2 <= columns <= limit
 
 
-def norm(t: Tensor) -> Tensor:
-    """‖t‖ of a tensor with entries, whose squares may leave the range of its dtype."""
-    largest = t.abs().amax()
-    return largest * (t / torch.where(largest > 0, largest, 1.0)).norm()
+def norms(t: Tensor) -> Tensor:
+    """‖·‖ of each of k tensors (k, …) with entries, whose squares may leave the range of their dtype; NaN of zeros."""
+    rows = t.flatten(1)
+    largest = torch.linalg.vector_norm(rows, torch.inf, 1, keepdim=True)
+    size = torch.linalg.vector_norm(rows / largest, 2, 1)
+    return size.mul_(largest[:, 0])
 
 
 def split(leaves: Sequence[Leaf], matrices: Preconditioner, chosen: Sequence[bool], others: Preconditioner) -> list[Part]:
@@ -51,7 +53,15 @@ def split(leaves: Sequence[Leaf], matrices: Preconditioner, chosen: Sequence[boo
 
 
 def fold(S: Tensor, G: Tensor, right: bool, keep: float, add: float) -> None:
-    """S ← keep·S + add·GGᵀ (or GᵀG) in place; blocks below the diagonal are copied, not computed."""
+    """S ← keep·S + add·GGᵀ (or GᵀG) in place, of one matrix or of several side by side.
+
+    On a processor blocks below the diagonal are copied, not computed.
+    """
+    if S.ndim > 2:
+        if len(S) > 1 or S.device.type != "cpu":
+            S.baddbmm_(*((G.mT, G) if right else (G, G.mT)), beta=keep, alpha=add)
+            return
+        S, G = S[0], G[0]
     A, B = (G.T, G) if right else (G, G.T)
     n = len(S)
     step = -(-n // max(1, min(4, n // 128)))  # thinner blocks cost more than they save

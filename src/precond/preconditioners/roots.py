@@ -18,12 +18,6 @@ def renewed(step: float, every: int) -> bool:
     return t % every == 0 or (t < every and t & (t - 1) == 0)
 
 
-def eigenbasis(S: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(eigenvalues, eigenvectors as columns) of S (n, n), the largest first; None as in :func:`decomposed`."""
-    found = decomposed(S)
-    return None if found is None else (found[0].flip(0), found[1].flip(1))
-
-
 def decomposed(S: Tensor, by: Callable[[Tensor], tuple[Tensor, Tensor]] = eigh) -> tuple[Tensor, Tensor] | None:
     """(eigenvalues, the smallest first; eigenvectors as columns) of S (n, n), all of them or those that ``by`` finds.
 
@@ -39,22 +33,6 @@ def decomposed(S: Tensor, by: Callable[[Tensor], tuple[Tensor, Tensor]] = eigh) 
         kept(S)
         return None
     return values, V
-
-
-def power_step(S: Tensor, Q: Tensor) -> tuple[Tensor, Tensor] | None:
-    r"""(new basis, order): a step of orthogonal iteration, the columns of Q sorted by qᵀSq first; None where S is not finite.
-
-    The new basis is that of the QR decomposition of SQ, its signs such that R has a positive diagonal wherever that is not zero.
-    """
-    Y = S @ Q
-    estimates = (Q * Y).sum(0)
-    if not bool(estimates.isfinite().all()):
-        kept(S)
-        return None
-    order = estimates.argsort(descending=True, stable=True)
-    basis, R = torch.linalg.qr(Y.index_select(1, order))
-    basis.mul_(torch.where(R.diagonal() < 0, -1.0, 1.0).to(basis))
-    return basis, order
 
 
 def inverse_root(S: Tensor, power: float, damping: float, method: str = "eigh", basis: Tensor | None = None) -> Tensor | None:
@@ -153,21 +131,6 @@ def largest_eigenvalue(S: Tensor, steps: int = 32) -> Tensor:
         least = 10 * n * torch.finfo(S.dtype).eps * S.diagonal().amax()
     T = Q.T @ S @ Q
     return torch.linalg.eigvalsh(T)[-1] if bool(T.isfinite().all()) else T.amax()
-
-
-def drift(times: Callable[[Tensor], Tensor], Q: Tensor, first: int, count: int = 32) -> float:
-    r"""How far columns of Q are from being eigenvectors of S: √(Σ‖Sq − (qᵀSq)q‖² / Σ‖Sq‖²) over a sample, in [0, 1].
-
-    Args:
-        times: Q ↦ S Q.
-        first: which columns: those at ``first`` and then evenly spread, ``count`` of them.
-    """
-    n = Q.shape[1]
-    count = min(count, n)
-    q = Q[:, (torch.arange(count, device=Q.device) * n // count + first) % n]
-    y = times(q)
-    off = y - q * (q * y).sum(0)
-    return float((off.square().sum() / y.square().sum().clamp_min(torch.finfo(Q.dtype).tiny)).sqrt())
 
 
 def kept(S: Tensor) -> None:

@@ -14,16 +14,19 @@ from precond.arguments import settle
 from precond.blocks import Block, Leaf, State, state_dtype
 from precond.maps import LinearMap, Scaled, SymmetricKronecker, Tiled
 from precond.preconditioners.adagrad import AdaGrad
-from precond.preconditioners.base import Part, Preconditioner, Seen
-from precond.preconditioners.kronecker import Sides, as_matrix, fold, norm, sides_of, split
+from precond.preconditioners.base import Part, Seen
+from precond.preconditioners.eigenbases import begin, follow
+from precond.preconditioners.kronecker import Sides, as_matrices, as_matrix, fold, norms, sides_of, split
+from precond.preconditioners.rational import renew
 from precond.preconditioners.rms import RMS
-from precond.preconditioners.roots import eigenbasis, inverse_root, power_step
+from precond.preconditioners.stacked import Stacked
 
 Tile = tuple[slice, slice]
+_SIDES = ("left", "right")
 
 
 @dataclass(frozen=True)
-class Shampoo(Preconditioner):
+class Shampoo(Stacked):
     r"""M = L^(−e) ⊗ R^(−e) with L = Σ GGᵀ, R = Σ GᵀG of each weight G as a matrix (out, rest): vec(G) ↦ vec(L^(−e) G R^(−e)).
 
     The statistics hold the gradient of the step in progress; roots are renewed at step 1 and at each step that ``every`` divides. P is
@@ -36,7 +39,8 @@ class Shampoo(Preconditioner):
         damping: ε ≥ 0, added relative to the largest eigenvalue.
         every: steps between roots.
         method: ``"eigh"``; ``"newton"``, the coupled iteration for L^(−1/p), p = 1/e whole; or ``"qr"``, eigenvectors followed by
-            one step of orthogonal iteration.
+            one step of orthogonal iteration. On an accelerator, which is not to be waited for, ``"eigh"`` and ``"newton"`` are both a sum of
+            inverses of shifted matrices, to 1e-5.
         sides: ``"both"``; ``"smaller"``, the shorter one alone; ``"left"`` or ``"right"``.
         max_dim: longer sides are left alone.
         block: longer sides are cut into tiles of at most this length, each with factors of its own.
@@ -61,7 +65,6 @@ class Shampoo(Preconditioner):
     graft_decay: float = 0.999
     graft_eps: float = 1e-8
 
-    alone = True
     advised_damping = 0.1
 
     def __post_init__(self) -> None:
@@ -117,57 +120,66 @@ class Shampoo(Preconditioner):
         return state
 
     def observe(self, state: State, seen: Seen) -> None:
-        (g,), (t,) = seen.gradient, state.steps
+        (g,), t = seen.gradient, state.steps[0]
+        keep, add = (1.0, 1.0) if self.decay is None else (self.decay, 1 - self.decay)
         for tile, k in self._numbered(state):
-            for name in ("left", "right"):
+            for name in _SIDES:
                 if (S := state.get(f"{name}.{k}")) is not None:
-                    keep, add = (1.0, 1.0) if self.decay is None else (self.decay, 1 - self.decay)
-                    fold(S, as_matrix(g)[tile], name == "right", keep, add)
-                    if t == 1 or t % self.every == 0:
-                        self._renew(state, name, k, t)
+                    fold(S, as_matrices(g)[:, *tile], name == "right", keep, add)
+        for some in [slice(0, len(g))] if t == 1 else state.due(self.every):
+            self._renew(state.span(some))
         if self.graft != "none":
             self._measure(state, g, t)
 
     def _numbered(self, state: State) -> list[tuple[Tile, int]]:
         (leaf,), (p,) = state.block.leaves, state.block.tensors
-        return [(tile, k) for k, tile in enumerate(self._tiles(as_matrix(p).shape, self._sides(leaf)))]
+        return [(tile, k) for k, tile in enumerate(self._tiles(as_matrices(p).shape[1:], self._sides(leaf)))]
 
-    def _renew(self, state: State, name: str, k: int, t: float) -> None:
-        """The inverse root of one factor; where it fails, the one before stays."""
-        S = state[f"{name}.{k}"] if self.decay is None else state[f"{name}.{k}"] / (1 - self.decay**t)
-        basis = state.get(f"{name}_basis.{k}")
-        if basis is not None:
-            found = eigenbasis(S) if t == 1 else power_step(S, basis)
-            if found is None:
-                return
-            basis.copy_(found[1] if t == 1 else found[0])
-        power = self.power if self.power is not None else 0.5 / sum(self._sides(state.block.leaves[0]))
-        root = inverse_root(S, power, self.damping, "basis" if basis is not None else self.method, basis)
-        if root is not None:
-            state[f"{name}_root.{k}"].copy_(root)
+    def _renew(self, state: State) -> None:
+        """The inverse roots of all factors, those of one size at once; where one fails, the one before stays."""
+        power, (t,) = self.power if self.power is not None else 0.5 / sum(self._sides(state.block.leaves[0])), state.steps
+        factors = [(name, k) for _, k in self._numbered(state) for name in _SIDES if f"{name}.{k}" in state]
+        for n in dict.fromkeys(state[f"{name}.{k}"].shape[-1] for name, k in factors):
+            of_size = [(name, k) for name, k in factors if state[f"{name}.{k}"].shape[-1] == n]
+            S, roots, bases = ([state[f"{name}{kind}.{k}"] for name, k in of_size] for kind in ("", "_root", self._basis))
+            if self.method == "qr":
+                for matrices, basis in zip(S, bases, strict=True):
+                    begin(matrices, basis) if t == 1 else follow(matrices, basis)
+            scale = 1.0 if self.decay is None else 1 - self.decay**t
+            renew(roots, S, power, self.damping, self.method, bases if self.method == "qr" else (), scale)
+
+    @property
+    def _basis(self) -> str:
+        """What names of state entries say that hold bases; where there are none those of the factors serve."""
+        return "_basis" if self.method == "qr" else ""
 
     def _measure(self, state: State, g: Tensor, t: float) -> None:
-        """The factor that gives M g the grafted length; a gradient of zero leaves it as it is."""
-        wanted = g
-        if "r" in state:
-            (r,) = state["r"]
-            r.mul_(1.0 if self.graft == "adagrad" else self.graft_decay)
-            r.addcmul_(g, g, value=1.0 if self.graft == "adagrad" else 1 - self.graft_decay)
-            r = r if self.graft == "adagrad" else r / (1 - self.graft_decay**t)
-            wanted = g / (r.sqrt() + self.graft_eps)
+        """The factors that give M g the grafted lengths; a gradient of zero leaves its as it is."""
+        wanted = norms(g) if self.graft == "sgd" else self._adaptive(state, g, t)
         (own,) = self._raw(state).gram((g,))
-        size = norm(own)
-        state["length"].copy_(torch.where(size > 0, norm(wanted) / size, state["length"]))
+        size = norms(own)
+        torch.where(size > 0, wanted.div_(size), state["length"], out=state["length"])
+
+    def _adaptive(self, state: State, g: Tensor, t: float) -> Tensor:
+        """‖g/(√r + ε)‖ of each; r knows of g then."""
+        (r,) = state["r"]
+        if self.graft == "adagrad":
+            h = r.addcmul_(g, g).sqrt()
+        else:
+            h = r.mul_(self.graft_decay).addcmul_(g, g, value=1 - self.graft_decay).div(1 - self.graft_decay**t).sqrt_()
+        return torch.linalg.vector_norm(torch.div(g, h.add_(self.graft_eps), out=h).flatten(1), dim=1)
 
     def _raw(self, state: State) -> LinearMap:
         like, maps = state.block.tensors, []
         for tile, k in self._numbered(state):
             A, B = state.get(f"left_root.{k}"), state.get(f"right_root.{k}")
-            maps.append((*tile, SymmetricKronecker(A, B, (as_matrix(like[0])[tile],))))
+            maps.append((*tile, SymmetricKronecker(A, B, (as_matrices(like[0])[:, *tile],))))
         if len(maps) == 1:
             return SymmetricKronecker(A, B, like)
-        return Tiled(maps, like)
+        return Tiled(maps, like, stacked=True)
 
     def map(self, state: State) -> LinearMap:
         raw = self._raw(state)
-        return raw if self.graft == "none" else Scaled(raw, state["length"].sqrt())
+        if self.graft == "none":
+            return raw
+        return Scaled(raw, square=state["length"].view(-1, *(1,) * (state.block.tensors[0].ndim - 1)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,20 +10,26 @@ from torch import Tensor
 
 from precond import checks
 from precond.arguments import settle
-from precond.blocks import Block, Leaf, State, state_dtype
-from precond.maps import InverseRoot, LinearMap, Rotation, completed
-from precond.preconditioners.base import Part, Preconditioner, Seen
-from precond.preconditioners.bases import WHOLE, Basis, Leading, basis_of
-from precond.preconditioners.kronecker import Sides, as_matrix, sides_of, split
+from precond.blocks import Block, Leaf, State, spans, state_dtype
+from precond.maps import InverseRoot, LinearMap, Orthogonal, Rotation, completed
+from precond.maps.diagonal import mean_of
+from precond.maps.rotation import from_right, transposed
+from precond.preconditioners.base import Part, Seen
+from precond.preconditioners.bases import WHOLE, Leading, basis_of
+from precond.preconditioners.eigenbases import at_hand
+from precond.preconditioners.kronecker import Sides, as_matrices, as_matrix, sides_of, split
 from precond.preconditioners.rms import RMS
+from precond.preconditioners.stacked import Stacked
 from precond.vec import Vec
 
 _SIDES = ("left", "right")
 BASES = ("left_basis", "right_basis")
+WARM_UP = 8
+"""Steps in which an accelerator is waited for, to see which bases are to be chosen, by eigendecompositions."""
 
 
 @dataclass(frozen=True)
-class SOAP(Preconditioner):
+class SOAP(Stacked):
     r"""P = (Q_A ⊗ Q_B)·diag((√r̂ + ε)^(−1/2)): RMS in the eigenbases of L = mean of GGᵀ and R = mean of GᵀG.
 
     Each matrix G (a tensor as (out, rest)) is rotated, G′ = Q_AᵀGQ_B, and r ← ρr + (1−ρ)G′². Between refreshes the bases stand; a
@@ -63,7 +69,6 @@ class SOAP(Preconditioner):
     max_dim: int = 10000
     rank: int | None = None
 
-    alone = True
     advised_damping = 0.1
 
     def __post_init__(self) -> None:
@@ -100,78 +105,119 @@ class SOAP(Preconditioner):
         return state
 
     def observe(self, state: State, seen: Seen) -> None:
-        (rotated,) = self.basis(state).rmv(seen.gradient)
-        state["r"][0].mul_(self.decay).addcmul_(rotated, rotated, value=1 - self.decay)
+        self._observed(state, seen, self.basis(state))
+
+    def pull(self, state: State, seen: Seen) -> Vec:
+        return self._observed(state, seen, self.basis(state))
+
+    def _observed(self, state: State, seen: Seen, F: Rotation) -> Vec:
+        """Fᵀg; the statistics know of g then."""
+        rotated = F.rmv(seen.gradient)
+        state["r"][0].mul_(self.decay).addcmul_(rotated[0], rotated[0], value=1 - self.decay)
         self.fold(state, seen.gradient[0])
+        return rotated
 
     def fold(self, state: State, gradient: Tensor) -> None:
-        """Fold a gradient into L and R, where its step is one of those that do."""
-        if (int(state.steps[0]) - 1) % self.factor_every:
+        """Fold gradients (k, …) into L and R, where their step is one of those that do."""
+        t = int(state.steps[0])
+        if (t - 1) % self.factor_every:
             return
         keep = self.decay if self.factor_decay is None else self.factor_decay
         for side in _SIDES:
             if (basis := basis_of(state, side)) is not None:
-                basis.fold(state, side, as_matrix(gradient), keep)
+                basis.fold(state, side, as_matrices(gradient), keep, t <= max(self.every, WARM_UP))
 
     def basis(self, state: State) -> Rotation:
         """Q_A ⊗ Q_B."""
-        return _rotation(state, state.block.tensors)
+        return Rotation(*(_orthogonal(state, name) for name in BASES), state.block.tensors)
 
-    def rotates(self, state: State) -> bool:
-        """Whether bases are chosen. Only the first steps look: each look waits for the device."""
-        (t,) = state.steps
-        return t > self.every or all(_chosen(state[basis]) for basis in BASES if basis in state)
+    def chosen(self, state: State) -> Tensor | None:
+        """Whether bases are chosen (k,); None: all are. Only the first steps look."""
+        if state.steps[0] > self.every:
+            return None
+        known = [basis.chosen(state, side) for side in _SIDES if (basis := basis_of(state, side)) is not None]
+        return known[0] if len(known) == 1 else known[0] & known[1]
 
     def map(self, state: State) -> LinearMap:
-        Q, D = self.factors(state)
-        return Q @ D
+        return self.basis(state) @ self._scale(state)
 
     def factors(self, state: State) -> tuple[LinearMap, LinearMap]:
+        return self.basis(state), self._scale(state)
+
+    def _scale(self, state: State) -> LinearMap:
+        """diag((√r̂ + ε)^(−1/2)), or where no bases are chosen (‖Ĝ‖ + ε)^(−1/2)."""
         (r,), (t,) = state["r"], state.steps
         h = r / (1 - self.decay**t)
-        h = (h.sqrt_() if self.rotates(state) else h.sum().sqrt().expand_as(h).clone()).add_(self.eps)  # else ‖Ĝ‖ everywhere
+        if (chosen := self.chosen(state)) is None:
+            h.sqrt_()
+        else:
+            apart = (-1,) + (1,) * (h.ndim - 1)
+            h = torch.where(chosen.view(apart), h.sqrt(), h.flatten(1).sum(1).sqrt_().view(apart))
+        h.add_(self.eps)
         if self.eps == 0:
             h = torch.where(h == 0, torch.inf, h)
-        return self.basis(state), InverseRoot((h,), holes=self.eps == 0)
+        return InverseRoot((h,), holes=self.eps == 0, means=lambda v: [mean_of(x, self.eps == 0) for x in v])
 
-    def refresh(self, state: State) -> LinearMap | None:
-        (t,) = state.steps
-        regular = t % self.every == 0
-        if not regular and self.rotates(state):
-            return None
-        r, new = as_matrix(state["r"][0]), dict[str, Tensor]()
-        for axis, (side, name) in enumerate(zip(_SIDES, BASES, strict=True)):
-            basis = basis_of(state, side)
-            if basis is None or not basis.seen(state, side):
+    def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:
+        t, due = state.steps[0], state.due(self.every)
+        if t <= WARM_UP or (at_hand(state["r"][0]) and (due or t <= self.every)):
+            self._begin(state, carried)
+        for some in due if t > 1 else ():
+            self._follow(state.span(some), [(m[some],) for (m,) in carried])
+
+    def _begin(self, state: State, carried: Sequence[Vec]) -> None:
+        """Choose the bases of matrices that were seen and have none."""
+        for side, name in zip(_SIDES, BASES, strict=True):
+            if (basis := basis_of(state, side)) is None:
                 continue
-            fresh = not _chosen(state[name])
-            if fresh and (found := basis.first(state, side)) is not None:
-                new[name] = found
-                # Of bases that are the identity yet.
-                turned = (completed(found).T @ torch.eye(len(found)).to(found)).square()
-                r = turned @ r if axis == 0 else r @ turned.T
-            elif regular and (fresh or self._turned(basis, state, side)) and (step := basis.next(state, side)) is not None:
-                new[name], order = step
-                r = r if order is None else r.index_select(axis, order)
-        if not new:
-            return None
-        old = _rotation({name: state[name].clone() for name in new})
-        for name, Q in new.items():
-            state[name].copy_(Q)
-        state["r"][0].copy_(r.reshape(state["r"][0].shape))
-        return _rotation(new).T @ old
+            new = basis.seen(state, side) & ~basis.chosen(state, side)
+            for some in spans(new.cpu().tolist()):
+                part = state.span(some)
+                found = basis.begin(part, side)[:, None, None]
+                Q = completed(part[name])  # of the identity before
+                for (m,) in carried:
+                    _turn(m[some], Q, side, back=False, where=found)
+                (r,), n = part["r"], part[name].shape[-2]
+                squares = (Q @ torch.eye(n).to(r).expand(len(r), n, n)).square()
+                _turn(r, squares, side, back=False, where=found)
 
-    def _turned(self, basis: Basis, state: State, side: str) -> bool:
-        """Whether a basis is to be renewed."""
-        return self.drift is None or basis.drift(state, side, int(state.steps[0]) // self.every) > self.drift
+    def _follow(self, state: State, carried: Sequence[Vec]) -> None:
+        """Let bases follow the statistics."""
+        (r,) = state["r"]
+        for side, name in zip(_SIDES, BASES, strict=True):
+            if (basis := basis_of(state, side)) is None:
+                continue
+            may = None
+            if self.drift is not None:
+                which = int(state.steps[0]) // self.every
+                may = ~basis.chosen(state, side) | (basis.drift(state, side, which) > self.drift)
+                if at_hand(may) and not bool(may.any()):
+                    continue
+            old = _orthogonal(state, name)
+            for (m,) in carried:
+                _turn(m, old, side, back=True)
+            if (order := basis.follow(state, side, may)) is not None:
+                R = as_matrices(r)
+                index = order[:, :, None] if side == "left" else order[:, None]
+                r.copy_(R.gather(1 if side == "left" else 2, index.expand(R.shape)).view(r.shape))
+            new = _orthogonal(state, name)
+            for (m,) in carried:
+                _turn(m, new, side, back=False)
 
 
-def _rotation(bases: Mapping[str, Tensor], like: Vec | None = None) -> Rotation:
-    """Q_A ⊗ Q_B; the identity on a side that has none."""
-    A, B = (completed(bases[name]) if name in bases else None for name in BASES)
-    return Rotation(A, B, like)
+def _orthogonal(state: State, name: str) -> Orthogonal | None:
+    """The orthogonal matrices of the bases of a side, which are made once until they change; None where there are none."""
+    if (U := state.get(name)) is None or U.shape[-2] == U.shape[-1]:
+        return U
+    known, version, made = state.block.derived.get(name, (None, 0, None))
+    if known is not U or version != U._version:
+        made = completed(U)
+        state.block.derived[name] = (U, U._version, made)
+    return made
 
 
-def _chosen(Q: Tensor) -> bool:
-    """Whether a basis is no longer the identity."""
-    return bool((Q.diagonal() != 1).any())
+def _turn(t: Tensor, Q: Orthogonal, side: str, back: bool, where: Tensor | None = None) -> None:
+    """X ← QᵀX, or X Q, with X the matrices of t; or back."""
+    X = as_matrices(t)
+    turned = (Q if back else transposed(Q)) @ X if side == "left" else from_right(transposed(Q) if back else Q, X)
+    t.copy_((turned if where is None else torch.where(where, turned, X)).reshape(t.shape))

@@ -96,10 +96,9 @@ class Split(Preconditioner):
         for part, sub in self._each(state):
             yield from on(sub.block, part.preconditioner).wanted(sub)
 
-    def refresh(self, state: State) -> LinearMap | None:
-        changes = [(part.index, on(sub.block, part.preconditioner).refresh(sub)) for part, sub in self._each(state)]
-        moved = [(index, change) for index, change in changes if change is not None]
-        return BlockDiagonal(moved, state.block.tensors) if moved else None
+    def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:
+        for part, sub in self._each(state):
+            on(sub.block, part.preconditioner).refresh(sub, [tuple(v[i] for i in part.index) for v in carried])
 
 
 def _of(position: Callable[[], Vec] | None, index: tuple[int, ...]) -> Callable[[], Vec] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -147,9 +147,8 @@ class _Singly(Preconditioner):
     def wanted(self, state: State) -> Iterable[tuple[str, Request, Tensor | None]]:
         return self.of.wanted(state.as_stack())
 
-    def refresh(self, state: State) -> LinearMap | None:
-        change = self.of.refresh(state.as_stack())
-        return None if change is None else self._apart(change, state)
+    def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:
+        self.of.refresh(state.as_stack(), [_one(v) for v in carried])
 
     @staticmethod
     def _apart(P: LinearMap, state: State) -> LinearMap:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -140,7 +141,7 @@ class Whitening(InputSide):
     def known(self, mine: dict[str, Tensor]) -> bool:
         return greatest(mine["count"]) >= 2  # one sample has no covariance
 
-    def refresh(self, state: State) -> None:
+    def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:
         if not renewed(min(state.steps), self.every):
             return
         for part in self.parts(state.block):
