@@ -61,7 +61,7 @@ class Rotated:
             W.addmm_(_times(A, step, rotated), B.T, beta=keep, alpha=lr)
         else:
             if B is not None:
-                B.T.from_right_(step)
+                step = B.T.from_right(step)
             if isinstance(A, Tensor):
                 W.addmm_(A, step, beta=keep, alpha=lr)
             else:
@@ -77,17 +77,17 @@ def _turned(left: Orthogonal | None, G: Tensor, right: Orthogonal | None, X: Ten
     if isinstance(left, Tensor):
         torch.mm(left, G, out=X)
     else:
-        _times(left, X.copy_(G), Y)
+        X = _times(left, G, Y)
     if isinstance(right, Tensor):
         return torch.mm(X, right, out=Y), X
-    return (X if right is None else right.from_right_(X)), Y
+    return (X if right is None else right.from_right(X)), Y
 
 
 def _times(Q: Orthogonal | None, X: Tensor, free: Tensor) -> Tensor:
     """Q X, in ``free`` or in X itself."""
     if isinstance(Q, Tensor):
         return torch.mm(Q, X, out=free)
-    return X if Q is None else Q.onto_(X)
+    return X if Q is None else Q @ X
 
 
 @dataclass

@@ -104,7 +104,7 @@ def step(point: Point, rules: Rules, evidence: Evidence, measured: bool = False)
         for k, r in enumerate(regularizers)
     ]
     taking = [k for k, at in enumerate(ats) if any(at.takes_part) or at.found]
-    regularizers, ats = [regularizers[k] for k in taking], [ats[k] for k in taking]
+    regularizers, ats = tuple(regularizers[k] for k in taking), [ats[k] for k in taking]
     is_early = [not r.waits(at) or (r.circular and lagged) for r, at in zip(regularizers, ats, strict=True)]
     early = [r.term(at) for r, at, now in zip(regularizers, ats, is_early, strict=True) if now]
     a = assemble(point.g, early)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ class Kronecker(LinearMap):
         self.A, self.B, self.like = A, B, like
 
     @staticmethod
-    def matrices(W: Tensor, *sides: Tensor | None) -> Tensor:
+    def matrices(W: Tensor, *sides: Any) -> Tensor:
         """W as (…, out, rest), its leading dimensions those of the sides."""
         stacked = next((X.ndim - 2 for X in sides if X is not None), 0)
         if W.ndim == stacked + 2:

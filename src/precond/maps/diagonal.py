@@ -80,6 +80,8 @@ class InverseRoot(Diagonal):
     """
 
     def bounded(self, t: Scalar) -> LinearMap:
+        if isinstance(t, Tensor):
+            return InverseRoot(tuple(h.clamp_min(t) for h in self.denominator), self.holes, self.means)
         return InverseRoot(tuple(torch._foreach_clamp_min(self.denominator, t)), self.holes, self.means)
 
     denominator: Vec = ()  # given, not computed and cached as a diagonal's
@@ -109,5 +111,6 @@ def mean_of(x: Tensor, holes: bool) -> Tensor:
 
 def _mean(x: Tensor, where: Tensor, over: tuple[int, ...] | None = None) -> Tensor:
     """The mean of the entries of x for which a condition holds; 0 where it holds for none. Of all, or along dimensions that stay."""
-    dims = {} if over is None else {"dim": over, "keepdim": True}
-    return torch.where(where, x, 0).sum(**dims) / where.sum(**dims).clamp_min(1)
+    if over is None:
+        return torch.where(where, x, 0).sum() / where.sum().clamp_min(1)
+    return torch.where(where, x, 0).sum(over, keepdim=True) / where.sum(over, keepdim=True).clamp_min(1)

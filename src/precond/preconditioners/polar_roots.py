@@ -57,8 +57,8 @@ class Whole(Root):
         if waits(L):
             top = largest(L)
             zero = top == 0
-            root = inverse_square_root(L / torch.where(zero, 1.0, top), damping, 24) * torch.where(zero, 1.0, top).rsqrt()
-            state["root"].copy_(torch.where(zero, torch.eye(L.shape[-1]).to(L), root))
+            found = inverse_square_root(L / torch.where(zero, 1.0, top), damping, 24) * torch.where(zero, 1.0, top).rsqrt()
+            state["root"].copy_(torch.where(zero, torch.eye(L.shape[-1]).to(L), found))
             return
         for S, kept in zip(L, state["root"], strict=True) if L.ndim == 3 else [(L, state["root"])]:
             if (root := inverse_root(S, 0.5, damping)) is not None:
@@ -123,10 +123,10 @@ class Leading(Root):
         return self.times(state, torch.eye(len(U)).to(U))
 
     def map(self, state: Mapping[str, Tensor], matrix: Tensor) -> LinearMap:
-        root, layout = (state["basis"], state["leading"].sqrt(), state["rest"].sqrt()), Layout(transposed=_is_wide(matrix))
+        U, s, a, layout = state["basis"], state["leading"].sqrt(), state["rest"].sqrt(), Layout(transposed=_is_wide(matrix))
         if matrix.ndim == 3:
-            return Spiked(*root, (matrix,), SideBySide.all(layout, len(matrix)))
-        return Spiked(*(t[None] for t in root), (matrix,), layout)
+            return Spiked(U, s, a, (matrix,), SideBySide.all(layout, len(matrix)))
+        return Spiked(U[None], s[None], a[None], (matrix,), layout)
 
 
 def _is_wide(matrix: Tensor) -> bool:

@@ -76,9 +76,9 @@ def inverse_roots(S: Tensor, power: float, damping: float) -> Tensor:
             for pole, weight in zip(poles, weights, strict=True):
                 _add_inverse(root, S, eye, least + pole, weight)
         else:
-            shifts, weights = _on_device(power - whole, least, S.dtype, S.device)
+            shifts, scales = _on_device(power - whole, least, S.dtype, S.device)
             for j in range(0, len(poles), many):
-                _add_inverses(root, S, eye, shifts[j : j + many], weights[j : j + many])
+                _add_inverses(root, S, eye, shifts[j : j + many], scales[j : j + many])
     if whole:
         inverse = torch.zeros_like(S)
         _add_inverse(inverse, S, eye, least, 1.0)

@@ -129,7 +129,8 @@ class SOAP(Stacked):
 
     def basis(self, state: State) -> Rotation:
         """Q_A ⊗ Q_B."""
-        return Rotation(*(_orthogonal(state, name) for name in BASES), state.block.tensors)
+        A, B = (_orthogonal(state, name) for name in BASES)
+        return Rotation(A, B, state.block.tensors)
 
     def chosen(self, state: State) -> Tensor | None:
         """Whether bases are chosen (k,); None: all are. Only the first steps look."""
@@ -216,8 +217,10 @@ def _orthogonal(state: State, name: str) -> Orthogonal | None:
     return made
 
 
-def _turn(t: Tensor, Q: Orthogonal, side: str, back: bool, where: Tensor | None = None) -> None:
+def _turn(t: Tensor, Q: Orthogonal | None, side: str, back: bool, where: Tensor | None = None) -> None:
     """X ← QᵀX, or X Q, with X the matrices of t; or back."""
+    if Q is None:
+        return
     X = as_matrices(t)
     turned = (Q if back else transposed(Q)) @ X if side == "left" else from_right(transposed(Q) if back else Q, X)
     t.copy_((turned if where is None else torch.where(where, turned, X)).reshape(t.shape))

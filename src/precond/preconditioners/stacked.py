@@ -33,12 +33,12 @@ class Each(Stacked):
 
     of: Preconditioner
 
-    entrywise = property(lambda self: False)  # type: ignore[assignment]
-    states_root = property(lambda self: self.of.states_root)  # type: ignore[assignment]
-    invertible = property(lambda self: self.of.invertible)  # type: ignore[assignment]
-    uses_momentum = property(lambda self: self.of.uses_momentum)  # type: ignore[assignment]
-    momentum = property(lambda self: self.of.momentum)  # type: ignore[assignment]
-    advised_damping = property(lambda self: self.of.advised_damping)  # type: ignore[assignment]
+    entrywise = property(lambda self: False)
+    states_root = property(lambda self: self.of.states_root)
+    invertible = property(lambda self: self.of.invertible)
+    uses_momentum = property(lambda self: self.of.uses_momentum)
+    momentum = property(lambda self: self.of.momentum)
+    advised_damping = property(lambda self: self.of.advised_damping)
 
     @property
     def diagonal(self) -> bool:
