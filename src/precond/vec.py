@@ -50,7 +50,10 @@ def scale(a: Vec, s: Scalar | Sequence[Scalar]) -> Vec:
         if not any(isinstance(x, Tensor) for x in s):
             return tuple(torch._foreach_mul(a, [float(x) for x in s]))
         return tuple(t * x for t, x in zip(a, s, strict=True))
-    return tuple(torch._foreach_mul(a, s))
+    if not isinstance(s, Tensor) or all(t.device == s.device for t in a):
+        return tuple(torch._foreach_mul(a, s))
+    there: dict[torch.device, Tensor] = {}
+    return tuple(t * there.setdefault(t.device, s.to(t.device)) for t in a)
 
 
 def map_(f, a: Vec) -> Vec:
@@ -137,7 +140,7 @@ def add_scaled_(a: Vec, b: Vec, s: Sequence[Scalar]) -> None:
     for x, index in _alike(s):
         first, second = [a[i] for i in index], [b[i] for i in index]
         if isinstance(x, Tensor):
-            torch._foreach_add_(first, torch._foreach_mul(second, x.to(first[0].dtype)))
+            torch._foreach_add_(first, list(scale(tuple(second), x.to(first[0].dtype))))
         elif x:
             torch._foreach_add_(first, second, alpha=x)
 
