@@ -52,9 +52,9 @@ class PreconditionedGD(torch.optim.Optimizer):
         regularizers: penalties; at most one may need a second gradient.
         momentum: None, or an average of cotangents or tangents.
         statistics_from: ``"loss"``: P is built from the clean gradient (where that vanishes, and the gradient of a penalty in p does
-            not, the step is as long as 1/ε: recipes therefore choose between the other two); ``"total"``: from the regularized one, allowed where
-            no regularizer's cotangent depends on P; ``"lagged"``: likewise, and where one does, it is taken with the P before
-            the step (for SAM and gradient norms in z: with the clean gradient's P steps grow without bound as it vanishes).
+            not, the step is as long as 1/ε: recipes therefore take one of the other two); ``"total"``: from the regularized one,
+            allowed where no regularizer's cotangent depends on P; ``"lagged"``: likewise, and where one does, it is taken with the
+            P before the step (for SAM and gradient norms in z).
         max_norm: clip the assembled gradient to this norm, in ``norm_space``; None: do not. (In p, where nothing probes, the
             statistics see the clipped gradient, as after ``clip_grad_norm_``.)
         norm_space: ``"z"`` (√(aᵀMa)) or ``"p"`` (‖a‖).
