@@ -84,7 +84,7 @@ class Listening:
             warnings.warn(
                 "no layer inputs were observed since the last step: was the model compiled and called before the optimizer was "
                 "made, or are layers called by their forward() or by functions? Such layers keep their gradient",
-                stacklevel=6,
+                stacklevel=8,
             )
         # An input that is not finite is so in its own variance.
         return all_finite(tuple(m.variance for m in seen.values()))

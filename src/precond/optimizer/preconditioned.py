@@ -120,9 +120,8 @@ class PreconditionedGD(torch.optim.Optimizer):
         if self._requests and not modules:
             raise TypeError(f"{name}: {preconditioner!r} observes the inputs of layers: pass the model itself as params")
         super().__init__(groups, {"lr": lr, "maximize": False, **self.naming.defaults})
-        if (
-            momentum is not None and "betas" not in self.defaults
-        ):  # which OneCycleLR and CyclicLR look for, and put in the groups
+        if momentum is not None and "betas" not in self.defaults:
+            # OneCycleLR and CyclicLR look for it here, and write it into the groups.
             self.defaults.setdefault("momentum", momentum.beta)
         self._bind()
         check_precision(self._bound.leaves, choice, rounding)
@@ -398,7 +397,7 @@ class PreconditionedGD(torch.optim.Optimizer):
                 "the optimizer was given parameters, not a model: a second pass moves BatchNorm's running statistics again "
                 "and, without a closure, draws other dropout masks; pass the model as params, or wrap the second pass in "
                 "precond.frozen_statistics(model)",
-                stacklevel=5,
+                stacklevel=7,
             )
         k = self._gradient_based or 0
         regularizer = self._bound.choices[0].regularizers[k]
