@@ -33,12 +33,12 @@ def whole(cls: type, signatures: Mapping[str, str]) -> None:
         raise TypeError(f"{cls.__name__} lacks {'; '.join(signatures.get(name, name) for name in missing)}")
 
 
-def instance(owner: str, what: str, value: Any, kind: type, example: str) -> None:
+def instance(owner: str, what: str, value: Any, kind: type, remedy: str) -> None:
     """Raise TypeError where a value is not of a kind; a class in place of an object is told so."""
     if isinstance(value, type) and issubclass(value, kind):
         raise TypeError(f"{owner}: {what} is the class {value.__name__}; pass an object of it, {value.__name__}(...)")
     if not isinstance(value, kind):
-        raise TypeError(f"{owner}: {what} must be one, such as {example}, got {value!r}")
+        raise TypeError(f"{owner}: {what} must be {remedy}, got {value!r}")
 
 
 def frozen(owner: str, strategy: Any) -> None:

@@ -114,6 +114,10 @@ def test_distributed_checkpoint_of_torch_named_recipes(twin: Twin, flatten: bool
     assert torch.equal(*ends)
 
 
+def snapshot_of(optimizer):
+    return [t for entries in optimizer.state.values() for t in entries.values()]
+
+
 def test_a_loaded_state_dict_is_not_shared():
     model = net()
     optimizer = precond.adam(model, lr=torch.tensor(0.01))
@@ -121,6 +125,7 @@ def test_a_loaded_state_dict_is_not_shared():
     other = precond.adam(model)
     other.load_state_dict(optimizer.state_dict())
     other.param_groups[0]["lr"].fill_(9.0)
+    assert not {t.data_ptr() for t in snapshot_of(other)} & {t.data_ptr() for t in snapshot_of(optimizer)}
     train(model, other, batches(1))
     assert optimizer.param_groups[0]["lr"] == 0.01 and optimizer.state[model.head.bias]["step"] == 1
 

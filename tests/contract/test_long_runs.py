@@ -199,7 +199,7 @@ MIXED = {
 
 @pytest.mark.parametrize("name", MIXED)
 def test_names_for_all_parameters_or_none(name):
-    with pytest.raises(ValueError, match="some parameters with names and some without"):
+    with pytest.raises(ValueError, match="names some parameters and not others"):
         MIXED[name]()
     precond.adamw(nn.Linear(2, 2)).add_param_group({"params": [b]})  # a module's names were not asked for
 

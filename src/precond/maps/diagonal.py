@@ -10,7 +10,7 @@ from torch import Tensor
 
 from precond import vec
 from precond.maps.base import LinearMap
-from precond.vec import Scalar, Vec
+from precond.vec import Vec
 
 
 class Diagonal(LinearMap):
@@ -78,11 +78,6 @@ class InverseRoot(Diagonal):
         holes: whether some h may be ∞.
         means: the mean over the finite entries of each tensor of a vector, where other processes hold some of them.
     """
-
-    def bounded(self, t: Scalar) -> LinearMap:
-        if isinstance(t, Tensor):
-            return InverseRoot(tuple(h.clamp_min(t) for h in self.denominator), self.holes, self.means)
-        return InverseRoot(tuple(torch._foreach_clamp_min(self.denominator, t)), self.holes, self.means)
 
     denominator: Vec = ()  # given, not computed and cached as a diagonal's
 

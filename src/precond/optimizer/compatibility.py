@@ -18,9 +18,9 @@ from precond.regularizers import Regularizer
 
 def validate(name: str, choice: Choice, statistics_from: str) -> None:
     """Raise where strategies do not go together."""
-    contracts.instance(name, "preconditioner", choice.preconditioner, Preconditioner, "precond.RMS()")
+    contracts.instance(name, "preconditioner", choice.preconditioner, Preconditioner, "one, such as precond.RMS()")
     if choice.momentum is not None:
-        contracts.instance(name, "momentum", choice.momentum, Momentum, "precond.Momentum(0.9), or None")
+        contracts.instance(name, "momentum", choice.momentum, Momentum, "None or an average, and Momentum(0.9) is one")
     for strategy in (choice.preconditioner, *choice.regularizers):
         contracts.frozen(name, strategy)
     _check_momenta(name, choice.preconditioner)
@@ -57,10 +57,10 @@ def listed(name: str, regularizers: Any) -> tuple[Regularizer, ...]:
     """Regularizers as a tuple; raise TypeError where they are none."""
     if isinstance(regularizers, Regularizer):
         raise TypeError(f"{name}: regularizers must be a list of them, got {regularizers!r}; put it in brackets")
-    contracts.instance(name, "regularizers", regularizers, Iterable, "[precond.L2(1e-4)]")
+    contracts.instance(name, "regularizers", regularizers, Iterable, "a list, such as [precond.L2(1e-4)]")
     out = tuple(regularizers)
     for r in out:
-        contracts.instance(name, "each of regularizers", r, Regularizer, "precond.L2(1e-4)")
+        contracts.instance(name, "each of regularizers", r, Regularizer, "one, such as precond.L2(1e-4)")
     return out
 
 

@@ -109,7 +109,7 @@ class Listening:
             warnings.warn(
                 "no layer inputs were observed since the last step: was the model compiled and called before the optimizer was "
                 "made, are its layers in eval() mode, or called by their forward() or by functions? Such layers keep their gradient",
-                stacklevel=7,
+                stacklevel=8,
             )
         else:
             _warn(new, stacklevel=8)

@@ -65,9 +65,9 @@ class PreconditionedGD(torch.optim.Optimizer):
         regularizers: penalties; at most one may need a second gradient.
         momentum: None, or an average of cotangents or tangents.
         statistics_from: ``"loss"``: P is built from the clean gradient (where that vanishes, and the gradient of a penalty in p does
-            not, the step is as long as 1/ε: recipes therefore choose between the other two); ``"total"``: from the regularized
-            one, allowed where no regularizer's cotangent depends on P; ``"lagged"``: likewise, and where one does, it is taken with the P before
-            the step (for SAM and gradient norms in z: with the clean gradient's P steps grow without bound as it vanishes).
+            not, the step is as long as 1/ε: recipes therefore take one of the other two); ``"total"``: from the regularized one,
+            allowed where no regularizer's cotangent depends on P; ``"lagged"``: likewise, and where one does, it is taken with the
+            P before the step (for SAM and gradient norms in z).
         max_norm: clip the assembled gradient to this norm, in ``norm_space``; None: do not. (In p, where nothing probes, the
             statistics see the clipped gradient, as after ``clip_grad_norm_``.)
         norm_space: ``"z"`` (√(aᵀMa)) or ``"p"`` (‖a‖).
@@ -143,9 +143,8 @@ class PreconditionedGD(torch.optim.Optimizer):
                 f"make the groups themselves. The inputs are asked for by {preconditioner!r}"
             )
         super().__init__(groups, {"lr": lr, "maximize": False, **self.naming.defaults})
-        if (
-            momentum is not None and "betas" not in self.defaults
-        ):  # which OneCycleLR and CyclicLR look for, and put in the groups
+        if momentum is not None and "betas" not in self.defaults:
+            # OneCycleLR and CyclicLR look for it here, and write it into the groups.
             self.defaults.setdefault("momentum", momentum.beta)
         self._bind()
         check_precision(self._bound.leaves, choice, rounding)
@@ -517,7 +516,7 @@ class PreconditionedGD(torch.optim.Optimizer):
                 "the optimizer was given parameters, not a model: a second pass moves BatchNorm's running statistics again "
                 "and, without a closure, draws other dropout masks; pass the model as params, or wrap the second pass in "
                 "precond.frozen_statistics(model)",
-                stacklevel=5,
+                stacklevel=7,
             )
         k = self._gradient_based or 0
         regularizer = self._bound.choices[0].regularizers[k]

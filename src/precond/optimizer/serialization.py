@@ -120,9 +120,8 @@ def _match(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[s
 
 def _fit(recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
     """(target, value) pairs of one parameter; ValueError where they do not fit."""
-    alien = sorted(
-        theirs.keys() - mine.keys() - OPTIONAL - {"clean"}
-    )  # kept once, where statistics now are of what is descended
+    # "clean": kept once, where statistics now are of what is descended.
+    alien = sorted(theirs.keys() - mine.keys() - OPTIONAL - {"clean"})
     if alien:
         raise ValueError(
             f"load_state_dict: the state of {name!r} has {', '.join(map(repr, alien))}, which {recipe} does not keep "
@@ -133,7 +132,7 @@ def _fit(recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str
         if key in theirs:
             value = torch.as_tensor(theirs[key])
             if key == "step":
-                target.data = as_count(value.reshape(()))
+                target.data = as_count(value.reshape(())).clone()
                 continue
             if value.shape != target.shape:
                 raise ValueError(
