@@ -63,6 +63,13 @@ def test_classes_are_inherited_from():
     class Other(optim.Recipe, recipe=precond.adamw):
         pass
 
+    class Mixin:
+        pass
+
+    class Mixed(Mixin, optim.AdamW):
+        pass
+
+    assert Mixed(net()).probes is False
     assert Mine(net()).param_groups[0]["betas"] == (0.5, 0.5) and type(Other(net())) is Other
     with pytest.raises(TypeError, match="recipe=precond"):
         optim.Recipe(net())

@@ -263,3 +263,13 @@ def test_only_second_gradients_and_replicas_leave_unscaling_to_the_step():
 def test_a_loss_closure_still_must_return_the_loss():
     with pytest.raises(TypeError, match="must return the loss"):
         precond.adamw(net()).step(LossClosure(lambda: None))
+
+
+def test_micro_batches_of_an_interrupted_step_are_forgotten():
+    model = net()
+    micro = MicroBatches(RECIPES["SAM in z"](model))
+    micro.backward(lambda: model(batches(1)[0][0]).sum().backward())
+    with pytest.raises(ZeroDivisionError):
+        micro.backward(lambda: 1 / 0)
+    micro.repeat()
+    assert not micro._parts and micro.optimizer._pending is None

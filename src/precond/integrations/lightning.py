@@ -50,9 +50,8 @@ class SecondGradients(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if self._micro is None:
             return
-        if (
-            trainer.fit_loop._skip_backward
-        ):  # weight averaging gathers batch statistics; the gradients are those of a step taken
+        if trainer.fit_loop._skip_backward:
+            # Weight averaging gathers batch statistics; the gradients are those of a step that was taken.
             self._micro.optimizer.zero_grad()
         with _unlogged(pl_module):
             self._micro.repeat()

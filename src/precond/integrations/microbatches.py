@@ -22,6 +22,9 @@ class MicroBatches:
         optimizer: a :class:`~precond.PreconditionedGD`, or a trainer's wrapper with one in ``.optimizer``.
         scaler: the GradScaler of the losses, or None.
 
+    Raises:
+        TypeError: for an optimizer of another library.
+
     Example:
         >>> import torch, precond
         >>> from precond.integrations import MicroBatches
@@ -37,7 +40,12 @@ class MicroBatches:
     """
 
     def __init__(self, optimizer: Any, scaler: torch.amp.GradScaler | None = None):
-        self.optimizer, self.scaler = unwrapped(optimizer), scaler
+        found = inside(optimizer)
+        if found is None:
+            raise TypeError(
+                f"MicroBatches: pass an optimizer of precond, or a wrapper around one, got {type(optimizer).__name__}"
+            )
+        self.optimizer, self.scaler = found, scaler
         self._parts: list[tuple[Random, Callable[[], Any]]] = []
 
     def add(self, f: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -52,7 +60,11 @@ class MicroBatches:
         Pass the batch as arguments: a variable that ``f`` takes from a loop has another value when it runs again.
         """
         self.add(f, *args, **kwargs)
-        return f(*args, **kwargs)
+        try:
+            return f(*args, **kwargs)
+        except BaseException:  # no step will be made of this
+            self._parts.clear()
+            raise
 
     def repeat(self) -> None:
         """Take the second gradients that the optimizer wants: after a step's last backward, before clipping and the step."""
@@ -71,23 +83,12 @@ class MicroBatches:
         finally:
             restore_random_state(after)
 
-    def forget(self) -> None:
-        """Drop what was remembered: these gradients are not stepped on."""
-        self._parts.clear()
 
-
-def unwrapped(optimizer: Any) -> PreconditionedGD:
-    """The optimizer inside a trainer's wrappers.
-
-    Raises:
-        TypeError: where there is none of this library.
-    """
-    inside = optimizer
-    while not isinstance(inside, PreconditionedGD):
-        inside = getattr(inside, "optimizer", None)
-        if inside is None:
-            raise TypeError(f"expected an optimizer of precond, or a wrapper around one, got {type(optimizer).__name__}")
-    return inside
+def inside(optimizer: Any) -> PreconditionedGD | None:
+    """The optimizer of this library in a trainer's wrappers, or None."""
+    while optimizer is not None and not isinstance(optimizer, PreconditionedGD):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
 
 
 def check_clipping(optimizer: PreconditionedGD, clips: bool, how: str) -> None:

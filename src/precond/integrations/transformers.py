@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from precond.integrations.microbatches import MicroBatches, check_clipping
+from precond.integrations.microbatches import MicroBatches, check_clipping, inside
 from precond.optimizer import PreconditionedGD
 from precond.optimizer.parameters import ModuleGroups
 
@@ -42,11 +42,13 @@ class Trainer(transformers.Trainer):
         ]
         return ModuleGroups([group for group in groups if group["params"]], model)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._micro = None  # of a training that was interrupted
+        return super().train(*args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        optimizer = self.optimizer
-        while not isinstance(optimizer, PreconditionedGD) and hasattr(optimizer, "optimizer"):
-            optimizer = optimizer.optimizer
-        if not isinstance(optimizer, PreconditionedGD) or not optimizer.probes:
+        optimizer = inside(self.optimizer)
+        if optimizer is None or not optimizer.probes:
             return super().training_step(model, inputs, num_items_in_batch)
         if self._micro is None or self._micro.optimizer is not optimizer:
             check_clipping(optimizer, self.args.max_grad_norm > 0, "set max_grad_norm=0 in TrainingArguments")

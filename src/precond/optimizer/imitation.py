@@ -16,7 +16,7 @@ def hand_through(cls: type, ours: type) -> None:
     which reads attributes through to the optimizer inside and writes them to itself.
     """
     wrapper = cls.__bases__[0]
-    if issubclass(wrapper, torch.optim.Optimizer) or not issubclass(cls, ours):
+    if issubclass(wrapper, torch.optim.Optimizer) or not hasattr(wrapper, "optimizer"):
         return
     for name in dir(ours):
         if name.startswith("_") or hasattr(wrapper, name):

@@ -295,6 +295,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         self._bind()
         self._listen()
 
+    @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim's. What layers received in forwards whose gradients are cleared does not count."""
         with nullcontext() if self._closing else self._listening.clearing():
