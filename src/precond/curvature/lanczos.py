@@ -157,7 +157,7 @@ class Lanczos:
         self._T[j:m, j:m] = (C[j:] + C[j:].T) / 2
         self._loose = self._loose - (self._loose @ q.T) @ q
         self.size, self._before, self._fresh = m, j, False
-        self.length += self._chain is not None
+        self.length += 1
         norm = float(self._T[:m, :m].abs().max())
         if self.noise > self._asymmetry * norm:
             raise NotSymmetric(
