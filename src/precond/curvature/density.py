@@ -67,7 +67,10 @@ class SpectralDensity:
         return each.mean(0), each.std(0) / len(each) ** 0.5
 
     def smoothed(self, t: Tensor, width: float | None = None) -> tuple[Tensor, Tensor]:
-        """The density under a Gaussian of standard deviation ``width``, at points t, (m,), and its standard error.
+        """The density under a Gaussian of standard deviation ``width``, at points t, (m,), and its standard error over the
+        probes.
+
+        The width is the resolution: it should be more than the distance of neighboring nodes, which the error does not know of.
 
         Args:
             t: where, (m,).
