@@ -1,4 +1,9 @@
-"""Networks, data and dense float64 Hessians that the tests of curvature share."""
+"""Networks, data and dense float64 Hessians that the tests of curvature share.
+
+Where a test here compares two float64 computations of one thing, its tolerance is rounding: 1e-16 an operation, some thousand operations in
+a product, times the condition of what is solved with, 1e-12 to 1e-8 altogether; the order of sums differs between processors. Eigenvalues
+by Lanczos have the tolerance that was asked for, and estimates a number of their own errors. Other tolerances say where they come from.
+"""
 
 from __future__ import annotations
 

@@ -120,6 +120,50 @@ def test_the_diagonal_is_aligned_to_the_parameters():
     )
 
 
+def null_space(n: int = 700) -> torch.Tensor:
+    return torch.cat([torch.zeros(400), 1 + torch.rand(n - 400, generator=torch.Generator().manual_seed(3))]).double()
+
+
+COUNTS = {
+    "spikes": (spiked(), [(-3, 0.05), (0.02, 0.03), (1, 100), (-0.01, 0.11), (-torch.inf, 0.07), (200, 300)]),
+    "a null space": (null_space(), [(-1, 1e-6), (1.5, 3), (1.2, 1.21), (-1, 0.5)]),
+    "copies": ((4 * torch.rand(700, generator=torch.Generator().manual_seed(3))).floor().double(), [(0.5, 1.5), (-1, 2.5)]),
+    "identity": (torch.ones(600).double(), [(0.5, 2), (1.5, 2), (0.5, torch.inf)]),
+    "a wide range": (
+        10 ** (-4 * torch.rand(700, generator=torch.Generator().manual_seed(3)).double()),
+        [(1e-3, 1e-2), (0.1, 1)],
+    ),
+}
+
+
+@pytest.mark.parametrize("steps", [6, 40])
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_within_both_parts_of_their_error(name, steps):
+    d, intervals = COUNTS[name]
+    A, off = turned(d), []
+    for seed in range(10):
+        found = spectral_density(A, probes=(3, 8)[seed % 2], steps=steps, seed=seed)
+        for low, high in intervals:
+            count = found.count(low, high)
+            value, error = count
+            assert (value, error) == (count.value, count.error) and error == count.sampling + count.resolution
+            truth = int(((d >= low) & (d <= high)).sum())
+            off.append(max(abs(value - truth) - count.resolution, 0) / max(count.sampling, 1e-6))
+    off = torch.tensor(off)
+    # What goes beyond the resolution, which is a bound, is of the probes: a normal deviate, or near one.
+    assert (off > 2).double().mean() <= 0.12 and off.max() < 5
+
+
+def test_resolution_falls_with_the_steps_and_sampling_with_the_probes():
+    A = turned(spiked())
+    few, more = (spectral_density(A, probes=8, steps=k).count(-3, 0.05) for k in (10, 80))
+    assert more.resolution < 0.2 * few.resolution
+    few, more = (spectral_density(A, probes=k, steps=20).count(-3, 0.05) for k in (4, 36))
+    assert more.sampling < 0.6 * few.sampling
+    # Where the ends lie in gaps of the spectrum, nothing is left undecided.
+    assert spectral_density(A, steps=40).count(1, 100).resolution < 1e-6
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [

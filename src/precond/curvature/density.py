@@ -67,7 +67,10 @@ class SpectralDensity:
         return each.mean(0), each.std(0) / len(each) ** 0.5
 
     def smoothed(self, t: Tensor, width: float | None = None) -> tuple[Tensor, Tensor]:
-        """The density under a Gaussian of standard deviation ``width``, at points t, (m,), and its standard error.
+        """The density under a Gaussian of standard deviation ``width``, at points t, (m,), and its standard error over the
+        probes.
+
+        The width is the resolution: it should be more than the distance of neighboring nodes, which the error does not know of.
 
         Args:
             t: where, (m,).
@@ -209,12 +212,8 @@ def _below(recurrence: Tensor, x: float) -> tuple[float, float]:
         pivot = a - (float(beta[i - 1]) ** 2 / pivot if i else 0.0) or none
         left += pivot < 0
     # The quadrature with a node at x (Golub): the last entry makes the last pivot zero. Beyond 1e6 a node is as good as at infinity.
-    end = float(beta[-1]) ** 2 / pivot
-    T = (
-        torch.cat([alpha, alpha.new_tensor([x + max(min(end, 1e6 * scale), -1e6 * scale)])]).diag()
-        + beta.diag(1)
-        + beta.diag(-1)
-    )
+    end = x + max(min(float(beta[-1]) ** 2 / pivot, 1e6 * scale), -1e6 * scale)
+    T = torch.cat([alpha, alpha.new_tensor([end])]).diag() + beta.diag(1) + beta.diag(-1)
     weights = torch.linalg.eigh(T).eigenvectors[0].square()
     half = float(weights[left]) / 2
     return float(weights[:left].sum()) + half, half

@@ -124,10 +124,10 @@ def eigenvalues(
 
     def done(found: Spectrum) -> bool:
         count = len(found.values)
-        if not (count >= low + high and bool(found.settled(tol)[_ends(count, low, high)].all())):
-            return False
         # Each end of the chain: it has found something that belongs in the list, or shows that nothing of it is there.
-        return all(end.absent or end.found for end in _searches(found, low, high, tol))
+        if count < low + high or not all(end.absent or end.found for end in _searches(found, low, high, tol)):
+            return False
+        return bool(found.settled(tol)[_ends(count, low, high)].all())
 
     def missing(found: Spectrum) -> bool:
         return not all(end.absent for end in _searches(found, low, high, tol))
@@ -204,24 +204,13 @@ def _searches(found: Spectrum, low: int, high: int, tol: float) -> list[_Search]
         apart = listed[listed - listed[0] > same]
         if not len(apart):
             continue
+        # A chain that a restart has merged with the rest counts as one that has found something: another one follows.
+        theta, residual = float(apart[0]), 0.0
         if chain.ritz is not None:
-            theta, residual = sign * chain.ritz.values, chain.ritz.residuals
-            at = int(theta.argmax())
-        else:
-            theta, residual, at = values[:-count], errors[:-count], -1
-        if len(theta):
-            bottom = float(values[0] - errors[0])
-            out.append(
-                _Search(
-                    float(apart[0]),
-                    bottom,
-                    float(same[-len(apart)]),
-                    float(theta[at]),
-                    float(residual[at]),
-                    chain.steps,
-                    chain.room,
-                )
-            )
+            at = int((sign * chain.ritz.values).argmax())
+            theta, residual = sign * float(chain.ritz.values[at]), float(chain.ritz.residuals[at])
+        bottom = float(values[0] - errors[0])
+        out.append(_Search(float(apart[0]), bottom, float(same[-len(apart)]), theta, residual, chain.steps, chain.room))
     return out
 
 

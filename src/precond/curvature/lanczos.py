@@ -157,7 +157,7 @@ class Lanczos:
         self._T[j:m, j:m] = (C[j:] + C[j:].T) / 2
         self._loose = self._loose - (self._loose @ q.T) @ q
         self.size, self._before, self._fresh = m, j, False
-        self.length += self._chain is not None
+        self.length += 1
         norm = float(self._T[:m, :m].abs().max())
         if self.noise > self._asymmetry * norm:
             raise NotSymmetric(
@@ -189,12 +189,9 @@ class Lanczos:
     def recurrence(self) -> Tensor:
         """α_j and β_j, A q_j = β_{j−1} q_{j−1} + α_j q_j + β_j q_{j+1}, of a run from one vector, (j, 2)."""
         j = self.size
-        beta = (
-            torch.cat([self._T[: j + 1, : j + 1].diagonal(-1), torch.zeros(1)])[:j]
-            if self._next > j
-            else torch.cat([self._T[:j, :j].diagonal(-1), torch.zeros(1)])
-        )
-        return torch.stack([self._T[:j, :j].diagonal(), beta], 1)
+        T = torch.zeros(j + 1, j + 1, dtype=torch.float64)
+        T[: self._next, : self._next] = self._T[: self._next, : self._next]
+        return torch.stack([T.diagonal()[:j], T.diagonal(-1)], 1)
 
     def vectors(self, coordinates: Tensor) -> Tensor:
         """V_j s for columns s, as rows."""

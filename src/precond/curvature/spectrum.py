@@ -67,7 +67,7 @@ class Chain:
 
     Attributes:
         ritz: Ritz values and residuals there; None after a restart, which merges it with the rest.
-        steps: its length, or that at the first restart.
+        steps: its length.
         room: dimension of the space.
     """
 
@@ -242,15 +242,17 @@ def _lanczos(
         last = run.exhausted or run.products + settings.block + 1 > settings.max_products
         if run.size >= check or last:
             found = _found(run, settings, dtype, out)
-            # Twice: a Ritz value may come to rest at the second eigenvalue before it feels the first. A fresh start confirms it, too.
+            # Twice: a Ritz value may come to rest at the second eigenvalue before it feels the first.
             now = done(found)
             confirmed = now and before
             if last or (confirmed and not fresh(found)):
                 return found
             if confirmed:
+                if run.size > basis // 2:
+                    run.restart(_kept(found, basis // 4))
                 run.fresh(settings.block)
                 every = 32
-            wait = max(8, run.size // 8) if now and not before else run.size // every
+            wait = max(4, run.size // 8) if now and not before else run.size // every
             check, before = run.size + max(settings.block, wait), now
         if run.size + 2 * settings.block > basis:
             run.restart(_kept(_found(run, settings, dtype, out), basis // 4))
