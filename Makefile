@@ -61,7 +61,6 @@ numerics-avx2: export ATEN_CPU_CAPABILITY := avx2
 numerics-avx2: export MKL_ENABLE_INSTRUCTIONS := AVX2
 numerics-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
 numerics-compatible: export MKL_CBWR := COMPATIBLE
-numerics-compatible: export ONEDNN_MAX_CPU_ISA := SSE41
 
 # One thread per process: small tensors gain nothing from more, and the workers of the tests share the cores.
 demo pytest data trainers docs $(PROCESSORS): export OMP_NUM_THREADS := 1
