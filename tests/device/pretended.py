@@ -32,6 +32,7 @@ class Pretended(torch.Tensor):
 
     @staticmethod
     def __new__(cls, real: Tensor, device: torch.device = CUDA, requires_grad: bool = False) -> Pretended:
+        device = CUDA if device.index is None else device  # the current one
         self = torch.Tensor._make_wrapper_subclass(
             cls, real.shape, strides=real.stride(), storage_offset=real.storage_offset(), dtype=real.dtype, layout=real.layout,
             device=device, requires_grad=requires_grad,
@@ -94,7 +95,6 @@ def _run(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
     if asked is not None and asked.type != "cuda":
         return out
     device = asked or next(t.device for t in tensors if isinstance(t, Pretended))
-    device = CUDA if device.index is None else device
     if isinstance(out, Tensor):
         for t in tensors:
             if _real(t) is out:
