@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import precond
-from contract.table import OWN, batches, closure, flat, net, snapshot, train
+from contract.table import DEVICE, OWN, batches, closure, flat, net, snapshot, train
 from contract.test_second_pass import GRADIENTS, PROBING, loss_of
 from precond import SAM, Dense, Fixed, PreconditionedGD
 
@@ -86,7 +86,7 @@ MATRIX = torch.eye(243) + 0.05 * torch.randn(243, 243, generator=torch.Generator
 UNDER_AUTOCAST = {
     **{name: OWN[name] for name in OWN if "whitening" in name or "bnp" in name.lower() or "SAM" in name},
     "dense map": lambda p, **more: PreconditionedGD(
-        p, lr=0.01, preconditioner=Fixed(Dense(MATRIX)), regularizers=[SAM(0.5)], **more
+        p, lr=0.01, preconditioner=Fixed(Dense(MATRIX.to(DEVICE))), regularizers=[SAM(0.5)], **more
     ),
 }
 

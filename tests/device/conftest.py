@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from device.process import Process, Unavailable
+from device.building import Unavailable
+from device.process import Process
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from device import prices
 from device.building import guard
 from device.meter import METER
 
@@ -33,6 +32,7 @@ class Pretended(torch.Tensor):
 
     @staticmethod
     def __new__(cls, real: Tensor, device: torch.device = CUDA, requires_grad: bool = False) -> Pretended:
+        device = CUDA if device.index is None else device  # the current one
         self = torch.Tensor._make_wrapper_subclass(
             cls, real.shape, strides=real.stride(), storage_offset=real.storage_offset(), dtype=real.dtype, layout=real.layout,
             device=device, requires_grad=requires_grad,
@@ -91,37 +91,28 @@ def _run(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
     real_kwargs = {k: _real(v) for k, v in kwargs.items()}
     if asked is not None and asked.type == "cuda":
         real_kwargs["device"] = CPU
-        if prices.name_of(func) == "_to_copy" and asked.type != tensors[0].device.type:
-            real_kwargs.pop("non_blocking", None)
     out = func(*map(_real, args), **real_kwargs)
     if asked is not None and asked.type != "cuda":
         return out
-    return _Placing(args, tensors, asked).place(out)
+    device = asked or next(t.device for t in tensors if isinstance(t, Pretended))
+    if isinstance(out, Tensor):
+        for t in tensors:
+            if _real(t) is out:
+                return t
+        return _say(out, device)
+    return _placed(out, args, tensors, device) if isinstance(out, list | tuple) else out
 
 
-class _Placing:
-    """Says where results are: an argument that comes back is itself, a list follows the first list, the rest where it was asked."""
+def _say(x: Any, device: torch.device) -> Any:
+    return Pretended(x, device) if isinstance(x, Tensor) and device.type == "cuda" and not isinstance(x, Pretended) else x
 
-    def __init__(self, args: Sequence[Any], tensors: Sequence[Tensor], asked: torch.device | None):
-        self.known = {id(_real(t)): t for t in tensors}
-        self.lists = [x for x in args if isinstance(x, list | tuple) and x and all(isinstance(t, Tensor) for t in x)]
-        if asked is not None and asked.index is None:
-            asked = CUDA
-        self.device = asked or next(t.device for t in tensors if isinstance(t, Pretended))
 
-    def place(self, out: Any) -> Any:
-        if isinstance(out, list | tuple):
-            alongside = self.lists[0] if self.lists and len(self.lists[0]) == len(out) else None
-            where = [self.device] * len(out) if alongside is None else [t.device for t in alongside]
-            return type(out)(self._one(x, device) for x, device in zip(out, where, strict=True))
-        return self._one(out, self.device)
-
-    def _one(self, x: Any, device: torch.device) -> Any:
-        if not isinstance(x, Tensor) or isinstance(x, Pretended):
-            return x
-        if id(x) in self.known:
-            return self.known[id(x)]
-        return Pretended(x, device) if device.type == "cuda" else x
+def _placed(out: Sequence[Any], args: Sequence[Any], tensors: Sequence[Tensor], device: torch.device) -> Sequence[Any]:
+    """An argument that comes back is itself; a list of results is where the first list of arguments is, one by one."""
+    known = {id(_real(t)): t for t in tensors}
+    lists = [x for x in args if isinstance(x, list | tuple) and x and all(isinstance(t, Tensor) for t in x)]
+    alongside = [t.device for t in lists[0]] if lists and len(lists[0]) == len(out) else [device] * len(out)
+    return type(out)(known[id(x)] if id(x) in known else _say(x, d) for x, d in zip(out, alongside, strict=True))
 
 
 def to_device(tensor: Tensor, device: torch.device | str = CUDA) -> Tensor:

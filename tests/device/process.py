@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from device.building import Unavailable, guard
+from device.building import guard
 from distributed.pool import Failed
 
-PATIENCE = 120  # seconds
+PATIENCE = 300  # seconds, on a busy machine
 
 
 def _serve(pipe: Any) -> None:
@@ -29,7 +29,7 @@ def _serve(pipe: Any) -> None:
 
 
 class Process:
-    """Runs module-level functions where ``cuda:0`` and ``cuda:1`` exist.
+    """Runs module-level functions where ``cuda:0`` and ``cuda:1`` exist; another takes its place where it dies or does not answer.
 
     Raises:
         Unavailable: where they cannot.
@@ -37,25 +37,31 @@ class Process:
 
     def __init__(self) -> None:
         guard()
-        context = mp.get_context("spawn")
-        self._pipe, there = context.Pipe()
-        self._process = context.Process(target=_serve, args=(there,), daemon=True)
-        self._process.start()
+        self._process: Any = None
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """What the function returns there; raises :class:`distributed.pool.Failed` for what it raises."""
+        if self._process is None:
+            context = mp.get_context("spawn")
+            self._pipe, there = context.Pipe()
+            self._process = context.Process(target=_serve, args=(there,), daemon=True)
+            self._process.start()
+            there.close()
         self._pipe.send((function, args))
-        if not self._pipe.poll(PATIENCE):
-            raise TimeoutError(f"{function.__name__}{args}: the device's process does not answer")
-        good, value = self._pipe.recv()
+        try:
+            if not self._pipe.poll(PATIENCE):
+                raise TimeoutError(f"{function.__name__}{args}: the device's process does not answer")
+            good, value = self._pipe.recv()
+        except (TimeoutError, EOFError):
+            self.stop()
+            raise
         if not good:
             raise Failed(*value)
         return value
 
     def stop(self) -> None:
-        self._process.kill()
-        self._process.join()
-        self._pipe.close()
-
-
-__all__ = ["Failed", "Process", "Unavailable"]
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+            self._process = None
