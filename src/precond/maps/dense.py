@@ -117,7 +117,7 @@ class Kronecker(LinearMap):
         if left is not None:
             X = op(left, X)
         if right is not None:
-            X = op(right, X.mT).mT
+            X = X @ right.mT if op is torch.matmul else op(right, X.mT).mT
         return (X.reshape(W.shape),)
 
     def mv(self, v: Vec) -> Vec:

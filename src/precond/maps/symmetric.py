@@ -99,7 +99,7 @@ class Tiled(Piecewise):
     """One tensor, seen as a matrix (out, rest) that is cut into tiles, with a map for each.
 
     Args:
-        tiles: (rows, columns, a map of one tensor of that shape).
+        tiles: (rows, columns, a map of one tensor of that shape), in the order of rows and then of columns.
         like: example of the tensor.
         stacked: whether it is several tensors side by side, (k, out, …).
     """
@@ -113,10 +113,10 @@ class Tiled(Piecewise):
     def _each(self, method: str, v: Vec) -> Vec:
         (W,) = v
         X = W.flatten(2) if self.stacked else W.reshape(W.shape[0], -1)
-        out = torch.empty_like(X)
+        strips: dict[int, list[Tensor]] = {}
         for rows, columns, tile in self.tiles:
-            (out[..., rows, columns],) = getattr(tile, method)((X[..., rows, columns],))
-        return (out.reshape(W.shape),)
+            strips.setdefault(rows.start, []).extend(getattr(tile, method)((X[..., rows, columns],)))
+        return (torch.cat([pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1) for pieces in strips.values()], -2).view(W.shape),)
 
     def _of(self, f: Callable[[LinearMap], LinearMap]) -> Tiled:
         return Tiled([(r, c, f(m)) for r, c, m in self.tiles], self.like, self.stacked)

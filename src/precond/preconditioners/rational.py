@@ -35,8 +35,10 @@ def renew(
     the ``bases``, columns near eigenvectors, or by :func:`inverse_roots`.
     """
     if not at_hand(roots[0]):
-        joined = torch.cat([*factors]).div_(scale)
-        new = _in_bases(joined, torch.cat([*bases]), power, damping) if bases else inverse_roots(joined, power, damping)
+        if bases:
+            new = _in_bases(_joined(factors), _joined(bases), power, damping, scale)
+        else:
+            new = inverse_roots(_joined(factors), power, damping, scale)
         fine = (new.diagonal(dim1=-2, dim2=-1).sum(-1) < torch.inf)[:, None, None]  # not where it is NaN, either
         for root, mine, ok in zip(roots, new.split(len(roots[0])), fine.split(len(roots[0])), strict=True):
             torch.where(ok, mine, root, out=root)
@@ -49,42 +51,38 @@ def renew(
                 root[k].copy_(found)
 
 
-def _in_bases(S: Tensor, Q: Tensor, power: float, damping: float) -> Tensor:
+def _joined(stacks: Sequence[Tensor]) -> Tensor:
+    return stacks[0] if len(stacks) == 1 else torch.cat([*stacks])
+
+
+def _in_bases(S: Tensor, Q: Tensor, power: float, damping: float, scale: float) -> Tensor:
     """The roots with qᵀSq for eigenvalues."""
-    values = (Q * (S @ Q)).sum(-2)
+    values = (Q * (S @ Q)).sum(-2) / scale
     least = max(damping, rounding(S.shape[-1], S.dtype))
     values = values.clamp_min(0).add_(values.amax(-1, keepdim=True), alpha=least)
     return (Q * (values**-power)[:, None]) @ Q.mT
 
 
-def inverse_roots(S: Tensor, power: float, damping: float) -> Tensor:
-    """(S + ε λ_max I)^(−power) of each, ε = ``damping`` or what is rounding in S; NaN where S is zero or not finite.
+def inverse_roots(S: Tensor, power: float, damping: float, scale: float = 1.0) -> Tensor:
+    """(S/s + ε λ_max I)^(−power) of each, s the ``scale``, ε = ``damping`` or what is rounding in S; NaN where S is zero or not finite.
 
-    Changes S. λ_max is known from above, exactly where one eigenvalue stands out, and no worse than by a factor of n^(1/8).
+    λ_max is known from above, exactly where one eigenvalue stands out, and no worse than by a factor of n^(1/8).
     """
     n, whole = S.shape[-1], int(power)
     least = max(damping, rounding(n, S.dtype))
-    trace = S.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
-    S /= trace
-    top = _fourth(S)
-    S /= top
-    root, eye = torch.zeros_like(S), torch.eye(n, dtype=S.dtype, device=S.device)
-    if power > whole:
-        poles, weights = partial_fractions(power - whole, least)
-        many = max(1, SCRATCH // (S.numel() * S.element_size()))
-        if many == 1:
-            for pole, weight in zip(poles, weights, strict=True):
-                _add_inverse(root, S, eye, least + pole, weight)
-        else:
-            shifts, scales = _on_device(power - whole, least, S.dtype, S.device)
-            for j in range(0, len(poles), many):
-                _add_inverses(root, S, eye, shifts[j : j + many], scales[j : j + many])
+    size = S.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    eye = (_kept_eye if n <= 512 else torch.eye)(n, dtype=S.dtype, device=S.device)
+    A = S / size
+    del S  # where it was joined its memory is free now
+    top = _fourth(A)
+    A /= top
+    size = (size * top) ** -power
+    root = _fractional(A, eye, power - whole, least, scale**power) if power > whole else None
     if whole:
-        inverse = torch.zeros_like(S)
-        _add_inverse(inverse, S, eye, least, 1.0)
-        inverse = torch.linalg.matrix_power(inverse, whole)
-        root = inverse @ root if power > whole else inverse
-    return root.mul_((trace * top) ** -power)
+        inverse = torch.linalg.matrix_power(_inverse(A, eye, least, scale if root is None else 1.0), whole)
+        root = inverse if root is None else inverse @ root
+    assert root is not None
+    return root.mul_(size)
 
 
 def _fourth(A: Tensor) -> Tensor:
@@ -93,21 +91,39 @@ def _fourth(A: Tensor) -> Tensor:
     return torch.linalg.vector_norm(A @ A, dim=(-2, -1), keepdim=True) ** 0.25
 
 
-def _add_inverse(out: Tensor, A: Tensor, eye: Tensor, shift: float, weight: float) -> None:
-    """out ← out + w(A + s I)⁻¹."""
+def _fractional(A: Tensor, eye: Tensor, power: float, least: float, gain: float) -> Tensor:
+    """gain·(A + least I)^(−power), 0 < power < 1: as many inverses at once as scratch memory is for."""
+    poles, weights = partial_fractions(power, least)
+    many = max(1, SCRATCH // (A.numel() * A.element_size()))
+    root = None
+    if many == 1:
+        for pole, weight in zip(poles, weights, strict=True):
+            root = _inverse(A, eye, least + pole, gain * weight, root)
+    else:
+        shifts, sent = _on_device(power, least, A.dtype, A.device)
+        for j in range(0, len(poles), many):
+            root = _inverses(A, eye, shifts[j : j + many], sent[j : j + many], gain, root)
+    assert root is not None
+    return root
+
+
+def _inverse(A: Tensor, eye: Tensor, shift: float, weight: float, to: Tensor | None = None) -> Tensor:
+    """weight·(A + shift I)⁻¹, added to a tensor in place where one is given."""
     L = torch.add(A, eye, alpha=shift)
     torch.linalg.cholesky_ex(L, out=(L, L.new_empty(len(L), dtype=torch.int32)))
     X = torch.linalg.solve_triangular(L, eye, upper=False)
-    out.baddbmm_(X.mT, X, alpha=weight)
+    return torch.baddbmm(X, X.mT, X, beta=0, alpha=weight) if to is None else to.baddbmm_(X.mT, X, alpha=weight)
 
 
-def _add_inverses(out: Tensor, A: Tensor, eye: Tensor, shifts: Tensor, weights: Tensor) -> None:
-    """out ← out + Σ w (A + s I)⁻¹, of a few at once."""
-    n = A.shape[-1]
-    X = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(A[:, None] + shifts * eye).L, eye, upper=False)
-    X = X.contiguous()
-    rows = X.view(len(A), -1, n)
-    out.baddbmm_(rows.mT, (X * weights).view(rows.shape))
+def _inverses(A: Tensor, eye: Tensor, shifts: Tensor, weights: Tensor, gain: float, to: Tensor | None) -> Tensor:
+    """The same of gain·Σ weight·(A + shift I)⁻¹, all of them at once."""
+    L = torch.linalg.cholesky_ex(torch.addcmul(A[:, None], shifts, eye)).L
+    X = torch.linalg.solve_triangular(L.mT, eye, upper=True).mT  # L⁻¹, its rows one after the other in memory
+    rows, weighted = (x.view(len(A), -1, A.shape[-1]) for x in (X, X * weights))
+    return torch.baddbmm(A, rows.mT, weighted, beta=0, alpha=gain) if to is None else to.baddbmm_(rows.mT, weighted, alpha=gain)
+
+
+_kept_eye = cache(torch.eye)  # of small matrices, where calls are what it costs
 
 
 @cache
