@@ -156,12 +156,12 @@ class Cell:
             self.observe(self.state, g)
             return self.descent(g)
         P = self.acting
-        if not P.uses_momentum:  # nothing keeps what the next call needs no more
+        if not self.preconditioner.uses_momentum:  # nothing keeps what the next call needs no more
             seen = lambda: Evidence(self.block.gathered(g), self.inputs, None, self._position)  # noqa: E731
             return self.block.scattered(P.push(self.state, self._averaged(P.pull(self.state, seen()), "cotangent", fold=True)))
         gradient = self.block.gathered(g)
         # What was put side by side is memory of the step's own, and what is made of the momentum alone asks for no gradient.
-        own = len(self.members) > 1 and not P.constituents
+        own = len(self.members) > 1 and not self.preconditioner.constituents
         if self.momentum is None:
             m = gradient
         else:

@@ -116,7 +116,11 @@ class Tiled(Piecewise):
         strips: dict[int, list[Tensor]] = {}
         for rows, columns, tile in self.tiles:
             strips.setdefault(rows.start, []).extend(getattr(tile, method)((X[..., rows, columns],)))
-        return (torch.cat([pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1) for pieces in strips.values()], -2).view(W.shape),)
+        return (
+            torch.cat([pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1) for pieces in strips.values()], -2).view(
+                W.shape
+            ),
+        )
 
     def _of(self, f: Callable[[LinearMap], LinearMap]) -> Tiled:
         return Tiled([(r, c, f(m)) for r, c, m in self.tiles], self.like, self.stacked)

@@ -70,7 +70,8 @@ def to_groups(
             told |= {name is not None for name, _ in pairs}
     if before and not names_are_ours:
         told.add("param_names" in before[0])
-    if len(told) > 1 or (before and True in told and not all("param_names" in group for group in before)):
+    mixed = len(told) > 1 or (before and True in told and not all("param_names" in group for group in before))
+    if mixed and not modules:  # names of a module were not asked for, and may go
         raise ValueError("params names some parameters and not others; give all of them names, or none, or the model itself")
     if before:
         named = all("param_names" in group for group in before)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -100,9 +102,25 @@ def _check_map(self: Preconditioner, returned: Any, state: State) -> None:
 def _check_refresh(self: Preconditioner, returned: Any, state: State, carried: Sequence[Vec] = ()) -> None:
     if returned is not None:
         raise TypeError(
-            f"{type(self).__name__}.refresh returned {type(returned).__name__}; it writes into the tensors of state and into the "
-            "averages carried, in place, and returns nothing"
+            f"{type(self).__name__}.refresh returned {type(returned).__name__}; return nothing: it writes into the tensors of state "
+            "in place. Where it takes state alone, it may return the LinearMap that carries the momentum along"
         )
+
+
+def _carrying(refresh: Callable[..., LinearMap | None]) -> Callable[..., Any]:
+    """A ``refresh(self, state)`` that returns what carries averages along, as one that carries them."""
+
+    @wraps(refresh)
+    def call(self: Preconditioner, state: State, carried: Sequence[Vec] = ()) -> Any:
+        change = refresh(self, state)
+        if not isinstance(change, LinearMap):
+            return change
+        for average in carried:
+            for kept, moved in zip(average, change.mv(average), strict=True):
+                kept.copy_(moved)
+        return None
+
+    return call
 
 
 _CHECKS: dict[str, Callable[..., None]] = {
@@ -146,6 +164,9 @@ class Preconditioner(ABC):
 
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
+        own = cls.__dict__.get("refresh")
+        if own is not None and len(signature(own).parameters) == 2:
+            cls.refresh = _carrying(own)  # type: ignore[method-assign]
         contracts.checked(cls, _CHECKS)
 
     def __new__(cls, *args: Any, **more: Any) -> Preconditioner:
@@ -232,6 +253,8 @@ class Preconditioner(ABC):
 
     def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:  # noqa: B027
         """Work after the step, such as new eigenbases; nothing by default.
+
+        One that takes ``state`` alone may return a LinearMap, which then carries the averages.
 
         Args:
             carried: vectors in the coordinates of F, averages of cotangents, to be carried into its new ones in place.
