@@ -198,7 +198,7 @@ def test_damping_spares_what_is_active_and_bounds_what_is_rare():
     activity = (x - mean).abs().mean(0) / variance.sqrt()
     share = (1 - 3 * activity**2 * 50 / 58).clamp_min(0) / 3
     assert (share[:3] == 0).all() and share[3] > 0.2
-    std = optimizer.map().blocks[0][1].std.flatten()
+    std = optimizer.map().blocks[0][1].map.std.flatten()
     torch.testing.assert_close(std**2, variance + 0.02 * square + share * square.mean(), rtol=1e-10, atol=0)
 
 

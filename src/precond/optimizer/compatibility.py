@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from precond import contracts
 from precond.blocks import Leaf
@@ -55,7 +56,7 @@ def _check_momenta(name: str, choice: Any) -> None:
 
 def listed(name: str, regularizers: Any) -> tuple[Regularizer, ...]:
     """Regularizers as a tuple; raise TypeError where they are none."""
-    if isinstance(regularizers, Regularizer):
+    if isinstance(regularizers, Regularizer | Tensor):
         raise TypeError(f"{name}: regularizers must be a list of them, got {regularizers!r}; put it in brackets")
     contracts.instance(name, "regularizers", regularizers, Iterable, "a list, such as [precond.L2(1e-4)]")
     out = tuple(regularizers)
