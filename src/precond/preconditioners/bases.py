@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from precond.maps.eigen import in_general_position
-from precond.preconditioners.eigenbases import at_hand, begin, drift, follow, orthonormal, rounding
+from precond.preconditioners.eigenbases import at_hand, begin, drift, follow, least, orthonormal
 from precond.preconditioners.kronecker import fold
 from precond.preconditioners.roots import decomposed, kept
 
@@ -117,7 +117,7 @@ class Leading(Basis):
         sizes = torch.linalg.vector_norm(L, dim=-2)
         squares = sizes.square()
         # Columns of rounding are left out: those of V stay, which no rounding decides. So does all where something is not finite.
-        some = squares > rounding(L.shape[-2], L.dtype) * squares.amax(-1, keepdim=True)
+        some = squares > least(L.shape[-2], L.dtype) * squares.amax(-1, keepdim=True)
         if at_hand(L) and not bool(sizes.isfinite().all()):
             kept(L)
         torch.mul(squares.nan_to_num_(0.0, 0.0), some, out=values)

@@ -27,14 +27,21 @@ def rounding(n: int, dtype: torch.dtype) -> float:
     return n * torch.finfo(dtype).eps
 
 
+def least(n: int, dtype: torch.dtype) -> float:
+    """The least eigenvalue whose eigenvector counts, relative to the largest.
+
+    In float64, too, a millionth: rounding turns the eigenvector of an eigenvalue λ by u·λ_max/λ.
+    """
+    return max(rounding(n, dtype), 1e-6)
+
+
 def eigenbasis(S: Tensor) -> Tensor | None:
     """All eigenvectors of one S (n, n), as columns; None as in :func:`precond.preconditioners.roots.decomposed`."""
     if (found := decomposed(S)) is None:
         return None
     values, V = found[0].flip(0), found[1].flip(1)
-    least = rounding(len(S), S.dtype)
     # What a feature that was always zero has of rounding would decide the sign of a reflection.
-    U = torch.where((values > least * values[0]) & (V.abs() > least), V, 0.0)
+    U = torch.where((values > least(len(S), S.dtype) * values[0]) & (V.abs() > rounding(len(S), S.dtype)), V, 0.0)
     return torch.linalg.householder_product(*torch.geqrf(U))
 
 
@@ -68,7 +75,6 @@ def follow(S: Tensor, Q: Tensor, may: Tensor | None = None) -> Tensor | None:
     Returns:
         The order in which the columns of Q before were taken (k, n); None where none moved.
     """
-    least = rounding(S.shape[-1], S.dtype)
     Y = Q.mT @ S  # as rows
     sizes = (Q.mT[..., None, :] @ Y[..., :, None])[..., 0, 0]
     largest = sizes.amax(-1, keepdim=True)
@@ -81,7 +87,7 @@ def follow(S: Tensor, Q: Tensor, may: Tensor | None = None) -> Tensor | None:
                 kept(matrix)
         if not bool(moves.any()):
             return None
-    order = torch.where(moves & (sizes > least * largest), sizes, 0.0).argsort(dim=-1, descending=True, stable=True)
+    order = torch.where(moves & (sizes > least(S.shape[-1], S.dtype) * largest), sizes, 0.0).argsort(dim=-1, descending=True, stable=True)
     torch.where(moves[..., None], Y, Q.mT, out=Y)
     A = Q.mT  # its memory holds columns
     tau = torch.empty_like(sizes)
@@ -109,7 +115,7 @@ def _factor(Y: Tensor, order: Tensor, some: Tensor | None, A: Tensor, tau: Tenso
 
 def _independent(A: Tensor) -> Tensor:
     sizes = A.diagonal(dim1=-2, dim2=-1).abs()
-    return sizes > rounding(A.shape[-2], A.dtype) * sizes.amax(-1, keepdim=True)
+    return sizes > least(A.shape[-2], A.dtype) * sizes.amax(-1, keepdim=True)
 
 
 def drift(times: Callable[[Tensor], Tensor], Q: Tensor, first: int, count: int = 32) -> Tensor:
