@@ -17,10 +17,6 @@ Mode = Literal["eval", "train", "unchanged"]
 _RECURRENT = ("_flat_weights", "_flat_weight_refs")
 
 
-def _gone() -> None:
-    """A reference to nothing."""
-
-
 @contextmanager
 def moded(model: nn.Module, mode: Mode) -> Iterator[None]:
     """The model in evaluation or training mode inside, each of its modules in its own mode after."""
@@ -58,8 +54,6 @@ def lent_tensors(module: nn.Module, twins: Mapping[int, Tensor]) -> Iterator[Non
             for name, p in parameters.items():
                 if id(p) in twins:
                     m._parameters[name] = twins[id(p)]  # type: ignore[assignment]
-        for m, _ in weights:
-            m._flat_weight_refs = [_gone] * len(m._flat_weights_names)  # type: ignore[list-item]
         yield
     finally:
         for m, parameters, buffers in before:
