@@ -321,7 +321,7 @@ def test_adams_steps_in_the_outer_coordinates_are_bounded_while_these_move(outer
         bound = float((w.square() / v).sum().sqrt())
         moved = [(p.detach() - q) / lr for p, q in zip(model.parameters(), before, strict=True)]
         for F, step in zip(coordinates, zip(moved[::2], moved[1::2], strict=True), strict=True):
-            u = max(float(x.abs().max()) for x in F.solve(step))
+            u = max(float(x.abs().max()) for x in F.solve(tuple(t[None] for t in step)))  # a stack of one layer
             assert u <= bound * (1 + 1e-6)
             largest = max(largest, u / bound)
     assert largest > 0.9  # the bound is one that steps reach

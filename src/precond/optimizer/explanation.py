@@ -10,7 +10,8 @@ from torch import Tensor
 
 from precond.blocks import Block, Leaf
 from precond.engine.cells import Cell
-from precond.preconditioners import Composition, Preconditioner
+from precond.maps import Identity
+from precond.preconditioners import Composition, Fixed, Preconditioner
 from precond.preconditioners.auto import NOT_OBSERVED
 from precond.preconditioners.split import Split
 
@@ -66,15 +67,25 @@ def explain(
             mine = cell.index.index(i) % len(cell.block.leaves)
             what = _acting(cell.preconditioner, cell.block, mine) if cell.handled else "identity"
             missing = unobserved.get(leaf.param) or (_TABLE if leaf.kind == "embedding" and not leaf.sites else "")
-            if missing and (reason == NOT_OBSERVED or cell.preconditioner.requests):
+            asked = cell.preconditioner.requests or ((what == "identity" or _is_idle(cell)) and of_groups[leaf.group].requests)
+            if missing and (reason == NOT_OBSERVED or asked):
                 reason = f"{NOT_OBSERVED}: {missing}"
         rows.append(Row(leaf.name, tuple(leaf.shape), leaf.kind, what, k, reason))
     return Explanation(tuple(rows))
 
 
+def _is_idle(cell: Cell) -> bool:
+    """Whether the outer one of a composition leaves its leaves as they are."""
+    return isinstance(cell.preconditioner, Composition) and _is_identity(cell.preconditioner.outer)
+
+
+def _is_identity(x: Preconditioner) -> bool:
+    return isinstance(x, Fixed) and isinstance(x.map_, Identity)
+
+
 def _acting(x: Preconditioner, block: Block, i: int) -> str:
     """What acts on a leaf of a block: of compositions P₁ ∘ P₂ those that do anything to it, of parts its own."""
-    if not x.handles(block):
+    if not x.handles(block) or _is_identity(x):
         return "identity"
     if isinstance(x, Composition):
         both = [_acting(part, block, i) for part in (x.outer, x.inner)]

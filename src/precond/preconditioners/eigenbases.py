@@ -87,7 +87,9 @@ def follow(S: Tensor, Q: Tensor, may: Tensor | None = None) -> Tensor | None:
                 kept(matrix)
         if not bool(moves.any()):
             return None
-    order = torch.where(moves & (sizes > least(S.shape[-1], S.dtype) * largest), sizes, 0.0).argsort(dim=-1, descending=True, stable=True)
+    order = torch.where(moves & (sizes > least(S.shape[-1], S.dtype) * largest), sizes, 0.0).argsort(
+        dim=-1, descending=True, stable=True
+    )
     torch.where(moves[..., None], Y, Q.mT, out=Y)
     A = Q.mT  # its memory holds columns
     tau = torch.empty_like(sizes)
