@@ -63,6 +63,21 @@ def leading_pairs(product: Callable[[Tensor], Tensor], Q: Tensor, steps: int) ->
     return values, Q @ V
 
 
+def followed(product: Callable[[Tensor], Tensor], Q: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """(qᵀSq, q) of columns that follow the leading eigenvectors of a symmetric positive S by orthogonal iteration.
+
+    Columns whose eigenvalues are near each other turn among themselves for long; for a function of S that is smooth it does not matter.
+
+    Args:
+        product: Q ↦ S Q.
+        Q: (…, n, r), near the eigenvectors, or in general position.
+        steps: k.
+    """
+    for _ in range(steps):
+        Q = torch.linalg.qr(product(Q)).Q
+    return (Q * product(Q)).sum(-2), Q
+
+
 def in_general_position(n: int, columns: int, like: Tensor) -> Tensor:
     """Fixed columns (n, columns): those of the identity may be features that are always zero, a constant one is what centering removes."""
     i = torch.arange(1, n * columns + 1, dtype=like.dtype, device=like.device)

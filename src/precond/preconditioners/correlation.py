@@ -11,8 +11,9 @@ from torch import Tensor
 
 from precond.inputs.moments import outer, variances
 from precond.maps import Layout, LinearMap, RowMatrix, Spiked
-from precond.maps.eigen import eigenpairs, in_general_position, leading_pairs
-from precond.maps.iterations import followed, inverse_square_root, waits
+from precond.maps.eigen import eigenpairs, followed, in_general_position, leading_pairs
+from precond.preconditioners.eigenbases import at_hand
+from precond.preconditioners.rational import inverse_roots
 from precond.vec import Vec
 
 
@@ -102,7 +103,7 @@ class Leading(Root):
         fresh = (state["leading"] == 1).all(-1)[:, None, None]
         Q = torch.where(fresh, in_general_position(n, self.rank, Q), Q)
         # Not of K itself, whose eigenvectors are the same but nearer to each other in eigenvalues.
-        if waits(Q):
+        if not at_hand(Q):
             values, U = followed(K.unshrunk, Q, 4)
         else:
             values, U = leading_pairs(K.unshrunk, Q, 3 if bool(fresh.any()) else 1)
@@ -129,12 +130,12 @@ def inverse_root(K: Tensor, root: str) -> Tensor:
     rounding = K.shape[-1] * torch.finfo(K.dtype).eps
     if root == "cholesky":
         L, info = torch.linalg.cholesky_ex(K)
-        if waits(K):
-            return torch.where((info == 0)[..., None, None], inverse_of_triangular(L).mT, inverse_square_root(K, rounding))
+        if not at_hand(K):
+            return torch.where((info == 0)[..., None, None], inverse_of_triangular(L).mT, inverse_roots(K, 0.5, rounding))
         if not bool(info.any()):
             return inverse_of_triangular(L).mT
-    if waits(K):
-        return inverse_square_root(K, rounding)
+    if not at_hand(K):
+        return inverse_roots(K, 0.5, rounding)
     values, V = eigenpairs(K)
     floor = values.amax(-1, keepdim=True) * K.shape[-1] * torch.finfo(K.dtype).eps
     scaled = V * torch.maximum(values, floor).rsqrt()[..., None, :]

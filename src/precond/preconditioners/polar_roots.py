@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from precond.maps import Layout, LinearMap, SideBySide, Spiked, SymmetricKronecker
-from precond.maps.eigen import in_general_position
-from precond.maps.iterations import followed, inverse_square_root, largest, waits
+from precond.maps.eigen import followed, in_general_position
+from precond.preconditioners.eigenbases import at_hand
+from precond.preconditioners.rational import renew
 from precond.preconditioners.roots import inverse_root, leading_inverse_root
 
 
@@ -54,15 +55,10 @@ class Whole(Root):
         return {"root": torch.eye(len(L)).to(L)}
 
     def renew(self, state: Mapping[str, Tensor], L: Tensor, damping: float) -> None:
-        if waits(L):
-            top = largest(L)
-            zero = top == 0
-            found = inverse_square_root(L / torch.where(zero, 1.0, top), damping, 24) * torch.where(zero, 1.0, top).rsqrt()
-            state["root"].copy_(torch.where(zero, torch.eye(L.shape[-1]).to(L), found))
-            return
-        for S, kept in zip(L, state["root"], strict=True) if L.ndim == 3 else [(L, state["root"])]:
-            if (root := inverse_root(S, 0.5, damping)) is not None:
-                kept.copy_(root)
+        if L.ndim == 3:
+            renew([state["root"]], [L], 0.5, damping)
+        elif (root := inverse_root(L, 0.5, damping)) is not None:
+            state["root"].copy_(root)
 
     def times(self, state: Mapping[str, Tensor], X: Tensor) -> Tensor:
         return state["root"] @ X
@@ -91,7 +87,7 @@ class Leading(Root):
 
     def renew(self, state: Mapping[str, Tensor], L: Tensor, damping: float) -> None:
         names = ("basis", "leading", "rest")
-        if waits(L):
+        if not at_hand(L):
             for name, value in zip(names, self._followed(state, L, damping), strict=True):
                 state[name].copy_(value)
             return
