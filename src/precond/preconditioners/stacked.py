@@ -167,7 +167,7 @@ def _run(f: Callable[..., Vec], state: State, *vectors: Vec) -> Vec:
 
     stack = state.block
     assert isinstance(stack, Stack)
-    with _Lerp(), warnings.catch_warnings():
+    with _Elementary(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")
         return torch.vmap(one)(_values(state), stack.gathered(stack.all_tensors), *vectors)
 
@@ -204,14 +204,31 @@ class _Member(Block):
         return self.values
 
 
-class _Lerp(TorchFunctionMode):
-    """``lerp`` with a number, which ``torch.vmap`` would take member by member, in terms of what it takes at once."""
+class _Elementary(TorchFunctionMode):
+    """Operations that ``torch.vmap`` knows none of, or takes member by member, in terms of those that it takes at once.
+
+    They are ``lerp`` with a number, and multi-tensor operations.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.Tensor.lerp_, torch.Tensor.lerp, torch.lerp) and "out" not in kwargs:
-            start, end, weight = (*args, *kwargs.values())[:3]
-            if not isinstance(weight, Tensor):
-                step = end - start
-                return start.add_(step, alpha=weight) if func is torch.Tensor.lerp_ else start.add(step, alpha=weight)
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name.startswith("_foreach_"):
+            return _one_by_one(name.removeprefix("_foreach_"), args, kwargs)
+        if name in ("lerp", "lerp_") and "out" not in kwargs:
+            return _lerp(name, *args, *kwargs.values())
         return func(*args, **kwargs)
+
+
+def _one_by_one(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor] | None:
+    """A multi-tensor operation, a tensor after the other."""
+    each = zip(*(a if isinstance(a, list | tuple) else [a] * len(args[0]) for a in args), strict=True)
+    if name == "norm":
+        return [torch.linalg.vector_norm(*one, **kwargs) for one in each]
+    if name in ("lerp", "lerp_"):
+        return [_lerp(name, *one, *kwargs.values()) for one in each]
+    return [getattr(torch.Tensor, name)(*one, **kwargs) for one in each]
+
+
+def _lerp(name: str, start: Tensor, end: Tensor, weight: float | Tensor) -> Tensor:
+    step = (end - start) * weight
+    return start.add_(step) if name == "lerp_" else start + step
