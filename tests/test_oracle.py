@@ -214,11 +214,18 @@ PRECONDITIONERS = {
 }
 
 
+def second_in_turn(matrix):
+    """The oracle of a matrix of the second shape, which is due a step before the first."""
+    matrix.turn = 1
+    return matrix
+
+
 def with_matrices(make, others):
     """One oracle for each of the two weights, another for the three tensors that are none."""
     rest = [SCALE, B, C]
     index = torch.cat(rest)
-    return oracle.Parts([(W, make(4, 3)), (V, make(2, 4)), (index, others(within(index, *rest)))], diagonal=False)
+    parts = [(W, make(4, 3)), (V, second_in_turn(make(2, 4))), (index, others(within(index, *rest)))]
+    return oracle.Parts(parts, diagonal=False)
 
 
 PRECONDITIONERS |= {
@@ -255,7 +262,7 @@ PRECONDITIONERS |= {
         lambda: oracle.Parts(
             [
                 (torch.cat([W, B]), oracles.OutputFactor(4, 3, 0.5, 0.9, 0.1, 2)),
-                (torch.cat([V, C]), oracles.OutputFactor(2, 4, 0.5, 0.9, 0.1, 2)),
+                (torch.cat([V, C]), second_in_turn(oracles.OutputFactor(2, 4, 0.5, 0.9, 0.1, 2))),
                 (SCALE, oracle.Given(torch.eye(1).double(), diagonal=True)),
             ],
             diagonal=False,

@@ -88,7 +88,7 @@ def _bundles(a: Vec, size: int = 2**20) -> list[list[int]]:
     out: list[list[int]] = []
     filled: dict[tuple[torch.dtype, torch.device], tuple[int, list[int]]] = {}
     for i, t in enumerate(a):
-        count, bundle = filled.get((t.dtype, t.device), (size, []))
+        count, bundle = filled.get((t.dtype, t.device), (size + 1, []))
         if count + t.numel() > size:
             count, bundle = 0, []
             out.append(bundle)

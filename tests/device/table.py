@@ -61,23 +61,23 @@ def tensor_lr(model: nn.Module) -> torch.optim.Optimizer:
 
 
 ROWS: dict[str, Row] = {
-    "sgd": Row(lambda m: precond.sgd(m, lr=0.1, momentum=0.9, weight_decay=1e-4), Limits(22, 1.0, 0, 8.0), goal(10, 1)),
-    "adagrad": Row(precond.adagrad, Limits(30, 1.0, 0, 16.0), goal(10, 1)),
-    "rmsprop": Row(precond.rmsprop, Limits(32, 1.0, 0, 16.0), goal(10, 1)),
-    "adamw": Row(precond.adamw, Limits(40, 1.0, 0, 16.0), goal(10, 1)),
-    "adamw, tensor lr": Row(tensor_lr, Limits(626, 1.0, 0, 16.0), goal(10, 1)),
-    "adamw, SAM in z": Row(lambda m: precond.adamw(m, regularizers=[SAM(1e-3)]), Limits(950, 1.0, 148, 16.0), goal(80, 9)),
-    "bnp": Row(lambda m: precond.bnp(m, lr=1e-3, momentum=0.9), Limits(2523, 1.0, 337, 11.8), goal(350, 6)),
-    "adam in BNP's coordinates": Row(lambda m: precond.adam(m, inputs=BNP()), Limits(3939, 1.0, 481, 16.1), goal(400, 6)),
-    "muon": Row(precond.muon, Limits(3440, 1.0, 0, 13.5), goal(150, 6)),
-    "soap": Row(precond.soap, Limits(932, 3.69, 300, 16.0), goal(250, 12)),
-    "soap, rank 16": Row(lambda m: precond.soap(m, rank=16), Limits(2948, 1.93, 444, 18.0), goal(400, 12)),
-    "shampoo": Row(precond.shampoo, Limits(1982, 2.12, 600, 12.2), goal(250, 12)),
-    "whitening": Row(precond.whitening, Limits(3843, 1.49, 577, 16.1), goal(400, 12)),
+    "sgd": Row(lambda m: precond.sgd(m, lr=0.1, momentum=0.9, weight_decay=1e-4), Limits(4, 1.0, 0, 0.1), goal(10, 1)),
+    "adagrad": Row(precond.adagrad, Limits(6, 1.0, 0, 0.1), goal(10, 1)),
+    "rmsprop": Row(precond.rmsprop, Limits(6, 1.0, 0, 0.1), goal(10, 1)),
+    "adamw": Row(precond.adamw, Limits(6, 1.0, 0, 0.1), goal(10, 1)),
+    "adamw, tensor lr": Row(tensor_lr, Limits(6, 1.0, 0, 0.1), goal(10, 1)),
+    "adamw, SAM in z": Row(lambda m: precond.adamw(m, regularizers=[SAM(1e-3)]), Limits(79, 1.0, 0, 12.2), goal(80, 9)),
+    "bnp": Row(lambda m: precond.bnp(m, lr=1e-3, momentum=0.9), Limits(342, 1.0, 0, 2.6), goal(350, 6)),
+    "adam in BNP's coordinates": Row(lambda m: precond.adam(m, inputs=BNP()), Limits(387, 1.0, 0, 5.2), goal(400, 6)),
+    "muon": Row(precond.muon, Limits(129, 1.0, 0, 5.2), goal(150, 6)),
+    "soap": Row(precond.soap, Limits(201, 1.03, 0, 6.5, 1.7), goal(250, 12)),
+    "soap, rank 16": Row(lambda m: precond.soap(m, rank=16), Limits(243, 1.09, 0, 6.7, 1.1), goal(400, 12)),
+    "shampoo": Row(precond.shampoo, Limits(195, 1.04, 0, 4.0, 44), goal(250, 12)),
+    "whitening": Row(precond.whitening, Limits(379, 1.68, 0, 6.7, 25), goal(400, 12)),
     "whitening, rank 8": Row(
-        lambda m: precond.whitening(m, inputs=Whitening(rank=8)), Limits(4023, 1.54, 589, 16.1), goal(400, 12)
+        lambda m: precond.whitening(m, inputs=Whitening(rank=8)), Limits(389, 1.78, 0, 6.7, 1.8), goal(400, 12)
     ),
-    "auto": Row(precond.auto, Limits(3991, 2.17, 1057, 16.1), goal(500, 12)),
+    "auto": Row(precond.auto, Limits(257, 3.45, 0, 10.6, 17), goal(500, 12)),
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from contract.table import EVERY, OWN, TWINS
+from contract.table import EVERY, OWN, TWINS, rounding
 from device import training
 
 each = pytest.mark.parametrize("name", EVERY)
@@ -19,25 +19,35 @@ def but(names: Iterable[str], failing: Iterable[str], reason: str) -> pytest.Mar
     return pytest.mark.parametrize("name", [pytest.param(n, marks=mark) if n in failing else n for n in names])
 
 
+ROOTS = {
+    "whitening", "muon with whitening", "soap with whitening", "shampoo", "shampoo, sums, tiles, adaptive SAM in z",
+    "KFAC on whitening", "auto, SAM in p", "Polar, gradient norm in z, clipped", "BNP with Polar, heavy ball",
+}  # fmt: skip
+
+
+def tolerance(name: str) -> float:
+    """How far a training may be from the CPU's, relative to its parameters: some thousand roundings, but for what does not wait.
+
+    Roots are sums of inverses there, up to 1e-4 of the exact ones; leading eigenvectors follow by a few orthogonal iterations, and the
+    one that the rank of ``auto``'s row asks for is not yet found then.
+    """
+    return 0.1 if name == "auto" else 1e-3 if name in ROOTS else rounding(name)
+
+
 @each
 def test_a_training_is_the_cpu_s(device, name):
     found = device.run(training.followed, name)
-    assert found.distance <= 1e-12
+    assert found.distance <= tolerance(name)
     assert not found.strayed and not found.count.mixed and not found.count.scattered
 
 
 WAITS = {
-    "bnp", "bnp, momentum, decay", "bnp, patch", "adamw in BNP's coordinates", "whitening", "whitening, cholesky, amsgrad",
-    "adamw, SAM in z", "adamw, SAM in p", "RMS, SAM in z", "RMS, adaptive SAM in z", "RMS, momentum, gradient norm in z",
-    "AdaGrad, gradient norm in p, central", "BNP with AdaGrad, SAM in z", "route, SAM in p, warm-up",
-    "RMS, gradient norm of power 1, q = 1, times lr", "muon, SAM in z", "muon with whitening", "Muon, exact root, L2 in p", "soap",
-    "soap, one side, drift, gradient norm in z", "soap, rank", "soap with whitening", "SOAP, SAM in z, heavy ball", "shampoo",
-    "shampoo, sums, tiles, adaptive SAM in z", "Shampoo, one side, qr, proximal L1", "KFAC on whitening", "auto", "auto, SAM in p",
-    "Polar, gradient norm in z, clipped", "BNP with Polar, heavy ball",
+    "Muon, exact root, L2 in p", "shampoo, sums, tiles, adaptive SAM in z", "Shampoo, one side, qr, proximal L1",
+    "Polar, gradient norm in z, clipped",
 }  # fmt: skip
 
 
-@but(EVERY, WAITS, "the host reads sample counts, lengths, drifts and ranks")
+@but(EVERY, WAITS, "roots of maps are taken by eigendecompositions, which report on themselves")
 def test_nothing_is_read_after_warm_up(device, name):
     count = device.run(training.followed, name).warm
     assert not count.reads and not count.copies_out
@@ -49,21 +59,23 @@ def test_resume_from_the_host(device, name):
     assert same and not strayed
 
 
-MIXES = {
-    "RMS, momentum, gradient norm in z", "AdaGrad, gradient norm in p, central", "composition",
-    "RMS, gradient norm of power 1, q = 1, times lr", "momentum of tangents, amsgrad", "soap, one side, drift, gradient norm in z",
-    "SOAP, SAM in z, heavy ball", "Polar, gradient norm in z, clipped",
-}  # fmt: skip
-
-
-@but(OWN, MIXES, "a length is a tensor of one device and multiplies those of all")
+@pytest.mark.parametrize("name", OWN)
 def test_parameters_may_be_on_several_devices(device, name):
     found = device.run(training.spread, name)
-    assert found.distance <= 1e-12
+    assert found.distance <= tolerance(name)
     assert not found.strayed and not found.count.mixed
 
 
-@but(OWN, set(OWN) - {"route"}, "lists are not divided by device, and take torch's slow route")
+SCATTERED = {
+    "adamw, SAM in z", "adamw, SAM in p", "RMS, SAM in z", "RMS, adaptive SAM in z", "RMS, momentum, gradient norm in z",
+    "AdaGrad, gradient norm in p, central", "RMS, proximal L1", "BNP with AdaGrad, SAM in z", "route, SAM in p, warm-up",
+    "RMS, gradient norm of power 1, q = 1, times lr", "momentum of tangents, amsgrad", "muon, SAM in z", "Muon, exact root, L2 in p",
+    "soap, one side, drift, gradient norm in z", "SOAP, SAM in z, heavy ball", "shampoo, sums, tiles, adaptive SAM in z",
+    "Shampoo, one side, qr, proximal L1", "auto, SAM in p", "Polar, gradient norm in z, clipped",
+}  # fmt: skip
+
+
+@but(OWN, SCATTERED, "lists of all parameters are not divided by device, and take torch's slow route")
 def test_each_device_is_stepped_by_itself(device, name):
     assert not device.run(training.spread, name).count.scattered
 
@@ -71,7 +83,7 @@ def test_each_device_is_stepped_by_itself(device, name):
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_loss_scale_and_an_overflow_come_as_tensors(device, name):
     distance, nothing_changed, _ = device.run(training.scaled, name)
-    assert distance <= 1e-12 and nothing_changed
+    assert distance <= tolerance(name) and nothing_changed
 
 
 TORCH_NAMED = [str(twin) for twin in TWINS]
@@ -87,7 +99,7 @@ def test_they_are_used_as_such(device, name):
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_learning_rate_may_be_a_tensor_of_either(device, name, where):
     distance, reads = device.run(training.tensor_lr, name, where)
-    assert distance <= 1e-12
+    assert distance <= tolerance(name)
     assert not reads or name in WAITS
 
 

@@ -29,7 +29,7 @@ class Followed:
 
     Attributes:
         distance: of its parameters from those on the CPU, relative.
-        strayed: entries of state that are not where their parameter is, ``step`` aside, which torch keeps on the host too.
+        strayed: entries of state that are not where their parameter is, but for what the host keeps.
         count: what all steps did, hooks included.
         warm: what the steps after the first :data:`WARM` did.
     """
@@ -76,8 +76,12 @@ class Training:
             f"{names[p]}: {key} on {t.device}"
             for p, entries in self.optimizer.state.items()
             for key, t in entries.items()
-            if isinstance(t, Tensor) and key != "step" and t.device != p.device
+            if isinstance(t, Tensor) and key.rpartition(".")[2] not in ON_THE_HOST and t.device != p.device
         ]
+
+
+ON_THE_HOST = {"step", "count", "noise", "size", "examples"}
+"""Numbers that the host knows and keeps: of steps, as torch does, and of the samples that layers saw."""
 
 
 def flat(model: nn.Module) -> Tensor:

@@ -19,6 +19,8 @@ def power(S: Tensor, e: float, floor: float = 0.0) -> Tensor:
 class Matrix(Preconditioner):
     """P of one weight (rows, columns), from its gradients; what subclasses say of M or P."""
 
+    turn = 0  # the second of several shapes is due a step before the first
+
     diagonal = False
     advised = 0.1
 
@@ -47,7 +49,7 @@ class Shampoo(Matrix):
 
     def M(self) -> Tensor:
         t = len(self.seen)
-        t = t - t % self.every or 1
+        t = max(t - (t + self.turn) % self.every, 1)
         return torch.kron(self._side(t, left=True), self._side(t, left=False))
 
     def _side(self, t: int, left: bool) -> Tensor:
@@ -77,7 +79,7 @@ class OutputFactor(Matrix):
 
     def M(self) -> Tensor:
         t = len(self.seen)
-        t = t - t % self.every or 1
+        t = max(t - (t + self.turn) % self.every, 1)
         B = sum(self.decay ** (t - 1 - k) * G @ G.T for k, G in enumerate(self.seen[:t]))
         B = B / torch.linalg.eigvalsh(B).mean()
         R = power(B + self.eps * torch.linalg.eigvalsh(B).max() * torch.eye(self.rows, dtype=torch.float64), -self.e)
@@ -122,7 +124,7 @@ class SOAP(Matrix):
 
     def see(self, g: Tensor) -> None:
         t = len(self.seen)  # steps that are over
-        if t == 1 or (t and t % self.every == 0):
+        if t == 1 or (t and (t + self.turn) % self.every == 0):
             self._refresh(first=t == 1)
         super().see(g)
         G = self.seen[-1]

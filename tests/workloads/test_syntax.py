@@ -37,7 +37,7 @@ def test_reads_recipes_options_and_penalties() -> None:
         ("adam(lr=-1)", "lr must be a number > 0"),
         ("adam(lr='fast')", "lr must be a number > 0"),
         ("adam+SAM(0.1, spce='z')", "SAM has no option 'spce'; did you mean 'space'"),
-        ("adam+SAM(0.1, space='q')", "space must be one of 'p', 'z'"),
+        ("adam+SAM(0.1, space='q')", "space must be one of 'z', 'p'"),
         ("adam+SAM(-0.1)", "rho must be a finite number >= 0"),
         ("adam+SAM()", "missing 1 required positional argument"),
         ("adam+L2(TimesLR(1))", "unknown value 'TimesLR'; did you mean 'TimesLr'"),

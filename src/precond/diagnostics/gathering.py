@@ -6,6 +6,7 @@ squaring them, and the rows of R below the first are those of the centered input
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ class Gathered:
     Attributes:
         site: the weight and its bias.
         biased: whether a bias that is trained goes with it.
+        recentered: whether its outputs go straight into a batch or instance normalization, which takes any constant out of them.
         source: what the inputs come from: ``"data"``, or an operation such as ``"relu"``.
         n: number of inputs of a neuron (entries of a patch for a convolution).
         count: number of inputs seen: examples, or examples and positions.
@@ -44,6 +46,7 @@ class Gathered:
 
     site: Site
     biased: bool
+    recentered: bool
     source: str
     n: int
     count: int
@@ -96,11 +99,14 @@ def gather(objective: Objective, samples: int, max_inputs: int) -> tuple[list[Ga
         for tap, weight in site.taps:
             hook = partial(streams[site].see, tap, weight)
             handles.append(tap.module.register_forward_pre_hook(hook, with_kwargs=True))
+    outputs = _Outputs(objective.model, sites)
+    handles += outputs.handles
     try:
         for index in range(len(objective.batches)):
             with objective.measuring(index):
                 # With gradients on: attention's fast path calls no layers, and where inputs come from is read from the graph.
                 objective.evaluate(index)
+            outputs.clear()
             for stream in streams.values():
                 stream.end()
     finally:
@@ -110,7 +116,30 @@ def gather(objective: Objective, samples: int, max_inputs: int) -> tuple[list[Ga
             what = "some of its inputs" if streams[site].count else "its inputs"
             notes.append(f"{site.name} {why}; {what} are not diagnosed")
     biases = {site: site.bias is not None and id(site.bias) in trained for site in sites}
-    return [streams[site].gathered(biases[site]) for site in sites if streams[site].count], notes
+    return [streams[site].gathered(biases[site], site in outputs.recentered) for site in sites if streams[site].count], notes
+
+
+class _Outputs:
+    """Which sites' outputs a normalization takes as they are, that subtracts their mean over the batch or the image."""
+
+    def __init__(self, model: nn.Module, sites: Iterable[Site]):
+        self.recentered: set[Site] = set()
+        self._made: dict[int, tuple[Tensor, Site]] = {}  # the tensor, lest another has its number
+        self.handles = [tap.module.register_forward_hook(partial(self._note, site)) for site in sites for tap, _ in site.taps]
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        self.handles += [m.register_forward_pre_hook(self._take) for m in norms]
+
+    def _note(self, site: Site, module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            self._made[id(output)] = output, site
+
+    def _take(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and id(args[0]) in self._made:
+            self.recentered.add(self._made[id(args[0])][1])
+
+    def clear(self) -> None:
+        """The forward is over."""
+        self._made.clear()
 
 
 class _Stream:
@@ -176,7 +205,7 @@ class _Stream:
         self._used += sum(max(part.shape[1] for part in parts) for parts in self._pending)
         self._pending = []
 
-    def gathered(self, biased: bool) -> Gathered:
+    def gathered(self, biased: bool, recentered: bool) -> Gathered:
         """All of it."""
         parts = self._parts
         if not all(bool(part.low.isfinite().all() and part.high.isfinite().all()) for part in parts):
@@ -187,6 +216,7 @@ class _Stream:
         return Gathered(
             site=self._site,
             biased=biased,
+            recentered=recentered,
             source=self._source,
             n=parts[0].low.shape[-1],
             count=self.count // len(parts),
