@@ -56,4 +56,4 @@ def test_launches_prints_the_limits(device):
     pytest.importorskip("rich")
     done = run("benchmarks/launches.py", "sgd", "--where", "launches")
     assert done.returncode == 0, done.stderr
-    assert "sgd" in done.stdout and "_foreach" in done.stdout
+    assert "sgd" in done.stdout and "_fused_sgd_" in done.stdout

@@ -18,6 +18,8 @@ from device.meter import METER, Count
 from device.pretended import move, on_cpu, to_device
 from device.twins import Loss, Twins
 
+WARM_UP = 8  # steps in which a method may look at what was seen first
+
 WARM, STEPS = 8, 14
 Make = Callable[..., torch.optim.Optimizer]
 Batch = tuple[Tensor, Tensor]
@@ -176,7 +178,7 @@ def _on_host(x: Any) -> Any:
 
 
 def _scripted(make: Make, steps: int, before_step: Callable[[Any, int], None], scale: float = 1.0) -> tuple[Tensor, Count, Any]:
-    """Steps with gradients of a seed and no closure."""
+    """Steps with gradients of a seed and no closure; what they cost after those that warm up."""
     torch.manual_seed(0)
     model = move(net())
     optimizer, count = make(model), Count()
@@ -184,7 +186,7 @@ def _scripted(make: Make, steps: int, before_step: Callable[[Any, int], None], s
         for p in model.parameters():
             p.grad = to_device(scale * torch.randn(p.shape, dtype=p.dtype))
         before_step(optimizer, t)
-        with METER.into(count):
+        with METER.into(count if t >= WARM_UP else Count()):
             optimizer.step()
     return flat(model), count, optimizer
 
@@ -198,19 +200,19 @@ def scaled(name: str) -> tuple[float, bool, int]:
 
     def overflow(optimizer: Any, t: int) -> None:
         scaler(optimizer, t)
-        optimizer.found_inf = to_device(torch.tensor(float(t == 4)))
+        optimizer.found_inf = to_device(torch.tensor(float(t == WARM_UP + 2)))
 
-    plain, _, _ = _scripted(EVERY[name], 4, lambda o, t: None)
-    ours, count, _ = _scripted(EVERY[name], 4, scaler, 1024.0)
-    skipped, _, _ = _scripted(EVERY[name], 5, overflow, 1024.0)
+    plain, _, _ = _scripted(EVERY[name], WARM_UP + 2, lambda o, t: None)
+    ours, count, _ = _scripted(EVERY[name], WARM_UP + 2, scaler, 1024.0)
+    skipped, _, _ = _scripted(EVERY[name], WARM_UP + 3, overflow, 1024.0)
     return relative(ours, plain), torch.equal(skipped, ours), count.reads.total()
 
 
 def tensor_lr(name: str, device: str) -> tuple[float, int]:
     """A rate that is a tensor, of the device or of the host: distance from the number's, and waits."""
     rate = to_device(torch.tensor(0.003, dtype=torch.float64), device)
-    plain, _, _ = _scripted(lambda m: EVERY[name](m, lr=0.003), 4, lambda o, t: None)
-    ours, count, _ = _scripted(lambda m: EVERY[name](m, lr=rate), 4, lambda o, t: None)
+    plain, _, _ = _scripted(lambda m: EVERY[name](m, lr=0.003), WARM_UP + 2, lambda o, t: None)
+    ours, count, _ = _scripted(lambda m: EVERY[name](m, lr=rate), WARM_UP + 2, lambda o, t: None)
     return relative(ours, plain), count.reads.total()
 
 
