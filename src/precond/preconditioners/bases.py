@@ -128,24 +128,26 @@ class Leading(Basis):
         return lambda Q: V @ (values[..., None] * (V.mT @ Q))
 
     def begin(self, state: Values, side: str) -> Tensor:
-        return self._choose(state, side, None)
+        return self._choose(state, side, None, exactly=True)
 
     def follow(self, state: Values, side: str, may: Tensor | None) -> Tensor | None:
-        self._choose(state, side, may)
+        self._choose(state, side, may, exactly=at_hand(state[side]))
         return None
 
-    def _choose(self, state: Values, side: str, may: Tensor | None) -> Tensor:
+    def _choose(self, state: Values, side: str, may: Tensor | None, exactly: bool) -> Tensor:
+        """Bases of the eigenvectors of S, where it is not 0; which they are (k,)."""
         values, V, basis = state[side], state[f"{side}_vectors"], state[f"{side}_basis"]
-        L = V * values.sqrt()[:, None]
-        moves = self.seen(state, side) if may is None else may & self.seen(state, side)
-        if at_hand(L):
-            found = [decomposed(C) for C in L.mT @ L]
-            W = torch.stack([L.new_zeros(self.rank, self.rank) if pairs is None else pairs[1].flip(1) for pairs in found])
-            moves = moves & torch.tensor([pairs is not None for pairs in found])
+        top = values.amax(-1, keepdim=True)
+        moves = (top > 0)[:, 0] if may is None else may & (top > 0)[:, 0]
+        L = V * (values / top).sqrt_()[:, None]
+        C = L.mT @ L
+        if exactly:
+            found = [decomposed(c) if moved else None for c, moved in zip(C, moves.cpu().tolist(), strict=True)]
+            none = C.new_zeros(C.shape[1:])
+            W = torch.stack([none if pairs is None else pairs[1].flip(1) for pairs in found])
+            moves = torch.tensor([pairs is not None for pairs in found]).to(C.device)
         else:
-            # Two steps of orthogonal iteration, for a matrix near a diagonal one: a fold is a step of this kind, too.
-            C = L.mT @ L
-            W = torch.linalg.qr(C @ torch.linalg.qr(C).Q).Q
+            W = torch.linalg.qr(C).Q  # a step for a matrix near a diagonal one; each fold is a step of this kind, too
         torch.where(moves[:, None, None], orthonormal(L @ W), basis, out=basis)
         return moves
 

@@ -3,7 +3,8 @@ r"""Orthogonal bases of symmetric positive matrices side by side (k, n, n): thei
 A basis must not depend on rounding. Where S has no more than r eigenvalues beyond rounding, the other eigenvectors are arbitrary: a
 batch in two halves would give others, and Adam another step. So the first r columns of Q are eigenvectors, or what follows them, and
 the rest is that of the product of r reflections which takes these columns to unit vectors one by one: a function of their span alone,
-whose columns stay near unit vectors. Columns come with the largest qᵀSq first, those of equal ones in the order before. Signs are
+whose columns stay near unit vectors. (What rounding leaves in the row of a feature that was always zero is set to zero first: it would
+decide the sign of a reflection.) Columns come with the largest qᵀSq first, those of equal ones in the order before. Signs are
 those of the reflections when a basis is chosen, and then those for which QᵀQ_before has a positive diagonal, about; no step depends on them.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from precond.preconditioners.roots import decomposed, kept
 
@@ -40,8 +42,7 @@ def eigenbasis(S: Tensor) -> Tensor | None:
     if (found := decomposed(S)) is None:
         return None
     values, V = found[0].flip(0), found[1].flip(1)
-    # What a feature that was always zero has of rounding would decide the sign of a reflection.
-    U = torch.where((values > least(len(S), S.dtype) * values[0]) & (V.abs() > rounding(len(S), S.dtype)), V, 0.0)
+    U = hardshrink(V, rounding(len(S), S.dtype)).mul_(values > least(len(S), S.dtype) * values[0])
     return torch.linalg.householder_product(*torch.geqrf(U))
 
 
@@ -55,7 +56,8 @@ def begin(S: Tensor, Q: Tensor) -> Tensor:
 
 
 def orthonormal(Y: Tensor) -> Tensor:
-    """Orthonormal columns (…, n, c) that span those of Y, and where these are dependent to rounding more than that."""
+    """Orthonormal columns (…, n, c) that span those of Y, |Y| ≤ 1 about, and where these are dependent to rounding more than that."""
+    Y = hardshrink(Y, rounding(Y.shape[-2], Y.dtype))
     A, tau = torch.geqrf(Y)
     some = _independent(A)
     if not (at_hand(Y) and bool(some.all())):

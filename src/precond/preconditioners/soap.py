@@ -176,34 +176,36 @@ class SOAP(Stacked):
                 part = state.span(some)
                 found = basis.begin(part, side)[:, None, None]
                 Q = completed(part[name])  # of the identity before
-                for (m,) in carried:
-                    _turn(m[some], Q, side, back=False, where=found)
                 (r,), n = part["r"], part[name].shape[-2]
                 squares = (Q @ torch.eye(n).to(r).expand(len(r), n, n)).square()
-                _turn(r, squares, side, back=False, where=found)
+                for t, by in [(m[some], Q) for (m,) in carried] + [(r, squares)]:
+                    X = as_matrices(t)
+                    t.copy_(torch.where(found, _turned(X, by, side, back=False), X).reshape(t.shape))
 
     def _follow(self, state: State, carried: Sequence[Vec]) -> None:
         """Let bases follow the statistics."""
         (r,) = state["r"]
-        for side, name in zip(_SIDES, BASES, strict=True):
-            if (basis := basis_of(state, side)) is None:
-                continue
-            may = None
-            if self.drift is not None:
-                which = int(state.steps[0]) // self.every
-                may = ~basis.chosen(state, side) | (basis.drift(state, side, which) > self.drift)
-                if at_hand(may) and not bool(may.any()):
-                    continue
-            old = _orthogonal(state, name)
-            for (m,) in carried:
-                _turn(m, old, side, back=True)
-            if (order := basis.follow(state, side, may)) is not None:
+        sides = [(side, basis) for side in _SIDES if (basis := basis_of(state, side)) is not None]
+        may: list[Tensor | None] = [None] * len(sides)
+        if self.drift is not None:
+            which = int(state.steps[0]) // self.every
+            may = [~basis.chosen(state, side) | (basis.drift(state, side, which) > self.drift) for side, basis in sides]
+            if at_hand(r):
+                turned = [bool(m is not None and m.any()) for m in may]
+                sides, may = ([x for x, t in zip(xs, turned, strict=True) if t] for xs in (sides, may))
+        names = {side: f"{side}_basis" for side, _ in sides}
+        moved = [as_matrices(m) for (m,) in carried] if sides else []
+        for side, name in names.items():
+            moved = [_turned(X, _orthogonal(state, name), side, back=True) for X in moved]
+        for (side, basis), chosen in zip(sides, may, strict=True):
+            if (order := basis.follow(state, side, chosen)) is not None:
                 R = as_matrices(r)
                 index = order[:, :, None] if side == "left" else order[:, None]
                 r.copy_(R.gather(1 if side == "left" else 2, index.expand(R.shape)).view(r.shape))
-            new = _orthogonal(state, name)
-            for (m,) in carried:
-                _turn(m, new, side, back=False)
+        for side, name in names.items():
+            moved = [_turned(X, _orthogonal(state, name), side, back=False) for X in moved]
+        for (m,), X in zip(carried, moved, strict=bool(sides)):
+            m.copy_(X.reshape(m.shape))
 
 
 def _orthogonal(state: State, name: str) -> Orthogonal | None:
@@ -217,10 +219,8 @@ def _orthogonal(state: State, name: str) -> Orthogonal | None:
     return made
 
 
-def _turn(t: Tensor, Q: Orthogonal | None, side: str, back: bool, where: Tensor | None = None) -> None:
-    """X ← QᵀX, or X Q, with X the matrices of t; or back."""
-    if Q is None:
-        return
-    X = as_matrices(t)
-    turned = (Q if back else transposed(Q)) @ X if side == "left" else from_right(transposed(Q) if back else Q, X)
-    t.copy_((turned if where is None else torch.where(where, turned, X)).reshape(t.shape))
+def _turned(X: Tensor, Q: Orthogonal, side: str, back: bool) -> Tensor:
+    """QᵀX, or X Q, of matrices X; or back."""
+    if side == "left":
+        return (Q if back else transposed(Q)) @ X
+    return from_right(transposed(Q) if back else Q, X)
