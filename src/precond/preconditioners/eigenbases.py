@@ -42,7 +42,7 @@ def eigenbasis(S: Tensor) -> Tensor | None:
     if (found := decomposed(S)) is None:
         return None
     values, V = found[0].flip(0), found[1].flip(1)
-    U = hardshrink(V, rounding(len(S), S.dtype)).mul_(values > least(len(S), S.dtype) * values[0])
+    U = torch.where((values > least(len(S), S.dtype) * values[0]) & (S.diagonal() > 0)[:, None], V, 0.0)
     return torch.linalg.householder_product(*torch.geqrf(U))
 
 
@@ -89,18 +89,20 @@ def follow(S: Tensor, Q: Tensor, may: Tensor | None = None) -> Tensor | None:
                 kept(matrix)
         if not bool(moves.any()):
             return None
-    order = torch.where(moves & (sizes > least(S.shape[-1], S.dtype) * largest), sizes, 0.0).argsort(
-        dim=-1, descending=True, stable=True
-    )
+    some = sizes > least(S.shape[-1], S.dtype) * largest
+    order = torch.where(moves & some, sizes, 0.0).argsort(dim=-1, descending=True, stable=True)
     torch.where(moves[..., None], Y, Q.mT, out=Y)
     A = Q.mT  # its memory holds columns
     tau = torch.empty_like(sizes)
-    some = _factor(Y, order, None, A, tau)
-    if not (at_hand(S) and bool((some[..., 1:] <= some[..., :-1]).all())):
+    if at_hand(S) and bool(some.all()):
+        some = _factor(Y, order, A, tau)
+    if not (at_hand(S) and bool(some.all())):
+        # What rounding leaves of a dependent column would decide about those after it: instead it is a small multiple of a unit vector.
+        some = _factor(Y, order, A, tau, shift=largest)
         last = some.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
         order, some = order.gather(-1, last), some.gather(-1, last)
-        _factor(Y, order, some, A, tau)
-    tau *= some
+        _factor(Y, order, A, tau, some)
+        tau *= some
     signs = torch.where(some, A.diagonal(dim1=-2, dim2=-1), 1.0).sign_()
     torch.linalg.householder_product(A, tau, out=A)
     torch.mul(A, signs[..., None, :], out=Y)
@@ -108,11 +110,20 @@ def follow(S: Tensor, Q: Tensor, may: Tensor | None = None) -> Tensor | None:
     return order
 
 
-def _factor(Y: Tensor, order: Tensor, some: Tensor | None, A: Tensor, tau: Tensor) -> Tensor:
-    """Reflections of the QR decomposition of columns, the rows of Y, into A and tau; which columns do not depend on those before."""
+def _factor(
+    Y: Tensor, order: Tensor, A: Tensor, tau: Tensor, some: Tensor | None = None, shift: Tensor | None = None
+) -> Tensor:
+    """Reflections of the QR decomposition of columns, the rows of Y, into A and tau; which columns do not depend on those before.
+
+    Args:
+        some: the others are set to zero.
+        shift: sizes (k, 1), of which a share that counts as rounding is added to the diagonal.
+    """
     torch.gather(Y, -2, order[..., None].expand(Y.shape), out=A.mT)
     if some is not None:
         A.mul_(some[..., None, :])
+    if shift is not None:
+        A.diagonal(dim1=-2, dim2=-1).add_(shift, alpha=1e-3 * least(A.shape[-1], A.dtype))
     torch.geqrf(A, out=(A, tau))
     return _independent(A)
 
