@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import precond
 from matrix import oracles
-from matrix.test_peers import run
 from precond import KFAC, SOAP, Momentum, PreconditionedGD, Shampoo
 from precond.engine import plan
 from precond.preconditioners import eigenbases, rational
@@ -48,7 +47,15 @@ each = pytest.mark.parametrize("name", RECIPES)
 def ragged() -> nn.Sequential:
     """Several layers of some shapes, one of others."""
     torch.manual_seed(0)
-    layers = [nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5), nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 5), nn.Linear(5, 3)]
+    layers = [
+        nn.Linear(8, 8),
+        nn.Linear(8, 8),
+        nn.Linear(8, 5),
+        nn.Linear(5, 8),
+        nn.Linear(8, 8),
+        nn.Linear(8, 5),
+        nn.Linear(5, 3),
+    ]
     return nn.Sequential(*[part for layer in layers for part in (layer, nn.Tanh())]).double()
 
 
@@ -83,29 +90,31 @@ def freezing(t: int, model: nn.Module) -> None:
             p.grad = None
 
 
-SINGLY = {"of one each": "auto", "by the reference": "loop"}
-
-
-@pytest.mark.parametrize("how", SINGLY)
+@pytest.mark.parametrize("how", ["of one each", "by kernels", "by the reference"])
 @pytest.mark.parametrize("before", [lambda *_: None, gaps, freezing], ids=["all", "gaps", "freezing"])
 @each
 def test_a_stack_is_its_members_one_by_one(name, before, how, monkeypatch):
     model = ragged()
     ends = []
-    for engine in ("auto", SINGLY[how]):
+    with monkeypatch.context() as patched:
+        patched.setattr(plan, "_has_kernel", lambda *_: False)  # on a processor, too
+        for scratch in [plan.SCRATCH] + [0] * (how == "of one each"):
+            patched.setattr(plan, "SCRATCH", scratch)
+            mine = copy.deepcopy(model)
+            optimizer = RECIPES[name](mine)
+            ends.append(trained(mine, optimizer, range(11), before))
+            assert scratch == 0 or name == "KFAC" or max(len(c.members) for c in optimizer._bound.cells if c.handled) > 1
+    if how != "of one each":
         mine = copy.deepcopy(model)
-        optimizer = RECIPES[name](mine, engine=engine)
-        ends.append(trained(mine, optimizer, range(11), before))
-        if not ends[1:]:
-            assert name == "KFAC" or max(len(cell.members) for cell in optimizer._bound.cells if cell.handled) > 1
-            monkeypatch.setattr(plan, "SCRATCH", 0)
+        ends.append(trained(mine, RECIPES[name](mine, engine="auto" if how == "by kernels" else "loop"), range(11), before))
     torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("at", [1, 4, 8])
 @each
-def test_a_resumed_run_refreshes_when_the_original_does(name, at):
-    """In the midst of a period, stacks of both being of other sizes."""
+def test_a_resumed_run_refreshes_when_the_original_does(name, at, monkeypatch):
+    """In the midst of a period."""
+    monkeypatch.setattr(plan, "_has_kernel", lambda *_: False)
     model = ragged()
     optimizer = RECIPES[name](model)
     trained(model, optimizer, range(at))
@@ -140,18 +149,19 @@ def test_refreshes_fall_on_different_steps():
 
 
 HALVES: dict[str, Callable[..., PreconditionedGD]] = {
-    "every 10": lambda m: precond.soap(m, lr=0.003),
-    "every 3": lambda m: precond.soap(m, lr=0.003, precondition_frequency=3),
-    "rank": lambda m: precond.soap(m, lr=0.003, precondition_frequency=5, rank=4),
-    "one side": lambda m: precond.soap(m, lr=0.003, precondition_frequency=5, sides="smaller"),
-    "shampoo": lambda m: precond.shampoo(m, lr=0.003, precondition_frequency=5),
+    "every 10": lambda m, **more: precond.soap(m, lr=0.003, **more),
+    "every 3": lambda m, **more: precond.soap(m, lr=0.003, precondition_frequency=3, **more),
+    "rank": lambda m, **more: precond.soap(m, lr=0.003, precondition_frequency=5, rank=4, **more),
+    "one side": lambda m, **more: precond.soap(m, lr=0.003, precondition_frequency=5, sides="smaller", **more),
+    "shampoo": lambda m, **more: precond.shampoo(m, lr=0.003, precondition_frequency=5, **more),
 }
 
 
+@pytest.mark.parametrize("engine", ["auto", "loop"])
 @pytest.mark.parametrize("n", [2, 4, 12])
 @pytest.mark.parametrize("kind", ["tanh", "relu", "conv"])
 @pytest.mark.parametrize("name", HALVES)
-def test_a_batch_in_halves_or_in_another_order_is_that_batch(name, kind, n):
+def test_a_batch_in_halves_or_in_another_order_is_that_batch(name, kind, n, engine):
     """Fewer samples than rows leave factors of rank n: eigenvectors of their null spaces are arbitrary, and bases must not be.
 
     ReLU's zeros leave exact ones. What remains is Adam's own: gradients that are rounding alone are divided by ε, here 1e-3 for ReLU.
@@ -170,7 +180,7 @@ def test_a_batch_in_halves_or_in_another_order_is_that_batch(name, kind, n):
     for order in ("whole", "halves", "turned"):
         model = net()
         start = torch.cat([p.detach().flatten() for p in model.parameters()])
-        optimizer = HALVES[name](model)
+        optimizer = HALVES[name](model, engine=engine)
         if kind != "tanh" and name != "shampoo":
             optimizer.param_groups[0]["eps"] = 1e-3
         for t in range(20):
@@ -269,17 +279,3 @@ def test_the_steps_of_matrices_side_by_side_are_the_oracle_s():
             ends[k] = ends[k] - 0.1 * (oracle.M() @ g.reshape(-1)).view(5, 4)
     for p, end in zip(params, ends, strict=True):
         torch.testing.assert_close(p.detach(), end, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("used", [True, False])
-def test_soap_s_kernel_of_one_matrix_takes_the_stack_s_step(used, monkeypatch):
-    monkeypatch.setattr("precond.engine.eigenbasis.USED", used)
-    make = torch.Generator().manual_seed(4)
-    start, *gradients = (torch.randn(6, 4, generator=make, dtype=torch.float64) for _ in range(9))
-    ends = []
-    for engine in ("auto", "loop"):
-        p = nn.Parameter(start.clone())
-        optimizer = precond.soap([p], lr=0.01, precondition_frequency=3, engine=engine)
-        assert (optimizer._kernels() or [None])[0] is not None or not used or engine == "loop"
-        ends.append(run(optimizer, p, gradients))
-    torch.testing.assert_close(*ends, rtol=1e-10, atol=1e-12)
