@@ -191,8 +191,8 @@ class SOAP(Stacked):
             which = int(state.steps[0]) // self.every
             may = [~basis.chosen(state, side) | (basis.drift(state, side, which) > self.drift) for side, basis in sides]
             if at_hand(r):
-                turned = [bool(m is not None and m.any()) for m in may]
-                sides, may = ([x for x, t in zip(xs, turned, strict=True) if t] for xs in (sides, may))
+                turned = [k for k, m in enumerate(may) if m is not None and bool(m.any())]
+                sides, may = [sides[k] for k in turned], [may[k] for k in turned]
         names = {side: f"{side}_basis" for side, _ in sides}
         moved = [as_matrices(m) for (m,) in carried] if sides else []
         for side, name in names.items():
@@ -219,8 +219,10 @@ def _orthogonal(state: State, name: str) -> Orthogonal | None:
     return made
 
 
-def _turned(X: Tensor, Q: Orthogonal, side: str, back: bool) -> Tensor:
+def _turned(X: Tensor, Q: Orthogonal | None, side: str, back: bool) -> Tensor:
     """QᵀX, or X Q, of matrices X; or back."""
+    if Q is None:
+        return X
     if side == "left":
         return (Q if back else transposed(Q)) @ X
     return from_right(transposed(Q) if back else Q, X)

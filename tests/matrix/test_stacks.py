@@ -1,0 +1,281 @@
+"""Matrices side by side take the steps that each takes alone, and no step depends on rounding."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import precond
+from matrix import oracles
+from precond import KFAC, SOAP, Momentum, PreconditionedGD, Shampoo
+from precond.engine import plan
+from precond.preconditioners import eigenbases, rational
+from precond.preconditioners.kronecker import norms
+from precond.preconditioners.roots import inverse_root
+from precond.turns import is_due, turns
+
+RECIPES: dict[str, Callable[..., PreconditionedGD]] = {
+    "soap": lambda m, **more: precond.soap(m, lr=0.01, precondition_frequency=3, **more),
+    "soap, drift, one side": lambda m, **more: precond.soap(
+        m, lr=0.01, precondition_frequency=2, drift=0.3, sides="smaller", factor_frequency=2, **more
+    ),
+    "soap, rank": lambda m, **more: precond.soap(m, lr=0.01, precondition_frequency=3, rank=1, **more),
+    "soap, nesterov": lambda m, **more: PreconditionedGD(
+        m, 0.01, preconditioner=SOAP(every=3), momentum=Momentum(0.9, "nesterov"), **more
+    ),
+    "shampoo": lambda m, **more: precond.shampoo(m, lr=0.01, precondition_frequency=3, **more),
+    "shampoo, tiles, sums": lambda m, **more: precond.shampoo(
+        m, lr=0.01, precondition_frequency=3, block_size=4, shampoo_beta=-1, graft="adagrad", **more
+    ),
+    "shampoo, newton": lambda m, **more: precond.shampoo(
+        m, lr=0.01, precondition_frequency=2, method="newton", graft="sgd", matrix_eps=1e-4, **more
+    ),
+    "shampoo, qr, no graft": lambda m, **more: precond.shampoo(
+        m, lr=0.01, precondition_frequency=3, method="qr", graft="none", matrix_eps=1e-2, **more
+    ),
+    "KFAC": lambda m, **more: PreconditionedGD(m, 0.01, preconditioner=KFAC(every=7, output_every=3), **more),
+    "outputs": lambda m, **more: PreconditionedGD(m, 0.01, preconditioner=precond.OutputFactor(every=3), **more),
+}
+each = pytest.mark.parametrize("name", RECIPES)
+
+
+def ragged() -> nn.Sequential:
+    """Several layers of some shapes, one of others."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Linear(8, 8),
+        nn.Linear(8, 8),
+        nn.Linear(8, 5),
+        nn.Linear(5, 8),
+        nn.Linear(8, 8),
+        nn.Linear(8, 5),
+        nn.Linear(5, 3),
+    ]
+    return nn.Sequential(*[part for layer in layers for part in (layer, nn.Tanh())]).double()
+
+
+def batch(t: int, n: int = 40) -> tuple[Tensor, Tensor]:
+    make = torch.Generator().manual_seed(t)
+    return torch.randn(n, 8, generator=make, dtype=torch.float64), torch.randint(0, 3, (n,), generator=make)
+
+
+def trained(
+    model: nn.Module, optimizer: PreconditionedGD, steps: range, before: Callable[[int, nn.Module], None] = lambda *_: None
+) -> Tensor:
+    for t in steps:
+        optimizer.zero_grad()
+        x, y = batch(t)
+        F.cross_entropy(model(x), y).backward()
+        before(t, model)
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def gaps(t: int, model: nn.Module) -> None:
+    if t % 3 == 1:
+        model[2].weight.grad = None
+    if t % 4 == 2:
+        model[0].bias.grad = model[8].weight.grad = None
+
+
+def freezing(t: int, model: nn.Module) -> None:
+    model[2].weight.requires_grad_(t not in (3, 4, 5, 6))
+    for p in model.parameters():
+        if not p.requires_grad:
+            p.grad = None
+
+
+@pytest.mark.parametrize("how", ["of one each", "by kernels", "by the reference"])
+@pytest.mark.parametrize("before", [lambda *_: None, gaps, freezing], ids=["all", "gaps", "freezing"])
+@each
+def test_a_stack_is_its_members_one_by_one(name, before, how, monkeypatch):
+    model = ragged()
+    ends = []
+    with monkeypatch.context() as patched:
+        patched.setattr(plan, "_has_kernel", lambda *_: False)  # on a processor, too
+        for scratch in [plan.SCRATCH] + [0] * (how == "of one each"):
+            patched.setattr(plan, "SCRATCH", scratch)
+            mine = copy.deepcopy(model)
+            optimizer = RECIPES[name](mine)
+            ends.append(trained(mine, optimizer, range(11), before))
+            assert scratch == 0 or name == "KFAC" or max(len(c.members) for c in optimizer._bound.cells if c.handled) > 1
+    if how != "of one each":
+        mine = copy.deepcopy(model)
+        ends.append(trained(mine, RECIPES[name](mine, engine="auto" if how == "by kernels" else "loop"), range(11), before))
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("at", [1, 4, 8])
+@each
+def test_a_resumed_run_refreshes_when_the_original_does(name, at, monkeypatch):
+    """In the midst of a period."""
+    monkeypatch.setattr(plan, "_has_kernel", lambda *_: False)
+    model = ragged()
+    optimizer = RECIPES[name](model)
+    trained(model, optimizer, range(at))
+    other = copy.deepcopy(model)
+    resumed = RECIPES[name](other)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert torch.equal(trained(model, optimizer, range(at, 12)), trained(other, resumed, range(at, 12)))
+
+
+def test_matrices_take_turns_by_their_shapes():
+    p = lambda *shape: torch.empty(shape, device="meta")  # noqa: E731
+    assert turns([p(4, 3), p(4), p(2, 3, 1, 1), p(4, 3), p(3, 4), p(0, 3)]) == [0, 0, 1, 0, 2, 0]
+    assert turns([p(1000, 1000)] * 5 + [p(8, 8)]) == [0, 0, 1, 1, 2, 3]  # squares of two sides fit into scratch memory twice
+    assert [t for t in range(1, 9) if is_due(t, 4, 0)] == [4, 8] and [t for t in range(1, 9) if is_due(t, 4, 5)] == [3, 7]
+
+
+def test_refreshes_fall_on_different_steps():
+    model = ragged()
+    optimizer = precond.soap(model, precondition_frequency=5)
+    changed: dict[int, set[tuple[int, ...]]] = {}
+    kept = {}
+    for t in range(1, 16):
+        trained(model, optimizer, range(t, t + 1))
+        for p in model.parameters():
+            if "left_basis" in optimizer.state[p]:
+                basis = optimizer.state[p]["left_basis"].clone()
+                if p in kept and not torch.equal(basis, kept[p]):
+                    changed.setdefault(t, set()).add(tuple(p.shape))
+                kept[p] = basis
+    shapes = [(8, 8), (5, 8), (8, 5), (3, 5)]
+    assert changed == {5 * k - j: {shape} for j, shape in enumerate(shapes) for k in (1, 2, 3)}
+
+
+HALVES: dict[str, Callable[..., PreconditionedGD]] = {
+    "every 10": lambda m, **more: precond.soap(m, lr=0.003, **more),
+    "every 3": lambda m, **more: precond.soap(m, lr=0.003, precondition_frequency=3, **more),
+    "rank": lambda m, **more: precond.soap(m, lr=0.003, precondition_frequency=5, rank=4, **more),
+    "one side": lambda m, **more: precond.soap(m, lr=0.003, precondition_frequency=5, sides="smaller", **more),
+    "shampoo": lambda m, **more: precond.shampoo(m, lr=0.003, precondition_frequency=5, **more),
+}
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("n", [2, 4, 12])
+@pytest.mark.parametrize("kind", ["tanh", "relu", "conv"])
+@pytest.mark.parametrize("name", HALVES)
+def test_a_batch_in_halves_or_in_another_order_is_that_batch(name, kind, n, engine):
+    """Fewer samples than rows leave factors of rank n: eigenvectors of their null spaces are arbitrary, and bases must not be.
+
+    ReLU's zeros leave exact ones. What remains is Adam's own: gradients that are rounding alone are divided by ε, here 1e-3 for ReLU.
+    """
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        if kind == "conv":
+            layers = [nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5)]
+        else:
+            act = nn.Tanh if kind == "tanh" else nn.ReLU
+            layers = [nn.Flatten(), nn.Linear(64, 32), act(), nn.Linear(32, 32), act(), nn.Linear(32, 5)]
+        return nn.Sequential(*layers).double()
+
+    ends = []
+    for order in ("whole", "halves", "turned"):
+        model = net()
+        start = torch.cat([p.detach().flatten() for p in model.parameters()])
+        optimizer = HALVES[name](model, engine=engine)
+        if kind != "tanh" and name != "shampoo":
+            optimizer.param_groups[0]["eps"] = 1e-3
+        for t in range(20):
+            make = torch.Generator().manual_seed(t)
+            x = torch.randn(n, 1, 8, 8, generator=make, dtype=torch.float64)
+            y = torch.randint(0, 5, (n,), generator=make)
+            optimizer.zero_grad()
+            parts = [slice(0, n // 2), slice(n // 2, n)] if order == "halves" else [slice(None)]
+            if order == "turned":
+                x, y = x.flip(0), y.flip(0)
+            for part in parts:
+                (F.cross_entropy(model(x[part]), y[part], reduction="sum") / n).backward()
+            optimizer.step()
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    away = [float((end - ends[0]).norm() / (ends[0] - start).norm()) for end in ends[1:]]
+    assert max(away) <= 1e-10
+
+
+def spectrum(*values: float, n: int, seed: int = 0) -> Tensor:
+    """A symmetric matrix with some eigenvalues, the others 0."""
+    make = torch.Generator().manual_seed(seed)
+    U = torch.linalg.qr(torch.randn(n, len(values), generator=make, dtype=torch.float64)).Q
+    return U * torch.tensor(values, dtype=torch.float64) @ U.T
+
+
+def test_a_basis_is_completed_by_reflections():
+    """Eigenvectors first, then what the product of reflections has: a function of their span, to rounding."""
+    S = spectrum(5.0, 2.0, 1.0, n=7)
+    make = torch.Generator().manual_seed(1)
+    for noise in (0.0, 1e-15):
+        E = noise * torch.randn(7, 7, generator=make, dtype=torch.float64)
+        Q = eigenbases.eigenbasis(S + E + E.T)
+        assert Q is not None
+        U = torch.linalg.eigh(S)[1].flip(1)[:, :3]
+        torch.testing.assert_close(Q, oracles.reflections(U), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("first", ["independent", "dependent"])
+def test_following_leaves_dependent_columns_out(first):
+    """S = UΛUᵀ of rank 3 turns Q into [qr of three columns of SQ, completion], also where a dependent column is among the larger ones."""
+    S = spectrum(5.0, 2.0, 1.0, n=7)
+    if first == "dependent":  # two features that see the same, and one apart with less
+        S = torch.zeros(4, 4, dtype=torch.float64)
+        S[:2, :2], S[2, 2] = 1.0, 0.01
+    n = len(S)
+    Q = torch.eye(n, dtype=torch.float64)[None].clone()
+    order = eigenbases.follow(S[None], Q)
+    assert order is not None
+    Y = (S @ torch.eye(n, dtype=torch.float64))[:, order[0]]
+    rank = 3 if first == "independent" else 2
+    torch.testing.assert_close(Q[0].T @ Q[0], torch.eye(n, dtype=torch.float64))
+    torch.testing.assert_close(Q[0, :, :rank], oracles.gram_schmidt(Y[:, :rank]), rtol=0, atol=1e-12)
+    completed = oracles.reflections(Q[0, :, :rank])
+    torch.testing.assert_close(Q[0, :, rank:], completed[:, rank:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("power", [0.25, 0.3, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize("many", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inverse_roots_without_eigenvalues(power, many, dtype, monkeypatch):
+    """What an accelerator takes, side by side: near the exact roots, λ_max of the damping being known to some percent."""
+    if not many:
+        monkeypatch.setattr(rational, "SCRATCH", 0)
+    eigenvalues = torch.logspace(0, -8, 12, dtype=torch.float64).tolist()
+    S = torch.stack([s * spectrum(*eigenvalues, n=12, seed=k) for k, s in enumerate((1.0, 1e6, 1e-9))])
+    found = rational.inverse_roots(S.to(dtype), power, 1e-4, 0.5)
+    for mine, matrix in zip(found, S, strict=True):
+        exact = inverse_root(matrix / 0.5, power, 1e-4)
+        assert exact is not None
+        assert (mine - exact).norm() / exact.norm() < 0.02 * max(1.0, power)
+    assert rational.inverse_roots(torch.zeros(1, 3, 3), power, 1e-4).isnan().all()
+
+
+def test_norms_of_any_size():
+    t = torch.tensor([[3.0, 4.0], [3e-30, 4e-30], [3e30, 4e30]])
+    torch.testing.assert_close(norms(t), torch.tensor([5.0, 5e-30, 5e30]))
+    assert norms(torch.zeros(1, 2)).isnan().all()
+
+
+def test_the_steps_of_matrices_side_by_side_are_the_oracle_s():
+    """Two matrices of one shape, with gradients of their own."""
+    make = torch.Generator().manual_seed(3)
+    draw = lambda: torch.randn(5, 4, generator=make, dtype=torch.float64)  # noqa: E731
+    starts, params = [draw(), draw()], []
+    params = [nn.Parameter(s.clone()) for s in starts]
+    optimizer = PreconditionedGD(params, 0.1, preconditioner=Shampoo(damping=0.1, every=2))
+    theirs = [oracles.Shampoo(5, 4, damping=0.1, every=2) for _ in params]
+    ends = [s.clone() for s in starts]
+    for _ in range(5):
+        gradients = [draw(), draw()]
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g
+        optimizer.step()
+        for k, (oracle, g) in enumerate(zip(theirs, gradients, strict=True)):
+            oracle.see(g)
+            ends[k] = ends[k] - 0.1 * (oracle.M() @ g.reshape(-1)).view(5, 4)
+    for p, end in zip(params, ends, strict=True):
+        torch.testing.assert_close(p.detach(), end, rtol=1e-9, atol=1e-9)
