@@ -68,10 +68,11 @@ def to_groups(
         groups.append({**item, "params": [(name or known.get(p), p) for name, p in pairs]})
         if not isinstance(item["params"], nn.Module):
             told |= {name is not None for name, _ in pairs}
-    if before and not names_are_ours:
-        told.add("param_names" in before[0])
-    mixed = len(told) > 1 or (before and True in told and not all("param_names" in group for group in before))
-    if mixed and not modules:  # names of a module were not asked for, and may go
+    mixed = len(told) > 1
+    if before and not modules:  # names of a module were not asked for, and may go
+        there = {"param_names" in group for group in before}
+        mixed |= (True in told and False in there) or (not names_are_ours and len(told | there) > 1)
+    if mixed:
         raise ValueError("params names some parameters and not others; give all of them names, or none, or the model itself")
     if before:
         named = all("param_names" in group for group in before)
