@@ -24,16 +24,16 @@ import torch
 from gpu_rows import ENTRANTS, MODES, SIZES, Size, serve
 from harness import table
 
+from precond.workloads import write_atomically
+
 ROOT = Path(__file__).resolve().parents[1]
 CONTRACT = ["tests/contract"]
 CONTRACT_SHARE, ROW_SECONDS = 0.35, 60.0  # of the budget; of one row, compilation included
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    """All or nothing: whoever reads the file in the meantime finds the rows before."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(results, indent=1))
-    os.replace(scratch, path)
+    """Whoever reads the file in the meantime finds the rows before."""
+    write_atomically(path, json.dumps(results, indent=1))
 
 
 def contract(device: str, paths: list[str], seconds: float) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 def main() -> None:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file; its folder must exist")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file")
     parser.add_argument("--budget", type=float, default=470.0, help="seconds for all")
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--size", choices=SIZES, default="124M" if gpu else "small")

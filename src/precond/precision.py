@@ -1,4 +1,4 @@
-"""In what precision matrices are multiplied."""
+"""In what precision matrices are multiplied, and what is zero to rounding."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+
+def rounding(n: int, dtype: torch.dtype) -> float:
+    """What is zero to rounding in a matrix of n rows, relative to the largest."""
+    return n * torch.finfo(dtype).eps
+
 
 WIDE = 128 * 128
 """Entries of a matrix from which on its products are faster in 16 bits than in 32, where the processor has instructions for them."""

@@ -182,7 +182,8 @@ def test_one_layer_without_a_kernel_leaves_the_others_theirs(recipe, how, monkey
         model = Mixed().double()
         groups = [{"params": model.down, "weight_decay": 0.3}, {"params": model.up}, {"params": model.head}]
         if how == "one learning rate of two":
-            groups[:1] = [{"params": [p for p in model.down.named_parameters()][:1], "lr": 0.02}, {"params": [model.down.bias]}]
+            weight, bias = model.down.named_parameters()
+            groups = [{"params": [weight], "lr": 0.02}, {"params": [bias]}, *groups[1:]]
         optimizer = getattr(precond, recipe)(model if how == "transposed layer" else groups, lr=0.01, engine=engine)
         asked.clear()
         for t in range(5):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 import torch.multiprocessing as mp
 
 from device.building import guard
-from distributed.pool import Failed
+from distributed.pool import Failed, answer
 
 PATIENCE = 300  # seconds, on a busy machine
 
@@ -20,12 +19,7 @@ def _serve(pipe: Any) -> None:
 
     torch.set_num_threads(1)
     with pretending():
-        while (task := pipe.recv()) is not None:
-            function, args = task
-            try:
-                pipe.send((True, function(*args)))
-            except BaseException as error:
-                pipe.send((False, (type(error).__name__, str(error), traceback.format_exc())))
+        answer(pipe)
 
 
 class Process:

@@ -25,16 +25,21 @@ class Failed(Exception):
         self.kind, self.message = kind, message
 
 
-def _serve(rank: int, store: str, pipe: Any) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=20))
+def answer(pipe: Any) -> None:
+    """Run what a pipe sends, and send back what comes of it, until that is None."""
     while (task := pipe.recv()) is not None:
         function, args = task
         try:
             pipe.send((True, function(*args)))
         except BaseException as error:
             pipe.send((False, (type(error).__name__, str(error), traceback.format_exc())))
+
+
+def _serve(rank: int, store: str, pipe: Any) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=20))
+    answer(pipe)
     dist.destroy_process_group()
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from precond.maps.base import LinearMap, Scaled
 from precond.maps.dense import Kronecker
+from precond.precision import rounding
 from precond.vec import Vec
 
 
@@ -32,7 +33,7 @@ class Reflected:
         The rest of Q is a function of U that no sign changes.
         """
         # A row that is zero but for rounding would decide the sign of a reflection.
-        A, tau = torch.geqrf(torch.nn.functional.hardshrink(U, U.shape[-2] * torch.finfo(U.dtype).eps))
+        A, tau = torch.geqrf(torch.nn.functional.hardshrink(U, rounding(U.shape[-2], U.dtype)))
         Y = A.tril(-1)
         Y.diagonal(dim1=-2, dim2=-1).fill_(1.0)
         # Z = Y T, T⁻¹ = diag(1/τ) + the upper part of YᵀY; τ is 0 where a column is a unit vector already.

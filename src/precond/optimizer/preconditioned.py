@@ -638,10 +638,8 @@ class PreconditionedGD(torch.optim.Optimizer):
         """Take the step by the reference engine, or skip it."""
         pending, self._pending = self._pending, None
         scale = getattr(self, "grad_scale", None)
-        good_inputs, good_products = (
-            pending is not None or self._listening.collect(self._bound.cells, self.nonfinite != "propagate"),
-            True,
-        )
+        good_inputs = pending is not None or self._listening.collect(self._bound.cells, self.nonfinite != "propagate")
+        good_products = True
         if pending is None:
             point = self._point(unscaled([leaf.param.grad for leaf in self._bound.leaves], scale))
             evidence = Evidence(hessian=None if graph is None else self._hessian(point, graph))

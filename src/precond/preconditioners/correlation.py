@@ -12,6 +12,7 @@ from torch import Tensor
 from precond.inputs.moments import outer, variances
 from precond.maps import Layout, LinearMap, RowMatrix, Spiked
 from precond.maps.eigen import eigenpairs, followed, in_general_position, leading_pairs
+from precond.precision import rounding
 from precond.preconditioners.eigenbases import at_hand
 from precond.preconditioners.rational import inverse_roots
 from precond.vec import Vec
@@ -110,7 +111,7 @@ class Leading(Root):
         values = (values + (K.shrunk - 1)) / K.shrunk
         # The trace of K is n.
         rest = (n - values.sum(-1)) / (n - self.rank)
-        floor = values.amax(-1) * n * torch.finfo(Q.dtype).eps
+        floor = values.amax(-1) * rounding(n, Q.dtype)
         state["basis"].copy_(U)
         state["leading"].copy_(torch.maximum(values, floor[..., None]).rsqrt_())
         state["rest"].copy_(torch.maximum(rest, floor).rsqrt_())
@@ -127,17 +128,17 @@ def _eyes(mean: Tensor, columns: int) -> Tensor:
 
 def inverse_root(K: Tensor, root: str) -> Tensor:
     """R with R Rᵀ = K⁻¹ for symmetric positive definite K (…, n, n): K^(−1/2), or L⁻ᵀ with K = LLᵀ."""
-    rounding = K.shape[-1] * torch.finfo(K.dtype).eps
+    least = rounding(K.shape[-1], K.dtype)
     if root == "cholesky":
         L, info = torch.linalg.cholesky_ex(K)
         if not at_hand(K):
-            return torch.where((info == 0)[..., None, None], inverse_of_triangular(L).mT, inverse_roots(K, 0.5, rounding))
+            return torch.where((info == 0)[..., None, None], inverse_of_triangular(L).mT, inverse_roots(K, 0.5, least))
         if not bool(info.any()):
             return inverse_of_triangular(L).mT
     if not at_hand(K):
-        return inverse_roots(K, 0.5, rounding)
+        return inverse_roots(K, 0.5, least)
     values, V = eigenpairs(K)
-    floor = values.amax(-1, keepdim=True) * K.shape[-1] * torch.finfo(K.dtype).eps
+    floor = values.amax(-1, keepdim=True) * least
     scaled = V * torch.maximum(values, floor).rsqrt()[..., None, :]
     return scaled @ V.mT
 

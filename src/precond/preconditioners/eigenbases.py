@@ -16,17 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
+from precond.precision import rounding
 from precond.preconditioners.roots import decomposed, kept
+
+WARM_UP = 8
+"""Steps in which an accelerator is waited for, to see what was observed for the first time."""
 
 
 def at_hand(t: Tensor) -> bool:
     """Whether the host reads a tensor without waiting for a device."""
     return t.device.type == "cpu"
-
-
-def rounding(n: int, dtype: torch.dtype) -> float:
-    """What is zero to rounding in a matrix of n rows, relative to the largest."""
-    return n * torch.finfo(dtype).eps
 
 
 def least(n: int, dtype: torch.dtype) -> float:

@@ -12,7 +12,8 @@ from precond.blocks import Leaf
 from precond.preconditioners.base import Part, Preconditioner, placed
 
 Sides = Literal["both", "smaller", "left", "right"]
-SIDES = ("both", "smaller", "left", "right")
+SIDES = ("left", "right")
+"""What state calls the factors of rows and of columns."""
 
 
 def as_matrix(t: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from precond.arguments import settle
 from precond.blocks import Block, Leaf, State, state_dtype
 from precond.maps import LinearMap, SymmetricKronecker, Unrooted
 from precond.maps.eigen import eigenpairs
-from precond.precision import in_16_bits
+from precond.precision import in_16_bits, rounding
 from precond.preconditioners.base import Part, Seen
 from precond.preconditioners.fixed import Fixed
 from precond.preconditioners.kronecker import as_matrices, as_matrix, split
@@ -136,8 +136,7 @@ class Muon(Stacked):
                 stacklevel=2,
             )
             return polynomial(gram, self.coefficients, int(self.steps))
-        rounding = max(self.eps**2, gram.shape[-1] * torch.finfo(gram.dtype).eps)
-        least = values.amax(-1, keepdim=True) * rounding
+        least = values.amax(-1, keepdim=True) * max(self.eps**2, rounding(gram.shape[-1], gram.dtype))
         return (V * torch.where(values > least, values, torch.inf).rsqrt()[..., None, :]) @ V.mT
 
 

@@ -16,6 +16,7 @@ from precond.blocks import Block, Leaf, Stack, State, state_dtype
 from precond.inputs.moments import REQUESTS
 from precond.maps import Augmented, LinearMap, Scaled, augmented, parted
 from precond.preconditioners.base import Part, Seen, placed
+from precond.preconditioners.eigenbases import WARM_UP
 from precond.preconditioners.muon import normalized
 from precond.preconditioners.polar_roots import WHOLE, Leading, root_of
 from precond.preconditioners.rms import RMS
@@ -186,10 +187,11 @@ class Polar(Stacked):
     def _first(cls, state: State) -> bool:
         """Whether some layer was not observed yet: looked at in the first eight steps, and in the first of a state that is bound anew."""
         (t, *_) = state.steps
-        looked = state.kept("looked", None, lambda: [])
-        known = bool(looked) and t > 8
-        looked.append(t) if not looked else None
-        return not known and cls.is_fresh(state)
+        looked = state.kept("looked", None, list)
+        if looked and t > WARM_UP:
+            return False
+        looked.append(t)
+        return cls.is_fresh(state)
 
     @staticmethod
     def is_fresh(state: State) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from precond.maps import Layout, LinearMap, SideBySide, Spiked, SymmetricKronecker
 from precond.maps.eigen import followed, in_general_position
+from precond.precision import rounding
 from precond.preconditioners.eigenbases import at_hand
 from precond.preconditioners.rational import renew
 from precond.preconditioners.roots import inverse_root, leading_inverse_root
@@ -106,7 +107,7 @@ class Leading(Root):
         values, U = followed(lambda Q: L @ Q, start, 4)
         rest = (L.diagonal(dim1=-2, dim2=-1).sum(-1) - values.sum(-1)) / (n - r)
         top = values.amax(-1, keepdim=True)
-        both = torch.cat([values, rest[:, None]], 1).clamp_min(0) + max(damping, n * torch.finfo(L.dtype).eps) * top
+        both = torch.cat([values, rest[:, None]], 1).clamp_min(0) + max(damping, rounding(n, L.dtype)) * top
         both = torch.where(top > 0, both.rsqrt(), 1.0)
         return U, both[:, :r], both[:, r]
 

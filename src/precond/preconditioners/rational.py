@@ -13,7 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from precond.preconditioners.eigenbases import at_hand, rounding
+from precond.precision import rounding
+from precond.preconditioners.eigenbases import at_hand
 from precond.preconditioners.roots import inverse_root
 
 SCRATCH = 8 * 2**20

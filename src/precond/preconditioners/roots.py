@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from precond.maps.eigen import eigh, in_general_position, leading_pairs
+from precond.precision import rounding
 from precond.vec import all_finite
 
 
@@ -46,12 +47,12 @@ def inverse_root(S: Tensor, power: float, damping: float, method: str = "eigh", 
     References:
         Guo & Higham (2006), A Schur–Newton method for the matrix pth root; Anil et al. (2020), Scalable second order optimization.
     """
-    rounding = len(S) * torch.finfo(S.dtype).eps
+    least = rounding(len(S), S.dtype)
     largest = float(S.diagonal().amax())
     if largest == 0:
         return torch.eye(len(S), dtype=S.dtype, device=S.device)
     S = S / largest  # else what is added to tiny eigenvalues would vanish
-    if method == "newton" and (found := _newton(S, round(1 / power), max(damping, rounding))) is not None:
+    if method == "newton" and (found := _newton(S, round(1 / power), max(damping, least))) is not None:
         return found * largest**-power
     if method == "basis" and basis is not None:
         values, V = (basis * (S @ basis)).sum(0), basis
@@ -62,12 +63,12 @@ def inverse_root(S: Tensor, power: float, damping: float, method: str = "eigh", 
         if (known := decomposed(S)) is None:
             return None
         values, V = known
-    return (V * (damped(values, float(values.amax()), damping, rounding) ** -power * largest**-power)) @ V.T
+    return (V * (damped(values, float(values.amax()), damping, least) ** -power * largest**-power)) @ V.T
 
 
-def damped(values: Tensor, top: float, damping: float, rounding: float) -> Tensor:
+def damped(values: Tensor, top: float, damping: float, least: float) -> Tensor:
     """Eigenvalues + ε·top, at least what rounding leaves of them."""
-    return (values + damping * top).clamp_min(rounding * top) if damping < rounding else values.clamp_min(0) + damping * top
+    return (values + damping * top).clamp_min(least * top) if damping < least else values.clamp_min(0) + damping * top
 
 
 def leading_inverse_root(
@@ -90,7 +91,7 @@ def leading_inverse_root(
         return None
     values, U = known
     rest = (S.trace() - values.sum()) / (n - rank)
-    both = damped(torch.cat([values, rest[None]]), float(values[-1]), damping, n * torch.finfo(S.dtype).eps)
+    both = damped(torch.cat([values, rest[None]]), float(values[-1]), damping, rounding(n, S.dtype))
     both = both**-power * largest**-power
     return U, both[:rank], both[rank]
 
@@ -111,7 +112,7 @@ def _newton(S: Tensor, p: int, damping: float) -> Tensor | None:
         if not error < best:  # also NaN
             break
         best = error
-        if error < 10 * len(S) * torch.finfo(S.dtype).eps:
+        if error < 10 * rounding(len(S), S.dtype):
             break
     return (X + X.T) / 2 if best < 1e-2 else None
 
@@ -128,7 +129,7 @@ def largest_eigenvalue(S: Tensor, steps: int = 32) -> Tensor:
         size = w.norm()
         Q[:, j] = torch.where(size > least, w / size, 0.0)  # zero once the vectors span an invariant space
         w = S @ Q[:, j]
-        least = 10 * n * torch.finfo(S.dtype).eps * S.diagonal().amax()
+        least = 10 * rounding(n, S.dtype) * S.diagonal().amax()
     T = Q.T @ S @ Q
     return torch.linalg.eigvalsh(T)[-1] if bool(T.isfinite().all()) else T.amax()
 

@@ -16,13 +16,12 @@ from precond.maps import LinearMap, Scaled, SymmetricKronecker, Tiled
 from precond.preconditioners.adagrad import AdaGrad
 from precond.preconditioners.base import Part, Seen
 from precond.preconditioners.eigenbases import begin, follow
-from precond.preconditioners.kronecker import Sides, as_matrices, as_matrix, fold, norms, sides_of, split
+from precond.preconditioners.kronecker import SIDES, Sides, as_matrices, as_matrix, fold, norms, sides_of, split
 from precond.preconditioners.rational import renew
 from precond.preconditioners.rms import RMS
 from precond.preconditioners.stacked import Stacked
 
 Tile = tuple[slice, slice]
-_SIDES = ("left", "right")
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class Shampoo(Stacked):
         W, sides, dtype = as_matrix(p), self._sides(leaf), state_dtype(p.dtype)
         state: dict = {}
         for k, tile in enumerate(self._tiles(W.shape, sides)):
-            for name, length, has in zip(("left", "right"), W[tile].shape, sides, strict=True):
+            for name, length, has in zip(SIDES, W[tile].shape, sides, strict=True):
                 if has:
                     eye = torch.eye(length, dtype=dtype, device=p.device)
                     state |= {f"{name}.{k}": self.initial * eye, f"{name}_root.{k}": eye.clone()}
@@ -123,7 +122,7 @@ class Shampoo(Stacked):
         (g,), t = seen.gradient, state.steps[0]
         keep, add = (1.0, 1.0) if self.decay is None else (self.decay, 1 - self.decay)
         for tile, k in self._numbered(state):
-            for name in _SIDES:
+            for name in SIDES:
                 if (S := state.get(f"{name}.{k}")) is not None:
                     fold(S, as_matrices(g)[:, *tile], name == "right", keep, add)
         for some in [slice(0, len(g))] if t == 1 else state.due(self.every):
@@ -138,7 +137,7 @@ class Shampoo(Stacked):
     def _renew(self, state: State) -> None:
         """The inverse roots of all factors, those of one size at once; where one fails, the one before stays."""
         power, (t,) = self.power if self.power is not None else 0.5 / sum(self._sides(state.block.leaves[0])), state.steps
-        factors = [(name, k) for _, k in self._numbered(state) for name in _SIDES if f"{name}.{k}" in state]
+        factors = [(name, k) for _, k in self._numbered(state) for name in SIDES if f"{name}.{k}" in state]
         for n in dict.fromkeys(state[f"{name}.{k}"].shape[-1] for name, k in factors):
             of_size = [(name, k) for name, k in factors if state[f"{name}.{k}"].shape[-1] == n]
             S, roots, bases = ([state[f"{name}{kind}.{k}"] for name, k in of_size] for kind in ("", "_root", self._basis))

@@ -16,16 +16,13 @@ from precond.maps.diagonal import mean_of
 from precond.maps.rotation import from_right, transposed
 from precond.preconditioners.base import Part, Seen
 from precond.preconditioners.bases import WHOLE, Leading, basis_of
-from precond.preconditioners.eigenbases import at_hand
-from precond.preconditioners.kronecker import Sides, as_matrices, as_matrix, sides_of, split
+from precond.preconditioners.eigenbases import WARM_UP, at_hand
+from precond.preconditioners.kronecker import SIDES, Sides, as_matrices, as_matrix, sides_of, split
 from precond.preconditioners.rms import RMS
 from precond.preconditioners.stacked import Stacked
 from precond.vec import Vec
 
-_SIDES = ("left", "right")
 BASES = ("left_basis", "right_basis")
-WARM_UP = 8
-"""Steps in which an accelerator is waited for, to see which bases are to be chosen, by eigendecompositions."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class SOAP(Stacked):
         (leaf,), (p,) = block.leaves, block.tensors
         state: dict = {"r": block.zeros()}
         like = torch.empty(0, dtype=state_dtype(p.dtype), device=p.device)
-        for side, n, has in zip(_SIDES, as_matrix(p).shape, self._sides(leaf), strict=True):
+        for side, n, has in zip(SIDES, as_matrix(p).shape, self._sides(leaf), strict=True):
             if has:
                 basis = WHOLE if self.rank is None or n <= 4 * self.rank else Leading(self.rank)
                 state |= basis.fresh(side, n, like)
@@ -123,7 +120,7 @@ class SOAP(Stacked):
         if (t - 1) % self.factor_every:
             return
         keep = self.decay if self.factor_decay is None else self.factor_decay
-        for side in _SIDES:
+        for side in SIDES:
             if (basis := basis_of(state, side)) is not None:
                 basis.fold(state, side, as_matrices(gradient), keep, t <= max(self.every, WARM_UP))
 
@@ -136,7 +133,7 @@ class SOAP(Stacked):
         """Whether bases are chosen (k,); None: all are. Only the first steps look."""
         if state.steps[0] > self.every:
             return None
-        known = [basis.chosen(state, side) for side in _SIDES if (basis := basis_of(state, side)) is not None]
+        known = [basis.chosen(state, side) for side in SIDES if (basis := basis_of(state, side)) is not None]
         return known[0] if len(known) == 1 else known[0] & known[1]
 
     def map(self, state: State) -> LinearMap:
@@ -168,7 +165,7 @@ class SOAP(Stacked):
 
     def _begin(self, state: State, carried: Sequence[Vec]) -> None:
         """Choose the bases of matrices that were seen and have none."""
-        for side, name in zip(_SIDES, BASES, strict=True):
+        for side, name in zip(SIDES, BASES, strict=True):
             if (basis := basis_of(state, side)) is None:
                 continue
             new = basis.seen(state, side) & ~basis.chosen(state, side)
@@ -185,7 +182,7 @@ class SOAP(Stacked):
     def _follow(self, state: State, carried: Sequence[Vec]) -> None:
         """Let bases follow the statistics."""
         (r,) = state["r"]
-        sides = [(side, basis) for side in _SIDES if (basis := basis_of(state, side)) is not None]
+        sides = [(side, basis) for side in SIDES if (basis := basis_of(state, side)) is not None]
         may: list[Tensor | None] = [None] * len(sides)
         if self.drift is not None:
             which = int(state.steps[0]) // self.every
