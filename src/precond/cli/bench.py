@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from precond.cli.calibrate import calibrate
 from precond.cli.errors import UserError, as_user_errors
 from precond.cli.launch import Where, launch
 from precond.cli.settings import Integers, Texts
@@ -20,7 +21,7 @@ from precond.workloads import Task
 from precond.workloads.fashion_study import fashion_tasks
 from precond.workloads.race import RULES, race_tasks
 
-Name = Literal["fashion-mnist", "race"]
+Name = Literal["fashion-mnist", "race", "calibration"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Bench:
     """Run an experiment of this project: a table of tasks and entrants, with a search for each, and a report.
 
     Attributes:
-        name: Which.
+        name: Which. Calibration compares what diagnose predicts with trainings; of the settings below it has --tasks and --out alone.
         tasks: Only the tasks whose names contain one of these, as whole words: "batch 60" or MLP. Several commands with different
             tasks may work in one output folder at the same time; one without --tasks then makes the report of all.
         entrants: Only these: those whose labels contain one of these as whole words, muon or "torch Muon", and who sets the target. A later
@@ -69,6 +70,8 @@ class Bench:
 
     def run(self, argv: Sequence[str]) -> int:
         """The exit code."""
+        if self.name == "calibration":
+            return calibrate(self.out or Path("runs/bench-calibration"), self.tasks, argv)
         # One thread, so that the processor's clock tells the work of each training whatever else the machine does.
         torch.set_num_threads(1)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
