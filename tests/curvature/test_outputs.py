@@ -115,7 +115,9 @@ def test_the_jacobian(name):
 def test_a_wide_jacobian_takes_as_many_passes_as_outputs():
     model, data, loss = regression()
     J, passes = jacobian(Objective(model, loss, data[:1])), []
-    J._graph(0).backward = lambda u, batched=False, f=J._graph(0).backward: (passes.append(len(u[0])), f(u, batched))[1]
+    graph = J._graph(0)
+    backward = graph.backward
+    graph.backward = lambda u, batched=False: (passes.append(len(u[0])), backward(u, batched))[1]
     assert J.to_dense().shape == (14, 47) and sum(passes) == 14
 
 
@@ -159,7 +161,9 @@ def test_fisher_matrices_in_float64_are_those_of_the_double_model():
     model, data, loss = mlp()
     single = Objective(model.float(), loss, [(x.float(), y) for x, y in data])
     for make in (jacobian, fisher, gauss_newton_root):
-        torch.testing.assert_close(in_float64(make(single)).to_dense(), make(single.double()).to_dense(), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            in_float64(make(single)).to_dense(), make(single.double()).to_dense(), rtol=1e-12, atol=1e-14
+        )
 
 
 def test_refusals():
@@ -168,7 +172,7 @@ def test_refusals():
         fisher(Objective(model, lambda out, y: out.mean().square() + CROSS(out, y), data)).to_dense()
     with pytest.raises(CurvatureError, match="not convex"):
         gauss_newton_root(Objective(model, lambda out, y: out.pow(4).mean() - out.square().mean(), data)).to_dense()
-    with pytest.raises(ValueError, match="kind must be|fisher must be one of 'exact', 'sampled', 'empirical', got 'type-2'"):
+    with pytest.raises(ValueError, match="kind must be one of 'exact', 'sampled', 'empirical', got 'type-2'"):
         fisher(Objective(model, CROSS, data), "type-2")
     with pytest.raises(ValueError, match="samples must be a whole number >= 1, got 0"):
         gauss_newton_root(Objective(model, CROSS, data), samples=0)

@@ -49,10 +49,9 @@ class Estimate(Generic[T]):
             raise ValueError(f"Estimate.interval: confidence must lie in (0, 1), got {confidence!r}; 0.95 is usual")
         t = 0.0 if self.exact else students_t(confidence, self.probes - 1)
         if isinstance(self.value, tuple):
-            pairs = zip(self.value, self.error, strict=True)  # type: ignore[arg-type]
-            low, high = zip(*((v - t * e, v + t * e) for v, e in pairs), strict=True)
-            return low, high  # type: ignore[return-value]
-        return self.value - t * self.error, self.value + t * self.error  # type: ignore[operator, return-value]
+            pairs = list(zip(self.value, self.error, strict=True))
+            return tuple(v - t * e for v, e in pairs), tuple(v + t * e for v, e in pairs)
+        return self.value - t * self.error, self.value + t * self.error
 
     def __str__(self) -> str:
         if isinstance(self.value, tuple):
@@ -88,8 +87,9 @@ def trace(map: Any, *, products: int = 96, method: Estimator = "auto", seed: int
     r"""tr A of a symmetric map.
 
     Hutchinson: the mean of vᵀAv over vectors v of random signs. Hutch++ takes the trace on the range Q of a sketch AS exactly and
-    estimates the rest alone, tr A = tr QᵀAQ + tr (I − QQᵀ)A(I − QQᵀ), which pays where few eigenvalues are large, as those of a Hessian. ``"exchanged"`` is XTrace: each of the m = products/2 probes is
-    taken on the complement of the sketch AΩ of the m − 1 others, and the mean of the m estimates is as good as if every probe served both ends.
+    estimates the rest alone, tr A = tr QᵀAQ + tr (I − QQᵀ)A(I − QQᵀ), which pays where few eigenvalues are large, as those of a
+    Hessian. ``"exchanged"`` is XTrace: each of products/2 probes is taken on the complement of the sketch of all others, so that every probe
+    serves both ends; its error is a jackknife's, rather too large than too small.
 
     Args:
         map: a symmetric map, a matrix, or a SciPy ``LinearOperator``.
@@ -142,7 +142,7 @@ def diagonal(map: Any, *, products: int = 96, method: Estimator = "auto", seed: 
 
 @dataclass(frozen=True)
 class _Parts:
-    """diag A = ``known``, (n,), + the mean of the rows of ``scatter``, (k, n), one for each probe; the trace and its error where they are others."""
+    """diag A = ``known``, (n,), + the mean of the rows of ``scatter``, (k, n), one a probe; the trace and its error where they are others."""
 
     known: Tensor
     scatter: Tensor

@@ -58,7 +58,9 @@ class Rectangular(Kept, BlockMap):
     def _back(self, u: Vec, extra: int, product) -> Vec:
         count = len(self.objective.batches)
         if len(u) != count:
-            raise ValueError(f"{type(self).__name__}: the vector has {len(u)} tensors, the objective {count} batches; give one a batch")
+            raise ValueError(
+                f"{type(self).__name__}: the vector has {len(u)} tensors, the objective {count} batches; give one a batch"
+            )
         with torch.inference_mode(False):
             total: Vec = ()
             for i, t in enumerate(u):

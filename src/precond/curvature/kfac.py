@@ -29,8 +29,9 @@ def kfac(
 ) -> LayerwiseMap:
     r"""K ≈ G, block-diagonal over layers: B ⊗ A on each [W b] (out × in + 1), row-major, so that K vec(X) = vec(B X A).
 
-    With ĥ_nt = [h; 1] the inputs of the layer at place t of sample n (a position of a sequence or an image, T of them) and δ_rnt = (∂f_n/∂a_nt)ᵀV_rn,
-    ∇²_f L = Σ_r V_r V_rᵀ, the layer's block of the Gauss–Newton matrix is Σ_rn vec(Σ_t δ_rnt ĥ_ntᵀ) vec(Σ_t δ_rnt ĥ_ntᵀ)ᵀ. In its place stand
+    Let ĥ_nt = [h; 1] be the inputs of the layer at place t of sample n (a position of a sequence or an image, T of them), and
+    δ_rnt = (∂f_n/∂a_nt)ᵀV_rn with ∇²_f L = Σ_r V_r V_rᵀ. The layer's block of the Gauss–Newton matrix is
+    Σ_rn vec(Σ_t δ_rnt ĥ_ntᵀ) vec(Σ_t δ_rnt ĥ_ntᵀ)ᵀ. In its place stand
 
         expand: A = 1/(NT) Σ_nt ĥ_nt ĥ_ntᵀ,  B = Σ_rnt δ_rnt δ_rntᵀ;
         reduce: A = 1/N Σ_n h̄_n h̄_nᵀ, h̄_n the mean of ĥ_nt over t,  B = Σ_rn δ̄_rn δ̄_rnᵀ, δ̄_rn = Σ_t δ_rnt.
@@ -48,7 +49,7 @@ def kfac(
         seed: of the draws.
 
     Returns:
-        A map with ``mv`` and ``solve``, ``inverse(damping)``, ``root(damping)``, ``eigenvalues`` and ``factors``.
+        A map with ``mv`` and ``solve``, ``inverse(damping)``, ``preconditioner(damping)``, ``eigenvalues`` and ``factors``.
 
     Raises:
         ValueError: for parameters that belong to no such layer, or to several.
@@ -103,7 +104,7 @@ def ekfac(
     samples: int = 1,
     seed: int = 0,
 ) -> LayerwiseMap:
-    r"""K = (U ⊗ V) diag(S) (U ⊗ V)ᵀ on each layer's [W b], U and V the eigenvectors of K-FAC's B and A, S the diagonal of the layer's block in them.
+    r"""K = (U ⊗ V) diag(S) (U ⊗ V)ᵀ on each layer's [W b]: K-FAC's eigenvectors, and the diagonal S of the layer's block in them.
 
     S_ij = Σ_rn (Uᵀ(Σ_t δ_rnt ĥ_ntᵀ)V)²_ij with the symbols of :func:`kfac`, whose eigenvalues b_i a_j it replaces. Of all diagonals in this
     basis it is nearest to the layer's block of the Gauss–Newton matrix in the Frobenius norm; its trace is that of the block.
@@ -149,7 +150,9 @@ class _Known:
 class _Pass:
     """A batch forwarded, with what each layer received, and what comes back to it."""
 
-    def __init__(self, layers: dict[str, _Known], calls: dict[str, list[Call]], at: Evaluation, V: Tensor | None, arranging: bool):
+    def __init__(
+        self, layers: dict[str, _Known], calls: dict[str, list[Call]], at: Evaluation, V: Tensor | None, arranging: bool
+    ):
         self.layers, self.calls, self.at, self.V = layers, calls, at, V
         self._deltas = [call.delta for name in layers for call in calls[name]]
         self._places = self._arranged() if arranging else {}
@@ -246,7 +249,10 @@ def _layers(caller: str, objective: Objective, fisher: str, sharing: str, sample
     for name, module in objective.model.named_modules():
         if not Layer.is_one(module):
             continue
-        at = [None if p is None else position.get(id(twins(p))) for p in (module._parameters.get("weight"), module._parameters.get("bias"))]
+        at = [
+            None if p is None else position.get(id(twins(p)))
+            for p in (module._parameters.get("weight"), module._parameters.get("bias"))
+        ]
         if at == [None, None]:
             continue
         for i in at:

@@ -138,7 +138,7 @@ class InBasis(Factor):
 class LayerwiseMap(SymmetricMap):
     r"""A symmetric map K, block-diagonal over layers, of which all eigenvalues are known, and with them all functions f(K).
 
-    ``mv`` is K v, ``solve`` K⁻¹v; ``inverse(damping)``, ``root(damping)`` and ``shifted(s)`` are such maps again.
+    ``mv`` is K v, ``solve`` K⁻¹v; ``inverse(damping)``, ``preconditioner(damping)`` and ``shifted(s)`` are such maps again.
 
     Attributes:
         like: an example of the vectors that it acts on.
@@ -173,8 +173,7 @@ class LayerwiseMap(SymmetricMap):
         out: dict[int, Tensor] = {}
         for name, place in self.places.items():
             X = split(place)(tuple(v))
-            factor = self.factors[name]
-            out |= join(place)(factor.product(X.to(factor.basis[0].dtype if isinstance(factor, InBasis) else factor.B.dtype)), like)
+            out |= join(place)(self.factors[name].product(X.to(torch.promote_types(X.dtype, torch.float32))), like)
         return tuple(out[i].to(t.dtype) for i, t in enumerate(like))
 
     def of(self, f: Callable[[Tensor], Tensor]) -> LayerwiseMap:
@@ -197,7 +196,7 @@ class LayerwiseMap(SymmetricMap):
         """
         return self._damped("inverse", damping, how).of(torch.reciprocal)
 
-    def root(self, damping: float = 0.0, how: Literal["whole", "apart"] = "whole") -> LayerwiseMap:
+    def preconditioner(self, damping: float = 0.0, how: Literal["whole", "apart"] = "whole") -> LayerwiseMap:
         r"""P = (K + δI)^(−1/2), the preconditioner with P Pᵀ = (K + δI)⁻¹: gradient descent in its z is the natural gradient's.
 
         ``PreconditionedGD(model, lr=…, preconditioner=Fixed(P))`` steps by it, ``P.T @ hessian(objective) @ P`` shows what it does to κ.
@@ -208,7 +207,7 @@ class LayerwiseMap(SymmetricMap):
         Raises:
             Singular: where an eigenvalue is null and δ = 0.
         """
-        return self._damped("root", damping, how).of(torch.rsqrt)
+        return self._damped("preconditioner", damping, how).of(torch.rsqrt)
 
     def _damped(self, caller: str, damping: float, how: str) -> LayerwiseMap:
         if not damping >= 0:
@@ -217,7 +216,9 @@ class LayerwiseMap(SymmetricMap):
             raise ValueError(f"{caller}: how must be 'whole' or 'apart', got {how!r}")
         if how == "apart":
             if not all(isinstance(factor, Pair) for factor in self.factors.values()):
-                raise ValueError(f"{caller}: how='apart' is for Kronecker products, kfac(…); its factors are known no longer here")
+                raise ValueError(
+                    f"{caller}: how='apart' is for Kronecker products, kfac(…); its factors are known no longer here"
+                )
             apart = {name: factor.damped_apart(damping) for name, factor in self.factors.items() if isinstance(factor, Pair)}
             found = LayerwiseMap(self.places, apart, self.like)
         else:
@@ -225,7 +226,9 @@ class LayerwiseMap(SymmetricMap):
         for name, factor in found.factors.items():
             S = factor.eigenvalues
             if S.numel() and bool(S.min() <= 16 * torch.finfo(S.dtype).eps * S.max() * (damping == 0)):
-                raise Singular(f"{caller}: the block of layer {name!r} is singular; give a damping > 0, such as 1e-3 of its mean eigenvalue")
+                raise Singular(
+                    f"{caller}: the block of layer {name!r} is singular; give a damping > 0, such as 1e-3 of its mean eigenvalue"
+                )
         return found
 
     @cached_property

@@ -141,7 +141,8 @@ class Objective:
         """
         known = dict(zip(self.names, self.params, strict=True))
         other = copy.copy(self)
-        other.names, other.params = _chosen(known, params)
+        chosen = _chosen(known, params)
+        other.names, other.params = tuple(chosen), tuple(chosen.values())
         return other
 
     @contextmanager
@@ -241,7 +242,7 @@ def _dropouts(model: nn.Module) -> str:
 
 
 def _selected(model: nn.Module, params: Iterable[Tensor | str] | Tensor | str | None) -> tuple[tuple[str, ...], Vec]:
-    named = dict(model.named_parameters())
+    named: dict[str, Tensor] = dict(model.named_parameters())
     if params is None:
         chosen = {name: p for name, p in named.items() if p.requires_grad and (p.is_floating_point() or p.is_complex())}
         if not chosen:
@@ -249,7 +250,7 @@ def _selected(model: nn.Module, params: Iterable[Tensor | str] | Tensor | str | 
                 f"Objective: {type(model).__name__} has no parameter that requires a gradient; call requires_grad_() on some"
             )
     else:
-        chosen = dict(zip(*_chosen(named, params), strict=True))
+        chosen = _chosen(named, params)
     for name, p in chosen.items():
         if not p.requires_grad:
             raise ValueError(
@@ -262,12 +263,10 @@ def _selected(model: nn.Module, params: Iterable[Tensor | str] | Tensor | str | 
     return tuple(chosen), tuple(chosen.values())
 
 
-def _chosen(
-    named: Mapping[str, Tensor], params: Iterable[Tensor | str] | Tensor | str
-) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
+def _chosen(named: Mapping[str, Tensor], params: Iterable[Tensor | str] | Tensor | str) -> dict[str, Tensor]:
     """Those of some parameters that are meant, in the order in which they are named."""
     names = {id(p): name for name, p in named.items()}
-    chosen = {}
+    chosen: dict[str, Tensor] = {}
     for i, wanted in enumerate([params] if isinstance(params, Tensor | str) else params):
         found = [n for n in named if fnmatchcase(n, wanted)] if isinstance(wanted, str) else [names.get(id(wanted), "")]
         if not found or found == [""]:
@@ -276,4 +275,4 @@ def _chosen(
         chosen |= {name: named[name] for name in found}
     if not chosen:
         raise ValueError("Objective: params is empty; give parameters or names, or None for all")
-    return tuple(chosen), tuple(chosen.values())
+    return chosen

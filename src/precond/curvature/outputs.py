@@ -15,10 +15,10 @@ from precond.curvature.objective import Evaluation
 Fisher = Literal["exact", "sampled", "empirical"]
 
 
-def checked(caller: str, fisher: str, samples: int, kinds: tuple[str, ...] = get_args(Fisher)) -> None:
+def checked(caller: str, fisher: str, samples: int, kinds: tuple[str, ...] = get_args(Fisher), name: str = "fisher") -> None:
     """Refuse a kind of Fisher matrix that there is not, and a number of samples that is none."""
     if fisher not in kinds:
-        raise ValueError(f"{caller}: fisher must be one of {', '.join(map(repr, kinds))}, got {fisher!r}")
+        raise ValueError(f"{caller}: {name} must be one of {', '.join(map(repr, kinds))}, got {fisher!r}")
     if not (isinstance(samples, int) and not isinstance(samples, bool) and samples >= 1):
         raise ValueError(f"{caller}: samples must be a whole number >= 1, got {samples!r}")
 
@@ -71,9 +71,7 @@ def _root(found: LossCurvature, caller: str) -> Tensor:
     return F * w.sqrt()[:, :, None]
 
 
-_INDEFINITE = (
-    "the loss is not convex in the outputs, so its curvature there has no square root; give a convex loss, or fisher='empirical'"
-)
+_INDEFINITE = "the loss is not convex in the outputs, so its curvature there has no square root; give a convex loss, or fisher='empirical'"
 
 
 def _is_plain(at: Evaluation) -> bool:

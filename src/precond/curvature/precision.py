@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precond.curvature.objective import Objective
 from precond.curvature.keeping import Kept
+from precond.curvature.objective import Objective
 from precond.maps import LinearMap
 
 

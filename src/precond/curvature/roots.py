@@ -82,8 +82,8 @@ def fisher(
 ) -> CurvatureMap:
     r"""F = Σ_n J_nᵀΛ_n J_n with Λ_n another matrix than ∇²_f of the loss in the outputs of sample n.
 
-    ``"empirical"``: F = N Σ_n ∇L_n ∇L_nᵀ, L_n the share of sample n in the mean loss L = Σ_n L_n, N samples: the mean of the outer products of the
-    samples' gradients with the labels of the data. No stand-in for the Hessian far from a minimum or where the model is wrong.
+    ``"empirical"``: F = N Σ_n ∇L_n ∇L_nᵀ, L_n the share of sample n in the mean loss L = Σ_n L_n, N samples: the mean of the outer
+    products of the samples' gradients with the labels of the data. No stand-in for the Hessian far from a minimum or where the model is wrong.
     ``"sampled"``: with labels that the model itself draws (nn.CrossEntropyLoss), or with random signs before a square root of
     ∇²_f (any other loss): of expectation G, :func:`gauss_newton`. ``"exact"``: the expectation, G.
 
@@ -107,5 +107,5 @@ def fisher(
         Kunstner, Balles & Hennig (2019), Limitations of the empirical Fisher approximation; Martens (2020), New insights and
         perspectives on the natural gradient method.
     """
-    checked("fisher", kind, samples)
+    checked("fisher", kind, samples, name="kind")
     return CurvatureMap(objective, partial(_Root, kind, samples, seed, "fisher"), memory)
