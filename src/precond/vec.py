@@ -124,6 +124,16 @@ def all_finite(a: Vec) -> bool:
     return math.isfinite(total) or all(bool(t.isfinite().all()) for t in full)
 
 
+def nonfinite(a: Vec) -> Tensor:
+    """1 where an entry is inf or NaN, else 0; a tensor of one element, which the host does not read."""
+    return 1 - norm(a, math.inf).isfinite().float()
+
+
+def is_captured(t: Tensor) -> bool:
+    """Whether operations on a tensor are being captured in a CUDA graph: they are noted, not done, and repeated later on the same memory."""
+    return t.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def flatten(a: Vec) -> Tensor:
     """The entries in order, row-major, as one vector."""
     return torch.cat([t.reshape(-1) for t in a]) if a else torch.zeros(0)
