@@ -9,8 +9,11 @@ from device import training
 from distributed.pool import Failed
 
 TORCH_NAMED = [str(twin) for twin in TWINS]
-WHOLE = [*TORCH_NAMED, "RMS", "AdaGrad", "muon", "route", "RMS, proximal L1", "composition", "momentum of tangents, amsgrad"]
-PERIODIC = {"soap": (3, 1), "shampoo": (3, 1)}
+WHOLE = [
+    *TORCH_NAMED, "plain", "RMS from the first gradient", "RMS, proximal L1", "composition", "route", "momentum of tangents, amsgrad",
+    "muon",
+]  # fmt: skip
+PERIODIC = ["soap", "soap, rank", "shampoo"]
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -28,3 +31,12 @@ def test_a_graph_may_skip_a_step(device, name):
     assert found.programs == 1
     assert found.distance <= rounding(name)
     assert found.counts == {27.0}
+
+
+@pytest.mark.parametrize("name", PERIODIC)
+def test_a_graph_for_each_program_repeats_its_steps(device, name):
+    found = device.run(training.captured_row, name, 40, 16)
+    assert 1 < found.programs <= 12
+    assert found.distance <= 1e-9
+    assert found.counts == {40.0}
+    assert not found.count.reads and not found.count.copies_in and not found.count.copies_out

@@ -152,7 +152,7 @@ def _step(point: Point, rules: Rules, evidence: Evidence, measured: bool, verdic
         del u  # memory for the next one's
     for term in terms:
         if isinstance(term, Prox):
-            torch._foreach_copy_(point.p, term.apply(point.p))
+            vec.copy_(point.p, term.apply(point.p))
     for cell in point.cells:
         cell.refresh()
     return lengths

@@ -221,7 +221,7 @@ class Probe:
             if leaf.param not in self._spare:
                 self._spare[leaf.param] = torch.empty_like(p, requires_grad=False)
         self._saved = tuple(self._spare[leaf.param] for leaf in self.point.leaves)
-        torch._foreach_copy_(self._saved, storage)
+        vec.copy_(self._saved, storage)
         self._buffers = Buffers(self.modules)
         self.moved = True
         self.asked += 1
@@ -254,7 +254,7 @@ class Probe:
         """Put parameters and buffers back, bit for bit."""
         if self.moved:
             with torch.no_grad():
-                torch._foreach_copy_(self.point.storage, self._saved)
+                vec.copy_(self.point.storage, self._saved)
             if self._buffers is not None:
                 self._buffers.restore()
             torch.clear_autocast_cache()
