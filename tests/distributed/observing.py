@@ -28,7 +28,7 @@ def step(shares: tuple[int, ...], wrap: str) -> dict[str, Any]:
     grams, steps = {}, {}
     for seen in inputs:
         damped = seen.gram + 0.1 * torch.eye(seen.gram.shape[-1], dtype=torch.float64)
-        solved = seen.weight_of(torch.linalg.solve(damped, seen.rows(seen.weight.grad), left=False))
+        solved = seen.weight_of(torch.linalg.solve(seen.held(damped), seen.rows(seen.weight.grad), left=False))
         grams[seen.name] = (seen.count, seen.gram)
         steps[seen.name] = _whole(solved, seen.weight)
     return {"grams": grams, "steps": steps}

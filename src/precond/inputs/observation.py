@@ -90,6 +90,10 @@ class Inputs:
         """The inverse of :meth:`rows`: a tensor of the weight's shape, or of the part of it that this process holds."""
         return self._held().back(rows, local(self.weight))
 
+    def held(self, statistic: Tensor) -> Tensor:
+        """A statistic (groups, …), of the groups that :meth:`rows` has: all of them where this process holds the whole weight."""
+        return self._held().mine(statistic)
+
     def _held(self) -> Layout:
         shard = Shard.of(self.weight)
         if shard is None:
