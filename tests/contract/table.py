@@ -199,12 +199,7 @@ OWN: dict[str, Callable[..., PreconditionedGD]] = {
     "BNP with Polar, heavy ball": _gd(BNP() @ Polar(every=3), L2(0.01), momentum=Momentum(0.5, "heavy_ball")),
     "RMS, cautious, on the hyperball": _gd(RMS(), Hyperball(), Cautious(), CautiousL2(0.01), momentum=Momentum(0.9)),
     "SOAP, bent in z": _gd(
-        SOAP(every=2),
-        RadialBrake(space="z"),
-        Cautious(space="z"),
-        RowFloor(0.1, "z"),
-        Hyperball(space="z"),
-        momentum=Momentum(0.9),
+        SOAP(every=2), RadialBrake(space="z"), Cautious(), RowFloor(0.1), Hyperball(space="z"), momentum=Momentum(0.9)
     ),
     "auto, hyperball, SAM in p": lambda p, **more: precond.auto(
         p, **{"lr": 0.01, "regularizers": [Hyperball(), SAM(0.02, space="p")], **more}

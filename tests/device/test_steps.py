@@ -21,7 +21,7 @@ def but(names: Iterable[str], failing: Iterable[str], reason: str) -> pytest.Mar
 
 ROOTS = {
     "whitening", "muon with whitening", "soap with whitening", "shampoo", "shampoo, sums, tiles, adaptive SAM in z",
-    "KFAC on whitening", "auto, SAM in p", "Polar, gradient norm in z, clipped", "BNP with Polar, heavy ball",
+    "KFAC on whitening", "auto, SAM in p", "auto, hyperball, SAM in p", "Polar, gradient norm in z, clipped", "BNP with Polar, heavy ball",
 }  # fmt: skip
 
 
@@ -72,6 +72,7 @@ SCATTERED = {
     "RMS, gradient norm of power 1, q = 1, times lr", "momentum of tangents, amsgrad", "muon, SAM in z", "Muon, exact root, L2 in p",
     "soap, one side, drift, gradient norm in z", "SOAP, SAM in z, heavy ball", "shampoo, sums, tiles, adaptive SAM in z",
     "Shampoo, one side, qr, proximal L1", "auto, SAM in p", "Polar, gradient norm in z, clipped",
+    "RMS, cautious, on the hyperball", "SOAP, bent in z", "auto, hyperball, SAM in p",
 }  # fmt: skip
 
 
