@@ -18,21 +18,31 @@ from precond.cli.settings import Integers, Texts
 from precond.report.results import to_json
 from precond.workloads import Task
 from precond.workloads.fashion_study import fashion_tasks
+from precond.workloads.pool import RULES as POOL_RULES
+from precond.workloads.pool import pool_tasks
+from precond.workloads.pool.tasks import SEEDS, TRIALS
 from precond.workloads.race import RULES, race_tasks
 
-Name = Literal["fashion-mnist", "race"]
+Name = Literal["fashion-mnist", "race", "pool", "pool-locked"]
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A function that makes tasks, and the rules under which entrants are compared."""
+    """A function that makes tasks, the rules under which entrants are compared, and how many trials and which seeds there are if not told."""
 
     tasks: Callable[..., tuple[Task, ...]]
     rules: tuple[str, ...] = ()
+    trials: int = 5
+    seeds: tuple[int, ...] = (0, 1, 2)
 
 
 # A new experiment is one row here.
-EXPERIMENTS: dict[str, Experiment] = {"fashion-mnist": Experiment(fashion_tasks), "race": Experiment(race_tasks, RULES)}
+EXPERIMENTS: dict[str, Experiment] = {
+    "fashion-mnist": Experiment(fashion_tasks),
+    "race": Experiment(race_tasks, RULES),
+    "pool": Experiment(partial(pool_tasks, "development"), POOL_RULES, TRIALS, SEEDS),
+    "pool-locked": Experiment(partial(pool_tasks, "locked"), POOL_RULES, TRIALS, SEEDS),
+}
 
 
 @dataclass(frozen=True)
@@ -40,13 +50,13 @@ class Bench:
     """Run an experiment of this project: a table of tasks and entrants, with a search for each, and a report.
 
     Attributes:
-        name: Which.
+        name: Which. pool is the half of the pool that is for development; pool-locked, the other, is for a final table alone.
         tasks: Only the tasks whose names contain one of these, as whole words: "batch 60" or MLP. Several commands with different
             tasks may work in one output folder at the same time; one without --tasks then makes the report of all.
         entrants: Only these: those whose labels contain one of these as whole words, muon or "torch Muon", and who sets the target. A later
             command with more of them goes on in the same output folder.
-        trials: Learning rates that each entrant tries in each task; nothing is chosen on the test part.
-        seeds: One training per seed with the best of them.
+        trials: Learning rates that each entrant tries in each task (5 if not given, 7 in the pool); nothing is chosen on the test part.
+        seeds: One training per seed with the best of them (0,1,2 if not given, five in the pool).
         scale: Times the steps of the table; less for a first look.
         examples: Train on a stratified sample of so many examples.
         data_dir: Folder of the IDX files of fashion-mnist; $FASHION_MNIST, or where Debian's package puts them, if not given.
@@ -58,8 +68,8 @@ class Bench:
     name: tyro.conf.Positional[Name]
     tasks: Texts = ()
     entrants: Texts = ()
-    trials: int = 5
-    seeds: Integers = (0, 1, 2)
+    trials: int | None = None
+    seeds: Integers | None = None
     scale: float = 1.0
     examples: int | None = None
     data_dir: Path | None = None
@@ -71,13 +81,15 @@ class Bench:
         """The exit code."""
         # One thread, so that the processor's clock tells the work of each training whatever else the machine does.
         torch.set_num_threads(1)
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise UserError(f"seeds must be different whole numbers >= 0, got {','.join(map(str, self.seeds)) or 'none'}")
+        experiment = EXPERIMENTS[self.name]
+        trials = experiment.trials if self.trials is None else self.trials
+        seeds = experiment.seeds if self.seeds is None else self.seeds
+        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise UserError(f"seeds must be different whole numbers >= 0, got {','.join(map(str, seeds)) or 'none'}")
         if not self.scale > 0:
             raise UserError(f"scale must be > 0, got {self.scale:g}")
-        experiment = EXPERIMENTS[self.name]
         with as_user_errors():
-            every = experiment.tasks(self.seeds, self.trials, self.scale, self.data_dir, self.examples)
+            every = experiment.tasks(seeds, trials, self.scale, self.data_dir, self.examples)
         chosen = tuple(task for task in every if not self.tasks or _wanted(self.tasks, task.name))
         if not chosen:
             raise UserError(f"no task of {self.name} contains {' or '.join(map(repr, self.tasks))}; there are "
@@ -89,7 +101,7 @@ class Bench:
                     raise UserError(f"no entrant of {self.name} contains {word!r}; there are {'; '.join(labels)}")
             chosen = tuple(task.only(partial(_wanted, self.entrants)) for task in chosen)
         settings: dict[str, Any] = to_json(
-            {"name": self.name, "trials": self.trials, "seeds": self.seeds, "scale": self.scale, "examples": self.examples}
+            {"name": self.name, "trials": trials, "seeds": seeds, "scale": self.scale, "examples": self.examples}
         )
         where = Where(self.out or Path("runs") / f"bench-{self.name}", self.resume, self.checkpoint_seconds)
         return launch(f"bench {self.name}", chosen, settings, where, argv, experiment.rules)
