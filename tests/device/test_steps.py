@@ -72,7 +72,7 @@ SCATTERED = {
     "RMS, gradient norm of power 1, q = 1, times lr", "momentum of tangents, amsgrad", "muon, SAM in z", "Muon, exact root, L2 in p",
     "soap, one side, drift, gradient norm in z", "SOAP, SAM in z, heavy ball", "shampoo, sums, tiles, adaptive SAM in z",
     "Shampoo, one side, qr, proximal L1", "auto, SAM in p", "Polar, gradient norm in z, clipped",
-    "RMS, cautious, on the hyperball", "SOAP, bent in z", "auto, hyperball, SAM in p",
+    "RMS, cautious, on the hyperball", "BNP with AdaGrad, bent in z", "auto, hyperball, SAM in p",
 }  # fmt: skip
 
 

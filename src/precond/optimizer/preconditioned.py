@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from precond import checks, vec
+from precond import checks, contracts, vec
 from precond.arguments import fitted, number
+from precond.averages import WeightAverage
 from precond.blocks import Leaf
 from precond.engine import fused, loop
 from precond.engine.cells import Cell, Choice, count_step
@@ -24,6 +25,7 @@ from precond.interrupts import Uninterrupted
 from precond.maps import LinearMap
 from precond.momentum import Momentum
 from precond.optimizer import serialization
+from precond.optimizer.averaging import Averaged
 from precond.optimizer.binding import Binding, bind, choices_of
 from precond.optimizer.compatibility import check_precision, listed, validate
 from precond.optimizer.explanation import Explanation, explain
@@ -76,6 +78,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         engine: ``"auto"``, ``"loop"`` (the readable reference), or ``"fused"`` (an error where no fused kernel fits).
         rounding: of 16-bit parameters: ``"nearest"`` as torch.optim, or ``"kahan"``, which carries what rounding lost in one
             more 16-bit number per parameter, so that small updates add up. State is float32 in any case.
+        average: None, or an average of the weights, such as :class:`~precond.EMA`, at which ``with optimizer.averaged():`` evaluates.
 
     Raises:
         TypeError, ValueError: for parameters and options that cannot work; the message names the remedy.
@@ -109,6 +112,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         nonfinite: Literal["propagate", "raise", "skip"] = "propagate",
         engine: Literal["auto", "loop", "fused"] = "auto",
         rounding: Literal["nearest", "kahan"] = "nearest",
+        average: WeightAverage | None = None,
         naming: Naming | None = None,
     ):
         name = "PreconditionedGD" if naming is None else naming.name
@@ -123,12 +127,14 @@ class PreconditionedGD(torch.optim.Optimizer):
         checks.one_of(name, "nonfinite", nonfinite, ("propagate", "raise", "skip"))
         checks.one_of(name, "engine", engine, ("auto", "loop", "fused"))
         checks.one_of(name, "rounding", rounding, ("nearest", "kahan"))
+        if average is not None:
+            contracts.instance(name, "average", average, WeightAverage, "None or one, such as precond.EMA(0.999)")
         if max_norm is not None:
             max_norm = number(name, "max_norm", max_norm)
             checks.positive(name, max_norm=max_norm)
         validate(name, choice, statistics_from)
         self.rules = Rules(statistics_from, max_norm, norm_space, engine == "loop")
-        self.nonfinite, self.engine, self.rounding = nonfinite, engine, rounding
+        self.nonfinite, self.engine, self.rounding, self.average = nonfinite, engine, rounding, average
         self._gradient_based = next((k for k, r in enumerate(choice.regularizers) if r.probes or r.exact), None)
         self._probing = self._gradient_based is not None and choice.regularizers[self._gradient_based].probes
         self._requests = preconditioner.requests
@@ -170,7 +176,8 @@ class PreconditionedGD(torch.optim.Optimizer):
         self._pending: Probe | None = None
         self._spare: dict[Tensor, Tensor] = {}
         self._clearings = Clearings()
-        self._closing = False
+        self._closing = self._evaluating = False
+        self._averaged: Averaged | None = None
         self._listening = Listening(self._requests)
         self._warned = False
         self.last = Record(self)
@@ -192,7 +199,18 @@ class PreconditionedGD(torch.optim.Optimizer):
     ) -> Binding:
         """What groups come to, with the state that exists; nothing of the optimizer's own changes."""
         clean = self.rules.statistics_from == "loss"
-        return bind(groups, self.owners, self.naming, self.observes, self.rounding, self.rules.plainly, clean, existing, frozen)
+        return bind(
+            groups,
+            self.owners,
+            self.naming,
+            self.observes,
+            self.rounding,
+            self.rules.plainly,
+            clean,
+            existing,
+            frozen,
+            self.average,
+        )
 
     def adopt(self, bound: Binding, state: defaultdict[Tensor, Any]) -> None:
         """Take a binding and its state as the optimizer's own."""
@@ -200,6 +218,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         for leaf, key, tensor in bound.entries:
             self.state[leaf.param][self.naming.outside(key)] = tensor
         self._bound, self._kernels_of, self._pending = bound, None, None
+        self._averaged = None if self.average is None else Averaged.of(self.average, bound.entries)
 
     def _follow_groups(self) -> None:
         """Follow groups and model: numbers may have changed, parameters been frozen, thawed, converted, moved, or replaced."""
@@ -363,6 +382,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             TypeError, ValueError: for a closure that returns no scalar. None will do where no second gradient is needed.
             FloatingPointError: for inf or NaN with ``nonfinite="raise"``.
         """
+        self._check_training("step")
         self._follow_groups()
         first = self._bound.leaves[0].param
         if first.is_meta and first.grad is None:
@@ -377,11 +397,14 @@ class PreconditionedGD(torch.optim.Optimizer):
                 self._settle()
         elif self._gradient_based is not None:
             self._check_probed()
+        before = [] if self._averaged is None else self._averaged.steps()
         with Uninterrupted():
             try:
                 with torch.no_grad(), self._own_precision():
                     if not self._fuse(loss):
                         self._finish(loss, graph)
+                    if self._averaged is not None:
+                        self._averaged.fold(before)
             finally:
                 self._listening.again(self._bound.cells)
         return loss
@@ -490,6 +513,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         """
         if not self._probing:
             return False
+        self._check_training("probe")
         if self._pending is None:
             self._follow_groups()
         return self._next_probe(grad_scale, self._listening.recorder)
@@ -772,6 +796,46 @@ class PreconditionedGD(torch.optim.Optimizer):
         point = self._point(unscaled([leaf.param.grad for leaf in self._bound.leaves], scale))
         return measure(point, name, self._gradient_based, length)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model at the average of its weights: ``with optimizer.averaged(): evaluate(model)``, or save what is to be used.
+
+        Afterwards the parameters are where they were, bit for bit, also after an exception. The average is part of the state dict, so that a
+        resumed training goes on with it. Normalization layers keep the running statistics of the weights that were trained:
+        ``torch.optim.swa_utils.update_bn`` makes those of the average.
+
+        Raises:
+            RuntimeError: where no average is kept, at a probed point, or within another such block.
+
+        Example:
+            >>> import torch, precond
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> optimizer = precond.sgd(model, lr=1.0, average=precond.TailMean(start=2))
+            >>> torch.nn.init.zeros_(model.weight).grad = torch.tensor([[-1.0]])
+            >>> for _ in range(3):
+            ...     _ = optimizer.step()
+            >>> with optimizer.averaged():
+            ...     model.weight.item()
+            2.5
+            >>> model.weight.item()
+            3.0
+        """
+        if self.average is None:
+            raise RuntimeError(f"averaged: {self.naming.name} keeps no average of the weights; pass average=precond.EMA(0.999)")
+        self._check_settled("averaged")
+        self._follow_groups()
+        assert self._averaged is not None
+        with self._averaged.evaluated():
+            self._evaluating = True
+            try:
+                yield
+            finally:
+                self._evaluating = False
+
+    def _check_training(self, what: str) -> None:
+        if self._evaluating:
+            raise RuntimeError(f"{what}: the parameters stand at their average; leave `with optimizer.averaged():` first")
+
     # --- saving ----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -798,6 +862,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             post_hook(self)
 
     def _check_settled(self, what: str) -> None:
+        self._check_training(what)
         if self.probing:
             raise RuntimeError(f"{what}: the parameters stand at a probed point; finish the step or call restore() first")
 
@@ -805,7 +870,8 @@ class PreconditionedGD(torch.optim.Optimizer):
         self._check_settled("copying or pickling the optimizer")
         # An LR scheduler puts a `step` on the instance that calls this very optimizer's.
         derived = {
-            "step", "last", "_bound", "_kernels_of", "_pending", "_spare", "_clearings", "_closing", "_listening", "_warned",
+            "step", "last", "_bound", "_averaged", "_evaluating", "_kernels_of", "_pending", "_spare", "_clearings", "_closing",
+            "_listening", "_warned",
         }  # fmt: skip
         state = {k: v for k, v in self.__dict__.items() if k not in derived and "hook" not in k}
         return {**state, "owners": Owners(known=self.owners.leaves(self.param_groups))}
