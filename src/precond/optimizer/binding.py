@@ -10,9 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from precond.averages import WeightAverage
 from precond.blocks import Leaf, whole_numbers
 from precond.engine import plan
 from precond.engine.cells import Cell, Choice
+from precond.optimizer import averaging
 from precond.optimizer.naming import Naming
 from precond.optimizer.parameters import Owners, in_place
 
@@ -101,12 +103,14 @@ def bind(
     existing: Mapping[Tensor, dict[str, Any]],
     frozen: Container[Tensor] | None = None,
     there: Callable[[Leaf], torch.device | None] = lambda leaf: None,
+    average: WeightAverage | None = None,
 ) -> Binding:
     """Cells for the parameters that want gradients; state that ``existing`` holds is taken over, in the parameters' dtype and place.
 
     Args:
         frozen: the parameters that want no gradients; None: those that require none now.
         there: the device that counts a leaf's steps; None: the host does.
+        average: of the weights.
     """
     leaves = owners.leaves(groups, observed)
     choices = choices_of(groups, naming)
@@ -116,6 +120,7 @@ def bind(
     cells, entries = plan.build(leaves, live, choices, existing, naming.outside, plainly, clean, there)
     if rounding == "kahan":
         entries += _residuals([leaves[i] for i in live], existing)
+    entries += averaging.entries(average, [leaves[i] for i in live], existing)
     kinds = [(p not in frozen, *kind) for p, (_, *kind) in zip(params, read_kinds(params), strict=True)]
     return Binding(leaves, choices, cells, entries, read_options(groups, naming), kinds)
 

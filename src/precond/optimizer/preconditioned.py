@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from precond import checks, vec
+from precond import checks, contracts, vec
 from precond.arguments import fitted, number
+from precond.averages import WeightAverage
 from precond.blocks import Leaf
 from precond.engine import fused, loop
 from precond.engine.cells import Cell, Choice, count_on_host, count_step, uncounted
@@ -26,6 +27,7 @@ from precond.interrupts import Uninterrupted
 from precond.maps import LinearMap
 from precond.momentum import Momentum
 from precond.optimizer import serialization
+from precond.optimizer.averaging import Averaged
 from precond.optimizer.binding import Binding, bind, choices_of
 from precond.optimizer.compatibility import check_precision, listed, validate
 from precond.optimizer.explanation import Explanation, explain
@@ -78,6 +80,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         engine: ``"auto"``, ``"loop"`` (the readable reference), or ``"fused"`` (an error where no fused kernel fits).
         rounding: of 16-bit parameters: ``"nearest"`` as torch.optim, or ``"kahan"``, which carries what rounding lost in one
             more 16-bit number per parameter, so that small updates add up. State is float32 in any case.
+        average: None, or an average of the weights, such as :class:`~precond.EMA`, at which ``with optimizer.averaged():`` evaluates.
         capturable: on accelerators, steps may be captured in a CUDA graph: the device counts them, and all that formulas make of the
             count stays there. On processors it does nothing. Not for what observes inputs or asks for second gradients, which read
             counts of samples and random states on the host. See :attr:`program`.
@@ -115,6 +118,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         engine: Literal["auto", "loop", "fused"] = "auto",
         rounding: Literal["nearest", "kahan"] = "nearest",
         capturable: bool = False,
+        average: WeightAverage | None = None,
         naming: Naming | None = None,
     ):
         name = "PreconditionedGD" if naming is None else naming.name
@@ -130,17 +134,20 @@ class PreconditionedGD(torch.optim.Optimizer):
         checks.one_of(name, "nonfinite", nonfinite, ("propagate", "raise", "skip"))
         checks.one_of(name, "engine", engine, ("auto", "loop", "fused"))
         checks.one_of(name, "rounding", rounding, ("nearest", "kahan"))
+        if average is not None:
+            contracts.instance(name, "average", average, WeightAverage, "None or one, such as precond.EMA(0.999)")
         if max_norm is not None:
             max_norm = number(name, "max_norm", max_norm)
             checks.positive(name, max_norm=max_norm)
         validate(name, choice, statistics_from)
         self.rules = Rules(statistics_from, max_norm, norm_space, engine == "loop")
-        self.nonfinite, self.engine, self.rounding = nonfinite, engine, rounding
+        self.nonfinite, self.engine, self.rounding, self.average = nonfinite, engine, rounding, average
         self._gradient_based = next((k for k, r in enumerate(choice.regularizers) if r.probes or r.exact), None)
         self._probing = self._gradient_based is not None and choice.regularizers[self._gradient_based].probes
         self._requests, self._timeless = preconditioner.requests, preconditioner.timeless
-        if capturable and (self._requests or self._gradient_based is not None or nonfinite == "raise"):
+        if capturable and (self._requests or self._gradient_based is not None or nonfinite == "raise" or average is not None):
             what = "observes the inputs of layers" if self._requests else "asks for second gradients"
+            what = "averages the weights" if average is not None else what
             what = "with nonfinite='raise' looks at every gradient" if nonfinite == "raise" else what
             raise ValueError(f"{name}: capturable=True: it {what}, of which the host must know; leave capturable out")
         self._forget()
@@ -181,7 +188,8 @@ class PreconditionedGD(torch.optim.Optimizer):
         self._pending: Probe | None = None
         self._spare: dict[Tensor, Tensor] = {}
         self._clearings = Clearings()
-        self._closing = self._told = False
+        self._closing = self._evaluating = self._told = False
+        self._averaged: Averaged | None = None
         self._listening = Listening(self._requests)
         self._warned = False
         self.last = Record(self)
@@ -209,18 +217,28 @@ class PreconditionedGD(torch.optim.Optimizer):
             return device if asked and device.type not in ("cpu", "meta") else None
 
         return bind(
-            groups, self.owners, self.naming, self.observes, self.rounding, self.rules.plainly, clean, existing, frozen, there
+            groups,
+            self.owners,
+            self.naming,
+            self.observes,
+            self.rounding,
+            self.rules.plainly,
+            clean,
+            existing,
+            frozen,
+            there,
+            self.average,
         )
 
     @property
     def _unread(self) -> bool:
         """Whether a step may be skipped without the host's knowing: accelerators count their steps then.
 
-        Where the number of a step decides what it does, and where it takes statistics of inputs, whose samples the host counts, or second
-        gradients, the host must know.
+        Where the number of a step decides what it does, and where it takes statistics of inputs, whose samples the host counts, second
+        gradients, or an average of the weights, the host must know.
         """
         skips = self.nonfinite == "skip" or (self._told and self.nonfinite == "propagate")
-        return skips and self._timeless and self._gradient_based is None and not self._requests
+        return skips and self._timeless and self._gradient_based is None and not self._requests and self.average is None
 
     def adopt(self, bound: Binding, state: defaultdict[Tensor, Any]) -> None:
         """Take a binding and its state as the optimizer's own."""
@@ -228,6 +246,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         for leaf, key, tensor in bound.entries:
             self.state[leaf.param][self.naming.outside(key)] = tensor
         self._bound, self._kernels_of, self._pending = bound, None, None
+        self._averaged = None if self.average is None else Averaged.of(self.average, bound.entries)
 
     def _follow_groups(self) -> None:
         """Follow groups and model: numbers may have changed, parameters been frozen, thawed, converted, moved, or replaced."""
@@ -391,6 +410,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             TypeError, ValueError: for a closure that returns no scalar. None will do where no second gradient is needed.
             FloatingPointError: for inf or NaN with ``nonfinite="raise"``.
         """
+        self._check_training("step")
         self._follow_groups()
         if not self._told and getattr(self, "found_inf", None) is not None:
             self._told = True
@@ -412,12 +432,15 @@ class PreconditionedGD(torch.optim.Optimizer):
                 self._settle()
         elif self._gradient_based is not None:
             self._check_probed()
+        before = [] if self._averaged is None else self._averaged.steps()
         with Uninterrupted():
             try:
                 counting = uncounted(self._bound.cells) if captured else nullcontext()
                 with torch.no_grad(), self._own_precision(), counting:
                     if not self._fuse(loss):
                         self._finish(loss, graph)
+                    if self._averaged is not None:
+                        self._averaged.fold(before)
             finally:
                 self._listening.again(self._bound.cells)
         return loss
@@ -526,6 +549,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         """
         if not self._probing:
             return False
+        self._check_training("probe")
         if self._pending is None:
             self._follow_groups()
         return self._next_probe(grad_scale, self._listening.recorder)
@@ -861,6 +885,46 @@ class PreconditionedGD(torch.optim.Optimizer):
         point = self._point(unscaled([leaf.param.grad for leaf in self._bound.leaves], scale))
         return measure(point, name, self._gradient_based, length)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model at the average of its weights: ``with optimizer.averaged(): evaluate(model)``, or save what is to be used.
+
+        Afterwards the parameters are where they were, bit for bit, also after an exception. The average is part of the state dict, so that a
+        resumed training goes on with it. Normalization layers keep the running statistics of the weights that were trained:
+        ``torch.optim.swa_utils.update_bn`` makes those of the average.
+
+        Raises:
+            RuntimeError: where no average is kept, at a probed point, or within another such block.
+
+        Example:
+            >>> import torch, precond
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> optimizer = precond.sgd(model, lr=1.0, average=precond.TailMean(start=2))
+            >>> torch.nn.init.zeros_(model.weight).grad = torch.tensor([[-1.0]])
+            >>> for _ in range(3):
+            ...     _ = optimizer.step()
+            >>> with optimizer.averaged():
+            ...     model.weight.item()
+            2.5
+            >>> model.weight.item()
+            3.0
+        """
+        if self.average is None:
+            raise RuntimeError(f"averaged: {self.naming.name} keeps no average of the weights; pass average=precond.EMA(0.999)")
+        self._check_settled("averaged")
+        self._follow_groups()
+        assert self._averaged is not None
+        with self._averaged.evaluated():
+            self._evaluating = True
+            try:
+                yield
+            finally:
+                self._evaluating = False
+
+    def _check_training(self, what: str) -> None:
+        if self._evaluating:
+            raise RuntimeError(f"{what}: the parameters stand at their average; leave `with optimizer.averaged():` first")
+
     # --- saving ----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -887,6 +951,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             post_hook(self)
 
     def _check_settled(self, what: str) -> None:
+        self._check_training(what)
         if self.probing:
             raise RuntimeError(f"{what}: the parameters stand at a probed point; finish the step or call restore() first")
 
@@ -894,7 +959,8 @@ class PreconditionedGD(torch.optim.Optimizer):
         self._check_settled("copying or pickling the optimizer")
         # An LR scheduler puts a `step` on the instance that calls this very optimizer's.
         derived = {
-            "step", "last", "_bound", "_kernels_of", "_pending", "_spare", "_clearings", "_closing", "_listening", "_warned",
+            "step", "last", "_bound", "_averaged", "_evaluating", "_kernels_of", "_pending", "_spare", "_clearings", "_closing",
+            "_listening", "_warned",
         }  # fmt: skip
         state = {k: v for k, v in self.__dict__.items() if k not in derived and "hook" not in k}
         return {**state, "owners": Owners(known=self.owners.leaves(self.param_groups))}

@@ -148,5 +148,5 @@ def _fit(recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str
 FROZEN = "frozen"
 """What the state of a parameter holds that was frozen when it was saved."""
 
-OPTIONAL = {"m", "r_max", "residual"}
+OPTIONAL = {"m", "r_max", "residual", "average", "averaged"}
 """Keys that another configuration of the same recipe may have left."""
