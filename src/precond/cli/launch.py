@@ -90,7 +90,7 @@ def launch(
                 versions=versions(),
                 machine=machine(where.device),
                 tasks=found,
-                rules=tuple(rules),
+                rules=(*rules, *study.not_run()),
             )
             with folder.alone():
                 saved = save(folder.path, results) + (["model.pt"] if where.model else [])
