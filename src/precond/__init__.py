@@ -57,9 +57,21 @@ from precond.preconditioners import (
     Whitening,
 )
 from precond.recipes import RECIPES, adagrad, adam, adamw, auto, bnp, muon, rmsprop, sgd, shampoo, soap, whitening
-from precond.regularizers import L1, L2, SAM, At, GradientNorm, Regularizer
+from precond.regularizers import (
+    L1,
+    L2,
+    SAM,
+    At,
+    Cautious,
+    CautiousL2,
+    GradientNorm,
+    Hyperball,
+    RadialBrake,
+    Regularizer,
+    RowFloor,
+)
 from precond.schedules import Schedule, TimesLr, Warmup
-from precond.spaces import Cotangent, Instead, Prox, Space, Tangent
+from precond.spaces import Bend, Cotangent, Instead, Prox, Space, Stage, Tangent
 
 __all__ = [
     "BNP",
@@ -76,8 +88,11 @@ __all__ = [
     "AdamW",
     "At",
     "Auto",
+    "Bend",
     "Block",
     "BlockDiagonal",
+    "Cautious",
+    "CautiousL2",
     "Composition",
     "Conditioning",
     "Cotangent",
@@ -87,6 +102,7 @@ __all__ = [
     "Fixed",
     "GradientNorm",
     "GramOnly",
+    "Hyperball",
     "Identity",
     "Instead",
     "InverseRoot",
@@ -107,13 +123,16 @@ __all__ = [
     "Product",
     "Prox",
     "RMSprop",
+    "RadialBrake",
     "Regularizer",
     "Route",
+    "RowFloor",
     "Scaled",
     "Schedule",
     "Seen",
     "Shampoo",
     "Space",
+    "Stage",
     "Standardize",
     "Standardizing",
     "State",

@@ -21,13 +21,18 @@ from precond import (
     SOAP,
     AdaGrad,
     Auto,
+    Cautious,
+    CautiousL2,
     Fixed,
     GradientNorm,
+    Hyperball,
     Momentum,
     Muon,
     Polar,
     PreconditionedGD,
+    RadialBrake,
     Route,
+    RowFloor,
     Shampoo,
     TimesLr,
     Warmup,
@@ -192,6 +197,18 @@ OWN: dict[str, Callable[..., PreconditionedGD]] = {
         Polar(every=4, damping=0.01), GradientNorm(1e-3), momentum=Momentum(0.5), max_norm=2.0
     ),
     "BNP with Polar, heavy ball": _gd(BNP() @ Polar(every=3), L2(0.01), momentum=Momentum(0.5, "heavy_ball")),
+    "RMS, cautious, on the hyperball": _gd(RMS(), Hyperball(), Cautious(), CautiousL2(0.01), momentum=Momentum(0.9)),
+    "SOAP, bent in z": _gd(
+        SOAP(every=2),
+        RadialBrake(space="z"),
+        Cautious(space="z"),
+        RowFloor(0.1, "z"),
+        Hyperball(space="z"),
+        momentum=Momentum(0.9),
+    ),
+    "auto, hyperball, SAM in p": lambda p, **more: precond.auto(
+        p, **{"lr": 0.01, "regularizers": [Hyperball(), SAM(0.02, space="p")], **more}
+    ),
     "plain": _gd(Fixed(), L2(0.1), momentum=Momentum(0.9, "nesterov")),
 }
 

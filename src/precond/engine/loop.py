@@ -1,11 +1,11 @@
 """One step, written as the equations: the reference that every faster way is tested against.
 
-P.observe(g);  c, d = Σ terms;  p ← p − α( M · momentum(g + c) + d );  prox
+P.observe(g);  c, d = Σ terms;  p ← p − α( bend(M · momentum(g + c)) + d );  prox
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, reduce
 from typing import Any
@@ -18,7 +18,7 @@ from precond.blocks import State
 from precond.engine.cells import count_step
 from precond.engine.point import Point
 from precond.regularizers.base import At, Regularizer
-from precond.spaces import Cotangent, Instead, Prox, Tangent, Term
+from precond.spaces import Bend, Cotangent, Instead, Made, Prox, Tangent, Term
 from precond.vec import Scalar, Vec
 
 
@@ -130,8 +130,13 @@ def step(point: Point, rules: Rules, evidence: Evidence, measured: bool = False)
     tangents = [term for term in terms if isinstance(term, Tangent)]
     lengths: list[Tensor] = []
     least = bounds(point, ats, regularizers) if rules.statistics_from == "loss" else [0.0] * len(point.cells)
-    for (cell, span), t in zip(point.spans, least, strict=True):  # one after the other: memory for one cell's step will do
-        u, lr = cell.advance(a[span]) if alone else cell.descent(a[span], t), point.lr[span]
+    # One after the other: memory for one cell's step will do, unless something looks at all of them.
+    each = (
+        (span, cell.advance(a[span]) if alone else cell.descent(a[span], t))
+        for (cell, span), t in zip(point.spans, least, strict=True)
+    )
+    for span, u in bent(each, a, terms):
+        lr = point.lr[span]
         contracts.shapes("the step P Pᵀg", u, point.p[span])
         if measured:
             whole = _with(u, tangents, span)
@@ -139,8 +144,9 @@ def step(point: Point, rules: Rules, evidence: Evidence, measured: bool = False)
         _move(point.p[span], u, [term.part(span) for term in tangents], lr)
         del u  # memory for the next one's
     for term in terms:
-        if isinstance(term, Prox):
-            torch._foreach_copy_(point.p, term.apply(point.p))
+        last = term.apply if isinstance(term, Prox) else term.project if isinstance(term, Bend) else None
+        if last is not None:
+            torch._foreach_copy_(point.p, last(point.p))
     for cell in point.cells:
         cell.refresh()
     return lengths
@@ -155,6 +161,19 @@ def assemble(g: Vec, terms: Sequence[Term]) -> Vec:
         if isinstance(term, Cotangent):
             g = vec.add(g, term.vec)
     return g
+
+
+def bent(each: Iterable[tuple[slice, Vec]], a: Vec, terms: Sequence[Term]) -> Iterable[tuple[slice, Vec]]:
+    """(span, step) of the cells, which descend a, as terms bend them, stage after stage."""
+    bends = sorted((term for term in terms if isinstance(term, Bend)), key=lambda term: term.stage)
+    if not bends:
+        return each
+    spans, steps = zip(*each, strict=True)
+    u = tuple(t for step in steps for t in step)
+    made = Made(u, a)
+    for bend in bends:
+        u = bend.apply(u, made)
+    return [(span, u[span]) for span in spans]
 
 
 def bounds(point: Point, ats: Sequence[At], regularizers: Sequence[Regularizer]) -> list[Scalar]:
@@ -176,8 +195,8 @@ def last_update(point: Point) -> Vec:
     terms = [r.term(point.at(k, point.maps)) for k, r in enumerate(regularizers) if not (r.probes or r.exact)]
     a = assemble(point.g, terms)
     tangents = [term for term in terms if isinstance(term, Tangent)]
-    moves = [_with(cell.descent(a[span], fold=False), tangents, span) for cell, span in point.spans]
-    return tuple(t for u in moves for t in u)
+    each = ((span, cell.descent(a[span], fold=False)) for cell, span in point.spans)
+    return tuple(t for span, u in bent(each, a, terms) for t in _with(u, tangents, span))
 
 
 def _move(p: Vec, u: Vec, tangents: Sequence[Tangent], lr: Sequence[Scalar]) -> None:

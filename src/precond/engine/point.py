@@ -52,7 +52,7 @@ class Point:
     @property
     def _joint(self) -> list[slice]:
         """The tensors that P takes jointly."""
-        sizes = ((s, 1 if cell.preconditioner.entrywise else len(cell.block.leaves)) for cell, s in self.spans)
+        sizes = ((s, 1 if cell.preconditioner.diagonal else len(cell.block.leaves)) for cell, s in self.spans)
         return [slice(i, i + m) for s, m in sizes for i in range(s.start, s.stop, m)]
 
     @property
@@ -104,7 +104,18 @@ class Point:
         joined = lambda: self.joined(maps())  # noqa: E731
         dtype = max((leaf.param.dtype for leaf in self.leaves), key=lambda d: torch.finfo(d).eps)
         return At(
-            self.p, self.g, self.lr, values, takes_part, space, joined, dtype=dtype, sums=self.sums, joint=self._joint, **more
+            self.p,
+            self.g,
+            self.lr,
+            values,
+            takes_part,
+            space,
+            joined,
+            dtype=dtype,
+            sums=self.sums,
+            joint=self._joint,
+            leaves=self.leaves,
+            **more,
         )
 
     def hessian(self, gradient: Sequence[Tensor | None]) -> Callable[[Vec], Vec]:
