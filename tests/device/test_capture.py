@@ -6,7 +6,6 @@ import pytest
 
 from contract.table import TWINS, rounding
 from device import training
-from distributed.pool import Failed
 
 TORCH_NAMED = [str(twin) for twin in TWINS]
 WHOLE = [

@@ -244,7 +244,9 @@ def captured(make: Make, steps: int, warm: int, overflow: Sequence[int] = ()) ->
     for graphed in (False, True):
         torch.manual_seed(0)
         model = move(net())
-        rate, scale, found = (to_device(torch.tensor(x, dtype=d)) for x, d in ((0.003, torch.float64), (8.0, None), (0.0, None)))
+        rate, scale, found = (
+            to_device(torch.tensor(x, dtype=d)) for x, d in ((0.003, torch.float64), (8.0, None), (0.0, None))
+        )
         optimizer = make(model, lr=rate, capturable=graphed)
         for p in model.parameters():
             p.grad = to_device(torch.zeros_like(on_cpu(p)))

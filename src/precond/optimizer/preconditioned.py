@@ -668,7 +668,9 @@ class PreconditionedGD(torch.optim.Optimizer):
             return False
         gradients = [leaf.param.grad for leaf in self._bound.leaves] if unscaled_ is None else unscaled_
         point = self._point(gradients, rest) if rest else None
-        found = (*(x for _, _, g in work for x in g), *(() if point is None else point.g)) if self.nonfinite != "propagate" else ()
+        found = (
+            (*(x for _, _, g in work for x in g), *(() if point is None else point.g)) if self.nonfinite != "propagate" else ()
+        )
         verdict = self._verdict(found, loss) if unread else None
         if found and verdict is None and not self._agreed(vec.all_finite(found) and (loss is None or finite_loss(loss))):
             return False
@@ -772,7 +774,12 @@ class PreconditionedGD(torch.optim.Optimizer):
                 # Of each tensor what this process holds; put together when it is asked for.
                 length = partial(point.sums.norm, tuple(lengths)) if lengths else None
             self.last = Record(
-                self, loss, gradients=count, skipped=verdict or False, scale=None if pending is not None else scale, length=length
+                self,
+                loss,
+                gradients=count,
+                skipped=verdict or False,
+                scale=None if pending is not None else scale,
+                length=length,
             )
         if pending is not None:
             pending.give_back()
