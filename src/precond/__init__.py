@@ -1,6 +1,7 @@
 """Preconditioned optimization and regularization: choose the coordinates z, p = P z, in which a network is trained."""
 
 from precond import optim
+from precond.averages import EMA, EMANesterov, TailMean, WeightAverage
 from precond.blocks import Block, Leaf, State, is_decayed, is_hidden, is_matrix
 from precond.convergence import observed_rate, optimal_lr, predict, rate
 from precond.curvature import (
@@ -75,6 +76,7 @@ from precond.spaces import Bend, Cotangent, Instead, Prox, Space, Stage, Tangent
 
 __all__ = [
     "BNP",
+    "EMA",
     "KFAC",
     "L1",
     "L2",
@@ -99,6 +101,7 @@ __all__ = [
     "Dense",
     "Diagnosis",
     "Diagonal",
+    "EMANesterov",
     "Fixed",
     "GradientNorm",
     "GramOnly",
@@ -136,9 +139,11 @@ __all__ = [
     "Standardize",
     "Standardizing",
     "State",
+    "TailMean",
     "Tangent",
     "TimesLr",
     "Warmup",
+    "WeightAverage",
     "Whitening",
     "adagrad",
     "adam",

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precond.blocks import Block, Leaf, Stack, State, within
-from precond.engine.cells import Cell, Choice, as_count
+from precond.blocks import COUNTS, Block, Leaf, Stack, State, within
+from precond.engine.cells import Cell, Choice, as_count, count_together
 from precond.momentum import Momentum
 from precond.preconditioners import BNP, RMS, SOAP, Composition, Fixed, Polar, Whitening
 from precond.preconditioners.base import Preconditioner, placed
@@ -69,6 +69,7 @@ def build(
     outside: Callable[[str], str],
     plainly: bool = False,
     clean: bool = True,
+    there: Callable[[Leaf], torch.device | None] = lambda leaf: None,
 ) -> tuple[list[Cell], list[tuple[Leaf, str, Tensor]]]:
     """Cells for the leaves at the positions ``live``, which want gradients, and their state entries (leaf, key, tensor).
 
@@ -77,6 +78,7 @@ def build(
         outside: our names of state tensors → those in ``existing``.
         plainly: every block alone.
         clean: statistics are of the clean gradient, whatever regularizers add to what is descended.
+        there: the device that counts a leaf's steps; None: the host does.
     """
 
     cells, entries = [], []
@@ -90,9 +92,10 @@ def build(
         if len(alike) > 1 or first.stacks:
             block = Stack.of([single.block for single in alike])
             state, average = (_side_by_side([getattr(s, name) for s in alike], block) for name in ("state", "average"))
+        count_together([state, average], there(first.block.leaves[0]))
         cell = Cell(index, block, preconditioner, momentum, state.seal(), average)
         entries += [*state.entries(), *average.entries()]
-        entries += [(leaf, "step", t) for leaf, t in zip(cell.leaves, state["step"], strict=True)]
+        entries += [(leaf, "step", t) for leaf, t in zip(cell.leaves, state.get("clock", state["step"]), strict=True)]
         cells.append(cell)
     return cells, entries
 
@@ -188,7 +191,7 @@ def _structure(state: State) -> Iterator[tuple[Any, ...]]:
     for key, value in state.items():
         if isinstance(value, State):
             yield key, tuple(_structure(value))
-        elif key != "step":
+        elif key not in COUNTS:
             yield key, tuple((tuple(t.shape), t.dtype) for t in (value if isinstance(value, tuple) else (value,)))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from precond import vec
@@ -23,11 +22,11 @@ class Bending(Regularizer):
 
     Attributes:
         stage: what it looks at; it decides which of several acts first.
-        of_entries: whether it looks at coordinates one by one, which depend on the root P, or at their lengths alone.
+        rooted: whether it depends on the root P, as signs of coordinates do, or on M alone, as lengths and angles.
     """
 
     stage: Stage
-    of_entries: bool = False
+    rooted: bool = False
 
     @abstractmethod
     def bent(self, at: At, w: Vec, made: Made) -> Vec:
@@ -38,8 +37,8 @@ class Bending(Regularizer):
         if self.space == "z":
             who = f"{type(self).__name__}(space='z')"
             needs_inverse(who, "a step in z, P⁻¹u,", preconditioner)
-            if self.of_entries:
-                needs_root(who, "the sign of a coordinate", preconditioner)
+            if self.rooted:
+                needs_root(who, "what it looks at in z", preconditioner)
 
     @property
     def joins_gradient(self) -> bool:
@@ -67,9 +66,8 @@ def pieces(at: At, space: str) -> list[slice]:
 
 def products(at: At, space: str, a: Vec, b: Vec) -> list[Tensor]:
     """⟨a, b⟩ of each piece, over all entries, whoever holds them."""
-    means = at.sums.means(vec.mul(a, b))
-    each = [m * leaf.param.numel() for m, leaf in zip(means, at.leaves, strict=True)]
-    return [torch.stack([x.to(each[span.start].device) for x in each[span]]).sum() for span in pieces(at, space)]
+    each = at.sums.each(vec.mul(a, b))
+    return [sum((x.to(first.device) for x in more), start=first) for first, *more in (each[span] for span in pieces(at, space))]
 
 
 def by_piece(at: At, space: str, numbers: Sequence[Tensor]) -> list[Tensor]:

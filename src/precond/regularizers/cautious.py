@@ -44,7 +44,7 @@ class Cautious(Bending):
 
     scalars = ("strength",)
     stage = Stage.ENTRIES
-    of_entries = True
+    rooted = True
 
     def __post_init__(self) -> None:
         settle(self)
@@ -54,9 +54,8 @@ class Cautious(Bending):
     def bent(self, at: At, w: Vec, made: Made) -> Vec:
         y = at.space.pull(made.a)
         mask = tuple(1 - s * (x * d <= 0).to(x.dtype) for x, d, s in zip(w, y, at["strength"], strict=True))
-        return tuple(
-            x * m / mean.to(x.device).clamp_min(_LEAST) for x, m, mean in zip(w, mask, at.sums.means(mask), strict=True)
-        )
+        shares = [x / max(leaf.param.numel(), 1) for x, leaf in zip(at.sums.each(mask), at.leaves, strict=True)]
+        return tuple(x * m / s.to(x.device).clamp_min(_LEAST) for x, m, s in zip(w, mask, shares, strict=True))
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class CautiousL2(Bending):
     where: Rule | None = None
 
     stage = Stage.DECAY
-    of_entries = True
+    rooted = True
 
     def __post_init__(self) -> None:
         settle(self)

@@ -129,7 +129,7 @@ class RowFloor(Bending):
         where: which parameters; matrices by default. What has fewer than two dimensions has no rows.
 
     Raises:
-        ValueError: (with an optimizer) in z where P has no inverse; for a weight whose rows are divided among processes.
+        ValueError: (with an optimizer) in z where P has no stated root or no inverse; for a weight whose rows are divided among processes.
 
     References:
         You et al. (2017), LARS, for the ratio; row by row in the records of modded-nanogpt (2026), pull request 328.
@@ -141,6 +141,7 @@ class RowFloor(Bending):
 
     scalars = ("ratio",)
     stage = Stage.ROWS
+    rooted = True
 
     def __post_init__(self) -> None:
         settle(self)
