@@ -194,9 +194,11 @@ def train(setting: Setting) -> dict[str, Any]:
 
 def contents(model: nn.Module, optimizer: PreconditionedGD) -> dict[str, Any]:
     names = {p: name.removeprefix("module.") for name, p in model.named_parameters()}
+    state = optimizer.state_dict()["state"]
+    index = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     return {
         "params": {name: full(p) for p, name in names.items()},
-        "state": {f"{name} {key}": full(t) for p, name in names.items() for key, t in optimizer.state[p].items()},
+        "state": {f"{name} {key}": full(t) for p, name in names.items() for key, t in state.get(index[p], {}).items()},
     }
 
 

@@ -85,7 +85,7 @@ class Listening:
                 )
             return True
         seen = synchronized(self.observer) if distributed() else self.observer.collect()
-        for cell in cells:
+        for cell in (each for cell in cells for each in cell.cells):
             cell.inputs = seen
         self._tell(seen, self.observer.expected, self.observer.unread)
         # An input that is not finite is so in its own variance.

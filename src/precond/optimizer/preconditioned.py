@@ -20,6 +20,7 @@ from precond.engine.cells import Cell, Choice, count_step
 from precond.engine.fused import Kernel
 from precond.engine.loop import Evidence, Rules
 from precond.engine.point import Point, gather
+from precond.engine.sharing import Shared
 from precond.interrupts import Uninterrupted
 from precond.maps import LinearMap
 from precond.momentum import Momentum
@@ -132,6 +133,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         self._gradient_based = next((k for k, r in enumerate(choice.regularizers) if r.probes or r.exact), None)
         self._probing = self._gradient_based is not None and choice.regularizers[self._gradient_based].probes
         self._requests = preconditioner.requests
+        self._dealt: dict[Tensor, int] = {}  # which rank owns which parameters' blocks
         self._forget()
         modules: list[nn.Module] = []
         groups = to_groups(params, modules)
@@ -184,6 +186,11 @@ class PreconditionedGD(torch.optim.Optimizer):
         """The parameters that wanted no gradients in the last step."""
         return self._bound.frozen
 
+    @property
+    def shared(self) -> list[Shared]:
+        """What ranks step for each other."""
+        return self._bound.shared
+
     def bound_to(
         self,
         groups: Sequence[Mapping[str, Any]],
@@ -192,7 +199,7 @@ class PreconditionedGD(torch.optim.Optimizer):
     ) -> Binding:
         """What groups come to, with the state that exists; nothing of the optimizer's own changes."""
         clean = self.rules.statistics_from == "loss"
-        return bind(groups, self.owners, self.naming, self.observes, self.rounding, self.rules.plainly, clean, existing, frozen)
+        return bind(groups, self.owners, self.naming, self.observes, self.rounding, self.rules.plainly, clean, existing, frozen, self._dealt)
 
     def adopt(self, bound: Binding, state: defaultdict[Tensor, Any]) -> None:
         """Take a binding and its state as the optimizer's own."""
@@ -765,7 +772,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         """Which preconditioner acts on which parameter, and which parameters it takes jointly; ``print`` it."""
         self._follow_groups()
         choices = [choice.preconditioner for choice in self._bound.choices]
-        return explain(self._bound.leaves, self._bound.cells, choices, self._listening.unobserved)
+        return explain(self._bound.leaves, self._bound.blocks, choices, self._listening.unobserved)
 
     def measure(self, name: str, scale: float | Tensor | None, length: Callable[[], Tensor] | None) -> Tensor | float:
         """A number of the last step, from gradients and state as they are now: see :class:`precond.optimizer.record.Record`."""
@@ -775,9 +782,12 @@ class PreconditionedGD(torch.optim.Optimizer):
     # --- saving ----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim's; torch-named recipes use torch's names, and torch's class of that name loads it."""
+        """As torch.optim's; torch-named recipes use torch's names, and torch's class of that name loads it.
+
+        Where ranks step parameters for each other (docs/distributed.md) every rank must call it: owners send their state.
+        """
         self._check_settled("state_dict")
-        return serialization.started(super().state_dict(), self)
+        return serialization.started(serialization.whole(super().state_dict(), self), self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this optimizer's state dict, or torch's of the recipe's name; all or nothing. State keeps its dtype.
