@@ -64,7 +64,9 @@ class Pieces:
         ranks = range(len(boxes))
         pieces = cls(group, tuple(boxes[r] for r in ranks), tuple(copies[r] for r in ranks))
         if pieces.shape(dist.get_rank(group)) != tuple(param.to_local().shape):
-            raise ValueError(f"a parameter of shape {shape} is placed as {placements} on {mesh}, in pieces of other shapes than expected")
+            raise ValueError(
+                f"a parameter of shape {shape} is placed as {placements} on {mesh}, in pieces of other shapes than expected"
+            )
         return pieces
 
     def shape(self, rank: int) -> tuple[int, ...]:
@@ -159,7 +161,9 @@ class Exchange:
         gives = [[i for i in of if self.pieces[i].sends(self.rank, r)] for r, of in enumerate(owned)]
         takes = [[i for i in mine if self.pieces[i].sends(r, self.rank)] for r in range(self.size)]
         found = self._swap(
-            parts, [[parts[i] for i in of] for of in gives], [[self.pieces[i].shape(r) for i in of] for r, of in enumerate(takes)]
+            parts,
+            [[parts[i] for i in of] for of in gives],
+            [[self.pieces[i].shape(r) for i in of] for r, of in enumerate(takes)],
         )
         out = {i: parts[i].new_empty(self.shapes[i]) for i in mine}
         for r, (of, tensors) in enumerate(zip(takes, found, strict=True)):
@@ -189,9 +193,7 @@ class Exchange:
         pieces = iter(taken.split([n for of in sizes for n in of]))
         return [[next(pieces).view(shape) for shape in of] for of in shapes]
 
-    def _spread(
-        self, wholes: Mapping[int, Tensor], like: Mapping[int, Tensor], owned: list[list[int]]
-    ) -> dict[int, Tensor]:
+    def _spread(self, wholes: Mapping[int, Tensor], like: Mapping[int, Tensor], owned: list[list[int]]) -> dict[int, Tensor]:
         """Whole tensors of every owner, to all."""
         example = next(iter(like.values()))
         sizes = [[math.prod(self.shapes[i]) for i in of] for of in owned]
@@ -200,7 +202,7 @@ class Exchange:
         if owned[self.rank]:
             torch.cat([wholes[i].reshape(-1) for i in owned[self.rank]], out=mine[: sum(sizes[self.rank])])
         every = example.new_empty(self.size * longest)
-        dist.all_gather_into_tensor(every, mine, self.group)
+        dist.all_gather_single(every, mine, self.group)
         out = {}
         for r, of in enumerate(owned):
             starts = accumulate(sizes[r], initial=r * longest)
@@ -217,5 +219,3 @@ def dealt(costs: Sequence[float], size: int, loads: Sequence[float] = ()) -> lis
         owners[k] = min(range(size), key=lambda r: (held[r], r))
         held[owners[k]] += costs[k]
     return owners
-
-

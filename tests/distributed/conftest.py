@@ -12,3 +12,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
     pool = Pool(tmp_path_factory.mktemp("ranks"))
     yield pool
     pool.stop()
+
+
+@pytest.fixture(scope="session")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    """Four ranks."""
+    pool = Pool(tmp_path_factory.mktemp("four"), 4)
+    yield pool
+    pool.stop()

@@ -208,7 +208,9 @@ class Whole:
         if leaf not in self._known:
             kind = leaf.param.dtype, leaf.param.device
             if kind not in self._zeros:
-                sizes = [x.param.numel() for x in self._leaves if x.shard is not None and (x.param.dtype, x.param.device) == kind]
+                sizes = [
+                    x.param.numel() for x in self._leaves if x.shard is not None and (x.param.dtype, x.param.device) == kind
+                ]
                 self._zeros[kind] = torch.zeros(max(sizes), dtype=kind[0], device=kind[1])
             self._known[leaf] = at_owner(leaf, self._zeros[kind])
         return self._known[leaf]

@@ -67,8 +67,19 @@ class Shared(Cell):
             if owners[k] == exchange.rank:
                 own[f"#{k}"] = cell.state
         state = State(block, own, step=tuple(t for cell in cells for t in cell.state["step"])).seal()
-        index, preconditioner = tuple(i for cell in cells for i in cell.index), _together(cells)
-        return cls(index, block, preconditioner, None, state, State(block), None, {}, None, tuple(cells), tuple(owners), exchange, plainly, **more)
+        return cls(
+            index=tuple(i for cell in cells for i in cell.index),
+            block=block,
+            preconditioner=_together(cells),
+            momentum=None,
+            state=state,
+            average=State(block),
+            inside=tuple(cells),
+            owners=tuple(owners),
+            exchange=exchange,
+            plainly=plainly,
+            **more,
+        )
 
     @property
     def cells(self) -> Sequence[Cell]:
@@ -134,7 +145,12 @@ class Shared(Cell):
         shown = [k for k, cell in enumerate(self.inside) if cell.preconditioner.looks(1 if first else step)]
         wide = {i: self.block.leaves[i].tensor.detach() for k in shown for i in self._spans[k]}
         whole = self.exchange.collect(wide) if wide else {}
-        leaves = [(leaf, whole[i]) for k in self.mine for i, leaf in zip(self._spans[k], self.inside[k].leaves, strict=True) if i in whole]
+        leaves = [
+            (leaf, whole[i])
+            for k in self.mine
+            for i, leaf in zip(self._spans[k], self.inside[k].leaves, strict=True)
+            if i in whole
+        ]
         for leaf, t in leaves:
             assert isinstance(leaf, Gathered)
             leaf.shown.append(t)
@@ -201,10 +217,17 @@ class Shared(Cell):
         sites = {(site.name, request): site for cell in asking for site, request in sites_of(cell)}
         if not sites:
             return []
-        own = {(name, request): center for k in self.mine if self.inside[k] in asking for name, request, center in self.inside[k].wanted()}
+        own = {
+            (name, request): center
+            for k in self.mine
+            if self.inside[k] in asking
+            for name, request, center in self.inside[k].wanted()
+        }
         like = self.block.leaves[0].tensor
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        flags = torch.tensor([0 if key not in own else 1 if own[key] is None else 2 for key in sites], dtype=dtype, device=like.device)
+        flags = torch.tensor(
+            [0 if key not in own else 1 if own[key] is None else 2 for key in sites], dtype=dtype, device=like.device
+        )
         centers = [_center(own.get(key), site, key[1], flags) for key, site in sites.items()]
         flat = torch.cat([flags, *(c.reshape(-1) for c in centers)])
         dist.all_reduce(flat, group=self.exchange.group)
@@ -237,6 +260,20 @@ def sites_of(cell: Cell) -> Iterator[tuple[Site, Request]]:
     """The sites of a cell's layers and the requests that they answer."""
     for request in sorted(cell.preconditioner.requests, key=repr):
         yield from ((site, request) for leaf in cell.leaves for site in leaf.sites if site.answers(request))
+
+
+def owned_statistics(cells: Iterable[Cell]) -> dict[tuple[str, Request], tuple[dist.ProcessGroup, int]]:
+    """By site name and request: the ranks, and which of them alone needs the statistics of a layer's inputs."""
+    out: dict[tuple[str, Request], tuple[dist.ProcessGroup, int]] = {}
+    others = set()
+    for cell in cells:
+        for k, each in enumerate(cell.cells):
+            for site, request in sites_of(each) if each.handled else ():
+                key = site.name, request
+                owner = (cell.exchange.group, cell.owners[k]) if isinstance(cell, Shared) else None
+                if owner is None or out.setdefault(key, owner) != owner:
+                    others.add(key)
+    return {key: owner for key, owner in out.items() if key not in others}
 
 
 def _center(known: Tensor | None, site: Site, request: Request, like: Tensor) -> Tensor:
@@ -280,5 +317,3 @@ def at_owner(leaf: Leaf, zeros: Tensor) -> Leaf:
         return leaf
     fields = {name: getattr(leaf, name) for name in leaf.__dataclass_fields__}
     return Gathered(**fields, zeros=zeros[: leaf.param.numel()].view(leaf.shape))
-
-

@@ -215,7 +215,9 @@ class Owners:
     def replicas(self) -> dict[Tensor, Any]:
         """Of the parameters that DistributedDataParallel keeps alike, the group of processes that hold copies."""
         out: dict[Tensor, Any] = {}
-        for module in (m for root in self.alive() for m in root.modules() if isinstance(m, nn.parallel.DistributedDataParallel)):
+        for module in (
+            m for root in self.alive() for m in root.modules() if isinstance(m, nn.parallel.DistributedDataParallel)
+        ):
             for name, param in module.module.named_parameters():
                 if name not in module.parameters_to_ignore:
                     out.setdefault(param, module.process_group)
@@ -259,7 +261,9 @@ class Owners:
                 if module is None and param in self._known:
                     layer, kind, turned = self._known[param]
                 seen = tuple(sites.get(param, ()))
-                leaves.append(Leaf(name, param, kind, layer, module, k, seen, turned, attribute, next(turn), replicas.get(param)))
+                leaves.append(
+                    Leaf(name, param, kind, layer, module, k, seen, turned, attribute, next(turn), replicas.get(param))
+                )
         return leaves
 
 

@@ -199,7 +199,18 @@ class PreconditionedGD(torch.optim.Optimizer):
     ) -> Binding:
         """What groups come to, with the state that exists; nothing of the optimizer's own changes."""
         clean = self.rules.statistics_from == "loss"
-        return bind(groups, self.owners, self.naming, self.observes, self.rounding, self.rules.plainly, clean, existing, frozen, self._dealt)
+        return bind(
+            groups,
+            self.owners,
+            self.naming,
+            self.observes,
+            self.rounding,
+            self.rules.plainly,
+            clean,
+            existing,
+            frozen,
+            self._dealt,
+        )
 
     def adopt(self, bound: Binding, state: defaultdict[Tensor, Any]) -> None:
         """Take a binding and its state as the optimizer's own."""

@@ -216,7 +216,9 @@ class Preconditioner(ABC):
         """About what a step of a block costs, products and a share of roots, to divide work among processes."""
         out = 0.0
         for leaf in block.leaves:
-            rows, columns = (leaf.shape[0], leaf.param.numel() // max(1, leaf.shape[0])) if leaf.ndim > 1 else (1, leaf.param.numel())
+            rows, columns = (
+                (leaf.shape[0], leaf.param.numel() // max(1, leaf.shape[0])) if leaf.ndim > 1 else (1, leaf.param.numel())
+            )
             out += rows * columns * min(rows, columns) + (rows**3 + columns**3 if rows > 1 else 0) / 10
         return out
 
