@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from precond.exchange import Pieces, held_by
 from precond.sharding import Shard, Sums, local, sums
 from precond.turns import is_due
-from precond.vec import Vec
+from precond.vec import Scalar, Vec
+
+COUNTS = ("step", "clock")
+"""What a state calls its counts of steps: the host's, and the device's where that counts."""
 
 _OUTPUTS = {"head", "heads", "lm_head", "classifier", "output", "readout", "unembed", "logits"}
 
@@ -203,6 +206,10 @@ class Block:
     def subset(self, index: Sequence[int]) -> Block:
         return Block(tuple(self.leaves[i] for i in index))
 
+    def due(self, step: int, every: float) -> tuple[bool, ...]:
+        """Whether a step is one of a period's; of a stack, for each member."""
+        return (is_due(step, every, self.leaves[0].turn),)
+
     @property
     def all_leaves(self) -> tuple[Leaf, ...]:
         """The leaves of all members of a stack; of a block alone its own."""
@@ -274,6 +281,9 @@ class Stack(Block):
         """Some of its blocks."""
         return Stack.of(self.members[some])
 
+    def due(self, step: int, every: float) -> tuple[bool, ...]:
+        return tuple(is_due(step, every, member.leaves[0].turn) for member in self.members)
+
     def subset(self, index: Sequence[int]) -> Stack:
         return Stack.of([member.subset(index) for member in self.members])
 
@@ -288,7 +298,8 @@ def _means(t: Tensor) -> Tensor:
 class State(dict[str, Any]):
     """Tensors of a block: a tuple holds one tensor per leaf, a lone tensor belongs to the first leaf, a State to a part.
 
-    ``"step"``, one count per leaf, is put in by the optimizer and counts the step in progress.
+    ``"step"``, one count per leaf, is put in by the optimizer and counts the step in progress. Where the host is not to know whether
+    a step is taken (it may be skipped unread, or replayed), ``"clock"`` counts on the device those that are.
     """
 
     def __init__(self, block: Block, *args: Any, **kwargs: Any):
@@ -328,10 +339,33 @@ class State(dict[str, Any]):
         for key, value in dict(*args, **kwargs).items():
             self[key] = value
 
+    def written(self) -> Iterator[Tensor]:
+        """All its tensors but the counts of steps."""
+        for key, value in self.items():
+            if isinstance(value, State):
+                yield from value.written()
+            elif key not in COUNTS:
+                yield from value if isinstance(value, tuple) else (value,)
+
     @property
     def steps(self) -> list[int]:
-        """The number of the step in progress for each leaf, from 1."""
-        return [int(t.item()) for t in self["step"][: len(self.block.leaves)]]
+        """The number of the step in progress for each leaf, from 1: what decides which work a step does."""
+        return whole_numbers(self["step"][: len(self.block.leaves)])
+
+    @property
+    def times(self) -> Sequence[Scalar]:
+        """The same as formulas take them: where the device counts, tensors of it (float64), one by one."""
+        return self.steps if "clock" not in self else self._clock.unbind()
+
+    @property
+    def _clock(self) -> Tensor:
+        return counted_together(self["clock"][: len(self.block.leaves)]).double()
+
+    def unbiased(self, decay: float) -> Sequence[Scalar]:
+        """1 − ρᵗ of each leaf: the sum of the weights in an average that started at 0, by which it is divided."""
+        if "clock" not in self:
+            return [1 - decay**t for t in self.steps]
+        return (1 - decay**self._clock).unbind()
 
     def ahead(self) -> State:
         """A copy with tensors of its own and the step counts one ahead: what the statistics would become."""
@@ -343,7 +377,7 @@ class State(dict[str, Any]):
         for key, value in self.items():
             if isinstance(value, State):
                 out[key] = value.copied(steps)
-            elif key == "step":
+            elif key in COUNTS:
                 out[key] = tuple(t + steps for t in value)
             else:
                 out[key] = tuple(t.clone() for t in value) if isinstance(value, tuple) else value.clone()
@@ -376,7 +410,7 @@ class State(dict[str, Any]):
         for key, value in self.items():
             if isinstance(value, State):
                 out[key] = value.span(some)
-            elif key == "step":
+            elif key in COUNTS:
                 out[key] = value[some.start * m : some.stop * m]
             else:
                 out[key] = tuple(t[some] for t in value) if isinstance(value, tuple) else value[some]
@@ -384,9 +418,8 @@ class State(dict[str, Any]):
 
     def due(self, every: float) -> list[slice]:
         """The members of a stack for which the step in progress is one of a period's, as spans of them."""
-        t, stack = self.steps[0], self.block
-        assert isinstance(stack, Stack)
-        return spans([is_due(t, every, member.leaves[0].turn) for member in stack.members])
+        assert isinstance(self.block, Stack)
+        return spans(self.block.due(self.steps[0], every))
 
     def as_stack(self) -> State:
         """The state of a block alone, as that of a stack of one; the tensors are the same."""
@@ -394,7 +427,7 @@ class State(dict[str, Any]):
         for key, value in self.items():
             if isinstance(value, State):
                 out[key] = value.as_stack()
-            elif key == "step":
+            elif key in COUNTS:
                 out[key] = value
             else:
                 out[key] = tuple(t[None] for t in value) if isinstance(value, tuple) else value[None]
@@ -418,7 +451,7 @@ class State(dict[str, Any]):
         for key, value in self.items():
             if isinstance(value, State):
                 yield from value.entries(prefix + within(key))
-            elif key != "step":
+            elif key not in COUNTS:
                 if isinstance(value, tuple):
                     for leaf, tensor in zip(self.block.all_leaves, self.block.scattered(value), strict=True):
                         yield leaf, prefix + key, leaf.whole(tensor)
@@ -427,6 +460,18 @@ class State(dict[str, Any]):
                         yield member.leaves[0], prefix + key, tensor
                 else:
                     yield self.block.leaves[0], prefix + key, value
+
+
+def whole_numbers(counts: Sequence[Tensor]) -> list[int]:
+    """Counts of the host as integers."""
+    # Of few, one by one: an operation costs more.
+    return [int(t.item()) for t in counts] if len(counts) < 8 else [int(t) for t in counted_together(counts).tolist()]
+
+
+def counted_together(counts: Sequence[Tensor]) -> Tensor:
+    """(n,): the tensor whose entries these counts are, all of them in order; where they are only some, a new one."""
+    base = counts[0]._base
+    return base if base is not None and base.shape == (len(counts),) else torch.stack(list(counts))
 
 
 def spans(chosen: Sequence[bool]) -> list[slice]:

@@ -128,6 +128,16 @@ class Sums:
         sizes = torch.stack([t.abs().amax() if q == math.inf and t.numel() else t.abs().pow(q).sum() for t in a])
         return self.total(sizes, dist.ReduceOp.MAX) if q == math.inf else self.total(sizes).pow(1 / q)
 
+    def each(self, a: Vec) -> list[Tensor]:
+        """The sum of the entries of each tensor."""
+        sums = torch.stack([t.sum() for t in a])
+        for groups, index in self._parts.items():
+            for group in groups:
+                mine = sums[index]
+                dist.all_reduce(mine, group=group)
+                sums[index] = mine
+        return list(sums)
+
     def means(self, a: Vec) -> list[Tensor]:
         """The mean of the finite entries of each tensor."""
         finite = [t.isfinite() for t in a]
@@ -146,6 +156,9 @@ class Alone(Sums):
 
     def __init__(self) -> None:
         super().__init__(())
+
+    def each(self, a: Vec) -> list[Tensor]:
+        return [t.sum() for t in a]
 
     dot = staticmethod(vec.dot)
     norm = staticmethod(vec.norm)

@@ -254,4 +254,5 @@ WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fsdp, partly": fsdp_partly,
     "hsdp, two parts": hsdp(1, 2),
     "hsdp, two copies": hsdp(2, 1),
+    "hsdp, copies of parts": hsdp(2, 2),
 }

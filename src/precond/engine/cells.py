@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from precond import vec
-from precond.blocks import Block, Leaf, Stack, State, state_dtype
+from precond.blocks import COUNTS, Block, Leaf, Stack, State, counted_together, state_dtype, whole_numbers
+from precond.engine.verdict import Verdict
 from precond.inputs import Request
 from precond.inputs.observer import Seen
 from precond.maps import Identity, LinearMap
@@ -21,7 +23,7 @@ from precond.preconditioners.base import Preconditioner
 from precond.preconditioners.base import Seen as Evidence
 from precond.preconditioners.stacked import on
 from precond.regularizers.base import Regularizer
-from precond.vec import Scalar, Tensors, Vec
+from precond.vec import Scalar, Vec
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Cell:
     @property
     def joint(self) -> list[int]:
         """How many of its leaves P takes jointly, block after block."""
-        size = 1 if self.preconditioner.entrywise else len(self.block.leaves)
+        size = 1 if self.preconditioner.diagonal else len(self.block.leaves)
         return [size] * (len(self.index) // size)
 
     @property
@@ -126,6 +128,18 @@ class Cell:
         view.preconditioner, view.momentum, view.inputs = self.preconditioner, self.momentum, self.inputs
         return view
 
+    @property
+    def upcoming(self) -> Sequence[Scalar]:
+        """The number of the next step for each leaf; where the device counts, tensors."""
+        if (clock := self.state.get("clock")) is not None:
+            return (counted_together(clock).double() + 1).unbind()
+        return [t + 1 for t in whole_numbers(self.state["step"])]
+
+    def written(self) -> Iterator[Tensor]:
+        """The tensors of its state that steps write, but for the counts of steps."""
+        yield from self.state.written()
+        yield from self.average.written()
+
     def observe(self, state: State, gradient: Vec) -> None:
         """Fold a gradient, one tensor for each leaf, into ``state`` (the cell's own, or a copy of it)."""
         if self.handled:
@@ -149,7 +163,7 @@ class Cell:
         if not self.preconditioner.uses_momentum or self.momentum is None or self.momentum.of != "cotangent":
             return None
         kept = self.average.get("clean", self.average.get("m"))
-        own = State(state.block, {} if kept is None else {"m": kept}, step=state["step"])
+        own = State(state.block, {} if kept is None else {"m": kept}, **{key: state[key] for key in COUNTS if key in state})
         if state is not self.state or "clean" not in self.average:
             own = own.copied()
         self.momentum.fold(own, gradient)
@@ -171,9 +185,9 @@ class Cell:
         y = self._averaged(y, "cotangent", fold)
         return self.block.scattered(self._averaged(F.mv(N.gram(y)), "tangent", fold))
 
-    def advance(self, g: Vec) -> Vec:
-        """:meth:`observe` and :meth:`descent` of a gradient to which nothing is added, and the step counted."""
-        count_step(self.state["step"])
+    def advance(self, g: Vec, verdict: Verdict | None = None) -> Vec:
+        """:meth:`observe` and :meth:`descent` of a gradient to which nothing is added, and the step counted, if it is taken."""
+        count_step(self.state, verdict)
         return self.taken(g)
 
     def taken(self, g: Vec) -> Vec:
@@ -236,21 +250,61 @@ class Cell:
         return of_block if not isinstance(self.block, Stack) else OfMembers(of_block, self.block)
 
 
-_NARROW = 2**23
-"""Counts of steps from here on are in float64: in float32, as torch.optim keeps them, 2²⁴ + 1 is 2²⁴."""
-
-
 def as_count(known: Any) -> Tensor:
     """A count of steps, from one that is known; None: 0."""
-    # On the host, as torch keeps it: reading it never waits for a device.
-    steps = torch.as_tensor(0.0 if known is None else known, device="cpu")
-    return steps.to(torch.float64 if steps >= _NARROW else torch.float32)
+    # On the host, as torch keeps it: reading it never waits for a device. In float32, as torch has it, 2²⁴ + 1 would be 2²⁴.
+    return torch.as_tensor(0.0 if known is None else known, device="cpu", dtype=torch.float64)
 
 
-def count_step(steps: Tensors) -> None:
-    """Count a step of each leaf, in place."""
-    # Those that were more than 2²³ ahead of the first are wide since they were bound.
-    if steps and steps[0].dtype == torch.float32 and steps[0].item() >= _NARROW - 1:
-        for t in steps:
-            t.data = t.to(torch.float64)
-    torch._foreach_add_(steps, 1)
+def count_together(states: Sequence[State], there: torch.device | None) -> None:
+    """Put the counts of a cell's leaves into one tensor, of which they are entries, and into one of a device, which is to count them.
+
+    The first of the states has all of them.
+    """
+    own = states[0]["step"]
+    base, known = torch.stack(own), {id(t): k for k, t in enumerate(own)}
+    # float32, as torch's fused kernels read it.
+    clock = None if there is None else base.to(there, torch.float32).unbind()
+    for state in states:
+        _put(state, known, base.unbind(), clock)
+
+
+def _put(state: State, known: dict[int, int], steps: Vec, clock: Vec | None) -> None:
+    index = [known[id(t)] for t in state["step"]]
+    for value in state.values():
+        if isinstance(value, State):
+            _put(value, known, steps, clock)
+    state["step"] = tuple(steps[k] for k in index)
+    if clock is not None:
+        state["clock"] = tuple(clock[k] for k in index)
+
+
+def count_step(state: State, verdict: Verdict | None = None) -> None:
+    """Count a step of each leaf, in place; on the device only if it is taken."""
+    count_on_host(state)
+    if (clock := state.get("clock")) is not None:
+        _add(clock, 1 if verdict is None else verdict.taken(clock[0].device))
+
+
+def count_on_host(state: State) -> None:
+    """The host's part of counting."""
+    _add(state["step"], 1)
+
+
+@contextmanager
+def uncounted(cells: Sequence[Cell]) -> Iterator[None]:
+    """What the host counts inside is forgotten at the end: a step that is captured has not happened."""
+    counts = [t for cell in cells for t in cell.state["step"]]
+    before = [t.clone() for t in counts]
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(counts, before)
+
+
+def _add(counts: Vec, number: int | Tensor) -> None:
+    base = counts[0]._base
+    if base is not None and base.shape == (len(counts),):
+        base.add_(number)
+    else:
+        torch._foreach_add_(counts, number)

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from precond.blocks import Block, Leaf, Stack, State, state_dtype, within
-from precond.engine.cells import Cell, Choice, as_count
+from precond.blocks import COUNTS, Block, Leaf, Stack, State, state_dtype, within
+from precond.engine.cells import Cell, Choice, as_count, count_together
 from precond.engine.sharing import Shared, at_owner
 from precond.exchange import dealt
 from precond.momentum import Momentum
@@ -78,6 +78,7 @@ def build(
     plainly: bool = False,
     clean: bool = True,
     owners: dict[Tensor, int] | None = None,
+    there: Callable[[Leaf], torch.device | None] = lambda leaf: None,
 ) -> tuple[list[Cell], Entries]:
     """Cells for the leaves at the positions ``live``, which want gradients, and their state entries (leaf, key, tensor).
 
@@ -89,6 +90,7 @@ def build(
         plainly: every block alone.
         clean: statistics are of the clean gradient, whatever regularizers add to what is descended.
         owners: who owns which parameters' blocks; completed here.
+        there: the device that counts a leaf's steps; None: the host does.
     """
 
     cells: list[Cell] = []
@@ -109,15 +111,17 @@ def build(
             own = [entry for s in alike for entry in (*s.state.entries(), *s.average.entries())]
             entries += [(leaf, key, t.new_empty(0)) for leaf, key, t in own]
             block = block if len(alike) == 1 else Stack.of([single.block for single in alike])
-            state, average = State(block, step=tuple(t for s in alike for t in s.state["step"])), State(block)
+            state, average = State(block, step=tuple(t for s in alike for t in s.state["step"])), State(block, step=())
         else:
             if len(alike) > 1 or first.stacks:
                 block = Stack.of([single.block for single in alike])
                 state, average = (_side_by_side([getattr(s, name) for s in alike], block) for name in ("state", "average"))
             own = [*state.entries(), *average.entries()]
             entries += own
+        # Where ranks step for each other the host counts, on all of them.
+        count_together([state, average], there(first.block.leaves[0]) if first.placement is None else None)
         cell = Cell(index, block, preconditioner, momentum, state.seal(), average)
-        entries += [(leaf, "step", t) for leaf, t in zip(cell.leaves, state["step"], strict=True)]
+        entries += [(leaf, "step", t) for leaf, t in zip(cell.leaves, state.get("clock", state["step"]), strict=True)]
         if first.placement is None:
             cells.append(cell)
         else:
@@ -315,7 +319,7 @@ def _structure(state: State) -> Iterator[tuple[Any, ...]]:
     for key, value in state.items():
         if isinstance(value, State):
             yield key, tuple(_structure(value))
-        elif key != "step":
+        elif key not in COUNTS:
             yield key, tuple((tuple(t.shape), t.dtype) for t in (value if isinstance(value, tuple) else (value,)))
 
 

@@ -29,7 +29,6 @@ class Point:
         p: the parameters; for 16-bit parameters float32 copies, with their compensation added.
         g: their gradients, in the dtype of p.
         lr: the learning rate of each tensor.
-        steps: the number of the step in progress for each tensor, from 1.
     """
 
     cells: list[Cell]
@@ -37,8 +36,12 @@ class Point:
     p: Vec
     g: Vec
     lr: list[Scalar]
-    steps: list[int]
     choices: Sequence[Choice]
+
+    @cached_property
+    def times(self) -> list[Scalar]:
+        """The number of the step in progress for each tensor, from 1, when this is first asked for; where devices count, tensors."""
+        return [t for cell in self.cells for t in cell.upcoming]
 
     @property
     def spans(self) -> list[tuple[Cell, slice]]:
@@ -81,11 +84,11 @@ class Point:
         """Where the k-th regularizer is evaluated; ``maps`` gives P of each cell when it is asked for."""
         mine: list[Regularizer] = [c.regularizers[k] for c in self.choices]
         first = mine[0]
-        value = cache(value_at)  # leaves that share λ share the tensor too, where it is one
+        value, times = cache(value_at), self.times  # leaves that share λ share the tensor too, where it is one
 
         def raw(name: str) -> list[Scalar]:
             fields = [getattr(mine[leaf.group], name) for leaf in self.leaves]
-            return [value(x, t, lr) for x, t, lr in zip(fields, self.steps, self.lr, strict=True)]
+            return [value(x, t, lr) for x, t, lr in zip(fields, times, self.lr, strict=True)]
 
         takes_part = tuple(
             matches(mine[leaf.group].where, leaf)
@@ -107,7 +110,18 @@ class Point:
         joined = lambda: self.joined(maps())  # noqa: E731
         dtype = max((leaf.param.dtype for leaf in self.leaves), key=lambda d: torch.finfo(d).eps)
         return At(
-            self.p, self.g, self.lr, values, takes_part, space, joined, dtype=dtype, sums=self.sums, joint=self._joint, **more
+            self.p,
+            self.g,
+            self.lr,
+            values,
+            takes_part,
+            space,
+            joined,
+            dtype=dtype,
+            sums=self.sums,
+            joint=self._joint,
+            leaves=self.leaves,
+            **more,
         )
 
     def hessian(self, gradient: Sequence[Tensor | None]) -> Callable[[Vec], Vec]:
@@ -166,5 +180,4 @@ def gather(
         wide_p = leaf.tensor.detach().to(state_dtype(leaf.param.dtype))
         rest = residual(leaf)
         p.append(wide_p if rest is None else wide_p + rest)
-    steps = [int(t.item()) + 1 for cell in kept for t in cell.state["step"]]
-    return Point(kept, tuple(leaves), tuple(p), tuple(g), [lr(leaf) for leaf in leaves], steps, choices)
+    return Point(kept, tuple(leaves), tuple(p), tuple(g), [lr(leaf) for leaf in leaves], choices)

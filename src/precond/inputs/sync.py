@@ -48,7 +48,11 @@ Owned = Mapping[tuple[str, Request], tuple[dist.ProcessGroup, int]]
 """By site name and request: the ranks that share a layer, and which of them alone needs its statistics."""
 
 
-def synchronized(observer: Observer, owned: Owned, watch: Callable[[Moments], bool]) -> Heard:
+NOBODY: Owned = {}
+"""Statistics that all ranks need."""
+
+
+def synchronized(observer: Observer, owned: Owned = NOBODY, watch: Callable[[Moments], bool] = lambda m: False) -> Heard:
     """What all ranks have seen together, weighted by count, at each rank that needs it; layers that no rank has called are absent.
 
     Args:

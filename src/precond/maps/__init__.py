@@ -13,6 +13,7 @@ from precond.maps.layers import Layout, RowMatrix, SideBySide, Sliced, Stacked, 
 from precond.maps.rotation import Orthogonal, Reflected, Rotation, completed
 from precond.maps.spiked import Spiked
 from precond.maps.symmetric import SymmetricKronecker, Tiled, Unrooted
+from precond.maps.woodbury import Woodbury
 
 __all__ = [
     "Augmented",
@@ -40,6 +41,7 @@ __all__ = [
     "Tiled",
     "Transposed",
     "Unrooted",
+    "Woodbury",
     "augmented",
     "block_diagonal",
     "completed",

@@ -74,7 +74,7 @@ def measure(point: Point, name: str, second: int | None, length: Callable[[], Te
         case "preconditioned_grad_norm":
             return point.sums.dot(point.g, point.joined(point.maps()).gram(point.g)).clamp_min(0).sqrt()
         case "penalty":
-            point.steps = [t - 1 for t in point.steps]
+            point.times = [t - 1 for t in point.times]
             regularizers = point.choices[0].regularizers
             return sum((r.value(point.at(k, point.maps)) for k, r in enumerate(regularizers)), start=0.0)
         case _:

@@ -15,18 +15,11 @@ from precond.blocks import Leaf, is_decayed
 from precond.inputs import Site, Survey, survey
 from precond.inputs.kinds import inputs_first
 from precond.inputs.roles import kind_of
+from precond.paths import clean
 from precond.sharding import Shard
 from precond.turns import turns
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
-
-
-def clean(name: str) -> str:
-    """A parameter's name without the prefixes that wrappers add (torch.compile, DDP, checkpointing)."""
-    parts = name.split(".")
-    while len(parts) > 1 and parts[0] == "module":
-        parts = parts[1:]
-    return ".".join(p for p in parts if p not in ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
 
 
 def to_groups(

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from precond.engine.cells import as_count
 from precond.engine.sharing import Shared, whole_state
 from precond.sharding import copy_, divided
 
@@ -116,6 +115,7 @@ def load(optimizer: PreconditionedGD, state_dict: Mapping[str, Any]) -> None:
                 copy_(target, value)
             elif divided(value):
                 value.full_tensor()  # type: ignore[attr-defined]  # its owner's, who needs this rank's part
+        bound.reckon()
     for ours, new in zip(groups, new_groups, strict=True):
         ours.update(new)
     optimizer.adopt(bound, defaultdict(dict))
@@ -165,8 +165,7 @@ def _fit(recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str
         if key in theirs:
             value = torch.as_tensor(theirs[key])
             if key == "step":
-                target.data = as_count(value.reshape(())).clone()
-                continue
+                value = value.reshape(())
             if value.shape != target.shape:
                 raise ValueError(
                     f"load_state_dict: {key!r} of {name!r} has shape {tuple(value.shape)}, the parameter needs "
@@ -182,5 +181,5 @@ def _fit(recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str
 FROZEN = "frozen"
 """What the state of a parameter holds that was frozen when it was saved."""
 
-OPTIONAL = {"m", "r_max", "residual"}
+OPTIONAL = {"m", "r_max", "residual", "average", "averaged"}
 """Keys that another configuration of the same recipe may have left."""

@@ -20,6 +20,8 @@ class Fixed(Preconditioner):
 
     map_: LinearMap = field(default_factory=Identity)
 
+    timeless = True
+
     def __post_init__(self) -> None:
         if not isinstance(self.map_, LinearMap):
             raise TypeError(f"Fixed: map must be a LinearMap such as Dense(matrix), got {type(self.map_).__name__}")

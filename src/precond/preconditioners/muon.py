@@ -60,6 +60,7 @@ class Muon(Stacked):
     arithmetic: Literal["bfloat16", "full"] = "bfloat16"
     momentum: Momentum | None = None
 
+    timeless = True
     uses_momentum = True
     states_root = False
     invertible = False
