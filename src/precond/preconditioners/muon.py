@@ -87,6 +87,9 @@ class Muon(Stacked):
     def handles(self, block: Block) -> bool:
         return all(map(is_full_matrix, block.leaves))
 
+    def looks(self, step: int) -> bool:
+        return False
+
     def init(self, block: Block) -> dict:
         (p,) = block.tensors
         s, dtype = min(as_matrix(p).shape), state_dtype(p.dtype)
