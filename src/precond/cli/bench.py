@@ -78,8 +78,8 @@ class Bench:
 
     Attributes:
         name: Which. pool is the half of the pool that is for development; pool-locked, the other, is for a final table alone. where: gains of
-            preconditioned inputs against what diagnose predicts; transfer: best rates over widths and depths, the seeds being those of searches. calibration:
-            what diagnose predicts against trainings at fitted rates; of the settings below it has --tasks and --out alone.
+            preconditioned inputs against what diagnose predicts; transfer: best rates over widths and depths, the seeds being those of searches;
+            calibration: what diagnose predicts against trainings (of the settings below it has --tasks and --out alone).
         tasks: Only the tasks whose names contain one of these, as whole words: "batch 60" or MLP. Several commands with different
             tasks may work in one output folder at the same time; one without --tasks then makes the report of all.
         entrants: Only these: those whose labels contain one of these as whole words, muon or "torch Muon", and who sets the target. A later

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, reduce
+from functools import cache
 from typing import Any
 
 import torch
@@ -141,11 +141,10 @@ def _step(point: Point, rules: Rules, evidence: Evidence, measured: bool, verdic
     terms = [*early, *late]
     tangents = [term for term in terms if isinstance(term, Tangent)]
     lengths: list[Tensor] = []
-    least = bounds(point, ats, regularizers) if rules.statistics_from == "loss" else [0.0] * len(point.cells)
+    least = bounds(point, ats, regularizers) if rules.statistics_from == "loss" else []
     # One after the other: memory for one cell's step will do, unless something looks at all of them.
     each = (
-        (span, cell.advance(a[span], verdict) if alone else cell.descent(a[span], t))
-        for (cell, span), t in zip(point.spans, least, strict=True)
+        (span, cell.advance(a[span], verdict) if alone else cell.descent(a[span], least[span])) for cell, span in point.spans
     )
     for span, u in bent(each, a, terms):
         lr = point.lr[span]
@@ -189,16 +188,15 @@ def bent(each: Iterable[tuple[slice, Vec]], a: Vec, terms: Sequence[Term]) -> It
 
 
 def bounds(point: Point, ats: Sequence[At], regularizers: Sequence[Regularizer]) -> list[Scalar]:
-    """The least t of each cell with α‖M‖·‖∇²R‖ ≤ 1 for ‖M‖ ≤ 1/t: no step along the gradient of a penalty in p goes beyond its minimum.
+    """The least t of each tensor with α‖M‖·‖∇²R‖ ≤ 1 for ‖M‖ ≤ 1/t: no step along the gradient of a penalty in p goes beyond its minimum.
 
     M made without knowing of the penalty may be as large as it likes, 1/σ² for inputs of a small variance σ². Where α‖M‖·2λ > 2, the
     steps p ← p − αM(g + 2λp) grow without bound, however small α∇²L is; (M⁻¹ + sI)⁻¹ in place of M leaves their fixed point.
     """
     curvature = [sum(x) for x in zip(*(r.stiffness(at) for r, at in zip(regularizers, ats, strict=True)), strict=True)]
     if all(not isinstance(x, Tensor) and x == 0 for x in curvature):
-        return [0.0] * len(point.cells)
-    each = vec.combined(lambda x, c: x * c, point.lr, curvature)
-    return [reduce(vec.larger, {id(x): x for x in each[span]}.values()) for _, span in point.spans]
+        return []
+    return vec.combined(lambda x, c: x * c, point.lr, curvature)
 
 
 def last_update(point: Point) -> Vec:

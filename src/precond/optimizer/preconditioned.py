@@ -22,6 +22,7 @@ from precond.engine.cells import Cell, Choice, count_on_host, count_step, uncoun
 from precond.engine.fused import Kernel
 from precond.engine.loop import Evidence, Rules
 from precond.engine.point import Point, gather
+from precond.engine.sharing import Shared
 from precond.engine.verdict import Verdict, over
 from precond.interrupts import Uninterrupted
 from precond.maps import LinearMap
@@ -144,6 +145,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         self.nonfinite, self.engine, self.rounding, self.average = nonfinite, engine, rounding, average
         self._gradient_based = next((k for k, r in enumerate(choice.regularizers) if r.probes or r.exact), None)
         self._probing = self._gradient_based is not None and choice.regularizers[self._gradient_based].probes
+        self._dealt: dict[Tensor, int] = {}  # which rank owns which parameters' blocks
         self._requests, self._timeless = preconditioner.requests, preconditioner.timeless
         if capturable and (self._requests or self._gradient_based is not None or nonfinite == "raise" or average is not None):
             what = "observes the inputs of layers" if self._requests else "asks for second gradients"
@@ -203,6 +205,11 @@ class PreconditionedGD(torch.optim.Optimizer):
         """The parameters that wanted no gradients in the last step."""
         return self._bound.frozen
 
+    @property
+    def shared(self) -> list[Shared]:
+        """What ranks step for each other."""
+        return self._bound.shared
+
     def bound_to(
         self,
         groups: Sequence[Mapping[str, Any]],
@@ -226,6 +233,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             clean,
             existing,
             frozen,
+            self._dealt,
             there,
             self.average,
         )
@@ -235,10 +243,17 @@ class PreconditionedGD(torch.optim.Optimizer):
         """Whether a step may be skipped without the host's knowing: accelerators count their steps then.
 
         Where the number of a step decides what it does, and where it takes statistics of inputs, whose samples the host counts, second
-        gradients, or an average of the weights, the host must know.
+        gradients, an average of the weights, or where ranks step for each other, the host must know.
         """
         skips = self.nonfinite == "skip" or (self._told and self.nonfinite == "propagate")
-        return skips and self._timeless and self._gradient_based is None and not self._requests and self.average is None
+        return (
+            skips
+            and self._timeless
+            and self._gradient_based is None
+            and not self._requests
+            and self.average is None
+            and not self._dealt
+        )
 
     def adopt(self, bound: Binding, state: defaultdict[Tensor, Any]) -> None:
         """Take a binding and its state as the optimizer's own."""
@@ -885,7 +900,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         """Which preconditioner acts on which parameter, and which parameters it takes jointly; ``print`` it."""
         self._follow_groups()
         choices = [choice.preconditioner for choice in self._bound.choices]
-        return explain(self._bound.leaves, self._bound.cells, choices, self._listening.unobserved)
+        return explain(self._bound.leaves, self._bound.blocks, choices, self._listening.unobserved)
 
     def measure(self, name: str, scale: float | Tensor | None, length: Callable[[], Tensor] | None) -> Tensor | float:
         """A number of the last step, from gradients and state as they are now: see :class:`precond.optimizer.record.Record`."""
@@ -935,9 +950,12 @@ class PreconditionedGD(torch.optim.Optimizer):
     # --- saving ----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim's; torch-named recipes use torch's names, and torch's class of that name loads it."""
+        """As torch.optim's; torch-named recipes use torch's names, and torch's class of that name loads it.
+
+        Where ranks step parameters for each other (docs/distributed.md) every rank must call it: owners send their state.
+        """
         self._check_settled("state_dict")
-        return serialization.started(super().state_dict(), self)
+        return serialization.started(serialization.whole(super().state_dict(), self), self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this optimizer's state dict, or torch's of the recipe's name; all or nothing. State keeps its dtype.

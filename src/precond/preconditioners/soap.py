@@ -92,6 +92,9 @@ class SOAP(Stacked):
     def _sides(self, leaf: Leaf) -> tuple[bool, bool]:
         return sides_of(leaf.shape, self.sides, self.max_dim)
 
+    def looks(self, step: int) -> bool:
+        return False
+
     def init(self, block: Block) -> dict:
         (leaf,), (p,) = block.leaves, block.tensors
         state: dict = {"r": block.zeros()}
