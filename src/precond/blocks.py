@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from precond.sharding import Shard, Sums, local, sums
-from precond.turns import is_due
+from precond.turns import is_due, next_renewal
 from precond.vec import Vec
 
 _OUTPUTS = {"head", "heads", "lm_head", "classifier", "output", "readout", "unembed", "logits"}
@@ -168,6 +168,11 @@ class Block:
         """The leaves of all members of a stack; of a block alone its own."""
         return self.leaves
 
+    @cached_property
+    def turns(self) -> list[int]:
+        """The turn of each member of a stack, that of its first leaf; of a block alone its own."""
+        return [self.leaves[0].turn]
+
     def gathered(self, v: Sequence[Tensor]) -> Vec:
         """Tensors of the leaves as the block's own."""
         return tuple(v)
@@ -195,6 +200,10 @@ class Stack(Block):
     @property
     def all_leaves(self) -> tuple[Leaf, ...]:
         return tuple(leaf for member in self.members for leaf in member.leaves)
+
+    @cached_property
+    def turns(self) -> list[int]:
+        return [member.leaves[0].turn for member in self.members]
 
     @cached_property
     def params(self) -> Vec:
@@ -331,9 +340,13 @@ class State(dict[str, Any]):
 
     def due(self, every: float) -> list[slice]:
         """The members of a stack for which the step in progress is one of a period's, as spans of them."""
-        t, stack = self.steps[0], self.block
-        assert isinstance(stack, Stack)
-        return spans([is_due(t, every, member.leaves[0].turn) for member in stack.members])
+        t = self.steps[0]
+        return spans([is_due(t, every, turn) for turn in self.block.turns])
+
+    def until_renewed(self, every: float, ahead: int = 0) -> list[int]:
+        """How many steps each member is away, at the step in progress or later, from one of 1, 2, 4, 8, … and then every so many."""
+        t = min(self.steps) + ahead
+        return [next_renewal(t, every, turn) - t for turn in self.block.turns]
 
     def as_stack(self) -> State:
         """The state of a block alone, as that of a stack of one; the tensors are the same."""

@@ -14,7 +14,7 @@ from precond.maps import Layout, LinearMap, RowMatrix, Spiked
 from precond.maps.eigen import eigenpairs, followed, in_general_position, leading_pairs
 from precond.precision import rounding
 from precond.preconditioners.eigenbases import at_hand
-from precond.preconditioners.rational import inverse_roots
+from precond.preconditioners.rational import inverse_roots_
 from precond.vec import Vec
 
 
@@ -127,16 +127,16 @@ def _eyes(mean: Tensor, columns: int) -> Tensor:
 
 
 def inverse_root(K: Tensor, root: str) -> Tensor:
-    """R with R Rᵀ = K⁻¹ for symmetric positive definite K (…, n, n): K^(−1/2), or L⁻ᵀ with K = LLᵀ."""
+    """R with R Rᵀ = K⁻¹ for symmetric positive definite K (…, n, n), which may be written over: K^(−1/2), or L⁻ᵀ with K = LLᵀ."""
     least = rounding(K.shape[-1], K.dtype)
     if root == "cholesky":
         L, info = torch.linalg.cholesky_ex(K)
         if not at_hand(K):
-            return torch.where((info == 0)[..., None, None], inverse_of_triangular(L).mT, inverse_roots(K, 0.5, least))
+            return torch.where((info == 0)[..., None, None], inverse_of_triangular(L).mT, inverse_roots_(K, 0.5, least))
         if not bool(info.any()):
             return inverse_of_triangular(L).mT
     if not at_hand(K):
-        return inverse_roots(K, 0.5, least)
+        return inverse_roots_(K, 0.5, least)
     values, V = eigenpairs(K)
     floor = values.amax(-1, keepdim=True) * least
     scaled = V * torch.maximum(values, floor).rsqrt()[..., None, :]
