@@ -142,6 +142,11 @@ class Block:
         """What this process holds of the parameters: the tensors that are stepped."""
         return tuple(leaf.tensor for leaf in self.leaves) if self.sharded else self.params
 
+    @cached_property
+    def dtypes(self) -> list[torch.dtype]:
+        """Of the tensors; a block whose parameters are converted is made anew."""
+        return [t.dtype for t in self.tensors]
+
     @property
     def gradients(self) -> list[Tensor | None]:
         """What ``.grad`` holds of them, or None."""

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from precond import vec
-from precond.blocks import Stack
+from precond.blocks import Block, Stack
 from precond.engine.arrow import arrow
 from precond.engine.cells import Cell, Choice
 from precond.engine.coordinates import adam_in_coordinates
@@ -118,10 +117,19 @@ def _of_layer(cell: Cell, decay: _Decay) -> Kernel | None:
     return polar(cell, P, momentum, decay.decoupled)
 
 
-def aligned(gradients: Tensors, p: Tensors) -> Tensors:
-    """Gradients laid out in memory as the parameters are: the kernels walk along all tensors side by side."""
-    if all(x.stride() == y.stride() for x, y in zip(gradients, p, strict=True)):
-        return gradients
+def aligned(gradients: Tensors, block: Block) -> Tensors | None:
+    """Gradients laid out in memory as the parameters are: the kernels walk along all tensors side by side.
+
+    None for sparse ones, and for those of another dtype.
+    """
+    p = block.tensors
+    if [x.dtype for x in gradients] != block.dtypes:
+        return None
+    try:
+        if [x.stride() for x in gradients] == [y.stride() for y in p]:
+            return gradients
+    except RuntimeError:  # sparse ones have no strides; to ask for layouts would take as long as to ask for strides
+        return None
     return [x if x.stride() == y.stride() else torch.empty_like(y).copy_(x) for x, y in zip(gradients, p, strict=True)]
 
 
@@ -264,10 +272,6 @@ class _SGD:
     ) -> None:
         if self.decay.decoupled:
             torch._foreach_mul_(p, 1 - lr * self.decay.decoupled * (1.0 if found_inf is None else 1 - found_inf.double()))
-        if not self.beta and not self.decay.coupled and found_inf is None:
-            # The fused kernel is slower than one addition per tensor.
-            vec.add_scaled_(tuple(p), tuple(g), [lr if maximize else -lr] * len(p))
-            return
         torch._fused_sgd_(
             p,
             g,

@@ -558,7 +558,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         k = self._gradient_based or 0
         regularizer = self._bound.choices[0].regularizers[k]
         watch = self._watches(grad_scale)
-        gradients = [leaf.param.grad for leaf in self._bound.leaves]
+        gradients = self._given
         point = self._point(unscaled(gradients, grad_scale))
         if not self._listening.collect(self._bound.cells, self.nonfinite != "propagate") or (
             watch and not self._agreed(vec.all_finite(point.g))
@@ -638,12 +638,11 @@ class PreconditionedGD(torch.optim.Optimizer):
         if not self._listening.collect(self._bound.cells, self.nonfinite != "propagate"):
             return False
         scale = getattr(self, "grad_scale", None)
-        unscaled_ = None if scale is None else unscaled([leaf.param.grad for leaf in self._bound.leaves], scale)
-        work, rest = divided(kernels, self._bound.cells, self._lr, self.param_groups, unscaled_)
+        gradients = None if scale is None else unscaled(self._given, scale)
+        work, rest = divided(kernels, self._bound.cells, self._lr, self.param_groups, gradients)
         if rest and not work:
             return False
-        gradients = [leaf.param.grad for leaf in self._bound.leaves] if unscaled_ is None else unscaled_
-        point = self._point(gradients, rest) if rest else None
+        point = self._point(self._given if gradients is None else gradients, rest) if rest else None
         found = (*(x for _, _, g in work for x in g), *(() if point is None else point.g)) if self.nonfinite != "propagate" else ()
         verdict = self._verdict(found, loss) if unread else None
         if found and verdict is None and not self._agreed(vec.all_finite(found) and (loss is None or finite_loss(loss))):
@@ -685,6 +684,11 @@ class PreconditionedGD(torch.optim.Optimizer):
             if any(leaf.param.grad is not None for leaf in cell.leaves):
                 count_on_host(cell.state)
 
+    @property
+    def _given(self) -> list[Tensor | None]:
+        """What ``.grad`` holds, of each leaf."""
+        return [leaf.param.grad for leaf in self._bound.leaves]
+
     def _is_unread(self) -> bool:
         """Whether inf and NaN are to decide about this step without the host's knowing."""
         asked = getattr(self, "found_inf", None) is not None or self.nonfinite == "skip"
@@ -715,7 +719,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         for kernel, (cell, span) in zip(kernels, point.spans, strict=True):
             p = cell.block.tensors
             assert kernel is not None
-            kernel(cell, p, fused.aligned(a[span], p), self._lr(cell.block.leaves[0]), False)
+            kernel(cell, p, fused.aligned(a[span], cell.block), self._lr(cell.block.leaves[0]), False)
         return True
 
     def _finish(self, loss: Any, graph: list[Tensor | None] | None) -> None:
@@ -725,7 +729,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         good_inputs = pending is not None or self._listening.collect(self._bound.cells, self.nonfinite != "propagate")
         good_products = True
         if pending is None:
-            point = self._point(unscaled([leaf.param.grad for leaf in self._bound.leaves], scale))
+            point = self._point(unscaled(self._given, scale))
             evidence = Evidence(hessian=None if graph is None else self._hessian(point, graph))
             if graph is not None and self.nonfinite != "propagate":
                 good_products = self._products(point, evidence)
@@ -858,7 +862,7 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def measure(self, name: str, scale: float | Tensor | None, length: Callable[[], Tensor] | None) -> Tensor | float:
         """A number of the last step, from gradients and state as they are now: see :class:`precond.optimizer.record.Record`."""
-        point = self._point(unscaled([leaf.param.grad for leaf in self._bound.leaves], scale))
+        point = self._point(unscaled(self._given, scale))
         return measure(point, name, self._gradient_based, length)
 
     # --- saving ----------------------------------------------------------------------------------------------------------
