@@ -127,7 +127,7 @@ def test_what_is_not_supported_names_the_option(recipe):
 @each
 def test_capturable_is_taken_or_refused_with_the_reason(recipe):
     if recipe in OBSERVING or "SAM" in recipe:
-        with pytest.raises(ValueError, match="capturable=True: it (observes the inputs|asks for second gradients)"):
+        with pytest.raises(ValueError, match=r"capturable=True: it (observes the inputs|asks for second gradients)"):
             make(recipe, net(), capturable=True)
         return
     ends = []

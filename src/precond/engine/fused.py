@@ -73,9 +73,7 @@ class _OfInner:
 
     of: Kernel
 
-    def __call__(
-        self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None
-    ) -> None:
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
         self.of(replace(cell, state=cell.state["inner"]), p, g, lr, maximize, found_inf)
 
 
@@ -175,9 +173,7 @@ class _Adam:
     momentum: Momentum
     decay: _Decay
 
-    def __call__(
-        self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None
-    ) -> None:
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
         adam = torch._fused_adam_ if self.decay.coupled else torch._fused_adamw_
         state = cell.state
         adam(
@@ -205,9 +201,7 @@ class _RMSprop:
     P: RMS
     decay: _Decay
 
-    def __call__(
-        self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None
-    ) -> None:
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
         state = cell.state
         never = torch.full((), _FOREVER, device=p[0].device)
         if self.decay.coupled or maximize:
@@ -243,9 +237,7 @@ class _Adagrad:
     P: AdaGrad
     decay: _Decay
 
-    def __call__(
-        self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None
-    ) -> None:
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
         state = cell.state
         torch._fused_adagrad_(
             p,
@@ -267,9 +259,7 @@ class _SGD:
     nesterov: bool
     decay: _Decay
 
-    def __call__(
-        self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None
-    ) -> None:
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
         if self.decay.decoupled:
             torch._foreach_mul_(p, 1 - lr * self.decay.decoupled * (1.0 if found_inf is None else 1 - found_inf.double()))
         torch._fused_sgd_(

@@ -124,8 +124,9 @@ def bind(
     cells, entries = plan.build(leaves, live, choices, existing, naming.outside, plainly, clean, there)
     if rounding == "kahan":
         entries += _residuals([leaves[i] for i in live], existing)
-    _, *kinds = read_kinds(params)
-    return Binding(leaves, choices, cells, entries, read_options(groups, naming), ([p not in frozen for p in params], *kinds))
+    _, dtypes, devices = read_kinds(params)
+    kinds = [p not in frozen for p in params], dtypes, devices
+    return Binding(leaves, choices, cells, entries, read_options(groups, naming), kinds)
 
 
 def choices_of(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[Choice]:

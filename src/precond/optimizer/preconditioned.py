@@ -334,11 +334,13 @@ class PreconditionedGD(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a GradScaler leaves unscaling, and skipping after an overflow, to :meth:`step`.
 
-        Second gradients need that, and replicas, which must agree on a skip. Trainers refuse to clip the gradients of
-        an optimizer that says so; no scaler is at work while a closure runs.
+        Second gradients need that, and replicas, which must agree on a skip, and what is captured, since the scaler would wait for the
+        device. Trainers refuse to clip the gradients of an optimizer that says so; no scaler is at work while a closure runs.
         """
         shared = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in self.owners.alive())
-        return not self._closing and (self._probing or shared or any(leaf.shard is not None for leaf in self._bound.leaves))
+        unread = any(group.get("capturable") for group in self.param_groups)
+        divided = any(leaf.shard is not None for leaf in self._bound.leaves)
+        return not self._closing and (self._probing or shared or divided or unread)
 
     @property
     def observes(self) -> bool:
@@ -643,7 +645,9 @@ class PreconditionedGD(torch.optim.Optimizer):
         if rest and not work:
             return False
         point = self._point(self._given if gradients is None else gradients, rest) if rest else None
-        found = (*(x for _, _, g in work for x in g), *(() if point is None else point.g)) if self.nonfinite != "propagate" else ()
+        found = (
+            (*(x for _, _, g in work for x in g), *(() if point is None else point.g)) if self.nonfinite != "propagate" else ()
+        )
         verdict = self._verdict(found, loss) if unread else None
         if found and verdict is None and not self._agreed(vec.all_finite(found) and (loss is None or finite_loss(loss))):
             return False
@@ -752,7 +756,12 @@ class PreconditionedGD(torch.optim.Optimizer):
                 # Of each tensor what this process holds; put together when it is asked for.
                 length = partial(point.sums.norm, tuple(lengths)) if lengths else None
             self.last = Record(
-                self, loss, gradients=count, skipped=verdict or False, scale=None if pending is not None else scale, length=length
+                self,
+                loss,
+                gradients=count,
+                skipped=verdict or False,
+                scale=None if pending is not None else scale,
+                length=length,
             )
         if pending is not None:
             pending.give_back()
