@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from precond.exchange import Pieces, held_by
 from precond.sharding import Shard, Sums, local, sums
 from precond.turns import is_due
 from precond.vec import Vec
@@ -36,6 +37,7 @@ class Leaf:
         sites: where the inputs of the layer are observed, for which it is the weight or the bias.
         inputs_first: whether its first dimension counts the inputs of its layer, as in transposed convolutions.
         turn: which of the steps of a period its periodic work falls on (:mod:`precond.turns`).
+        replicas: the processes that hold copies of it, as under DistributedDataParallel; None where none are known.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Leaf:
     inputs_first: bool = False
     attribute: str = field(default="", repr=False)
     turn: int = 0
+    replicas: Any = field(default=None, repr=False)
 
     @property
     def shape(self) -> torch.Size:
@@ -62,10 +65,20 @@ class Leaf:
         """How it is divided among processes; None where this one holds all of it."""
         return Shard.of(self.param)
 
+    @cached_property
+    def pieces(self) -> Pieces | None:
+        """Who holds what of it; None where this process alone is known to hold it."""
+        return held_by(self.param, self.replicas)
+
     @property
     def tensor(self) -> Tensor:
         """The memory that this process holds of it."""
         return self.local(self.param)
+
+    @property
+    def known(self) -> bool:
+        """Whether its values are those of ``tensor``."""
+        return True
 
     def local(self, t: Tensor) -> Tensor:
         """This process's part of a tensor that is divided like the parameter."""
@@ -74,6 +87,28 @@ class Leaf:
     def whole(self, part: Tensor) -> Tensor:
         """The inverse of :meth:`local`."""
         return part if self.shard is None else self.shard.whole(part)
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered(Leaf):
+    """A parameter of which processes hold parts, where one of them steps all of it: its gradient comes, and its values stay away.
+
+    Attributes:
+        zeros: what ``tensor`` is, of its whole shape, unless values are shown.
+        shown: its values, for as long as they are shown.
+    """
+
+    zeros: Tensor = field(default_factory=lambda: torch.zeros(()), repr=False)
+    shown: list[Tensor] = field(default_factory=list, repr=False)
+    shard = None
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.shown[-1] if self.shown else self.zeros
+
+    @property
+    def known(self) -> bool:
+        return bool(self.shown)
 
 
 Rule = Callable[[Leaf], bool] | str
@@ -140,7 +175,12 @@ class Block:
     @property
     def tensors(self) -> Vec:
         """What this process holds of the parameters: the tensors that are stepped."""
-        return tuple(leaf.tensor for leaf in self.leaves) if self.sharded else self.params
+        return tuple(leaf.tensor for leaf in self.leaves)
+
+    @property
+    def known(self) -> bool:
+        """Whether the values of all its parameters are known here."""
+        return all(leaf.known for leaf in self.all_leaves)
 
     @cached_property
     def dtypes(self) -> list[torch.dtype]:
@@ -346,6 +386,19 @@ class State(dict[str, Any]):
                 out[key] = tuple(t + steps for t in value)
             else:
                 out[key] = tuple(t.clone() for t in value) if isinstance(value, tuple) else value.clone()
+        return out
+
+    def hollow(self) -> State:
+        """Its names, shapes and dtypes, and the step counts, with memory for one number of each tensor."""
+        out = State(self.block)
+        hollow = lambda t: t.new_zeros(()).expand(t.shape)  # noqa: E731
+        for key, value in self.items():
+            if isinstance(value, State):
+                out[key] = value.hollow()
+            elif key == "step":
+                out[key] = value
+            else:
+                out[key] = tuple(map(hollow, value)) if isinstance(value, tuple) else hollow(value)
         return out
 
     def member(self, k: int) -> State:

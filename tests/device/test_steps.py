@@ -21,7 +21,7 @@ def but(names: Iterable[str], failing: Iterable[str], reason: str) -> pytest.Mar
 
 ROOTS = {
     "whitening", "muon with whitening", "soap with whitening", "shampoo", "shampoo, sums, tiles, adaptive SAM in z",
-    "KFAC on whitening", "auto, SAM in p", "Polar, gradient norm in z, clipped", "BNP with Polar, heavy ball",
+    "KFAC on whitening", "auto, SAM in p", "auto, hyperball, SAM in p", "Polar, gradient norm in z, clipped", "BNP with Polar, heavy ball",
 }  # fmt: skip
 
 

@@ -85,7 +85,7 @@ class Training:
         ]
 
 
-ON_THE_HOST = {"step", "count", "noise", "size", "examples"}
+ON_THE_HOST = {"step", "count", "noise", "size", "examples", "averaged"}
 """Numbers that the host knows and keeps: of steps, as torch does, and of the samples that layers saw."""
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from precond import vec
 from precond.blocks import COUNTS, Block, Leaf, Stack, State, counted_together, state_dtype, whole_numbers
 from precond.engine.verdict import Verdict
 from precond.inputs import Request
@@ -75,6 +76,17 @@ class Cell:
         )
 
     @property
+    def cells(self) -> Sequence[Cell]:
+        """The cells that step blocks: itself, or those that it holds."""
+        return (self,)
+
+    @property
+    def joint(self) -> list[int]:
+        """How many of its leaves P takes jointly, block after block."""
+        size = 1 if self.preconditioner.diagonal else len(self.block.leaves)
+        return [size] * (len(self.index) // size)
+
+    @property
     def leaves(self) -> tuple[Leaf, ...]:
         """All leaves, in the order of ``index``."""
         return self.block.all_leaves
@@ -94,6 +106,12 @@ class Cell:
         if self._handled is None or self._handled[0] is not self.preconditioner:
             self._handled = self.preconditioner, self.preconditioner.handles(self.block)
         return self._handled[1]
+
+    def taking(self, has: Sequence[bool]) -> Cell:
+        """The cell on what a step takes, where some leaves have a gradient: what is joint stays together."""
+        if all(has) or not self.preconditioner.entrywise:
+            return self
+        return self.restricted(tuple(i for i, h in enumerate(has) if h))
 
     def restricted(self, keep: tuple[int, ...]) -> Cell:
         """The cell on some of its leaves, for a step in which the others have no gradient."""
@@ -127,7 +145,11 @@ class Cell:
         if self.handled:
             gradient = self.block.gathered(gradient)
             momentum = self._clean_momentum(state, gradient)
-            self.acting.observe(state, Evidence(gradient, self.inputs, momentum, self._position))
+            self.acting.observe(state, Evidence(gradient, self.inputs, momentum, self._shown))
+
+    @property
+    def _shown(self) -> Callable[[], Vec] | None:
+        return self._position if self.block.known else None
 
     def _position(self) -> Vec:
         return self.block.gathered(tuple(leaf.tensor.detach().to(state_dtype(leaf.param.dtype)) for leaf in self.leaves))
@@ -147,14 +169,15 @@ class Cell:
         self.momentum.fold(own, gradient)
         return self.momentum.current(own, gradient)
 
-    def descent(self, a: Vec, least: Scalar = 0.0, fold: bool = True) -> Vec:
+    def descent(self, a: Vec, least: Sequence[Scalar] = (), fold: bool = True) -> Vec:
         """F N Nᵀ · momentum(Fᵀa) with P = F N, or momentum(M a) where the momentum is one of tangents; one tensor for each leaf.
 
-        M is damped until its eigenvalues are at most 1/``least``, where that is not 0 and its map has such a form.
+        M is damped until its eigenvalues are at most 1/t, t the largest of ``least``, where that is not 0 and its map has such a form.
         """
         F, N = self.factors()
-        if isinstance(F, Identity) and (isinstance(least, Tensor) or least):
-            N = N.bounded(least)
+        t = reduce(vec.larger, {id(x): x for x in least}.values()) if least else 0.0
+        if isinstance(F, Identity) and (isinstance(t, Tensor) or t):
+            N = N.bounded(t)
         return self._stepped(F.rmv(self.block.gathered(a)), F, N, fold)
 
     def _stepped(self, y: Vec, F: LinearMap, N: LinearMap, fold: bool = True) -> Vec:
@@ -165,13 +188,17 @@ class Cell:
     def advance(self, g: Vec, verdict: Verdict | None = None) -> Vec:
         """:meth:`observe` and :meth:`descent` of a gradient to which nothing is added, and the step counted, if it is taken."""
         count_step(self.state, verdict)
+        return self.taken(g)
+
+    def taken(self, g: Vec) -> Vec:
+        """:meth:`advance` where the step is counted already."""
         plain = self.momentum is None or (self.keeps_cotangents and "clean" not in self.average)
         if not self.handled or not plain:
             self.observe(self.state, g)
             return self.descent(g)
         P = self.acting
         if not self.preconditioner.uses_momentum:  # nothing keeps what the next call needs no more
-            seen = lambda: Evidence(self.block.gathered(g), self.inputs, None, self._position)  # noqa: E731
+            seen = lambda: Evidence(self.block.gathered(g), self.inputs, None, self._shown)  # noqa: E731
             return self.block.scattered(P.push(self.state, self._averaged(P.pull(self.state, seen()), "cotangent", fold=True)))
         gradient = self.block.gathered(g)
         # What was put side by side is memory of the step's own, and what is made of the momentum alone asks for no gradient.
@@ -186,7 +213,7 @@ class Cell:
                 if write
                 else self.momentum.current(self.average, gradient)
             )
-        return self.block.scattered(P.descend(self.state, Evidence(gradient, self.inputs, m, self._position)))
+        return self.block.scattered(P.descend(self.state, Evidence(gradient, self.inputs, m, self._shown)))
 
     def factors(self) -> tuple[LinearMap, LinearMap]:
         """(F, N) with P = F N, on the tensors of the block; the momentum of cotangents is kept in the coordinates of F."""
@@ -210,6 +237,10 @@ class Cell:
     def keeps_cotangents(self) -> bool:
         """Whether the average is one of cotangents."""
         return self.momentum is not None and self.momentum.of == "cotangent"
+
+    def damped(self, P: LinearMap, delta: float | None) -> LinearMap:
+        """A map of the cell, damped as its preconditioner advises where a penalty says nothing."""
+        return P.damped(self.preconditioner.advised_damping if delta is None else delta)
 
     def map(self, state: State) -> LinearMap:
         """P from ``state``, on one tensor for each leaf."""

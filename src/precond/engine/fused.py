@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from precond.blocks import Block, Stack
+from precond.blocks import Stack
 from precond.engine.arrow import arrow
 from precond.engine.cells import Cell, Choice
 from precond.engine.coordinates import adam_in_coordinates
@@ -115,14 +115,8 @@ def _of_layer(cell: Cell, decay: _Decay) -> Kernel | None:
     return polar(cell, P, momentum, decay.decoupled)
 
 
-def aligned(gradients: Tensors, block: Block) -> Tensors | None:
-    """Gradients laid out in memory as the parameters are: the kernels walk along all tensors side by side.
-
-    None for sparse ones, and for those of another dtype.
-    """
-    p = block.tensors
-    if [x.dtype for x in gradients] != block.dtypes:
-        return None
+def aligned(gradients: Tensors, p: Tensors) -> Tensors | None:
+    """Gradients laid out in memory as the parameters are: the kernels walk along all tensors side by side. None for sparse ones."""
     try:
         if [x.stride() for x in gradients] == [y.stride() for y in p]:
             return gradients

@@ -1,13 +1,13 @@
 """One step, written as the equations: the reference that every faster way is tested against.
 
-P.observe(g);  c, d = Σ terms;  p ← p − α( M · momentum(g + c) + d );  prox
+P.observe(g);  c, d = Σ terms;  p ← p − α( bend(M · momentum(g + c)) + d );  prox
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, reduce
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from precond.engine.cells import count_step
 from precond.engine.point import Point
 from precond.engine.verdict import Verdict
 from precond.regularizers.base import At, Regularizer
-from precond.spaces import Cotangent, Instead, Prox, Tangent, Term
+from precond.spaces import Bend, Cotangent, Instead, Made, Prox, Tangent, Term
 from precond.vec import Scalar, Vec
 
 
@@ -141,9 +141,13 @@ def _step(point: Point, rules: Rules, evidence: Evidence, measured: bool, verdic
     terms = [*early, *late]
     tangents = [term for term in terms if isinstance(term, Tangent)]
     lengths: list[Tensor] = []
-    least = bounds(point, ats, regularizers) if rules.statistics_from == "loss" else [0.0] * len(point.cells)
-    for (cell, span), t in zip(point.spans, least, strict=True):  # one after the other: memory for one cell's step will do
-        u, lr = cell.advance(a[span], verdict) if alone else cell.descent(a[span], t), point.lr[span]
+    least = bounds(point, ats, regularizers) if rules.statistics_from == "loss" else []
+    # One after the other: memory for one cell's step will do, unless something looks at all of them.
+    each = (
+        (span, cell.advance(a[span], verdict) if alone else cell.descent(a[span], least[span])) for cell, span in point.spans
+    )
+    for span, u in bent(each, a, terms):
+        lr = point.lr[span]
         contracts.shapes("the step P Pᵀg", u, point.p[span])
         if measured:
             whole = _with(u, tangents, span)
@@ -151,8 +155,9 @@ def _step(point: Point, rules: Rules, evidence: Evidence, measured: bool, verdic
         _move(point.p[span], u, [term.part(span) for term in tangents], lr)
         del u  # memory for the next one's
     for term in terms:
-        if isinstance(term, Prox):
-            vec.copy_(point.p, term.apply(point.p))
+        last = term.apply if isinstance(term, Prox) else term.project if isinstance(term, Bend) else None
+        if last is not None:
+            vec.copy_(point.p, last(point.p))
     for cell in point.cells:
         cell.refresh()
     return lengths
@@ -169,17 +174,29 @@ def assemble(g: Vec, terms: Sequence[Term]) -> Vec:
     return g
 
 
+def bent(each: Iterable[tuple[slice, Vec]], a: Vec, terms: Sequence[Term]) -> Iterable[tuple[slice, Vec]]:
+    """(span, step) of the cells, which descend a, as terms bend them, stage after stage."""
+    bends = sorted((term for term in terms if isinstance(term, Bend)), key=lambda term: term.stage)
+    if not bends:
+        return each
+    spans, steps = zip(*each, strict=True)
+    u = tuple(t for step in steps for t in step)
+    made = Made(u, a)
+    for bend in bends:
+        u = bend.apply(u, made)
+    return [(span, u[span]) for span in spans]
+
+
 def bounds(point: Point, ats: Sequence[At], regularizers: Sequence[Regularizer]) -> list[Scalar]:
-    """The least t of each cell with α‖M‖·‖∇²R‖ ≤ 1 for ‖M‖ ≤ 1/t: no step along the gradient of a penalty in p goes beyond its minimum.
+    """The least t of each tensor with α‖M‖·‖∇²R‖ ≤ 1 for ‖M‖ ≤ 1/t: no step along the gradient of a penalty in p goes beyond its minimum.
 
     M made without knowing of the penalty may be as large as it likes, 1/σ² for inputs of a small variance σ². Where α‖M‖·2λ > 2, the
     steps p ← p − αM(g + 2λp) grow without bound, however small α∇²L is; (M⁻¹ + sI)⁻¹ in place of M leaves their fixed point.
     """
     curvature = [sum(x) for x in zip(*(r.stiffness(at) for r, at in zip(regularizers, ats, strict=True)), strict=True)]
     if all(not isinstance(x, Tensor) and x == 0 for x in curvature):
-        return [0.0] * len(point.cells)
-    each = vec.combined(lambda x, c: x * c, point.lr, curvature)
-    return [reduce(vec.larger, {id(x): x for x in each[span]}.values()) for _, span in point.spans]
+        return []
+    return vec.combined(lambda x, c: x * c, point.lr, curvature)
 
 
 def last_update(point: Point) -> Vec:
@@ -188,8 +205,8 @@ def last_update(point: Point) -> Vec:
     terms = [r.term(point.at(k, point.maps)) for k, r in enumerate(regularizers) if not (r.probes or r.exact)]
     a = assemble(point.g, terms)
     tangents = [term for term in terms if isinstance(term, Tangent)]
-    moves = [_with(cell.descent(a[span], fold=False), tangents, span) for cell, span in point.spans]
-    return tuple(t for u in moves for t in u)
+    each = ((span, cell.descent(a[span], fold=False)) for cell, span in point.spans)
+    return tuple(t for span, u in bent(each, a, terms) for t in _with(u, tangents, span))
 
 
 def _move(p: Vec, u: Vec, tangents: Sequence[Tangent], lr: Sequence[Scalar]) -> None:

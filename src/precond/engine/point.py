@@ -55,8 +55,11 @@ class Point:
     @property
     def _joint(self) -> list[slice]:
         """The tensors that P takes jointly."""
-        sizes = ((s, 1 if cell.preconditioner.entrywise else len(cell.block.leaves)) for cell, s in self.spans)
-        return [slice(i, i + m) for s, m in sizes for i in range(s.start, s.stop, m)]
+        out: list[slice] = []
+        for size in (n for cell in self.cells for n in cell.joint):
+            start = out[-1].stop if out else 0
+            out.append(slice(start, start + size))
+        return out
 
     @property
     def storage(self) -> Vec:
@@ -101,13 +104,24 @@ class Point:
                 return P(takes_part, self.sums)
             if not first.takes_damping:
                 return Z(joined, takes_part, self.sums)
-            damped = lambda: [m.damped(_damping(first, cell)) for cell, m in zip(self.cells, maps(), strict=True)]  # noqa: E731
+            damped = lambda: [cell.damped(m, first.damping) for cell, m in zip(self.cells, maps(), strict=True)]  # noqa: E731
             return Z(lambda: self.joined(damped()), takes_part, self.sums)
 
         joined = lambda: self.joined(maps())  # noqa: E731
         dtype = max((leaf.param.dtype for leaf in self.leaves), key=lambda d: torch.finfo(d).eps)
         return At(
-            self.p, self.g, self.lr, values, takes_part, space, joined, dtype=dtype, sums=self.sums, joint=self._joint, **more
+            self.p,
+            self.g,
+            self.lr,
+            values,
+            takes_part,
+            space,
+            joined,
+            dtype=dtype,
+            sums=self.sums,
+            joint=self._joint,
+            leaves=self.leaves,
+            **more,
         )
 
     def hessian(self, gradient: Sequence[Tensor | None]) -> Callable[[Vec], Vec]:
@@ -133,10 +147,6 @@ def _is_zero(x) -> bool:
     return not isinstance(x, Tensor) and x == 0
 
 
-def _damping(regularizer: Regularizer, cell: Cell) -> float:
-    return cell.preconditioner.advised_damping if regularizer.damping is None else regularizer.damping
-
-
 def gather(
     cells: Sequence[Cell],
     choices: Sequence[Choice],
@@ -154,8 +164,7 @@ def gather(
         has = [gradients[i] is not None for i in cell.index]
         if not any(has):
             continue
-        if not all(has) and cell.preconditioner.entrywise:
-            cell = cell.restricted(tuple(i for i, h in enumerate(has) if h))
+        cell = cell.taking(has)
         kept.append(cell)
         for i, leaf in zip(cell.index, cell.leaves, strict=True):
             leaves.append(leaf)

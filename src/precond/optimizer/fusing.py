@@ -77,7 +77,7 @@ def divided(
             continue
         if not whole:
             cell = cell.restricted(tuple(i for i, x in enumerate(grads) if x is not None))
-        laid_out = fused.aligned(g, cell.block)
+        laid_out = fused.aligned(g, cell.block.tensors) if [x.dtype for x in g] == cell.block.dtypes else None
         if laid_out is None:
             rest.append(cell)
         else:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -13,19 +13,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from precond import checks, vec
+from precond import checks, contracts, vec
 from precond.arguments import fitted, number
+from precond.averages import WeightAverage
 from precond.blocks import Leaf
 from precond.engine import fused, loop
 from precond.engine.cells import Cell, Choice, count_on_host, count_step, uncounted
 from precond.engine.fused import Kernel
 from precond.engine.loop import Evidence, Rules
 from precond.engine.point import Point, gather
+from precond.engine.sharing import Shared
 from precond.engine.verdict import Verdict, over
 from precond.interrupts import Uninterrupted
 from precond.maps import LinearMap
 from precond.momentum import Momentum
 from precond.optimizer import serialization
+from precond.optimizer.averaging import Averaged
 from precond.optimizer.binding import Binding, bind, choices_of
 from precond.optimizer.compatibility import check_precision, listed, validate
 from precond.optimizer.explanation import Explanation, explain
@@ -78,6 +81,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         engine: ``"auto"``, ``"loop"`` (the readable reference), or ``"fused"`` (an error where no fused kernel fits).
         rounding: of 16-bit parameters: ``"nearest"`` as torch.optim, or ``"kahan"``, which carries what rounding lost in one
             more 16-bit number per parameter, so that small updates add up. State is float32 in any case.
+        average: None, or an average of the weights, such as :class:`~precond.EMA`, at which ``with optimizer.averaged():`` evaluates.
         capturable: on accelerators, steps may be captured in a CUDA graph: the device counts them, and all that formulas make of the
             count stays there. On processors it does nothing. Not for what observes inputs or asks for second gradients, which read
             counts of samples and random states on the host. See :attr:`program`.
@@ -115,6 +119,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         engine: Literal["auto", "loop", "fused"] = "auto",
         rounding: Literal["nearest", "kahan"] = "nearest",
         capturable: bool = False,
+        average: WeightAverage | None = None,
         naming: Naming | None = None,
     ):
         name = "PreconditionedGD" if naming is None else naming.name
@@ -130,19 +135,20 @@ class PreconditionedGD(torch.optim.Optimizer):
         checks.one_of(name, "nonfinite", nonfinite, ("propagate", "raise", "skip"))
         checks.one_of(name, "engine", engine, ("auto", "loop", "fused"))
         checks.one_of(name, "rounding", rounding, ("nearest", "kahan"))
+        if average is not None:
+            contracts.instance(name, "average", average, WeightAverage, "None or one, such as precond.EMA(0.999)")
         if max_norm is not None:
             max_norm = number(name, "max_norm", max_norm)
             checks.positive(name, max_norm=max_norm)
         validate(name, choice, statistics_from)
         self.rules = Rules(statistics_from, max_norm, norm_space, engine == "loop")
-        self.nonfinite, self.engine, self.rounding = nonfinite, engine, rounding
+        self.nonfinite, self.engine, self.rounding, self.average = nonfinite, engine, rounding, average
         self._gradient_based = next((k for k, r in enumerate(choice.regularizers) if r.probes or r.exact), None)
         self._probing = self._gradient_based is not None and choice.regularizers[self._gradient_based].probes
+        self._dealt: dict[Tensor, int] = {}  # which rank owns which parameters' blocks
         self._requests, self._timeless = preconditioner.requests, preconditioner.timeless
-        if capturable and (self._requests or self._gradient_based is not None or nonfinite == "raise"):
-            what = "observes the inputs of layers" if self._requests else "asks for second gradients"
-            what = "with nonfinite='raise' looks at every gradient" if nonfinite == "raise" else what
-            raise ValueError(f"{name}: capturable=True: it {what}, of which the host must know; leave capturable out")
+        if capturable:
+            self._check_capturable()
         self._forget()
         modules: list[nn.Module] = []
         groups = to_groups(params, modules)
@@ -181,7 +187,8 @@ class PreconditionedGD(torch.optim.Optimizer):
         self._pending: Probe | None = None
         self._spare: dict[Tensor, Tensor] = {}
         self._clearings = Clearings()
-        self._closing = self._told = False
+        self._closing = self._evaluating = self._told = False
+        self._averaged: Averaged | None = None
         self._listening = Listening(self._requests)
         self._warned = False
         self.last = Record(self)
@@ -194,6 +201,11 @@ class PreconditionedGD(torch.optim.Optimizer):
     def frozen(self) -> set[Tensor]:
         """The parameters that wanted no gradients in the last step."""
         return self._bound.frozen
+
+    @property
+    def shared(self) -> list[Shared]:
+        """What ranks step for each other."""
+        return self._bound.shared
 
     def bound_to(
         self,
@@ -209,18 +221,36 @@ class PreconditionedGD(torch.optim.Optimizer):
             return device if asked and device.type not in ("cpu", "meta") else None
 
         return bind(
-            groups, self.owners, self.naming, self.observes, self.rounding, self.rules.plainly, clean, existing, frozen, there
+            groups,
+            self.owners,
+            self.naming,
+            self.observes,
+            self.rounding,
+            self.rules.plainly,
+            clean,
+            existing,
+            frozen,
+            self._dealt,
+            there,
+            self.average,
         )
 
     @property
     def _unread(self) -> bool:
         """Whether a step may be skipped without the host's knowing: accelerators count their steps then.
 
-        Where the number of a step decides what it does, and where it takes statistics of inputs, whose samples the host counts, or second
-        gradients, the host must know.
+        Where the number of a step decides what it does, and where it takes statistics of inputs, whose samples the host counts, second
+        gradients, an average of the weights, or where ranks step for each other, the host must know.
         """
         skips = self.nonfinite == "skip" or (self._told and self.nonfinite == "propagate")
-        return skips and self._timeless and self._gradient_based is None and not self._requests
+        return (
+            skips
+            and self._timeless
+            and self._gradient_based is None
+            and not self._requests
+            and self.average is None
+            and not self._dealt
+        )
 
     def adopt(self, bound: Binding, state: defaultdict[Tensor, Any]) -> None:
         """Take a binding and its state as the optimizer's own."""
@@ -228,6 +258,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         for leaf, key, tensor in bound.entries:
             self.state[leaf.param][self.naming.outside(key)] = tensor
         self._bound, self._kernels_of, self._pending = bound, None, None
+        self._averaged = None if self.average is None else Averaged.of(self.average, bound.entries)
 
     def _follow_groups(self) -> None:
         """Follow groups and model: numbers may have changed, parameters been frozen, thawed, converted, moved, or replaced."""
@@ -393,6 +424,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             TypeError, ValueError: for a closure that returns no scalar. None will do where no second gradient is needed.
             FloatingPointError: for inf or NaN with ``nonfinite="raise"``.
         """
+        self._check_training("step")
         self._follow_groups()
         if not self._told and getattr(self, "found_inf", None) is not None:
             self._told = True
@@ -414,12 +446,15 @@ class PreconditionedGD(torch.optim.Optimizer):
                 self._settle()
         elif self._gradient_based is not None:
             self._check_probed()
+        before = [] if self._averaged is None else self._averaged.steps()
         with Uninterrupted():
             try:
                 counting = uncounted(self._bound.cells) if captured else nullcontext()
                 with torch.no_grad(), self._own_precision(), counting:
                     if not self._fuse(loss):
                         self._finish(loss, graph)
+                    if self._averaged is not None:
+                        self._averaged.fold(before)
             finally:
                 self._listening.again(self._bound.cells)
         return loss
@@ -528,6 +563,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         """
         if not self._probing:
             return False
+        self._check_training("probe")
         if self._pending is None:
             self._follow_groups()
         return self._next_probe(grad_scale, self._listening.recorder)
@@ -662,12 +698,30 @@ class PreconditionedGD(torch.optim.Optimizer):
         self.last = Record(self, loss, skipped=verdict or False, scale=scale)
         return True
 
+    def _check_capturable(self) -> None:
+        """Refuse to promise what a CUDA graph cannot repeat."""
+        whys = {
+            "observes the inputs of layers": bool(self._requests),
+            "asks for second gradients": self._gradient_based is not None,
+            "keeps an average of the weights": self.average is not None,
+            "looks at every gradient, nonfinite='raise'": self.nonfinite == "raise",
+        }
+        if why := next((what for what, found in whys.items() if found), None):
+            raise ValueError(
+                f"{self.naming.name}: capturable=True: it {why}, of which the host must know; leave capturable out"
+            )
+
     def _check_capture(self) -> None:
         """Refuse what a CUDA graph would not repeat."""
         if missing := [leaf.name for leaf in self._bound.leaves if not self.param_groups[leaf.group].get("capturable")]:
             raise RuntimeError(
                 f"{self.naming.name}: a CUDA graph of its step is captured, but the group of {missing[0]!r} is not capturable: make "
                 "it with capturable=True"
+            )
+        if not all("clock" in cell.state for cell in self._bound.cells):
+            raise RuntimeError(
+                f"{self.naming.name}: a CUDA graph of its step is captured, but ranks step for each other, and the host counts their "
+                "steps; leave the step out of the graph"
             )
 
     @property
@@ -723,7 +777,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         for kernel, (cell, span) in zip(kernels, point.spans, strict=True):
             p = cell.block.tensors
             assert kernel is not None
-            kernel(cell, p, fused.aligned(a[span], cell.block), self._lr(cell.block.leaves[0]), False)
+            kernel(cell, p, fused.aligned(a[span], p), self._lr(cell.block.leaves[0]), False)
         return True
 
     def _finish(self, loss: Any, graph: list[Tensor | None] | None) -> None:
@@ -867,19 +921,62 @@ class PreconditionedGD(torch.optim.Optimizer):
         """Which preconditioner acts on which parameter, and which parameters it takes jointly; ``print`` it."""
         self._follow_groups()
         choices = [choice.preconditioner for choice in self._bound.choices]
-        return explain(self._bound.leaves, self._bound.cells, choices, self._listening.unobserved)
+        return explain(self._bound.leaves, self._bound.blocks, choices, self._listening.unobserved)
 
     def measure(self, name: str, scale: float | Tensor | None, length: Callable[[], Tensor] | None) -> Tensor | float:
         """A number of the last step, from gradients and state as they are now: see :class:`precond.optimizer.record.Record`."""
         point = self._point(unscaled(self._given, scale))
         return measure(point, name, self._gradient_based, length)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model at the average of its weights: ``with optimizer.averaged(): evaluate(model)``, or save what is to be used.
+
+        Afterwards the parameters are where they were, bit for bit, also after an exception. The average is part of the state dict, so that a
+        resumed training goes on with it. Normalization layers keep the running statistics of the weights that were trained:
+        ``torch.optim.swa_utils.update_bn`` makes those of the average.
+
+        Raises:
+            RuntimeError: where no average is kept, at a probed point, or within another such block.
+
+        Example:
+            >>> import torch, precond
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> optimizer = precond.sgd(model, lr=1.0, average=precond.TailMean(start=2))
+            >>> torch.nn.init.zeros_(model.weight).grad = torch.tensor([[-1.0]])
+            >>> for _ in range(3):
+            ...     _ = optimizer.step()
+            >>> with optimizer.averaged():
+            ...     model.weight.item()
+            2.5
+            >>> model.weight.item()
+            3.0
+        """
+        if self.average is None:
+            raise RuntimeError(f"averaged: {self.naming.name} keeps no average of the weights; pass average=precond.EMA(0.999)")
+        self._check_settled("averaged")
+        self._follow_groups()
+        assert self._averaged is not None
+        with self._averaged.evaluated():
+            self._evaluating = True
+            try:
+                yield
+            finally:
+                self._evaluating = False
+
+    def _check_training(self, what: str) -> None:
+        if self._evaluating:
+            raise RuntimeError(f"{what}: the parameters stand at their average; leave `with optimizer.averaged():` first")
+
     # --- saving ----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim's; torch-named recipes use torch's names, and torch's class of that name loads it."""
+        """As torch.optim's; torch-named recipes use torch's names, and torch's class of that name loads it.
+
+        Where ranks step parameters for each other (docs/distributed.md) every rank must call it: owners send their state.
+        """
         self._check_settled("state_dict")
-        return serialization.started(super().state_dict(), self)
+        return serialization.started(serialization.whole(super().state_dict(), self), self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this optimizer's state dict, or torch's of the recipe's name; all or nothing. State keeps its dtype.
@@ -900,6 +997,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             post_hook(self)
 
     def _check_settled(self, what: str) -> None:
+        self._check_training(what)
         if self.probing:
             raise RuntimeError(f"{what}: the parameters stand at a probed point; finish the step or call restore() first")
 
@@ -907,7 +1005,8 @@ class PreconditionedGD(torch.optim.Optimizer):
         self._check_settled("copying or pickling the optimizer")
         # An LR scheduler puts a `step` on the instance that calls this very optimizer's.
         derived = {
-            "step", "last", "_bound", "_kernels_of", "_pending", "_spare", "_clearings", "_closing", "_listening", "_warned",
+            "step", "last", "_bound", "_averaged", "_evaluating", "_kernels_of", "_pending", "_spare", "_clearings", "_closing",
+            "_listening", "_warned",
         }  # fmt: skip
         state = {k: v for k, v in self.__dict__.items() if k not in derived and "hook" not in k}
         return {**state, "owners": Owners(known=self.owners.leaves(self.param_groups))}

@@ -41,6 +41,9 @@ class AdaGrad(Preconditioner):
         settle(self)
         checks.non_negative("AdaGrad", eps=self.eps, initial=self.initial, lr_decay=self.lr_decay)
 
+    def looks(self, step: int) -> bool:
+        return False
+
     def init(self, block: Block) -> dict:
         return {"r": block.zeros(self.initial)}
 

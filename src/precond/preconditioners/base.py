@@ -190,9 +190,39 @@ class Preconditioner(ABC):
         return "entry" if self.entrywise else "block"
 
     @property
+    def dealt(self) -> bool:
+        """Whether, where several processes hold a parameter, one does its work for all and alone keeps its state.
+
+        What works on matrices is; what is diagonal costs less than to send its result.
+        """
+        if self.constituents:
+            return any(part.dealt for part in self.constituents)
+        return self.needs == "block" and not self.diagonal
+
+    @property
     def requests(self) -> frozenset[Request]:
         """What it wants to know of the inputs of layers; nothing by default."""
         return frozenset()
+
+    def idle(self, step: int) -> bool:
+        """Whether nothing of layer inputs is to be observed for a step, whatever the statistics are."""
+        if self.constituents:
+            return all(part.idle(step) for part in self.constituents)
+        return not self.requests
+
+    def looks(self, step: int) -> bool:
+        """Whether it may look at the parameters' values in a step; where processes hold parts of them, they are sent to it then."""
+        return any(part.looks(step) for part in self.constituents) if self.constituents else True
+
+    def cost(self, block: Block) -> float:
+        """About what a step of a block costs, products and a share of roots, to divide work among processes."""
+        out = 0.0
+        for leaf in block.leaves:
+            rows, columns = (
+                (leaf.shape[0], leaf.param.numel() // max(1, leaf.shape[0])) if leaf.ndim > 1 else (1, leaf.param.numel())
+            )
+            out += rows * columns * min(rows, columns) + (rows**3 + columns**3 if rows > 1 else 0) / 10
+        return out
 
     def lr_scale(self, leaf: Leaf) -> float:
         """What multiplies the learning rate of a leaf."""

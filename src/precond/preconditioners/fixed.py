@@ -42,6 +42,9 @@ class Fixed(Preconditioner):
         split = blocks.by_group if self.entrywise else blocks.together
         return [Part(i, self) for i in split(leaves)]
 
+    def looks(self, step: int) -> bool:
+        return False
+
     def init(self, block: Block) -> dict:
         return {}
 

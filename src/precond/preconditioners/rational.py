@@ -41,7 +41,7 @@ def renew(
             new = _in_bases(_joined(factors), _joined(bases), power, damping, scale)
         else:
             new = inverse_roots(_joined(factors), power, damping, scale)
-        fine = (new.diagonal(dim1=-2, dim2=-1).sum(-1) < torch.inf)[:, None, None]  # not where it is NaN, either
+        fine = new[:, :1, :1] < torch.inf  # what is not finite somewhere is NaN throughout
         for root, mine, ok in zip(roots, new.split(len(roots[0])), fine.split(len(roots[0])), strict=True):
             torch.where(ok, mine, root, out=root)
         return

@@ -59,6 +59,9 @@ class RMS(Preconditioner):
                 "otherwise the variance of the first gradient is zero and the first step has length 1/eps"
             )
 
+    def looks(self, step: int) -> bool:
+        return False
+
     def init(self, block: Block) -> dict:
         state = {"r": block.zeros()}
         if self.centered:

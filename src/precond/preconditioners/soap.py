@@ -42,7 +42,8 @@ class SOAP(Stacked):
         decay: ρ of r in [0, 1).
         eps: ε ≥ 0.
         factor_decay: ρ of L and R; None: ``decay``.
-        every: steps between refreshes: after the first gradient and then after each step that ``every`` divides.
+        every: steps between refreshes: after the first gradient and then after each step that ``every`` divides. Matrices of other shapes
+            than the first one take their turns in the steps before, so that no step refreshes all.
         drift: None, or refresh a basis only where it has turned from the eigenvectors by more than this (in [0, 1): the share of ‖Lq‖
             orthogonal to q, over a sample of columns q); it is measured where ``every`` allows a refresh.
         factor_every: steps between updates of L and R.
@@ -90,6 +91,9 @@ class SOAP(Stacked):
 
     def _sides(self, leaf: Leaf) -> tuple[bool, bool]:
         return sides_of(leaf.shape, self.sides, self.max_dim)
+
+    def looks(self, step: int) -> bool:
+        return False
 
     def init(self, block: Block) -> dict:
         (leaf,), (p,) = block.leaves, block.tensors
@@ -196,18 +200,20 @@ class SOAP(Stacked):
             if at_hand(r):
                 turned = [k for k, m in enumerate(may) if m is not None and bool(m.any())]
                 sides, may = [sides[k] for k in turned], [may[k] for k in turned]
-        names = {side: f"{side}_basis" for side, _ in sides}
-        moved = [as_matrices(m) for (m,) in carried] if sides else []
-        for side, name in names.items():
-            moved = [_turned(X, _orthogonal(state, name), side, back=True) for X in moved]
+        self._carry(state, carried, [side for side, _ in sides], back=True)
         for (side, basis), chosen in zip(sides, may, strict=True):
             if (order := basis.follow(state, side, chosen)) is not None:
                 R = as_matrices(r)
                 index = order[:, :, None] if side == "left" else order[:, None]
                 r.copy_(R.gather(1 if side == "left" else 2, index.expand(R.shape)).view(r.shape))
-        for side, name in names.items():
-            moved = [_turned(X, _orthogonal(state, name), side, back=False) for X in moved]
-        for (m,), X in zip(carried, moved, strict=bool(sides)):
+        self._carry(state, carried, [side for side, _ in sides], back=False)
+
+    def _carry(self, state: State, carried: Sequence[Vec], sides: Sequence[str], back: bool) -> None:
+        """Vectors into the coordinates of some sides' bases, or back."""
+        for (m,) in carried if sides else ():
+            X = as_matrices(m)
+            for side in sides:
+                X = _turned(X, _orthogonal(state, f"{side}_basis"), side, back)
             m.copy_(X.reshape(m.shape))
 
 
