@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from precond.exchange import Pieces, held_by
 from precond.sharding import Shard, Sums, local, sums
 from precond.turns import is_due, next_renewal
-from precond.vec import Scalar, Vec
+from precond.vec import Vec
 
 COUNTS = ("step", "clock")
 """What a state calls its counts of steps: the host's, and the device's where that counts."""
@@ -181,6 +181,11 @@ class Block:
     def known(self) -> bool:
         """Whether the values of all its parameters are known here."""
         return all(leaf.known for leaf in self.all_leaves)
+
+    @cached_property
+    def dtypes(self) -> list[torch.dtype]:
+        """Of the tensors; a block whose parameters are converted is made anew."""
+        return [t.dtype for t in self.tensors]
 
     @property
     def gradients(self) -> list[Tensor | None]:
@@ -359,7 +364,7 @@ class State(dict[str, Any]):
         return whole_numbers(self["step"][: len(self.block.leaves)])
 
     @property
-    def times(self) -> Sequence[Scalar]:
+    def times(self) -> Sequence[Any]:
         """The same as formulas take them: where the device counts, tensors of it (float64), one by one."""
         return self.steps if "clock" not in self else self._clock.unbind()
 
@@ -367,7 +372,7 @@ class State(dict[str, Any]):
     def _clock(self) -> Tensor:
         return counted_together(self["clock"][: len(self.block.leaves)]).double()
 
-    def unbiased(self, decay: float) -> Sequence[Scalar]:
+    def unbiased(self, decay: float) -> Sequence[Any]:
         """1 − ρᵗ of each leaf: the sum of the weights in an average that started at 0, by which it is divided."""
         if "clock" not in self:
             return [1 - decay**t for t in self.steps]
