@@ -163,7 +163,7 @@ class Observation:
         """
         chosen = self._chosen(request)
         together = self._synchronize and distributed()
-        seen = synchronized(self._observer) if together else self._observer.collect()
+        seen = synchronized(self._observer).seen if together else self._observer.collect()
         keys = ((site, (site.name, chosen)) for site in self._observer.sites)
         return {site.weight: self._of(site, chosen, seen[key]) for site, key in keys if key in seen}
 
