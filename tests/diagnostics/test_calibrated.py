@@ -53,6 +53,7 @@ def test_cells_of_one_task_alone_are_not_judged():
     ("low", "high", "words"),
     [
         (2.0, 5.04, "steps: about 2 to 5 times fewer, if the other layers keep up"),
+        (1.5, 48.0, "steps: fewer, from 1.5 to 48 times; trainings differed widely: try it"),
         (0.9, 12.4, "steps: as many, or up to 12 times fewer"),
         (0.5, 2.5, "steps: from 2 times more to 2.5 times fewer; try it"),
         (0.2, 1.05, "steps: no fewer"),

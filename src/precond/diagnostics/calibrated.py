@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 _SHARE = 0.8  # of cells that an interval shall hold
+_WIDE = 20  # times the low end: no plan is made with such an interval
 _FILE = "calibration.json"
 
 
@@ -42,6 +43,8 @@ class Gain:
         if self.high < 1.1:
             return "steps: no fewer"
         high = _factor(self.high)
+        if self.low >= 1.1 and self.high > _WIDE * self.low:
+            return f"steps: fewer, from {_factor(self.low)} to {high} times; trainings differed widely: try it"
         if self.low >= 1.1:
             return f"steps: about {_factor(self.low)} to {high} times fewer, if the other layers keep up"
         if self.low > 0.8:
