@@ -17,7 +17,8 @@ def turns(params: Sequence[Tensor]) -> list[int]:
     """Of each parameter its turn, of which :func:`phase` makes the steps of a period that its periodic work falls on.
 
     It is a function of the parameters' shapes and order alone. The first matrix has turn 0, and so has what is no matrix. Matrices of
-    one shape share a turn where the squares of their longer sides have at most twice as many entries as they all; of longer ones it takes several.
+    one shape share a turn where the squares of their longer sides have at most twice as many entries as they all; longer ones take
+    several.
     """
     newest = -1
     alike = Counter(p.shape for p in params)

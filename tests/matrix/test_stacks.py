@@ -130,7 +130,16 @@ def test_matrices_take_turns_by_their_shapes():
     p = lambda *shape: torch.empty(shape, device="meta")  # noqa: E731
     assert turns([p(4, 3), p(4), p(2, 3, 1, 1), p(4, 3), p(3, 4), p(0, 3)]) == [0, 0, 1, 0, 2, 0]
     assert turns([p(1000, 1000)] * 5 + [p(8, 8)]) == [0, 0, 1, 1, 2, 3]  # squares of two sides fit into 64 MiB twice
-    assert turns([p(8, 2)] * 8) == [0, 0, 0, 0, 1, 1, 1, 1]  # squares of four sides of 8 have twice as many entries as all of them
+    assert turns([p(8, 2)] * 8) == [
+        0,
+        0,
+        0,
+        0,
+        1,
+        1,
+        1,
+        1,
+    ]  # squares of four sides of 8 have twice as many entries as all of them
     assert [phase(turn) for turn in range(6)] == [0, 1 / 2, 1 / 4, 3 / 4, 1 / 8, 5 / 8]
     assert [t for t in range(1, 9) if is_due(t, 4, 0)] == [4, 8] and [t for t in range(1, 9) if is_due(t, 4, 3)] == [1, 5]
 

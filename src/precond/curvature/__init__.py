@@ -15,11 +15,17 @@ from precond.curvature.errors import (
 )
 from precond.curvature.estimates import Estimate, diagonal, trace
 from precond.curvature.invariances import Invariance, Invariances, invariances
+from precond.curvature.jacobian import Rectangular, jacobian
+from precond.curvature.kfac import ekfac, kfac
+from precond.curvature.kronecker import InBasis, LayerwiseMap, Pair
 from precond.curvature.neurons import LayerInputs, NeuronHessian, neuron_hessian, neuron_hessians, unit_curvatures
 from precond.curvature.objective import Objective
 from precond.curvature.operators import as_map, to_scipy
 from precond.curvature.precision import in_float64
 from precond.curvature.products import gauss_newton, hessian
+from precond.curvature.residuals import Equation, Residuals, natural_steps
+from precond.curvature.restricted import restricted
+from precond.curvature.roots import fisher, gauss_newton_root
 from precond.curvature.subspace import Span, Subspace
 from precond.curvature.symmetric import Shifted
 
@@ -28,17 +34,23 @@ __all__ = [
     "CoupledSamples",
     "CurvatureError",
     "Eigenvalues",
+    "Equation",
     "Estimate",
+    "InBasis",
     "Indefinite",
     "Inertia",
     "Invariance",
     "Invariances",
     "LayerInputs",
+    "LayerwiseMap",
     "NeuronHessian",
     "NoSecondDerivative",
     "NotResolved",
     "NotSymmetric",
     "Objective",
+    "Pair",
+    "Rectangular",
+    "Residuals",
     "Shifted",
     "Singular",
     "Span",
@@ -48,12 +60,19 @@ __all__ = [
     "condition_number",
     "diagonal",
     "eigenvalues",
+    "ekfac",
+    "fisher",
     "gauss_newton",
+    "gauss_newton_root",
     "hessian",
     "in_float64",
     "invariances",
+    "jacobian",
+    "kfac",
+    "natural_steps",
     "neuron_hessian",
     "neuron_hessians",
+    "restricted",
     "spectral_density",
     "to_scipy",
     "trace",

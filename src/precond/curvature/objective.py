@@ -107,8 +107,8 @@ class Objective:
         return self.params[0].device
 
     @cached_property
-    def weights(self) -> tuple[float, ...]:
-        """w_b."""
+    def sizes(self) -> tuple[float, ...]:
+        """n_b."""
         sizes = []
         for i in range(len(self.batches)):
             batch = self._batch(i)
@@ -117,7 +117,33 @@ class Objective:
                 raise ValueError(
                     f"Objective: size must be positive, got {sizes[-1]} for batch {i} of data; leave the batch out"
                 )
-        return tuple((n if self.reduction == "mean" else 1.0) / sum(sizes) for n in sizes)
+        return tuple(sizes)
+
+    @cached_property
+    def weights(self) -> tuple[float, ...]:
+        """w_b."""
+        return tuple((n if self.reduction == "mean" else 1.0) / self.total for n in self.sizes)
+
+    def standing_for(self, t: Tensor) -> Tensor:
+        """What stands in the place of a parameter of the model while this objective measures: itself, or its copy in float64."""
+        return self._twins.get(id(t), t)
+
+    @cached_property
+    def total(self) -> float:
+        """N = Σn, the number of examples."""
+        return sum(self.sizes)
+
+    def only(self, params: Iterable[Tensor | str] | Tensor | str) -> Objective:
+        """The same loss as a function of some of its parameters, the others being what they are.
+
+        Args:
+            params: parameters among :attr:`params`, or their names or patterns of names.
+        """
+        known = dict(zip(self.names, self.params, strict=True))
+        other = copy.copy(self)
+        chosen = _chosen(known, params)
+        other.names, other.params = tuple(chosen), tuple(chosen.values())
+        return other
 
     @contextmanager
     def measuring(self, index: int = 0) -> Iterator[None]:
@@ -216,7 +242,7 @@ def _dropouts(model: nn.Module) -> str:
 
 
 def _selected(model: nn.Module, params: Iterable[Tensor | str] | Tensor | str | None) -> tuple[tuple[str, ...], Vec]:
-    named = dict(model.named_parameters())
+    named: dict[str, Tensor] = dict(model.named_parameters())
     if params is None:
         chosen = {name: p for name, p in named.items() if p.requires_grad and (p.is_floating_point() or p.is_complex())}
         if not chosen:
@@ -224,16 +250,7 @@ def _selected(model: nn.Module, params: Iterable[Tensor | str] | Tensor | str | 
                 f"Objective: {type(model).__name__} has no parameter that requires a gradient; call requires_grad_() on some"
             )
     else:
-        names = {id(p): name for name, p in named.items()}
-        chosen = {}
-        for i, wanted in enumerate([params] if isinstance(params, Tensor | str) else params):
-            found = [n for n in named if fnmatchcase(n, wanted)] if isinstance(wanted, str) else [names.get(id(wanted), "")]
-            if not found or found == [""]:
-                what = repr(wanted) if isinstance(wanted, str) else f"a tensor of shape {tuple(wanted.shape)}"
-                raise ValueError(
-                    f"Objective: params[{i}] is {what}, which is no parameter of the model; it has {', '.join(named)}"
-                )
-            chosen |= {name: named[name] for name in found}
+        chosen = _chosen(named, params)
     for name, p in chosen.items():
         if not p.requires_grad:
             raise ValueError(
@@ -243,6 +260,19 @@ def _selected(model: nn.Module, params: Iterable[Tensor | str] | Tensor | str | 
             raise ValueError(
                 f"Objective: parameter {name!r} is complex; curvature is defined here for real parameters, leave it out"
             )
+    return tuple(chosen), tuple(chosen.values())
+
+
+def _chosen(named: Mapping[str, Tensor], params: Iterable[Tensor | str] | Tensor | str) -> dict[str, Tensor]:
+    """Those of some parameters that are meant, in the order in which they are named."""
+    names = {id(p): name for name, p in named.items()}
+    chosen: dict[str, Tensor] = {}
+    for i, wanted in enumerate([params] if isinstance(params, Tensor | str) else params):
+        found = [n for n in named if fnmatchcase(n, wanted)] if isinstance(wanted, str) else [names.get(id(wanted), "")]
+        if not found or found == [""]:
+            what = repr(wanted) if isinstance(wanted, str) else f"a tensor of shape {tuple(wanted.shape)}"
+            raise ValueError(f"Objective: params[{i}] is {what}, which is no parameter of the model; it has {', '.join(named)}")
+        chosen |= {name: named[name] for name in found}
     if not chosen:
         raise ValueError("Objective: params is empty; give parameters or names, or None for all")
-    return tuple(chosen), tuple(chosen.values())
+    return chosen

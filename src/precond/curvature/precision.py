@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from precond.curvature.keeping import Kept
 from precond.curvature.objective import Objective
-from precond.curvature.products import CurvatureMap
 from precond.maps import LinearMap
 
 
@@ -23,7 +23,7 @@ def in_float64(map: LinearMap) -> LinearMap:
         >>> in_float64(Diagonal((torch.ones(1),))).d
         (tensor([1.], dtype=torch.float64),)
     """
-    if isinstance(map, CurvatureMap):
+    if isinstance(map, Kept):
         return map if all(p.dtype == torch.float64 for p in map.objective.params) else map.on(map.objective.double())
     other = copy.copy(map)
     for name, value in vars(map).items():

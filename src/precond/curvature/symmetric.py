@@ -15,12 +15,19 @@ Block = tuple[Tensor, ...]
 """k vectors at once: the tensors of a Vec, each with a leading dimension k."""
 
 
-class SymmetricMap(LinearMap):
-    """A map A = Aᵀ; ``mm`` is A applied to a block of vectors."""
+class BlockMap(LinearMap):
+    """A map that is applied to several vectors at once by ``mm``."""
 
     @abstractmethod
     def mm(self, block: Block) -> Block:
         """A V for the k vectors of a block."""
+
+    def to_dense(self) -> Tensor:
+        return dense(self)
+
+
+class SymmetricMap(BlockMap):
+    """A map A = Aᵀ."""
 
     def rmv(self, v: Vec) -> Vec:
         return self.mv(v)
@@ -33,9 +40,6 @@ class SymmetricMap(LinearMap):
     @property
     def T(self) -> LinearMap:
         return self
-
-    def to_dense(self) -> Tensor:
-        return dense(self)
 
 
 class Shifted(SymmetricMap):
@@ -60,7 +64,7 @@ class Shifted(SymmetricMap):
 def apply_block(map: LinearMap, block: Block) -> Block:
     """``map`` applied to each of the k vectors of a block, in as few passes as the map allows."""
     match map:
-        case SymmetricMap():
+        case BlockMap():
             return map.mm(block)
         case Product():
             return apply_block(map.outer, apply_block(map.inner, block))
@@ -115,7 +119,7 @@ def length(like: Vec) -> int:
 
 
 def dense(map: LinearMap, chunk: int = 256) -> Tensor:
-    """The matrix of a map, (n, n), from products with blocks of unit vectors."""
+    """The matrix of a map, (m, n), from products with blocks of unit vectors."""
     like = example_of(map, "dense")
     n, flat = length(like), vec.flatten(like)
     columns = []

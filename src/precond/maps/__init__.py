@@ -11,8 +11,10 @@ from precond.maps.dense import Dense, GramOnly, Kronecker
 from precond.maps.diagonal import Diagonal, InverseRoot
 from precond.maps.layers import Layout, RowMatrix, SideBySide, Sliced, Stacked, Standardizing
 from precond.maps.rotation import Orthogonal, Reflected, Rotation, completed
+from precond.maps.secant import Secant
 from precond.maps.spiked import Spiked
 from precond.maps.symmetric import SymmetricKronecker, Tiled, Unrooted
+from precond.maps.woodbury import Woodbury
 
 __all__ = [
     "Augmented",
@@ -31,6 +33,7 @@ __all__ = [
     "Rotation",
     "RowMatrix",
     "Scaled",
+    "Secant",
     "SideBySide",
     "Sliced",
     "Spiked",
@@ -40,6 +43,7 @@ __all__ = [
     "Tiled",
     "Transposed",
     "Unrooted",
+    "Woodbury",
     "augmented",
     "block_diagonal",
     "completed",

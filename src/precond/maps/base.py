@@ -78,12 +78,10 @@ class LinearMap(ABC):
         """The matrix of P in the order of :func:`precond.vec.flatten`, shape (n, n)."""
         if self.like is None:
             raise ValueError(f"{type(self).__name__} takes vectors of any shape; give it `like` to make it dense")
-        n = sum(t.numel() for t in self.like)
         flat = vec.flatten(self.like)
-        matrix = torch.eye(n, dtype=flat.dtype, device=flat.device)
-        for j, e in enumerate(matrix.clone()):
-            matrix[:, j] = vec.flatten(self.mv(vec.unflatten(e, self.like)))
-        return matrix
+        units = torch.eye(flat.numel(), dtype=flat.dtype, device=flat.device)
+        columns = [vec.flatten(self.mv(vec.unflatten(e, self.like))) for e in units]
+        return torch.stack(columns, 1) if columns else units
 
 
 class Transposed(LinearMap):

@@ -16,7 +16,7 @@ class Product(LinearMap):
 
     def __init__(self, outer: LinearMap, inner: LinearMap):
         self.outer, self.inner = outer, inner
-        self.like = outer.like if outer.like is not None else inner.like
+        self.like = inner.like if inner.like is not None else outer.like
         self.root, self.diagonal = outer.root and inner.root, outer.diagonal and inner.diagonal
 
     def mv(self, v: Vec) -> Vec:
@@ -37,6 +37,10 @@ class Product(LinearMap):
     def damped(self, delta: float) -> LinearMap:
         # In the coordinates of the outer map: there the entries live whose tiny denominators the damping is for.
         return self if delta == 0 else self.outer @ self.inner.damped(delta)
+
+    @property
+    def T(self) -> LinearMap:
+        return Product(self.inner.T, self.outer.T)
 
 
 class BlockDiagonal(Piecewise):

@@ -16,6 +16,7 @@ from torch import Tensor
 from precond.precision import rounding
 from precond.preconditioners.eigenbases import at_hand
 from precond.preconditioners.roots import inverse_root
+from precond.vec import Scalar
 
 SCRATCH = 2**19
 """Bytes of the matrices that are joined, or inverted at once, about, unless one stack of them alone has more."""
@@ -28,17 +29,21 @@ def renew(
     damping: float,
     method: str = "eigh",
     bases: Sequence[Tensor] = (),
-    scale: float = 1.0,
+    scale: Scalar = 1.0,
 ) -> None:
     """root ← (S/s + ε λ_max I)^(−power) of several stacks S (k, n, n), s the ``scale``; a root that fails stays.
 
     On a processor each by :func:`precond.preconditioners.roots.inverse_root`. An accelerator is not waited for: there they are made of
-    the ``bases``, columns near eigenvectors, or by :func:`inverse_roots`.
+    the ``bases``, columns near eigenvectors, or by :func:`inverse_roots_`.
     """
     if not at_hand(roots[0]):
         for some in _together(factors):
             S = torch.cat([*factors[some]])
-            new = _in_bases(S, torch.cat([*bases[some]]), power, damping, scale) if bases else inverse_roots_(S, power, damping, scale)
+            new = (
+                _in_bases(S, torch.cat([*bases[some]]), power, damping, scale)
+                if bases
+                else inverse_roots_(S, power, damping, scale)
+            )
             del S
             fine = new[:, :1, :1] < torch.inf  # what is not finite somewhere is NaN throughout
             for root, mine, ok in zip(roots[some], new.split(len(roots[0])), fine.split(len(roots[0])), strict=True):
@@ -58,7 +63,7 @@ def _together(stacks: Sequence[Tensor]) -> list[slice]:
     return [slice(None)] if size <= SCRATCH else [slice(i, i + 1) for i in range(len(stacks))]
 
 
-def _in_bases(S: Tensor, Q: Tensor, power: float, damping: float, scale: float) -> Tensor:
+def _in_bases(S: Tensor, Q: Tensor, power: float, damping: float, scale: Scalar) -> Tensor:
     """The roots with qᵀSq for eigenvalues."""
     values = (Q * (S @ Q)).sum(-2) / scale
     least = max(damping, rounding(S.shape[-1], S.dtype))
@@ -66,12 +71,14 @@ def _in_bases(S: Tensor, Q: Tensor, power: float, damping: float, scale: float) 
     return (Q * (values**-power)[:, None]) @ Q.mT
 
 
-def inverse_roots_(A: Tensor, power: float, damping: float, scale: float = 1.0) -> Tensor:
+def inverse_roots_(A: Tensor, power: float, damping: float, scale: Scalar = 1.0) -> Tensor:
     """(A/s + ε λ_max I)^(−power) of each, s the ``scale``, ε = ``damping`` or what is rounding in A; NaN where A is zero or not finite.
 
     λ_max is known from above, exactly where one eigenvalue stands out, and no worse than by a factor of n^(1/8). A is written over; with
     it a root takes four times its memory.
     """
+    if isinstance(scale, Tensor):  # which products do not take for a number without reading it
+        return inverse_roots_(A, power, damping).mul_(scale**power)
     n, whole = A.shape[-1], int(power)
     least = max(damping, rounding(n, A.dtype))
     size = A.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]

@@ -49,7 +49,7 @@ class Layer:
 
     def __init__(self, model: nn.Module, name: str, caller: str):
         modules = dict(model.named_modules(remove_duplicate=False))
-        eligible = [n for n, m in modules.items() if isinstance(m, nn.Linear | _CONV)]
+        eligible = [n for n, m in modules.items() if self.is_one(m)]
         if not eligible:
             raise ValueError(f"{caller}: {type(model).__name__} has no nn.Linear or convolution; H_e S H_eᵀ is about these")
         # What diagnose() calls a model that is itself the layer.
@@ -58,6 +58,11 @@ class Layer:
         self.name, self.module = name, modules[name]
         self.conv = isinstance(self.module, _CONV)
         self.tap: Any = ConvTap(self.module) if self.conv else LinearTap(self.module)
+
+    @staticmethod
+    def is_one(module: nn.Module) -> bool:
+        """Whether a module is such a layer."""
+        return isinstance(module, nn.Linear | _CONV)
 
     @property
     def units(self) -> int:

@@ -1,0 +1,284 @@
+r"""K-FAC and EKFAC: a Gauss–Newton or Fisher matrix, layer by layer, as Kronecker products of what goes in and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from precond import checks
+from precond.curvature.errors import CoupledSamples
+from precond.curvature.keeping import Batch, differentiable
+from precond.curvature.kronecker import Factor, InBasis, LayerwiseMap, Pair, Place
+from precond.curvature.neurons.layer import Call, Layer, arrangements
+from precond.curvature.objective import Evaluation, Objective
+from precond.curvature.outputs import checked, slopes
+from precond.inputs.moments import Request, widened
+
+Factors = Literal["exact", "sampled", "empirical", "inputs"]
+Sharing = Literal["expand", "reduce"]
+_ENTRIES = 2**24  # of samples' gradients that are held at once
+
+
+def kfac(
+    objective: Objective, fisher: Factors = "exact", *, sharing: Sharing = "expand", samples: int = 1, seed: int = 0
+) -> LayerwiseMap:
+    r"""K ≈ G, block-diagonal over layers: B ⊗ A on each [W b] (out × in + 1), row-major, so that K vec(X) = vec(B X A).
+
+    Let ĥ_nt = [h; 1] be the inputs of the layer at place t of sample n (a position of a sequence or an image, T of them), and
+    δ_rnt = (∂f_n/∂a_nt)ᵀV_rn with ∇²_f L = Σ_r V_r V_rᵀ. The layer's block of the Gauss–Newton matrix is
+    Σ_rn vec(Σ_t δ_rnt ĥ_ntᵀ) vec(Σ_t δ_rnt ĥ_ntᵀ)ᵀ. In its place stand
+
+        expand: A = 1/(NT) Σ_nt ĥ_nt ĥ_ntᵀ,  B = Σ_rnt δ_rnt δ_rntᵀ;
+        reduce: A = 1/N Σ_n h̄_n h̄_nᵀ, h̄_n the mean of ĥ_nt over t,  B = Σ_rn δ̄_rn δ̄_rnᵀ, δ̄_rn = Σ_t δ_rnt.
+
+    Without weight sharing (T = 1) they are one. The block is exact where the δ are the same in all samples, as in a deep linear network under
+    the squared error: there ``"expand"`` where each output depends on one place, ``"reduce"`` where it is a mean over them.
+
+    Args:
+        objective: a mean loss whose model returns one tensor (N, …). All its parameters must be weights and biases of linear layers and
+            convolutions (of any dimension, transposed, grouped); name these in ``params`` where there are others.
+        fisher: what stands for ∇²_f: ``"exact"`` (a backward pass for each of its rank r, as many as outputs at most), ``"sampled"`` or
+            ``"empirical"`` (:func:`fisher`), or ``"inputs"``: B = I, no backward pass at all (FOOF).
+        sharing: as above.
+        samples: draws per sample of ``"sampled"``.
+        seed: of the draws.
+
+    Returns:
+        A map with ``mv`` and ``solve``, ``inverse(damping)``, ``preconditioner(damping)``, ``eigenvalues`` and ``factors``.
+
+    Raises:
+        ValueError: for parameters that belong to no such layer, or to several.
+        CoupledSamples: where the loss is no sum over samples.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> K = kfac(Objective(model, lambda out, y: 0.5 * (out - y).square().mean(), [(x, torch.zeros(2, 1))]))
+        >>> K.to_dense()  # one linear layer: exact
+        tensor([[0.5000, 0.0000],
+                [0.0000, 2.0000]])
+        >>> K.inverse(damping=0.5).to_dense()
+        tensor([[1.0000, 0.0000],
+                [0.0000, 0.4000]])
+
+    References:
+        Martens & Grosse (2015); Grosse & Martens (2016), convolutions; Eschenhagen, Immer, Turner, Schneider & Hennig (2023), section 3
+        (expand, reduce); Benzing (2022), FOOF.
+    """
+    layers = _layers("kfac", objective, fisher, sharing, samples)
+    A: dict[str, Tensor] = {}
+    B: dict[str, Tensor] = {}
+    places = dict.fromkeys(layers, 0)
+    for batch in _passes("kfac", objective, layers, fisher, sharing, samples, seed):
+        for name in layers:
+            h = batch.inputs(name)
+            if sharing == "reduce":
+                h = h[:, batch.arranged(name)].mean(2)  # (groups, N, T, n) over T
+            _add(A, name, h.mT @ h)
+            places[name] += h.shape[1]
+        for back in batch.backward():
+            for name in layers:
+                d = back(name)
+                if sharing == "reduce":
+                    d = d[:, batch.arranged(name)].sum(2)
+                _add(B, name, d.mT @ d)
+    for name, layer in layers.items():
+        A[name] /= places[name]
+        if fisher == "inputs":
+            groups, rows = layer.place.layout.groups, layer.layer.units // layer.place.layout.groups
+            B[name] = torch.eye(rows, dtype=A[name].dtype, device=A[name].device).expand(groups, -1, -1)
+    factors: dict[str, Factor] = {name: Pair(B[name], A[name]) for name in layers}
+    return LayerwiseMap({name: layer.place for name, layer in layers.items()}, factors, _like(objective))
+
+
+def ekfac(
+    objective: Objective,
+    fisher: Literal["exact", "sampled", "empirical"] = "exact",
+    *,
+    sharing: Sharing = "expand",
+    samples: int = 1,
+    seed: int = 0,
+) -> LayerwiseMap:
+    r"""K = (U ⊗ V) diag(S) (U ⊗ V)ᵀ on each layer's [W b]: K-FAC's eigenvectors, and the diagonal S of the layer's block in them.
+
+    S_ij = Σ_rn (Uᵀ(Σ_t δ_rnt ĥ_ntᵀ)V)²_ij with the symbols of :func:`kfac`, whose eigenvalues b_i a_j it replaces. Of all diagonals in this
+    basis it is nearest to the layer's block of the Gauss–Newton matrix in the Frobenius norm; its trace is that of the block.
+
+    Args:
+        objective, fisher, sharing, samples, seed: as of :func:`kfac`; ``sharing`` decides the basis alone.
+
+    References:
+        George, Laurent, Bouthillier, Ballas & Vincent (2018), Fast approximate natural gradient descent in a Kronecker-factored eigenbasis.
+    """
+    checks.one_of("ekfac", "fisher", fisher, ["exact", "sampled", "empirical"])
+    K = kfac(objective, fisher, sharing=sharing, samples=samples, seed=seed)
+    layers = _layers("ekfac", objective, fisher, sharing, samples)
+    S: dict[str, Tensor] = {}
+    for batch in _passes("ekfac", objective, layers, fisher, "reduce", samples, seed):
+        turned = {name: batch.inputs(name) @ K.factors[name].basis[1] for name in layers}
+        for back in batch.backward():
+            for name in layers:
+                d = back(name) @ K.factors[name].basis[0]
+                _add(S, name, _squared(d, turned[name], batch.arranged(name)))
+    factors: dict[str, Factor] = {name: InBasis(*K.factors[name].basis, S[name]) for name in layers}
+    return LayerwiseMap(K.places, factors, K.like)
+
+
+def _squared(d: Tensor, h: Tensor, places: Tensor) -> Tensor:
+    """Σ_n (Σ_t δ_nt h_ntᵀ)² entry by entry, (groups, rows, n), of δ (groups, places, rows) and h (groups, places, n)."""
+    if places.shape[1] == 1:
+        return d.square().mT @ h.square()
+    total = d.new_zeros(d.shape[0], d.shape[2], h.shape[2])
+    for some in places.split(max(1, _ENTRIES // max(total.numel(), 1))):
+        total += (d[:, some].mT @ h[:, some]).square().sum(1)
+    return total
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """A layer and where its parameters stand."""
+
+    layer: Layer
+    place: Place
+
+
+class _Pass:
+    """A batch forwarded, with what each layer received, and what comes back to it."""
+
+    def __init__(
+        self, layers: dict[str, _Known], calls: dict[str, list[Call]], at: Evaluation, V: Tensor | None, arranging: bool
+    ):
+        self.layers, self.calls, self.at, self.V = layers, calls, at, V
+        self._deltas = [call.delta for name in layers for call in calls[name]]
+        self._places = self._arranged() if arranging else {}
+
+    def inputs(self, name: str) -> Tensor:
+        """ĥ at all places, (groups, places, n), or n + 1 with the bias's."""
+        known = self.layers[name]
+        h = widened(torch.cat([known.layer.inputs(call) for call in self.calls[name]], 1))
+        ones = h.new_ones(*h.shape[:2], 1)
+        if known.place.bias is None:
+            return h
+        return ones if known.place.weight is None else torch.cat([h, ones], -1)
+
+    def arranged(self, name: str) -> Tensor:
+        """The places of each sample, (N, T)."""
+        return self._places[name]
+
+    def backward(self) -> Iterator[Callable[[str], Tensor]]:
+        """For each r, a function that gives δ_r of a layer at all its places, (groups, places, rows)."""
+        if self.V is None:
+            return
+        f, last = self.at.outputs, len(self.V) - 1
+        for r, cotangent in enumerate(self.V):
+            found = differentiable(
+                lambda cotangent=cotangent, r=r: torch.autograd.grad(
+                    f, self._deltas, cotangent, retain_graph=r < last, allow_unused=True, materialize_grads=True
+                )
+            )
+            yield self._of(found)
+
+    def _of(self, found: tuple[Tensor, ...]) -> Callable[[str], Tensor]:
+        by_call = iter(found)
+        slots = {name: [next(by_call) for _ in self.calls[name]] for name in self.layers}
+
+        def of(name: str) -> Tensor:
+            layer = self.layers[name].layer
+            rows = widened(torch.cat([layer.rows(t) for t in slots[name]]))
+            return rows.view(len(rows), layer.groups, -1).transpose(0, 1)
+
+        return of
+
+    def _arranged(self) -> dict[str, Tensor]:
+        """The places of each sample: those that a change of the outputs of half of the samples alone comes back to."""
+        f = self.at.outputs
+        N = f.shape[0]
+        inside = torch.randperm(N, generator=torch.Generator().manual_seed(0)) < N // 2
+        half = torch.ones_like(f) * inside.to(f).view(-1, *[1] * (f.ndim - 1))
+        found = self._of(
+            torch.autograd.grad(f, self._deltas, half, retain_graph=True, allow_unused=True, materialize_grads=True)
+        )
+        return {name: self._places_of(name, found(name), inside) for name in self.layers}
+
+    def _places_of(self, name: str, back: Tensor, inside: Tensor) -> Tensor:
+        N, layer = len(inside), self.layers[name].layer
+        each: list[list[Tensor]] = [list(arrangements(layer.lead(c.delta), N)) for c in self.calls[name]]
+        offsets = [0]
+        for c in self.calls[name]:
+            offsets.append(offsets[-1] + layer.rows(c.delta).shape[0])
+        for parts in zip(*each, strict=False):
+            places = torch.cat([at + offset for at, offset in zip(parts, offsets, strict=False)], 1).to(back.device)
+            if N == 1 or not bool(back[:, places[~inside.to(back.device)]].any()):
+                return places
+        raise CoupledSamples(
+            f"the outputs of one sample depend on layer {name!r} in another, or its places belong to no one sample each; use "
+            "Objective(..., mode='eval') where batch normalization is in training mode, or sharing='expand'"
+        )
+
+
+def _passes(
+    caller: str, objective: Objective, layers: dict[str, _Known], fisher: Factors, sharing: Sharing, samples: int, seed: int
+) -> Iterator[_Pass]:
+    for index in range(len(objective.batches)):
+        with objective.measuring(index), ExitStack() as stack:
+            calls = {name: stack.enter_context(known.layer.perturbed()) for name, known in layers.items()}
+            at = objective.evaluate(index)
+            missed = [name for name, seen in calls.items() if not seen]
+            if missed:
+                raise ValueError(
+                    f"{caller}: layer {missed[0]!r} was not called as a module in the forward pass, so its inputs are not known; leave "
+                    "its parameters out of the objective's params"
+                )
+            batch = Batch(index, objective.weights[index], objective.sizes[index], objective.total)
+            V = None if fisher == "inputs" else slopes(at, batch, fisher, samples, seed, caller)
+            yield _Pass(layers, calls, at, V, sharing == "reduce")
+
+
+def _layers(caller: str, objective: Objective, fisher: str, sharing: str, samples: int) -> dict[str, _Known]:
+    checked(caller, fisher, samples, ("exact", "sampled", "empirical", "inputs"))
+    checks.one_of(caller, "sharing", sharing, ["expand", "reduce"])
+    position = {id(p): i for i, p in enumerate(objective.params)}
+    twins = objective.standing_for
+    found: dict[str, _Known] = {}
+    owner: dict[int, str] = {}
+    for name, module in objective.model.named_modules():
+        if not Layer.is_one(module):
+            continue
+        at = [
+            None if p is None else position.get(id(twins(p)))
+            for p in (module._parameters.get("weight"), module._parameters.get("bias"))
+        ]
+        if at == [None, None]:
+            continue
+        for i in at:
+            if i is not None and owner.setdefault(i, name) != name:
+                raise ValueError(
+                    f"{caller}: parameter {objective.names[i]!r} belongs to the layers {owner[i]!r} and {name!r}, whose inputs differ; leave "
+                    "it out of the objective's params, or take gauss_newton(objective)"
+                )
+        layer = Layer(objective.model, name, caller)
+        layout = layer.tap.layout(layer.tap.weights[0], Request("covariance"))
+        found[name] = _Known(layer, Place(at[0], at[1], layout))
+    without = [objective.names[i] for i in range(len(objective.params)) if i not in owner]
+    if without:
+        raise ValueError(
+            f"{caller}: {', '.join(map(repr, without))} belong to no linear layer or convolution; name the others in "
+            "Objective(..., params=[...])"
+        )
+    return found
+
+
+def _like(objective: Objective) -> Any:
+    return tuple(p.detach() for p in objective.params)
+
+
+def _add(sums: dict[str, Tensor], name: str, x: Tensor) -> None:
+    if name in sums:
+        sums[name] += x
+    else:
+        sums[name] = x
