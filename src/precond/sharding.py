@@ -21,7 +21,8 @@ from precond import vec
 from precond.vec import Vec
 
 
-def _divided(t: Any) -> bool:
+def divided(t: Any) -> bool:
+    """Whether a tensor is a DTensor."""
     # Where nobody has imported DTensor there is none, and importing it takes as long as half of torch.
     loaded = sys.modules.get("torch.distributed.tensor")
     return loaded is not None and isinstance(t, loaded.DTensor)
@@ -29,7 +30,7 @@ def _divided(t: Any) -> bool:
 
 def local(t: Tensor) -> Tensor:
     """The part of a DTensor that this process holds, the same memory; any other tensor itself."""
-    if not _divided(t):
+    if not divided(t):
         return t
     with torch.no_grad():
         return t.to_local()  # type: ignore[attr-defined]
@@ -37,16 +38,16 @@ def local(t: Tensor) -> Tensor:
 
 def replicated(t: Tensor) -> Tensor | None:
     """A tensor that this process holds whole, with its graph; None where others hold parts of it."""
-    if not _divided(t):
+    if not divided(t):
         return t
     return t.to_local() if all(p.is_replicate() for p in t.placements) else None  # type: ignore[attr-defined]
 
 
 def copy_(target: Tensor, value: Tensor) -> None:
     """target ← value, whichever of them is divided among processes."""
-    if _divided(value) and not _divided(target):
+    if divided(value) and not divided(target):
         value = value.full_tensor()  # type: ignore[attr-defined]
-    if _divided(target) and not _divided(value):
+    if divided(target) and not divided(value):
         from torch.distributed.tensor import distribute_tensor
 
         value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)  # type: ignore[attr-defined]
@@ -68,7 +69,7 @@ class Shard:
     @classmethod
     def of(cls, param: Tensor) -> Shard | None:
         """The division of a parameter; None where this process holds all of it."""
-        return cls(param) if _divided(param) else None
+        return cls(param) if divided(param) else None
 
     @property
     def groups(self) -> tuple[dist.ProcessGroup, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,6 +15,7 @@ import precond
 from contract.table import EVERY, OWN, batches, net
 from contract.table import closure as on_the_cpu
 from device.driving import metered_hooks
+from device.graphs import Graph
 from device.meter import METER, Count
 from device.pretended import move, on_cpu, to_device
 from device.twins import Loss, Twins
@@ -214,6 +216,78 @@ def tensor_lr(name: str, device: str) -> tuple[float, int]:
     plain, _, _ = _scripted(lambda m: EVERY[name](m, lr=0.003), WARM_UP + 2, lambda o, t: None)
     ours, count, _ = _scripted(lambda m: EVERY[name](m, lr=rate), WARM_UP + 2, lambda o, t: None)
     return relative(ours, plain), count.reads.total()
+
+
+@dataclass
+class Captured:
+    """How a training went whose later steps were repeated by pretended CUDA graphs, one for each program of its steps.
+
+    Attributes:
+        distance: of its parameters from those of the same steps done by Python, relative.
+        counts: of steps, in its state at the end.
+        programs: how many graphs there were.
+        count: what happened while these were captured.
+    """
+
+    distance: float
+    counts: set[float]
+    programs: int
+    count: Count
+
+
+def captured(make: Make, steps: int, warm: int, overflow: Sequence[int] = ()) -> Captured:
+    """A rate that is a tensor, and falls; gradients at one place, as graphs find them; at some steps a scaler found an overflow.
+
+    Those that Python does are without a scaler, and left out where it would find one.
+    """
+    ends = []
+    for graphed in (False, True):
+        torch.manual_seed(0)
+        model = move(net())
+        rate, scale, found = (
+            to_device(torch.tensor(x, dtype=d)) for x, d in ((0.003, torch.float64), (8.0, None), (0.0, None))
+        )
+        optimizer = make(model, lr=rate, capturable=graphed)
+        for p in model.parameters():
+            p.grad = to_device(torch.zeros_like(on_cpu(p)))
+        graphs: dict[Any, Graph] = {}
+        count = Count()
+        for t in range(steps):
+            bad = t in overflow
+            for p in model.parameters():
+                factor = math.inf if bad else 8.0 if graphed and overflow else 1.0
+                on_cpu(p.grad).copy_(factor * torch.randn(p.shape, dtype=p.dtype))
+            on_cpu(rate).mul_(0.9)
+            on_cpu(found).fill_(float(bad))
+            if graphed and overflow:
+                optimizer.grad_scale, optimizer.found_inf = scale, found
+            if t < warm or not graphed:
+                if graphed or not bad:
+                    optimizer.step()
+                continue
+            key = optimizer.program
+            if key not in graphs:
+                graphs[key] = Graph()
+                kept = [(x, x.clone()) for x in _memory(model, optimizer)]
+                with METER.into(count), graphs[key].capture():
+                    optimizer.step()
+                for x, before in kept:
+                    x.copy_(before)
+            graphs[key].replay()
+            optimizer.replayed()
+        ends.append(flat(model))
+        counts = {float(on_cpu(e["step"])) for e in optimizer.state_dict()["state"].values()}
+    return Captured(relative(*reversed(ends)), counts, len(graphs), count)
+
+
+def _memory(model: nn.Module, optimizer: Any) -> list[Tensor]:
+    entries = [t for e in optimizer.state.values() for t in e.values()]
+    return [on_cpu(t) for t in (*model.parameters(), *entries)]
+
+
+def captured_row(name: str, steps: int = 30, warm: int = 3, overflow: Sequence[int] = ()) -> Captured:
+    """Of the contract's table."""
+    return captured(EVERY[name], steps, warm, overflow)
 
 
 def kahan() -> tuple[bool, list[str]]:

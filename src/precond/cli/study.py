@@ -93,7 +93,11 @@ class Study:
                 f"{self._prefix(task)}{search}{len(task.seeds)} seed{'s' if len(task.seeds) > 1 else ''} for each of "
                 f"{len(task.contenders)}, {task.plan.steps:,} steps each"
             )
-        return [*lines, *(f"Not run: {one}" for one in dict.fromkeys(one for task in self.tasks for one in task.skipped))]
+        return [*lines, *self.not_run()]
+
+    def not_run(self) -> list[str]:
+        """One line for each entrant that takes no part."""
+        return [f"Not run: {one}." for one in dict.fromkeys(one for task in self.tasks for one in task.skipped)]
 
     def run(self, folder: Folder, watcher: Watcher) -> tuple[TaskResults, ...]:
         """Train what is not trained yet.

@@ -23,6 +23,7 @@ from precond.curvature.objective import Objective
 from precond.curvature.operators import as_map, to_scipy
 from precond.curvature.precision import in_float64
 from precond.curvature.products import gauss_newton, hessian
+from precond.curvature.residuals import Equation, Residuals, natural_steps
 from precond.curvature.restricted import restricted
 from precond.curvature.roots import fisher, gauss_newton_root
 from precond.curvature.subspace import Span, Subspace
@@ -33,6 +34,7 @@ __all__ = [
     "CoupledSamples",
     "CurvatureError",
     "Eigenvalues",
+    "Equation",
     "Estimate",
     "InBasis",
     "Indefinite",
@@ -48,6 +50,7 @@ __all__ = [
     "Objective",
     "Pair",
     "Rectangular",
+    "Residuals",
     "Shifted",
     "Singular",
     "Span",
@@ -66,6 +69,7 @@ __all__ = [
     "invariances",
     "jacobian",
     "kfac",
+    "natural_steps",
     "neuron_hessian",
     "neuron_hessians",
     "restricted",

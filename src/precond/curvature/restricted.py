@@ -33,6 +33,7 @@ def restricted(map: Any, columns: Which, rows: Which | None = None) -> LinearMap
         ValueError: for what the map does not act on.
 
     Example:
+        >>> import torch
         >>> from precond.curvature import Objective, hessian
         >>> model = torch.nn.Linear(2, 1)
         >>> objective = Objective(model, torch.nn.MSELoss(), [(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 1))])

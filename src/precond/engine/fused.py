@@ -26,8 +26,11 @@ from precond.preconditioners import BNP, RMS, SOAP, AdaGrad, Composition, Fixed,
 from precond.regularizers import L2
 from precond.vec import Scalar, Tensors
 
-Kernel = Callable[[Cell, Tensors, Tensors, Scalar, bool], None]
-"""(cell, parameters, gradients, lr, maximize): one step of the cell, whose count of steps is the step's own already."""
+Kernel = Callable[..., None]
+"""(cell, parameters, gradients, lr, maximize): one step of the cell, whose count of steps is the step's own already.
+
+On accelerators also ``found_inf``, a tensor that is 1 where the step is not taken, or None.
+"""
 
 _FOREVER = 1e9  # a step count at which 1 − βᵗ is exactly 1
 
@@ -71,8 +74,8 @@ class _OfInner:
 
     of: Kernel
 
-    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
-        self.of(replace(cell, state=cell.state["inner"]), p, g, lr, maximize)
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
+        self.of(replace(cell, state=cell.state["inner"]), p, g, lr, maximize, found_inf)
 
 
 def _entrywise(P: Preconditioner, momentum: Momentum | None, decay: _Decay) -> Kernel | None:
@@ -143,6 +146,8 @@ def _decay(choice: Choice, rules: Rules) -> _Decay | None:
 
 def _counts(cell: Cell, p: Tensors) -> list[Tensor]:
     """The number of the step in progress for each tensor, where the tensor is."""
+    if (clock := cell.state.get("clock")) is not None:
+        return list(clock)
     steps = cell.state["step"]
     if p[0].device.type == "cpu":
         return list(steps)
@@ -160,7 +165,7 @@ class _Adam:
     momentum: Momentum
     decay: _Decay
 
-    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
         adam = torch._fused_adam_ if self.decay.coupled else torch._fused_adamw_
         state = cell.state
         adam(
@@ -177,6 +182,7 @@ class _Adam:
             eps=self.P.eps,
             amsgrad=self.P.amsgrad,
             maximize=maximize,
+            found_inf=found_inf,
         )
 
 
@@ -187,19 +193,19 @@ class _RMSprop:
     P: RMS
     decay: _Decay
 
-    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
         state = cell.state
         never = torch.full((), _FOREVER, device=p[0].device)
         if self.decay.coupled or maximize:
             # The kernel writes the decayed gradient where the momentum of Adam would be.
             scratch = p[0].new_empty(max(t.numel() for t in p))
             for pi, gi, ri in zip(p, g, state["r"], strict=True):
-                self._run([pi], [gi], [scratch[: pi.numel()].zero_().view(pi.shape)], [ri], [never], lr, maximize)
+                self._run([pi], [gi], [scratch[: pi.numel()].zero_().view(pi.shape)], [ri], [never], lr, maximize, found_inf)
         else:
             # With β₁ = 0 "m" becomes the gradient itself: writing it onto the gradient changes nothing.
-            self._run(p, g, g, state["r"], [never] * len(p), lr, maximize)
+            self._run(p, g, g, state["r"], [never] * len(p), lr, maximize, found_inf)
 
-    def _run(self, p, g, m, r, step, lr: Scalar, maximize: bool) -> None:
+    def _run(self, p, g, m, r, step, lr: Scalar, maximize: bool, found_inf: Tensor | None) -> None:
         torch._fused_adam_(
             p,
             g,
@@ -214,6 +220,7 @@ class _RMSprop:
             eps=self.P.eps,
             amsgrad=False,
             maximize=maximize,
+            found_inf=found_inf,
         )
 
 
@@ -222,7 +229,7 @@ class _Adagrad:
     P: AdaGrad
     decay: _Decay
 
-    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
         state = cell.state
         torch._fused_adagrad_(
             p,
@@ -234,6 +241,7 @@ class _Adagrad:
             weight_decay=self.decay.coupled,
             eps=self.P.eps,
             maximize=maximize,
+            found_inf=found_inf,
         )
 
 
@@ -243,10 +251,10 @@ class _SGD:
     nesterov: bool
     decay: _Decay
 
-    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
         if self.decay.decoupled:
-            torch._foreach_mul_(p, 1 - lr * self.decay.decoupled)
-        if not self.beta and not self.decay.coupled:
+            torch._foreach_mul_(p, 1 - lr * self.decay.decoupled * (1.0 if found_inf is None else 1 - found_inf.double()))
+        if not self.beta and not self.decay.coupled and found_inf is None:
             # The fused kernel is slower than one addition per tensor.
             vec.add_scaled_(tuple(p), tuple(g), [lr if maximize else -lr] * len(p))
             return
@@ -261,4 +269,5 @@ class _SGD:
             nesterov=self.nesterov,
             maximize=maximize,
             is_first_step=False,
+            found_inf=found_inf,
         )

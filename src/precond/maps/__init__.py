@@ -14,6 +14,7 @@ from precond.maps.rotation import Orthogonal, Reflected, Rotation, completed
 from precond.maps.secant import Secant
 from precond.maps.spiked import Spiked
 from precond.maps.symmetric import SymmetricKronecker, Tiled, Unrooted
+from precond.maps.woodbury import Woodbury
 
 __all__ = [
     "Augmented",
@@ -42,6 +43,7 @@ __all__ = [
     "Tiled",
     "Transposed",
     "Unrooted",
+    "Woodbury",
     "augmented",
     "block_diagonal",
     "completed",

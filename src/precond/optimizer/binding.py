@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from precond.averages import WeightAverage
-from precond.blocks import Leaf
+from precond.blocks import Leaf, whole_numbers
 from precond.engine import plan
 from precond.engine.cells import Cell, Choice
+from precond.engine.sharing import Shared
 from precond.optimizer import averaging
 from precond.optimizer.naming import Naming
 from precond.optimizer.parameters import Owners, in_place
@@ -45,14 +46,30 @@ class Binding:
         for cell in self.stacks:
             m = len(cell.block.leaves)
             has = {any(leaf.param.grad is not None for leaf in cell.leaves[i : i + m]) for i in range(0, len(cell.index), m)}
-            if len(has) > 1 or len({t.item() for t in cell.state["step"][::m]}) > 1:
+            if len(has) > 1 or len(set(whole_numbers(cell.state["step"])[::m])) > 1:
                 return True
         return False
 
     @cached_property
     def stacks(self) -> list[Cell]:
         """The cells of several blocks."""
-        return [cell for cell in self.cells if len(cell.members) > 1]
+        return [cell for cell in self.blocks if len(cell.members) > 1]
+
+    @property
+    def blocks(self) -> list[Cell]:
+        """The cells that step blocks, also those of other ranks."""
+        return [each for cell in self.cells for each in cell.cells]
+
+    @property
+    def shared(self) -> list[Shared]:
+        """The cells that ranks step for each other."""
+        return [cell for cell in self.cells if isinstance(cell, Shared)]
+
+    def reckon(self) -> None:
+        """Let the host know of the steps that devices have counted."""
+        for cell in self.cells:
+            for ours, theirs in zip(cell.state["step"], cell.state.get("clock", ()), strict=False):
+                ours.copy_(theirs)
 
     @property
     def frozen(self) -> set[Tensor]:
@@ -73,15 +90,17 @@ class Binding:
         if _structure(options) != _structure(self.options):
             return "broken"
         self.choices = choices_of(groups, naming)
-        live = sorted(i for cell in self.cells for i in cell.index)
+        live = sorted(i for cell in self.blocks for i in cell.index)
         of = {unit.index: unit for unit in plan.units(self.leaves, live, self.choices)}
-        if of.keys() != {index for cell in self.cells for index in cell.members}:
+        if of.keys() != {index for cell in self.blocks for index in cell.members}:
             return "broken"
-        for cell in self.cells:
+        for cell in self.blocks:
             first, *others = (of[index] for index in cell.members)
             if any(u.preconditioner != first.preconditioner or u.momentum != first.momentum for u in others):
                 return "broken"
             cell.preconditioner, cell.momentum = first.preconditioner, first.momentum
+        for shared in self.shared:
+            shared.renumber()
         self.options = options
         return "renumbered"
 
@@ -96,12 +115,16 @@ def bind(
     clean: bool,
     existing: Mapping[Tensor, dict[str, Any]],
     frozen: Container[Tensor] | None = None,
+    dealt: dict[Tensor, int] | None = None,
+    there: Callable[[Leaf], torch.device | None] = lambda leaf: None,
     average: WeightAverage | None = None,
 ) -> Binding:
     """Cells for the parameters that want gradients; state that ``existing`` holds is taken over, in the parameters' dtype and place.
 
     Args:
+        dealt: which rank owns which parameters' blocks, where ranks share them; completed here.
         frozen: the parameters that want no gradients; None: those that require none now.
+        there: the device that counts a leaf's steps; None: the host does.
         average: of the weights.
     """
     leaves = owners.leaves(groups, observed)
@@ -109,7 +132,7 @@ def bind(
     params = [leaf.param for leaf in leaves]
     frozen = {p for p in params if not p.requires_grad} if frozen is None else frozen
     live = [i for i, p in enumerate(params) if p not in frozen]
-    cells, entries = plan.build(leaves, live, choices, existing, naming.outside, plainly, clean)
+    cells, entries = plan.build(leaves, live, choices, existing, naming.outside, plainly, clean, dealt, there)
     if rounding == "kahan":
         entries += _residuals([leaves[i] for i in live], existing)
     entries += averaging.entries(average, [leaves[i] for i in live], existing)

@@ -65,6 +65,9 @@ class InputSide(Stacked):
     def needs(self) -> Needs:
         return "row"
 
+    def looks(self, step: int) -> bool:
+        return False
+
     @property
     def requests(self) -> frozenset[Request]:
         return frozenset({self.request})

@@ -59,6 +59,9 @@ class OutputFactor(Stacked):
         known = len(weights) + len(biases) == len(block.leaves) and bool(weights)
         return known and len(outputs) == 1 and 2 <= next(iter(outputs)) <= self.max_dim
 
+    def looks(self, step: int) -> bool:
+        return False
+
     def init(self, block: Block) -> dict:
         p = block.tensors[0]
         n, dtype = p.shape[0], state_dtype(p.dtype)

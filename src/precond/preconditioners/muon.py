@@ -63,6 +63,7 @@ class Muon(Stacked):
     arithmetic: Literal["bfloat16", "full"] = "bfloat16"
     momentum: Momentum | None = None
 
+    timeless = True
     uses_momentum = True
     states_root = False
     invertible = False
@@ -85,6 +86,9 @@ class Muon(Stacked):
 
     def handles(self, block: Block) -> bool:
         return all(map(is_full_matrix, block.leaves))
+
+    def looks(self, step: int) -> bool:
+        return False
 
     def init(self, block: Block) -> dict:
         (p,) = block.tensors

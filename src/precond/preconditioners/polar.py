@@ -87,7 +87,9 @@ class Polar(Stacked):
             checks.whole("Polar", rank=self.rank)
 
     def _fits(self, weight: Tensor) -> bool:
-        return weight.ndim >= 2 and weight.numel() > 0 and min(weight.shape[0], weight[0].numel()) <= self.max_dim
+        return (
+            weight.ndim >= 2 and weight.numel() > 0 and min(weight.shape[0], weight.numel() // weight.shape[0]) <= self.max_dim
+        )
 
     def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
         """A block per layer; what is no layer by RMS."""
@@ -112,6 +114,9 @@ class Polar(Stacked):
 
     def handles(self, block: Block) -> bool:
         return self._layer(block.leaves) == tuple(range(len(block.leaves)))
+
+    def looks(self, step: int) -> bool:
+        return step <= WARM_UP  # at the first gradient that is finite
 
     @staticmethod
     def is_turned(block: Block) -> bool:

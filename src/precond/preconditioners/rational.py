@@ -16,6 +16,7 @@ from torch import Tensor
 from precond.precision import rounding
 from precond.preconditioners.eigenbases import at_hand
 from precond.preconditioners.roots import inverse_root
+from precond.vec import Scalar
 
 SCRATCH = 8 * 2**20
 """Bytes of the shifted matrices that are inverted at once, unless one stack of them alone has more."""
@@ -28,7 +29,7 @@ def renew(
     damping: float,
     method: str = "eigh",
     bases: Sequence[Tensor] = (),
-    scale: float = 1.0,
+    scale: Scalar = 1.0,
 ) -> None:
     """root ← (S/s + ε λ_max I)^(−power) of several stacks S (k, n, n), s the ``scale``; a root that fails stays.
 
@@ -56,7 +57,7 @@ def _joined(stacks: Sequence[Tensor]) -> Tensor:
     return stacks[0] if len(stacks) == 1 else torch.cat([*stacks])
 
 
-def _in_bases(S: Tensor, Q: Tensor, power: float, damping: float, scale: float) -> Tensor:
+def _in_bases(S: Tensor, Q: Tensor, power: float, damping: float, scale: Scalar) -> Tensor:
     """The roots with qᵀSq for eigenvalues."""
     values = (Q * (S @ Q)).sum(-2) / scale
     least = max(damping, rounding(S.shape[-1], S.dtype))
@@ -64,11 +65,13 @@ def _in_bases(S: Tensor, Q: Tensor, power: float, damping: float, scale: float) 
     return (Q * (values**-power)[:, None]) @ Q.mT
 
 
-def inverse_roots(S: Tensor, power: float, damping: float, scale: float = 1.0) -> Tensor:
+def inverse_roots(S: Tensor, power: float, damping: float, scale: Scalar = 1.0) -> Tensor:
     """(S/s + ε λ_max I)^(−power) of each, s the ``scale``, ε = ``damping`` or what is rounding in S; NaN where S is zero or not finite.
 
     λ_max is known from above, exactly where one eigenvalue stands out, and no worse than by a factor of n^(1/8).
     """
+    if isinstance(scale, Tensor):  # which products do not take for a number without reading it
+        return inverse_roots(S, power, damping).mul_(scale**power)
     n, whole = S.shape[-1], int(power)
     least = max(damping, rounding(n, S.dtype))
     size = S.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]

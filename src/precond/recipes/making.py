@@ -58,18 +58,19 @@ def make(
     regularizers: Iterable[Regularizer],
     options: dict[str, Any],
     only_started: bool = False,
+    settle: Callable[[PreconditionedGD], Mapping[str, Any] | None] | None = None,
 ) -> PreconditionedGD:
     """A recipe's optimizer; ``options`` of :class:`PreconditionedGD`, and ``made``, the object to make where a class makes one."""
     for option, value in unsupported.items():
         if value:
             raise ValueError(f"{name}: {option}={value!r} is not supported; leave it out (torch.optim's own class has it)")
     extra = listed(name, regularizers)
-    defaults = {**defaults, "foreach": None, "capturable": False, "differentiable": False, "fused": None}
+    defaults = {**defaults, "foreach": None, "differentiable": False, "fused": None}
     build = Build(recipe, extra)
     choice = build(defaults)
     options.setdefault("norm_space", "p")
     options.setdefault("statistics_from", statistics(choice.regularizers))
-    naming = Naming(name, {**defaults, **numbers(extra)}, build, state, only_started)
+    naming = Naming(name, {**defaults, **numbers(extra)}, build, state, only_started, settle)
     made: PreconditionedGD = options.pop("made", None) or PreconditionedGD.__new__(PreconditionedGD)
     PreconditionedGD.__init__(
         made,

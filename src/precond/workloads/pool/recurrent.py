@@ -40,7 +40,7 @@ class SeriesGRU(nn.Module):
 
 
 def lorenz(seed: int, n: int, steps: int, interval: float = 0.04) -> Tensor:
-    """First coordinates of n trajectories of Lorenz's (1963) system, (n, steps), standardized; Runge-Kutta steps of interval/4."""
+    """First coordinates of n trajectories of Lorenz's (1963) system, (n, steps) in float64; Runge-Kutta steps of interval/4."""
     state = torch.randn(n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 8 + torch.tensor(
         [0.0, 0.0, 25.0]
     )
@@ -58,8 +58,7 @@ def lorenz(seed: int, n: int, steps: int, interval: float = 0.04) -> Tensor:
         state = state + h / 6 * (a + 2 * b + 2 * c + slope(state + h * c))
         if i % 4 == 3 and i >= 200:
             seen.append(state[:, 0])
-    series = torch.stack(seen, 1)
-    return ((series - series.mean()) / series.std()).float()
+    return torch.stack(seen, 1)
 
 
 @cache
@@ -82,7 +81,8 @@ def _characters() -> Tensors:
 @cache
 def _series() -> Tensors:
     ahead, length = 6, 32
-    series = lorenz(78, 1536, length + ahead)[:, :, None]
+    seen = lorenz(78, 1536, length + ahead)
+    series = ((seen - seen.mean()) / seen.std()).float()[:, :, None]
     parts = in_parts(Part(series[:, :length], series[:, ahead:]), (1024, 256, 256))
     return Tensors(
         "Lorenz",
