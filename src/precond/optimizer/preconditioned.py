@@ -464,6 +464,7 @@ class PreconditionedGD(torch.optim.Optimizer):
                     if self.naming.settle is not None and (settled := self.naming.settle(self)):
                         for group in self.param_groups:
                             group.update(settled)
+                        self._follow_groups()
             finally:
                 self._listening.again(self._bound.cells)
         return loss

@@ -64,12 +64,13 @@ class Auto(Resolved):
     muon: Muon = Muon()
     embeddings: float = 10.0
     white: float = 0.8
-    measured: tuple[tuple[str, float], ...] = ()
+    measured: Sequence[tuple[str, float]] = ()
 
     uses_momentum = True
 
     def __post_init__(self) -> None:
         settle(self)
+        object.__setattr__(self, "measured", tuple((str(name), float(share)) for name, share in self.measured))
         checks.whole("Auto", max_inputs=self.max_inputs)
         checks.positive("Auto", embeddings=self.embeddings, white=self.white)
 
