@@ -71,7 +71,8 @@ def auto(
 ) -> PreconditionedGD:
     """A preconditioner for each layer, chosen by what it is: whitened inputs and polar steps for most, Adam for what is no layer.
 
-    ``optimizer.explain()`` says what was chosen and why. See :class:`~precond.Auto` for the rules and :class:`~precond.Polar` for the
+    After the first eight steps layers whose inputs turn out to be white are no longer whitened; that is decided once, and the state dict
+    keeps it. ``optimizer.explain()`` says what was chosen and why. See :class:`~precond.Auto` for the rules and :class:`~precond.Polar` for the
     length of steps: the learning rate is about the change of a layer's outputs in a step, whatever its width.
 
     Args:
