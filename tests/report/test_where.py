@@ -43,7 +43,7 @@ PREDICTIONS = [
 
 
 def test_a_sign_is_right_where_a_gain_was_predicted_and_there_or_neither() -> None:
-    found = outcomes(RESULTS, [*PREDICTIONS, Prediction("three", "bnp", 2.0, 1)])
+    found = outcomes(RESULTS, [*PREDICTIONS, Prediction("three", "bnp", 2.0, 1), Prediction("one", "bnp", math.nan, 2)])
     assert [(one.measured, one.bound) for one in found] == [
         (2.0, False),
         (4.0, False),
