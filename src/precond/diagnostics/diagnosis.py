@@ -286,12 +286,13 @@ def _known(objective: Objective, optimizer: torch.optim.Optimizer, base: Base, n
     try:
         try:
             P = preconditioner_of(optimizer, objective)
-        except RuntimeError as error:
+        except RuntimeError:
             if (found := _after_steps(objective, base)) is None:
                 raise
             P = found
             notes.append(
-                f"the optimizer has made no step: its P is that after {_WARM} steps of a copy that leave the model where it is ({error})"
+                f"the optimizer has made no step: its P is that after {_WARM} steps of a copy that leave the model where it is; take a "
+                "step first to see its own"
             )
         P.mv(vec.map_(torch.zeros_like, objective.params))
     except (RuntimeError, ValueError) as error:
