@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo test integrations trainers docs lint format types imports pytest numerics data clean distclean
+.PHONY: help demo test integrations trainers docs lint format types imports pytest numerics data coverage slowest bench-quick dist clean distclean
 
 help:
 	@echo 'make demo   train on real handwritten digits and write $(OUT)/report.html'
@@ -30,6 +30,10 @@ help:
 	@echo 'make data   the tests that read Fashion-MNIST'
 	@echo 'make integrations   the tests under Lightning, Hugging Face, timm, skorch, which it installs in $(FRAMEWORKS)'
 	@echo 'make docs   the documentation, with its examples executed, in docs/_build/html'
+	@echo 'make bench-quick   the step of every recipe: launches, and times beside torch, in about two minutes'
+	@echo 'make coverage      lines and branches that the tests do not reach'
+	@echo 'make slowest       the tests that take longest'
+	@echo 'make dist   wheel and source archive in dist/, checked as a package index would'
 	@echo 'make clean  remove what these commands wrote, but not $(VENV) (make distclean: that too)'
 
 demo: $(VENV)/installed-demo
@@ -63,9 +67,9 @@ numerics-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
 numerics-compatible: export MKL_CBWR := COMPATIBLE
 
 # One thread per process: small tensors gain nothing from more, and the workers of the tests share the cores.
-demo pytest data trainers docs $(PROCESSORS): export OMP_NUM_THREADS := 1
-demo pytest data trainers docs $(PROCESSORS): export MKL_NUM_THREADS := 1
-demo pytest data trainers docs $(PROCESSORS): export OPENBLAS_NUM_THREADS := 1
+demo pytest data trainers docs coverage slowest $(PROCESSORS): export OMP_NUM_THREADS := 1
+demo pytest data trainers docs coverage slowest $(PROCESSORS): export MKL_NUM_THREADS := 1
+demo pytest data trainers docs coverage slowest $(PROCESSORS): export OPENBLAS_NUM_THREADS := 1
 pytest: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n $(WORKERS)
 
@@ -78,6 +82,20 @@ $(PROCESSORS): $(VENV)/installed-test
 
 data: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) -m fashion_mnist
+
+coverage: $(VENV)/installed-test $(VENV)/installed-dev
+	$(BIN)/python -m pytest -q -n $(WORKERS) --cov --cov-report=term-missing
+
+slowest: $(VENV)/installed-test
+	$(BIN)/python -m pytest -q -n $(WORKERS) --durations=40
+
+bench-quick: $(VENV)/installed-test
+	$(BIN)/python benchmarks/launches.py
+	$(BIN)/python benchmarks/step.py
+
+dist: $(VENV)/installed-dev
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
 
 # The frameworks bring much with them, and have an environment and a lock file of their own.
 integrations:
@@ -95,6 +113,7 @@ docs: $(VENV)/installed-docs
 $(VENV)/installed-demo: EXTRAS := cli,report
 $(VENV)/installed-test: EXTRAS := cli,report,test
 $(VENV)/installed-docs: EXTRAS := cli,report,docs
+$(VENV)/installed-dev: EXTRAS := dev
 $(VENV)/installed-integrations: EXTRAS := integrations,test
 $(VENV)/installed-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/pyvenv.cfg
 	@echo 'Installing precond[$(EXTRAS)] and the versions of $(CONSTRAINTS) in $(VENV) (minutes the first time) ...'

@@ -233,6 +233,82 @@ class SAM(Penalty):
         return rho * T**2 * y / (T * y).norm()
 
 
+@dataclass
+class Bend(Penalty):
+    """Another step in the coordinates w: lengths are those of ``pieces``, rows those of ``rows``. ``lam`` is its number."""
+
+    pieces: Sequence[Tensor] = ()
+    rows: Sequence[Tensor] = ()
+    stage: int = 0
+    made: Tensor | None = None
+
+    def bent(self, s: Number, w: Tensor, z: Tensor, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def back(self, z: Tensor, before: Tensor) -> Tensor:
+        """Coordinates after the step → those to end at."""
+        return z
+
+
+@dataclass
+class Cautious(Bend):
+    def bent(self, s, w, z, y):
+        mask = torch.tensor([1.0 if a * b > 0 else 1.0 - float(s) for a, b in zip(w, y, strict=True)], dtype=w.dtype)
+        return torch.cat([w[i] * mask[i] / max(1e-3, mask[i].mean()) for i in self.pieces])
+
+
+@dataclass
+class CautiousL2(Bend):
+    stage: int = 3
+
+    def bent(self, s, w, z, y):
+        return torch.stack([a + 2 * s * b if m * b > 0 else a for a, b, m in zip(w, z, self.made, strict=True)])
+
+
+@dataclass
+class RadialBrake(Bend):
+    stage: int = 1
+
+    def bent(self, s, w, z, y):
+        w = w.clone()
+        for i in self.pieces:
+            along = (w[i] @ z[i]) / (z[i] @ z[i]) if z[i].any() else 0.0
+            if along < 0:
+                w[i] = w[i] - s * along * z[i]
+        return w
+
+
+@dataclass
+class RowFloor(Bend):
+    stage: int = 2
+
+    def bent(self, s, w, z, y):
+        w = w.clone()
+        for i in self.rows:
+            if 0 < w[i].norm() < s * z[i].norm():
+                w[i] = w[i] / w[i].norm() * s * z[i].norm()
+        return w
+
+
+@dataclass
+class Hyperball(Bend):
+    stage: int = 4
+
+    def bent(self, s, w, z, y):
+        w = w.clone()
+        for i in self.pieces:
+            if w[i].norm() > 0 and z[i].norm() > 0:
+                w[i] = s * w[i] / w[i].norm() * z[i].norm()
+        return w
+
+    def back(self, z, before):
+        z = z.clone()
+        for i in self.pieces:
+            if z[i].norm() > 0 and before[i].norm() > 0:
+                z[i] = z[i] / z[i].norm() * before[i].norm()
+        return z
+
+
 # --- the step ------------------------------------------------------------------------------------------------------------
 
 
@@ -297,10 +373,30 @@ class Descent:
         slope = gradient(self._through(P), z)
         if self.max_norm is not None:
             slope = slope * min(1.0, self.max_norm / (float(slope.norm()) + 1e-6))
-        step = self._averaged(P, slope) + gradient(self._past, z)
+        bends = sorted((b for b in self.penalties if isinstance(b, Bend)), key=lambda b: b.stage)
+        u = P @ self._averaged(P, slope)
+        made = u
+        for bend in bends:
+            u = self._bent(bend, P, u, made, torch.linalg.solve(P.T, slope))
+        step = torch.linalg.solve(P, u) + gradient(self._past, z)
         z = z - (self.alpha * step if isinstance(self.alpha, float) else torch.linalg.solve(P, self.alpha * (P @ step)))
-        self.p = self._proximal(P, z).detach()
+        before, self.p = self.p, self._proximal(P, z).detach()
+        for bend in bends:
+            C, mask = self._coordinates(bend, P)
+            z = torch.linalg.solve(C, self.p)
+            self.p = self.p + C @ (mask * (bend.back(mask * z, mask * torch.linalg.solve(C, before)) - mask * z))
         return self.p
+
+    def _coordinates(self, bend: Bend, P: Tensor) -> tuple[Tensor, Tensor]:
+        """The map to p and which coordinates take part."""
+        identity = torch.eye(len(P), dtype=P.dtype)
+        return (identity if bend.space == "p" else P), torch.ones(len(P), dtype=P.dtype) * bend.each
+
+    def _bent(self, bend: Bend, P: Tensor, u: Tensor, made: Tensor, g: Tensor) -> Tensor:
+        C, mask = self._coordinates(bend, P)
+        w, z, y = mask * torch.linalg.solve(C, u), mask * torch.linalg.solve(C, self.p), mask * (C.T @ g)
+        bend.made = mask * torch.linalg.solve(C, made)
+        return u + C @ (mask * (bend.bent(bend.lam, w, z, y) - w))
 
     def _through(self, P: Tensor) -> Callable[[Tensor], Tensor]:
         """z ↦ what momentum and M act on: L at (perturbed) Pz, penalties of p and of gradients."""

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from precond import Fixed, PreconditionedGD, vec
-from precond.normalization import ChannelPad, MinMax, Standardize, collapse_affine, fold_batchnorm
+from precond.normalization import ChannelPad, MinMax, SampleScaling, Standardize, collapse_affine, fold_batchnorm
 
 torch.set_num_threads(1)
 
@@ -285,6 +285,110 @@ def test_the_affine_part_moves_into_the_next_layer(name, training):
     for key in ("running_mean", "running_var"):
         for m, n in zip(kept, (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)), strict=True):
             torch.testing.assert_close(getattr(m, key), getattr(n, key))
+
+
+class PreNorm(nn.Module):
+    """Three layers read one layer normalization, which the residual stream passes by."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.q, self.k, self.v = (nn.Linear(4, 4, bias=bias) for bias in (True, False, True))
+
+    def forward(self, x):
+        h = self.norm(x)
+        return x + self.q(h) * self.k(h).tanh() + self.v(h)
+
+
+PER_SAMPLE = {
+    "layer": (lambda: nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.LayerNorm(6), nn.Linear(6, 2)), (4,)),
+    "layer, without β": (lambda: nn.Sequential(nn.LayerNorm(4, bias=False), nn.Linear(4, 2, bias=False)), (4,)),
+    "RMS": (lambda: nn.Sequential(nn.Linear(4, 6), nn.RMSNorm(6), nn.Linear(6, 2, bias=False)), (4,)),
+    "layer, of sequences": (lambda: nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 2)), (3, 5)),
+    "layer, flattened": (lambda: nn.Sequential(nn.LayerNorm(5), nn.Flatten(), nn.Linear(15, 2)), (3, 5)),
+    "layer over all, flattened": (lambda: nn.Sequential(nn.LayerNorm((3, 5)), nn.Flatten(), nn.Linear(15, 2)), (3, 5)),
+    "group": (lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.GroupNorm(3, 6), nn.Linear(6, 2)), (4,)),
+    "group, padded conv": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 3, 3, padding=1)), (2, 5, 5)),
+    "group, flattened": (lambda: nn.Sequential(nn.GroupNorm(3, 3), nn.Flatten(), nn.Linear(15, 2)), (3, 5)),
+    "instance, conv": (lambda: nn.Sequential(nn.InstanceNorm1d(3, affine=True), nn.Conv1d(3, 2, 2)), (3, 5)),
+    "three readers": (PreNorm, (4,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PER_SAMPLE)
+def test_the_affine_part_of_normalizations_per_sample_moves_as_well(name):
+    build, shape = PER_SAMPLE[name]
+    torch.manual_seed(0)
+    model = build().double()
+    norms = [m for m in model.modules() if "Norm" in type(m).__name__ and isinstance(getattr(m, "weight", None), nn.Parameter)]
+    with torch.no_grad():
+        for norm in norms:
+            for p in norm.parameters():
+                p.copy_(torch.randn(p.shape, dtype=p.dtype))
+    x = raw(7, *shape, seed=2) / 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        collapsed = collapse_affine(model)
+    left = [m for m in collapsed.modules() if type(m) in {type(n) for n in norms}]
+    assert len(left) == len(norms) and all(not list(m.parameters()) for m in left)
+    same(collapsed(x), model(x))
+    repr(collapsed)  # says of itself that it has no γ and β
+
+
+class ChannelsFirst(nn.LayerNorm):
+    """As in some vision models: the features are dimension 1."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (nn.Sequential(nn.LayerNorm(5), nn.Conv1d(3, 2, 2)), "one weight for all positions"),
+        (nn.Sequential(ChannelsFirst(5), nn.Linear(5, 2)), "a ChannelsFirst has a forward of its own"),
+        (nn.Sequential(nn.LayerNorm((3, 5)), nn.Linear(5, 2)), "is linear in the last dimension"),
+        (nn.Sequential(nn.LayerNorm(5), nn.GELU(), nn.Linear(5, 2)), "it feeds '1'|is neither nn.Linear"),
+        (nn.Sequential(nn.LayerNorm(5, elementwise_affine=False), nn.Linear(5, 2)), "it has no γ and β"),
+    ],
+)
+def test_what_cannot_move_stays(model, why):
+    with pytest.warns(UserWarning, match=why):
+        collapse_affine(model)
+
+
+SAMPLES = {
+    "LayerNorm": nn.LayerNorm(6, eps=0.1, elementwise_affine=False),
+    "RMSNorm": nn.RMSNorm(6, eps=0.1, elementwise_affine=False),
+    "GroupNorm": nn.GroupNorm(2, 6, eps=0.1, affine=False),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_normalization_of_samples_is_a_product_from_both_sides(name):
+    norm, h = SAMPLES[name], raw(11, 6)
+    scaling = SampleScaling.of(norm, h)
+    sizes = scaling.sizes.repeat_interleave(6 // len(scaling.sizes), 0)
+    same((scaling.center @ h.T / sizes).T, norm(h))
+    same(scaling.weights, 1 / scaling.sizes**2)
+    # The nearest multiple of C, by search, and what it leaves.
+    H_e = torch.cat([torch.ones(1, 11, dtype=h.dtype), h.T])
+    for group in range(len(scaling.sizes)):
+        rows = slice(1 + group * (6 // len(scaling.sizes)), 1 + (group + 1) * (6 // len(scaling.sizes)))
+        left = (scaling.nearest().T @ H_e)[rows]
+        target = norm(h).T[rows.start - 1 : rows.stop - 1]
+        best = (left - target).norm()
+        for factor in (0.99, 1.01):
+            assert (factor * left - target).norm() > best
+    off = (scaling.nearest().T @ H_e)[1:] - norm(h).T
+    assert scaling.miss == pytest.approx(float(off.norm() / norm(h).norm()), rel=1e-12)
+
+
+def test_scaling_of_what_it_is_not():
+    with pytest.raises(TypeError, match="got BatchNorm1d"):
+        SampleScaling.of(nn.BatchNorm1d(3), raw(4, 3))
+    with pytest.raises(ValueError, match=r"shape \(N, 3\).*got \(4, 2, 3\)"):
+        SampleScaling.of(nn.LayerNorm(3), raw(4, 2, 3))
 
 
 def test_equations_22_and_23():

@@ -1,6 +1,7 @@
 """Preconditioned optimization and regularization: choose the coordinates z, p = P z, in which a network is trained."""
 
 from precond import optim
+from precond.averages import EMA, EMANesterov, TailMean, WeightAverage
 from precond.blocks import Block, Leaf, State, is_decayed, is_hidden, is_matrix
 from precond.convergence import observed_rate, optimal_lr, predict, rate
 from precond.curvature import (
@@ -48,21 +49,36 @@ from precond.preconditioners import (
     Composition,
     Fixed,
     Muon,
+    Orthogonalized,
     OutputFactor,
     Polar,
     Preconditioner,
     Route,
+    Schatten,
     Seen,
     Shampoo,
     Whitening,
 )
 from precond.recipes import RECIPES, adagrad, adam, adamw, auto, bnp, muon, rmsprop, sgd, shampoo, soap, whitening
-from precond.regularizers import L1, L2, SAM, At, GradientNorm, Regularizer
+from precond.regularizers import (
+    L1,
+    L2,
+    SAM,
+    At,
+    Cautious,
+    CautiousL2,
+    GradientNorm,
+    Hyperball,
+    RadialBrake,
+    Regularizer,
+    RowFloor,
+)
 from precond.schedules import Schedule, TimesLr, Warmup
-from precond.spaces import Cotangent, Instead, Prox, Space, Tangent
+from precond.spaces import Bend, Cotangent, Instead, Prox, Space, Stage, Tangent
 
 __all__ = [
     "BNP",
+    "EMA",
     "KFAC",
     "L1",
     "L2",
@@ -76,17 +92,22 @@ __all__ = [
     "AdamW",
     "At",
     "Auto",
+    "Bend",
     "Block",
     "BlockDiagonal",
+    "Cautious",
+    "CautiousL2",
     "Composition",
     "Conditioning",
     "Cotangent",
     "Dense",
     "Diagnosis",
     "Diagonal",
+    "EMANesterov",
     "Fixed",
     "GradientNorm",
     "GramOnly",
+    "Hyperball",
     "Identity",
     "Instead",
     "InverseRoot",
@@ -100,6 +121,7 @@ __all__ = [
     "Muon",
     "Objective",
     "Observed",
+    "Orthogonalized",
     "OutputFactor",
     "Polar",
     "PreconditionedGD",
@@ -107,19 +129,25 @@ __all__ = [
     "Product",
     "Prox",
     "RMSprop",
+    "RadialBrake",
     "Regularizer",
     "Route",
+    "RowFloor",
     "Scaled",
+    "Schatten",
     "Schedule",
     "Seen",
     "Shampoo",
     "Space",
+    "Stage",
     "Standardize",
     "Standardizing",
     "State",
+    "TailMean",
     "Tangent",
     "TimesLr",
     "Warmup",
+    "WeightAverage",
     "Whitening",
     "adagrad",
     "adam",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,9 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from precond.exchange import Pieces, held_by
 from precond.sharding import Shard, Sums, local, sums
-from precond.turns import is_due
+from precond.turns import is_due, next_renewal
 from precond.vec import Vec
+
+COUNTS = ("step", "clock")
+"""What a state calls its counts of steps: the host's, and the device's where that counts."""
 
 _OUTPUTS = {"head", "heads", "lm_head", "classifier", "output", "readout", "unembed", "logits"}
 
@@ -33,6 +37,7 @@ class Leaf:
         sites: where the inputs of the layer are observed, for which it is the weight or the bias.
         inputs_first: whether its first dimension counts the inputs of its layer, as in transposed convolutions.
         turn: which of the steps of a period its periodic work falls on (:mod:`precond.turns`).
+        replicas: the processes that hold copies of it, as under DistributedDataParallel; None where none are known.
     """
 
     name: str
@@ -45,6 +50,7 @@ class Leaf:
     inputs_first: bool = False
     attribute: str = field(default="", repr=False)
     turn: int = 0
+    replicas: Any = field(default=None, repr=False)
 
     @property
     def shape(self) -> torch.Size:
@@ -59,10 +65,20 @@ class Leaf:
         """How it is divided among processes; None where this one holds all of it."""
         return Shard.of(self.param)
 
+    @cached_property
+    def pieces(self) -> Pieces | None:
+        """Who holds what of it; None where this process alone is known to hold it."""
+        return held_by(self.param, self.replicas)
+
     @property
     def tensor(self) -> Tensor:
         """The memory that this process holds of it."""
         return self.local(self.param)
+
+    @property
+    def known(self) -> bool:
+        """Whether its values are those of ``tensor``."""
+        return True
 
     def local(self, t: Tensor) -> Tensor:
         """This process's part of a tensor that is divided like the parameter."""
@@ -71,6 +87,28 @@ class Leaf:
     def whole(self, part: Tensor) -> Tensor:
         """The inverse of :meth:`local`."""
         return part if self.shard is None else self.shard.whole(part)
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered(Leaf):
+    """A parameter of which processes hold parts, where one of them steps all of it: its gradient comes, and its values stay away.
+
+    Attributes:
+        zeros: what ``tensor`` is, of its whole shape, unless values are shown.
+        shown: its values, for as long as they are shown.
+    """
+
+    zeros: Tensor = field(default_factory=lambda: torch.zeros(()), repr=False)
+    shown: list[Tensor] = field(default_factory=list, repr=False)
+    shard = None
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.shown[-1] if self.shown else self.zeros
+
+    @property
+    def known(self) -> bool:
+        return bool(self.shown)
 
 
 Rule = Callable[[Leaf], bool] | str
@@ -137,7 +175,17 @@ class Block:
     @property
     def tensors(self) -> Vec:
         """What this process holds of the parameters: the tensors that are stepped."""
-        return tuple(leaf.tensor for leaf in self.leaves) if self.sharded else self.params
+        return tuple(leaf.tensor for leaf in self.leaves)
+
+    @property
+    def known(self) -> bool:
+        """Whether the values of all its parameters are known here."""
+        return all(leaf.known for leaf in self.all_leaves)
+
+    @cached_property
+    def dtypes(self) -> list[torch.dtype]:
+        """Of the tensors; a block whose parameters are converted is made anew."""
+        return [t.dtype for t in self.tensors]
 
     @property
     def gradients(self) -> list[Tensor | None]:
@@ -163,10 +211,19 @@ class Block:
     def subset(self, index: Sequence[int]) -> Block:
         return Block(tuple(self.leaves[i] for i in index))
 
+    def due(self, step: int, every: float) -> tuple[bool, ...]:
+        """Whether a step is one of a period's; of a stack, for each member."""
+        return tuple(is_due(step, every, turn) for turn in self.turns)
+
     @property
     def all_leaves(self) -> tuple[Leaf, ...]:
         """The leaves of all members of a stack; of a block alone its own."""
         return self.leaves
+
+    @cached_property
+    def turns(self) -> list[int]:
+        """The turn of each member of a stack, that of its first leaf; of a block alone its own."""
+        return [self.leaves[0].turn]
 
     def gathered(self, v: Sequence[Tensor]) -> Vec:
         """Tensors of the leaves as the block's own."""
@@ -195,6 +252,10 @@ class Stack(Block):
     @property
     def all_leaves(self) -> tuple[Leaf, ...]:
         return tuple(leaf for member in self.members for leaf in member.leaves)
+
+    @cached_property
+    def turns(self) -> list[int]:
+        return [member.leaves[0].turn for member in self.members]
 
     @cached_property
     def params(self) -> Vec:
@@ -248,7 +309,8 @@ def _means(t: Tensor) -> Tensor:
 class State(dict[str, Any]):
     """Tensors of a block: a tuple holds one tensor per leaf, a lone tensor belongs to the first leaf, a State to a part.
 
-    ``"step"``, one count per leaf, is put in by the optimizer and counts the step in progress.
+    ``"step"``, one count per leaf, is put in by the optimizer and counts the step in progress. Where the host is not to know whether
+    a step is taken (it may be skipped unread, or replayed), ``"clock"`` counts on the device those that are.
     """
 
     def __init__(self, block: Block, *args: Any, **kwargs: Any):
@@ -288,10 +350,33 @@ class State(dict[str, Any]):
         for key, value in dict(*args, **kwargs).items():
             self[key] = value
 
+    def written(self) -> Iterator[Tensor]:
+        """All its tensors but the counts of steps."""
+        for key, value in self.items():
+            if isinstance(value, State):
+                yield from value.written()
+            elif key not in COUNTS:
+                yield from value if isinstance(value, tuple) else (value,)
+
     @property
     def steps(self) -> list[int]:
-        """The number of the step in progress for each leaf, from 1."""
-        return [int(t.item()) for t in self["step"][: len(self.block.leaves)]]
+        """The number of the step in progress for each leaf, from 1: what decides which work a step does."""
+        return whole_numbers(self["step"][: len(self.block.leaves)])
+
+    @property
+    def times(self) -> Sequence[Any]:
+        """The same as formulas take them: where the device counts, tensors of it (float64), one by one."""
+        return self.steps if "clock" not in self else self._clock.unbind()
+
+    @property
+    def _clock(self) -> Tensor:
+        return counted_together(self["clock"][: len(self.block.leaves)]).double()
+
+    def unbiased(self, decay: float) -> Sequence[Any]:
+        """1 − ρᵗ of each leaf: the sum of the weights in an average that started at 0, by which it is divided."""
+        if "clock" not in self:
+            return [1 - decay**t for t in self.steps]
+        return (1 - decay**self._clock).unbind()
 
     def ahead(self) -> State:
         """A copy with tensors of its own and the step counts one ahead: what the statistics would become."""
@@ -303,10 +388,23 @@ class State(dict[str, Any]):
         for key, value in self.items():
             if isinstance(value, State):
                 out[key] = value.copied(steps)
-            elif key == "step":
+            elif key in COUNTS:
                 out[key] = tuple(t + steps for t in value)
             else:
                 out[key] = tuple(t.clone() for t in value) if isinstance(value, tuple) else value.clone()
+        return out
+
+    def hollow(self) -> State:
+        """Its names, shapes and dtypes, and the step counts, with memory for one number of each tensor."""
+        out = State(self.block)
+        hollow = lambda t: t.new_zeros(()).expand(t.shape)  # noqa: E731
+        for key, value in self.items():
+            if isinstance(value, State):
+                out[key] = value.hollow()
+            elif key == "step":
+                out[key] = value
+            else:
+                out[key] = tuple(map(hollow, value)) if isinstance(value, tuple) else hollow(value)
         return out
 
     def member(self, k: int) -> State:
@@ -323,7 +421,7 @@ class State(dict[str, Any]):
         for key, value in self.items():
             if isinstance(value, State):
                 out[key] = value.span(some)
-            elif key == "step":
+            elif key in COUNTS:
                 out[key] = value[some.start * m : some.stop * m]
             else:
                 out[key] = tuple(t[some] for t in value) if isinstance(value, tuple) else value[some]
@@ -331,9 +429,12 @@ class State(dict[str, Any]):
 
     def due(self, every: float) -> list[slice]:
         """The members of a stack for which the step in progress is one of a period's, as spans of them."""
-        t, stack = self.steps[0], self.block
-        assert isinstance(stack, Stack)
-        return spans([is_due(t, every, member.leaves[0].turn) for member in stack.members])
+        return spans(self.block.due(self.steps[0], every))
+
+    def until_renewed(self, every: float, ahead: int = 0) -> list[int]:
+        """How many steps each member is away, at the step in progress or later, from one of 1, 2, 4, 8, … and then every so many."""
+        t = min(self.steps) + ahead
+        return [next_renewal(t, every, turn) - t for turn in self.block.turns]
 
     def as_stack(self) -> State:
         """The state of a block alone, as that of a stack of one; the tensors are the same."""
@@ -341,7 +442,7 @@ class State(dict[str, Any]):
         for key, value in self.items():
             if isinstance(value, State):
                 out[key] = value.as_stack()
-            elif key == "step":
+            elif key in COUNTS:
                 out[key] = value
             else:
                 out[key] = tuple(t[None] for t in value) if isinstance(value, tuple) else value[None]
@@ -365,7 +466,7 @@ class State(dict[str, Any]):
         for key, value in self.items():
             if isinstance(value, State):
                 yield from value.entries(prefix + within(key))
-            elif key != "step":
+            elif key not in COUNTS:
                 if isinstance(value, tuple):
                     for leaf, tensor in zip(self.block.all_leaves, self.block.scattered(value), strict=True):
                         yield leaf, prefix + key, leaf.whole(tensor)
@@ -374,6 +475,18 @@ class State(dict[str, Any]):
                         yield member.leaves[0], prefix + key, tensor
                 else:
                     yield self.block.leaves[0], prefix + key, value
+
+
+def whole_numbers(counts: Sequence[Tensor]) -> list[int]:
+    """Counts of the host as integers."""
+    # Of few, one by one: an operation costs more.
+    return [int(t.item()) for t in counts] if len(counts) < 8 else [int(t) for t in counted_together(counts).tolist()]
+
+
+def counted_together(counts: Sequence[Tensor]) -> Tensor:
+    """(n,): the tensor whose entries these counts are, all of them in order; where they are only some, a new one."""
+    base = counts[0]._base
+    return base if base is not None and base.shape == (len(counts),) else torch.stack(list(counts))
 
 
 def spans(chosen: Sequence[bool]) -> list[slice]:

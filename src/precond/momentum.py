@@ -72,6 +72,11 @@ class Momentum:
         if "m" not in state:
             return
         m = state["m"]
+        if self.start == "first_gradient" and "clock" in state:
+            self._fold(m, a)
+            for mi, ai, t in zip(m, a, state.times, strict=True):
+                torch.where(t == 1, ai, mi, out=mi)
+            return
         first = [t == 1 for t in state.steps] if self.start == "first_gradient" else [False]
         if any(first):
             for mi, ai, is_first in zip(m, a, first, strict=True):
@@ -90,7 +95,7 @@ class Momentum:
             new = torch._foreach_mul(a, 1 - self.dampening) if self.dampening else a
             return tuple(torch._foreach_add(new, m, alpha=self.beta))
         if self.corrected:
-            return tuple(torch._foreach_div(m, [1 - self.beta**t for t in state.steps]))
+            return tuple(torch._foreach_div(m, state.unbiased(self.beta)))
         return m
 
     def write(self, state: State, a: Vec, out: Vec) -> Vec:

@@ -23,6 +23,13 @@ def agreed(good: bool, device: torch.device) -> bool:
     return bool(votes > 0)
 
 
+def largest(number: Tensor) -> Tensor:
+    """The largest that a process has, which none reads."""
+    if distributed():
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number
+
+
 def averaged(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
     """The mean over all processes, in one call, of tensors shaped ``like`` others; None where no process has one."""
     if not distributed():

@@ -17,10 +17,10 @@ from precond import checks
 
 
 class Schedule(ABC):
-    """A number as a function of the step (from 1) and the learning rate."""
+    """A number as a function of the step (from 1; a tensor where the device counts) and the learning rate."""
 
     @abstractmethod
-    def at(self, step: int, lr: float | Tensor) -> float | Tensor:
+    def at(self, step: int | Tensor, lr: float | Tensor) -> float | Tensor:
         """Its value."""
 
 
@@ -33,7 +33,7 @@ class TimesLr(Schedule):
     def __post_init__(self) -> None:
         checks.non_negative("TimesLr", factor=self.factor)
 
-    def at(self, step: int, lr: float | Tensor) -> float | Tensor:
+    def at(self, step: int | Tensor, lr: float | Tensor) -> float | Tensor:
         return self.factor * lr
 
 
@@ -49,11 +49,12 @@ class Warmup(Schedule):
             checks.non_negative("Warmup", value=self.value)
         checks.positive("Warmup", steps=self.steps)
 
-    def at(self, step: int, lr: float | Tensor) -> float | Tensor:
-        return min(1.0, step / self.steps) * value_at(self.value, step, lr)
+    def at(self, step: int | Tensor, lr: float | Tensor) -> float | Tensor:
+        part = step / self.steps
+        return (part.clamp_max(1.0) if isinstance(part, Tensor) else min(1.0, part)) * value_at(self.value, step, lr)
 
 
-def value_at(x: float | Tensor | Schedule, step: int, lr: float | Tensor) -> float | Tensor:
+def value_at(x: float | Tensor | Schedule, step: int | Tensor, lr: float | Tensor) -> float | Tensor:
     """A number, or a schedule's value."""
     return x.at(step, lr) if isinstance(x, Schedule) else x
 

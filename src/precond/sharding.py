@@ -21,7 +21,8 @@ from precond import vec
 from precond.vec import Vec
 
 
-def _divided(t: Any) -> bool:
+def divided(t: Any) -> bool:
+    """Whether a tensor is a DTensor."""
     # Where nobody has imported DTensor there is none, and importing it takes as long as half of torch.
     loaded = sys.modules.get("torch.distributed.tensor")
     return loaded is not None and isinstance(t, loaded.DTensor)
@@ -29,7 +30,7 @@ def _divided(t: Any) -> bool:
 
 def local(t: Tensor) -> Tensor:
     """The part of a DTensor that this process holds, the same memory; any other tensor itself."""
-    if not _divided(t):
+    if not divided(t):
         return t
     with torch.no_grad():
         return t.to_local()  # type: ignore[attr-defined]
@@ -37,16 +38,16 @@ def local(t: Tensor) -> Tensor:
 
 def replicated(t: Tensor) -> Tensor | None:
     """A tensor that this process holds whole, with its graph; None where others hold parts of it."""
-    if not _divided(t):
+    if not divided(t):
         return t
     return t.to_local() if all(p.is_replicate() for p in t.placements) else None  # type: ignore[attr-defined]
 
 
 def copy_(target: Tensor, value: Tensor) -> None:
     """target ← value, whichever of them is divided among processes."""
-    if _divided(value) and not _divided(target):
+    if divided(value) and not divided(target):
         value = value.full_tensor()  # type: ignore[attr-defined]
-    if _divided(target) and not _divided(value):
+    if divided(target) and not divided(value):
         from torch.distributed.tensor import distribute_tensor
 
         value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)  # type: ignore[attr-defined]
@@ -68,7 +69,7 @@ class Shard:
     @classmethod
     def of(cls, param: Tensor) -> Shard | None:
         """The division of a parameter; None where this process holds all of it."""
-        return cls(param) if _divided(param) else None
+        return cls(param) if divided(param) else None
 
     @property
     def groups(self) -> tuple[dist.ProcessGroup, ...]:
@@ -127,6 +128,16 @@ class Sums:
         sizes = torch.stack([t.abs().amax() if q == math.inf and t.numel() else t.abs().pow(q).sum() for t in a])
         return self.total(sizes, dist.ReduceOp.MAX) if q == math.inf else self.total(sizes).pow(1 / q)
 
+    def each(self, a: Vec) -> list[Tensor]:
+        """The sum of the entries of each tensor."""
+        sums = torch.stack([t.sum() for t in a])
+        for groups, index in self._parts.items():
+            for group in groups:
+                mine = sums[index]
+                dist.all_reduce(mine, group=group)
+                sums[index] = mine
+        return list(sums)
+
     def means(self, a: Vec) -> list[Tensor]:
         """The mean of the finite entries of each tensor."""
         finite = [t.isfinite() for t in a]
@@ -145,6 +156,9 @@ class Alone(Sums):
 
     def __init__(self) -> None:
         super().__init__(())
+
+    def each(self, a: Vec) -> list[Tensor]:
+        return [t.sum() for t in a]
 
     dot = staticmethod(vec.dot)
     norm = staticmethod(vec.norm)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cached_property
 
 from torch import Tensor
@@ -70,7 +71,40 @@ class Prox:
     apply: Callable[[Vec], Vec]
 
 
-Term = Cotangent | Instead | Tangent | Prox
+class Stage(IntEnum):
+    """What a :class:`Bend` looks at, in the order in which several act: the order of a list decides nothing."""
+
+    ENTRIES = 0
+    RADIUS = 1
+    ROWS = 2
+    DECAY = 3
+    LENGTH = 4
+
+
+@dataclass(frozen=True)
+class Made:
+    """A step as M made it, u, and what it descends, a: the gradient with what penalties add to it."""
+
+    u: Vec
+    a: Vec
+
+
+@dataclass(frozen=True)
+class Bend:
+    """What makes another step of the one that M made: u ↦ apply(u, made) of p ← p − α(u + tangents), past momentum and past M.
+
+    Attributes:
+        apply: the steps of all tensors, as others have bent them, and as M made them → the steps to take.
+        stage: what it looks at.
+        project: what acts on p last, as a :class:`Prox` does; None: nothing.
+    """
+
+    apply: Callable[[Vec, Made], Vec]
+    stage: Stage
+    project: Callable[[Vec], Vec] | None = None
+
+
+Term = Cotangent | Instead | Tangent | Prox | Bend
 
 
 class Space(ABC):

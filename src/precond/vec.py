@@ -20,24 +20,45 @@ Scalar = float | Tensor
 """A number, or a tensor of one element (a learning rate that must not be read by the host)."""
 
 
+def together(f: Callable[..., Any], a: Tensors, *lists: Sequence[Any], **options: Any) -> Vec:
+    """A multi-tensor operation f(a, *lists), of the tensors of each device by themselves: of several ones torch takes one after the other."""
+    if not a:
+        return ()
+    first = a[0].device
+    if all(t.device == first for t in a):
+        return tuple(f(a, *lists, **options) or ())
+    devices: dict[torch.device, list[int]] = {}
+    for i, t in enumerate(a):
+        devices.setdefault(t.device, []).append(i)
+    out: dict[int, Tensor] = {}
+    for index in devices.values():
+        out |= zip(index, f(*([x[i] for i in index] for x in (a, *lists)), **options) or (), strict=False)
+    return tuple(out[i] for i in sorted(out))
+
+
 def add(a: Vec, b: Vec, alpha: float = 1.0) -> Vec:
     """a + alpha·b."""
-    return tuple(torch._foreach_add(a, b, alpha=alpha)) if a else ()
+    return together(torch._foreach_add, a, b, alpha=alpha)
 
 
 def sub(a: Vec, b: Vec) -> Vec:
     """a − b."""
-    return tuple(torch._foreach_sub(a, b)) if a else ()
+    return together(torch._foreach_sub, a, b)
 
 
 def mul(a: Vec, b: Vec) -> Vec:
     """Entrywise product."""
-    return tuple(torch._foreach_mul(a, b)) if a else ()
+    return together(torch._foreach_mul, a, b)
 
 
 def div(a: Vec, b: Vec) -> Vec:
     """Entrywise quotient."""
-    return tuple(torch._foreach_div(a, b)) if a else ()
+    return together(torch._foreach_div, a, b)
+
+
+def copy_(a: Vec, b: Vec) -> None:
+    """a ← b in place."""
+    together(torch._foreach_copy_, a, b)
 
 
 def scale(a: Vec, s: Scalar | Sequence[Scalar]) -> Vec:
@@ -48,9 +69,11 @@ def scale(a: Vec, s: Scalar | Sequence[Scalar]) -> Vec:
         return tuple(t * s for t in a)
     if isinstance(s, Sequence):
         if not any(isinstance(x, Tensor) for x in s):
-            return tuple(torch._foreach_mul(a, [float(x) for x in s]))
+            return together(torch._foreach_mul, a, [float(x) for x in s])
         return tuple(t * x for t, x in zip(a, s, strict=True))
-    if not isinstance(s, Tensor) or all(t.device == s.device for t in a):
+    if not isinstance(s, Tensor):
+        return together(torch._foreach_mul, a, [s] * len(a))
+    if all(t.device == s.device for t in a):
         return tuple(torch._foreach_mul(a, s))
     there: dict[torch.device, Tensor] = {}
     return tuple(t * there.setdefault(t.device, s.to(t.device)) for t in a)
@@ -110,7 +133,7 @@ def norm(a: Vec, q: float = 2) -> Tensor:
     full = [t for t in a if t.numel()]
     if not full:
         return torch.zeros(())
-    parts = torch.stack([n.to(full[0].device) for n in torch._foreach_norm(full, q)])
+    parts = torch.stack([n.to(full[0].device) for n in together(torch._foreach_norm, full, ord=q)])
     return torch.linalg.vector_norm(parts, q)
 
 
@@ -122,6 +145,16 @@ def all_finite(a: Vec) -> bool:
         return math.isfinite(norm(tuple(full), math.inf))
     total = sum(t.sum().item() for t in full)  # reading a number here is cheaper than an operation
     return math.isfinite(total) or all(bool(t.isfinite().all()) for t in full)
+
+
+def nonfinite(a: Vec) -> Tensor:
+    """1 where an entry is inf or NaN, else 0; a tensor of one element, which the host does not read."""
+    return 1 - norm(a, math.inf).isfinite().float()
+
+
+def is_captured(t: Tensor) -> bool:
+    """Whether operations on a tensor are being captured in a CUDA graph: they are noted, not done, and repeated later on the same memory."""
+    return t.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def flatten(a: Vec) -> Tensor:
@@ -140,16 +173,20 @@ def add_scaled_(a: Vec, b: Vec, s: Sequence[Scalar]) -> None:
     for x, index in _alike(s):
         first, second = [a[i] for i in index], [b[i] for i in index]
         if isinstance(x, Tensor):
-            torch._foreach_add_(first, list(scale(tuple(second), x.to(first[0].dtype))))
+            together(torch._foreach_add_, first, scale(tuple(second), x.to(first[0].dtype)))
         elif x:
-            torch._foreach_add_(first, second, alpha=x)
+            together(torch._foreach_add_, first, second, alpha=x)
 
 
 def scale_(a: Vec, s: Sequence[Scalar]) -> None:
     """a ← s·a in place, one scalar per tensor."""
     for x, index in _alike(s):
-        if isinstance(x, Tensor) or x != 1:
-            torch._foreach_mul_([a[i] for i in index], x)
+        some = [a[i] for i in index]
+        if isinstance(x, Tensor):
+            for device in dict.fromkeys(t.device for t in some):
+                torch._foreach_mul_([t for t in some if t.device == device], x.to(device))
+        elif x != 1:
+            together(torch._foreach_mul_, some, [x] * len(some))
 
 
 def combined(f: Callable[..., Scalar], *scalars: Sequence[Scalar]) -> list[Scalar]:

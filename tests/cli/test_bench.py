@@ -113,3 +113,17 @@ def test_a_race(fashion_mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "schedule-free" in (tmp_path / "summary.md").read_text()
     shown = capsys.readouterr()
     assert "Warning" not in shown.out + shown.err
+
+
+def test_a_task_of_the_pool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--tasks", "diabetes,ratings", "--entrants", "AdamW", "--trials", "2", "--seeds", "0,1", "--scale", "0.02"]
+    assert main(["bench", "pool", *arguments, "--examples", "300", "--out", str(tmp_path)]) == 0
+    found = load_results(tmp_path / "results.json")
+    assert [task.family for task in found.tasks] == ["tabular", "recommenders"]
+    assert [[entry.label for entry in task.entries] for task in found.tasks] == [["torch AdamW", "torch AdamW, β₂ = 0.95"]] * 2
+    assert "## Pairs: work to the validation target" in (tmp_path / "summary.md").read_text()
+    # The best of two is at an end, so that the search went on.
+    assert all(2 < len(entry.search) <= 4 for task in found.tasks for entry in task.entries)
+    capsys.readouterr()
+    assert main(["bench", "pool", "--data-dir", "x", "--out", str(tmp_path)]) == 2
+    assert "the pool reads no files" in capsys.readouterr().err

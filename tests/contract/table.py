@@ -13,6 +13,7 @@ from torch import nn
 import precond
 from precond import (
     BNP,
+    EMA,
     KFAC,
     L1,
     L2,
@@ -21,13 +22,19 @@ from precond import (
     SOAP,
     AdaGrad,
     Auto,
+    Cautious,
+    CautiousL2,
+    EMANesterov,
     Fixed,
     GradientNorm,
+    Hyperball,
     Momentum,
     Muon,
     Polar,
     PreconditionedGD,
+    RadialBrake,
     Route,
+    RowFloor,
     Shampoo,
     TimesLr,
     Warmup,
@@ -192,6 +199,31 @@ OWN: dict[str, Callable[..., PreconditionedGD]] = {
         Polar(every=4, damping=0.01), GradientNorm(1e-3), momentum=Momentum(0.5), max_norm=2.0
     ),
     "BNP with Polar, heavy ball": _gd(BNP() @ Polar(every=3), L2(0.01), momentum=Momentum(0.5, "heavy_ball")),
+    "RMS, cautious, on the hyperball": _gd(RMS(), Hyperball(), Cautious(), CautiousL2(0.01), momentum=Momentum(0.9)),
+    "BNP with AdaGrad, bent in z": _gd(
+        BNP() @ AdaGrad(), RadialBrake(space="z"), RowFloor(0.1, "z"), Hyperball(space="z"), momentum=Momentum(0.9)
+    ),
+    "auto, hyperball, SAM in p": lambda p, **more: precond.auto(
+        p, **{"lr": 0.01, "regularizers": [Hyperball(), SAM(0.02, space="p")], **more}
+    ),
+    "adamw, average of the weights": lambda p, **more: precond.adamw(p, **{"average": EMA(0.9, start=3), **more}),
+    "soap, lookahead": lambda p, **more: precond.soap(
+        p, **{"lr": 0.01, "precondition_frequency": 3, "average": EMANesterov(2.0, 0.9), **more}
+    ),
+    "muon after SOAP": lambda p, **more: precond.muon(
+        p, **{"lr": 0.01, "where": is_matrix, "after": SOAP(every=3, sides="smaller"), **more}
+    ),
+    "muon after whitening of power 1/2, SAM in z": lambda p, **more: precond.muon(
+        p,
+        **{
+            "lr": 0.01,
+            "where": is_matrix,
+            "after": Whitening(every=7, observe_steps=2, power=0.5),
+            "regularizers": [SAM(0.02)],
+            **more,
+        },
+    ),
+    "muon of power 1/2": lambda p, **more: precond.muon(p, **{"lr": 0.01, "where": is_matrix, "power": 0.5, **more}),
     "plain": _gd(Fixed(), L2(0.1), momentum=Momentum(0.9, "nesterov")),
 }
 

@@ -95,13 +95,22 @@ def test_a_learning_rate_may_be_a_tensor(twin: Twin):
     assert relative(*ends) <= 1e-12
 
 
-@pytest.mark.parametrize("option", ["differentiable", "capturable"])
 @by_name
-def test_what_is_left_out_raises_and_says_so(twin: Twin, option: str):
-    if option == "capturable" and twin.recipe in ("sgd", "adagrad"):
-        pytest.skip("torch has no such option there")
-    with pytest.raises(ValueError, match=f"{option}=True is not supported"):
-        twin.ours(net().parameters(), **{option: True})
+def test_what_is_left_out_raises_and_says_so(twin: Twin):
+    with pytest.raises(ValueError, match="differentiable=True is not supported"):
+        twin.ours(net().parameters(), differentiable=True)
+
+
+@by_name
+def test_capturable_changes_nothing_on_a_processor(twin: Twin):
+    ends = []
+    for capturable in (False, True):
+        model = net()
+        optimizer = twin.ours(model.parameters(), capturable=capturable)
+        train(model, optimizer, batches(5))
+        assert all(group["capturable"] is capturable for group in optimizer.param_groups)
+        ends.append(flat(model))
+    assert torch.equal(*ends)
 
 
 @by_name

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from device import graphs
 from device.building import guard
 from device.meter import METER
 
@@ -91,7 +92,10 @@ def _run(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
     real_kwargs = {k: _real(v) for k, v in kwargs.items()}
     if asked is not None and asked.type == "cuda":
         real_kwargs["device"] = CPU
-    out = func(*map(_real, args), **real_kwargs)
+    real_args = list(map(_real, args))
+    out = func(*real_args, **real_kwargs)
+    if (graph := graphs.current()) is not None:
+        graph.note(func, real_args, real_kwargs, out)
     if asked is not None and asked.type != "cuda":
         return out
     device = asked or next(t.device for t in tensors if isinstance(t, Pretended))
@@ -143,7 +147,7 @@ _ANSWERS = {
     "_lazy_init": lambda: None,
     "current_device": lambda: 0,
     "device_count": lambda: 2,
-    "is_current_stream_capturing": lambda: False,
+    "is_current_stream_capturing": lambda: graphs.current() is not None,
     "synchronize": lambda device=None: None,
     "get_device_capability": lambda device=None: (9, 0),
     "is_bf16_supported": lambda including_emulation=True: True,

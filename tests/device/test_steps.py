@@ -21,7 +21,8 @@ def but(names: Iterable[str], failing: Iterable[str], reason: str) -> pytest.Mar
 
 ROOTS = {
     "whitening", "muon with whitening", "soap with whitening", "shampoo", "shampoo, sums, tiles, adaptive SAM in z",
-    "KFAC on whitening", "auto, SAM in p", "Polar, gradient norm in z, clipped", "BNP with Polar, heavy ball",
+    "KFAC on whitening", "auto, SAM in p", "auto, hyperball, SAM in p", "Polar, gradient norm in z, clipped", "BNP with Polar, heavy ball",
+    "muon after whitening of power 1/2, SAM in z", "muon of power 1/2",
 }  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def test_a_training_is_the_cpu_s(device, name):
 
 WAITS = {
     "Muon, exact root, L2 in p", "shampoo, sums, tiles, adaptive SAM in z", "Shampoo, one side, qr, proximal L1",
-    "Polar, gradient norm in z, clipped",
+    "Polar, gradient norm in z, clipped", "muon after whitening of power 1/2, SAM in z",
 }  # fmt: skip
 
 
@@ -66,16 +67,7 @@ def test_parameters_may_be_on_several_devices(device, name):
     assert not found.strayed and not found.count.mixed
 
 
-SCATTERED = {
-    "adamw, SAM in z", "adamw, SAM in p", "RMS, SAM in z", "RMS, adaptive SAM in z", "RMS, momentum, gradient norm in z",
-    "AdaGrad, gradient norm in p, central", "RMS, proximal L1", "BNP with AdaGrad, SAM in z", "route, SAM in p, warm-up",
-    "RMS, gradient norm of power 1, q = 1, times lr", "momentum of tangents, amsgrad", "muon, SAM in z", "Muon, exact root, L2 in p",
-    "soap, one side, drift, gradient norm in z", "SOAP, SAM in z, heavy ball", "shampoo, sums, tiles, adaptive SAM in z",
-    "Shampoo, one side, qr, proximal L1", "auto, SAM in p", "Polar, gradient norm in z, clipped",
-}  # fmt: skip
-
-
-@but(OWN, SCATTERED, "lists of all parameters are not divided by device, and take torch's slow route")
+@pytest.mark.parametrize("name", OWN)
 def test_each_device_is_stepped_by_itself(device, name):
     assert not device.run(training.spread, name).count.scattered
 
@@ -89,7 +81,7 @@ def test_a_loss_scale_and_an_overflow_come_as_tensors(device, name):
 TORCH_NAMED = [str(twin) for twin in TWINS]
 
 
-@but(TORCH_NAMED, TORCH_NAMED, "found_inf is read")
+@pytest.mark.parametrize("name", TORCH_NAMED)
 def test_they_are_used_as_such(device, name):
     *_, reads = device.run(training.scaled, name)
     assert reads == 0

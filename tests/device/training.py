@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ import precond
 from contract.table import EVERY, OWN, batches, net
 from contract.table import closure as on_the_cpu
 from device.driving import metered_hooks
+from device.graphs import Graph
 from device.meter import METER, Count
 from device.pretended import move, on_cpu, to_device
 from device.twins import Loss, Twins
@@ -82,7 +85,7 @@ class Training:
         ]
 
 
-ON_THE_HOST = {"step", "count", "noise", "size", "examples"}
+ON_THE_HOST = {"step", "count", "noise", "size", "examples", "averaged"}
 """Numbers that the host knows and keeps: of steps, as torch does, and of the samples that layers saw."""
 
 
@@ -214,6 +217,120 @@ def tensor_lr(name: str, device: str) -> tuple[float, int]:
     plain, _, _ = _scripted(lambda m: EVERY[name](m, lr=0.003), WARM_UP + 2, lambda o, t: None)
     ours, count, _ = _scripted(lambda m: EVERY[name](m, lr=rate), WARM_UP + 2, lambda o, t: None)
     return relative(ours, plain), count.reads.total()
+
+
+@dataclass
+class Captured:
+    """How a training went whose later steps were repeated by pretended CUDA graphs, one for each program of its steps.
+
+    Attributes:
+        distance: of its parameters from those of the same steps done by Python, relative.
+        counts: of steps, in its state at the end.
+        programs: how many graphs there were.
+        count: what happened while these were captured.
+    """
+
+    distance: float
+    counts: set[float]
+    programs: int
+    count: Count
+
+
+Finds = Literal["scaler", "optimizer"]
+"""Who finds that a gradient is not finite."""
+
+
+def captured(name: str, steps: int = 24, warm: int = 3, overflow: Sequence[int] = (), finds: Finds = "scaler") -> Captured:
+    """A rate that is a tensor, and falls; gradients at one place, as graphs find them, of which some are not finite.
+
+    Those steps are skipped. The training that Python does leaves them out.
+    """
+    scaled = bool(overflow) and finds == "scaler"
+    torch.manual_seed(0)
+    model, rate = _still()
+    plain = EVERY[name](model, lr=rate)
+    for t in range(steps):
+        _renew(model, rate)
+        if t not in overflow:
+            plain.step()
+    end = flat(model)
+    torch.manual_seed(0)
+    model, rate = _still()
+    scale, found = to_device(torch.tensor(8.0)), to_device(torch.tensor(0.0))
+    optimizer = EVERY[name](model, lr=rate, capturable=True, **({"nonfinite": "skip"} if overflow and not scaled else {}))
+    graphs: dict[Any, Graph] = {}
+    count = Count()
+    for t in range(steps):
+        _renew(model, rate, math.inf if t in overflow else 8.0 if scaled else 1.0)
+        on_cpu(found).fill_(float(t in overflow))
+        if scaled:
+            optimizer.grad_scale, optimizer.found_inf = scale, found
+        if t < warm:
+            optimizer.step()
+            continue
+        key = optimizer.program
+        if key not in graphs:
+            graphs[key] = _capture(model, optimizer, count)
+        graphs[key].replay()
+        optimizer.replayed()
+    counts = {float(on_cpu(e["step"])) for e in optimizer.state_dict()["state"].values()}
+    return Captured(relative(flat(model), end), counts, len(graphs), count)
+
+
+def _still() -> tuple[nn.Module, Tensor]:
+    """A model whose gradients stay where they are, and a rate."""
+    model = move(net())
+    for p in model.parameters():
+        p.grad = to_device(torch.zeros(p.shape, dtype=p.dtype))
+    return model, to_device(torch.tensor(0.003, dtype=torch.float64))
+
+
+def _renew(model: nn.Module, rate: Tensor, factor: float = 1.0) -> None:
+    for p in model.parameters():
+        on_cpu(p.grad).copy_(factor * torch.randn(p.shape, dtype=p.dtype))
+    on_cpu(rate).mul_(0.9)
+
+
+def _capture(model: nn.Module, optimizer: Any, count: Count) -> Graph:
+    graph, entries = Graph(), [t for e in optimizer.state.values() for t in e.values()]
+    memory = [on_cpu(t) for t in (*model.parameters(), *entries)]
+    before = [t.clone() for t in memory]
+    with METER.into(count), graph.capture():
+        optimizer.step()
+    for t, value in zip(memory, before, strict=True):
+        t.copy_(value)
+    return graph
+
+
+def where_steps_are_counted(name: str) -> tuple[list[str], bool]:
+    """The devices of the counts of optimizers that loaded one another's state, capturable or not; whether all end alike."""
+    where, ends = [], []
+    saved, start = None, None
+    for capturable in (True, False, True):
+        torch.manual_seed(0)
+        model, rate = _still()
+        optimizer = EVERY[name](model, lr=rate, capturable=capturable)
+        if saved is not None:
+            model.load_state_dict(start)
+            saved["param_groups"][0]["capturable"] = capturable  # as torch's, it is loaded with the groups
+            optimizer.load_state_dict(saved)
+        for _ in range(4):
+            _renew(model, rate)
+            optimizer.step()
+        ends.append(flat(model))
+        where += {str(e["step"].device) for e in optimizer.state.values()}
+        if saved is None:
+            saved, start = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    return where, relative(ends[1], ends[2]) < 1e-12 and {float(on_cpu(e["step"])) for e in optimizer.state.values()} == {8.0}
+
+
+def uncapturable() -> None:
+    """What is captured though it was not made for it."""
+    model, rate = _still()
+    optimizer = precond.adamw(model, lr=rate)
+    optimizer.step()
+    with Graph().capture():
+        optimizer.step()
 
 
 def kahan() -> tuple[bool, list[str]]:

@@ -1,4 +1,4 @@
-"""Two processes on the loopback interface that run what they are sent, and one that runs it alone, for comparison."""
+"""Some processes on the loopback interface that run what they are sent."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-WORLD = 2
-PATIENCE = 40  # seconds; gloo gives up on a missing partner before
+PATIENCE = 120  # seconds; gloo gives up on a missing partner before
 
 
 class Failed(Exception):
@@ -35,27 +34,27 @@ def answer(pipe: Any) -> None:
             pipe.send((False, (type(error).__name__, str(error), traceback.format_exc())))
 
 
-def _serve(rank: int, store: str, pipe: Any) -> None:
+def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=20))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
     answer(pipe)
     dist.destroy_process_group()
 
 
 class Pool:
-    """The two ranks; started anew where one of them does not answer."""
+    """The ranks; started anew where one of them does not answer."""
 
-    def __init__(self, folder: Path):
-        self.folder, self._started, self._ranks = folder, 0, []
+    def __init__(self, folder: Path, world: int = 2):
+        self.folder, self.world, self._started, self._ranks = folder, world, 0, []
 
     def _start(self) -> None:
         self._started += 1
         context = mp.get_context("spawn")
-        for rank in range(WORLD):
+        for rank in range(self.world):
             here, there = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, str(self.folder / f"store{self._started}"), there), daemon=True
+                target=_serve, args=(rank, self.world, str(self.folder / f"store{self._started}"), there), daemon=True
             )
             process.start()
             self._ranks.append((process, here))

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distributed.training import Setting, build, contents, fit
 from inputs import kinds
-from precond import BNP, RMS, Dense, Diagonal, Fixed, GradientNorm, LossClosure, PreconditionedGD, Route, auto, soap
+from precond import BNP, RMS, Dense, Diagonal, Fixed, GradientNorm, LossClosure, PreconditionedGD, Route
 
 
 def shapes(setting: Setting) -> dict[str, Any]:
@@ -168,17 +168,33 @@ def _share(x: Tensor, alone: bool) -> Tensor:
 
 
 REFUSED: dict[str, Any] = {
-    "Dense": lambda m: PreconditionedGD(m, preconditioner=Fixed(Dense(torch.eye(8)))),
-    "Diagonal": lambda m: PreconditionedGD(m, preconditioner=Fixed(Diagonal((torch.ones(2, 3), torch.ones(2))))),
-    "routed": lambda m: PreconditionedGD(m, preconditioner=Route([("*", BNP() @ Fixed(Dense(torch.eye(8))))])),
-    "auto": lambda m: auto(m),
-    "soap": lambda m: soap(m),
-    "exact": lambda m: PreconditionedGD(m, preconditioner=RMS(), regularizers=[GradientNorm(0.1, method="exact")]),
+    "exact": (
+        lambda m: PreconditionedGD(m, preconditioner=RMS(), regularizers=[GradientNorm(0.1, method="exact")]),
+        "differentiates twice",
+    ),
+}
+FIXED: dict[str, Any] = {
+    "Dense": lambda: Fixed(Dense(torch.arange(64.0).view(8, 8).sin())),
+    "Diagonal": lambda: Fixed(Diagonal((torch.arange(6.0).view(2, 3), torch.ones(2)))),
+    "routed": lambda: Route([("*", BNP() @ Fixed(Dense(torch.eye(8) + 0.1)))]),
 }
 
 
 def refused(name: str) -> None:
-    REFUSED[name](fully_shard(nn.Linear(3, 2), mesh=_mesh()))
+    REFUSED[name][0](fully_shard(nn.Linear(3, 2), mesh=_mesh()))
+
+
+def fixed(name: str, alone: bool = False) -> dict[str, Any]:
+    """A step by a map that takes all parameters jointly."""
+    torch.manual_seed(0)
+    model: nn.Module = nn.Linear(3, 2)
+    if not alone:
+        model = fully_shard(model, mesh=_mesh())
+    optimizer = PreconditionedGD(model, 0.1, preconditioner=FIXED[name](), max_norm=1.0)
+    x = torch.arange(12.0).view(4, 3)
+    model(x).square().mean().backward()
+    optimizer.step()
+    return contents(model, optimizer)
 
 
 def bad_row(nonfinite: str) -> dict[str, Any]:

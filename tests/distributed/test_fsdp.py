@@ -10,11 +10,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from distributed import agreement, sharded
 from distributed.pool import Failed
 from distributed.test_ddp import check
-from distributed.training import OPTIMIZERS, WHOLE, Setting
+from distributed.training import OPTIMIZERS, Setting
 from precond.inputs import survey
 
 torch.set_num_threads(1)
-SHARDABLE = [name for name in OPTIMIZERS if "exact" not in name and name not in WHOLE]
+SHARDABLE = [name for name in OPTIMIZERS if "exact" not in name]
 
 
 def check_equal(a, b, **within) -> None:
@@ -30,7 +30,7 @@ def test_two_ranks_are_one_process(ranks, optimizer):
 
 
 @pytest.mark.parametrize("wrap", ["fsdp, partly", "hsdp, two parts", "hsdp, two copies"])
-@pytest.mark.parametrize("optimizer", ["adamw, clipped", "BNP", "SAM", "gradient norm, q=∞"])
+@pytest.mark.parametrize("optimizer", ["adamw, clipped", "BNP", "SAM", "gradient norm, q=∞", "soap, SAM", "auto"])
 def test_parameters_that_are_whole_on_some_ranks_count_once(ranks, optimizer, wrap):
     check(ranks, Setting(optimizer, wrap=wrap))
 
@@ -68,13 +68,13 @@ def test_rows_need_no_communication(ranks, optimizer, calls):
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["divided", "whole"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "BNP", "BNP @ RMS"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "BNP", "BNP @ RMS", "soap", "auto"])
 def test_resuming_from_a_distributed_checkpoint(ranks, optimizer, whole, tmp_path):
     for first, twin in ranks.run(sharded.saved_and_resumed, Setting(optimizer, wrap="fsdp"), str(tmp_path / "saved"), whole):
         check_equal(first, twin, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "BNP @ RMS"])
+@pytest.mark.parametrize("optimizer", ["adamw", "BNP @ RMS", "shampoo"])
 def test_resuming_from_each_rank_s_own_state_dict(ranks, optimizer):
     for first, twin in ranks.run(sharded.plainly_resumed, Setting(optimizer, wrap="fsdp")):
         check_equal(first, twin, rtol=0, atol=0)
@@ -116,10 +116,16 @@ def test_layers_whose_rows_are_cut_are_refused(ranks, name, message):
 
 
 @pytest.mark.parametrize("name", sharded.REFUSED)
-def test_what_needs_whole_parameters_is_refused(ranks, name):
-    message = "differentiates twice" if name == "exact" else "as a whole, of which each process holds a part"
+def test_what_cannot_be_done_in_parts_is_refused(ranks, name):
     for outcome in ranks.outcomes(sharded.refused, name):
-        assert isinstance(outcome, Failed) and outcome.kind == "ValueError" and message in outcome.message
+        assert isinstance(outcome, Failed) and outcome.kind == "ValueError" and sharded.REFUSED[name][1] in outcome.message
+
+
+@pytest.mark.parametrize("name", sharded.FIXED)
+def test_a_map_of_a_whole_block(ranks, name):
+    alone = sharded.fixed(name, alone=True)
+    for found in ranks.run(sharded.fixed, name):
+        check_equal(found, alone, rtol=1e-12, atol=1e-12)
 
 
 def test_fsdp1_is_refused_where_inputs_are_observed():

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from precond import (
     BNP,
+    KFAC,
     L1,
     L2,
     RMS,
@@ -34,6 +35,8 @@ from precond import (
     rmsprop,
     sgd,
     shampoo,
+    soap,
+    whitening,
 )
 
 STEPS = 4
@@ -95,8 +98,12 @@ WHOLE: dict[str, Callable[[nn.Module], PreconditionedGD]] = {
     "auto, SAM": lambda m: auto(m, lr=0.01, regularizers=[SAM(0.1, space="p")]),
     "muon": lambda m: muon(m, lr=0.01, arithmetic="full"),
     "shampoo": lambda m: shampoo(m, lr=0.01, precondition_frequency=2),
+    "soap": lambda m: soap(m, lr=0.01, eps=EPS, precondition_frequency=2),
+    "kfac": lambda m: _bnp(m, KFAC(damping=0.05, every=2, output_every=2)),
+    "whitening": lambda m: whitening(m, lr=0.01, eps=EPS),
+    "soap, SAM": lambda m: soap(m, lr=0.01, eps=EPS, precondition_frequency=2, regularizers=[SAM(0.1)]),
 }
-# Matrices as a whole: under DDP alone.
+# Matrices as a whole.
 OPTIMIZERS |= WHOLE
 
 
@@ -194,9 +201,11 @@ def train(setting: Setting) -> dict[str, Any]:
 
 def contents(model: nn.Module, optimizer: PreconditionedGD) -> dict[str, Any]:
     names = {p: name.removeprefix("module.") for name, p in model.named_parameters()}
+    state = optimizer.state_dict()["state"]
+    index = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     return {
         "params": {name: full(p) for p, name in names.items()},
-        "state": {f"{name} {key}": full(t) for p, name in names.items() for key, t in optimizer.state[p].items()},
+        "state": {f"{name} {key}": full(t) for p, name in names.items() for key, t in state.get(index[p], {}).items()},
     }
 
 
@@ -245,4 +254,5 @@ WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fsdp, partly": fsdp_partly,
     "hsdp, two parts": hsdp(1, 2),
     "hsdp, two copies": hsdp(2, 1),
+    "hsdp, copies of parts": hsdp(2, 2),
 }

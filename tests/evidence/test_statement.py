@@ -36,6 +36,25 @@ def test_verdicts(measured_number, printed, correction, verdict):
     assert Statement("s", "(1)", "claim", finding, correction).verdict == verdict
 
 
+@pytest.mark.parametrize(
+    ("numbers", "printed", "correction", "verdict", "held"),
+    [
+        ((0.0, 0.1), (None, None), "", "holds", 2),
+        ((0.0, 0.2), (None, None), "", "holds in part", 1),
+        ((0.2, 0.0), (None, None), "", "holds in part", 1),
+        ((0.2, math.nan), (None, None), "", "fails", 0),
+        ((0.0, 0.0), (0.0, 1.0), "c", "holds as corrected", 2),  # printed, it holds with one seed by luck
+        ((0.0, 0.0), (0.0, 0.0), "c", "fails", 2),
+        ((0.0, 1.0), (1.0, 1.0), "c", "holds in part", 1),
+    ],
+)
+def test_verdicts_of_several_seeds(numbers, printed, correction, verdict, held):
+    first, *others = (Finding("x", 0.0, n, 0.1, printed=p) for n, p in zip(numbers, printed, strict=True))
+    statement = Statement("s", "(1)", "claim", first, correction, others=tuple(others))
+    assert (statement.verdict, statement.held) == (verdict, held)
+    assert as_expected(sections([(CHAPTERS[0], statement)])) == (verdict in ("holds", "holds as corrected"))
+
+
 def test_names_are_unique_and_patterns_choose():
     names = [entry.name for _, entry in chosen()]
     assert len(names) == len(set(names)) > 60

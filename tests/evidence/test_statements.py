@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from precond.curvature.neurons.form import NeuronHessian
-from precond.evidence import chosen, measured
+from precond.evidence import chosen, measured, persample
+from precond.inputs.recurrent import RecurrentTap
 from precond.maps import Dense
+from precond.normalization import SampleScaling
 from precond.preconditioners import BNP, RMS
 from precond.regularizers import L2, SAM
 from precond.spaces import Cotangent, Tangent
@@ -14,6 +16,7 @@ from precond.spaces import Cotangent, Tangent
 SLOW = {
     "rate", "rate-network", "rate-alpha", "rate-bound", "best-alpha", "spectra", "rate-preconditioned", "rate-positive", "equal-rows",
     "equal-columns", "rows-network", "kappa-adagrad-network", "kappa-rmsprop-network", "kappa-adam-network", "implicit-gd", "implicit-pgd",
+    "null-space", "sample-hessian",
 }  # fmt: skip
 QUICK = [entry for _, entry in chosen() if entry.name not in SLOW]
 
@@ -39,6 +42,12 @@ def _broken_l2(self, at):
     return Cotangent(tuple(-2 * self.lam * p for p in at.p))
 
 
+def _at_first(seen, weight):
+    """Of the first time alone."""
+    kind, layer, direction = weight.slot
+    return (seen.inputs(layer) if kind == "ih" else seen.states(layer, direction)).detach()[None, : int(seen.sizes[0])] + 0.1
+
+
 @pytest.mark.parametrize(
     ("name", "owner", "attribute", "broken"),
     [
@@ -51,9 +60,27 @@ def _broken_l2(self, at):
         ("sam-z", SAM, "probe", lambda self, at: (Tangent(at.g, self.rho),)),
         ("neuron", NeuronHessian, "to_dense", lambda self: (self.H_e * self.s.abs()) @ self.H_e.T),
         ("bnp-step", BNP, "damping_of", lambda self, square, activity: 0.01 * square),
+        ("sample-affine", persample, "collapse_affine", lambda model: model),
+        ("sample-product", SampleScaling, "of", classmethod(lambda cls, norm, h: cls(torch.eye(16).double(), *(h.norm(dim=1)[None],) * 2))),
+        ("sample-weights", SampleScaling, "weights", property(lambda self: 1 / self.sizes)),
+        ("sample-nearest", SampleScaling, "miss", property(lambda self: 0.1)),
+        ("sample-bnp", BNP, "damping_of", lambda self, square, activity: 100 * square),
+        ("sample-bnp-affine", BNP, "damping_of", lambda self, square, activity: torch.ones_like(square)),
+        ("sample-instance", BNP, "damping_of", lambda self, square, activity: 0.01 * square),
+        ("recurrent-bnp", RecurrentTap, "rows", lambda self, seen, weight: _at_first(seen, weight)),
+        ("recurrent-whitening", RecurrentTap, "rows", lambda self, seen, weight: _at_first(seen, weight)),
     ],
 )  # fmt: skip
 def test_a_wrong_piece_is_noticed(monkeypatch, name, owner, attribute, broken):
     (_, entry), *_ = chosen([name])
     monkeypatch.setattr(owner, attribute, broken)
     assert measured(entry).verdict == "fails"
+
+
+def test_further_seeds_measure_other_things_and_are_repeatable():
+    (_, entry), *_ = chosen(["bnp-kappa"])
+    several = measured(entry, range(3))
+    assert len({finding.measured for finding in several.findings}) == 3 == several.held
+    assert several.range[0] == min(finding.measured for finding in several.findings)
+    assert measured(entry, [2]).finding == several.others[1]
+    assert measured(entry).finding == several.finding

@@ -118,11 +118,24 @@ def test_implementations_are_accepted_and_change_nothing(recipe, option):
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
 
 
-@pytest.mark.parametrize("option", ["differentiable", "capturable"])
 @each
-def test_what_is_not_supported_names_the_option(recipe, option):
-    with pytest.raises((TypeError, ValueError), match=option):
-        make(recipe, net(), **{option: True})
+def test_what_is_not_supported_names_the_option(recipe):
+    with pytest.raises((TypeError, ValueError), match="differentiable"):
+        make(recipe, net(), differentiable=True)
+
+
+@each
+def test_capturable_is_taken_or_refused_with_the_reason(recipe):
+    if recipe in OBSERVING or "SAM" in recipe:
+        with pytest.raises(ValueError, match=r"capturable=True: it (observes the inputs|asks for second gradients)"):
+            make(recipe, net(), capturable=True)
+        return
+    ends = []
+    for capturable in (False, True):
+        model = net()
+        train(model, make(recipe, model, capturable=capturable), 3)
+        ends.append(flat(model))
+    assert torch.equal(*ends)
 
 
 @each

@@ -96,3 +96,17 @@ def test_ranges_that_are_none(bounds: tuple[float, float]) -> None:
 def test_a_search_of_nothing() -> None:
     with pytest.raises(ValueError, match="trials must be at least 1"):
         Search(0)
+
+
+@pytest.mark.parametrize(("best_at", "more"), [(1e-6, [1e-5, 1e-6]), (3e3, [100.0, 1000.0]), (1.0, []), (20.0, [100.0])])
+def test_a_search_goes_on_beyond_an_end_while_the_best_lies_there(best_at: float, more: list[float]) -> None:
+    def tried(_: int, lr: float) -> Trial:
+        return Trial(lr, 1 + math.log10(lr / best_at) ** 2)
+
+    space = LogUniform(10**-4.5, 10**1.5)  # six decades and six trials: 1e-4 to 10
+    search = Search(6, beyond=2)
+    rates = [trial.lr for trial in search.run(space, tried)]
+    assert rates == pytest.approx([*(10.0 ** (i - 4) for i in range(6)), *more], rel=1e-3)
+    assert len(rates) <= search.most == 8
+    nothing = Search(6, beyond=2).run(space, lambda _, lr: Trial(lr, math.nan))
+    assert len(nothing) == 6

@@ -7,7 +7,7 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,7 +25,7 @@ from precond.cli.study import Study, folder_name
 from precond.cli.tables import final_tables, overall_table
 from precond.report import Clock, Results, save
 from precond.report.environment import machine, versions
-from precond.workloads import CheckpointError, Interrupted, Task, WriteError
+from precond.workloads import CheckpointError, Interrupted, Task, WriteError, write_atomically
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,18 @@ class Where:
     model: bool = False
 
 
+More = Callable[[Sequence[Task], Results], Mapping[str, str]]
+"""Tasks and their results ↦ texts by the names of their files."""
+
+
 def launch(
-    title: str, tasks: Sequence[Task], settings: dict[str, Any], where: Where, argv: Sequence[str], rules: Sequence[str] = ()
+    title: str,
+    tasks: Sequence[Task],
+    settings: dict[str, Any],
+    where: Where,
+    argv: Sequence[str],
+    rules: Sequence[str] = (),
+    more: More | None = None,
 ) -> int:
     """Train, show, and save; the exit code.
 
@@ -59,6 +69,7 @@ def launch(
         where: folder and device.
         argv: the command's own arguments.
         rules: under which entrants are compared.
+        more: what is written beside the results.
 
     Raises:
         UserError: for anything that the user can put right.
@@ -90,10 +101,13 @@ def launch(
                 versions=versions(),
                 machine=machine(where.device),
                 tasks=found,
-                rules=tuple(rules),
+                rules=(*rules, *study.not_run()),
             )
             with folder.alone():
                 saved = save(folder.path, results) + (["model.pt"] if where.model else [])
+                for name, text in (more(tasks, results) if more else {}).items():
+                    write_atomically(folder.path / name, text)
+                    saved.append(name)
     except (CheckpointError, WriteError) as error:
         raise UserError(str(error)) from error
     except BrokenPipeError:  # nobody reads what is printed

@@ -81,6 +81,10 @@ class Live:
         else:
             self._say(f"{job.title}: {self._result(job, outcome)}")
 
+    def spared(self, trainings: int) -> None:
+        self._amount -= trainings
+        self._progress.update(self._all, total=self._amount)
+
     def chosen(self, title: str, entrant: Entrant, trials: tuple[Trial, ...], lr: float) -> None:
         if self._searched and not any(math.isfinite(trial.loss) for trial in trials):
             self._say(f"{title}{entrant.label}: none of {len(trials)} trials finished")

@@ -58,6 +58,9 @@ class Watcher(Protocol):
     def finished(self, job: Job, outcome: Outcome, known: bool) -> None:
         """A training ended, in an earlier process if ``known``."""
 
+    def spared(self, trainings: int) -> None:
+        """So many trainings fewer than there might have been."""
+
     def chosen(self, title: str, entrant: Entrant, trials: tuple[Trial, ...], lr: float) -> None:
         """A search ended."""
 
@@ -77,11 +80,11 @@ class Study:
 
     @property
     def amount(self) -> int:
-        """Number of trainings."""
+        """Number of trainings, at most."""
         return sum(task.amount for task in self.tasks)
 
     def budget(self) -> list[str]:
-        """One line for each task: who may spend how much."""
+        """One line for each task: who may spend how much; then who takes no part."""
         lines = []
         for task in self.tasks:
             searched = [c for c in task.contenders if c.lr_from == "searched"]
@@ -90,7 +93,11 @@ class Study:
                 f"{self._prefix(task)}{search}{len(task.seeds)} seed{'s' if len(task.seeds) > 1 else ''} for each of "
                 f"{len(task.contenders)}, {task.plan.steps:,} steps each"
             )
-        return lines
+        return [*lines, *self.not_run()]
+
+    def not_run(self) -> list[str]:
+        """One line for each entrant that takes no part."""
+        return [f"Not run: {one}." for one in dict.fromkeys(one for task in self.tasks for one in task.skipped)]
 
     def run(self, folder: Folder, watcher: Watcher) -> tuple[TaskResults, ...]:
         """Train what is not trained yet.
@@ -113,6 +120,7 @@ class Study:
             if contender.lr_from == "searched":
                 trials, lowest = self._search(task, contender, slug, title, goal, folder, watcher)
                 lr = best(trials)
+                watcher.spared(task.search.most - len(trials))
                 watcher.chosen(self._prefix(task), contender.entrant, trials, lr)
                 if contender.label == task.reference and task.search.aim == "steps":
                     goal = lowest[lr]
@@ -133,7 +141,7 @@ class Study:
             target = Target(task.target, target.part, "given with --target")
         reference = task.reference if any(entry.label == task.reference for entry in found) else None
         return TaskResults(
-            task.name, task.metric, dict(task.facts), target, found, reference, task.search.judge, task.search.aim
+            task.name, task.metric, dict(task.facts), target, found, reference, task.search.judge, task.search.aim, task.family
         )
 
     def _search(

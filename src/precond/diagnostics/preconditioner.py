@@ -2,14 +2,15 @@ r"""The P in force of an optimizer, ours or another, aligned with the parameters
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from precond.curvature import Objective
-from precond.diagnostics import torch_optimizers  # noqa: F401 - registers them
-from precond.diagnostics.registry import registered
+from precond.diagnostics import peers, torch_optimizers  # noqa: F401 - registers them
+from precond.diagnostics.registry import MapOf, registered
 from precond.maps import BlockDiagonal, Diagonal, Identity, InverseRoot, LinearMap, Scaled
 from precond.optimizer import PreconditionedGD
 from precond.vec import Vec
@@ -31,7 +32,8 @@ def preconditioner_of(
 
     Args:
         optimizer: :class:`PreconditionedGD`, or SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta, Muon of
-            torch.optim, or of a class made known by :func:`register`.
+            torch.optim, one of pytorch-optimizer, heavyball or schedulefree that :mod:`precond.diagnostics.peers` knows, or of a class made
+            known by :func:`register`.
         params: what P is aligned with: an objective's parameters, or these; None: all of the optimizer's that require a
             gradient, in order.
 
@@ -102,10 +104,27 @@ def _from_state(optimizer: torch.optim.Optimizer, wanted: Vec, names: Sequence[s
     maps: list[LinearMap] = []
     for p in wanted:
         if stateless or id(p) in began:
-            maps.append(map_of(p, optimizer.state.get(p, {}), group_of[id(p)]))
+            maps.append(_map(map_of, optimizer, p, group_of[id(p)]))
         else:
             maps.append(Identity((p.detach(),)))
     return side_by_side(maps, tuple(p.detach() for p in wanted))
+
+
+def _map(map_of: MapOf, optimizer: torch.optim.Optimizer, p: Tensor, group: Mapping[str, Any]) -> LinearMap:
+    """P of one parameter.
+
+    Raises:
+        TypeError: where the state or the group is not what the function knows.
+    """
+    try:
+        return map_of(p, optimizer.state.get(p, {}), group)
+    except KeyError as error:
+        cls = type(optimizer)
+        state = ", ".join(map(str, optimizer.state.get(p, {}))) or "nothing"
+        raise TypeError(
+            f"preconditioner_of: {cls.__module__}.{cls.__qualname__} has no {error} in its groups or its state ({state}): it is of another "
+            f"version than is known; state its P with @precond.diagnostics.register({cls.__name__})"
+        ) from error
 
 
 def side_by_side(maps: Sequence[LinearMap], like: Vec) -> LinearMap:

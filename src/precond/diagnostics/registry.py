@@ -14,17 +14,17 @@ MapOf = Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], LinearMap]
 """(parameter, its state, its group) ↦ P on (parameter,)."""
 F = TypeVar("F", bound=MapOf)
 
-_MAPS: dict[type[torch.optim.Optimizer], tuple[MapOf, bool]] = {}
+_MAPS: dict[type[torch.optim.Optimizer] | str, tuple[MapOf, bool]] = {}
 
 
-def register(*classes: type[torch.optim.Optimizer], stateless: bool = False) -> Callable[[F], F]:
+def register(*classes: type[torch.optim.Optimizer] | str, stateless: bool = False) -> Callable[[F], F]:
     r"""Teach :func:`preconditioner_of` classes of optimizers whose step is p ← p − α M·(an average of gradients).
 
     The function that is decorated gets one parameter, its state and its group, and returns P on (parameter,), M = P Pᵀ; the
     learning rate is not part of it. It holds for subclasses that have none of their own.
 
     Args:
-        classes: of optimizers.
+        classes: of optimizers, or their names after that of the package that has them, ``"package.Class"``, which then need not be imported.
         stateless: whether P is known before the first step.
 
     Example:
@@ -54,9 +54,10 @@ def registered(optimizer: torch.optim.Optimizer) -> tuple[MapOf, bool]:
         TypeError: where there is none.
     """
     for cls in type(optimizer).__mro__:
-        if cls in _MAPS:
-            return _MAPS[cls]
-    known = ", ".join(sorted(c.__name__ for c in _MAPS))
+        for key in (cls, f"{cls.__module__.partition('.')[0]}.{cls.__name__}"):
+            if key in _MAPS:
+                return _MAPS[key]
+    known = ", ".join(sorted(c if isinstance(c, str) else c.__name__ for c in _MAPS))
     wrapped = ""
     if isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         wrapped = ", or give the optimizer inside it, optimizer.optimizer"

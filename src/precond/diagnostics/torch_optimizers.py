@@ -89,20 +89,26 @@ def adadelta(param: Tensor, state: Options, group: Options) -> LinearMap:
 
 @register(torch.optim.Muon)
 def muon(param: Tensor, state: Options, group: Options) -> LinearMap:
-    """M = s·(m mᵀ)^(−1/2) ⊗ I with the momentum m of a matrix: M m is its polar factor, to which Muon's iteration comes near.
+    """M = s·(m mᵀ)^(−1/2) ⊗ I with the momentum m of a matrix; s is the adjustment of the learning rate to the shape."""
+    rows, columns = param.shape
+    match group.get("adjust_lr_fn"):
+        case None | "original":
+            s = max(1.0, rows / columns) ** 0.5
+        case _:  # match_rms_adamw
+            s = 0.2 * max(rows, columns) ** 0.5
+    return polar(param, state["momentum_buffer"], s)
 
-    s is the adjustment of the learning rate to the shape. The factor stands on the shorter side. M is 0 in the null space of m.
+
+def polar(param: Tensor, momentum: Tensor, s: float) -> LinearMap:
+    """M = s·(m mᵀ)^(−1/2) ⊗ I: M m is s times the polar factor of m, to which Muon's iteration comes near.
+
+    The factor stands on the shorter side of m, seen as a matrix (out, rest). M is 0 in the null space of m.
     """
-    m = _wide(state["momentum_buffer"])
+    m = _wide(momentum).flatten(1)
     rows, columns = m.shape
     U, sigma, Vh = torch.linalg.svd(m, full_matrices=False)
     kept = sigma > sigma[:1] * max(m.shape) * torch.finfo(m.dtype).eps
     root = torch.where(kept, sigma, torch.inf).rsqrt()
     like = (param.detach(),)
     map_ = Kronecker((U * root) @ U.T, None, like) if rows <= columns else Kronecker(None, (Vh.T * root) @ Vh, like)
-    match group.get("adjust_lr_fn"):
-        case None | "original":
-            s = max(1.0, rows / columns) ** 0.5
-        case _:  # match_rms_adamw
-            s = 0.2 * max(rows, columns) ** 0.5
     return map_ if s == 1 else Scaled(map_, s**0.5)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from precond.blocks import Block, Leaf, Stack, State, state_dtype
+from precond import vec
+from precond.blocks import COUNTS, Block, Leaf, Stack, State, counted_together, state_dtype, whole_numbers
+from precond.engine.verdict import Verdict
 from precond.inputs import Request
 from precond.inputs.observer import Seen
 from precond.maps import Identity, LinearMap
@@ -20,7 +23,7 @@ from precond.preconditioners.base import Preconditioner
 from precond.preconditioners.base import Seen as Evidence
 from precond.preconditioners.stacked import on
 from precond.regularizers.base import Regularizer
-from precond.vec import Scalar, Tensors, Vec
+from precond.vec import Scalar, Vec
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,17 @@ class Cell:
         )
 
     @property
+    def cells(self) -> Sequence[Cell]:
+        """The cells that step blocks: itself, or those that it holds."""
+        return (self,)
+
+    @property
+    def joint(self) -> list[int]:
+        """How many of its leaves P takes jointly, block after block."""
+        size = 1 if self.preconditioner.diagonal else len(self.block.leaves)
+        return [size] * (len(self.index) // size)
+
+    @property
     def leaves(self) -> tuple[Leaf, ...]:
         """All leaves, in the order of ``index``."""
         return self.block.all_leaves
@@ -93,6 +107,12 @@ class Cell:
             self._handled = self.preconditioner, self.preconditioner.handles(self.block)
         return self._handled[1]
 
+    def taking(self, has: Sequence[bool]) -> Cell:
+        """The cell on what a step takes, where some leaves have a gradient: what is joint stays together."""
+        if all(has) or not self.preconditioner.entrywise:
+            return self
+        return self.restricted(tuple(i for i, h in enumerate(has) if h))
+
     def restricted(self, keep: tuple[int, ...]) -> Cell:
         """The cell on some of its leaves, for a step in which the others have no gradient."""
         if keep not in self._views:
@@ -108,12 +128,28 @@ class Cell:
         view.preconditioner, view.momentum, view.inputs = self.preconditioner, self.momentum, self.inputs
         return view
 
+    @property
+    def upcoming(self) -> Sequence[Scalar]:
+        """The number of the next step for each leaf; where the device counts, tensors."""
+        if (clock := self.state.get("clock")) is not None:
+            return (counted_together(clock).double() + 1).unbind()
+        return [t + 1 for t in whole_numbers(self.state["step"])]
+
+    def written(self) -> Iterator[Tensor]:
+        """The tensors of its state that steps write, but for the counts of steps."""
+        yield from self.state.written()
+        yield from self.average.written()
+
     def observe(self, state: State, gradient: Vec) -> None:
         """Fold a gradient, one tensor for each leaf, into ``state`` (the cell's own, or a copy of it)."""
         if self.handled:
             gradient = self.block.gathered(gradient)
             momentum = self._clean_momentum(state, gradient)
-            self.acting.observe(state, Evidence(gradient, self.inputs, momentum, self._position))
+            self.acting.observe(state, Evidence(gradient, self.inputs, momentum, self._shown))
+
+    @property
+    def _shown(self) -> Callable[[], Vec] | None:
+        return self._position if self.block.known else None
 
     def _position(self) -> Vec:
         return self.block.gathered(tuple(leaf.tensor.detach().to(state_dtype(leaf.param.dtype)) for leaf in self.leaves))
@@ -127,20 +163,21 @@ class Cell:
         if not self.preconditioner.uses_momentum or self.momentum is None or self.momentum.of != "cotangent":
             return None
         kept = self.average.get("clean", self.average.get("m"))
-        own = State(state.block, {} if kept is None else {"m": kept}, step=state["step"])
+        own = State(state.block, {} if kept is None else {"m": kept}, **{key: state[key] for key in COUNTS if key in state})
         if state is not self.state or "clean" not in self.average:
             own = own.copied()
         self.momentum.fold(own, gradient)
         return self.momentum.current(own, gradient)
 
-    def descent(self, a: Vec, least: Scalar = 0.0, fold: bool = True) -> Vec:
+    def descent(self, a: Vec, least: Sequence[Scalar] = (), fold: bool = True) -> Vec:
         """F N Nᵀ · momentum(Fᵀa) with P = F N, or momentum(M a) where the momentum is one of tangents; one tensor for each leaf.
 
-        M is damped until its eigenvalues are at most 1/``least``, where that is not 0 and its map has such a form.
+        M is damped until its eigenvalues are at most 1/t, t the largest of ``least``, where that is not 0 and its map has such a form.
         """
         F, N = self.factors()
-        if isinstance(F, Identity) and (isinstance(least, Tensor) or least):
-            N = N.bounded(least)
+        t = reduce(vec.larger, {id(x): x for x in least}.values()) if least else 0.0
+        if isinstance(F, Identity) and (isinstance(t, Tensor) or t):
+            N = N.bounded(t)
         return self._stepped(F.rmv(self.block.gathered(a)), F, N, fold)
 
     def _stepped(self, y: Vec, F: LinearMap, N: LinearMap, fold: bool = True) -> Vec:
@@ -148,16 +185,20 @@ class Cell:
         y = self._averaged(y, "cotangent", fold)
         return self.block.scattered(self._averaged(F.mv(N.gram(y)), "tangent", fold))
 
-    def advance(self, g: Vec) -> Vec:
-        """:meth:`observe` and :meth:`descent` of a gradient to which nothing is added, and the step counted."""
-        count_step(self.state["step"])
+    def advance(self, g: Vec, verdict: Verdict | None = None) -> Vec:
+        """:meth:`observe` and :meth:`descent` of a gradient to which nothing is added, and the step counted, if it is taken."""
+        count_step(self.state, verdict)
+        return self.taken(g)
+
+    def taken(self, g: Vec) -> Vec:
+        """:meth:`advance` where the step is counted already."""
         plain = self.momentum is None or (self.keeps_cotangents and "clean" not in self.average)
         if not self.handled or not plain:
             self.observe(self.state, g)
             return self.descent(g)
         P = self.acting
         if not self.preconditioner.uses_momentum:  # nothing keeps what the next call needs no more
-            seen = lambda: Evidence(self.block.gathered(g), self.inputs, None, self._position)  # noqa: E731
+            seen = lambda: Evidence(self.block.gathered(g), self.inputs, None, self._shown)  # noqa: E731
             return self.block.scattered(P.push(self.state, self._averaged(P.pull(self.state, seen()), "cotangent", fold=True)))
         gradient = self.block.gathered(g)
         # What was put side by side is memory of the step's own, and what is made of the momentum alone asks for no gradient.
@@ -172,7 +213,7 @@ class Cell:
                 if write
                 else self.momentum.current(self.average, gradient)
             )
-        return self.block.scattered(P.descend(self.state, Evidence(gradient, self.inputs, m, self._position)))
+        return self.block.scattered(P.descend(self.state, Evidence(gradient, self.inputs, m, self._shown)))
 
     def factors(self) -> tuple[LinearMap, LinearMap]:
         """(F, N) with P = F N, on the tensors of the block; the momentum of cotangents is kept in the coordinates of F."""
@@ -197,6 +238,10 @@ class Cell:
         """Whether the average is one of cotangents."""
         return self.momentum is not None and self.momentum.of == "cotangent"
 
+    def damped(self, P: LinearMap, delta: float | None) -> LinearMap:
+        """A map of the cell, damped as its preconditioner advises where a penalty says nothing."""
+        return P.damped(self.preconditioner.advised_damping if delta is None else delta)
+
     def map(self, state: State) -> LinearMap:
         """P from ``state``, on one tensor for each leaf."""
         if not self.handled:
@@ -205,21 +250,61 @@ class Cell:
         return of_block if not isinstance(self.block, Stack) else OfMembers(of_block, self.block)
 
 
-_NARROW = 2**23
-"""Counts of steps from here on are in float64: in float32, as torch.optim keeps them, 2²⁴ + 1 is 2²⁴."""
-
-
 def as_count(known: Any) -> Tensor:
     """A count of steps, from one that is known; None: 0."""
-    # On the host, as torch keeps it: reading it never waits for a device.
-    steps = torch.as_tensor(0.0 if known is None else known, device="cpu")
-    return steps.to(torch.float64 if steps >= _NARROW else torch.float32)
+    # On the host, as torch keeps it: reading it never waits for a device. In float32, as torch has it, 2²⁴ + 1 would be 2²⁴.
+    return torch.as_tensor(0.0 if known is None else known, device="cpu", dtype=torch.float64)
 
 
-def count_step(steps: Tensors) -> None:
-    """Count a step of each leaf, in place."""
-    # Those that were more than 2²³ ahead of the first are wide since they were bound.
-    if steps and steps[0].dtype == torch.float32 and steps[0].item() >= _NARROW - 1:
-        for t in steps:
-            t.data = t.to(torch.float64)
-    torch._foreach_add_(steps, 1)
+def count_together(states: Sequence[State], there: torch.device | None) -> None:
+    """Put the counts of a cell's leaves into one tensor, of which they are entries, and into one of a device, which is to count them.
+
+    The first of the states has all of them.
+    """
+    own = states[0]["step"]
+    base, known = torch.stack(own), {id(t): k for k, t in enumerate(own)}
+    # float32, as torch's fused kernels read it.
+    clock = None if there is None else base.to(there, torch.float32).unbind()
+    for state in states:
+        _put(state, known, base.unbind(), clock)
+
+
+def _put(state: State, known: dict[int, int], steps: Vec, clock: Vec | None) -> None:
+    index = [known[id(t)] for t in state["step"]]
+    for value in state.values():
+        if isinstance(value, State):
+            _put(value, known, steps, clock)
+    state["step"] = tuple(steps[k] for k in index)
+    if clock is not None:
+        state["clock"] = tuple(clock[k] for k in index)
+
+
+def count_step(state: State, verdict: Verdict | None = None) -> None:
+    """Count a step of each leaf, in place; on the device only if it is taken."""
+    count_on_host(state)
+    if (clock := state.get("clock")) is not None:
+        _add(clock, 1 if verdict is None else verdict.taken(clock[0].device))
+
+
+def count_on_host(state: State) -> None:
+    """The host's part of counting."""
+    _add(state["step"], 1)
+
+
+@contextmanager
+def uncounted(cells: Sequence[Cell]) -> Iterator[None]:
+    """What the host counts inside is forgotten at the end: a step that is captured has not happened."""
+    counts = [t for cell in cells for t in cell.state["step"]]
+    before = [t.clone() for t in counts]
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(counts, before)
+
+
+def _add(counts: Vec, number: int | Tensor) -> None:
+    base = counts[0]._base
+    if base is not None and base.shape == (len(counts),):
+        base.add_(number)
+    else:
+        torch._foreach_add_(counts, number)

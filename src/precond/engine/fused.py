@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from precond import vec
 from precond.blocks import Stack
 from precond.engine.arrow import arrow
 from precond.engine.cells import Cell, Choice
@@ -26,8 +25,11 @@ from precond.preconditioners import BNP, RMS, SOAP, AdaGrad, Composition, Fixed,
 from precond.regularizers import L2
 from precond.vec import Scalar, Tensors
 
-Kernel = Callable[[Cell, Tensors, Tensors, Scalar, bool], None]
-"""(cell, parameters, gradients, lr, maximize): one step of the cell, whose count of steps is the step's own already."""
+Kernel = Callable[..., None]
+"""(cell, parameters, gradients, lr, maximize): one step of the cell, whose count of steps is the step's own already.
+
+On accelerators also ``found_inf``, a tensor that is 1 where the step is not taken, or None.
+"""
 
 _FOREVER = 1e9  # a step count at which 1 − βᵗ is exactly 1
 
@@ -71,8 +73,8 @@ class _OfInner:
 
     of: Kernel
 
-    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
-        self.of(replace(cell, state=cell.state["inner"]), p, g, lr, maximize)
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
+        self.of(replace(cell, state=cell.state["inner"]), p, g, lr, maximize, found_inf)
 
 
 def _entrywise(P: Preconditioner, momentum: Momentum | None, decay: _Decay) -> Kernel | None:
@@ -113,10 +115,13 @@ def _of_layer(cell: Cell, decay: _Decay) -> Kernel | None:
     return polar(cell, P, momentum, decay.decoupled)
 
 
-def aligned(gradients: Tensors, p: Tensors) -> Tensors:
-    """Gradients laid out in memory as the parameters are: the kernels walk along all tensors side by side."""
-    if all(x.stride() == y.stride() for x, y in zip(gradients, p, strict=True)):
-        return gradients
+def aligned(gradients: Tensors, p: Tensors) -> Tensors | None:
+    """Gradients laid out in memory as the parameters are: the kernels walk along all tensors side by side. None for sparse ones."""
+    try:
+        if [x.stride() for x in gradients] == [y.stride() for y in p]:
+            return gradients
+    except RuntimeError:  # sparse ones have no strides; to ask for layouts would take as long as to ask for strides
+        return None
     return [x if x.stride() == y.stride() else torch.empty_like(y).copy_(x) for x, y in zip(gradients, p, strict=True)]
 
 
@@ -143,6 +148,8 @@ def _decay(choice: Choice, rules: Rules) -> _Decay | None:
 
 def _counts(cell: Cell, p: Tensors) -> list[Tensor]:
     """The number of the step in progress for each tensor, where the tensor is."""
+    if (clock := cell.state.get("clock")) is not None:
+        return list(clock)
     steps = cell.state["step"]
     if p[0].device.type == "cpu":
         return list(steps)
@@ -160,7 +167,7 @@ class _Adam:
     momentum: Momentum
     decay: _Decay
 
-    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
         adam = torch._fused_adam_ if self.decay.coupled else torch._fused_adamw_
         state = cell.state
         adam(
@@ -177,6 +184,7 @@ class _Adam:
             eps=self.P.eps,
             amsgrad=self.P.amsgrad,
             maximize=maximize,
+            found_inf=found_inf,
         )
 
 
@@ -187,19 +195,19 @@ class _RMSprop:
     P: RMS
     decay: _Decay
 
-    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
         state = cell.state
         never = torch.full((), _FOREVER, device=p[0].device)
         if self.decay.coupled or maximize:
             # The kernel writes the decayed gradient where the momentum of Adam would be.
             scratch = p[0].new_empty(max(t.numel() for t in p))
             for pi, gi, ri in zip(p, g, state["r"], strict=True):
-                self._run([pi], [gi], [scratch[: pi.numel()].zero_().view(pi.shape)], [ri], [never], lr, maximize)
+                self._run([pi], [gi], [scratch[: pi.numel()].zero_().view(pi.shape)], [ri], [never], lr, maximize, found_inf)
         else:
             # With β₁ = 0 "m" becomes the gradient itself: writing it onto the gradient changes nothing.
-            self._run(p, g, g, state["r"], [never] * len(p), lr, maximize)
+            self._run(p, g, g, state["r"], [never] * len(p), lr, maximize, found_inf)
 
-    def _run(self, p, g, m, r, step, lr: Scalar, maximize: bool) -> None:
+    def _run(self, p, g, m, r, step, lr: Scalar, maximize: bool, found_inf: Tensor | None) -> None:
         torch._fused_adam_(
             p,
             g,
@@ -214,6 +222,7 @@ class _RMSprop:
             eps=self.P.eps,
             amsgrad=False,
             maximize=maximize,
+            found_inf=found_inf,
         )
 
 
@@ -222,7 +231,7 @@ class _Adagrad:
     P: AdaGrad
     decay: _Decay
 
-    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
         state = cell.state
         torch._fused_adagrad_(
             p,
@@ -234,6 +243,7 @@ class _Adagrad:
             weight_decay=self.decay.coupled,
             eps=self.P.eps,
             maximize=maximize,
+            found_inf=found_inf,
         )
 
 
@@ -243,13 +253,9 @@ class _SGD:
     nesterov: bool
     decay: _Decay
 
-    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
         if self.decay.decoupled:
-            torch._foreach_mul_(p, 1 - lr * self.decay.decoupled)
-        if not self.beta and not self.decay.coupled:
-            # The fused kernel is slower than one addition per tensor.
-            vec.add_scaled_(tuple(p), tuple(g), [lr if maximize else -lr] * len(p))
-            return
+            torch._foreach_mul_(p, 1 - lr * self.decay.decoupled * (1.0 if found_inf is None else 1 - found_inf.double()))
         torch._fused_sgd_(
             p,
             g,
@@ -261,4 +267,5 @@ class _SGD:
             nesterov=self.nesterov,
             maximize=maximize,
             is_first_step=False,
+            found_inf=found_inf,
         )

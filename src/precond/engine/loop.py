@@ -1,13 +1,13 @@
 """One step, written as the equations: the reference that every faster way is tested against.
 
-P.observe(g);  c, d = Σ terms;  p ← p − α( M · momentum(g + c) + d );  prox
+P.observe(g);  c, d = Σ terms;  p ← p − α( bend(M · momentum(g + c)) + d );  prox
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, reduce
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from precond import contracts, vec
 from precond.blocks import State
 from precond.engine.cells import count_step
 from precond.engine.point import Point
+from precond.engine.verdict import Verdict
 from precond.regularizers.base import At, Regularizer
-from precond.spaces import Cotangent, Instead, Prox, Tangent, Term
+from precond.spaces import Bend, Cotangent, Instead, Made, Prox, Tangent, Term
 from precond.vec import Scalar, Vec
 
 
@@ -57,10 +58,10 @@ class Evidence:
     hessian: Callable[[Vec], Vec] | None = None
 
 
-def observe(point: Point, gradient: Vec) -> None:
+def observe(point: Point, gradient: Vec, verdict: Verdict | None = None) -> None:
     """Commit a gradient to the statistics, and count the step."""
     for cell, span in point.spans:
-        count_step(cell.state["step"])
+        count_step(cell.state, verdict)
         cell.observe(cell.state, gradient[span])
 
 
@@ -80,15 +81,26 @@ def ahead(point: Point, rules: Rules) -> list[State]:
     return states
 
 
-def step(point: Point, rules: Rules, evidence: Evidence, measured: bool = False) -> list[Tensor]:
+def step(
+    point: Point, rules: Rules, evidence: Evidence, measured: bool = False, verdict: Verdict | None = None
+) -> list[Tensor]:
     """Move the parameters' values ``point.p`` (in place) and commit all state.
 
     Args:
         measured: whether the lengths of the parameters' moves αu, p ← p − αu, are asked for.
+        verdict: whether the step is taken, where the host does not know; None: it is.
 
     Returns:
         These lengths, or nothing.
     """
+    if verdict is None:
+        return _step(point, rules, evidence, measured, None)
+    point.g = verdict.only(point.g)
+    with verdict.over([*point.p, *(t for cell in point.cells for t in cell.written())]):
+        return _step(point, rules, evidence, measured, verdict)
+
+
+def _step(point: Point, rules: Rules, evidence: Evidence, measured: bool, verdict: Verdict | None) -> list[Tensor]:
     regularizers = point.choices[0].regularizers
     lagged = rules.statistics_from == "lagged"
     maps = cache(point.maps)  # after `observe`
@@ -117,7 +129,7 @@ def step(point: Point, rules: Rules, evidence: Evidence, measured: bool = False)
             # As when torch.nn.utils.clip_grad_norm_ runs before the step: the statistics see the clipped gradient.
             factor = _clip_factor(rules.max_norm, point.sums.norm(a))
             source, a = vec.scale(source, factor), vec.scale(a, factor)
-        observe(point, source)
+        observe(point, source, verdict)
     late = [r.term(at) for r, at, now in zip(regularizers, ats, is_early, strict=True) if not now]
     a = assemble(a, late)
     if rules.max_norm is not None and factor is None:
@@ -129,9 +141,13 @@ def step(point: Point, rules: Rules, evidence: Evidence, measured: bool = False)
     terms = [*early, *late]
     tangents = [term for term in terms if isinstance(term, Tangent)]
     lengths: list[Tensor] = []
-    least = bounds(point, ats, regularizers) if rules.statistics_from == "loss" else [0.0] * len(point.cells)
-    for (cell, span), t in zip(point.spans, least, strict=True):  # one after the other: memory for one cell's step will do
-        u, lr = cell.advance(a[span]) if alone else cell.descent(a[span], t), point.lr[span]
+    least = bounds(point, ats, regularizers) if rules.statistics_from == "loss" else []
+    # One after the other: memory for one cell's step will do, unless something looks at all of them.
+    each = (
+        (span, cell.advance(a[span], verdict) if alone else cell.descent(a[span], least[span])) for cell, span in point.spans
+    )
+    for span, u in bent(each, a, terms):
+        lr = point.lr[span]
         contracts.shapes("the step P Pᵀg", u, point.p[span])
         if measured:
             whole = _with(u, tangents, span)
@@ -139,8 +155,9 @@ def step(point: Point, rules: Rules, evidence: Evidence, measured: bool = False)
         _move(point.p[span], u, [term.part(span) for term in tangents], lr)
         del u  # memory for the next one's
     for term in terms:
-        if isinstance(term, Prox):
-            torch._foreach_copy_(point.p, term.apply(point.p))
+        last = term.apply if isinstance(term, Prox) else term.project if isinstance(term, Bend) else None
+        if last is not None:
+            vec.copy_(point.p, last(point.p))
     for cell in point.cells:
         cell.refresh()
     return lengths
@@ -157,17 +174,29 @@ def assemble(g: Vec, terms: Sequence[Term]) -> Vec:
     return g
 
 
+def bent(each: Iterable[tuple[slice, Vec]], a: Vec, terms: Sequence[Term]) -> Iterable[tuple[slice, Vec]]:
+    """(span, step) of the cells, which descend a, as terms bend them, stage after stage."""
+    bends = sorted((term for term in terms if isinstance(term, Bend)), key=lambda term: term.stage)
+    if not bends:
+        return each
+    spans, steps = zip(*each, strict=True)
+    u = tuple(t for step in steps for t in step)
+    made = Made(u, a)
+    for bend in bends:
+        u = bend.apply(u, made)
+    return [(span, u[span]) for span in spans]
+
+
 def bounds(point: Point, ats: Sequence[At], regularizers: Sequence[Regularizer]) -> list[Scalar]:
-    """The least t of each cell with α‖M‖·‖∇²R‖ ≤ 1 for ‖M‖ ≤ 1/t: no step along the gradient of a penalty in p goes beyond its minimum.
+    """The least t of each tensor with α‖M‖·‖∇²R‖ ≤ 1 for ‖M‖ ≤ 1/t: no step along the gradient of a penalty in p goes beyond its minimum.
 
     M made without knowing of the penalty may be as large as it likes, 1/σ² for inputs of a small variance σ². Where α‖M‖·2λ > 2, the
     steps p ← p − αM(g + 2λp) grow without bound, however small α∇²L is; (M⁻¹ + sI)⁻¹ in place of M leaves their fixed point.
     """
     curvature = [sum(x) for x in zip(*(r.stiffness(at) for r, at in zip(regularizers, ats, strict=True)), strict=True)]
     if all(not isinstance(x, Tensor) and x == 0 for x in curvature):
-        return [0.0] * len(point.cells)
-    each = vec.combined(lambda x, c: x * c, point.lr, curvature)
-    return [reduce(vec.larger, {id(x): x for x in each[span]}.values()) for _, span in point.spans]
+        return []
+    return vec.combined(lambda x, c: x * c, point.lr, curvature)
 
 
 def last_update(point: Point) -> Vec:
@@ -176,8 +205,8 @@ def last_update(point: Point) -> Vec:
     terms = [r.term(point.at(k, point.maps)) for k, r in enumerate(regularizers) if not (r.probes or r.exact)]
     a = assemble(point.g, terms)
     tangents = [term for term in terms if isinstance(term, Tangent)]
-    moves = [_with(cell.descent(a[span], fold=False), tangents, span) for cell, span in point.spans]
-    return tuple(t for u in moves for t in u)
+    each = ((span, cell.descent(a[span], fold=False)) for cell, span in point.spans)
+    return tuple(t for span, u in bent(each, a, terms) for t in _with(u, tangents, span))
 
 
 def _move(p: Vec, u: Vec, tangents: Sequence[Tangent], lr: Sequence[Scalar]) -> None:

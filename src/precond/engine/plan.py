@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from precond.blocks import Block, Leaf, Stack, State, within
-from precond.engine.cells import Cell, Choice, as_count
+from precond.blocks import COUNTS, Block, Leaf, Stack, State, state_dtype, within
+from precond.engine.cells import Cell, Choice, as_count, count_together
+from precond.engine.sharing import Shared, at_owner
+from precond.exchange import dealt
 from precond.momentum import Momentum
 from precond.preconditioners import BNP, RMS, SOAP, Composition, Fixed, Polar, Whitening
 from precond.preconditioners.base import Preconditioner, placed
@@ -25,6 +28,10 @@ Existing = Mapping[Tensor, dict[str, Any]]
 """The optimizer's state: tensors by parameter and their names outside."""
 
 
+Entries = list[tuple[Leaf, str, Tensor]]
+"""(leaf, key, tensor) of state."""
+
+
 @dataclass(frozen=True)
 class Unit:
     """Leaves, by position, that one preconditioner acts on jointly, and their momentum."""
@@ -34,9 +41,10 @@ class Unit:
     momentum: Momentum | None
 
 
-def units(leaves: Sequence[Leaf], live: Sequence[int], choices: Sequence[Choice]) -> list[Unit]:
+def units(leaves: Sequence[Leaf], live: Sequence[int], choices: Sequence[Choice], whole: Whole | None = None) -> list[Unit]:
     """The units of the leaves that want gradients; the numbers of each are those of its first leaf's group."""
     chosen = [leaves[i] for i in live]
+    whole = Whole(leaves) if whole is None else whole
     out = []
     taken: set[int] = set()
     idle: dict[tuple[int, Momentum | None], list[int]] = {}
@@ -46,7 +54,7 @@ def units(leaves: Sequence[Leaf], live: Sequence[int], choices: Sequence[Choice]
             if chosen[part.index[0]].group == group:
                 own = part.preconditioner.momentum
                 momentum = choice.momentum if own is None else own
-                if part.preconditioner.handles(Block(tuple(chosen[i] for i in part.index))):
+                if part.preconditioner.handles(whole.block(part.preconditioner, [chosen[i] for i in part.index])):
                     out.append(Unit(tuple(live[i] for i in part.index), part.preconditioner, momentum))
                 else:
                     idle.setdefault((group, momentum), []).extend(part.index)
@@ -69,32 +77,147 @@ def build(
     outside: Callable[[str], str],
     plainly: bool = False,
     clean: bool = True,
-) -> tuple[list[Cell], list[tuple[Leaf, str, Tensor]]]:
+    owners: dict[Tensor, int] | None = None,
+    there: Callable[[Leaf], torch.device | None] = lambda leaf: None,
+) -> tuple[list[Cell], Entries]:
     """Cells for the leaves at the positions ``live``, which want gradients, and their state entries (leaf, key, tensor).
+
+    Of a block that another rank owns the entries are empty tensors.
 
     Args:
         existing: whose tensors, of the same shape, are taken over as they are.
         outside: our names of state tensors → those in ``existing``.
         plainly: every block alone.
         clean: statistics are of the clean gradient, whatever regularizers add to what is descended.
+        owners: who owns which parameters' blocks; completed here.
+        there: the device that counts a leaf's steps; None: the host does.
     """
 
-    cells, entries = [], []
+    cells: list[Cell] = []
+    entries: Entries = []
+    shared: dict[Any, list[tuple[Cell, int, Entries]]] = {}
+    whole = Whole(leaves)
+    found = units(leaves, live, choices, whole)
+    placements = deal(found, leaves, {} if owners is None else owners)
     singles = [
-        _Single.of(unit, leaves, choices, existing, outside, clean, not plainly) for unit in units(leaves, live, choices)
+        _Single.of(unit, leaves, choices, existing, outside, clean, not plainly, placement, whole)
+        for unit, placement in zip(found, placements, strict=True)
     ]
     for alike in [[single] for single in singles] if plainly else _alike(singles):
         first, index = alike[0], tuple(i for single in alike for i in single.unit.index)
         preconditioner, momentum, block = first.unit.preconditioner, first.unit.momentum, first.block
         state, average = first.state, first.average
-        if len(alike) > 1 or first.stacks:
-            block = Stack.of([single.block for single in alike])
-            state, average = (_side_by_side([getattr(s, name) for s in alike], block) for name in ("state", "average"))
+        if first.elsewhere:
+            own = [entry for s in alike for entry in (*s.state.entries(), *s.average.entries())]
+            entries += [(leaf, key, t.new_empty(0)) for leaf, key, t in own]
+            block = block if len(alike) == 1 else Stack.of([single.block for single in alike])
+            state, average = State(block, step=tuple(t for s in alike for t in s.state["step"])), State(block, step=())
+        else:
+            if len(alike) > 1 or first.stacks:
+                block = Stack.of([single.block for single in alike])
+                state, average = (_side_by_side([getattr(s, name) for s in alike], block) for name in ("state", "average"))
+            own = [*state.entries(), *average.entries()]
+            entries += own
+        # Where ranks step for each other the host counts, on all of them.
+        count_together([state, average], there(first.block.leaves[0]) if first.placement is None else None)
         cell = Cell(index, block, preconditioner, momentum, state.seal(), average)
-        entries += [*state.entries(), *average.entries()]
-        entries += [(leaf, "step", t) for leaf, t in zip(cell.leaves, state["step"], strict=True)]
-        cells.append(cell)
+        entries += [(leaf, "step", t) for leaf, t in zip(cell.leaves, state.get("clock", state["step"]), strict=True)]
+        if first.placement is None:
+            cells.append(cell)
+        else:
+            shared.setdefault(first.placement.crew, []).append((cell, first.placement.owner, own))
+    for together in shared.values():
+        inside, ranks, contents = zip(*together, strict=True)
+        held = [leaves[i] for cell in inside for i in cell.index]
+        cells.append(Shared.of(inside, ranks, held, plainly, contents=contents))
     return cells, entries
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a block is stepped that several ranks hold.
+
+    Attributes:
+        crew: what blocks have in common that are exchanged together: the ranks, the dtype and the device.
+        owner: the rank among them that steps it.
+        here: whether that is this one.
+    """
+
+    crew: Any
+    owner: int
+    here: bool
+
+
+def deal(found: Sequence[Unit], leaves: Sequence[Leaf], owners: dict[Tensor, int]) -> list[Placement | None]:
+    """Who steps each unit, None where every rank steps what it holds; ``owners`` learns of new ones.
+
+    Raises:
+        ValueError: where parameters that are stepped jointly are held by different ranks.
+    """
+    crews: dict[Any, list[int]] = {}
+    keys: list[Any] = []
+    for k, unit in enumerate(found):
+        own = [leaves[i] for i in unit.index]
+        keys.append(_crew(unit.preconditioner, own))
+        if keys[-1] is not None:
+            crews.setdefault(keys[-1], []).append(k)
+    of: dict[int, Placement] = {}
+    for key, numbers in crews.items():
+        first = leaves[found[numbers[0]].index[0]].pieces
+        assert first is not None
+        size, me = len(first.boxes), dist.get_rank(first.group)
+        costs = {k: found[k].preconditioner.cost(Block(tuple(leaves[i] for i in found[k].index))) for k in numbers}
+        known = {k: owners[p] for k in numbers if (p := leaves[found[k].index[0]].param) in owners}
+        loads = [sum(costs[k] for k, owner in known.items() if owner == r) for r in range(size)]
+        new = [k for k in numbers if k not in known]
+        known |= dict(zip(new, dealt([costs[k] for k in new], size, loads), strict=True))
+        for k in numbers:
+            owners.update({leaves[i].param: known[k] for i in found[k].index})
+            of[k] = Placement(key, known[k], known[k] == me)
+    return [of.get(k) for k in range(len(found))]
+
+
+def _crew(P: Preconditioner, own: Sequence[Leaf]) -> Any:
+    """The ranks, the dtype and the device of a unit that one rank steps for all; None where each steps what it holds."""
+    if not P.dealt and not (P.needs == "block" and any(leaf.shard is not None for leaf in own)):
+        return None
+    pieces = [leaf.pieces for leaf in own]
+    if all(p is None for p in pieces) and not any(leaf.shard is not None for leaf in own):
+        return None
+    keys = {(id(p.group), state_dtype(leaf.param.dtype), leaf.param.device) for p, leaf in zip(pieces, own, strict=True) if p}
+    if not keys:
+        return None  # divided over a single rank
+    if len(keys) > 1 or None in pieces:
+        raise ValueError(
+            f"{type(P).__name__} acts jointly on {', '.join(repr(leaf.name) for leaf in own)}, which different ranks hold, or in different "
+            "dtypes: shard them on one mesh, or leave all of them out of sharding (ignored_params)"
+        )
+    return next(iter(keys))
+
+
+class Whole:
+    """Leaves as who steps them sees them: whole where one rank steps a block for all, else what this process holds."""
+
+    def __init__(self, leaves: Sequence[Leaf]):
+        self._leaves = leaves
+        self._zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._known: dict[Leaf, Leaf] = {}
+
+    def block(self, P: Preconditioner, own: Sequence[Leaf]) -> Block:
+        """The block of some leaves for a preconditioner."""
+        gathers = P.dealt or P.needs == "block"
+        return Block(tuple(self._whole(leaf) if gathers and leaf.shard is not None else leaf for leaf in own))
+
+    def _whole(self, leaf: Leaf) -> Leaf:
+        if leaf not in self._known:
+            kind = leaf.param.dtype, leaf.param.device
+            if kind not in self._zeros:
+                sizes = [
+                    x.param.numel() for x in self._leaves if x.shard is not None and (x.param.dtype, x.param.device) == kind
+                ]
+                self._zeros[kind] = torch.zeros(max(sizes), dtype=kind[0], device=kind[1])
+            self._known[leaf] = at_owner(leaf, self._zeros[kind])
+        return self._known[leaf]
 
 
 @dataclass
@@ -103,6 +226,7 @@ class _Single:
 
     Attributes:
         stacks: whether its methods take stacks, also one of a single block.
+        placement: who steps it, where ranks share it.
     """
 
     unit: Unit
@@ -111,6 +235,12 @@ class _Single:
     average: State
     stacks: bool
     key: tuple[Any, ...]
+    placement: Placement | None = None
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether another rank steps it."""
+        return self.placement is not None and not self.placement.here
 
     @classmethod
     def of(
@@ -122,13 +252,11 @@ class _Single:
         outside: Callable[[str], str],
         clean: bool,
         kernels: bool,
+        placement: Placement | None,
+        whole: Whole,
     ) -> _Single:
-        P, block = unit.preconditioner, Block(tuple(leaves[i] for i in unit.index))
-        if block.sharded and P.needs == "block":
-            raise ValueError(
-                f"{type(P).__name__} acts on {block.name!r} as a whole, of which each process holds a part: use "
-                "RMS, AdaGrad, BNP, Whitening or compositions of them, or leave the parameters out of sharding (ignored_params)"
-            )
+        P = unit.preconditioner
+        block = whole.block(P, [leaves[i] for i in unit.index])
         handled = P.handles(block)
         state = State(block, P.init(block) if handled else {})
         average = State(block, unit.momentum.init(block) if unit.momentum is not None else {})
@@ -140,8 +268,11 @@ class _Single:
             _adopt(s, existing, steps, outside)
         kernel = kernels and _has_kernel(P, block)
         alone = not handled or block.sharded or kernel or P.entrywise or not stackable(P)
+        if placement is not None and not placement.here:
+            state, average = state.hollow(), average.hollow()
         key = (
             id(block) if alone else None,
+            placement,
             tuple((tuple(leaf.shape), leaf.param.dtype, leaf.param.device) for leaf in block.leaves),
             # Members of a stack are at one step, and have or have not a gradient together.
             tuple(float(t) for t in steps),
@@ -150,7 +281,7 @@ class _Single:
             tuple(_structure(state)),
             tuple(_structure(average)),
         )
-        return cls(unit, block, state, average, handled and not kernel and stackable(P) and takes_stacks(P), key)
+        return cls(unit, block, state, average, handled and not kernel and stackable(P) and takes_stacks(P), key, placement)
 
 
 def _has_kernel(P: Preconditioner, block: Block) -> bool:
@@ -188,7 +319,7 @@ def _structure(state: State) -> Iterator[tuple[Any, ...]]:
     for key, value in state.items():
         if isinstance(value, State):
             yield key, tuple(_structure(value))
-        elif key != "step":
+        elif key not in COUNTS:
             yield key, tuple((tuple(t.shape), t.dtype) for t in (value if isinstance(value, tuple) else (value,)))
 
 

@@ -29,7 +29,6 @@ class Point:
         p: the parameters; for 16-bit parameters float32 copies, with their compensation added.
         g: their gradients, in the dtype of p.
         lr: the learning rate of each tensor.
-        steps: the number of the step in progress for each tensor, from 1.
     """
 
     cells: list[Cell]
@@ -37,8 +36,12 @@ class Point:
     p: Vec
     g: Vec
     lr: list[Scalar]
-    steps: list[int]
     choices: Sequence[Choice]
+
+    @cached_property
+    def times(self) -> list[Scalar]:
+        """The number of the step in progress for each tensor, from 1, when this is first asked for; where devices count, tensors."""
+        return [t for cell in self.cells for t in cell.upcoming]
 
     @property
     def spans(self) -> list[tuple[Cell, slice]]:
@@ -52,8 +55,11 @@ class Point:
     @property
     def _joint(self) -> list[slice]:
         """The tensors that P takes jointly."""
-        sizes = ((s, 1 if cell.preconditioner.entrywise else len(cell.block.leaves)) for cell, s in self.spans)
-        return [slice(i, i + m) for s, m in sizes for i in range(s.start, s.stop, m)]
+        out: list[slice] = []
+        for size in (n for cell in self.cells for n in cell.joint):
+            start = out[-1].stop if out else 0
+            out.append(slice(start, start + size))
+        return out
 
     @property
     def storage(self) -> Vec:
@@ -78,11 +84,11 @@ class Point:
         """Where the k-th regularizer is evaluated; ``maps`` gives P of each cell when it is asked for."""
         mine: list[Regularizer] = [c.regularizers[k] for c in self.choices]
         first = mine[0]
-        value = cache(value_at)  # leaves that share λ share the tensor too, where it is one
+        value, times = cache(value_at), self.times  # leaves that share λ share the tensor too, where it is one
 
         def raw(name: str) -> list[Scalar]:
             fields = [getattr(mine[leaf.group], name) for leaf in self.leaves]
-            return [value(x, t, lr) for x, t, lr in zip(fields, self.steps, self.lr, strict=True)]
+            return [value(x, t, lr) for x, t, lr in zip(fields, times, self.lr, strict=True)]
 
         takes_part = tuple(
             matches(mine[leaf.group].where, leaf)
@@ -98,13 +104,24 @@ class Point:
                 return P(takes_part, self.sums)
             if not first.takes_damping:
                 return Z(joined, takes_part, self.sums)
-            damped = lambda: [m.damped(_damping(first, cell)) for cell, m in zip(self.cells, maps(), strict=True)]  # noqa: E731
+            damped = lambda: [cell.damped(m, first.damping) for cell, m in zip(self.cells, maps(), strict=True)]  # noqa: E731
             return Z(lambda: self.joined(damped()), takes_part, self.sums)
 
         joined = lambda: self.joined(maps())  # noqa: E731
         dtype = max((leaf.param.dtype for leaf in self.leaves), key=lambda d: torch.finfo(d).eps)
         return At(
-            self.p, self.g, self.lr, values, takes_part, space, joined, dtype=dtype, sums=self.sums, joint=self._joint, **more
+            self.p,
+            self.g,
+            self.lr,
+            values,
+            takes_part,
+            space,
+            joined,
+            dtype=dtype,
+            sums=self.sums,
+            joint=self._joint,
+            leaves=self.leaves,
+            **more,
         )
 
     def hessian(self, gradient: Sequence[Tensor | None]) -> Callable[[Vec], Vec]:
@@ -130,10 +147,6 @@ def _is_zero(x) -> bool:
     return not isinstance(x, Tensor) and x == 0
 
 
-def _damping(regularizer: Regularizer, cell: Cell) -> float:
-    return cell.preconditioner.advised_damping if regularizer.damping is None else regularizer.damping
-
-
 def gather(
     cells: Sequence[Cell],
     choices: Sequence[Choice],
@@ -151,8 +164,7 @@ def gather(
         has = [gradients[i] is not None for i in cell.index]
         if not any(has):
             continue
-        if not all(has) and cell.preconditioner.entrywise:
-            cell = cell.restricted(tuple(i for i, h in enumerate(has) if h))
+        cell = cell.taking(has)
         kept.append(cell)
         for i, leaf in zip(cell.index, cell.leaves, strict=True):
             leaves.append(leaf)
@@ -168,5 +180,4 @@ def gather(
         wide_p = leaf.tensor.detach().to(state_dtype(leaf.param.dtype))
         rest = residual(leaf)
         p.append(wide_p if rest is None else wide_p + rest)
-    steps = [int(t.item()) + 1 for cell in kept for t in cell.state["step"]]
-    return Point(kept, tuple(leaves), tuple(p), tuple(g), [lr(leaf) for leaf in leaves], steps, choices)
+    return Point(kept, tuple(leaves), tuple(p), tuple(g), [lr(leaf) for leaf in leaves], choices)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,12 @@ from precond.diagnostics import preconditioner_of
 from precond.evidence.problems import (
     Problem,
     extended,
+    generator,
     logistic,
     random,
     raw,
     relative,
+    remembered,
     seeded,
     tanh_network,
 )
@@ -56,7 +58,7 @@ def _equal_rows(A: Tensor) -> Tensor:
     return A / A.norm(dim=1, keepdim=True)
 
 
-@cache
+@remembered
 def _unscaled() -> tuple[Problem, Tensor]:
     """Logistic regression on features whose scales spread: each raw feature over the root mean square of all, at its minimum."""
     x, y = raw("wine")
@@ -418,11 +420,11 @@ def _rows_network() -> Finding:
     )
 
 
-def _network(name: str, batch: int | None, seed: int = 0) -> tuple[float, float]:
+def _network(name: str, batch: int | None) -> tuple[float, float]:
     """κ(H) and κ(PᵀHP) at the minimum that a training leads to, with the P that it has found on its way."""
-    problem = tanh_network(seed=seed)
+    problem = tanh_network()
     optimizer = _METHODS[name](problem.model)
-    draw = torch.Generator().manual_seed(seed)
+    draw = generator(0)
     for _ in range(2000 if batch else 1000):
         part = torch.randint(len(problem.x), (batch,), generator=draw) if batch else torch.arange(len(problem.x))
         optimizer.step(replace(problem, x=problem.x[part], y=problem.y[part]).closure())
@@ -431,13 +433,10 @@ def _network(name: str, batch: int | None, seed: int = 0) -> tuple[float, float]
 
 
 def _network_finding(name: str) -> Finding:
-    mini, full = [_network(name, 16, seed) for seed in (0, 1)], _network(name, None)
-    bars = (
-        ("H", mini[0][0]), (f"{name}, batches of 16", mini[0][1]),
-        ("H", full[0]), (f"{name}, full batches", full[1]),
-    )  # fmt: skip
+    mini, full = _network(name, 16), _network(name, None)
+    bars = (("H", mini[0]), (f"{name}, batches of 16", mini[1]), ("H", full[0]), (f"{name}, full batches", full[1]))
     return Finding(
-        "κ(PᵀHP)/κ(H), batches of 16, the larger of 2 seeds (printed: full batches)", 1.0, max(b / a for a, b in mini), 0.0, "≤",
+        "κ(PᵀHP)/κ(H), batches of 16 (printed: full batches)", 1.0, mini[1] / mini[0], 0.0, "≤",
         printed=full[1] / full[0], on="tanh network 13–6–3, wine", figure=Bars("κ at the minimum reached", bars),
     )  # fmt: skip
 

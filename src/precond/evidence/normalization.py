@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from precond.curvature import neuron_hessian, neuron_hessians
-from precond.evidence.problems import Problem, extended, half_square, logistic, random, raw, relative, seeded, standardized
+from precond.evidence.problems import (
+    Problem,
+    extended,
+    generator,
+    half_square,
+    logistic,
+    neuron_block,
+    neuron_error,
+    random,
+    raw,
+    relative,
+    remembered,
+    seeded,
+    standardized,
+)
 from precond.evidence.statement import Bars, Chapter, Finding, Line, Plot
 from precond.normalization import MinMax, Standardize
 
@@ -19,14 +32,14 @@ _SETS = ("wine", "breast cancer", "digits")
 _ON_SETS = "wine, breast cancer, digits"
 
 
-@cache
+@remembered
 def _deep() -> Problem:
     x, y = standardized("wine")
     model = seeded(lambda: nn.Sequential(nn.Linear(13, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)), 0)
     return Problem(model, nn.functional.cross_entropy, x, y)
 
 
-@cache
+@remembered
 def _convolutional() -> Problem:
     pixels, y = raw("digits", constant=True)
     model = seeded(
@@ -38,24 +51,6 @@ def _convolutional() -> Problem:
     return Problem(model, nn.functional.cross_entropy, pixels[:200] / 16, y[:200])
 
 
-def _block(problem: Problem, H: Tensor, layer: str, unit: int) -> Tensor:
-    """The rows and columns of [b; w] of a neuron in the whole Hessian."""
-    places = dict(zip((n for n, _ in problem.model.named_parameters()), problem.pieces(torch.arange(len(H))), strict=True))
-    bias, weight = (places[f"{layer}.{kind}".lstrip(".")][unit].flatten() for kind in ("bias", "weight"))
-    at = torch.cat([bias, weight])
-    return H[at][:, at]
-
-
-def _largest_error(problem: Problem, layers: tuple[str, ...]) -> float:
-    """Of H_e S H_eᵀ against the Hessian, over all neurons of some layers."""
-    H = problem.hessian(problem.p)
-    return max(
-        relative(neuron.to_dense(), _block(problem, H, layer, neuron.unit))
-        for layer in layers
-        for neuron in neuron_hessians(problem.objective(), layer)
-    )
-
-
 @CHAPTER.statement(
     "neuron", "Theorem 3, (16)", "The Hessian by a neuron's weights is H_e S H_eᵀ with S = diag(L″)/N, in every layer."
 )
@@ -63,7 +58,7 @@ def _theorem3() -> Finding:
     return Finding(
         "largest error over 17 neurons of 3 layers, relative",
         0.0,
-        _largest_error(_deep(), ("0", "2", "4")),
+        neuron_error(_deep(), ("0", "2", "4")),
         1e-11,
         on="tanh network 13–8–6–3, wine",
     )
@@ -82,11 +77,11 @@ def _theorem3_conv() -> Finding:
     diagonal = 0.0
     for neuron in neuron_hessians(problem.objective(), "1"):
         s = neuron.s.diagonal(dim1=1, dim2=2).flatten()
-        diagonal = max(diagonal, relative((neuron.H_e * s) @ neuron.H_e.T, _block(problem, H, "1", neuron.unit)))
+        diagonal = max(diagonal, relative((neuron.H_e * s) @ neuron.H_e.T, neuron_block(problem, H, "1", neuron.unit)))
     return Finding(
         "largest error over 3 channels, relative",
         0.0,
-        _largest_error(problem, ("1",)),
+        neuron_error(problem, ("1",)),
         1e-11,
         printed=diagonal,
         on="conv net on 200 digits",
@@ -177,7 +172,7 @@ def _rows() -> Finding:
 
 @CHAPTER.statement("centering", "Theorem 4", "Centering never worsens κ(X_e).")
 def _theorem4() -> Finding:
-    draw = torch.Generator().manual_seed(6)
+    draw = generator(6)
     ratios = []
     for name in _SETS:
         x = _full_rank(name)

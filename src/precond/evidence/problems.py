@@ -1,10 +1,13 @@
-"""Real data and small models in float64, with explicit derivatives that share nothing with :mod:`precond.curvature`."""
+"""Real data and small models in float64, with explicit derivatives to hold :mod:`precond.curvature` against."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine
@@ -12,9 +15,42 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
-from precond.curvature import Objective
+from precond.curvature import Objective, neuron_hessians
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+_seed: ContextVar[int] = ContextVar("precond_evidence_seed", default=0)
+
+
+@contextmanager
+def drawn(seed: int) -> Iterator[None]:
+    """Measurements inside are those of a seed: other first weights, maps and vectors, and from 1 on other samples of the data, too."""
+    token = _seed.set(seed)
+    try:
+        yield
+    finally:
+        _seed.reset(token)
+
+
+def generator(seed: int) -> torch.Generator:
+    """Of a measurement's own number, and of the seed that it is measured with."""
+    return torch.Generator().manual_seed(seed + 1000 * _seed.get())
+
+
+def remembered(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Made once for each seed."""
+    known: dict[object, _T] = {}
+
+    @wraps(function)
+    def recalled(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        key = (_seed.get(), args, tuple(kwargs.items()))
+        if key not in known:
+            known[key] = function(*args, **kwargs)
+        return known[key]
+
+    return recalled
 
 
 def half_square(out: Tensor, y: Tensor) -> Tensor:
@@ -28,15 +64,26 @@ def logistic(out: Tensor, y: Tensor) -> Tensor:
 
 
 @cache
-def raw(name: str, constant: bool = False) -> tuple[Tensor, Tensor]:
-    """Features (N, n) as they are, constant ones only if wanted, and classes (N,), of "wine", "breast cancer" or "digits"."""
+def _loaded(name: str) -> tuple[Tensor, Tensor]:
     load = {"wine": load_wine, "breast cancer": load_breast_cancer, "digits": load_digits}[name]
     features, classes = load(return_X_y=True)
-    x = torch.as_tensor(features, dtype=torch.float64)
-    return x if constant else x[:, x.std(0) > 0], torch.as_tensor(classes)
+    return torch.as_tensor(features, dtype=torch.float64), torch.as_tensor(classes)
 
 
-@cache
+@remembered
+def raw(name: str, constant: bool = False) -> tuple[Tensor, Tensor]:
+    """Features (N, n) as they are, constant ones only if wanted, and classes (N,), of "wine", "breast cancer" or "digits".
+
+    Seed 0 has all samples, each other one four fifths of them.
+    """
+    x, y = _loaded(name)
+    if _seed.get():
+        some = torch.randperm(len(x), generator=generator(0))[: 4 * len(x) // 5].sort().values
+        x, y = x[some], y[some]
+    return x if constant else x[:, x.std(0) > 0], y
+
+
+@remembered
 def standardized(name: str) -> tuple[Tensor, Tensor]:
     """(x − μ)/σ with the biased variance, and classes."""
     x, y = raw(name)
@@ -142,7 +189,7 @@ class Problem:
 
 def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     """A float64 model with weights N(0, 1/fan_in) and biases N(0, 0.01) of a generator of its own."""
-    draw = torch.Generator().manual_seed(seed)
+    draw = generator(seed)
     # Modules draw their first weights from the global generator.
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         model = make().double()
@@ -154,7 +201,7 @@ def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 def random(*shape: int, seed: int) -> Tensor:
     """Standard normal numbers of a generator of their own."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
 
 
 def logistic_regression(name: str = "breast cancer", penalty: float = 0.01, raw_features: bool = False) -> Problem:
@@ -173,3 +220,21 @@ def tanh_network(hidden: int = 6, penalty: float = 0.01, seed: int = 0) -> Probl
 def relative(a: Tensor, b: Tensor) -> float:
     """‖a − b‖/‖b‖."""
     return float((a - b).norm() / b.norm())
+
+
+def neuron_block(problem: Problem, H: Tensor, layer: str, unit: int) -> Tensor:
+    """The rows and columns of [b; w] of a neuron in the whole Hessian."""
+    places = dict(zip((n for n, _ in problem.model.named_parameters()), problem.pieces(torch.arange(len(H))), strict=True))
+    bias, weight = (places[f"{layer}.{kind}".lstrip(".")][unit].flatten() for kind in ("bias", "weight"))
+    at = torch.cat([bias, weight])
+    return H[at][:, at]
+
+
+def neuron_error(problem: Problem, layers: tuple[str, ...]) -> float:
+    """The largest error of H_e S H_eᵀ against the Hessian, relative, over all neurons of some layers."""
+    H = problem.hessian(problem.p)
+    return max(
+        relative(neuron.to_dense(), neuron_block(problem, H, layer, neuron.unit))
+        for layer in layers
+        for neuron in neuron_hessians(problem.objective(), layer)
+    )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Relation = Literal["=", "≤", "≥"]
-Verdict = Literal["holds", "holds as corrected", "fails"]
+Verdict = Literal["holds", "holds as corrected", "holds in part", "fails"]
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,10 @@ class Statement:
         name: short, for ``--only``.
         where: in the paper.
         claim: in words.
-        finding: what was measured.
+        finding: what was measured, with the first seed.
         correction: what is wrong in the paper's form and what is right; empty where it is printed rightly.
-        seconds: that the measurement took.
+        seconds: that the measurements took.
+        others: what was measured with further seeds.
     """
 
     name: str
@@ -96,16 +97,33 @@ class Statement:
     finding: Finding
     correction: str = ""
     seconds: float = field(default=0.0, compare=False)
+    others: tuple[Finding, ...] = ()
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """Of all seeds."""
+        return (self.finding, *self.others)
+
+    @property
+    def held(self) -> int:
+        """With how many seeds the statement holds, as corrected where it is."""
+        return sum(finding.accepts(finding.measured) for finding in self.findings)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The least and the largest number measured; NaN where one is."""
+        numbers = [finding.measured for finding in self.findings]
+        return (math.nan, math.nan) if any(map(math.isnan, numbers)) else (min(numbers), max(numbers))
 
     @property
     def verdict(self) -> Verdict:
-        """A correction counts only where the measurement also rejects the printed form, if that can be measured."""
-        finding = self.finding
-        if not finding.accepts(finding.measured):
-            return "fails"
+        """A correction counts only where some measurement also rejects the printed form, if that can be measured."""
+        if self.held < len(self.findings):
+            return "holds in part" if self.held else "fails"
         if not self.correction:
             return "holds"
-        return "holds as corrected" if finding.printed is None or not finding.accepts(finding.printed) else "fails"
+        refuted = any(finding.printed is None or not finding.accepts(finding.printed) for finding in self.findings)
+        return "holds as corrected" if refuted else "fails"
 
 
 Measurement = Callable[[], Finding]

@@ -3,5 +3,6 @@
 from precond.normalization.batchnorm import collapse_affine, fold_batchnorm
 from precond.normalization.data import MinMax, Normalization, Standardize
 from precond.normalization.folding import ChannelPad
+from precond.normalization.samples import SampleScaling
 
-__all__ = ["ChannelPad", "MinMax", "Normalization", "Standardize", "collapse_affine", "fold_batchnorm"]
+__all__ = ["ChannelPad", "MinMax", "Normalization", "SampleScaling", "Standardize", "collapse_affine", "fold_batchnorm"]

@@ -1,4 +1,4 @@
-r"""Batch normalization folded into the layers next to it (Ye, eqs. 21–23)."""
+r"""Normalizations, or their γ and β alone, folded into the layers next to them (Ye, eqs. 21–23)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from precond.normalization import folding
+from precond.normalization.norms import NORMS, Features, gamma_beta, own_forward, without_affine
 
 _DROPOUT = nn.modules.dropout._DropoutNd
 
@@ -44,50 +45,43 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
         Ye, eqs. 21–23; Ioffe & Szegedy (2015), section 3.1.
     """
     model = copy.deepcopy(model).eval()
-    return _replaced(model, _affine, nn.Identity, "fold_batchnorm", backward=True)
+    return _replaced(model, (_BatchNorm,), _affine, lambda bn: nn.Identity(), "fold_batchnorm", backward=True)
 
 
 def collapse_affine(model: nn.Module) -> nn.Module:
-    r"""The model with γ and β of each BatchNorm in the next layer, Ŵ = W diag(γ), b̂ = Wβ + b; B₀,₁ stays, and stays trainable around.
+    r"""The model with γ and β of each normalization in the next layer, Ŵ = W diag(γ), b̂ = Wβ + b; what is left of it stays.
 
-    The same function, in training (batch statistics) and at inference, with fewer parameters: γ and β parametrize the next layer twice.
+    The same function, in training and at inference, with fewer parameters: γ and β parametrize the next layer twice. It holds for batch
+    normalization (Ye, eqs. 22–23), and as well for instance, group, layer and RMS normalization, whose γ and β follow what they normalize by.
 
     Args:
-        model: any module. Dropout between the normalization and the next layer stands in the way.
+        model: any module. Dropout between the normalization and the next layer stands in the way, and so does whatever else reads what
+            the normalization puts out, such as a residual stream. A ``GroupNorm`` next to an ``nn.Linear`` is taken to see (N, features).
 
     Returns:
-        A copy whose normalizations have ``affine=False`` where the next layer took γ and β up; a warning names the others.
+        A copy whose normalizations have no γ and β where the next layers took them up; a warning names the others.
 
     References:
         Ye, eqs. 22–23.
     """
-
-    def without(bn: _BatchNorm) -> nn.Module:
-        bn.affine = False
-        bn.register_parameter("weight", None)
-        bn.register_parameter("bias", None)
-        return bn
-
-    return _replaced(copy.deepcopy(model), _gamma_beta, without, "collapse_affine", backward=False)
+    return _replaced(copy.deepcopy(model), NORMS, _gamma_beta, without_affine, "collapse_affine", backward=False)
 
 
-def _affine(bn: _BatchNorm) -> tuple[Tensor, Tensor]:
+def _affine(bn: nn.Module) -> tuple[Tensor, Tensor]:
+    assert isinstance(bn, _BatchNorm)
     if bn.running_mean is None or bn.running_var is None:
         raise folding.CannotFold("it has no running statistics")
-    gamma, beta = _gamma_beta(bn, plain=True)
+    gamma, beta = gamma_beta(bn) or (torch.ones_like(bn.running_var.double()), torch.zeros_like(bn.running_var.double()))
     scale = gamma * (bn.running_var.double() + bn.eps).rsqrt()
     return scale, beta - scale * bn.running_mean.double()
 
 
-def _gamma_beta(bn: _BatchNorm, plain: bool = False) -> tuple[Tensor, Tensor]:
-    if bn.weight is None and not plain:
+def _gamma_beta(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    if own_forward(norm):
+        raise folding.CannotFold(f"a {type(norm).__name__} has a forward of its own")
+    if (found := gamma_beta(norm)) is None:
         raise folding.CannotFold("it has no γ and β")
-    device = next((t.device for t in (bn.weight, bn.running_mean) if t is not None), torch.device("cpu"))
-    gamma = (
-        torch.ones(bn.num_features, dtype=torch.float64, device=device) if bn.weight is None else bn.weight.detach().double()
-    )
-    beta = torch.zeros_like(gamma) if bn.bias is None else bn.bias.detach().double()
-    return gamma, beta
+    return found
 
 
 @dataclass(frozen=True)
@@ -107,23 +101,23 @@ class _Neighbors:
 
 def _replaced(
     model: nn.Module,
-    affine: Callable[[_BatchNorm], tuple[Tensor, Tensor]],
-    rest: Callable[[_BatchNorm], nn.Module],
+    kinds: tuple[type[nn.Module], ...],
+    affine: Callable[[nn.Module], tuple[Tensor, Tensor]],
+    rest: Callable[[nn.Module], nn.Module],
     caller: str,
     backward: bool,
 ) -> nn.Module:
     stay: list[str] = []
-    names = [name for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
+    names = [name for name, m in model.named_modules() if isinstance(m, kinds)]
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-    found = dict(_neighbors(model, "", owners, backward))
+    found = dict(_neighbors(model, "", owners, kinds, backward))
     for name in names:
         bn = model.get_submodule(name)
-        assert isinstance(bn, _BatchNorm)
         try:
+            scale, shift = affine(bn)
             at = found.get(name)
             if at is None:
                 raise folding.CannotFold("torch.fx cannot trace the forward that calls it, or calls it several times")
-            scale, shift = affine(bn)
             new = _folded(model, at, bn, scale, shift, backward)
         except folding.CannotFold as error:
             stay.append(f"{name!r}: {error}")
@@ -137,7 +131,7 @@ def _replaced(
 
 
 def _folded(
-    model: nn.Module, at: _Neighbors, bn: _BatchNorm, scale: Tensor, shift: Tensor, backward: bool
+    model: nn.Module, at: _Neighbors, norm: nn.Module, scale: Tensor, shift: Tensor, backward: bool
 ) -> dict[str, nn.Module]:
     """The layers that take the place of the neighbors."""
     if backward and at.before is not None:
@@ -145,19 +139,27 @@ def _folded(
         return {name: folding.before(layer, scale, shift)}
     if at.why is not None:
         raise folding.CannotFold(at.why)
-    new = {}
+    new, features = {}, Features.of(norm)
     for target, flattened in at.after:
         name, layer = _layer(model, target)
-        a, c = scale, shift
-        if isinstance(layer, nn.Linear):
-            if not flattened and not isinstance(bn, nn.BatchNorm1d | nn.SyncBatchNorm):
-                raise folding.CannotFold(f"{name!r} is linear in the last dimension, which is not that of the channels")
-            a, c = (t.repeat_interleave(layer.in_features // bn.num_features) for t in (a, c)) if flattened else (a, c)
-        features = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
-        if len(a) != features or (flattened and isinstance(layer, _ConvNd)):
-            raise folding.CannotFold(f"{name!r} has {features} inputs, which are not the {bn.num_features} features")
-        new[name] = folding.after(layer, a, c)
+        new[name] = folding.after(layer, *(_spread(t, features, name, layer, flattened) for t in (scale, shift)))
     return new
+
+
+def _spread(t: Tensor, features: Features, name: str, layer: nn.Linear | _ConvNd, flattened: bool) -> Tensor:
+    """A number of each feature as one of each input of a layer."""
+    linear = isinstance(layer, nn.Linear)
+    inputs = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    if linear and not flattened and not features.flat:
+        raise folding.CannotFold(f"{name!r} is linear in the last dimension, which is not that of the channels")
+    if not linear and features.last:
+        raise folding.CannotFold(f"{name!r} has one weight for all positions, and the features are these")
+    if linear and flattened and not features.whole and inputs % features.count == 0:
+        times = inputs // features.count
+        t = t.repeat(times) if features.last else t.repeat_interleave(times)
+    if len(t) != inputs or (flattened and not linear):
+        raise folding.CannotFold(f"{name!r} has {inputs} inputs, which are not the {features.count} features")
+    return t
 
 
 def _layer(model: nn.Module, name: str) -> tuple[str, Any]:
@@ -173,13 +175,15 @@ def _set(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
     return model
 
 
-def _neighbors(model: nn.Module, prefix: str, owners: Counter[int], inference: bool) -> Iterator[tuple[str, _Neighbors]]:
+def _neighbors(
+    model: nn.Module, prefix: str, owners: Counter[int], kinds: tuple[type[nn.Module], ...], inference: bool
+) -> Iterator[tuple[str, _Neighbors]]:
     """Of every normalization that is called once, in every part of the model that can be traced."""
     try:
         graph = fx.Tracer().trace(model)
     except Exception:  # control flow on values, unknown calls: whatever it is, parts of the model may still be traceable
         for name, child in model.named_children():
-            yield from _neighbors(child, f"{prefix}{name}.", owners, inference)
+            yield from _neighbors(child, f"{prefix}{name}.", owners, kinds, inference)
         return
     modules = dict(model.named_modules())
     calls = Counter(id(modules[str(node.target)]) for node in graph.nodes if node.op == "call_module")
@@ -196,7 +200,7 @@ def _neighbors(model: nn.Module, prefix: str, owners: Counter[int], inference: b
         return f"{prefix}{node.target} is used elsewhere as well" if shared or calls[id(layer)] > 1 else None
 
     for node in graph.nodes:
-        if node.op != "call_module" or not isinstance(bn := modules[str(node.target)], _BatchNorm) or calls[id(bn)] > 1:
+        if node.op != "call_module" or not isinstance(bn := modules[str(node.target)], kinds) or calls[id(bn)] > 1:
             continue
         source = node.all_input_nodes[0]
         takes = len(source.users) == 1 and obstacle(source) is None and _channels(modules[str(source.target)], bn)
@@ -211,10 +215,11 @@ def _neighbors(model: nn.Module, prefix: str, owners: Counter[int], inference: b
         )
 
 
-def _channels(layer: Any, bn: _BatchNorm) -> bool:
+def _channels(layer: Any, norm: nn.Module) -> bool:
     """Whether the outputs of a layer are the features of a normalization."""
     outputs = layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features
-    return outputs == bn.num_features and (isinstance(layer, _ConvNd) or isinstance(bn, nn.BatchNorm1d | nn.SyncBatchNorm))
+    features = Features.of(norm)
+    return outputs == features.count and ((features.last is False and features.flat) or isinstance(layer, _ConvNd))
 
 
 def _through(node: fx.Node, modules, inactive_dropout: bool, flattened: bool) -> Iterator[tuple[fx.Node, bool]]:

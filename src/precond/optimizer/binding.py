@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
@@ -10,11 +10,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from precond.blocks import Leaf
+from precond.averages import WeightAverage
+from precond.blocks import Leaf, whole_numbers
 from precond.engine import plan
 from precond.engine.cells import Cell, Choice
+from precond.engine.sharing import Shared
+from precond.optimizer import averaging
 from precond.optimizer.naming import Naming
 from precond.optimizer.parameters import Owners, in_place
+
+Kinds = tuple[list[bool], list[torch.dtype], list[int]]
+"""Whether each parameter wants gradients, its dtype, and the number of its device, -1 on a processor: numbers are compared at once."""
 
 Following = Literal["same", "renumbered", "broken"]
 """Of the groups since a binding was made: nothing has changed; numbers have; parameters or strategies have."""
@@ -27,7 +33,7 @@ class Binding:
     Attributes:
         entries: (leaf, key, tensor) of all state.
         options: the groups' options when it was made.
-        kinds: whether each leaf wanted gradients then, its dtype and device.
+        kinds: of all leaves, as they were then.
     """
 
     leaves: list[Leaf] = field(default_factory=list)
@@ -35,7 +41,7 @@ class Binding:
     cells: list[Cell] = field(default_factory=list)
     entries: list[tuple[Leaf, str, Tensor]] = field(default_factory=list)
     options: list[tuple[Any, ...]] = field(default_factory=list)
-    kinds: list[tuple[Any, ...]] = field(default_factory=list)
+    kinds: Kinds = ([], [], [])
 
     @property
     def divided(self) -> bool:
@@ -43,43 +49,66 @@ class Binding:
         for cell in self.stacks:
             m = len(cell.block.leaves)
             has = {any(leaf.param.grad is not None for leaf in cell.leaves[i : i + m]) for i in range(0, len(cell.index), m)}
-            if len(has) > 1 or len({t.item() for t in cell.state["step"][::m]}) > 1:
+            if len(has) > 1 or len(set(whole_numbers(cell.state["step"])[::m])) > 1:
                 return True
         return False
 
     @cached_property
     def stacks(self) -> list[Cell]:
         """The cells of several blocks."""
-        return [cell for cell in self.cells if len(cell.members) > 1]
+        return [cell for cell in self.blocks if len(cell.members) > 1]
+
+    @property
+    def blocks(self) -> list[Cell]:
+        """The cells that step blocks, also those of other ranks."""
+        return [each for cell in self.cells for each in cell.cells]
+
+    @property
+    def shared(self) -> list[Shared]:
+        """The cells that ranks step for each other."""
+        return [cell for cell in self.cells if isinstance(cell, Shared)]
+
+    def reckon(self) -> None:
+        """Let the host know of the steps that devices have counted."""
+        for cell in self.cells:
+            for ours, theirs in zip(cell.state["step"], cell.state.get("clock", ()), strict=False):
+                ours.copy_(theirs)
 
     @property
     def frozen(self) -> set[Tensor]:
         """The parameters that wanted no gradients."""
-        return {leaf.param for leaf, (wants, *_) in zip(self.leaves, self.kinds, strict=True) if not wants}
+        return {leaf.param for leaf, wants in zip(self.leaves, self.kinds[0], strict=True) if not wants}
 
     def converted(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether parameters were frozen, thawed, converted or moved since."""
-        return self.kinds != read_kinds(p for group in groups for p in group["params"])
+        return self.kinds != read_kinds([p for group in groups for p in group["params"]])
+
+    @cached_property
+    def _housed(self) -> list[Leaf]:
+        """The leaves whose modules are known."""
+        return [leaf for leaf in self.leaves if leaf.module is not None]
 
     def follow(self, groups: Sequence[Mapping[str, Any]], naming: Naming) -> Following:
         """Take over numbers that have changed in the groups."""
         options = read_options(groups, naming)
-        if self.converted(groups) or not all(map(in_place, self.leaves)):
+        if self.converted(groups) or not all(map(in_place, self._housed)):
             return "broken"
         if options == self.options:
             return "same"
         if _structure(options) != _structure(self.options):
             return "broken"
         self.choices = choices_of(groups, naming)
-        live = sorted(i for cell in self.cells for i in cell.index)
+        live = sorted(i for cell in self.blocks for i in cell.index)
         of = {unit.index: unit for unit in plan.units(self.leaves, live, self.choices)}
-        if of.keys() != {index for cell in self.cells for index in cell.members}:
+        if of.keys() != {index for cell in self.blocks for index in cell.members}:
             return "broken"
-        for cell in self.cells:
+        for cell in self.blocks:
             first, *others = (of[index] for index in cell.members)
             if any(u.preconditioner != first.preconditioner or u.momentum != first.momentum for u in others):
                 return "broken"
             cell.preconditioner, cell.momentum = first.preconditioner, first.momentum
+        for shared in self.shared:
+            shared.renumber()
         self.options = options
         return "renumbered"
 
@@ -94,21 +123,29 @@ def bind(
     clean: bool,
     existing: Mapping[Tensor, dict[str, Any]],
     frozen: Container[Tensor] | None = None,
+    dealt: dict[Tensor, int] | None = None,
+    there: Callable[[Leaf], torch.device | None] = lambda leaf: None,
+    average: WeightAverage | None = None,
 ) -> Binding:
     """Cells for the parameters that want gradients; state that ``existing`` holds is taken over, in the parameters' dtype and place.
 
     Args:
+        dealt: which rank owns which parameters' blocks, where ranks share them; completed here.
         frozen: the parameters that want no gradients; None: those that require none now.
+        there: the device that counts a leaf's steps; None: the host does.
+        average: of the weights.
     """
     leaves = owners.leaves(groups, observed)
     choices = choices_of(groups, naming)
     params = [leaf.param for leaf in leaves]
     frozen = {p for p in params if not p.requires_grad} if frozen is None else frozen
     live = [i for i, p in enumerate(params) if p not in frozen]
-    cells, entries = plan.build(leaves, live, choices, existing, naming.outside, plainly, clean)
+    cells, entries = plan.build(leaves, live, choices, existing, naming.outside, plainly, clean, dealt, there)
     if rounding == "kahan":
         entries += _residuals([leaves[i] for i in live], existing)
-    kinds = [(p not in frozen, *kind) for p, (_, *kind) in zip(params, read_kinds(params), strict=True)]
+    entries += averaging.entries(average, [leaves[i] for i in live], existing)
+    _, dtypes, devices = read_kinds(params)
+    kinds = [p not in frozen for p in params], dtypes, devices
     return Binding(leaves, choices, cells, entries, read_options(groups, naming), kinds)
 
 
@@ -130,9 +167,9 @@ def choices_of(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[Choi
     return choices
 
 
-def read_kinds(params: Iterable[Tensor]) -> list[tuple[Any, ...]]:
+def read_kinds(params: Sequence[Tensor]) -> Kinds:
     """Of each parameter what decides where its state is, and in what dtype; a model may be converted at any time."""
-    return [(p.requires_grad, p.dtype, p.device) for p in params]
+    return [p.requires_grad for p in params], [p.dtype for p in params], [p.get_device() for p in params]
 
 
 def read_options(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[tuple[Any, ...]]:

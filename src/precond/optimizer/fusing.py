@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from precond.blocks import Leaf
 from precond.engine import fused
 from precond.engine.cells import Cell, Choice
@@ -51,8 +53,13 @@ def divided(
     cells: Sequence[Cell],
     lr: Callable[[Leaf], Scalar],
     groups: Sequence[Mapping[str, Any]],
+    gradients: Sequence[Tensor | None] | None = None,
 ) -> tuple[Work, list[Cell]]:
-    """What the kernels have to do with the gradients in ``.grad``, and the cells that are left to the reference engine."""
+    """What the kernels have to do, and the cells that are left to the reference engine.
+
+    Args:
+        gradients: one per leaf of the optimizer, None where there is none; None altogether: those in ``.grad``.
+    """
     work: Work = []
     rest = []
     for cell, kernel in zip(cells, kernels, strict=True):
@@ -60,7 +67,7 @@ def divided(
             if any(leaf.param.grad is not None for leaf in cell.leaves):
                 rest.append(cell)
             continue
-        grads = cell.block.gradients
+        grads = cell.block.gradients if gradients is None else [gradients[i] for i in cell.index]
         g = [x for x in grads if x is not None]
         if not g:
             continue
@@ -70,8 +77,9 @@ def divided(
             continue
         if not whole:
             cell = cell.restricted(tuple(i for i, x in enumerate(grads) if x is not None))
-        if any(x.is_sparse or x.dtype != p.dtype for x, p in zip(g, cell.block.tensors, strict=True)):
+        laid_out = fused.aligned(g, cell.block.tensors) if [x.dtype for x in g] == cell.block.dtypes else None
+        if laid_out is None:
             rest.append(cell)
-            continue
-        work.append((kernel, cell, fused.aligned(g, cell.block.tensors)))
+        else:
+            work.append((kernel, cell, laid_out))
     return work, rest

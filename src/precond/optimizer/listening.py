@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from precond.engine.cells import Cell
+from precond.engine.sharing import owned_statistics
 from precond.inputs import Observer, Request, Site
-from precond.inputs.observer import Seen
-from precond.inputs.sync import check_alike, synchronized
+from precond.inputs.sync import Heard, check_alike, synchronized
 from precond.optimizer.parameters import Owners
 from precond.optimizer.passes import Recorder
 from precond.replicas import distributed
@@ -84,14 +84,19 @@ class Listening:
                     "this optimizer was closed, copied or unpickled and observes no model: call watch(model) first"
                 )
             return True
-        seen = synchronized(self.observer) if distributed() else self.observer.collect()
-        for cell in cells:
-            cell.inputs = seen
-        self._tell(seen, self.observer.expected, self.observer.unread)
-        # An input that is not finite is so in its own variance.
-        return all_finite(tuple(v for v in (m.variance for m in seen.values()) if watch or v.device.type == "cpu"))
+        looks = lambda m: watch or m.mean.device.type == "cpu"  # noqa: E731
+        if distributed():
+            heard = synchronized(self.observer, owned_statistics(cells) if self.observer.wanted else {}, looks)
+        else:
+            seen = self.observer.collect()
+            # An input that is not finite is so in its own variance.
+            heard = Heard(seen, frozenset(seen), all_finite(tuple(m.variance for m in seen.values() if looks(m))))
+        for each in (each for cell in cells for each in cell.cells):
+            each.inputs = heard.seen
+        self._tell(heard.called, self.observer.expected, self.observer.unread)
+        return heard.finite
 
-    def _tell(self, seen: Seen, expected: Sequence[Site], unread: Mapping[str, str]) -> None:
+    def _tell(self, seen: frozenset[tuple[str, Request]], expected: Sequence[Site], unread: Mapping[str, str]) -> None:
         """Say once of each layer that it should have been seen, has a gradient, and was not seen; or not read."""
         new: dict[str, str] = {}
         for site in expected:

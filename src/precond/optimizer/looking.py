@@ -12,6 +12,7 @@ from precond.blocks import Leaf
 from precond.engine import loop
 from precond.engine.cells import Cell
 from precond.engine.point import Point
+from precond.engine.sharing import Shared
 from precond.maps import BlockDiagonal, LinearMap
 from precond.sharding import local
 
@@ -23,16 +24,25 @@ def map_in_force(leaves: Sequence[Leaf], cells: Sequence[Cell], params: Iterable
     place = {p: i for i, p in enumerate(wanted)}
     if alien := [tuple(p.shape) for p in wanted if p not in {leaf.param for leaf in leaves}]:
         raise ValueError(f"map: a parameter of shape {alien[0]} is not this optimizer's")
-    if cells and not any(max(cell.state.steps) for cell in cells) and any(len(cell.state) > 1 for cell in cells):
+    stateful = any(len(cell.state) > 1 or isinstance(cell, Shared) for cell in cells)
+    if cells and not any(max(cell.state.steps) for cell in cells) and stateful:
         raise RuntimeError("map: no gradient has been seen yet, of which P is made; take a step first")
     blocks = []
-    for cell in [stack.member(k) for stack in cells for k in range(len(stack.members))]:
+    for shared in (cell for cell in cells if isinstance(cell, Shared)):
+        has = [leaf.param in place and t > 0 for leaf, t in zip(shared.leaves, shared.state.steps, strict=True)]
+        chosen = shared.taking(has)
+        if any(has):
+            if cut := [leaf for leaf in chosen.leaves if leaf.param not in place]:
+                raise _joint(cut[0].name)
+            blocks.append(([place[leaf.param] for leaf in chosen.leaves], chosen.map(chosen.state)))
+    own = [cell for cell in cells if not isinstance(cell, Shared)]
+    for cell in [stack.member(k) for stack in own for k in range(len(stack.members))]:
         inside = tuple(i for i, leaf in enumerate(cell.leaves) if leaf.param in place)
         if not inside:
             continue
         if len(inside) < len(cell.index):
             if not cell.preconditioner.entrywise:
-                raise ValueError(f"map: the block {cell.block.name!r} acts jointly; ask for all of its parameters")
+                raise _joint(cell.block.name)
             cell = cell.restricted(inside)
         if len(cell.state) > 1 and min(cell.state.steps) == 0:
             # What its first gradient will make of it is not known: until then it is left as it is.
@@ -42,6 +52,10 @@ def map_in_force(leaves: Sequence[Leaf], cells: Sequence[Cell], params: Iterable
             cell = cell.restricted(started)
         blocks.append(([place[leaf.param] for leaf in cell.leaves], cell.map(cell.state)))
     return BlockDiagonal(blocks, tuple(local(p).detach() for p in wanted))
+
+
+def _joint(name: str) -> ValueError:
+    return ValueError(f"map: the block {name!r} acts jointly; ask for all of its parameters")
 
 
 @torch.no_grad()
@@ -60,11 +74,11 @@ def measure(point: Point, name: str, second: int | None, length: Callable[[], Te
         case "preconditioned_grad_norm":
             return point.sums.dot(point.g, point.joined(point.maps()).gram(point.g)).clamp_min(0).sqrt()
         case "penalty":
-            point.steps = [t - 1 for t in point.steps]
+            point.times = [t - 1 for t in point.times]
             regularizers = point.choices[0].regularizers
             return sum((r.value(point.at(k, point.maps)) for k, r in enumerate(regularizers)), start=0.0)
         case _:
-            kept = second is None or all("m" in c.average for c in point.cells)
+            kept = second is None or all("m" in each.average for cell in point.cells for each in cell.cells)
             if length is None and not kept:
                 return float("nan")
             moved = point.sums.norm(vec.scale(loop.last_update(point), point.lr)) if length is None else length()

@@ -15,18 +15,11 @@ from precond.blocks import Leaf, is_decayed
 from precond.inputs import Site, Survey, survey
 from precond.inputs.kinds import inputs_first
 from precond.inputs.roles import kind_of
+from precond.paths import clean
 from precond.sharding import Shard
 from precond.turns import turns
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
-
-
-def clean(name: str) -> str:
-    """A parameter's name without the prefixes that wrappers add (torch.compile, DDP, checkpointing)."""
-    parts = name.split(".")
-    while len(parts) > 1 and parts[0] == "module":
-        parts = parts[1:]
-    return ".".join(p for p in parts if p not in ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
 
 
 def to_groups(
@@ -212,6 +205,17 @@ class Owners:
         """The modules that still exist."""
         return [m for ref in self.modules if (m := ref()) is not None]
 
+    def replicas(self) -> dict[Tensor, Any]:
+        """Of the parameters that DistributedDataParallel keeps alike, the group of processes that hold copies."""
+        out: dict[Tensor, Any] = {}
+        for module in (
+            m for root in self.alive() for m in root.modules() if isinstance(m, nn.parallel.DistributedDataParallel)
+        ):
+            for name, param in module.module.named_parameters():
+                if name not in module.parameters_to_ignore:
+                    out.setdefault(param, module.process_group)
+        return out
+
     def survey(self) -> Survey:
         """Where the inputs of the modules' layers can be observed; made once."""
         if self._survey is None:
@@ -236,6 +240,7 @@ class Owners:
             for param in (site.weight, site.bias):
                 if param is not None:
                     sites.setdefault(param, []).append(site)
+        replicas = self.replicas()
         leaves: list[Leaf] = []
         turn = iter(turns([p for group in param_groups for p in group["params"]]))
         for k, group in enumerate(param_groups):
@@ -249,7 +254,9 @@ class Owners:
                 if module is None and param in self._known:
                     layer, kind, turned = self._known[param]
                 seen = tuple(sites.get(param, ()))
-                leaves.append(Leaf(name, param, kind, layer, module, k, seen, turned, attribute, next(turn)))
+                leaves.append(
+                    Leaf(name, param, kind, layer, module, k, seen, turned, attribute, next(turn), replicas.get(param))
+                )
         return leaves
 
 

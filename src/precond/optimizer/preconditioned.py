@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from precond import checks, vec
+from precond import checks, contracts, vec
 from precond.arguments import fitted, number
+from precond.averages import WeightAverage
 from precond.blocks import Leaf
 from precond.engine import fused, loop
-from precond.engine.cells import Cell, Choice, count_step
+from precond.engine.cells import Cell, Choice, count_on_host, count_step, uncounted
 from precond.engine.fused import Kernel
 from precond.engine.loop import Evidence, Rules
 from precond.engine.point import Point, gather
+from precond.engine.sharing import Shared
+from precond.engine.verdict import Verdict, over
 from precond.interrupts import Uninterrupted
 from precond.maps import LinearMap
 from precond.momentum import Momentum
 from precond.optimizer import serialization
+from precond.optimizer.averaging import Averaged
 from precond.optimizer.binding import Binding, bind, choices_of
 from precond.optimizer.compatibility import check_precision, listed, validate
 from precond.optimizer.explanation import Explanation, explain
@@ -48,9 +53,9 @@ from precond.optimizer.record import Record
 from precond.preconditioners import Preconditioner
 from precond.preconditioners.stacked import Stacked
 from precond.regularizers import Regularizer
-from precond.replicas import agreed, averaged
+from precond.replicas import agreed, averaged, largest
 from precond.sharding import local
-from precond.vec import Scalar, Vec
+from precond.vec import Scalar, Vec, is_captured
 
 
 class PreconditionedGD(torch.optim.Optimizer):
@@ -76,6 +81,10 @@ class PreconditionedGD(torch.optim.Optimizer):
         engine: ``"auto"``, ``"loop"`` (the readable reference), or ``"fused"`` (an error where no fused kernel fits).
         rounding: of 16-bit parameters: ``"nearest"`` as torch.optim, or ``"kahan"``, which carries what rounding lost in one
             more 16-bit number per parameter, so that small updates add up. State is float32 in any case.
+        average: None, or an average of the weights, such as :class:`~precond.EMA`, at which ``with optimizer.averaged():`` evaluates.
+        capturable: on accelerators, steps may be captured in a CUDA graph: the device counts them, and all that formulas make of the
+            count stays there. On processors it does nothing. Not for what observes inputs or asks for second gradients, which read
+            counts of samples and random states on the host. See :attr:`program`.
 
     Raises:
         TypeError, ValueError: for parameters and options that cannot work; the message names the remedy.
@@ -109,13 +118,16 @@ class PreconditionedGD(torch.optim.Optimizer):
         nonfinite: Literal["propagate", "raise", "skip"] = "propagate",
         engine: Literal["auto", "loop", "fused"] = "auto",
         rounding: Literal["nearest", "kahan"] = "nearest",
+        capturable: bool = False,
+        average: WeightAverage | None = None,
         naming: Naming | None = None,
     ):
         name = "PreconditionedGD" if naming is None else naming.name
         choice = Choice(
             preconditioner, momentum, fitted(name, "regularizers", listed(name, regularizers), Iterable[Regularizer])
         )
-        self.naming = Naming.generic(choice) if naming is None else naming
+        naming = Naming.generic(choice) if naming is None else naming
+        self.naming = replace(naming, defaults={**naming.defaults, "capturable": capturable})
         lr = number(name, "lr", lr)
         checks.learning_rate(name, lr)
         checks.one_of(name, "statistics_from", statistics_from, ("loss", "total", "lagged"))
@@ -123,15 +135,20 @@ class PreconditionedGD(torch.optim.Optimizer):
         checks.one_of(name, "nonfinite", nonfinite, ("propagate", "raise", "skip"))
         checks.one_of(name, "engine", engine, ("auto", "loop", "fused"))
         checks.one_of(name, "rounding", rounding, ("nearest", "kahan"))
+        if average is not None:
+            contracts.instance(name, "average", average, WeightAverage, "None or one, such as precond.EMA(0.999)")
         if max_norm is not None:
             max_norm = number(name, "max_norm", max_norm)
             checks.positive(name, max_norm=max_norm)
         validate(name, choice, statistics_from)
         self.rules = Rules(statistics_from, max_norm, norm_space, engine == "loop")
-        self.nonfinite, self.engine, self.rounding = nonfinite, engine, rounding
+        self.nonfinite, self.engine, self.rounding, self.average = nonfinite, engine, rounding, average
         self._gradient_based = next((k for k, r in enumerate(choice.regularizers) if r.probes or r.exact), None)
         self._probing = self._gradient_based is not None and choice.regularizers[self._gradient_based].probes
-        self._requests = preconditioner.requests
+        self._dealt: dict[Tensor, int] = {}  # which rank owns which parameters' blocks
+        self._requests, self._timeless = preconditioner.requests, preconditioner.timeless
+        if capturable:
+            self._check_capturable()
         self._forget()
         modules: list[nn.Module] = []
         groups = to_groups(params, modules)
@@ -170,7 +187,8 @@ class PreconditionedGD(torch.optim.Optimizer):
         self._pending: Probe | None = None
         self._spare: dict[Tensor, Tensor] = {}
         self._clearings = Clearings()
-        self._closing = False
+        self._closing = self._evaluating = self._told = False
+        self._averaged: Averaged | None = None
         self._listening = Listening(self._requests)
         self._warned = False
         self.last = Record(self)
@@ -184,6 +202,11 @@ class PreconditionedGD(torch.optim.Optimizer):
         """The parameters that wanted no gradients in the last step."""
         return self._bound.frozen
 
+    @property
+    def shared(self) -> list[Shared]:
+        """What ranks step for each other."""
+        return self._bound.shared
+
     def bound_to(
         self,
         groups: Sequence[Mapping[str, Any]],
@@ -192,7 +215,42 @@ class PreconditionedGD(torch.optim.Optimizer):
     ) -> Binding:
         """What groups come to, with the state that exists; nothing of the optimizer's own changes."""
         clean = self.rules.statistics_from == "loss"
-        return bind(groups, self.owners, self.naming, self.observes, self.rounding, self.rules.plainly, clean, existing, frozen)
+
+        def there(leaf: Leaf) -> torch.device | None:
+            device, asked = leaf.param.device, groups[leaf.group].get("capturable") or self._unread
+            return device if asked and device.type not in ("cpu", "meta") else None
+
+        return bind(
+            groups,
+            self.owners,
+            self.naming,
+            self.observes,
+            self.rounding,
+            self.rules.plainly,
+            clean,
+            existing,
+            frozen,
+            self._dealt,
+            there,
+            self.average,
+        )
+
+    @property
+    def _unread(self) -> bool:
+        """Whether a step may be skipped without the host's knowing: accelerators count their steps then.
+
+        Where the number of a step decides what it does, and where it takes statistics of inputs, whose samples the host counts, second
+        gradients, an average of the weights, or where ranks step for each other, the host must know.
+        """
+        skips = self.nonfinite == "skip" or (self._told and self.nonfinite == "propagate")
+        return (
+            skips
+            and self._timeless
+            and self._gradient_based is None
+            and not self._requests
+            and self.average is None
+            and not self._dealt
+        )
 
     def adopt(self, bound: Binding, state: defaultdict[Tensor, Any]) -> None:
         """Take a binding and its state as the optimizer's own."""
@@ -200,6 +258,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         for leaf, key, tensor in bound.entries:
             self.state[leaf.param][self.naming.outside(key)] = tensor
         self._bound, self._kernels_of, self._pending = bound, None, None
+        self._averaged = None if self.average is None else Averaged.of(self.average, bound.entries)
 
     def _follow_groups(self) -> None:
         """Follow groups and model: numbers may have changed, parameters been frozen, thawed, converted, moved, or replaced."""
@@ -306,11 +365,13 @@ class PreconditionedGD(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a GradScaler leaves unscaling, and skipping after an overflow, to :meth:`step`.
 
-        Second gradients need that, and replicas, which must agree on a skip. Trainers refuse to clip the gradients of
-        an optimizer that says so; no scaler is at work while a closure runs.
+        Second gradients need that, and replicas, which must agree on a skip, and what is captured, since the scaler would wait for the
+        device. Trainers refuse to clip the gradients of an optimizer that says so; no scaler is at work while a closure runs.
         """
         shared = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in self.owners.alive())
-        return not self._closing and (self._probing or shared or any(leaf.shard is not None for leaf in self._bound.leaves))
+        unread = any(group.get("capturable") for group in self.param_groups)
+        divided = any(leaf.shard is not None for leaf in self._bound.leaves)
+        return not self._closing and (self._probing or shared or divided or unread)
 
     @property
     def observes(self) -> bool:
@@ -363,8 +424,16 @@ class PreconditionedGD(torch.optim.Optimizer):
             TypeError, ValueError: for a closure that returns no scalar. None will do where no second gradient is needed.
             FloatingPointError: for inf or NaN with ``nonfinite="raise"``.
         """
+        self._check_training("step")
         self._follow_groups()
+        if not self._told and getattr(self, "found_inf", None) is not None:
+            self._told = True
+            if self._unread:
+                self._bind()  # from now on devices count, which alone know of skips
         first = self._bound.leaves[0].param
+        captured = is_captured(first)
+        if captured:
+            self._check_capture()
         if first.is_meta and first.grad is None:
             raise RuntimeError(
                 f"{self.naming.name}: its parameters are on the meta device: give them memory before the optimizer is made "
@@ -377,11 +446,15 @@ class PreconditionedGD(torch.optim.Optimizer):
                 self._settle()
         elif self._gradient_based is not None:
             self._check_probed()
+        before = [] if self._averaged is None else self._averaged.steps()
         with Uninterrupted():
             try:
-                with torch.no_grad(), self._own_precision():
+                counting = uncounted(self._bound.cells) if captured else nullcontext()
+                with torch.no_grad(), self._own_precision(), counting:
                     if not self._fuse(loss):
                         self._finish(loss, graph)
+                    if self._averaged is not None:
+                        self._averaged.fold(before)
             finally:
                 self._listening.again(self._bound.cells)
         return loss
@@ -490,6 +563,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         """
         if not self._probing:
             return False
+        self._check_training("probe")
         if self._pending is None:
             self._follow_groups()
         return self._next_probe(grad_scale, self._listening.recorder)
@@ -522,7 +596,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         k = self._gradient_based or 0
         regularizer = self._bound.choices[0].regularizers[k]
         watch = self._watches(grad_scale)
-        gradients = [leaf.param.grad for leaf in self._bound.leaves]
+        gradients = self._given
         point = self._point(unscaled(gradients, grad_scale))
         if not self._listening.collect(self._bound.cells, self.nonfinite != "propagate") or (
             watch and not self._agreed(vec.all_finite(point.g))
@@ -594,28 +668,99 @@ class PreconditionedGD(torch.optim.Optimizer):
         False where that is not the step, nothing having changed.
         """
         kernels = self._kernels()
-        if kernels is None or self._gradient_based is not None or getattr(self, "found_inf", None) is not None:
+        if kernels is None or self._gradient_based is not None:
+            return False
+        unread = self._is_unread()
+        if not unread and getattr(self, "found_inf", None) is not None:
             return False
         if not self._listening.collect(self._bound.cells, self.nonfinite != "propagate"):
             return False
-        work, rest = divided(kernels, self._bound.cells, self._lr, self.param_groups)
+        scale = getattr(self, "grad_scale", None)
+        gradients = None if scale is None else unscaled(self._given, scale)
+        work, rest = divided(kernels, self._bound.cells, self._lr, self.param_groups, gradients)
         if rest and not work:
             return False
-        point = self._point([leaf.param.grad for leaf in self._bound.leaves], rest) if rest else None
-        if self.nonfinite != "propagate":
-            finite = vec.all_finite(tuple(x for _, _, g in work for x in g)) and (loss is None or finite_loss(loss))
-            if not self._agreed(finite and (point is None or vec.all_finite(point.g))):
-                return False
-        if work:  # there may be no gradient at all
-            count_step([t for _, cell, _ in work for t in cell.state["step"]])
+        point = self._point(self._given if gradients is None else gradients, rest) if rest else None
+        found = (
+            (*(x for _, _, g in work for x in g), *(() if point is None else point.g)) if self.nonfinite != "propagate" else ()
+        )
+        verdict = self._verdict(found, loss) if unread else None
+        if found and verdict is None and not self._agreed(vec.all_finite(found) and (loss is None or finite_loss(loss))):
+            return False
         for kernel, cell, aligned in work:
-            leaf = cell.block.leaves[0]
-            kernel(cell, cell.block.tensors, aligned, self._lr(leaf), self.param_groups[leaf.group]["maximize"])
+            leaf, p = cell.block.leaves[0], cell.block.tensors
+            count_step(cell.state, verdict)
+            found_inf = () if verdict is None else (verdict.found_inf(p[0].device),)
+            kernel(cell, p, aligned, self._lr(leaf), self.param_groups[leaf.group]["maximize"], *found_inf)
         if point is not None:
-            loop.step(point, self.rules, Evidence())
-            self._write_back(point)
-        self.last = Record(self, loss)
+            loop.step(point, self.rules, Evidence(), verdict=verdict)
+            self._write_back(point, verdict)
+        self.last = Record(self, loss, skipped=verdict or False, scale=scale)
         return True
+
+    def _check_capturable(self) -> None:
+        """Refuse to promise what a CUDA graph cannot repeat."""
+        whys = {
+            "observes the inputs of layers": bool(self._requests),
+            "asks for second gradients": self._gradient_based is not None,
+            "keeps an average of the weights": self.average is not None,
+            "looks at every gradient, nonfinite='raise'": self.nonfinite == "raise",
+        }
+        if why := next((what for what, found in whys.items() if found), None):
+            raise ValueError(
+                f"{self.naming.name}: capturable=True: it {why}, of which the host must know; leave capturable out"
+            )
+
+    def _check_capture(self) -> None:
+        """Refuse what a CUDA graph would not repeat."""
+        if missing := [leaf.name for leaf in self._bound.leaves if not self.param_groups[leaf.group].get("capturable")]:
+            raise RuntimeError(
+                f"{self.naming.name}: a CUDA graph of its step is captured, but the group of {missing[0]!r} is not capturable: make "
+                "it with capturable=True"
+            )
+        if not all("clock" in cell.state for cell in self._bound.cells):
+            raise RuntimeError(
+                f"{self.naming.name}: a CUDA graph of its step is captured, but ranks step for each other, and the host counts their "
+                "steps; leave the step out of the graph"
+            )
+
+    @property
+    def program(self) -> Hashable:
+        """What the number of the next step decides about it, as a key: steps of one program launch the same, and one CUDA graph serves them.
+
+        None, always, where nothing is decided: ``sgd``, ``adam``, ``adamw``, ``rmsprop``, ``adagrad``, ``muon``. ``soap`` and
+        ``shampoo`` have as many programs as their period has different steps, once the first period is over. Where a
+        method says nothing of it, each step is a program of its own.
+        """
+        self._follow_groups()
+        cells = [cell for cell in self._bound.cells if cell.handled and not cell.preconditioner.timeless]
+        return tuple(cell.preconditioner.program(cell.block, cell.state.steps[0] + 1) for cell in cells) or None
+
+    def replayed(self) -> None:
+        """Tell the host that a CUDA graph has repeated a captured step: :attr:`program` is then that of the next one."""
+        for cell in self._bound.cells:
+            if any(leaf.param.grad is not None for leaf in cell.leaves):
+                count_on_host(cell.state)
+
+    @property
+    def _given(self) -> list[Tensor | None]:
+        """What ``.grad`` holds, of each leaf."""
+        return [leaf.param.grad for leaf in self._bound.leaves]
+
+    def _is_unread(self) -> bool:
+        """Whether inf and NaN are to decide about this step without the host's knowing."""
+        asked = getattr(self, "found_inf", None) is not None or self.nonfinite == "skip"
+        return asked and self._unread and all("clock" in cell.state for cell in self._bound.cells)
+
+    def _verdict(self, gradients: Vec, loss: Any) -> Verdict:
+        """Whether the step is taken, which no host reads: the scaler's finding, and that of the gradients and the loss given."""
+        device = self._bound.leaves[0].param.device
+        bad = vec.nonfinite(gradients).to(device) if gradients else torch.zeros((), device=device)
+        if (found_inf := getattr(self, "found_inf", None)) is not None:
+            bad = bad + found_inf.to(device)
+        if self.nonfinite == "skip" and loss is not None:
+            bad = bad + (1 - torch.as_tensor(loss, device=device).detach().isfinite().float().reshape(()))
+        return Verdict(largest(bad))
 
     def _fuse_probed(self, point: Point, evidence: Evidence) -> bool:
         """The same with the gradient that a probing regularizer has made; False where no kernels compute that."""
@@ -627,7 +772,8 @@ class PreconditionedGD(torch.optim.Optimizer):
         ((k, found),) = evidence.found.items()
         at = point.at(k, point.maps, found=found, memo=evidence.memo)
         a = loop.assemble(point.g, [point.choices[0].regularizers[k].term(at)])
-        count_step([t for cell in point.cells for t in cell.state["step"]])
+        for cell in point.cells:
+            count_step(cell.state)
         for kernel, (cell, span) in zip(kernels, point.spans, strict=True):
             p = cell.block.tensors
             assert kernel is not None
@@ -641,7 +787,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         good_inputs = pending is not None or self._listening.collect(self._bound.cells, self.nonfinite != "propagate")
         good_products = True
         if pending is None:
-            point = self._point(unscaled([leaf.param.grad for leaf in self._bound.leaves], scale))
+            point = self._point(unscaled(self._given, scale))
             evidence = Evidence(hessian=None if graph is None else self._hessian(point, graph))
             if graph is not None and self.nonfinite != "propagate":
                 good_products = self._products(point, evidence)
@@ -652,17 +798,25 @@ class PreconditionedGD(torch.optim.Optimizer):
             if not pending.refused:
                 evidence = pending.complete(scale, self._signed)
         count = 1 + (pending.asked if pending is not None else 0)
-        if self._skip(point, pending, loss, good_inputs, good_products):
+        verdict = self._verdict(point.g if self.nonfinite == "skip" else (), loss) if self._is_unread() else None
+        if verdict is None and self._skip(point, pending, loss, good_inputs, good_products):
             self.last = Record(self, loss, gradients=count, skipped=True, scale=scale)
         elif point.cells:
             length = None
             if not self._fuse_probed(point, evidence):
                 # Of a second gradient nothing is left from which the step could be made again.
-                lengths = loop.step(point, self.rules, evidence, measured=self._gradient_based is not None)
-                self._write_back(point)
+                lengths = loop.step(point, self.rules, evidence, measured=self._gradient_based is not None, verdict=verdict)
+                self._write_back(point, verdict)
                 # Of each tensor what this process holds; put together when it is asked for.
                 length = partial(point.sums.norm, tuple(lengths)) if lengths else None
-            self.last = Record(self, loss, gradients=count, scale=None if pending is not None else scale, length=length)
+            self.last = Record(
+                self,
+                loss,
+                gradients=count,
+                skipped=verdict or False,
+                scale=None if pending is not None else scale,
+                length=length,
+            )
         if pending is not None:
             pending.give_back()
 
@@ -737,12 +891,13 @@ class PreconditionedGD(torch.optim.Optimizer):
         residual = self.state[leaf.param].get("residual") if self.rounding == "kahan" else None
         return None if residual is None else leaf.local(residual)
 
-    def _write_back(self, point: Point) -> None:
+    def _write_back(self, point: Point, verdict: Verdict | None = None) -> None:
         """Round the float32 values of 16-bit parameters into them, and keep what rounding lost where that is asked for."""
-        for leaf, p in zip(point.leaves, point.p, strict=True):
-            if p.dtype != leaf.param.dtype:
+        narrow = [(leaf, p) for leaf, p in zip(point.leaves, point.p, strict=True) if p.dtype != leaf.param.dtype]
+        residuals = [self._residual(leaf) for leaf, _ in narrow]
+        with over(verdict, [*(leaf.tensor.detach() for leaf, _ in narrow), *(r for r in residuals if r is not None)]):
+            for (leaf, p), residual in zip(narrow, residuals, strict=True):
                 leaf.tensor.copy_(p)
-                residual = self._residual(leaf)
                 if residual is not None:
                     residual.copy_(p - leaf.tensor)
 
@@ -759,25 +914,69 @@ class PreconditionedGD(torch.optim.Optimizer):
             ValueError: where a block is asked for in part, or a parameter is not this optimizer's.
         """
         self._follow_groups()
+        self._bound.reckon()
         return map_in_force(self._bound.leaves, self._bound.cells, params)
 
     def explain(self) -> Explanation:
         """Which preconditioner acts on which parameter, and which parameters it takes jointly; ``print`` it."""
         self._follow_groups()
         choices = [choice.preconditioner for choice in self._bound.choices]
-        return explain(self._bound.leaves, self._bound.cells, choices, self._listening.unobserved)
+        return explain(self._bound.leaves, self._bound.blocks, choices, self._listening.unobserved)
 
     def measure(self, name: str, scale: float | Tensor | None, length: Callable[[], Tensor] | None) -> Tensor | float:
         """A number of the last step, from gradients and state as they are now: see :class:`precond.optimizer.record.Record`."""
-        point = self._point(unscaled([leaf.param.grad for leaf in self._bound.leaves], scale))
+        point = self._point(unscaled(self._given, scale))
         return measure(point, name, self._gradient_based, length)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model at the average of its weights: ``with optimizer.averaged(): evaluate(model)``, or save what is to be used.
+
+        Afterwards the parameters are where they were, bit for bit, also after an exception. The average is part of the state dict, so that a
+        resumed training goes on with it. Normalization layers keep the running statistics of the weights that were trained:
+        ``torch.optim.swa_utils.update_bn`` makes those of the average.
+
+        Raises:
+            RuntimeError: where no average is kept, at a probed point, or within another such block.
+
+        Example:
+            >>> import torch, precond
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> optimizer = precond.sgd(model, lr=1.0, average=precond.TailMean(start=2))
+            >>> torch.nn.init.zeros_(model.weight).grad = torch.tensor([[-1.0]])
+            >>> for _ in range(3):
+            ...     _ = optimizer.step()
+            >>> with optimizer.averaged():
+            ...     model.weight.item()
+            2.5
+            >>> model.weight.item()
+            3.0
+        """
+        if self.average is None:
+            raise RuntimeError(f"averaged: {self.naming.name} keeps no average of the weights; pass average=precond.EMA(0.999)")
+        self._check_settled("averaged")
+        self._follow_groups()
+        assert self._averaged is not None
+        with self._averaged.evaluated():
+            self._evaluating = True
+            try:
+                yield
+            finally:
+                self._evaluating = False
+
+    def _check_training(self, what: str) -> None:
+        if self._evaluating:
+            raise RuntimeError(f"{what}: the parameters stand at their average; leave `with optimizer.averaged():` first")
 
     # --- saving ----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim's; torch-named recipes use torch's names, and torch's class of that name loads it."""
+        """As torch.optim's; torch-named recipes use torch's names, and torch's class of that name loads it.
+
+        Where ranks step parameters for each other (docs/distributed.md) every rank must call it: owners send their state.
+        """
         self._check_settled("state_dict")
-        return serialization.started(super().state_dict(), self)
+        return serialization.started(serialization.whole(super().state_dict(), self), self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this optimizer's state dict, or torch's of the recipe's name; all or nothing. State keeps its dtype.
@@ -798,6 +997,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             post_hook(self)
 
     def _check_settled(self, what: str) -> None:
+        self._check_training(what)
         if self.probing:
             raise RuntimeError(f"{what}: the parameters stand at a probed point; finish the step or call restore() first")
 
@@ -805,7 +1005,8 @@ class PreconditionedGD(torch.optim.Optimizer):
         self._check_settled("copying or pickling the optimizer")
         # An LR scheduler puts a `step` on the instance that calls this very optimizer's.
         derived = {
-            "step", "last", "_bound", "_kernels_of", "_pending", "_spare", "_clearings", "_closing", "_listening", "_warned",
+            "step", "last", "_bound", "_averaged", "_evaluating", "_kernels_of", "_pending", "_spare", "_clearings", "_closing",
+            "_listening", "_warned",
         }  # fmt: skip
         state = {k: v for k, v in self.__dict__.items() if k not in derived and "hook" not in k}
         return {**state, "owners": Owners(known=self.owners.leaves(self.param_groups))}

@@ -15,8 +15,9 @@ from precond.blocks import Leaf
 from precond.engine.loop import Evidence
 from precond.engine.point import Point
 from precond.optimizer.passes import Buffers, Random, Recorder, random_state, restore_random_state
+from precond.sharding import local
 from precond.spaces import Tangent
-from precond.vec import Vec
+from precond.vec import Scalar, Vec
 
 Gradients = list[Tensor | None]
 """One per leaf of the optimizer; None where there is none."""
@@ -143,7 +144,21 @@ def unscaled(gradients: Sequence[Tensor | None], scale: float | Tensor | None) -
     if scale is None:
         return list(gradients)
     wide = [None if g is None else g.float() if g.dtype in (torch.float16, torch.bfloat16) else g for g in gradients]
-    return [None if g is None else g / torch.as_tensor(scale, device=g.device) for g in wide]
+    there: dict[torch.device, Scalar] = {}
+    together: dict[torch.device, dict[int, Tensor]] = {}
+    for i, g in enumerate(wide):
+        if g is None:
+            continue
+        if g.device not in there:
+            there[g.device] = torch.as_tensor(scale, device=g.device) if isinstance(scale, Tensor) else scale
+        if g.layout == torch.strided and local(g) is g:
+            together.setdefault(g.device, {})[i] = g
+        else:
+            wide[i] = g / there[g.device]
+    for device, of in together.items():
+        for i, g in zip(of, torch._foreach_div(list(of.values()), there[device]), strict=True):
+            wide[i] = g
+    return wide
 
 
 def take_gradients(leaves: Sequence[Leaf]) -> Gradients:
@@ -206,7 +221,7 @@ class Probe:
             if leaf.param not in self._spare:
                 self._spare[leaf.param] = torch.empty_like(p, requires_grad=False)
         self._saved = tuple(self._spare[leaf.param] for leaf in self.point.leaves)
-        torch._foreach_copy_(self._saved, storage)
+        vec.copy_(self._saved, storage)
         self._buffers = Buffers(self.modules)
         self.moved = True
         self.asked += 1
@@ -239,7 +254,7 @@ class Probe:
         """Put parameters and buffers back, bit for bit."""
         if self.moved:
             with torch.no_grad():
-                torch._foreach_copy_(self.point.storage, self._saved)
+                vec.copy_(self.point.storage, self._saved)
             if self._buffers is not None:
                 self._buffers.restore()
             torch.clear_autocast_cache()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from precond.engine.verdict import Verdict
     from precond.optimizer.preconditioned import PreconditionedGD
 
 
@@ -21,7 +22,6 @@ class Record:
     Attributes:
         loss: the clean loss that the closure returned, or None.
         gradients: how many gradients were evaluated for the step.
-        skipped: whether the step was skipped because of inf or NaN.
     """
 
     def __init__(
@@ -29,11 +29,11 @@ class Record:
         optimizer: PreconditionedGD,
         loss: Any = None,
         gradients: int = 1,
-        skipped: bool = False,
+        skipped: bool | Verdict = False,
         scale: float | Tensor | None = None,
         length: Callable[[], Tensor] | None = None,
     ):
-        self.loss, self.gradients, self.skipped = loss, gradients, skipped
+        self.loss, self.gradients, self._skipped = loss, gradients, skipped
         self._optimizer, self._scale, self._length = weakref.ref(optimizer), scale, length
         self._known: dict[str, float] = {}
 
@@ -44,6 +44,11 @@ class Record:
                 return float("nan")
             self._known[name] = float(optimizer.measure(name, self._scale, self._length))
         return self._known[name]
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the step was skipped because of inf or NaN; where a device decided that, asking waits for it."""
+        return self._skipped if isinstance(self._skipped, bool) else self._skipped.against
 
     @property
     def grad_norm(self) -> float:

@@ -11,11 +11,36 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from precond.engine.cells import as_count
-from precond.sharding import copy_
+from precond.engine.sharing import Shared, whole_state
+from precond.sharding import copy_, divided
 
 if TYPE_CHECKING:
     from precond.optimizer.preconditioned import PreconditionedGD
+
+
+def whole(state_dict: dict[str, Any], optimizer: PreconditionedGD) -> dict[str, Any]:
+    """A state dict with what other ranks own: on every rank all of it, or its part where the parameter is divided among ranks."""
+    index = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    state = {key: dict(entries) for key, entries in state_dict["state"].items()}
+    for shared in optimizer.shared:
+        for leaf, key, t in whole_state(shared):
+            outer = optimizer.naming.outside(key)
+            divide = divided(leaf.param) and t.numel() > _SMALL
+            state[index[leaf.param]][outer] = _in_parts(t, shared) if divide else t
+    return {**state_dict, "state": state}
+
+
+_SMALL = 2**12
+"""Numbers of a tensor that each rank keeps whole in a state dict."""
+
+
+def _in_parts(t: Tensor, shared: Shared) -> Tensor:
+    """The DTensor of which each rank holds some rows."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = DeviceMesh.from_group(shared.exchange.group, t.device.type)
+    return distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None)
 
 
 def started(state_dict: dict[str, Any], optimizer: PreconditionedGD) -> dict[str, Any]:
@@ -75,6 +100,10 @@ def load(optimizer: PreconditionedGD, state_dict: Mapping[str, Any]) -> None:
     for leaf, key, tensor in bound.entries:
         known.setdefault(leaf.param, {})[key] = tensor
         names[leaf.param] = leaf.name
+    elsewhere = {id(t) for shared in bound.shared for leaf, key, t in shared.elsewhere}
+    for shared in bound.shared:
+        for leaf, key, tensor in shared.elsewhere:
+            known[leaf.param][key] = tensor
     copies: list[tuple[Tensor, Tensor]] = []
     for param, mine in known.items():
         theirs = saved_state.get(identity.get(param), {})
@@ -82,7 +111,11 @@ def load(optimizer: PreconditionedGD, state_dict: Mapping[str, Any]) -> None:
         copies += _fit(optimizer.naming.name, names[param], mine, theirs)
     with torch.no_grad():
         for target, value in copies:
-            copy_(target, value)
+            if id(target) not in elsewhere:
+                copy_(target, value)
+            elif divided(value):
+                value.full_tensor()  # type: ignore[attr-defined]  # its owner's, who needs this rank's part
+        bound.reckon()
     for ours, new in zip(groups, new_groups, strict=True):
         ours.update(new)
     optimizer.adopt(bound, defaultdict(dict))
@@ -132,8 +165,7 @@ def _fit(recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str
         if key in theirs:
             value = torch.as_tensor(theirs[key])
             if key == "step":
-                target.data = as_count(value.reshape(())).clone()
-                continue
+                value = value.reshape(())
             if value.shape != target.shape:
                 raise ValueError(
                     f"load_state_dict: {key!r} of {name!r} has shape {tuple(value.shape)}, the parameter needs "
@@ -149,5 +181,5 @@ def _fit(recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str
 FROZEN = "frozen"
 """What the state of a parameter holds that was frozen when it was saved."""
 
-OPTIONAL = {"m", "r_max", "residual"}
+OPTIONAL = {"m", "r_max", "residual", "average", "averaged"}
 """Keys that another configuration of the same recipe may have left."""

@@ -34,11 +34,15 @@ class AdaGrad(Preconditioner):
     lr_decay: float = 0.0
 
     entrywise = True
+    timeless = True
     advised_damping = 0.1
 
     def __post_init__(self) -> None:
         settle(self)
         checks.non_negative("AdaGrad", eps=self.eps, initial=self.initial, lr_decay=self.lr_decay)
+
+    def looks(self, step: int) -> bool:
+        return False
 
     def init(self, block: Block) -> dict:
         return {"r": block.zeros(self.initial)}
@@ -53,5 +57,5 @@ class AdaGrad(Preconditioner):
         else:
             h = tuple(torch.where(x == 0, torch.inf, x) for x in h)
         if self.lr_decay:
-            torch._foreach_mul_(h, [1 + (t - 1) * self.lr_decay for t in state.steps])
+            torch._foreach_mul_(h, [1 + (t - 1) * self.lr_decay for t in state.times])
         return InverseRoot(tuple(h), holes=self.eps == 0, means=state.block.means)

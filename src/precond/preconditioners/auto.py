@@ -89,7 +89,7 @@ class Auto(Resolved):
         weight = layer[0]
         if weight.ndim < 2 or weight.kind != "weight" or not weight.param.numel():
             return None, {"norm": "scales and shifts", "embedding": "rows of a table"}.get(weight.kind, "no matrix")
-        rows, columns = weight.shape[0], weight.param[0].numel()
+        rows, columns = weight.shape[0], weight.param.numel() // weight.shape[0]
         if weight.inputs_first and weight.ndim == 2:
             rows, columns = columns, rows
         if not observed:

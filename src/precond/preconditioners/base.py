@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
@@ -66,8 +66,8 @@ def _check_init(self: Preconditioner, returned: Any, block: Block) -> None:
         if not isinstance(value, State) and not all(isinstance(t, Tensor) for t in tensors):
             got = f"a tuple with {value!r}" if isinstance(value, tuple) else f"{type(value).__name__} {value!r}"
             raise TypeError(f"{who}: {key!r} is {got}; return {what} (torch.zeros(()) holds a number)")
-        if key == "step":
-            raise ValueError(f"{who}: 'step' is the optimizer's count of steps, state.steps; give {key!r} another name")
+        if key in blocks.COUNTS:
+            raise ValueError(f"{who}: {key!r} is the optimizer's count of steps, state.steps; give it another name")
         if isinstance(value, tuple) and len(value) != len(block.leaves):
             raise ValueError(
                 f"{who}: {key!r} has {len(value)} tensors, the block {len(block.leaves)} parameters; return {what}"
@@ -148,6 +148,7 @@ class Preconditioner(ABC):
         invertible: P has an inverse.
         alone: its methods read tensors on the host: blocks alike are not taken side by side.
         counts: names of numbers in its state that the host knows (how many samples a layer saw) and keeps.
+        timeless: every step does the same work: the number of a step enters its formulas alone, as :attr:`State.times`.
         uses_momentum: its map is made of the momentum.
         momentum: an average of its own for the parameters that it acts on, in place of the optimizer's; None: the optimizer's.
         advised_damping: the damping of M that penalties in z take unless told otherwise (math: M_r = (M⁻¹ + δI)⁻¹).
@@ -158,6 +159,7 @@ class Preconditioner(ABC):
     invertible: bool = True
     alone: bool = False
     counts: frozenset[str] = frozenset()
+    timeless: bool = False
     uses_momentum: bool = False
     momentum: Momentum | None = None
     advised_damping: float = 0.0
@@ -188,9 +190,39 @@ class Preconditioner(ABC):
         return "entry" if self.entrywise else "block"
 
     @property
+    def dealt(self) -> bool:
+        """Whether, where several processes hold a parameter, one does its work for all and alone keeps its state.
+
+        What works on matrices is; what is diagonal costs less than to send its result.
+        """
+        if self.constituents:
+            return any(part.dealt for part in self.constituents)
+        return self.needs == "block" and not self.diagonal
+
+    @property
     def requests(self) -> frozenset[Request]:
         """What it wants to know of the inputs of layers; nothing by default."""
         return frozenset()
+
+    def idle(self, step: int, turns: Iterable[int]) -> bool:
+        """Whether nothing of layer inputs is to be observed for a step of leaves with these turns, whatever the statistics are."""
+        if self.constituents:
+            return all(part.idle(step, turns) for part in self.constituents)
+        return not self.requests
+
+    def looks(self, step: int) -> bool:
+        """Whether it may look at the parameters' values in a step; where processes hold parts of them, they are sent to it then."""
+        return any(part.looks(step) for part in self.constituents) if self.constituents else True
+
+    def cost(self, block: Block) -> float:
+        """About what a step of a block costs, products and a share of roots, to divide work among processes."""
+        out = 0.0
+        for leaf in block.leaves:
+            rows, columns = (
+                (leaf.shape[0], leaf.param.numel() // max(1, leaf.shape[0])) if leaf.ndim > 1 else (1, leaf.param.numel())
+            )
+            out += rows * columns * min(rows, columns) + (rows**3 + columns**3 if rows > 1 else 0) / 10
+        return out
 
     def lr_scale(self, leaf: Leaf) -> float:
         """What multiplies the learning rate of a leaf."""
@@ -212,6 +244,10 @@ class Preconditioner(ABC):
     def kind(self, block: Block) -> Any:
         """What, beside the shapes of their tensors, blocks that are taken side by side have in common."""
         return None
+
+    def program(self, block: Block, step: int) -> Hashable:
+        """What the number of a step decides about its work: steps of one program do the same, whatever their formulas make of the number."""
+        return None if self.timeless else step
 
     @abstractmethod
     def init(self, block: Block) -> State | dict[str, Any]:

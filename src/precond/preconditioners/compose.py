@@ -64,6 +64,10 @@ class Composition(Preconditioner):
         return self.outer, self.inner
 
     @property
+    def timeless(self) -> bool:  # type: ignore[override]
+        return all(part.timeless for part in self.constituents)
+
+    @property
     def uses_momentum(self) -> bool:  # type: ignore[override]
         return self.outer.uses_momentum or self.inner.uses_momentum
 

@@ -20,6 +20,8 @@ class Fixed(Preconditioner):
 
     map_: LinearMap = field(default_factory=Identity)
 
+    timeless = True
+
     def __post_init__(self) -> None:
         if not isinstance(self.map_, LinearMap):
             raise TypeError(f"Fixed: map must be a LinearMap such as Dense(matrix), got {type(self.map_).__name__}")
@@ -39,6 +41,9 @@ class Fixed(Preconditioner):
     def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
         split = blocks.by_group if self.entrywise else blocks.together
         return [Part(i, self) for i in split(leaves)]
+
+    def looks(self, step: int) -> bool:
+        return False
 
     def init(self, block: Block) -> dict:
         return {}

@@ -29,7 +29,7 @@ class OutputFactor(Stacked):
         power: e; 1 is the natural gradient's.
         decay: ρ of B in [0, 1).
         damping: ε ≥ 0, relative to the largest eigenvalue.
-        every: steps between roots, which are also taken at step 1.
+        every: steps between roots, which are also taken at step 1; layers of other shapes take turns.
         max_dim: layers of more outputs are left as they are.
     """
 
@@ -58,6 +58,9 @@ class OutputFactor(Stacked):
             return False  # their rows are inputs
         known = len(weights) + len(biases) == len(block.leaves) and bool(weights)
         return known and len(outputs) == 1 and 2 <= next(iter(outputs)) <= self.max_dim
+
+    def looks(self, step: int) -> bool:
+        return False
 
     def init(self, block: Block) -> dict:
         p = block.tensors[0]

@@ -46,6 +46,7 @@ class RMS(Preconditioner):
     amsgrad: bool = False
 
     entrywise = True
+    timeless = True
     advised_damping = 0.1
 
     def __post_init__(self) -> None:
@@ -58,6 +59,9 @@ class RMS(Preconditioner):
                 "otherwise the variance of the first gradient is zero and the first step has length 1/eps"
             )
 
+    def looks(self, step: int) -> bool:
+        return False
+
     def init(self, block: Block) -> dict:
         state = {"r": block.zeros()}
         if self.centered:
@@ -68,7 +72,10 @@ class RMS(Preconditioner):
 
     def observe(self, state: State, seen: Seen) -> None:
         g = seen.gradient
-        if self.start == "first_gradient" and 1 in (steps := state.steps):
+        if self.start == "first_gradient" and "clock" in state:
+            for r, gi, t in zip(state["r"], g, state.times, strict=True):
+                torch.where(t == 1, gi.square(), r.mul(self.decay).addcmul_(gi, gi, value=1 - self.decay), out=r)
+        elif self.start == "first_gradient" and 1 in (steps := state.steps):
             for r, gi, t in zip(state["r"], g, steps, strict=True):
                 r.copy_(gi.square()) if t == 1 else r.mul_(self.decay).addcmul_(gi, gi, value=1 - self.decay)
         else:
@@ -87,7 +94,7 @@ class RMS(Preconditioner):
             torch._foreach_clamp_min_(r, 0.0)
         h = torch._foreach_sqrt(r)
         if self.start == "zero" and self.bias_correction:
-            torch._foreach_div_(h, [(1 - self.decay**t) ** 0.5 for t in state.steps])
+            torch._foreach_div_(h, [x**0.5 for x in state.unbiased(self.decay)])
         if self.eps > 0:
             torch._foreach_add_(h, self.eps)
         else:

@@ -64,6 +64,10 @@ class Route(Resolved):
         return all(p.invertible for p in self._all())
 
     @property
+    def timeless(self) -> bool:  # type: ignore[override]
+        return all(p.timeless for p in self._all())
+
+    @property
     def uses_momentum(self) -> bool:  # type: ignore[override]
         return any(p.uses_momentum for p in self._all())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,7 +36,7 @@ class Shampoo(Stacked):
         decay: None: sums, as published; ρ in [0, 1): means L ← ρL + (1−ρ)GGᵀ, their bias corrected.
         initial: L₀ = R₀ = initial·I.
         damping: ε ≥ 0, added relative to the largest eigenvalue.
-        every: steps between roots.
+        every: steps between roots; matrices of other shapes than the first one take their turns in the steps before.
         method: ``"eigh"``; ``"newton"``, the coupled iteration for L^(−1/p), p = 1/e whole; or ``"qr"``, eigenvectors followed by
             one step of orthogonal iteration. On an accelerator, which is not to be waited for, ``"eigh"`` and ``"newton"`` are both a sum of
             inverses of shifted matrices, to 1e-5.
@@ -101,6 +101,9 @@ class Shampoo(Stacked):
             cuts.append([slice(i, min(i + size, length)) for i in range(0, length, size)])
         return [(rows, columns) for rows in cuts[0] for columns in cuts[1]]
 
+    def looks(self, step: int) -> bool:
+        return False
+
     def init(self, block: Block) -> dict:
         (leaf,), (p,) = block.leaves, block.tensors
         W, sides, dtype = as_matrix(p), self._sides(leaf), state_dtype(p.dtype)
@@ -118,6 +121,9 @@ class Shampoo(Stacked):
             state["r"] = block.zeros()
         return state
 
+    def program(self, block: Block, step: int) -> Hashable:
+        return step if step == 1 else block.due(step, self.every)
+
     def observe(self, state: State, seen: Seen) -> None:
         (g,), t = seen.gradient, state.steps[0]
         keep, add = (1.0, 1.0) if self.decay is None else (self.decay, 1 - self.decay)
@@ -128,7 +134,7 @@ class Shampoo(Stacked):
         for some in [slice(0, len(g))] if t == 1 else state.due(self.every):
             self._renew(state.span(some))
         if self.graft != "none":
-            self._measure(state, g, t)
+            self._measure(state, g)
 
     def _numbered(self, state: State) -> list[tuple[Tile, int]]:
         (leaf,), (p,) = state.block.leaves, state.block.tensors
@@ -144,7 +150,7 @@ class Shampoo(Stacked):
             if self.method == "qr":
                 for matrices, basis in zip(S, bases, strict=True):
                     begin(matrices, basis) if t == 1 else follow(matrices, basis)
-            scale = 1.0 if self.decay is None else 1 - self.decay**t
+            scale = 1.0 if self.decay is None else state.unbiased(self.decay)[0]
             renew(roots, S, power, self.damping, self.method, bases if self.method == "qr" else (), scale)
 
     @property
@@ -152,20 +158,21 @@ class Shampoo(Stacked):
         """What names of state entries say that hold bases; where there are none those of the factors serve."""
         return "_basis" if self.method == "qr" else ""
 
-    def _measure(self, state: State, g: Tensor, t: float) -> None:
+    def _measure(self, state: State, g: Tensor) -> None:
         """The factors that give M g the grafted lengths; a gradient of zero leaves its as it is."""
-        wanted = norms(g) if self.graft == "sgd" else self._adaptive(state, g, t)
+        wanted = norms(g) if self.graft == "sgd" else self._adaptive(state, g)
         (own,) = self._raw(state).gram((g,))
         size = norms(own)
         torch.where(size > 0, wanted.div_(size), state["length"], out=state["length"])
 
-    def _adaptive(self, state: State, g: Tensor, t: float) -> Tensor:
+    def _adaptive(self, state: State, g: Tensor) -> Tensor:
         """‖g/(√r + ε)‖ of each; r knows of g then."""
         (r,) = state["r"]
         if self.graft == "adagrad":
             h = r.addcmul_(g, g).sqrt()
         else:
-            h = r.mul_(self.graft_decay).addcmul_(g, g, value=1 - self.graft_decay).div(1 - self.graft_decay**t).sqrt_()
+            (weight,) = state.unbiased(self.graft_decay)
+            h = r.mul_(self.graft_decay).addcmul_(g, g, value=1 - self.graft_decay).div(weight).sqrt_()
         return torch.linalg.vector_norm(torch.div(g, h.add_(self.graft_eps), out=h).flatten(1), dim=1)
 
     def _raw(self, state: State) -> LinearMap:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from precond.preconditioners.eigenbases import WARM_UP, at_hand
 from precond.preconditioners.kronecker import SIDES, Sides, as_matrices, as_matrix, sides_of, split
 from precond.preconditioners.rms import RMS
 from precond.preconditioners.stacked import Stacked
-from precond.vec import Vec
+from precond.vec import Vec, is_captured
 
 BASES = ("left_basis", "right_basis")
 
@@ -42,7 +42,8 @@ class SOAP(Stacked):
         decay: ρ of r in [0, 1).
         eps: ε ≥ 0.
         factor_decay: ρ of L and R; None: ``decay``.
-        every: steps between refreshes: after the first gradient and then after each step that ``every`` divides.
+        every: steps between refreshes: after the first gradient and then after each step that ``every`` divides. Matrices of other shapes
+            than the first one take their turns in the steps before, so that no step refreshes all.
         drift: None, or refresh a basis only where it has turned from the eigenvectors by more than this (in [0, 1): the share of ‖Lq‖
             orthogonal to q, over a sample of columns q); it is measured where ``every`` allows a refresh.
         factor_every: steps between updates of L and R.
@@ -91,6 +92,9 @@ class SOAP(Stacked):
     def _sides(self, leaf: Leaf) -> tuple[bool, bool]:
         return sides_of(leaf.shape, self.sides, self.max_dim)
 
+    def looks(self, step: int) -> bool:
+        return False
+
     def init(self, block: Block) -> dict:
         (leaf,), (p,) = block.leaves, block.tensors
         state: dict = {"r": block.zeros()}
@@ -113,6 +117,12 @@ class SOAP(Stacked):
         state["r"][0].mul_(self.decay).addcmul_(rotated[0], rotated[0], value=1 - self.decay)
         self.fold(state, seen.gradient[0])
         return rotated
+
+    def program(self, block: Block, step: int) -> Hashable:
+        # With a bound on the drift, refreshes look at one column after the other.
+        if step <= max(self.every, WARM_UP) or self.drift is not None:
+            return step
+        return (step - 1) % self.factor_every == 0, block.due(step, self.every)
 
     def fold(self, state: State, gradient: Tensor) -> None:
         """Fold gradients (k, …) into L and R, where their step is one of those that do."""
@@ -144,8 +154,8 @@ class SOAP(Stacked):
 
     def _scale(self, state: State) -> LinearMap:
         """diag((√r̂ + ε)^(−1/2)), or where no bases are chosen (‖Ĝ‖ + ε)^(−1/2)."""
-        (r,), (t,) = state["r"], state.steps
-        h = r / (1 - self.decay**t)
+        (r,), (weight,) = state["r"], state.unbiased(self.decay)
+        h = r / weight
         if (chosen := self.chosen(state)) is None:
             h.sqrt_()
         else:
@@ -190,18 +200,20 @@ class SOAP(Stacked):
             if at_hand(r):
                 turned = [k for k, m in enumerate(may) if m is not None and bool(m.any())]
                 sides, may = [sides[k] for k in turned], [may[k] for k in turned]
-        names = {side: f"{side}_basis" for side, _ in sides}
-        moved = [as_matrices(m) for (m,) in carried] if sides else []
-        for side, name in names.items():
-            moved = [_turned(X, _orthogonal(state, name), side, back=True) for X in moved]
+        self._carry(state, carried, [side for side, _ in sides], back=True)
         for (side, basis), chosen in zip(sides, may, strict=True):
             if (order := basis.follow(state, side, chosen)) is not None:
                 R = as_matrices(r)
                 index = order[:, :, None] if side == "left" else order[:, None]
                 r.copy_(R.gather(1 if side == "left" else 2, index.expand(R.shape)).view(r.shape))
-        for side, name in names.items():
-            moved = [_turned(X, _orthogonal(state, name), side, back=False) for X in moved]
-        for (m,), X in zip(carried, moved, strict=bool(sides)):
+        self._carry(state, carried, [side for side, _ in sides], back=False)
+
+    def _carry(self, state: State, carried: Sequence[Vec], sides: Sequence[str], back: bool) -> None:
+        """Vectors into the coordinates of some sides' bases, or back."""
+        for (m,) in carried if sides else ():
+            X = as_matrices(m)
+            for side in sides:
+                X = _turned(X, _orthogonal(state, f"{side}_basis"), side, back)
             m.copy_(X.reshape(m.shape))
 
 
@@ -209,6 +221,8 @@ def _orthogonal(state: State, name: str) -> Orthogonal | None:
     """The orthogonal matrices of the bases of a side, which are made once until they change; None where there are none."""
     if (U := state.get(name)) is None or U.shape[-2] == U.shape[-1]:
         return U
+    if is_captured(U):  # a graph would repeat with the basis of now
+        return completed(U)
     known, version, made = state.block.derived.get(name, (None, 0, None))
     if known is not U or version != U._version:
         made = completed(U)

@@ -51,6 +51,10 @@ class Split(Preconditioner):
         return tuple(P.kind(sub) if P.handles(sub) else None for P, sub in subs)
 
     @property
+    def timeless(self) -> bool:  # type: ignore[override]
+        return all(part.timeless for part in self.constituents)
+
+    @property
     def uses_momentum(self) -> bool:  # type: ignore[override]
         return any(p.preconditioner.uses_momentum for p in self.parts)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from precond.blocks import Block, Leaf, Stack, State
+from precond.blocks import COUNTS, Block, Leaf, Stack, State
 from precond.inputs import Request
 from precond.maps import Identity, LinearMap
 from precond.maps.stacked import OfMembers, Vectorized
@@ -173,7 +173,7 @@ def _run(f: Callable[..., Vec], state: State, *vectors: Vec) -> Vec:
 
 
 def _values(state: State) -> dict[str, Any]:
-    return {k: _values(v) if isinstance(v, State) else v for k, v in state.items() if k != "step"}
+    return {k: _values(v) if isinstance(v, State) else v for k, v in state.items() if k not in COUNTS}
 
 
 def _member(state: State, values: Mapping[str, Any], params: Vec) -> State:
@@ -187,7 +187,7 @@ def _member(state: State, values: Mapping[str, Any], params: Vec) -> State:
         inside = state[key]
         mine = tuple(place[leaf] for leaf in inside.block.leaves) if isinstance(inside, State) else ()
         out[key] = _member(inside, value, mine) if isinstance(inside, State) else value
-    out["step"] = state["step"][: len(block.leaves)]
+    out |= {key: state[key][: len(block.leaves)] for key in COUNTS if key in state}
     return out
 
 

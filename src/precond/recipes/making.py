@@ -64,7 +64,7 @@ def make(
         if value:
             raise ValueError(f"{name}: {option}={value!r} is not supported; leave it out (torch.optim's own class has it)")
     extra = listed(name, regularizers)
-    defaults = {**defaults, "foreach": None, "capturable": False, "differentiable": False, "fused": None}
+    defaults = {**defaults, "foreach": None, "differentiable": False, "fused": None}
     build = Build(recipe, extra)
     choice = build(defaults)
     options.setdefault("norm_space", "p")

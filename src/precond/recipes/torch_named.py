@@ -147,8 +147,8 @@ def rmsprop(
         "maximize": maximize,
     }
     state = {"r": "square_avg", "mean": "grad_avg", "m": "momentum_buffer"}
-    unsupported = {"differentiable": differentiable, "capturable": capturable}
-    return make("rmsprop", params, lr, _rmsprop, defaults, state, unsupported, regularizers, options)
+    options["capturable"] = capturable
+    return make("rmsprop", params, lr, _rmsprop, defaults, state, {"differentiable": differentiable}, regularizers, options)
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,8 @@ def adam(
         "decoupled_weight_decay": decoupled_weight_decay,
         **numbers(inputs),
     }
-    unsupported = {"differentiable": differentiable, "capturable": capturable}
+    options["capturable"] = capturable
+    unsupported = {"differentiable": differentiable}
     state = _ADAM_STATE if inputs is None else {"m": "exp_avg", "inner.r": "exp_avg_sq", "inner.r_max": "max_exp_avg_sq"}
     return make(name, params, lr, _Adam(decoupled_weight_decay, inputs), defaults, state, unsupported, regularizers, options)
 

@@ -1,9 +1,23 @@
-"""Penalties in p and in z. A new one is one file here and one name below."""
+"""Penalties in p and in z, and what bends a step. A new one is one file here and one name below."""
 
 from precond.regularizers.base import At, Regularizer
+from precond.regularizers.cautious import Cautious, CautiousL2
 from precond.regularizers.gradient_norm import GradientNorm
 from precond.regularizers.l1 import L1
 from precond.regularizers.l2 import L2
+from precond.regularizers.norms import Hyperball, RadialBrake, RowFloor
 from precond.regularizers.sam import SAM
 
-__all__ = ["L1", "L2", "SAM", "At", "GradientNorm", "Regularizer"]
+__all__ = [
+    "L1",
+    "L2",
+    "SAM",
+    "At",
+    "Cautious",
+    "CautiousL2",
+    "GradientNorm",
+    "Hyperball",
+    "RadialBrake",
+    "Regularizer",
+    "RowFloor",
+]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from precond import checks, contracts
-from precond.blocks import Rule
+from precond.blocks import Leaf, Rule
 from precond.maps import LinearMap
 from precond.preconditioners.base import Preconditioner
 from precond.sharding import ALONE, Sums
-from precond.spaces import Prox, Space, Tangent, Term
+from precond.spaces import Bend, Prox, Space, Tangent, Term
 from precond.vec import Scalar, Vec
 
 SPACES = ("p", "z")
@@ -35,6 +35,7 @@ class At:
         memo: what ``probe`` leaves for ``term`` of the same step.
         sums: products and norms of vectors over all entries, whoever holds them.
         joint: the tensors that P takes jointly.
+        leaves: what is known of each tensor.
     """
 
     def __init__(
@@ -52,10 +53,11 @@ class At:
         memo: dict[str, Any] | None = None,
         sums: Sums = ALONE,
         joint: Sequence[slice] | None = None,
+        leaves: Sequence[Leaf] = (),
     ):
         self.p, self.g, self.lr, self.takes_part, self.dtype, self.found = p, g, lr, takes_part, dtype, found
         self.hessian, self.memo, self.sums = hessian, {} if memo is None else memo, sums
-        self.joint = [slice(0, len(p))] if joint is None else joint
+        self.joint, self.leaves = [slice(0, len(p))] if joint is None else joint, leaves
         self._values, self._make_space, self._make_map = values, make_space, make_map
 
     @cached_property
@@ -83,9 +85,9 @@ def _check_term(self: Regularizer, returned: Any, at: At) -> None:
     if not isinstance(returned, Term):
         raise TypeError(
             f"{who} returned {type(returned).__name__}; return at.space.raised(v), which is a Cotangent(v) in p, that M multiplies, "
-            "and a Tangent(v) in z, that moves p as it is; or Instead(g), or Prox(f)"
+            "and a Tangent(v) in z, that moves p as it is; or Instead(g), Prox(f), or Bend(f, stage)"
         )
-    if not isinstance(returned, Prox):
+    if not isinstance(returned, Prox | Bend):
         contracts.shapes(who, returned.vec, at.p)
 
 

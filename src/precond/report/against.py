@@ -129,7 +129,7 @@ def markdown(results: Results) -> str:
         return ""
     tasks = [(task.name, ratios(task, "step"), ratios(task, results.clock)) for task in results.tasks]
     head = ["entrant", "steps", "seconds", "reached", *(name for name, steps, _ in tasks if steps)]
-    lines = [_row(head), f"|---|{'---:|' * (len(head) - 1)}"]
+    lines = [markdown_row(head), f"|---|{'---:|' * (len(head) - 1)}"]
     for one in found:
         cells = [one.label, str(one.steps), str(one.seconds), f"{one.tasks - len(one.missed)} of {one.tasks}"]
         cells += [
@@ -137,22 +137,22 @@ def markdown(results: Results) -> str:
             for _, steps, seconds in tasks
             if steps
         ]
-        lines.append(_row(cells))
+        lines.append(markdown_row(cells))
     return "\n".join(lines) + "\n"
 
 
-def _row(cells: Iterable[str]) -> str:
+def markdown_row(cells: Iterable[str]) -> str:
     """A row of a table in Markdown; names may hold bars and ends of lines."""
     return f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def save_summary(path: Path, results: Results) -> None:
-    """Write the means, and the table of each task, as Markdown.
+def save_summary(path: Path, results: Results, more: Iterable[str] = ()) -> None:
+    """Write the means, more tables, and the table of each task, as Markdown.
 
     Raises:
         WriteError: where it cannot be written.
     """
-    parts = [f"# {results.title}\n", *([found] if (found := markdown(results)) else [])]
+    parts = [f"# {results.title}\n", *([found] if (found := markdown(results)) else []), *more]
     for task in results.tasks:
         goal = f"{'training' if task.target.part == 'train' else 'validation'} loss {numbers.short(task.target.value)}"
         parts += [f"## {task.name}\n", f"Target: {goal}, {task.target.rule}.\n", markdown_of_task(task, results.clock)]
@@ -164,7 +164,7 @@ def markdown_of_task(task: TaskResults, clock: Clock) -> str:
     steps, seconds = ratios(task, "step"), ratios(task, clock)
     tested = f"test {task.metric}" if task.metric else "test loss"
     head = ["entrant", "lr", "steps", "ratio", "seconds", "ratio", "training loss", "validation loss", tested]
-    lines = [_row(head), f"|---|{'---:|' * (len(head) - 1)}"]
+    lines = [markdown_row(head), f"|---|{'---:|' * (len(head) - 1)}"]
     for row in table(task):
         ends = (row.train_loss, row.validation_loss)
         cells = [
@@ -177,7 +177,7 @@ def markdown_of_task(task: TaskResults, clock: Clock) -> str:
             *(numbers.NONE if s is None else numbers.short(s.median) for s in ends),
             numbers.metric_spread(row.test_metric, task.metric) if task.metric else numbers.loss_spread(row.test_loss),
         ]
-        lines.append(_row(cells))
+        lines.append(markdown_row(cells))
     return "\n".join(lines) + "\n"
 
 

@@ -14,6 +14,8 @@ from precond.report import numbers
 from precond.report.against import ratios
 from precond.report.figures import WORK_LABELS, curves, profiles, searches
 from precond.report.overview import Cell, against, matrices
+from precond.report.pairs import Part, has_part, retargeted
+from precond.report.pooled import pooled
 from precond.report.rendering import render_template
 from precond.report.results import Clock, Results, TaskResults
 from precond.report.style import Pen, pen
@@ -52,12 +54,22 @@ def render(results: Results) -> str:
         against=against(results, pens) if several else None,
         one_source=len(sources) == 1,
         lead=(sources if len(sources) == 1 else [*results.rules, ""])[0],
-        profiles=[Markup(profiles(results, pens, work, f"profile-{work}")) for work in ("step", results.clock)]
-        if several
-        else [],
+        profiles=_profiles(results, pens) if several else [],
+        pooled=pooled(results),
         clock=WORK_LABELS[results.clock],
         settings={key: _setting(value) for key, value in results.settings.items()},
     )
+
+
+def _profiles(results: Results, pens: Mapping[str, Pen]) -> list[tuple[str, list[Markup]]]:
+    """What the target is, and figures: for targets on training and validation loss where there is a reference, else for the tasks' own."""
+    works: tuple[Work, Work] = ("step", results.clock)
+    parts: dict[Part, str] = {"train": "Training target", "validation": "Validation target"}
+    aimed = {name: retargeted(results, part) for part, name in parts.items() if has_part(results, part)} or {"": results}
+    return [
+        (name, [Markup(profiles(one, pens, work, f"profile-{number}-{work}")) for work in works])
+        for number, (name, one) in enumerate(aimed.items())
+    ]
 
 
 def save_page(path: Path, results: Results) -> None:

@@ -68,6 +68,7 @@ class TaskResults:
         reference: label of the entrant whose work is the unit of the others'; None: there is none.
         judge: on what part of the data searches were judged.
         aim: by what: final losses, or steps to the lowest loss of the reference's best trial.
+        family: with whose tasks it is averaged; None: with all.
     """
 
     name: str
@@ -78,6 +79,7 @@ class TaskResults:
     reference: str | None = None
     judge: Judge = "validation"
     aim: Aim = "loss"
+    family: str | None = None
 
     def __post_init__(self) -> None:
         if not self.entries:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from precond.report.against import as_json, save_summary
 from precond.report.page import save_page
+from precond.report.pooled import pooled
 from precond.report.results import Results, save_results
 from precond.report.summary import table
 
@@ -25,5 +26,5 @@ def save(folder: Path, results: Results) -> list[str]:
     save_page(folder / "report.html", results)
     if not any(task.reference for task in results.tasks):
         return ["report.html", "results.json"]
-    save_summary(folder / "summary.md", results)
+    save_summary(folder / "summary.md", results, (table.markdown() for table in pooled(results)))
     return ["report.html", "results.json", "summary.md"]

@@ -18,7 +18,6 @@ from precond.workloads.entrant import Peer
 from precond.workloads.learning_rates import Decay
 from precond.workloads.problem import Problem
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -27,22 +26,21 @@ def sgd(model: nn.Module, lr: float) -> Optimizer:
     return torch.optim.SGD(model.parameters(), lr, momentum=0.9)
 
 
-def adamw(model: nn.Module, lr: float) -> Optimizer:
+def adamw(model: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> Optimizer:
     """Torch's AdamW, fused."""
-    return torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(model.parameters(), lr, betas, weight_decay=0.0, fused=True)
 
 
 def muon(model: nn.Module, lr: float) -> Optimizer:
-    """Torch's Muon for the weights of linear and convolutional layers but not of one named ``head``, AdamW for the rest.
+    """Torch's Muon for all matrices and kernels, recurrent ones too, but those of embeddings and of a layer named ``head``, AdamW for the rest.
 
     Kernels of convolutions are orthogonalized as matrices of (outputs, all else), as Muon's author does; one learning rate serves
     both with the factor that gives Muon's step the length of AdamW's.
     """
-    matrices = [
-        module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, *_CONVOLUTIONS)) and name.split(".")[-1] != "head"
-    ]
+    # A weight that an embedding shares with the head is found at both, and left out by either.
+    left = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) or name.split(".")[-1] == "head"]
+    spared = {id(p) for m in left for p in m.parameters(recurse=False)}
+    matrices = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in spared]
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
     flat = [nn.Parameter(p.data.flatten(1)) for p in matrices]

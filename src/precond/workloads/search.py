@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -87,7 +87,8 @@ class Search:
     """How learning rates are searched: the budget is the number of trials, each trained in full.
 
     The first is the recommended one, where a range has any; the next are evenly spaced: all of up to 8, three quarters of more.
-    The rest are drawn by Optuna's TPE sampler from what the trials before them found.
+    The rest are drawn by Optuna's TPE sampler from what the trials before them found. Where the best of all lies at an end, the search goes on
+    beyond it.
 
     Args:
         trials: of each entrant.
@@ -97,6 +98,7 @@ class Search:
         aim: what decides: the final loss, or the steps to the lowest loss of the reference's best trial, and the final loss among those that
             take as many or do not reach it. The reference's own trials are judged by their final loss in any case.
         evaluations: of a trial; steps are those of the first that meets the goal.
+        beyond: so many trials more at most while the best lies at an end of those before, each as far from it as the first are from each other.
     """
 
     trials: int
@@ -104,6 +106,12 @@ class Search:
     judge: Judge = "validation"
     aim: Aim = "loss"
     evaluations: int = 1
+    beyond: int = 0
+
+    @property
+    def most(self) -> int:
+        """Trials at most."""
+        return self.trials + self.beyond
 
     def __post_init__(self) -> None:
         if self.trials < 1:
@@ -131,7 +139,20 @@ class Search:
             asked = study.ask()
             found.append(tried(number, rounded(asked.suggest_float("lr", low, high, log=True))))
             study.tell(asked, found[-1]._value)
+        spacing = 10 ** (math.log10(space.high / space.low) / max(1, even - (space.recommended is not None)))
+        while len(found) < self.most and (farther := _beyond(found, spacing)) is not None:
+            found.append(tried(len(found), farther))
         return tuple(found)
+
+
+def _beyond(found: Sequence[Trial], spacing: float) -> float | None:
+    """The next rate beyond the best of these; None where that lies between others, or where none finished."""
+    rates, chosen = [trial.lr for trial in found], best(found)
+    if not any(math.isfinite(trial.loss) for trial in found):
+        return None
+    if chosen == max(rates):
+        return rounded(chosen * spacing)
+    return rounded(chosen / spacing) if chosen == min(rates) else None
 
 
 def best(trials: Iterable[Trial]) -> float:

@@ -62,6 +62,8 @@ class Task:
         allowance: by so much of itself the target lies above the reference's best loss.
         timings: seconds of reported trainings that take less than five are medians of so many rounds through all of these.
         numbers: of the contenders, by which files are named; None: 0, 1, 2, …
+        family: with whose tasks its results are averaged; None: with all.
+        skipped: who does not take part, and why.
     """
 
     name: str
@@ -78,6 +80,8 @@ class Task:
     target_part: Literal["validation", "train"] = "validation"
     timings: int = 1
     numbers: tuple[int, ...] | None = None
+    family: str | None = None
+    skipped: tuple[str, ...] = ()
 
     @property
     def numbered(self) -> tuple[tuple[int, Contender], ...]:
@@ -91,6 +95,6 @@ class Task:
 
     @property
     def amount(self) -> int:
-        """Number of trainings."""
+        """Number of trainings, at most."""
         searched = sum(c.lr_from == "searched" for c in self.contenders)
-        return searched * self.search.trials + len(self.contenders) * len(self.seeds)
+        return searched * self.search.most + len(self.contenders) * len(self.seeds)

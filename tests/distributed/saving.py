@@ -1,0 +1,59 @@
+"""State that ranks own, saved and loaded at other numbers of ranks: run on each rank by :class:`distributed.pool.Pool`, or alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from distributed.training import Setting, build, contents, fit
+
+
+def _rank() -> int | None:
+    return dist.get_rank() if dist.is_initialized() else None
+
+
+def trained(setting: Setting, path: str, flat: bool = False) -> dict[str, Any]:
+    """Train, save with torch.distributed.checkpoint in the midst of a period, and go on; what comes of it."""
+    pair = build(setting, _rank())
+    fit(setting, *pair, _rank())
+    save(pair, path, flat)
+    fit(setting, *pair, _rank(), first=10)
+    return contents(*pair)
+
+
+def save(pair: Any, path: str, flat: bool = False) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model_state, optimizer_state = get_state_dict(*pair, options=options)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
+
+
+def load(pair: Any, path: str, flat: bool = False) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model_state, optimizer_state = get_state_dict(*pair, options=options)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=path)
+    set_state_dict(*pair, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options)
+
+
+def resumed(setting: Setting, path: str, flat: bool = False) -> dict[str, Any]:
+    """Load what :func:`trained` saved, whoever it was, and go on."""
+    pair = build(setting, _rank())
+    fit(setting, *pair, _rank(), first=20)  # DDP orders its sums anew after a step
+    load(pair, path, flat)
+    fit(setting, *pair, _rank(), first=10)
+    return contents(*pair)
+
+
+def plainly(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same from the optimizer's own state dict."""
+    first, twin = build(setting, _rank()), build(setting, _rank())
+    fit(setting, *first, _rank())
+    fit(setting, *twin, _rank(), first=20)
+    twin[0].load_state_dict(first[0].state_dict())
+    twin[1].load_state_dict(first[1].state_dict())
+    fit(setting, *first, _rank(), first=10)
+    fit(setting, *twin, _rank(), first=10)
+    return contents(*first), contents(*twin)

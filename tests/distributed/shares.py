@@ -1,0 +1,153 @@
+"""How work, state and bytes are divided: run on each rank by :class:`distributed.pool.Pool`, or by one process alone."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from precond import PreconditionedGD, auto, muon, shampoo, soap, whitening
+
+RECIPES: dict[str, Callable[[nn.Module], PreconditionedGD]] = {
+    "soap": lambda m: soap(m, eps=1e-3),
+    "shampoo": lambda m: shampoo(m),
+    "muon": lambda m: muon(m, arithmetic="full"),
+    "auto": lambda m: auto(m),
+    "whitening": lambda m: whitening(m),
+}
+
+
+def layers(n: int, width: int, wrap: str) -> nn.Module:
+    """Square layers one after the other, wrapped where a group is initialized."""
+    torch.manual_seed(0)
+    model: nn.Module = nn.Sequential(*(nn.Linear(width, width) for _ in range(n)))
+    if not dist.is_initialized():
+        return model
+    if wrap == "ddp":
+        return DistributedDataParallel(model)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def _backward(model: nn.Module, k: int, width: int) -> None:
+    x = torch.randn(32, width, generator=torch.Generator().manual_seed(k))
+    model(x).square().mean().backward()
+
+
+def seconds(recipe: str, wrap: str = "ddp", n: int = 16, width: int = 256, steps: int = 24) -> float:
+    """Of this process's processors in ``step()``, after a first one."""
+    model = layers(n, width, wrap)
+    optimizer = RECIPES[recipe](model)
+    total = 0.0
+    for k in range(steps):
+        optimizer.zero_grad()
+        _backward(model, k, width)
+        start = time.process_time()
+        optimizer.step()
+        total += (time.process_time() - start) if k else 0.0
+    return total
+
+
+_ROOTS = ("linalg_eigh", "_linalg_eigh", "linalg_qr", "geqrf", "ormqr", "linalg_cholesky_ex", "cholesky", "_linalg_svd")
+
+
+class _Work(torch.utils._python_dispatch.TorchDispatchMode):
+    """Multiplications of matrices, by their operations, and decompositions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products, self.roots = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        out = func(*args, **(kwargs or {}))
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if name in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_"):
+            a, b = tensors[-2:]
+            self.products += 2 * a.numel() * b.shape[-1]
+        elif name in _ROOTS:
+            self.roots += tensors[0].numel() * tensors[0].shape[-1]
+        return out
+
+
+def operations(recipe: str, wrap: str = "ddp", n: int = 16, width: int = 32, steps: int = 10) -> int:
+    """Of products and decompositions of matrices in ``step()``, by this process."""
+    model = layers(n, width, wrap)
+    optimizer = RECIPES[recipe](model)
+    total = 0
+    for k in range(steps):
+        optimizer.zero_grad()
+        _backward(model, k, width)
+        with _Work() as work:
+            optimizer.step()
+        total += work.products + work.roots
+    return total
+
+
+def numbers(recipe: str, wrap: str = "ddp", n: int = 16, width: int = 32) -> int:
+    """Of all state that this process keeps after a step."""
+    model = layers(n, width, wrap)
+    optimizer = RECIPES[recipe](model)
+    _backward(model, 0, width)
+    optimizer.step()
+    return sum(local(t).numel() for s in optimizer.state.values() for t in s.values())
+
+
+def local(t: Tensor) -> Tensor:
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+CALLS = {
+    "all_reduce": lambda tensor, *a, **k: tensor,
+    "all_gather_single": lambda out, tensor, *a, **k: tensor,
+    "all_to_all_single": lambda out, tensor, *a, **k: tensor,
+    "broadcast": lambda tensor, *a, **k: tensor,
+}
+
+
+@contextmanager
+def counted_bytes() -> Iterator[Counter[str]]:
+    """What this rank gives to collectives, by their names."""
+    given: Counter[str] = Counter()
+    originals = {name: getattr(dist, name) for name in CALLS}
+
+    def counting(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            t = CALLS[name](*args, **kwargs)
+            given[name] += t.numel() * t.element_size()
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in CALLS:
+        setattr(dist, name, counting(name))
+    try:
+        yield given
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def bytes_per_step(recipe: str, wrap: str, n: int = 8, width: int = 32, steps: int = 4) -> tuple[list[dict[str, int]], int]:
+    """What this rank gives in each step, and the bytes of all gradients."""
+    model = layers(n, width, wrap)
+    optimizer = RECIPES[recipe](model)
+    out = []
+    for k in range(steps):
+        optimizer.zero_grad()
+        _backward(model, k, width)
+        with counted_bytes() as given:
+            optimizer.step()
+        out.append(dict(given))
+    return out, sum(p.numel() * p.element_size() for p in model.parameters())

@@ -1,0 +1,87 @@
+"""Work on matrices is divided among ranks: who does what, who keeps what, what is sent; and the result is that of one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distributed import saving, shares
+from distributed.pool import Pool
+from distributed.training import Setting, train
+
+torch.set_num_threads(1)
+PARTS = {2: (7, 5), 3: (4, 4, 4), 4: (4, 3, 2, 3)}
+
+
+def check(found: list, alone: dict, within: float = 1e-10) -> None:
+    """Every rank ends alike bit for bit, and where one process ends: sums of a batch in parts are rounded differently."""
+    for kind in ("params", "state"):
+        for name, t in alone[kind].items():
+            for one in found:
+                assert torch.equal(one[kind][name], found[0][kind][name]), f"{name} differs between ranks"
+            largest = t.abs().max() if t.numel() else 0.0
+            assert (found[0][kind][name] - t).abs().le(within * (1 + largest)).all(), name
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp", "hsdp, copies of parts"])
+@pytest.mark.parametrize(
+    "optimizer", ["muon", "shampoo", "soap", "soap, SAM", "kfac", "whitening", "auto", "auto, loop", "auto, SAM"]
+)
+def test_four_ranks_are_one_process(four, optimizer, wrap):
+    check(four.run(train, Setting(optimizer, PARTS[4], wrap=wrap)), train(Setting(optimizer, PARTS[4])))
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_halves_of_a_batch_are_the_batch(ranks, wrap):
+    setting = Setting("auto, SAM", (8, 4), wrap=wrap, how="probe", parts=2)
+    check(ranks.run(train, setting), train(setting))
+
+
+# --- division ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+@pytest.mark.parametrize("recipe", shares.RECIPES)
+def test_products_and_state_are_divided(ranks, four, recipe, wrap):
+    """Sixteen layers over two and four ranks: a half and a quarter. (In its first eight steps auto looks at parameters, without a kernel.)"""
+    for counts in (shares.operations, shares.numbers):
+        alone = counts(recipe)
+        for pool in (ranks, four):
+            for part in pool.run(counts, recipe, wrap):
+                assert part <= (1.16 if counts is shares.operations else 1.1) * alone / pool.world
+
+
+@pytest.mark.parametrize("recipe", shares.RECIPES)
+def test_bytes_that_a_rank_gives(ranks, four, recipe):
+    """Its part of gradients and the steps of what it owns, once each; statistics of inputs once, as triangles."""
+    n, width = 8, 32
+    for pool in (ranks, four):
+        for steps, total in pool.run(shares.bytes_per_step, recipe, "fsdp", n, width):
+            moved = 2.2 * total / pool.world
+            triangles = n * 4 * (width * (width + 1) / 2 + 2 * width) if recipe in ("auto", "whitening") else 0
+            told = n * 8 * (width + 3) if triangles else 0  # means known before, counts
+            for given in steps:
+                assert set(given) <= {"all_to_all_single", "all_gather_single", "all_reduce"}
+                assert sum(given.values()) <= moved + triangles * (1 - 1 / pool.world) + told
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize(("optimizer", "wrap"), [("soap", "fsdp"), ("auto", "fsdp"), ("auto", "ddp")])
+def test_what_four_ranks_saved_is_resumed_by_four_three_two_and_one(ranks, three, four, tmp_path, optimizer, wrap, flat):
+    """In the midst of a period of roots: at the same number of ranks bit for bit what a run without the break gives."""
+    path = str(tmp_path / "saved")
+    setting = lambda n: Setting(optimizer, (12 // n,) * n, wrap=wrap, steps=3)  # noqa: E731
+    on: dict[int, Pool] = {2: ranks, 3: three, 4: four}
+    first = four.run(saving.trained, setting(4), path, flat)[0]
+    for n in (4, 2, 3) if not flat else (4, 2):
+        check(on[n].run(saving.resumed, setting(n), path, flat), first, within=0.0 if n == 4 else 1e-10)
+    check([saving.resumed(setting(1), path, flat)], first)
+
+
+@pytest.mark.parametrize(("optimizer", "wrap"), [("soap", "ddp"), ("auto", "ddp"), ("kfac", "fsdp")])
+def test_resuming_from_the_state_dict(ranks, optimizer, wrap):
+    for first, twin in ranks.run(saving.plainly, Setting(optimizer, wrap=wrap, steps=3)):
+        check([twin], first, within=0.0)

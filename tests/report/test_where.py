@@ -1,0 +1,95 @@
+"""Predictions beside measurements, and best rates over widths, on curves made by hand."""
+
+import math
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+
+import pytest
+
+from precond.report import Entry, Results, TaskResults, default_target
+from precond.report.transfer import rates, spread, transfer_figure, transfer_markdown
+from precond.report.where import ADVISED, outcomes, where_figure, where_markdown
+from precond.workloads import Curve, Outcome, Trial
+from precond.workloads.transfer import shape_name
+from precond.workloads.where import Prediction
+
+
+def entry(label: str, reached: int | None) -> Entry:
+    """Of ten evaluations the one at which the loss falls."""
+    steps = [10 * i for i in range(11)]
+    losses, nothing = [1.0 if reached is not None and i >= reached else 5.0 for i in range(11)], [math.nan] * 11
+    run = Outcome(
+        0, 0.1, Curve(steps, steps, [float(s) for s in steps], [float(s) for s in steps], losses, nothing, losses, nothing)
+    )
+    return Entry(label, "searched", (run,), (Trial(0.1, 1.0),), (0.05, 0.2))
+
+
+def task(name: str, bnp: int | None, whitening: int | None) -> TaskResults:
+    entries = (entry("base", 8), entry("bnp", bnp), entry("whitening", whitening))
+    return TaskResults(name, None, {}, default_target(entries, "base", 0.0, "train"), entries, "base", "training", "steps")
+
+
+def results(*tasks: TaskResults) -> Results:
+    return Results("where", "precond bench where", "today", "cpu_seconds", {}, {}, {}, tasks)
+
+
+RESULTS = results(task("one", 4, 2), task("two", 8, None))
+PREDICTIONS = [
+    Prediction("one", "bnp", 3.0, 2),
+    Prediction("one", "whitening", 1.0, 2),
+    Prediction("two", "bnp", 1.1, 2),
+    Prediction("two", "whitening", 1e9, 2),
+]
+
+
+def test_a_sign_is_right_where_a_gain_was_predicted_and_there_or_neither() -> None:
+    found = outcomes(RESULTS, [*PREDICTIONS, Prediction("three", "bnp", 2.0, 1)])
+    assert [(one.measured, one.bound) for one in found] == [
+        (2.0, False),
+        (4.0, False),
+        (1.0, False),
+        (pytest.approx(0.8), True),
+    ]
+    assert [(one.advised, one.gained, one.right) for one in found] == [
+        (True, True, True), (False, True, False), (False, False, True), (True, False, False)
+    ]  # fmt: skip
+    # A bound above 1 is no gain: the loss was not reached.
+    assert not replace(found[3], measured=2.0).gained and replace(found[0], predicted=ADVISED).advised
+    text = where_markdown(RESULTS, PREDICTIONS)
+    assert "| both | 4 | 2 of 4 (50 %) | 1 | 1 | 1 | 1 | 1.59 |" in text
+    misses = text[text.index("## Misses") : text.index("## All")]
+    assert "| one | whitening | 1 | 4 | wrong |" in misses and "| two | whitening | 1e+09 | < 0.8 | wrong |" in misses
+    assert "| one | bnp |" not in misses and "| one | bnp | 3 | 2 | right |" in text
+
+
+def test_figures_are_files_of_their_own() -> None:
+    for text in (
+        where_figure(RESULTS, PREDICTIONS),
+        transfer_figure(_transfer(), "width"),
+        transfer_figure(_transfer(), "depth"),
+    ):
+        root = ET.fromstring(text.encode())
+        assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("viewBox")
+
+
+def _transfer() -> Results:
+    def searched(name: str, lowest: float) -> TaskResults:
+        trials = tuple(Trial(0.01 * 2**i, 1 + math.log(0.01 * 2**i / lowest) ** 2) for i in range(5))
+        entries = (replace(entry("one", 4), search=trials),)
+        return replace(task(name, 1, 1), name=name, entries=entries, reference=None)
+
+    seeds = [
+        searched(f"{shape_name(width, 2)}, seed {seed}", lowest)
+        for width, lowest in ((64, 0.02), (1024, 0.06))
+        for seed in (0, 1)
+    ]
+    return results(*seeds, searched(f"{shape_name(128, 8)}, seed 0", 0.04))
+
+
+def test_best_rates_and_by_how_much_they_move() -> None:
+    found = _transfer()
+    assert rates(found, "width") == {"one": {64: pytest.approx(0.02), 1024: pytest.approx(0.06)}}
+    assert rates(found, "depth") == {"one": {8: pytest.approx(0.04)}}
+    assert spread([0.02, math.nan, 0.06]) == pytest.approx(3) and math.isnan(spread([]))
+    text = transfer_markdown(found)
+    assert "| one | 0.02 | 0.06 | 3 |" in text and "| one | 0.04 | 1 |" in text

@@ -1,0 +1,76 @@
+"""Cells of data and architecture, and what is predicted of them: gains of a linear layer are those of its covariance."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from precond.curvature import Objective
+from precond.diagnostics import diagnose
+from precond.workloads import LogUniform, Trial
+from precond.workloads.transfer import DEPTHS, TRIALS, WIDTHS, Tower, best_rate, transfer_tasks
+from precond.workloads.where import BASE, REMEDIES, predicted, predictions, where_tasks
+
+
+def test_cells_are_many_and_the_rules_are_the_same_for_all() -> None:
+    tasks = where_tasks((0, 1), 5)
+    assert len({task.name for task in tasks}) == len(tasks) >= 30
+    assert sum("pre-norm" in task.name for task in tasks) >= 4
+    for task in tasks:
+        assert [c.label for c in task.contenders] == [BASE, *REMEDIES]
+        ratios = [c.lr.high / c.lr.low for c in task.contenders if isinstance(c.lr, LogUniform)]
+        assert ratios == pytest.approx([64.0] * 3)
+        assert task.reference == BASE and task.family and task.search_seed not in task.seeds
+    with pytest.raises(ValueError, match="read no files"):
+        where_tasks((0,), 5, examples=3)
+
+
+def test_the_prediction_is_that_of_the_covariance_and_is_made_before_training() -> None:
+    """One layer and its bias: κ of the mean of ĥĥᵀ, dense and in float64, of inputs with means and scales, which BNP mends all."""
+    torch.manual_seed(0)
+    x = torch.randn(400, 3) * torch.tensor([0.1, 1.0, 4.0]) + torch.tensor([0.5, -2.0, 1.0])
+    extended = torch.cat([torch.ones(400, 1), x], 1).double()
+    std, mean = torch.std_mean(x.double(), 0, correction=0)
+    standard = torch.cat([torch.ones(400, 1), (x - mean) / std], 1)
+    before, after = (float(torch.linalg.cond(h.T @ h)) for h in (extended, standard.double()))
+    expected = math.log1p(2 / (after - 1)) / math.log1p(2 / (before - 1)) if after > 1.5 else 1 / math.log1p(2 / (before - 1))
+    model = nn.Linear(3, 2)
+    found = diagnose(Objective(model, nn.functional.cross_entropy, [(x, torch.randint(2, (400,)))]))
+    # Steps are at least one, and κ of standardized inputs without correlation is nearly 1.
+    assert predicted(found, "bnp") == pytest.approx(expected, rel=0.02)
+    assert predicted(found, "whitened") >= predicted(found, "bnp") * 0.9
+    (task,) = (t for t in where_tasks((0,), 5) if t.name == "wine: MLP, ReLU, BN")
+    state = torch.get_rng_state()
+    once, again = predictions(task), predictions(task)
+    assert once == again and torch.equal(state, torch.get_rng_state())
+    assert [p.label for p in once] == list(REMEDIES) and once[0].layers == 3
+    assert once[0].gain == pytest.approx(1, rel=0.05)  # behind batch normalization there is nothing left to standardize
+
+
+def test_rates_over_widths_and_depths() -> None:
+    tasks = transfer_tasks((0, 1), TRIALS, examples=100)
+    # The least depth at width 128 is in both lines.
+    assert len(tasks) == 2 * (len(WIDTHS) + len(DEPTHS) - 1)
+    assert (min(WIDTHS), max(WIDTHS), min(DEPTHS), max(DEPTHS)) == (64, 1024, 2, 8)
+    for task in tasks:
+        assert (task.search_seed, task.seeds) in (((1000), (0,)), ((1001), (1,)))
+        for contender in task.contenders:
+            rates = contender.lr.first(TRIALS)  # type: ignore[union-attr]
+            assert rates[1] / rates[0] == pytest.approx(2, rel=1e-3)
+    model = Tower(64, 16, 3, 10)
+    assert model(torch.randn(5, 64)).shape == (5, 10)
+
+
+def test_the_best_rate_is_a_minimum_between_rates_that_all_tried() -> None:
+    def search(low: float, rates: tuple[float, ...], offset: float = 0.0) -> list[Trial]:
+        return [Trial(lr, offset + (math.log(lr) - math.log(low)) ** 2) for lr in rates]
+
+    rates = (0.01, 0.02, 0.04, 0.08)
+    # The mean of two parabolas is one with its minimum in the middle.
+    assert best_rate([search(0.02, rates), search(0.04, rates, 3.0)]) == pytest.approx(0.02 * 2**0.5)
+    assert best_rate([search(1.0, rates)]) == 0.08 and best_rate([search(1e-3, rates)]) == 0.01
+    # What diverged, or was tried by one alone, is left out.
+    some = [*search(0.03, rates[:2]), Trial(0.04, math.nan), *search(0.03, rates[3:])]
+    assert best_rate([some, [*search(0.03, rates), Trial(0.16, -9.0)]]) == pytest.approx(0.03, rel=1e-6)
+    assert math.isnan(best_rate([])) and math.isnan(best_rate([[Trial(0.1, math.nan)]]))
