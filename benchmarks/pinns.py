@@ -10,12 +10,15 @@ python benchmarks/pinns.py [--seconds 20] [--seeds 1] [--only heat wave] [--tabl
 from __future__ import annotations
 
 import argparse
+import fcntl
 import importlib.metadata
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,16 +190,31 @@ def read() -> dict[str, Any]:
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time."""
+    at = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(at, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(at)
+
+
 def kept(key: str, f: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A run that is known, or made now and kept; another process may have added some meanwhile."""
-    if key not in read()["runs"]:
-        print(key, file=sys.stderr, flush=True)
-        made, known = f(), read()
-        known["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "pytorch_optimizer")}
-        known["runs"][key] = made
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(RESULTS, json.dumps(known, indent=1) + "\n")
-    return read()["runs"][key]
+    """A run that is known, or made now and kept; other processes may add some meanwhile."""
+    known = read()["runs"]
+    if key in known:
+        return known[key]
+    print(key, file=sys.stderr, flush=True)
+    made = f()
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with locked(RESULTS.parent):
+        all_runs = read()
+        all_runs["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "pytorch_optimizer")}
+        all_runs["runs"][key] = made
+        write_atomically(RESULTS, json.dumps(all_runs, indent=1, ensure_ascii=False) + "\n")
+    return made
 
 
 def study(seconds: float, seeds: int, names: list[str]) -> None:
