@@ -192,7 +192,7 @@ def fixed(name: str, alone: bool = False) -> dict[str, Any]:
         model = fully_shard(model, mesh=_mesh())
     optimizer = PreconditionedGD(model, 0.1, preconditioner=FIXED[name](), max_norm=1.0)
     x = torch.arange(12.0).view(4, 3)
-    model(x).square().mean().backward()
+    model(_share(x, alone)).square().mean().backward()
     optimizer.step()
     return contents(model, optimizer)
 

@@ -125,7 +125,7 @@ def test_what_cannot_be_done_in_parts_is_refused(ranks, name):
 def test_a_map_of_a_whole_block(ranks, name):
     alone = sharded.fixed(name, alone=True)
     for found in ranks.run(sharded.fixed, name):
-        check_equal(found, alone, rtol=1e-12, atol=1e-12)
+        check_equal(found, alone, rtol=1e-5, atol=1e-6)  # float32
 
 
 def test_fsdp1_is_refused_where_inputs_are_observed():
