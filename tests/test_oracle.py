@@ -27,10 +27,12 @@ from precond import (
     LossClosure,
     Momentum,
     Muon,
+    Orthogonalized,
     OutputFactor,
     PreconditionedGD,
     Route,
     Scaled,
+    Schatten,
     Shampoo,
     Standardizing,
     TimesLr,
@@ -273,6 +275,21 @@ PRECONDITIONERS |= {
         lambda: with_matrices(lambda r, c: oracles.Muon(r, c, scale=max(1.0, r / c) ** 0.5), oracle.rms(0.9)),
     ),
 }
+PRECONDITIONERS |= {
+    "orthogonalized soap": (
+        Orthogonalized(SOAP(0.9, every=2, sides="smaller"), Muon("eigh")),
+        lambda: with_matrices(
+            lambda r, c: oracles.Orthogonalized(
+                oracles.SOAP(r, c, 0.9, every=2, sides=("left",) if r <= c else ("right",)), max(1.0, r / c) ** 0.5
+            ),
+            oracle.rms(0.9),
+        ),
+    ),
+    "schatten": (
+        Route([(is_matrix, Schatten(0.3))], otherwise=RMS(0.9)),
+        lambda: with_matrices(lambda r, c: oracles.Schatten(r, c, 0.3, max(1.0, r / c) ** 0.5), oracle.rms(0.9)),
+    ),
+}
 ALPHAS = {"route": LR * per_tensor(1, 0.5, 1, 0.5, 1)}
 """Learning rates per entry, where they differ."""
 
@@ -334,9 +351,9 @@ def compare(name, ours, theirs, momentum=None, objective=flat_loss, statistics_f
     return expected
 
 
-def refused(penalty):
+def refused(name, penalty):
     try:
-        penalty.validate(PRECONDITIONERS["muon"][0])
+        penalty.validate(PRECONDITIONERS[name][0])
     except ValueError:
         return True
     return False
@@ -349,8 +366,10 @@ def plain(name):
 
 
 def defined(name, penalty):
-    if name == "muon":  # M alone: no root, and none where z itself is asked for
-        return PENALTIES[penalty][0] == () or not refused(PENALTIES[penalty][0])
+    if name in ("muon", "schatten"):  # M alone: no root, and none where z itself is asked for
+        return PENALTIES[penalty][0] == () or not refused(name, PENALTIES[penalty][0])
+    if name == "orthogonalized soap" and getattr(PENALTIES[penalty][0], "damping", None):
+        return PENALTIES[penalty][0].space == "p"  # it is not damped
     ours, explicit = PENALTIES[penalty][0], PRECONDITIONERS[name][1]()
     if penalty == "L1-p-prox":  # a threshold in p
         return explicit.diagonal

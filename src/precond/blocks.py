@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from precond.exchange import Pieces, held_by
 from precond.sharding import Shard, Sums, local, sums
-from precond.turns import is_due
-from precond.vec import Scalar, Vec
+from precond.turns import is_due, next_renewal
+from precond.vec import Vec
 
 COUNTS = ("step", "clock")
 """What a state calls its counts of steps: the host's, and the device's where that counts."""
@@ -182,6 +182,11 @@ class Block:
         """Whether the values of all its parameters are known here."""
         return all(leaf.known for leaf in self.all_leaves)
 
+    @cached_property
+    def dtypes(self) -> list[torch.dtype]:
+        """Of the tensors; a block whose parameters are converted is made anew."""
+        return [t.dtype for t in self.tensors]
+
     @property
     def gradients(self) -> list[Tensor | None]:
         """What ``.grad`` holds of them, or None."""
@@ -208,12 +213,17 @@ class Block:
 
     def due(self, step: int, every: float) -> tuple[bool, ...]:
         """Whether a step is one of a period's; of a stack, for each member."""
-        return (is_due(step, every, self.leaves[0].turn),)
+        return tuple(is_due(step, every, turn) for turn in self.turns)
 
     @property
     def all_leaves(self) -> tuple[Leaf, ...]:
         """The leaves of all members of a stack; of a block alone its own."""
         return self.leaves
+
+    @cached_property
+    def turns(self) -> list[int]:
+        """The turn of each member of a stack, that of its first leaf; of a block alone its own."""
+        return [self.leaves[0].turn]
 
     def gathered(self, v: Sequence[Tensor]) -> Vec:
         """Tensors of the leaves as the block's own."""
@@ -242,6 +252,10 @@ class Stack(Block):
     @property
     def all_leaves(self) -> tuple[Leaf, ...]:
         return tuple(leaf for member in self.members for leaf in member.leaves)
+
+    @cached_property
+    def turns(self) -> list[int]:
+        return [member.leaves[0].turn for member in self.members]
 
     @cached_property
     def params(self) -> Vec:
@@ -280,9 +294,6 @@ class Stack(Block):
     def span(self, some: slice) -> Stack:
         """Some of its blocks."""
         return Stack.of(self.members[some])
-
-    def due(self, step: int, every: float) -> tuple[bool, ...]:
-        return tuple(is_due(step, every, member.leaves[0].turn) for member in self.members)
 
     def subset(self, index: Sequence[int]) -> Stack:
         return Stack.of([member.subset(index) for member in self.members])
@@ -353,7 +364,7 @@ class State(dict[str, Any]):
         return whole_numbers(self["step"][: len(self.block.leaves)])
 
     @property
-    def times(self) -> Sequence[Scalar]:
+    def times(self) -> Sequence[Any]:
         """The same as formulas take them: where the device counts, tensors of it (float64), one by one."""
         return self.steps if "clock" not in self else self._clock.unbind()
 
@@ -361,7 +372,7 @@ class State(dict[str, Any]):
     def _clock(self) -> Tensor:
         return counted_together(self["clock"][: len(self.block.leaves)]).double()
 
-    def unbiased(self, decay: float) -> Sequence[Scalar]:
+    def unbiased(self, decay: float) -> Sequence[Any]:
         """1 − ρᵗ of each leaf: the sum of the weights in an average that started at 0, by which it is divided."""
         if "clock" not in self:
             return [1 - decay**t for t in self.steps]
@@ -418,8 +429,12 @@ class State(dict[str, Any]):
 
     def due(self, every: float) -> list[slice]:
         """The members of a stack for which the step in progress is one of a period's, as spans of them."""
-        assert isinstance(self.block, Stack)
         return spans(self.block.due(self.steps[0], every))
+
+    def until_renewed(self, every: float, ahead: int = 0) -> list[int]:
+        """How many steps each member is away, at the step in progress or later, from one of 1, 2, 4, 8, … and then every so many."""
+        t = min(self.steps) + ahead
+        return [next_renewal(t, every, turn) - t for turn in self.block.turns]
 
     def as_stack(self) -> State:
         """The state of a block alone, as that of a stack of one; the tensors are the same."""

@@ -208,8 +208,22 @@ OWN: dict[str, Callable[..., PreconditionedGD]] = {
     ),
     "adamw, average of the weights": lambda p, **more: precond.adamw(p, **{"average": EMA(0.9, start=3), **more}),
     "soap, lookahead": lambda p, **more: precond.soap(
-        p, **{"lr": 0.01, "precondition_frequency": 3, "average": EMANesterov(20.0, 0.9), **more}
+        p, **{"lr": 0.01, "precondition_frequency": 3, "average": EMANesterov(2.0, 0.9), **more}
     ),
+    "muon after SOAP": lambda p, **more: precond.muon(
+        p, **{"lr": 0.01, "where": is_matrix, "after": SOAP(every=3, sides="smaller"), **more}
+    ),
+    "muon after whitening of power 1/2, SAM in z": lambda p, **more: precond.muon(
+        p,
+        **{
+            "lr": 0.01,
+            "where": is_matrix,
+            "after": Whitening(every=7, observe_steps=2, power=0.5),
+            "regularizers": [SAM(0.02)],
+            **more,
+        },
+    ),
+    "muon of power 1/2": lambda p, **more: precond.muon(p, **{"lr": 0.01, "where": is_matrix, "power": 0.5, **more}),
     "plain": _gd(Fixed(), L2(0.1), momentum=Momentum(0.9, "nesterov")),
 }
 

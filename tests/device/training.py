@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -235,59 +236,101 @@ class Captured:
     count: Count
 
 
-def captured(make: Make, steps: int, warm: int, overflow: Sequence[int] = ()) -> Captured:
-    """A rate that is a tensor, and falls; gradients at one place, as graphs find them; at some steps a scaler found an overflow.
+Finds = Literal["scaler", "optimizer"]
+"""Who finds that a gradient is not finite."""
 
-    Those that Python does are without a scaler, and left out where it would find one.
+
+def captured(name: str, steps: int = 24, warm: int = 3, overflow: Sequence[int] = (), finds: Finds = "scaler") -> Captured:
+    """A rate that is a tensor, and falls; gradients at one place, as graphs find them, of which some are not finite.
+
+    Those steps are skipped. The training that Python does leaves them out.
     """
-    ends = []
-    for graphed in (False, True):
+    scaled = bool(overflow) and finds == "scaler"
+    torch.manual_seed(0)
+    model, rate = _still()
+    plain = EVERY[name](model, lr=rate)
+    for t in range(steps):
+        _renew(model, rate)
+        if t not in overflow:
+            plain.step()
+    end = flat(model)
+    torch.manual_seed(0)
+    model, rate = _still()
+    scale, found = to_device(torch.tensor(8.0)), to_device(torch.tensor(0.0))
+    optimizer = EVERY[name](model, lr=rate, capturable=True, **({"nonfinite": "skip"} if overflow and not scaled else {}))
+    graphs: dict[Any, Graph] = {}
+    count = Count()
+    for t in range(steps):
+        _renew(model, rate, math.inf if t in overflow else 8.0 if scaled else 1.0)
+        on_cpu(found).fill_(float(t in overflow))
+        if scaled:
+            optimizer.grad_scale, optimizer.found_inf = scale, found
+        if t < warm:
+            optimizer.step()
+            continue
+        key = optimizer.program
+        if key not in graphs:
+            graphs[key] = _capture(model, optimizer, count)
+        graphs[key].replay()
+        optimizer.replayed()
+    counts = {float(on_cpu(e["step"])) for e in optimizer.state_dict()["state"].values()}
+    return Captured(relative(flat(model), end), counts, len(graphs), count)
+
+
+def _still() -> tuple[nn.Module, Tensor]:
+    """A model whose gradients stay where they are, and a rate."""
+    model = move(net())
+    for p in model.parameters():
+        p.grad = to_device(torch.zeros(p.shape, dtype=p.dtype))
+    return model, to_device(torch.tensor(0.003, dtype=torch.float64))
+
+
+def _renew(model: nn.Module, rate: Tensor, factor: float = 1.0) -> None:
+    for p in model.parameters():
+        on_cpu(p.grad).copy_(factor * torch.randn(p.shape, dtype=p.dtype))
+    on_cpu(rate).mul_(0.9)
+
+
+def _capture(model: nn.Module, optimizer: Any, count: Count) -> Graph:
+    graph, entries = Graph(), [t for e in optimizer.state.values() for t in e.values()]
+    memory = [on_cpu(t) for t in (*model.parameters(), *entries)]
+    before = [t.clone() for t in memory]
+    with METER.into(count), graph.capture():
+        optimizer.step()
+    for t, value in zip(memory, before, strict=True):
+        t.copy_(value)
+    return graph
+
+
+def where_steps_are_counted(name: str) -> tuple[list[str], bool]:
+    """The devices of the counts of optimizers that loaded one another's state, capturable or not; whether all end alike."""
+    where, ends = [], []
+    saved, start = None, None
+    for capturable in (True, False, True):
         torch.manual_seed(0)
-        model = move(net())
-        rate, scale, found = (
-            to_device(torch.tensor(x, dtype=d)) for x, d in ((0.003, torch.float64), (8.0, None), (0.0, None))
-        )
-        optimizer = make(model, lr=rate, capturable=graphed)
-        for p in model.parameters():
-            p.grad = to_device(torch.zeros_like(on_cpu(p)))
-        graphs: dict[Any, Graph] = {}
-        count = Count()
-        for t in range(steps):
-            bad = t in overflow
-            for p in model.parameters():
-                factor = math.inf if bad else 8.0 if graphed and overflow else 1.0
-                on_cpu(p.grad).copy_(factor * torch.randn(p.shape, dtype=p.dtype))
-            on_cpu(rate).mul_(0.9)
-            on_cpu(found).fill_(float(bad))
-            if graphed and overflow:
-                optimizer.grad_scale, optimizer.found_inf = scale, found
-            if t < warm or not graphed:
-                if graphed or not bad:
-                    optimizer.step()
-                continue
-            key = optimizer.program
-            if key not in graphs:
-                graphs[key] = Graph()
-                kept = [(x, x.clone()) for x in _memory(model, optimizer)]
-                with METER.into(count), graphs[key].capture():
-                    optimizer.step()
-                for x, before in kept:
-                    x.copy_(before)
-            graphs[key].replay()
-            optimizer.replayed()
+        model, rate = _still()
+        optimizer = EVERY[name](model, lr=rate, capturable=capturable)
+        if saved is not None:
+            model.load_state_dict(start)
+            saved["param_groups"][0]["capturable"] = capturable  # as torch's, it is loaded with the groups
+            optimizer.load_state_dict(saved)
+        for _ in range(4):
+            _renew(model, rate)
+            optimizer.step()
         ends.append(flat(model))
-        counts = {float(on_cpu(e["step"])) for e in optimizer.state_dict()["state"].values()}
-    return Captured(relative(*reversed(ends)), counts, len(graphs), count)
+        where += {str(e["step"].device) for e in optimizer.state.values()}
+        if saved is None:
+            saved, start = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    return where, relative(ends[1], ends[2]) < 1e-12 and {float(on_cpu(e["step"])) for e in optimizer.state.values()} == {8.0}
 
 
-def _memory(model: nn.Module, optimizer: Any) -> list[Tensor]:
-    entries = [t for e in optimizer.state.values() for t in e.values()]
-    return [on_cpu(t) for t in (*model.parameters(), *entries)]
-
-
-def captured_row(name: str, steps: int = 30, warm: int = 3, overflow: Sequence[int] = ()) -> Captured:
-    """Of the contract's table."""
-    return captured(EVERY[name], steps, warm, overflow)
+def uncapturable() -> None:
+    """What is captured though it was not made for it."""
+    model, rate = _still()
+    optimizer = precond.adamw(model, lr=rate)
+    optimizer.step()
+    with Graph().capture():
+        optimizer.step()
 
 
 def kahan() -> tuple[bool, list[str]]:

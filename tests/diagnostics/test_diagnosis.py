@@ -241,7 +241,8 @@ def test_bad_scales_are_named_first():
     x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 8)
     first = diagnose(objective_of(mlp(), x)).advice[0]
     assert "Standardize the data" in first.what and "from scales" in first.why and first.layers == ("0",)
-    assert first.gain > 1e4
+    # κ alone promises a million; what is told stays below what a training of that length can show.
+    assert first.gain.alone > 1e4 and first.gain.likely > 1.2 and first.gain.high <= first.gain.steps
 
 
 def test_large_means_are_named_first():
@@ -259,7 +260,7 @@ def test_dead_units_are_named():
     found = diagnose(objective_of(model, x))
     assert found.layers[1].units.dead == 12
     (about,) = [a for a in found.advice if "died" in a.what]
-    assert "12 of the 16 units" in about.why and about.gain == 4.0 and about.layers == ("2",)
+    assert "12 of the 16 units" in about.why and "12 of 16 inputs" in about.promise and about.layers == ("2",)
 
 
 def test_saturated_units_are_named():
@@ -280,6 +281,7 @@ def test_constant_features_and_a_missing_bias_are_named():
     advice = diagnose(objective_of(model, x)).advice
     assert any("carry nothing" in a.what and "2 of the 8 features" in a.why for a in advice)
     assert any("bias" in a.what and a.layers == ("0",) for a in advice)
+    assert "Standardize" in advice[0].what
 
 
 def test_a_learning_rate_beyond_stability_is_named():
@@ -296,23 +298,28 @@ def test_nothing_stands_out():
     assert found.advice == () and "Nothing stands out" in str(found)
 
 
-def test_advice_fits_the_optimizer():
-    x = torch.randn(100, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 8)
-    for make, code in (
-        (lambda m: torch.optim.SGD(m.parameters(), lr=1e-9), "precond.bnp(model"),
-        (lambda m: torch.optim.AdamW(m.parameters()), "precond.adamw(model, lr=..., inputs=precond.BNP())"),
-        (lambda m: precond.adam(m), "precond.adam(model, lr=..., inputs=precond.BNP())"),
-        (lambda m: torch.optim.Adagrad(m.parameters()), "precond.BNP() @ precond.AdaGrad()"),
-        (lambda m: torch.optim.RMSprop(m.parameters()), "precond.BNP() @ precond.RMS("),
-    ):
-        model = mlp()
-        objective = objective_of(model, x)
-        advice = diagnose(objective, step(model, objective, make(model), 1)).advice
-        assert any(code in a.code for a in advice), code
-        # The code works.
-        for a in advice:
-            if a.code.startswith("optimizer ="):
-                exec(a.code.replace("lr=...", "lr=0.1"), {"precond": precond, "model": model})
+@pytest.mark.parametrize(
+    ("make", "code"),
+    [
+        (lambda m: torch.optim.SGD(m.parameters(), lr=1e-9), "preconditioner=precond.Whitening()"),
+        (lambda m: torch.optim.SGD(m.parameters(), lr=1e-9, momentum=0.5), 'momentum=precond.Momentum(0.5, "heavy_ball")'),
+        (lambda m: torch.optim.AdamW(m.parameters(), weight_decay=0.1), "weight_decay=0.1, inputs=precond.Whitening())"),
+        (lambda m: precond.adam(m), "precond.adam(model, lr=0.001, inputs=precond.Whitening())"),
+        (lambda m: torch.optim.Adagrad(m.parameters()), "precond.Whitening() @ precond.AdaGrad()"),
+        (lambda m: torch.optim.RMSprop(m.parameters()), "precond.Whitening() @ precond.RMS("),
+    ],
+    ids=["sgd", "momentum", "adamw", "ours", "adagrad", "rmsprop"],
+)
+def test_advice_fits_the_optimizer_and_its_code_runs(make, code):
+    torch.manual_seed(0)
+    x = torch.randn(100, 8) @ (torch.ones(8, 8) + 0.03 * torch.randn(8, 8))
+    model = mlp()
+    objective = objective_of(model, (x - x.mean(0)) / x.std(0))
+    advice = diagnose(objective, step(model, objective, make(model), 1)).advice
+    assert any(code in " ".join(a.code.split()).replace("( ", "(").replace(" )", ")") for a in advice), advice
+    for a in advice:
+        if a.remedy is not None:
+            exec(a.code, {"precond": precond, "torch": torch, "model": model, "inputs": x})
 
 
 # --- leaving no trace --------------------------------------------------------------------------------------------------------
@@ -396,7 +403,7 @@ def test_notes():
     objective = objective_of(model, torch.randn(30, 8))
     notes = " ".join(diagnose(objective, torch.optim.Adam(model.parameters())).notes)
     assert "rnn.weight_hr_l0 is a projection of hidden states" in notes
-    assert "unused.weight was not called" in notes and "take a step" in notes
+    assert "unused.weight was not called" in notes and "take a step" in notes and "after 10 steps of a copy" in notes
     assert "more than max_inputs=3" in " ".join(diagnose(objective, max_inputs=3).notes)
     with torch.no_grad():
         model.out.weight.fill_(math.nan)

@@ -29,6 +29,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "whitening, mini-batch": (Whitening(0.0, every=1, shrinkage=3.0), {"eps": 1e-3}),
     "whitening of rank 2": (Whitening(every=6, observe_steps=2, rank=2), {"weight_decay": 0.3}),
     "whitening of rank 1, mini-batch": (Whitening(0.0, every=1, shrinkage=3.0, rank=1), {"eps": 1e-3}),
+    "whitening of power 1/2": (Whitening(every=6, observe_steps=2, power=0.5), {"weight_decay": 0.3}),
+    "whitening of rank 2 and power 1/4": (Whitening(every=6, observe_steps=2, rank=2, power=0.25), {"weight_decay": 0.3}),
     "whitening, samples": (Whitening(root="cholesky", every=4, shrinkage=10.0, samples=4.0), {"betas": (0.0, 0.9)}),
 }
 

@@ -220,3 +220,62 @@ class Muon(Matrix):
         if self.rows <= self.columns:
             return torch.kron(U @ torch.diag(values) @ U.T, torch.eye(self.columns, dtype=m.dtype))
         return torch.kron(torch.eye(self.rows, dtype=m.dtype), V.T @ torch.diag(values) @ V)
+
+
+class Schatten(Matrix):
+    """γ' U Σˢ Vᵀ of the last gradient, as long as Muon's step."""
+
+    advised = 0.0
+
+    def __init__(self, rows, columns, s: float, scale: float = 1.0):
+        super().__init__(rows, columns)
+        self.s, self.scale = s, scale
+
+    def M(self) -> Tensor:
+        U, sigma, V = torch.linalg.svd(self.seen[-1], full_matrices=False)
+        step = sigma**self.s
+        values = self.scale * min(self.rows, self.columns) ** 0.5 / step.norm() * step / sigma
+        if self.rows <= self.columns:
+            return torch.kron(U @ torch.diag(values) @ U.T, torch.eye(self.columns, dtype=sigma.dtype))
+        return torch.kron(torch.eye(self.rows, dtype=sigma.dtype), V.T @ torch.diag(values) @ V)
+
+
+class Orthogonalized(Matrix):
+    """The update of M₁ by Broyden, Fletcher, Goldfarb and Shanno that takes the last gradient g to γ·polar(M₁g).
+
+    It is written as three products; the root is the one that M₁'s own root makes: (I + d wᵀ)P₁, w by solving for it.
+    """
+
+    advised = 0.0
+
+    def __init__(self, of: Matrix, scale: float = 1.0):
+        super().__init__(of.rows, of.columns)
+        self.of, self.scale = of, scale
+
+    @property
+    def turn(self) -> int:
+        return self.of.turn
+
+    @turn.setter
+    def turn(self, value: int) -> None:
+        self.of.turn = value
+
+    def see(self, g: Tensor) -> None:
+        super().see(g)
+        self.of.see(g)
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        g, P = self.seen[-1].reshape(-1), self.of.P()
+        U, _, V = torch.linalg.svd((P @ P.T @ g).reshape(self.rows, self.columns), full_matrices=False)
+        return g, self.scale * (U @ V).reshape(-1)
+
+    def M(self) -> Tensor:
+        (g, d), P, eye = self.step(), self.of.P(), torch.eye(self.rows * self.columns, dtype=torch.float64)
+        V = eye - torch.outer(g, d) / (g @ d)
+        return V.T @ P @ P.T @ V + torch.outer(d, d) / (g @ d)
+
+    def P(self) -> Tensor:
+        (g, d), P = self.step(), self.of.P()
+        b = torch.linalg.solve(P @ P.T, d)
+        w = (((g @ d) / (d @ b)).sqrt() * b - g) / (g @ d)
+        return P + torch.outer(d, w @ P)

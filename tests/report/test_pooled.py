@@ -79,6 +79,15 @@ def test_a_pair_over_tasks() -> None:
     assert (other.faster, other.slower) == (1, 1)
 
 
+def test_of_many_entrants_only_pairs_with_the_reference() -> None:
+    def of(n: int) -> list[tuple[str, str]]:
+        entries = (entry("a", run(3, 0)), entry("ref", run(8, 0)), *(entry(str(i), run(4, 0)) for i in range(n - 2)))
+        return [(pair.label, pair.rival) for pair in pairs(results(task("one", None, *entries)), "train", "step")]
+
+    assert len(of(8)) == 28
+    assert of(9) == [("a", "ref"), *((str(i), "ref") for i in range(7))]
+
+
 def test_tests_are_those_of_enumeration() -> None:
     """All signs are alike under the hypothesis: p is the share of the 2ⁿ whose statistic is at least as far out."""
     at = [2, 3, 9, 1, 4, 5]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from precond.cli.calibrate import calibrate
 from precond.cli.errors import UserError, as_user_errors
 from precond.cli.launch import More, Where, launch
 from precond.cli.settings import Integers, Texts
@@ -29,7 +30,7 @@ from precond.workloads.transfer import transfer_tasks
 from precond.workloads.where import RULES as WHERE_RULES
 from precond.workloads.where import predictions, where_tasks
 
-Name = Literal["fashion-mnist", "race", "pool", "pool-locked", "where", "transfer"]
+Name = Literal["fashion-mnist", "race", "pool", "pool-locked", "where", "transfer", "calibration"]
 
 
 def _where(tasks: Sequence[Task], results: Results) -> dict[str, str]:
@@ -77,7 +78,8 @@ class Bench:
 
     Attributes:
         name: Which. pool is the half of the pool that is for development; pool-locked, the other, is for a final table alone. where: gains of
-            preconditioned inputs against what diagnose predicts; transfer: best rates over widths and depths, the seeds being those of searches.
+            preconditioned inputs against what diagnose predicts; transfer: best rates over widths and depths, the seeds being those of searches;
+            calibration: what diagnose predicts against trainings (of the settings below it has --tasks and --out alone).
         tasks: Only the tasks whose names contain one of these, as whole words: "batch 60" or MLP. Several commands with different
             tasks may work in one output folder at the same time; one without --tasks then makes the report of all.
         entrants: Only these: those whose labels contain one of these as whole words, muon or "torch Muon", and who sets the target. A later
@@ -106,6 +108,8 @@ class Bench:
 
     def run(self, argv: Sequence[str]) -> int:
         """The exit code."""
+        if self.name == "calibration":
+            return calibrate(self.out or Path("runs/bench-calibration"), self.tasks, argv)
         # One thread, so that the processor's clock tells the work of each training whatever else the machine does.
         torch.set_num_threads(1)
         experiment = EXPERIMENTS[self.name]

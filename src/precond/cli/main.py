@@ -15,6 +15,7 @@ from precond.cli.config import config_path, from_toml
 from precond.cli.diagnose import Diagnose
 from precond.cli.errors import UserError
 from precond.cli.logistic import LogisticRegression
+from precond.cli.lr_range import LrRange
 from precond.cli.report import Report
 from precond.cli.settings import Settings
 from precond.cli.train import Train
@@ -27,6 +28,7 @@ COMMANDS: dict[str, type[Any]] = {
     "bench": Bench,
     "logistic": LogisticRegression,
     "diagnose": Diagnose,
+    "lr-range": LrRange,
     "verify": Verify,
     "report": Report,
 }

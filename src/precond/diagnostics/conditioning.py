@@ -72,9 +72,7 @@ def _design(layer: Gathered, k: int) -> Tensor:
 
 def _group(layer: Gathered, k: int) -> Spectra:
     R = _design(layer, k)
-    lengths = torch.linalg.vector_norm(R, dim=0)
-    unit = R[:, lengths > 0] / lengths[lengths > 0]
-    rank = _rank(unit, layer.epsilon)
+    rank = rank_of(R, layer.epsilon)
     mean, std = centers(layer, k)
     one, zero = torch.ones_like(std), torch.zeros_like(mean)
     scale = torch.where(std > 0, std, 1.0)
@@ -122,6 +120,41 @@ def _rank(unit: Tensor, epsilon: float) -> int:
         return 0
     floor = max(8 * epsilon, max(unit.shape) * torch.finfo(unit.dtype).eps)
     return int((torch.linalg.svdvals(unit) > floor).sum())
+
+
+def coordinates(layer: Gathered, k: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """By name, X ↦ X·U for rows X of extended inputs or of gradients, p = U z: as they are, standardized, whitened."""
+    mean, std = centers(layer, k)
+    scale = torch.where(std > 0, std, 1.0)
+    first = int(layer.biased)
+    center = mean if layer.biased else torch.zeros_like(mean)
+    R = _arrow(_design(layer, k), center, torch.ones_like(mean), layer.biased)[:, first:]
+    # Inputs that are always 0 or, behind a bias, the same have no direction to whiten; 1 in their place leaves them alone.
+    diagonal = Whitening().damping * layer.R[k][:, 1:].square().sum(0)
+    L = torch.linalg.cholesky(R.T @ R + torch.diag(torch.where(diagonal > 0, diagonal, 1.0)))
+
+    def whitened(X: Tensor) -> Tensor:
+        X = _arrow(X, center, torch.ones_like(mean), layer.biased)
+        return torch.cat([X[:, :first], torch.linalg.solve_triangular(L, X[:, first:].T, upper=False).T], dim=1)
+
+    return {
+        "raw": lambda X: X,
+        "bnp": lambda X: _arrow(X, center, scale, layer.biased),
+        "whitened": whitened,
+    }
+
+
+def gradient_rows(layer: Gathered, g: Vec) -> Tensor:
+    """The gradient of a layer's neurons, (groups, rows, n + 1), [b; w] each; (groups, rows, n) without a bias."""
+    layout = layer.site.layout(_PATCH)
+    W = layout.view(g[0])
+    return torch.cat([layout.column(g[1][layer.site.rows]), W], dim=-1) if len(g) > 1 else W
+
+
+def rank_of(R: Tensor, epsilon: float) -> int:
+    """The number of directions that extended inputs show, whatever their scales."""
+    lengths = torch.linalg.vector_norm(R, dim=0)
+    return _rank(R[:, lengths > 0] / lengths[lengths > 0], epsilon)
 
 
 def _whitened(layer: Gathered, k: int, rank: int) -> Tensor:
@@ -177,10 +210,7 @@ def neurons_of(P: LinearMap, layer: Gathered, g: Vec) -> Callable[[int], list[Te
 
     zero, none = torch.zeros_like(view), None if column is None else torch.zeros_like(column)
     groups, n = view.shape[0], view.shape[-1]
-    alive = view.abs().sum(-1) > 0
-    # Neurons without a gradient come last, and are only taken where there are no others.
-    rows = torch.stack([_spread(alive[k]) for k in range(groups)])
-    at = torch.arange(groups)[:, None], rows
+    at = torch.arange(groups)[:, None], shown_rows(view)
     if P.diagonal:
         d = apply(torch.ones_like(view), None if none is None else torch.ones_like(none))[at]
         return lambda k: [torch.diag(row).double().cpu() for row in d[k]]
@@ -193,6 +223,12 @@ def neurons_of(P: LinearMap, layer: Gathered, g: Vec) -> Callable[[int], list[Te
         columns.append(apply(unit, none)[at])
     stacked = torch.stack(columns, dim=-1)
     return lambda k: [matrix.double().cpu() for matrix in stacked[k]]
+
+
+def shown_rows(view: Tensor) -> Tensor:
+    """Which neurons of each group stand for all, by their gradient, (groups, rows, n); those without one only where there are no others."""
+    alive = view.abs().sum(-1) > 0
+    return torch.stack([_spread(alive[k]) for k in range(len(view))])
 
 
 def _spread(alive: Tensor) -> Tensor:

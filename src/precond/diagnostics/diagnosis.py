@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from precond import checks, vec
 from precond.curvature import (
@@ -20,17 +21,22 @@ from precond.curvature import (
     gauss_newton,
     hessian,
 )
-from precond.diagnostics.advice import Advice, advise, number
+from precond.diagnostics.advice import Advice, Considered, advise, number
 from precond.diagnostics.conditioning import Spectra, neurons_of, restricted, spectra, with_bias
 from precond.diagnostics.findings import Drivers, Units, drivers, units
+from precond.diagnostics.gains import Picture, features
 from precond.diagnostics.gathering import Gathered, gather
 from precond.diagnostics.preconditioner import preconditioner_of, step_size
+from precond.diagnostics.problem import as_objective
+from precond.diagnostics.remedies import Base, base_of
+from precond.diagnostics.short import as_trained, one_step, trained_copy
 from precond.diagnostics.stability import stable_factor
 from precond.maps import LinearMap
 from precond.vec import Vec
 
 Matrix = Literal["none", "hessian", "gauss_newton"]
 _MATRICES = {"hessian": hessian, "gauss_newton": gauss_newton}
+_WARM, _STILL = 10, 1e-12  # steps of an optimizer that has made none, and their rate
 _HEAT = 48  # inputs of a layer of which the correlation is kept
 
 
@@ -121,6 +127,9 @@ class Diagnosis:
         lr_limit: the largest stable learning rate, 2/λ_max times what momentum makes of it; None with ``lam_max``, and where P is not known.
         matrix: of which.
         undiagnosed: which weights' inputs were not diagnosed, each with the reason.
+        considered: the remedies that were looked at, advised or not.
+        against: what remedies are compared with.
+        share: of the trained entries, how many are in diagnosed layers or in layers that these stand for.
     """
 
     layers: tuple[Layer, ...]
@@ -133,19 +142,28 @@ class Diagnosis:
     lr_limit: float | None = None
     matrix: Matrix = "none"
     undiagnosed: tuple[str, ...] = ()
+    considered: tuple[Considered, ...] = ()
+    against: str = ""
+    share: float = 0.0
 
     @property
     def verdict(self) -> str:
         """What stands over the advice, or in its place. That nothing was found says nothing of layers that nobody looked at."""
         if self.advice:
-            return "What to do, with the predicted gain in steps of the layer that gains most"
+            return "What to do"
         if not self.layers:
             return "No layer was diagnosed: this says nothing about the model."
         if self.undiagnosed:
             n = len(self.undiagnosed)
-            others = "1 other weight was" if n == 1 else f"{n} other weights were"
+            others = "1 other weight was" if n == 1 else f"{n} others were"
             return f"Nothing stands out in these layers; {others} not diagnosed (see the notes)."
-        return "Nothing stands out."
+        return "Nothing stands out in what layers receive now; it says nothing of data, model size or what comes later in training."
+
+    @property
+    def looked_at(self) -> str:
+        """How much of the model was."""
+        n = len(self.layers)
+        return f"{n} layer{'' if n == 1 else 's'} with {100 * self.share:.0f} % of the parameters, against {self.against}"
 
     @property
     def columns(self) -> list[str]:
@@ -153,73 +171,71 @@ class Diagnosis:
         order = ["raw", "centered", "scaled", "bnp", "whitened", "optimizer"]
         return [name for name in order if any(name in layer.spectra.values for layer in self.layers)]
 
+    @property
+    def worst(self) -> tuple[Layer, ...]:
+        """Layers by κ as they are now, the largest first."""
+        return tuple(sorted(self.layers, key=lambda layer: -(layer.kappa_now if math.isfinite(layer.kappa_now) else 0.0)))
+
     def as_dict(self) -> dict[str, Any]:
         """All numbers, for JSON."""
-        plain = {name: getattr(self, name) for name in ("loss", "optimizer", "lr", "lam_max", "lr_limit", "matrix")}
-        advice = [{**vars(a), "layers": list(a.layers)} for a in self.advice]
+        names = ("loss", "optimizer", "lr", "lam_max", "lr_limit", "matrix", "against", "share")
+        plain = {name: getattr(self, name) for name in names}
+        advice = [a.as_dict() for a in self.advice]
+        considered = [{"name": c.name, "gain": None if c.gain is None else vars(c.gain), "why": c.why} for c in self.considered]
         texts = {name: list(getattr(self, name)) for name in ("notes", "undiagnosed")}
-        return {**plain, "layers": [layer.as_dict() for layer in self.layers], "advice": advice, **texts}
+        return {**plain, "layers": [x.as_dict() for x in self.layers], "advice": advice, "considered": considered, **texts}
 
     def __str__(self) -> str:
-        rows = [["layer", "from", "inputs", "rank", *(LABELS.get(c, c) for c in self.columns), "driven by", "units"]]
-        for layer in self.layers:
-            kappas = [number(layer.spectra.kappa(c)) for c in self.columns]
-            size = layer.spectra.size - layer.biased
-            rows.append(
-                [layer.name, layer.source, str(size), f"{layer.spectra.rank}/{layer.spectra.size}", *kappas, layer.drivers.main,
-                 str(layer.units)]
-            )  # fmt: skip
-        lines = ["κ of the layers' extended inputs, the mean of ĥĥᵀ, ĥ = [1; h]", *_table(rows), ""] if self.layers else []
-        if self.matrix != "none" and self.layers:
-            what = "Hessian" if self.matrix == "hessian" else "Gauss–Newton matrix"
-            blocks = [["layer", f"κ₊ of its block of the {what}", "in z"]]
-            blocks += [[layer.name, *block_texts(layer)] for layer in self.layers]
-            lines += [*_table(blocks), ""]
-        if self.lr is not None and self.lr_limit is not None:
-            lines += [f"Learning rate {number(self.lr)}; steps become unstable above {number(self.lr_limit)}", ""]
-        lines += [self.verdict]
-        for i, a in enumerate(self.advice, 1):
-            lines += [f"{i}. {a.what}  (×{number(a.gain)})", f"   {a.why}", f"   {a.code}"]
-        if self.notes:
-            lines += ["", *(f"Note: {note}." for note in self.notes)]
-        return "\n".join(lines)
+        from precond.diagnostics.text import lines
+
+        return "\n".join(line for line, _ in lines(self))
 
 
 LABELS = {"bnp": "BNP", "optimizer": "its P"}
 
 
 def diagnose(
-    objective: Objective,
+    objective: Objective | nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     *,
+    data: Iterable[Any] | None = None,
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
     curvature: Matrix = "none",
     samples: int = 16384,
     max_inputs: int = 2048,
+    layers: int = 32,
+    examples: int = 2048,
 ) -> Diagnosis:
     r"""Where a model trains slowly, and what would mend it.
 
     For each layer whose inputs are observed (linear, convolutional, attention, recurrent, … : :func:`~precond.register_layer`): κ of the
     mean of ĥĥᵀ, ĥ = [1; h] what a neuron receives (a patch for a convolution), which is κ of each neuron's Hessian H_e S H_eᵀ (Theorem 3)
-    for S = I: as it is, centered, scaled, both (BNP), whitened, and with the optimizer's P. The gain of a remedy is the ratio of predicted
-    steps in the layer that gains most, for S = I and gradient descent at its best learning rate, (κ − 1)/(κ + 1) per step: it ranks
-    remedies, and bounds what the whole network gains where that layer sets the pace. A remedy changes what later layers receive: diagnose
-    again after it. What was not diagnosed is said in the notes.
+    for S = I: as it is, centered, scaled, both (BNP), whitened, and with the optimizer's P. The gain of a remedy is an interval: what a
+    quadratic picture of the whole network predicts (:mod:`precond.diagnostics.pace`), corrected by a study of small trainings. A remedy
+    changes what later layers receive: diagnose again after it. What was not diagnosed is said in the notes.
 
-    Nothing about the model, the optimizer or the random state changes, and the result is the same every time.
+    Batch normalizations use the statistics of the batch, as in training. Nothing about the model, the optimizer or the random state
+    changes, and the result is the same every time.
 
     Args:
-        objective: the mean loss; a few thousand examples are enough.
-        optimizer: whose P is looked at; None, or one that has made no step: P = I.
+        objective: the mean loss, or a model with ``data=``: a LightningModule, a model that returns its loss (Hugging Face's), or any module
+            with ``loss_fn=``.
+        optimizer: whose P is looked at, and which remedies are compared with; None: gradient descent with momentum 0.9.
+        data: of a model: a loader or a list of batches, pairs (inputs, targets) or dicts of the model's arguments.
+        loss_fn: of a model: a function of (outputs, targets), of (outputs, batch) where batches are dicts; None: the model's own.
         curvature: also κ of each layer's block of the Hessian or Gauss–Newton matrix in float64, before and after P, and λ_max of the whole
             in z; costs some hundred products per layer.
         samples: inputs per layer of which spectra are made; beyond, about as many are drawn, the same ones every time.
         max_inputs: layers with more inputs are passed by, with a note (spectra cost their third power).
+        layers: at most so many are diagnosed; of stacks of equal ones some at equal distances, which stand for the others.
+        examples: of ``data`` so many are taken.
 
     Returns:
-        A record that prints as a table with a ranked list.
+        A record that prints as a list of advice and a table.
 
     Raises:
         ValueError: for numbers out of range, or where the optimizer's parameters are not the objective's.
+        TypeError: for a model without data.
 
     Example:
         >>> from torch import nn
@@ -233,24 +249,20 @@ def diagnose(
         Ye, Theorem 3 and eqs. (16)–(27); Lange, Helfrich & Ye (2022).
     """
     checks.one_of("diagnose", "curvature", curvature, ("none", "hessian", "gauss_newton"))
-    checks.positive("diagnose", samples=samples, max_inputs=max_inputs)
-    gathered, undiagnosed = gather(objective, samples, max_inputs)
+    checks.positive("diagnose", samples=samples, max_inputs=max_inputs, layers=layers, examples=examples)
+    with as_trained(as_objective(objective, data, loss_fn, examples)) as seen:
+        return _diagnosis(seen, optimizer, curvature, {"samples": samples, "max_inputs": max_inputs, "layers": layers})
+
+
+def _diagnosis(
+    objective: Objective, optimizer: torch.optim.Optimizer | None, curvature: Matrix, options: dict[str, int]
+) -> Diagnosis:
+    gathered, undiagnosed = gather(objective, **options)
     if not gathered and not undiagnosed:
         undiagnosed = ["the model has no layer of a kind whose inputs are diagnosed"]
     notes = list(undiagnosed)
-    P: LinearMap | None = None
-    if optimizer is not None:
-        try:
-            P = preconditioner_of(optimizer, objective)
-        except RuntimeError as error:
-            notes.append(f"the optimizer's P is left out: {error}")
-        try:
-            if P is not None:
-                P.mv(vec.map_(torch.zeros_like, objective.params))
-        except ValueError as error:
-            # A map of which M alone is known (Muon's, where the momentum is singular) refuses to be applied.
-            notes.append(f"the optimizer's P is left out: {error}")
-            P = None
+    base = base_of(optimizer, objective.model)
+    P = None if optimizer is None else _known(objective, optimizer, base, notes)
     g = objective.gradient()
     layers = [_layer(objective, seen, P, g, curvature, notes) for seen in gathered]
     lam_max = limit = None
@@ -262,8 +274,51 @@ def diagnose(
     found = Diagnosis(
         tuple(layers), (), tuple(notes), objective.value(), None if optimizer is None else type(optimizer).__name__,
         None if optimizer is None else step_size(optimizer, objective), lam_max, limit, curvature, tuple(undiagnosed),
+        against=base.label, share=_share(objective, gathered),
     )  # fmt: skip
-    return replace(found, advice=advise(found, optimizer))
+    dim = features(objective, gathered[0]) if gathered else None
+    advice, considered = advise(found, Picture.made(objective, gathered, g, P, **options), base, dim)
+    return replace(found, advice=advice, considered=considered)
+
+
+def _known(objective: Objective, optimizer: torch.optim.Optimizer, base: Base, notes: list[str]) -> LinearMap | None:
+    """The optimizer's P; of one that has made no step, that of a copy that makes some at the rate of nothing."""
+    try:
+        try:
+            P = preconditioner_of(optimizer, objective)
+        except RuntimeError:
+            if (found := _after_steps(objective, base)) is None:
+                raise
+            P = found
+            notes.append(
+                f"the optimizer has made no step: its P is that after {_WARM} steps of a copy that leave the model where it is; take a "
+                "step first to see its own"
+            )
+        P.mv(vec.map_(torch.zeros_like, objective.params))
+    except (RuntimeError, ValueError) as error:
+        # A map of which M alone is known (Muon's, where the momentum is singular) refuses to be applied.
+        notes.append(f"the optimizer's P is left out: {error}")
+        return None
+    return P
+
+
+def _after_steps(objective: Objective, base: Base) -> LinearMap | None:
+    """P of the optimizer anew on a copy of the model, after a few steps at a rate that moves nothing; None where none can be made."""
+    with trained_copy(objective, 0) as mine:
+        try:
+            copied = base.now().make(mine.model, _STILL)
+            for step in range(_WARM):
+                one_step(mine, copied, step % len(mine.batches))
+            return preconditioner_of(copied, mine)
+        except (RuntimeError, ValueError, TypeError):
+            return None
+
+
+def _share(objective: Objective, gathered: Iterable[Gathered]) -> float:
+    """Of the entries in layers that were seen, or that others stand for."""
+    own = {id(p): p.numel() for p in objective.params}
+    met = {id(p) for seen in gathered for p in (seen.site.weight, seen.site.bias, *seen.alike) if p is not None}
+    return sum(n for key, n in own.items() if key in met) / sum(own.values())
 
 
 def _layer(objective: Objective, seen: Gathered, P: LinearMap | None, g: Vec, curvature: Matrix, notes: list[str]) -> Layer:
@@ -327,8 +382,3 @@ def _conditioning_text(found: Conditioning | None) -> str:
         return f"indefinite ({found.inertia.negative}+ negative, λ from {number(found.lam_min)} to {number(found.lam_max)})"
     kappa = _kappa(found)
     return "not resolved" if kappa is None else number(kappa)
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

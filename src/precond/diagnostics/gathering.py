@@ -6,8 +6,9 @@ squaring them, and the rows of R below the first are those of the centered input
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -42,6 +43,8 @@ class Gathered:
         edges: and the share at the ends of tanh or sigmoid (0 elsewhere).
         channel: moments of each channel, where a convolution's inputs have several entries of one.
         epsilon: of the dtype of the inputs.
+        alike: weights of layers that were left out and that this one stands for, with others of its kind: at other depths of a stack.
+        share: the number of layers it stands for, itself included; a fraction where several stand for some.
     """
 
     site: Site
@@ -58,6 +61,8 @@ class Gathered:
     edges: Tensor
     channel: Moments | None
     epsilon: float
+    alike: tuple[Tensor, ...] = ()
+    share: float = 1.0
 
     @property
     def name(self) -> str:
@@ -75,13 +80,17 @@ def layer_of(site: Site) -> str:
     return site.name.removesuffix(".weight") if site.name != "weight" else "(the model)"
 
 
-def gather(objective: Objective, samples: int, max_inputs: int) -> tuple[list[Gathered], list[str]]:
+def gather(objective: Objective, samples: int, max_inputs: int, layers: int | None = None) -> tuple[list[Gathered], list[str]]:
     """Forward all batches of an objective once; and which weights are not diagnosed, with the reasons.
+
+    Memory: of the first batch up to all inputs of the layers, then ``samples`` of each, in the inputs' own precision; of each layer a
+    triangle in float64.
 
     Args:
         objective: whose layers with a parameter in ``objective.params`` are watched.
         samples: inputs per layer of which R is made; beyond, as many are drawn, the same ones every time.
         max_inputs: layers with more inputs are passed by.
+        layers: at most so many; of stacks some at equal distances.
     """
     found = survey(objective.model.named_modules())
     trained = {id(p) for p in objective.params}
@@ -93,6 +102,13 @@ def gather(objective: Objective, samples: int, max_inputs: int) -> tuple[list[Ga
         f"{site.name} has {n} inputs, more than max_inputs={max_inputs}; they are not diagnosed" for site, n in wide.items()
     ]
     sites = [site for site in sites if site not in wide]
+    chosen = _spread_over_kinds(sites, layers)
+    if left := len(sites) - len(chosen):
+        examples = ", ".join(layer_of(site) for site in [site for site in sites if site not in chosen][:3])
+        notes.append(
+            f"{left} layers like others at other depths ({examples}{', …' if left > 3 else ''}) were left out by layers={layers}"
+        )
+    sites = list(chosen)
     streams = {site: _Stream(site, samples, objective) for site in sites}
     handles = []
     for site in sites:
@@ -116,7 +132,31 @@ def gather(objective: Objective, samples: int, max_inputs: int) -> tuple[list[Ga
             what = "some of its inputs" if streams[site].count else "its inputs"
             notes.append(f"{site.name} {why}; {what} are not diagnosed")
     biases = {site: site.bias is not None and id(site.bias) in trained for site in sites}
-    return [streams[site].gathered(biases[site], site in outputs.recentered) for site in sites if streams[site].count], notes
+    made = [streams[site].gathered(biases[site], site in outputs.recentered) for site in sites if streams[site].count]
+    return [replace(seen, alike=chosen[seen.site][0], share=chosen[seen.site][1]) for seen in made], notes
+
+
+def _spread_over_kinds(sites: Sequence[Site], most: int | None) -> dict[Site, tuple[tuple[Tensor, ...], float]]:
+    """At most so many sites, the first and others at equal distances of each kind; with the weights each stands for, and their number."""
+    kinds: dict[str, list[Site]] = {}
+    for site in sites:
+        kinds.setdefault(re.sub(r"\d+", "#", site.name), []).append(site)
+    if most is None or len(sites) <= most:
+        return {site: ((), 1.0) for site in sites}
+    # Every kind is seen once, as far as it goes; then the largest ones get more.
+    order = sorted(kinds.values(), key=len)
+    room, shown = most, dict[Site, tuple[tuple[Tensor, ...], float]]()
+    for k, members in enumerate(order):
+        count = min(len(members), max(room // (len(order) - k), 0))
+        room -= count
+        if not count:
+            continue
+        at = sorted({round(i * (len(members) - 1) / max(count - 1, 1)) for i in range(count)})
+        left = [s for i, s in enumerate(members) if i not in at]
+        others = tuple(p for s in left for p in (s.weight, *(() if s.bias is None else (s.bias,))))
+        for n, i in enumerate(at):
+            shown[members[i]] = (others if n == 0 else (), len(members) / len(at))
+    return {site: shown[site] for site in sites if site in shown}
 
 
 class _Outputs:
@@ -182,8 +222,8 @@ class _Stream:
         N = rows.shape[1]
         self.count += N
         if self._share is None:
-            return rows.detach().double().cpu()  # of the first batch how many there will be is not known yet
-        return self._thinned(rows.detach().double().cpu())
+            return rows.detach().cpu()  # of the first batch how many there will be is not known yet
+        return self._thinned(rows.detach().cpu())
 
     def _thinned(self, rows: Tensor) -> Tensor:
         N = rows.shape[1]
@@ -200,8 +240,8 @@ class _Stream:
             self._pending = [tuple(self._thinned(rows) for rows in parts) for parts in self._pending]
         for k, column in enumerate(zip(*self._pending, strict=True)):
             if k == len(self._parts):
-                self._parts.append(_Part(self._source, column[0]))
-            self._parts[k].fold(torch.cat(column, dim=1))
+                self._parts.append(_Part(self._source, column[0].double()))
+            self._parts[k].fold(torch.cat(column, dim=1).double())
         self._used += sum(max(part.shape[1] for part in parts) for parts in self._pending)
         self._pending = []
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from precond import vec
 from precond.blocks import Stack
 from precond.engine.arrow import arrow
 from precond.engine.cells import Cell, Choice
@@ -116,10 +115,13 @@ def _of_layer(cell: Cell, decay: _Decay) -> Kernel | None:
     return polar(cell, P, momentum, decay.decoupled)
 
 
-def aligned(gradients: Tensors, p: Tensors) -> Tensors:
-    """Gradients laid out in memory as the parameters are: the kernels walk along all tensors side by side."""
-    if all(x.stride() == y.stride() for x, y in zip(gradients, p, strict=True)):
-        return gradients
+def aligned(gradients: Tensors, p: Tensors) -> Tensors | None:
+    """Gradients laid out in memory as the parameters are: the kernels walk along all tensors side by side. None for sparse ones."""
+    try:
+        if [x.stride() for x in gradients] == [y.stride() for y in p]:
+            return gradients
+    except RuntimeError:  # sparse ones have no strides; to ask for layouts would take as long as to ask for strides
+        return None
     return [x if x.stride() == y.stride() else torch.empty_like(y).copy_(x) for x, y in zip(gradients, p, strict=True)]
 
 
@@ -254,10 +256,6 @@ class _SGD:
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
         if self.decay.decoupled:
             torch._foreach_mul_(p, 1 - lr * self.decay.decoupled * (1.0 if found_inf is None else 1 - found_inf.double()))
-        if not self.beta and not self.decay.coupled and found_inf is None:
-            # The fused kernel is slower than one addition per tensor.
-            vec.add_scaled_(tuple(p), tuple(g), [lr if maximize else -lr] * len(p))
-            return
         torch._fused_sgd_(
             p,
             g,

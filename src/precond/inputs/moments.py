@@ -93,11 +93,11 @@ class Moments:
         """Of no samples, in these shapes."""
         return Moments(*(torch.zeros_like(t) for t in (self.count, self.mean, self.spread, self.absolute, self.examples)))
 
-    def bounded_to(self, mean: Tensor, spread: Tensor) -> Moments:
-        """Numbers that are not finite replaced, in groups that have any, by what is known, without a look at them by the host."""
+    def bound_to_(self, mean: Tensor, spread: Tensor) -> None:
+        """Replace in place, in groups that have numbers that are not finite, all by what is known, without a look at them by the host."""
         finite = self.variance.sum(-1) < torch.inf
-        where = lambda new, old: torch.where(_fit(finite, new), new, old)  # noqa: E731
-        return replace(self, mean=where(self.mean, mean), spread=where(self.spread, spread), absolute=where(self.absolute, 0.0))
+        for new, old in ((self.mean, mean), (self.spread, spread), (self.absolute, self.absolute.new_zeros(()))):
+            torch.where(_fit(finite, new), new, old, out=new)
 
 
 def mixed(parts: Sequence[Moments]) -> Moments:

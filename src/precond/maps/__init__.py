@@ -11,6 +11,7 @@ from precond.maps.dense import Dense, GramOnly, Kronecker
 from precond.maps.diagonal import Diagonal, InverseRoot
 from precond.maps.layers import Layout, RowMatrix, SideBySide, Sliced, Stacked, Standardizing
 from precond.maps.rotation import Orthogonal, Reflected, Rotation, completed
+from precond.maps.secant import Secant
 from precond.maps.spiked import Spiked
 from precond.maps.symmetric import SymmetricKronecker, Tiled, Unrooted
 from precond.maps.woodbury import Woodbury
@@ -32,6 +33,7 @@ __all__ = [
     "Rotation",
     "RowMatrix",
     "Scaled",
+    "Secant",
     "SideBySide",
     "Sliced",
     "Spiked",

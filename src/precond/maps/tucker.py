@@ -33,7 +33,7 @@ class Tucker(LinearMap):
             if side is not None:
                 A = torch.diag(side) if side.ndim == 1 else side
                 moved = X.movedim(dim, 0)
-                X = on(A.T if transpose else A, moved.flatten(1)).reshape(moved.shape).movedim(0, dim)
+                X = on(A.T if transpose else A, moved.reshape(len(moved), -1)).reshape(moved.shape).movedim(0, dim)
         return (X.reshape(W.shape),)
 
     def mv(self, v: Vec) -> Vec:

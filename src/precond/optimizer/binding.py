@@ -19,6 +19,9 @@ from precond.optimizer import averaging
 from precond.optimizer.naming import Naming
 from precond.optimizer.parameters import Owners, in_place
 
+Kinds = tuple[list[bool], list[torch.dtype], list[int]]
+"""Whether each parameter wants gradients, its dtype, and the number of its device, -1 on a processor: numbers are compared at once."""
+
 Following = Literal["same", "renumbered", "broken"]
 """Of the groups since a binding was made: nothing has changed; numbers have; parameters or strategies have."""
 
@@ -30,7 +33,7 @@ class Binding:
     Attributes:
         entries: (leaf, key, tensor) of all state.
         options: the groups' options when it was made.
-        kinds: whether each leaf wanted gradients then, its dtype and device.
+        kinds: of all leaves, as they were then.
     """
 
     leaves: list[Leaf] = field(default_factory=list)
@@ -38,7 +41,7 @@ class Binding:
     cells: list[Cell] = field(default_factory=list)
     entries: list[tuple[Leaf, str, Tensor]] = field(default_factory=list)
     options: list[tuple[Any, ...]] = field(default_factory=list)
-    kinds: list[tuple[Any, ...]] = field(default_factory=list)
+    kinds: Kinds = ([], [], [])
 
     @property
     def divided(self) -> bool:
@@ -74,16 +77,21 @@ class Binding:
     @property
     def frozen(self) -> set[Tensor]:
         """The parameters that wanted no gradients."""
-        return {leaf.param for leaf, (wants, *_) in zip(self.leaves, self.kinds, strict=True) if not wants}
+        return {leaf.param for leaf, wants in zip(self.leaves, self.kinds[0], strict=True) if not wants}
 
     def converted(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether parameters were frozen, thawed, converted or moved since."""
-        return self.kinds != read_kinds(p for group in groups for p in group["params"])
+        return self.kinds != read_kinds([p for group in groups for p in group["params"]])
+
+    @cached_property
+    def _housed(self) -> list[Leaf]:
+        """The leaves whose modules are known."""
+        return [leaf for leaf in self.leaves if leaf.module is not None]
 
     def follow(self, groups: Sequence[Mapping[str, Any]], naming: Naming) -> Following:
         """Take over numbers that have changed in the groups."""
         options = read_options(groups, naming)
-        if self.converted(groups) or not all(map(in_place, self.leaves)):
+        if self.converted(groups) or not all(map(in_place, self._housed)):
             return "broken"
         if options == self.options:
             return "same"
@@ -136,7 +144,8 @@ def bind(
     if rounding == "kahan":
         entries += _residuals([leaves[i] for i in live], existing)
     entries += averaging.entries(average, [leaves[i] for i in live], existing)
-    kinds = [(p not in frozen, *kind) for p, (_, *kind) in zip(params, read_kinds(params), strict=True)]
+    _, dtypes, devices = read_kinds(params)
+    kinds = [p not in frozen for p in params], dtypes, devices
     return Binding(leaves, choices, cells, entries, read_options(groups, naming), kinds)
 
 
@@ -158,9 +167,9 @@ def choices_of(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[Choi
     return choices
 
 
-def read_kinds(params: Iterable[Tensor]) -> list[tuple[Any, ...]]:
+def read_kinds(params: Sequence[Tensor]) -> Kinds:
     """Of each parameter what decides where its state is, and in what dtype; a model may be converted at any time."""
-    return [(p.requires_grad, p.dtype, p.device) for p in params]
+    return [p.requires_grad for p in params], [p.dtype for p in params], [p.get_device() for p in params]
 
 
 def read_options(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[tuple[Any, ...]]:

@@ -77,8 +77,9 @@ def divided(
             continue
         if not whole:
             cell = cell.restricted(tuple(i for i, x in enumerate(grads) if x is not None))
-        if any(x.is_sparse or x.dtype != p.dtype for x, p in zip(g, cell.block.tensors, strict=True)):
+        laid_out = fused.aligned(g, cell.block.tensors) if [x.dtype for x in g] == cell.block.dtypes else None
+        if laid_out is None:
             rest.append(cell)
-            continue
-        work.append((kernel, cell, fused.aligned(g, cell.block.tensors)))
+        else:
+            work.append((kernel, cell, laid_out))
     return work, rest

@@ -147,11 +147,8 @@ class PreconditionedGD(torch.optim.Optimizer):
         self._probing = self._gradient_based is not None and choice.regularizers[self._gradient_based].probes
         self._dealt: dict[Tensor, int] = {}  # which rank owns which parameters' blocks
         self._requests, self._timeless = preconditioner.requests, preconditioner.timeless
-        if capturable and (self._requests or self._gradient_based is not None or nonfinite == "raise" or average is not None):
-            what = "observes the inputs of layers" if self._requests else "asks for second gradients"
-            what = "averages the weights" if average is not None else what
-            what = "with nonfinite='raise' looks at every gradient" if nonfinite == "raise" else what
-            raise ValueError(f"{name}: capturable=True: it {what}, of which the host must know; leave capturable out")
+        if capturable:
+            self._check_capturable()
         self._forget()
         modules: list[nn.Module] = []
         groups = to_groups(params, modules)
@@ -368,11 +365,13 @@ class PreconditionedGD(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a GradScaler leaves unscaling, and skipping after an overflow, to :meth:`step`.
 
-        Second gradients need that, and replicas, which must agree on a skip. Trainers refuse to clip the gradients of
-        an optimizer that says so; no scaler is at work while a closure runs.
+        Second gradients need that, and replicas, which must agree on a skip, and what is captured, since the scaler would wait for the
+        device. Trainers refuse to clip the gradients of an optimizer that says so; no scaler is at work while a closure runs.
         """
         shared = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in self.owners.alive())
-        return not self._closing and (self._probing or shared or any(leaf.shard is not None for leaf in self._bound.leaves))
+        unread = any(group.get("capturable") for group in self.param_groups)
+        divided = any(leaf.shard is not None for leaf in self._bound.leaves)
+        return not self._closing and (self._probing or shared or divided or unread)
 
     @property
     def observes(self) -> bool:
@@ -597,7 +596,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         k = self._gradient_based or 0
         regularizer = self._bound.choices[0].regularizers[k]
         watch = self._watches(grad_scale)
-        gradients = [leaf.param.grad for leaf in self._bound.leaves]
+        gradients = self._given
         point = self._point(unscaled(gradients, grad_scale))
         if not self._listening.collect(self._bound.cells, self.nonfinite != "propagate") or (
             watch and not self._agreed(vec.all_finite(point.g))
@@ -677,12 +676,11 @@ class PreconditionedGD(torch.optim.Optimizer):
         if not self._listening.collect(self._bound.cells, self.nonfinite != "propagate"):
             return False
         scale = getattr(self, "grad_scale", None)
-        unscaled_ = None if scale is None else unscaled([leaf.param.grad for leaf in self._bound.leaves], scale)
-        work, rest = divided(kernels, self._bound.cells, self._lr, self.param_groups, unscaled_)
+        gradients = None if scale is None else unscaled(self._given, scale)
+        work, rest = divided(kernels, self._bound.cells, self._lr, self.param_groups, gradients)
         if rest and not work:
             return False
-        gradients = [leaf.param.grad for leaf in self._bound.leaves] if unscaled_ is None else unscaled_
-        point = self._point(gradients, rest) if rest else None
+        point = self._point(self._given if gradients is None else gradients, rest) if rest else None
         found = (
             (*(x for _, _, g in work for x in g), *(() if point is None else point.g)) if self.nonfinite != "propagate" else ()
         )
@@ -700,12 +698,30 @@ class PreconditionedGD(torch.optim.Optimizer):
         self.last = Record(self, loss, skipped=verdict or False, scale=scale)
         return True
 
+    def _check_capturable(self) -> None:
+        """Refuse to promise what a CUDA graph cannot repeat."""
+        whys = {
+            "observes the inputs of layers": bool(self._requests),
+            "asks for second gradients": self._gradient_based is not None,
+            "keeps an average of the weights": self.average is not None,
+            "looks at every gradient, nonfinite='raise'": self.nonfinite == "raise",
+        }
+        if why := next((what for what, found in whys.items() if found), None):
+            raise ValueError(
+                f"{self.naming.name}: capturable=True: it {why}, of which the host must know; leave capturable out"
+            )
+
     def _check_capture(self) -> None:
         """Refuse what a CUDA graph would not repeat."""
         if missing := [leaf.name for leaf in self._bound.leaves if not self.param_groups[leaf.group].get("capturable")]:
             raise RuntimeError(
                 f"{self.naming.name}: a CUDA graph of its step is captured, but the group of {missing[0]!r} is not capturable: make "
                 "it with capturable=True"
+            )
+        if not all("clock" in cell.state for cell in self._bound.cells):
+            raise RuntimeError(
+                f"{self.naming.name}: a CUDA graph of its step is captured, but ranks step for each other, and the host counts their "
+                "steps; leave the step out of the graph"
             )
 
     @property
@@ -725,6 +741,11 @@ class PreconditionedGD(torch.optim.Optimizer):
         for cell in self._bound.cells:
             if any(leaf.param.grad is not None for leaf in cell.leaves):
                 count_on_host(cell.state)
+
+    @property
+    def _given(self) -> list[Tensor | None]:
+        """What ``.grad`` holds, of each leaf."""
+        return [leaf.param.grad for leaf in self._bound.leaves]
 
     def _is_unread(self) -> bool:
         """Whether inf and NaN are to decide about this step without the host's knowing."""
@@ -766,7 +787,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         good_inputs = pending is not None or self._listening.collect(self._bound.cells, self.nonfinite != "propagate")
         good_products = True
         if pending is None:
-            point = self._point(unscaled([leaf.param.grad for leaf in self._bound.leaves], scale))
+            point = self._point(unscaled(self._given, scale))
             evidence = Evidence(hessian=None if graph is None else self._hessian(point, graph))
             if graph is not None and self.nonfinite != "propagate":
                 good_products = self._products(point, evidence)
@@ -904,7 +925,7 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def measure(self, name: str, scale: float | Tensor | None, length: Callable[[], Tensor] | None) -> Tensor | float:
         """A number of the last step, from gradients and state as they are now: see :class:`precond.optimizer.record.Record`."""
-        point = self._point(unscaled([leaf.param.grad for leaf in self._bound.leaves], scale))
+        point = self._point(unscaled(self._given, scale))
         return measure(point, name, self._gradient_based, length)
 
     @contextmanager

@@ -8,9 +8,11 @@ from precond.preconditioners.compose import Composition
 from precond.preconditioners.fixed import Fixed
 from precond.preconditioners.kfac import KFAC, OutputFactor
 from precond.preconditioners.muon import Muon
+from precond.preconditioners.orthogonalized import Orthogonalized
 from precond.preconditioners.polar import Polar
 from precond.preconditioners.rms import RMS
 from precond.preconditioners.route import Route
+from precond.preconditioners.schatten import Schatten
 from precond.preconditioners.shampoo import Shampoo
 from precond.preconditioners.soap import SOAP
 from precond.preconditioners.split import Split
@@ -26,11 +28,13 @@ __all__ = [
     "Composition",
     "Fixed",
     "Muon",
+    "Orthogonalized",
     "OutputFactor",
     "Part",
     "Polar",
     "Preconditioner",
     "Route",
+    "Schatten",
     "Seen",
     "Shampoo",
     "Split",

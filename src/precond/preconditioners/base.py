@@ -204,10 +204,10 @@ class Preconditioner(ABC):
         """What it wants to know of the inputs of layers; nothing by default."""
         return frozenset()
 
-    def idle(self, step: int) -> bool:
-        """Whether nothing of layer inputs is to be observed for a step, whatever the statistics are."""
+    def idle(self, step: int, turns: Iterable[int]) -> bool:
+        """Whether nothing of layer inputs is to be observed for a step of leaves with these turns, whatever the statistics are."""
         if self.constituents:
-            return all(part.idle(step) for part in self.constituents)
+            return all(part.idle(step, turns) for part in self.constituents)
         return not self.requests
 
     def looks(self, step: int) -> bool:

@@ -14,7 +14,7 @@ from precond.maps import Layout, LinearMap, RowMatrix, Spiked
 from precond.maps.eigen import eigenpairs, followed, in_general_position, leading_pairs
 from precond.precision import rounding
 from precond.preconditioners.eigenbases import at_hand
-from precond.preconditioners.rational import inverse_roots
+from precond.preconditioners.rational import inverse_roots_
 from precond.vec import Vec
 
 
@@ -53,7 +53,7 @@ class Correlation:
 
 
 class Root(ABC):
-    """How R with R Rᵀ = K⁻¹ is kept and found."""
+    """How R with R Rᵀ = K^(−p) is kept and found."""
 
     @abstractmethod
     def fresh(self, mean: Tensor) -> dict[str, Tensor]:
@@ -70,15 +70,16 @@ class Root(ABC):
 
 @dataclass(frozen=True)
 class Whole(Root):
-    """``"symmetric"``, K^(−1/2), or ``"cholesky"``, L⁻ᵀ with K = LLᵀ."""
+    """``"symmetric"``, K^(−p/2), or with p = 1 ``"cholesky"``, L⁻ᵀ with K = LLᵀ."""
 
     kind: Literal["symmetric", "cholesky"]
+    power: float = 1.0
 
     def fresh(self, mean: Tensor) -> dict[str, Tensor]:
         return {"factor": _eyes(mean, mean.shape[-1])}
 
     def renew(self, state: dict[str, Tensor], K: Correlation) -> None:
-        state["factor"].copy_(inverse_root(K.whole(), self.kind))
+        state["factor"].copy_(inverse_root(K.whole(), self.kind, self.power))
 
     def map(self, state: dict[str, Tensor], like: Vec, layout: Layout) -> LinearMap:
         return RowMatrix(state["factor"], like, layout)
@@ -86,13 +87,14 @@ class Whole(Root):
 
 @dataclass(frozen=True)
 class Leading(Root):
-    r"""K^(−1/2) with K ≈ λ̄I + U(Λ − λ̄)Uᵀ: r leading eigenvalues Λ and their eigenvectors U, and the mean λ̄ of all others.
+    r"""K^(−p/2) with K ≈ λ̄I + U(Λ − λ̄)Uᵀ: r leading eigenvalues Λ and their eigenvectors U, and the mean λ̄ of all others.
 
     Of all matrices of this form it is the likeliest given K (Tipping & Bishop, 1999, eq. 7, 8). U moves by orthogonal iteration with
     the new K from where it was, n²r operations; at first by some steps from columns in general position.
     """
 
     rank: int
+    power: float = 1.0
 
     def fresh(self, mean: Tensor) -> dict[str, Tensor]:
         groups = len(mean)
@@ -113,8 +115,8 @@ class Leading(Root):
         rest = (n - values.sum(-1)) / (n - self.rank)
         floor = values.amax(-1) * rounding(n, Q.dtype)
         state["basis"].copy_(U)
-        state["leading"].copy_(torch.maximum(values, floor[..., None]).rsqrt_())
-        state["rest"].copy_(torch.maximum(rest, floor).rsqrt_())
+        state["leading"].copy_(torch.maximum(values, floor[..., None]).pow_(-self.power / 2))
+        state["rest"].copy_(torch.maximum(rest, floor).pow_(-self.power / 2))
 
     def map(self, state: dict[str, Tensor], like: Vec, layout: Layout) -> LinearMap:
         return Spiked(state["basis"], state["leading"], state["rest"], like, layout)
@@ -126,20 +128,22 @@ def _eyes(mean: Tensor, columns: int) -> Tensor:
     return torch.eye(n, columns, dtype=mean.dtype, device=mean.device).repeat(groups, 1, 1)
 
 
-def inverse_root(K: Tensor, root: str) -> Tensor:
-    """R with R Rᵀ = K⁻¹ for symmetric positive definite K (…, n, n): K^(−1/2), or L⁻ᵀ with K = LLᵀ."""
+def inverse_root(K: Tensor, root: str, power: float = 1.0) -> Tensor:
+    """R with R Rᵀ = K^(−p) for symmetric positive definite K (…, n, n), which may be written over: K^(−p/2), or with p = 1 L⁻ᵀ with K = LLᵀ."""
     least = rounding(K.shape[-1], K.dtype)
+    if power == 0:
+        return torch.eye(K.shape[-1]).to(K).expand_as(K)
     if root == "cholesky":
         L, info = torch.linalg.cholesky_ex(K)
         if not at_hand(K):
-            return torch.where((info == 0)[..., None, None], inverse_of_triangular(L).mT, inverse_roots(K, 0.5, least))
+            return torch.where((info == 0)[..., None, None], inverse_of_triangular(L).mT, inverse_roots_(K, 0.5, least))
         if not bool(info.any()):
             return inverse_of_triangular(L).mT
     if not at_hand(K):
-        return inverse_roots(K, 0.5, least)
+        return inverse_roots_(K, power / 2, least)
     values, V = eigenpairs(K)
     floor = values.amax(-1, keepdim=True) * least
-    scaled = V * torch.maximum(values, floor).rsqrt()[..., None, :]
+    scaled = V * torch.maximum(values, floor).pow(-power / 2)[..., None, :]
     return scaled @ V.mT
 
 

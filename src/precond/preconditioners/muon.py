@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from precond.momentum import Momentum
 
 
+Scale = Literal["original", "match_rms_adamw", "none"]
+
+
 @dataclass(frozen=True)
 class Muon(Stacked):
     r"""Momentum with its singular values made equal: M = γ(m mᵀ)^(−1/2) for the momentum m of the clean gradient, so that M m = γUVᵀ.
@@ -56,7 +59,7 @@ class Muon(Stacked):
     steps: int = 5
     coefficients: Coefficients = JORDAN
     eps: float = 1e-7
-    scale: Literal["original", "match_rms_adamw", "none"] = "original"
+    scale: Scale = "original"
     arithmetic: Literal["bfloat16", "full"] = "bfloat16"
     momentum: Momentum | None = None
 
@@ -106,11 +109,24 @@ class Muon(Stacked):
             return super().descend(state, seen)
         (m,) = seen.gradient if seen.momentum is None else seen.momentum
         X, norm = normalized(as_matrices(m), self.eps)
-        narrow = self.arithmetic == "bfloat16" and in_16_bits(X, len(X))
-        step, gram = iterated(X.bfloat16() if narrow else X, self.coefficients, int(self.steps), self.factor(*X.shape[-2:]))
+        step, gram = self._iterated(X)
         state["norm"].copy_(norm)
         state["gram"].copy_(gram)
         return (step.to(m.dtype).view(m.shape),)
+
+    def _iterated(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """(γ times the last iterate, the first Gram matrix) from matrices (k, A, B) of norm 1."""
+        narrow = self.arithmetic == "bfloat16" and in_16_bits(X, len(X))
+        return iterated(X.bfloat16() if narrow else X, self.coefficients, int(self.steps), self.factor(*X.shape[-2:]))
+
+    def shaped(self, m: Tensor) -> Tensor:
+        """M m of matrices (k, A, B)."""
+        X, _ = normalized(m, self.eps)
+        if self.root == "newton-schulz":
+            return self._iterated(X)[0].to(m.dtype)
+        wide = X.shape[-2] <= X.shape[-1]
+        Q = self._root(X @ X.mT if wide else X.mT @ X)
+        return self.factor(*X.shape[-2:]) * (Q @ X if wide else X @ Q)
 
     def map(self, state: State) -> LinearMap:
         (like,) = state.block.tensors
@@ -121,13 +137,7 @@ class Muon(Stacked):
 
     def factor(self, rows: int, columns: int) -> float:
         """γ of a matrix."""
-        match self.scale:
-            case "original":
-                return max(1.0, rows / columns) ** 0.5
-            case "match_rms_adamw":
-                return 0.2 * max(rows, columns) ** 0.5
-            case _:
-                return 1.0
+        return factor(self.scale, rows, columns)
 
     def _root(self, gram: Tensor) -> Tensor:
         if self.root == "newton-schulz":
@@ -142,6 +152,17 @@ class Muon(Stacked):
             return polynomial(gram, self.coefficients, int(self.steps))
         least = values.amax(-1, keepdim=True) * max(self.eps**2, rounding(gram.shape[-1], gram.dtype))
         return (V * torch.where(values > least, values, torch.inf).rsqrt()[..., None, :]) @ V.mT
+
+
+def factor(scale: Scale, rows: int, columns: int) -> float:
+    """γ of a matrix: see :class:`Muon`."""
+    match scale:
+        case "original":
+            return max(1.0, rows / columns) ** 0.5
+        case "match_rms_adamw":
+            return 0.2 * max(rows, columns) ** 0.5
+        case _:
+            return 1.0
 
 
 def is_full_matrix(leaf: Leaf) -> bool:

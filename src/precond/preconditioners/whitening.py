@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from precond import checks
 from precond.arguments import settle
-from precond.blocks import Block, State, state_dtype
+from precond.blocks import Block, State, spans, state_dtype
 from precond.inputs import Moments, Request
 from precond.inputs.moments import by_group, greatest, least, variances
 from precond.maps import Layout, LinearMap
 from precond.preconditioners.correlation import Correlation, Leading, Root, Whole
-from precond.preconditioners.input_side import InputSide, LayerPart
-from precond.preconditioners.roots import renewed
+from precond.preconditioners.input_side import InputSide, LayerPart, key_of
+from precond.turns import next_renewal
 from precond.vec import Vec
 
 _REQUEST = Request("covariance", "patch")
@@ -50,6 +50,9 @@ class Whitening(InputSide):
         rank: r ≥ 1; where a layer has more than 4r inputs, K is taken as λ̄I + U(Λ − λ̄)Uᵀ, with its r leading eigenvalues Λ, their
             eigenvectors U and the mean λ̄ of the others, and the root is symmetric whatever ``root`` says. A refresh then takes n²r
             operations in place of n³, a product with a row of the weight 4nr in place of 2n². None: K as it is.
+        power: p in [0, 1] of P = U·diag(1, D⁻¹K^(−p/2)), M being K^(−p) where features have scale 1: 1 whitens, 0 leaves BNP's arrow, and
+            between them directions in which inputs vary little are favored less. Scales are units, and divided out whatever p is. With
+            ``root="cholesky"`` 1.
 
     References:
         Desjardins et al. (2015); Ledoit & Wolf (2004) for shrinkage; Benzing (2022), FOOF; Ye, Theorem 3;
@@ -64,6 +67,7 @@ class Whitening(InputSide):
     shrinkage: float = 1.0
     samples: float = 0.0
     rank: int | None = 64
+    power: float = 1.0
 
     def __post_init__(self) -> None:
         settle(self)
@@ -72,6 +76,10 @@ class Whitening(InputSide):
         checks.positive("Whitening", every=self.every, observe_steps=self.observe_steps)
         if self.rank is not None:
             checks.whole("Whitening", rank=self.rank)
+        if not 0 <= self.power <= 1:
+            raise ValueError(f"Whitening: power must be in [0, 1], got {self.power!r}; 1 whitens, 0 standardizes")
+        if self.root == "cholesky" and self.power != 1:
+            raise ValueError(f"Whitening: root='cholesky' is one of power=1, got power={self.power!r}; use root='symmetric'")
 
     @property
     def request(self) -> Request:
@@ -81,14 +89,15 @@ class Whitening(InputSide):
     def dealt(self) -> bool:
         return True  # rows need nothing of each other, but each process would take the root
 
-    def idle(self, step: int) -> bool:
-        return not any(renewed(step + k, self.every) for k in range(self.observe_steps))
+    def idle(self, step: int, turns: Iterable[int]) -> bool:
+        return all(next_renewal(step, self.every, turn) - step >= self.observe_steps for turn in turns)
 
-    def wants(self, step: int, state: dict[str, Tensor]) -> bool:
-        steps, size = self.observe_steps, least(state["size"]) if self.samples else 0.0
-        if self.samples and size:
-            steps = min(steps, math.ceil(self.samples * state["mean"].shape[-1] / size))
-        return any(renewed(step + k, self.every) for k in range(steps))
+    def wants(self, state: State, part: LayerPart) -> list[bool]:
+        away, steps = state.until_renewed(self.every, ahead=1), int(self.observe_steps)
+        size = least(state[key_of("size", part)]) if self.samples and min(away) < steps else 0.0
+        if size:
+            steps = min(steps, math.ceil(self.samples * state[key_of("mean", part)].shape[-1] / size))
+        return [k < steps for k in away]
 
     def rate(self, step: float, new: Moments) -> float | Tensor:
         if not self.samples:
@@ -109,7 +118,7 @@ class Whitening(InputSide):
     def fresh(self, part: LayerPart, block: Block) -> dict[str, Tensor]:
         weight = block.leaves[part.weight].param
         groups, n = part.site.shape(self.request)
-        root = Whole(self.root) if self.rank is None or n <= 4 * self.rank else Leading(int(self.rank))
+        root = Whole(self.root, self.power) if self.rank is None or n <= 4 * self.rank else Leading(int(self.rank), self.power)
         zeros = lambda *shape: torch.zeros(shape, dtype=state_dtype(weight.dtype), device=weight.device)  # noqa: E731
         return {
             **{name: torch.zeros(groups, dtype=state_dtype(weight.dtype)) for name in ("count", "noise", "size")},
@@ -121,7 +130,7 @@ class Whitening(InputSide):
 
     def root_of(self, state: dict[str, Tensor]) -> Root:
         """How the root of a layer's correlations is kept."""
-        return Leading(state["basis"].shape[-1]) if "basis" in state else Whole(self.root)
+        return Leading(state["basis"].shape[-1], self.power) if "basis" in state else Whole(self.root, self.power)
 
     def scales(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(μ, σ̃); with no bias to center with, μ is 0 and σ² = E[h²]."""
@@ -146,12 +155,11 @@ class Whitening(InputSide):
         return greatest(mine["count"]) >= 2  # one sample has no covariance
 
     def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:
-        if not renewed(min(state.steps), self.every):
-            return
-        for part in self.parts(state.block):
-            mine = self._of(part, state)
-            if self.known(mine):
-                _, std = self.scales(part, mine)
-                mean = None if part.bias is not None else mine["mean"]  # with no bias to center with, E[hhᵀ]
-                shrunk = 1 + self.shrinkage * std.shape[-1] * by_group(mine["noise"], std)  # 1/(1 − γ)
-                self.root_of(mine).renew(mine, Correlation(mine["covariance"], mean, std, shrunk))
+        for some in spans([k == 0 for k in state.until_renewed(self.every)]):
+            due = state.span(some)
+            for part in self.parts(state.block):
+                if self.known(mine := self._of(part, due)):
+                    _, std = self.scales(part, mine)
+                    mean = None if part.bias is not None else mine["mean"]  # with no bias to center with, E[hhᵀ]
+                    shrunk = 1 + self.shrinkage * std.shape[-1] * by_group(mine["noise"], std)  # 1/(1 − γ)
+                    self.root_of(mine).renew(mine, Correlation(mine["covariance"], mean, std, shrunk))

@@ -15,12 +15,13 @@ from precond.engine.cells import Choice
 from precond.momentum import Momentum
 from precond.optimizer import PreconditionedGD
 from precond.optimizer.parameters import Params
-from precond.preconditioners import RMS, SOAP, Muon, Preconditioner, Route, Shampoo
+from precond.preconditioners import RMS, SOAP, Muon, Orthogonalized, Preconditioner, Route, Schatten, Shampoo
 from precond.preconditioners.kronecker import Sides
+from precond.preconditioners.muon import Scale
 from precond.preconditioners.newton_schulz import JORDAN
 from precond.recipes.making import after, make
 from precond.regularizers import L2, Regularizer
-from precond.schedules import numbers
+from precond.schedules import numbers, replaced
 
 
 @dataclass(frozen=True)
@@ -29,22 +30,30 @@ class _Muon:
     root: Literal["newton-schulz", "eigh"]
     arithmetic: Literal["bfloat16", "full"]
     inputs: Preconditioner | None
+    after: Preconditioner | None
 
     def __call__(self, group: Mapping[str, Any]) -> Choice:
+        polar = self._of(group)
+        matrices = polar if self.after is None else Orthogonalized(replaced(self.after, group), polar, None)
+        others = RMS(group["betas"][1], group["adam_eps"])
+        P = Route([(self.where, matrices), ("*", others, group["adam_lr_scale"])])
+        return Choice(after(self.inputs, P, group), Momentum(group["betas"][0]), (L2(group["weight_decay"] / 2, space="z"),))
+
+    def _of(self, group: Mapping[str, Any]) -> Muon | Schatten:
         beta = group["momentum"]
+        scale: Scale = group["adjust_lr_fn"] or "original"
         average = Momentum(beta, "nesterov" if group["nesterov"] else "heavy_ball", dampening=beta)
-        matrices = Muon(
+        if group["power"]:
+            return Schatten(group["power"], group["eps"], scale, average)
+        return Muon(
             self.root,
             group["ns_steps"],
             tuple(group["ns_coefficients"]),
             group["eps"],
-            group["adjust_lr_fn"] or "original",
+            scale,
             self.arithmetic,
             average,
         )
-        others = RMS(group["betas"][1], group["adam_eps"])
-        P = Route([(self.where, matrices), ("*", others, group["adam_lr_scale"])])
-        return Choice(after(self.inputs, P, group), Momentum(group["betas"][0]), (L2(group["weight_decay"] / 2, space="z"),))
 
 
 @checked
@@ -66,6 +75,8 @@ def muon(
     root: Literal["newton-schulz", "eigh"] = "newton-schulz",
     arithmetic: Literal["bfloat16", "full"] = "bfloat16",
     inputs: Preconditioner | None = None,
+    after: Preconditioner | None = None,
+    power: float = 0.0,
     maximize: bool = False,
     regularizers: Iterable[Regularizer] = (),
     **options: Any,
@@ -81,6 +92,9 @@ def muon(
         betas, adam_eps, adam_lr_scale: of Adam for the rest, and what its learning rate is multiplied by.
         root, arithmetic: see :class:`~precond.Muon`.
         inputs: ``BNP()`` or ``Whitening()``: everything in the coordinates of layer inputs.
+        after: ``SOAP()``, ``Whitening(power=0.5)``, ``RMS()``, …: the polar factor is that of its step in place of the momentum's
+            (:class:`~precond.Orthogonalized`).
+        power: s in [0, 1] of U Σˢ Vᵀ in place of U Vᵀ (:class:`~precond.Schatten`); 0 is Muon.
         maximize, regularizers, options: as in :func:`sgd`.
     """
     checks.fraction("muon", momentum=momentum, **{"betas[0]": betas[0], "betas[1]": betas[1]})
@@ -98,11 +112,13 @@ def muon(
         "betas": betas,
         "adam_eps": adam_eps,
         "adam_lr_scale": adam_lr_scale,
+        "power": power,
         "maximize": maximize,
         **numbers(inputs),
+        **numbers(after),
     }
     state = {"m": "momentum_buffer", "r": "exp_avg_sq"}
-    return make("muon", params, lr, _Muon(where, root, arithmetic, inputs), defaults, state, {}, regularizers, options)
+    return make("muon", params, lr, _Muon(where, root, arithmetic, inputs, after), defaults, state, {}, regularizers, options)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from precond.diagnostics import Diagnosis, Layer
 from precond.diagnostics.advice import number
+from precond.diagnostics.calibrated import calibration
 from precond.diagnostics.diagnosis import LABELS, block_texts
+from precond.diagnostics.trying import Tried
 from precond.report.rendering import render_template
 from precond.report.style import Pen, log_axis, pen, svg
 from precond.workloads import write_atomically
 
 _ORDER = ("raw", "centered", "scaled", "bnp", "whitened", "optimizer")
+_SHOWN = ("raw", "optimizer", "bnp", "whitened")  # in the picture: as it is, and with each remedy
 _SPECTRA = ("raw", "bnp", "whitened", "optimizer")
+_FIRST = 6  # items and layers on the first screen
 _FIGURES = 12  # layers with figures of their own: those with the largest κ
 _MEANINGS = {
     "raw": "as they are",
@@ -30,9 +35,29 @@ _MEANINGS = {
     "whitened": "whitened, damped",
     "optimizer": "with the optimizer's P",
 }
+_REMEDIES = {"standardize": "Standardized data", "bnp": "BNP", "whitened": "Whitening"}
 
 
-def render_diagnosis(found: Diagnosis, title: str, facts: dict[str, str], command: str = "") -> str:
+@dataclass(frozen=True)
+class Row:
+    """κ of a layer in several coordinates, as dots on a line.
+
+    Attributes:
+        name: of the layer.
+        dots: color, place on the axis in percent, and what it is.
+        span: first and last place in percent.
+        text: κ now and with the remedy that makes it smallest.
+    """
+
+    name: str
+    dots: tuple[tuple[str, float, str], ...]
+    span: tuple[float, float]
+    text: str
+
+
+def render_diagnosis(
+    found: Diagnosis, title: str, facts: dict[str, str], command: str = "", tried: Sequence[Tried] = ()
+) -> str:
     """The page, with styles and figures inside and nothing loaded from elsewhere; all text is escaped.
 
     Args:
@@ -40,26 +65,36 @@ def render_diagnosis(found: Diagnosis, title: str, facts: dict[str, str], comman
         title: of the page.
         facts: what it is about and how it was made, by name.
         command: that made it, or nothing.
+        tried: remedies that were.
     """
     columns = [name for name in _ORDER if name in found.columns]
-    shown = sorted(found.layers, key=lambda layer: -_finite(layer.kappa_now))[:_FIGURES]
-    shown = [layer for layer in found.layers if layer in shown]
+    pictured = [name for name in _SHOWN if name in found.columns]
+    shown = found.worst[:_FIGURES]
+    end = _end(found.layers, pictured)
     return render_template(
         "diagnosis.html",
         title=title,
         command=command,
         facts=facts,
         found=found,
-        cards=_cards(found),
         verdict=found.verdict,
-        advice=[(a, number(a.gain)) for a in found.advice],
+        advice=found.advice[:_FIRST],
+        more=found.advice[_FIRST:],
+        considered=[(_REMEDIES[c.name], c) for c in found.considered if c.why],
+        right=calibration().sentence if any(c.gain for c in found.considered) else "",
+        steps=calibration().steps,
         columns=[LABELS.get(name, name) for name in columns],
         rows=[(layer, _cells(layer, columns)) for layer in found.layers],
-        legend=[(_MEANINGS[name], _pen(name)) for name in columns],
-        kappas=Markup(_kappas(found.layers, columns)) if found.layers else None,
+        legend=[(_MEANINGS[name], _pen(name)) for name in pictured],
+        worst=[_row(layer, pictured, end) for layer in found.worst[:_FIRST]],
+        other=[_row(layer, pictured, end) for layer in found.worst[_FIRST:]],
+        ticks=_ticks(end),
+        tried=list(tried),
+        curves=Markup(_curves(tried)) if sum(t.curve is not None for t in tried) else None,
+        curve_legend=[(t.label, pen(i)) for i, t in enumerate(tried) if t.curve is not None],
         spectra=[(layer.name, Markup(_spectrum(layer, i))) for i, layer in enumerate(shown)],
         spectra_legend=[(_MEANINGS[name], _pen(name)) for name in _SPECTRA if name in columns],
-        drivers=Markup(_drivers(found.layers)) if found.layers else None,
+        drivers=Markup(_drivers(shown)) if found.layers else None,
         heat=[(layer.name, Markup(_heat(layer, i))) for i, layer in enumerate(shown) if layer.correlation.shape[0] > 1],
         blocks=[(layer.name, block_texts(layer)) for layer in found.layers] if found.matrix != "none" else [],
         matrix="Hessian" if found.matrix == "hessian" else "Gauss–Newton matrix",
@@ -67,13 +102,15 @@ def render_diagnosis(found: Diagnosis, title: str, facts: dict[str, str], comman
     )
 
 
-def save_diagnosis(path: Path, found: Diagnosis, title: str, facts: dict[str, str], command: str = "") -> None:
+def save_diagnosis(
+    path: Path, found: Diagnosis, title: str, facts: dict[str, str], command: str = "", tried: Sequence[Tried] = ()
+) -> None:
     """Write the page.
 
     Raises:
         WriteError: where it cannot be written.
     """
-    write_atomically(path, render_diagnosis(found, title, facts, command))
+    write_atomically(path, render_diagnosis(found, title, facts, command, tried))
 
 
 def _finite(x: float) -> float:
@@ -84,46 +121,52 @@ def _pen(name: str) -> Pen:
     return pen(_ORDER.index(name))
 
 
-def _cards(found: Diagnosis) -> list[tuple[str, str, str]]:
-    """What a reader wants to know first: heading, number, explanation."""
-    cards = []
-    if found.layers:
-        worst = max(found.layers, key=lambda layer: _finite(layer.kappa_now))
-        own = "with its P" if "optimizer" in worst.spectra.values else "of the inputs"
-        cards.append(("Largest κ " + own, number(worst.kappa_now), f"layer {worst.name}, driven by {worst.drivers.main}"))
-    if found.advice:
-        cards.append(("Largest predicted gain", f"×{number(found.advice[0].gain)}", found.advice[0].what))
-    if found.lr is not None and found.lr_limit is not None:
-        share = f"{100 * found.lr / found.lr_limit:.3g} %"
-        cards.append(("Learning rate against its limit", share, f"{number(found.lr)}; unstable above {number(found.lr_limit)}"))
-    bad = sum(layer.units.bad for layer in found.layers)
-    cards.append(("Inputs that carry nothing", str(bad), "dead, constant or saturated, over all layers"))
-    return cards
-
-
 def _cells(layer: Layer, columns: Sequence[str]) -> list[str]:
     return [number(layer.spectra.kappa(name)) for name in columns]
 
 
-def _kappas(layers: Sequence[Layer], columns: Sequence[str]) -> str:
-    """Bars of κ per layer and coordinates."""
+def _end(layers: Sequence[Layer], columns: Sequence[str]) -> int:
+    """Decades of the axis."""
+    largest = max((_finite(layer.spectra.kappa(name)) for layer in layers for name in columns), default=10.0)
+    return max(1, math.ceil(math.log10(max(largest, 1.0))))
+
+
+def _ticks(end: int) -> list[tuple[float, str]]:
+    """Places in percent and labels of the axis, seven at most."""
+    stride = -(-end // 6)
+    labels = {0: "1", 1: "10", 2: "100", 3: "1,000"}
+    return [(100 * k / end, labels.get(k, f"1e{k}")) for k in range(0, end + 1, stride)]
+
+
+def _row(layer: Layer, columns: Sequence[str], end: int) -> Row:
+    kappas = [(name, layer.spectra.kappa(name)) for name in columns]
+    # Later dots lie over earlier ones: as it is now on top.
+    dots = tuple(
+        (_pen(name).color, round(100 * math.log10(max(k, 1.0)) / end, 2), f"{_MEANINGS[name]}: κ = {number(k)}")
+        for name, k in reversed(kappas)
+        if math.isfinite(k)
+    )
+    places = [place for _, place, _ in dots] or [0.0]
+    least = min((k for _, k in kappas if math.isfinite(k)), default=math.nan)
+    return Row(layer.name, dots, (min(places), max(places) - min(places)), f"{number(layer.kappa_now)} → {number(least)}")
+
+
+def _curves(tried: Sequence[Tried]) -> str:
+    """Losses of what was tried."""
 
     def draw(axes: Axes) -> None:
-        height = 0.8 / len(columns)
-        for j, name in enumerate(columns):
-            places = [i + (j - (len(columns) - 1) / 2) * height for i in range(len(layers))]
-            values = [_finite(layer.spectra.kappa(name)) for layer in layers]
-            axes.barh(places, [max(x, 1.0) for x in values], height=0.86 * height, color=_pen(name).color, left=0, zorder=3)
-        axes.set_xscale("log")
-        largest = max((_finite(layer.spectra.kappa(name)) for layer in layers for name in columns), default=10.0)
-        axes.set_xlim(1, max(largest * 1.6, 10))
-        axes.set_yticks(range(len(layers)), [layer.name for layer in layers])
-        axes.set_ylim(len(layers) - 0.4, -0.6)
-        axes.grid(axis="y", visible=False)
-        axes.set_xlabel("κ of the extended inputs")
-        log_axis(axes.xaxis)
+        for i, one in enumerate(tried):
+            if one.curve is not None:
+                n = len(one.curve.losses)
+                axes.plot(one.curve.steps[:n], one.curve.losses, color=pen(i).color, zorder=3)
+        axes.set_xlabel("steps")
+        axes.set_ylabel("loss")
+        lowest = min(min(one.curve.losses) for one in tried if one.curve is not None)
+        if lowest > 0:
+            axes.set_yscale("log")
+            log_axis(axes.yaxis)
 
-    return svg(draw, "kappas", (9.0, 0.7 + len(layers) * (0.18 + 0.12 * len(columns))))
+    return svg(draw, "tried", (5.2, 3.0))
 
 
 def _drivers(layers: Sequence[Layer]) -> str:

@@ -16,6 +16,7 @@ from precond.workloads import Outcome
 
 Part = Literal["train", "validation"]
 
+_MANY = 8
 _RESAMPLES = 2000
 _LEVEL = 0.95
 
@@ -72,10 +73,17 @@ def has_part(results: Results, part: Part) -> bool:
 
 
 def pairs(results: Results, part: Part, work: Work) -> list[Pair]:
-    """Each entrant against those that were named before it."""
+    """Each entrant against those that were named before it; of more than eight, against references alone."""
     tasks = retargeted(results, part).tasks
     labels = list(dict.fromkeys(entry.label for task in tasks for entry in task.entries))
-    return [_pair(label, rival, part, tasks, work) for i, label in enumerate(labels) for rival in labels[:i]]
+    references = {task.reference for task in tasks}
+    chosen = [
+        (label, rival)
+        for i, label in enumerate(labels)
+        for rival in (labels[:i] if len(labels) <= _MANY else labels)
+        if label != rival and (len(labels) <= _MANY or rival in references)
+    ]
+    return [_pair(label, rival, part, tasks, work) for label, rival in chosen]
 
 
 def log_ratios(task: TaskResults, label: str, rival: str, work: Work) -> list[float]:

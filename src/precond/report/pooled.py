@@ -136,7 +136,7 @@ def _pairs(results: Results, part: Part) -> Plain:
         f"Pairs: work to the {_PARTS[part]} target",
         "Geometric means over tasks of ratios seed by seed, with bootstrap intervals of 95 % (tasks and their seeds drawn anew); a training "
         "that missed the target counts with all of its work. Tests are over tasks, two-sided, on steps, and not corrected for how many "
-        "pairs there are.",
+        "pairs there are. Of more than eight entrants, pairs with the reference alone.",
         ["pair", "steps", "seconds", "faster / slower", "Wilcoxon p", "sign test p"],
         rows,
     )  # fmt: skip

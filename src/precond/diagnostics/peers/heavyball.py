@@ -15,16 +15,16 @@ from precond.maps import Identity, LinearMap
 from precond.maps.tucker import Tucker
 
 
-def _of(state: Options, name: str) -> Any:
-    """What the chain keeps under a name, of a parameter that it does not split.
+def _of(state: Options, *names: str) -> Any:
+    """What the chain keeps under one of some names, of a parameter that it does not split.
 
     Raises:
         KeyError: where it keeps none, or several.
     """
     views = [view for view in state.values() if isinstance(view, dict)]
-    found = [view[key] for view in views for key in view if re.fullmatch(rf"\w*_{name}_\d+", str(key))]
+    found = [view[key] for view in views for key in view if re.fullmatch(rf"\w*_({'|'.join(names)})_\d+", str(key))]
     if len(found) != 1:
-        raise KeyError(name)
+        raise KeyError(" or ".join(names))
     return found[0]
 
 
@@ -68,4 +68,4 @@ def muon(param: Tensor, state: Options, group: Options) -> LinearMap:
     if param.ndim < 2:
         return Identity((param.detach(),))
     rows, columns = param.shape[0], param[0].numel()
-    return polar(param, _of(state, "momentum"), max(1.0, rows / columns) ** 0.5)
+    return polar(param, _of(state, "momentum", "exp_avg"), max(1.0, rows / columns) ** 0.5)

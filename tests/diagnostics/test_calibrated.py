@@ -1,0 +1,69 @@
+"""Intervals: the line they are made by, what they hold of other tasks, and their words."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from precond.diagnostics.calibrated import Gain, Row, calibration, fit, summary
+
+
+def planted(stuck, slope=0.5, noise=0.2, tasks=12, each=20):
+    draw = random.Random(0)
+    rows = []
+    for task in range(tasks):
+        for _ in range(each):
+            x = draw.uniform(0, math.log(150))
+            unit = 1.0 if stuck else x + math.log(2)
+            y = (2.0 if stuck else 0.0) + slope * x + unit * draw.gauss(0, noise)
+            rows.append(Row(f"task {task}", "bnp", stuck, math.exp(x), math.exp(y)))
+    return rows
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_a_planted_line_is_found_and_its_intervals_hold_four_of_five(stuck):
+    rows = planted(stuck)
+    line = fit(rows)
+    # 240 residuals of 0.2: the tenth and ninth tenth are known to about 0.2·1.7/√240 = 0.02, and so is the line.
+    assert line.b == pytest.approx(0.5, abs=0.1) and line.a == pytest.approx(2.0 if stuck else 0.0, abs=0.15)
+    assert line.high == pytest.approx(0.2 * 1.28, abs=0.08) and line.low == pytest.approx(-0.2 * 1.28, abs=0.08)
+    found = summary(rows, 10**6)
+    assert found["cells"] == found["judged"] == 240
+    assert 0.72 <= found["held"] / 240 <= 0.88
+
+
+def test_what_changes_nothing_gains_about_nothing():
+    gain = fit(planted(False)).gain(1.0, 1e9, 150)
+    assert 0.75 < gain.low < gain.likely < gain.high < 1.33 and not gain.worth
+    assert gain.alone == 1e9
+
+
+def test_no_interval_goes_beyond_the_training():
+    gain = fit(planted(True)).gain(1e6, 1e9, 150)
+    assert gain.high == 150.0
+
+
+def test_cells_of_one_task_alone_are_not_judged():
+    assert summary(planted(False, tasks=1), 150)["judged"] == 0
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (2.0, 5.04, "steps: about 2 to 5 times fewer, if the other layers keep up"),
+        (0.9, 12.4, "steps: as many, or up to 12 times fewer"),
+        (0.5, 2.5, "steps: from 2 times more to 2.5 times fewer; try it"),
+        (0.2, 1.05, "steps: no fewer"),
+    ],
+)
+def test_words(low, high, words):
+    assert str(Gain(low, (low + high) / 2, high, 150, 3.0, 100.0)) == words
+
+
+def test_the_study_that_comes_along():
+    found = calibration()
+    assert found.cells >= 40 and found.judged >= 40
+    assert {name for name, _ in found.lines} == {"standardize", "bnp", "whitened"}
+    assert f"{found.held} of {found.judged}" in found.sentence
