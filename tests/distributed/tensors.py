@@ -41,5 +41,6 @@ def train(recipe: str, copies: int = 1, steps: int = 4) -> dict[str, Tensor]:
     optimizer = RECIPES[recipe](model)
     for k in range(steps):
         x = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(k)) * 3 + 1
-        optimizer.step(LossClosure(lambda x=x.chunk(shares)[part]: model(x).square().mean()))
+        x = x.chunk(shares)[part]
+        optimizer.step(LossClosure(lambda x=x: model(x).square().mean()))
     return {name: full(p) for name, p in model.named_parameters()}

@@ -92,7 +92,7 @@ def test_a_checkpoint_of_two_ranks_is_resumed_by_one(ranks, optimizer, tmp_path)
     check_equal(there, alone, rtol=1e-6, atol=1e-8)
 
 
-# --- layers that are divided in other ways: where rows are cut, owners step them; and what cannot be ----------------------------------------------------------------
+# --- layers that are divided in other ways: where rows are cut, owners step them; and what cannot be ---------------------
 
 
 @pytest.mark.parametrize("name", sharded.LAYERS)
