@@ -72,6 +72,15 @@ class Leaf:
         """Who holds what of it; None where this process alone is known to hold it."""
         return held_by(self.param, self.replicas)
 
+    def span(self, dim: int) -> range | None:
+        """The positions along ``dim`` that this process holds; None where it is divided along another dimension."""
+        if self.pieces is None:
+            return range(self.shape[dim])
+        box = self.pieces.boxes[self.pieces.rank]
+        if any(s != slice(0, n) for d, (s, n) in enumerate(zip(box, self.shape, strict=True)) if d != dim):
+            return None
+        return range(box[dim].start, box[dim].stop)
+
     @property
     def tensor(self) -> Tensor:
         """The memory that this process holds of it."""

@@ -30,7 +30,7 @@ from precond.momentum import Momentum
 from precond.optimizer import serialization
 from precond.optimizer.averaging import Averaged
 from precond.optimizer.binding import Binding, bind, choices_of
-from precond.optimizer.compatibility import check_precision, listed, validate
+from precond.optimizer.compatibility import check_precision, check_same, check_shared, listed, validate
 from precond.optimizer.explanation import Explanation, explain
 from precond.optimizer.fusing import alike, divided, kernels_of
 from precond.optimizer.imitation import hand_through
@@ -159,12 +159,14 @@ class PreconditionedGD(torch.optim.Optimizer):
                 "hold modules, as [{'params': model.head, 'lr': 0.1}], and precond.integrations has the model for trainers that "
                 f"make the groups themselves. The inputs are asked for by {preconditioner!r}"
             )
+        check_shared(name, modules, preconditioner)
         super().__init__(groups, {"lr": lr, "maximize": False, **self.naming.defaults})
         if momentum is not None and "betas" not in self.defaults:
             # OneCycleLR and CyclicLR look for it here, and write it into the groups.
             self.defaults.setdefault("momentum", momentum.beta)
         self._bind()
         check_precision(self._bound.leaves, choice, rounding)
+        check_same(name, self._bound.leaves, self._bound.cells, self._bound.options)
         if (
             self._gradient_based is not None
             and not self._probing
@@ -1023,7 +1025,7 @@ class PreconditionedGD(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
-        if not self._requests:
+        if not self._requests and not self._dealt:
             self._bind()
 
     def close(self) -> None:
