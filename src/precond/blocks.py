@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from precond.exchange import Pieces, held_by
 from precond.sharding import Shard, Sums, local, sums
-from precond.turns import is_due
+from precond.turns import is_due, next_renewal
 from precond.vec import Vec
 
 COUNTS = ("step", "clock")
@@ -38,6 +38,7 @@ class Leaf:
         inputs_first: whether its first dimension counts the inputs of its layer, as in transposed convolutions.
         turn: which of the steps of a period its periodic work falls on (:mod:`precond.turns`).
         replicas: the processes that hold copies of it, as under DistributedDataParallel; None where none are known.
+        shared: whether several modules hold it, as where a head's weight is the table of embeddings.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Leaf:
     attribute: str = field(default="", repr=False)
     turn: int = 0
     replicas: Any = field(default=None, repr=False)
+    shared: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -69,6 +71,15 @@ class Leaf:
     def pieces(self) -> Pieces | None:
         """Who holds what of it; None where this process alone is known to hold it."""
         return held_by(self.param, self.replicas)
+
+    def span(self, dim: int) -> range | None:
+        """The positions along ``dim`` that this process holds; None where it is divided along another dimension."""
+        if self.pieces is None:
+            return range(self.shape[dim])
+        box = self.pieces.boxes[self.pieces.rank]
+        if any(s != slice(0, n) for d, (s, n) in enumerate(zip(box, self.shape, strict=True)) if d != dim):
+            return None
+        return range(box[dim].start, box[dim].stop)
 
     @property
     def tensor(self) -> Tensor:
@@ -213,12 +224,17 @@ class Block:
 
     def due(self, step: int, every: float) -> tuple[bool, ...]:
         """Whether a step is one of a period's; of a stack, for each member."""
-        return (is_due(step, every, self.leaves[0].turn),)
+        return tuple(is_due(step, every, turn) for turn in self.turns)
 
     @property
     def all_leaves(self) -> tuple[Leaf, ...]:
         """The leaves of all members of a stack; of a block alone its own."""
         return self.leaves
+
+    @cached_property
+    def turns(self) -> list[int]:
+        """The turn of each member of a stack, that of its first leaf; of a block alone its own."""
+        return [self.leaves[0].turn]
 
     def gathered(self, v: Sequence[Tensor]) -> Vec:
         """Tensors of the leaves as the block's own."""
@@ -247,6 +263,10 @@ class Stack(Block):
     @property
     def all_leaves(self) -> tuple[Leaf, ...]:
         return tuple(leaf for member in self.members for leaf in member.leaves)
+
+    @cached_property
+    def turns(self) -> list[int]:
+        return [member.leaves[0].turn for member in self.members]
 
     @cached_property
     def params(self) -> Vec:
@@ -285,9 +305,6 @@ class Stack(Block):
     def span(self, some: slice) -> Stack:
         """Some of its blocks."""
         return Stack.of(self.members[some])
-
-    def due(self, step: int, every: float) -> tuple[bool, ...]:
-        return tuple(is_due(step, every, member.leaves[0].turn) for member in self.members)
 
     def subset(self, index: Sequence[int]) -> Stack:
         return Stack.of([member.subset(index) for member in self.members])
@@ -423,8 +440,12 @@ class State(dict[str, Any]):
 
     def due(self, every: float) -> list[slice]:
         """The members of a stack for which the step in progress is one of a period's, as spans of them."""
-        assert isinstance(self.block, Stack)
         return spans(self.block.due(self.steps[0], every))
+
+    def until_renewed(self, every: float, ahead: int = 0) -> list[int]:
+        """How many steps each member is away, at the step in progress or later, from one of 1, 2, 4, 8, … and then every so many."""
+        t = min(self.steps) + ahead
+        return [next_renewal(t, every, turn) - t for turn in self.block.turns]
 
     def as_stack(self) -> State:
         """The state of a block alone, as that of a stack of one; the tensors are the same."""

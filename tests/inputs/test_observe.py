@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -264,3 +266,11 @@ def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call(model)
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_gallery_s_example(capsys):
+    """It holds a step against least squares, and prints losses with and without what it feeds."""
+    pytest.importorskip("matplotlib").use("Agg")
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "feed_another_optimizer.py"))
+    plain, fed = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[:2])
+    assert fed < plain

@@ -17,7 +17,7 @@ from precond.engine import plan
 from precond.preconditioners import eigenbases, rational
 from precond.preconditioners.kronecker import norms
 from precond.preconditioners.roots import inverse_root
-from precond.turns import is_due, turns
+from precond.turns import is_due, next_renewal, phase, turns
 
 RECIPES: dict[str, Callable[..., PreconditionedGD]] = {
     "soap": lambda m, **more: precond.soap(m, lr=0.01, precondition_frequency=3, **more),
@@ -129,8 +129,34 @@ def test_a_resumed_run_refreshes_when_the_original_does(name, at, monkeypatch):
 def test_matrices_take_turns_by_their_shapes():
     p = lambda *shape: torch.empty(shape, device="meta")  # noqa: E731
     assert turns([p(4, 3), p(4), p(2, 3, 1, 1), p(4, 3), p(3, 4), p(0, 3)]) == [0, 0, 1, 0, 2, 0]
-    assert turns([p(1000, 1000)] * 5 + [p(8, 8)]) == [0, 0, 1, 1, 2, 3]  # squares of two sides fit into scratch memory twice
-    assert [t for t in range(1, 9) if is_due(t, 4, 0)] == [4, 8] and [t for t in range(1, 9) if is_due(t, 4, 5)] == [3, 7]
+    assert turns([p(1000, 1000)] * 5 + [p(8, 8)]) == [0, 0, 1, 1, 2, 3]  # squares of two sides fit into 64 MiB twice
+    assert turns([p(8, 2)] * 8) == [
+        0,
+        0,
+        0,
+        0,
+        1,
+        1,
+        1,
+        1,
+    ]  # squares of four sides of 8 have twice as many entries as all of them
+    assert [phase(turn) for turn in range(6)] == [0, 1 / 2, 1 / 4, 3 / 4, 1 / 8, 5 / 8]
+    assert [t for t in range(1, 9) if is_due(t, 4, 0)] == [4, 8] and [t for t in range(1, 9) if is_due(t, 4, 3)] == [1, 5]
+
+
+@pytest.mark.parametrize(
+    ("turn", "every", "steps"),
+    [
+        (0, 24, {1, 2, 4, 8, 16, 24, 48, 72}),
+        (1, 24, {1, 2, 3, 6, 12, 20, 36, 60}),  # half of a period before its end: of 3 and 4 before 3, of 17 to 24 before 20
+        (3, 24, {1, 2, 3, 5, 10, 18, 30, 54}),
+        (3, 1, set(range(1, 73))),
+        (0, 6, {1, 2, 4, *range(6, 73, 6)}),
+    ],
+)
+def test_renewals_are_dense_at_first_and_take_turns(turn, every, steps):
+    assert {t for t in range(1, 73) if next_renewal(t, every, turn) == t} == steps
+    assert all(next_renewal(t, every, turn) == min(s for s in steps if s >= t) for t in range(1, max(steps)))
 
 
 def test_refreshes_fall_on_different_steps():
@@ -146,8 +172,8 @@ def test_refreshes_fall_on_different_steps():
                 if p in kept and not torch.equal(basis, kept[p]):
                     changed.setdefault(t, set()).add(tuple(p.shape))
                 kept[p] = basis
-    shapes = [(8, 8), (5, 8), (8, 5), (3, 5)]
-    assert changed == {5 * k - j: {shape} for j, shape in enumerate(shapes) for k in (1, 2, 3)}
+    shapes = {(8, 8): 0, (5, 8): 2, (8, 5): 1, (3, 5): 3}  # steps before the end of a period: 5·0, 5/2, 5/4, 15/4
+    assert changed == {5 * k - j: {shape} for shape, j in shapes.items() for k in (1, 2, 3)}
 
 
 HALVES: dict[str, Callable[..., PreconditionedGD]] = {
@@ -248,12 +274,12 @@ def test_inverse_roots_without_eigenvalues(power, many, dtype, monkeypatch):
         monkeypatch.setattr(rational, "SCRATCH", 0)
     eigenvalues = torch.logspace(0, -8, 12, dtype=torch.float64).tolist()
     S = torch.stack([s * spectrum(*eigenvalues, n=12, seed=k) for k, s in enumerate((1.0, 1e6, 1e-9))])
-    found = rational.inverse_roots(S.to(dtype), power, 1e-4, 0.5)
+    found = rational.inverse_roots_(S.to(dtype, copy=True), power, 1e-4, 0.5)
     for mine, matrix in zip(found, S, strict=True):
         exact = inverse_root(matrix / 0.5, power, 1e-4)
         assert exact is not None
         assert (mine - exact).norm() / exact.norm() < 0.02 * max(1.0, power)
-    assert rational.inverse_roots(torch.zeros(1, 3, 3), power, 1e-4).isnan().all()
+    assert rational.inverse_roots_(torch.zeros(1, 3, 3), power, 1e-4).isnan().all()
 
 
 def test_norms_of_any_size():

@@ -5,9 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from precond.diagnostics.advice import number
 from precond.diagnostics.calibrated import calibration
-from precond.diagnostics.diagnosis import LABELS, Diagnosis, Layer, block_texts
+from precond.diagnostics.diagnosis import LABELS, Diagnosis
+from precond.diagnostics.layer import Layer, block_texts
+from precond.diagnostics.numbers import number
 
 WIDTH = 80
 _ADVICE, _LAYERS = 6, 12
@@ -70,9 +71,17 @@ def _layers(found: Diagnosis, every: bool) -> Iterator[Line]:
     for layer in shown:
         kappas = [number(layer.spectra.kappa(name)) for name in kept]
         block = [", ".join(_short(x) for x in block_texts(layer))] if blocks else []
-        rows.append([_cut(layer.name, 24), _cut(layer.source, 12), *kappas, *block, _driven(layer)])
-    for i, row in enumerate(_aligned(rows)):
-        yield row[:WIDTH].rstrip(), "dim" if i == 0 else ""
+        rows.append([layer.name, layer.source, *kappas, *block, _driven(layer)])
+    # Names and drivers share what numbers leave.
+    middle = sum(max(len(row[i]) for row in rows) + 2 for i in range(2, len(rows[0]) - 1))
+    last = max(min(max(len(row[-1]) for row in rows), WIDTH - middle - 28), 11)
+    name = max(WIDTH - middle - last - 2 - 12 - 2, 8)
+    cut = [
+        [_cut(row[0], name), _cut(row[1], 12), *row[2:-1], row[-1] if len(row[-1]) <= last else row[-1][: last - 1] + "…"]
+        for row in rows
+    ]
+    for i, row in enumerate(_aligned(cut)):
+        yield row.rstrip(), "dim" if i == 0 else ""
 
 
 def _short(text: str) -> str:

@@ -213,7 +213,8 @@ class Shared(Cell):
     def wanted(self) -> Iterable[tuple[str, Request, Tensor | None]]:
         """What owners want to be observed, told to all ranks."""
         step = max(self.state.steps) + 1
-        asking = [cell for cell in self.inside if cell.handled and not cell.preconditioner.idle(step)]
+        turns = {leaf.turn for leaf in self.block.leaves}
+        asking = [cell for cell in self.inside if cell.handled and not cell.preconditioner.idle(step, turns)]
         sites = {(site.name, request): site for cell in asking for site, request in sites_of(cell)}
         if not sites:
             return []

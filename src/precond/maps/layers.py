@@ -222,7 +222,7 @@ class Standardizing(LinearMap):
         return self.layout.mine(self.mean), self.layout.mine(self.std), beta
 
     def _shift(self, W: Tensor) -> Tensor:
-        return (W * self._mine[0]).sum(-1, keepdim=True)
+        return W @ self._mine[0].mT
 
     def mv(self, v: Vec) -> Vec:
         (W, b), (_, std, beta) = self._split(v), self._mine
@@ -233,7 +233,7 @@ class Standardizing(LinearMap):
         (W, b), (mean, std, beta) = self._split(v), self._mine
         if b is None:
             return self._join(W / std, None, v)
-        return self._join((W - b * mean) / std, beta * b, v)
+        return self._join(torch.addcmul(W, b, mean, value=-1).div_(std), beta * b, v)
 
     def solve(self, v: Vec) -> Vec:
         (W, b), (_, std, beta) = self._split(v), self._mine
@@ -250,7 +250,7 @@ class Standardizing(LinearMap):
         (W, b), (mean, std, beta) = self._split(v), self._mine
         if b is None:
             return self._join(W / std.square(), None, v)
-        W = (W - b * mean) / std.square()
+        W = torch.addcmul(W, b, mean, value=-1).div_(std.square())
         return self._join(W, beta**2 * b - self._shift(W), v)
 
     def damped(self, delta: float) -> LinearMap:

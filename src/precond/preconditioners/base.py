@@ -189,6 +189,12 @@ class Preconditioner(ABC):
         """What one process must hold whole where parameters are divided among several."""
         return "entry" if self.entrywise else "block"
 
+    def divisible(self, block: Block) -> bool:
+        """Whether each of the processes that hold parts of a block can step its own part."""
+        if self.constituents:
+            return all(part.divisible(block) for part in self.constituents)
+        return self.needs != "block"
+
     @property
     def dealt(self) -> bool:
         """Whether, where several processes hold a parameter, one does its work for all and alone keeps its state.
@@ -204,10 +210,10 @@ class Preconditioner(ABC):
         """What it wants to know of the inputs of layers; nothing by default."""
         return frozenset()
 
-    def idle(self, step: int) -> bool:
-        """Whether nothing of layer inputs is to be observed for a step, whatever the statistics are."""
+    def idle(self, step: int, turns: Iterable[int]) -> bool:
+        """Whether nothing of layer inputs is to be observed for a step of leaves with these turns, whatever the statistics are."""
         if self.constituents:
-            return all(part.idle(step) for part in self.constituents)
+            return all(part.idle(step, turns) for part in self.constituents)
         return not self.requests
 
     def looks(self, step: int) -> bool:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from precond import checks
 from precond.arguments import settle
-from precond.blocks import Block, state_dtype
+from precond.blocks import Block, State, state_dtype
 from precond.inputs import Moments, Request
-from precond.preconditioners.input_side import InputSide, LayerPart
+from precond.preconditioners.input_side import InputSide, LayerPart, key_of
 
 _DENSE = 20  # steps that are all observed
 _ENOUGH = 32  # examples in a batch for each step up to the next one that is observed
@@ -65,8 +65,9 @@ class BNP(InputSide):
         k = (examples // _ENOUGH).clamp(1, self.every)
         return torch.ones_like(k) if self.decay == 0 or step <= _DENSE else k
 
-    def wants(self, step: int, state: dict[str, Tensor]) -> bool:
-        return bool((step % self._interval(step, state["examples"]) == 0).any())
+    def wants(self, state: State, part: LayerPart) -> list[bool]:
+        step = min(state.steps) + 1
+        return [bool((step % self._interval(step, state[key_of("examples", part)]) == 0).any())] * len(state.block.turns)
 
     def rate(self, step: float, new: Moments) -> Tensor:
         return self.decay ** self._interval(step, new.examples)

@@ -14,7 +14,7 @@ from precond.maps import Layout, LinearMap, RowMatrix, Spiked
 from precond.maps.eigen import eigenpairs, followed, in_general_position, leading_pairs
 from precond.precision import rounding
 from precond.preconditioners.eigenbases import at_hand
-from precond.preconditioners.rational import inverse_roots
+from precond.preconditioners.rational import inverse_roots_
 from precond.vec import Vec
 
 
@@ -129,18 +129,18 @@ def _eyes(mean: Tensor, columns: int) -> Tensor:
 
 
 def inverse_root(K: Tensor, root: str, power: float = 1.0) -> Tensor:
-    """R with R Rᵀ = K^(−p) for symmetric positive definite K (…, n, n): K^(−p/2), or with p = 1 L⁻ᵀ with K = LLᵀ."""
+    """R with R Rᵀ = K^(−p) for symmetric positive definite K (…, n, n), which may be written over: K^(−p/2), or with p = 1 L⁻ᵀ with K = LLᵀ."""
     least = rounding(K.shape[-1], K.dtype)
     if power == 0:
         return torch.eye(K.shape[-1]).to(K).expand_as(K)
     if root == "cholesky":
         L, info = torch.linalg.cholesky_ex(K)
         if not at_hand(K):
-            return torch.where((info == 0)[..., None, None], inverse_of_triangular(L).mT, inverse_roots(K, 0.5, least))
+            return torch.where((info == 0)[..., None, None], inverse_of_triangular(L).mT, inverse_roots_(K, 0.5, least))
         if not bool(info.any()):
             return inverse_of_triangular(L).mT
     if not at_hand(K):
-        return inverse_roots(K, power / 2, least)
+        return inverse_roots_(K, power / 2, least)
     values, V = eigenpairs(K)
     floor = values.amax(-1, keepdim=True) * least
     scaled = V * torch.maximum(values, floor).pow(-power / 2)[..., None, :]

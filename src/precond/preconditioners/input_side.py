@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 from precond import blocks
-from precond.blocks import Block, Leaf, Stack, State
+from precond.blocks import Block, Leaf, Stack, State, spans
 from precond.inputs import Moments, Request, Site
 from precond.inputs.moments import by_group, greatest, least, variances
 from precond.maps import Identity, Layout, LinearMap, SideBySide, Sliced, Standardizing
 from precond.preconditioners.base import Needs, Part, Seen
 from precond.preconditioners.stacked import Stacked
 from precond.vec import Vec
+
+
+class Cut(ValueError):
+    """No process holds whole rows of a layer."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,15 @@ class InputSide(Stacked):
         return [Part(i, self) for i in blocks.join(layers, blocks.by_tensor(leaves))]
 
     def handles(self, block: Block) -> bool:
-        return bool(self.parts(block))
+        return bool(self._weights(block))
+
+    def divisible(self, block: Block) -> bool:
+        """Whether each process holds rows, with their biases."""
+        try:
+            self.parts(block)
+        except Cut:
+            return False
+        return True
 
     def parts(self, block: Block) -> list[LayerPart]:
         """The observed weights of a block."""
@@ -93,33 +105,30 @@ class InputSide(Stacked):
         return known[key]
 
     def _parts(self, block: Block) -> list[LayerPart]:
+        parts = self._weights(block)
+        return [replace(p, held=self.held(p, block)) for p in parts] if block.sharded else parts
+
+    def _weights(self, block: Block) -> list[LayerPart]:
         place = {leaf.param: i for i, leaf in enumerate(block.leaves)}
         every = dict.fromkeys(s for leaf in block.leaves for s in leaf.sites)
         sites = [s for s in every if s.weight in place and s.answers(self.request)]
-        parts = [
+        return [
             LayerPart(place[s.weight], None if s.bias is None else place.get(s.bias), s.rows, s, k) for k, s in enumerate(sites)
         ]
-        return [replace(p, held=self.held(p, block)) for p in parts] if block.sharded else parts
 
     def held(self, part: LayerPart, block: Block) -> range | None:
-        """The rows that this process holds of a weight and of its bias alike."""
+        """The rows that this process holds of a weight and of its bias alike; raises :class:`Cut` where these are not whole rows."""
         weight, bias = block.leaves[part.weight], None if part.bias is None else block.leaves[part.bias]
         if weight.shard is None and (bias is None or bias.shard is None):
             return None
         layout = part.site.layout(self.request)
         dim = layout.output_dim
-        rows = None if dim is None or weight.shard is None else weight.shard.span(dim)
+        rows = None if dim is None or weight.shard is None else weight.span(dim)
         if rows is None:
-            raise ValueError(
-                f"{type(self).__name__}: {weight.name!r} is not divided by rows, whose inputs are seen whole; shard a weight (in, out), "
-                "such as a transposed convolution's without groups or Hugging Face's Conv1D's, along its outputs, "
-                "fully_shard(..., shard_placement_fn=lambda p: Shard(1)), or leave the layer out of sharding or of this "
-                "preconditioner (Route)"
-            )
-        if bias is not None and (bias.shard is None or bias.shard.span(0) != rows):
-            raise ValueError(
-                f"{type(self).__name__}: {weight.name!r} and {bias.name!r} are divided differently, so that no process holds a row "
-                "with its bias; build the layer with bias=False, freeze the bias, or leave both out of sharding (ignored_params)"
+            raise Cut(f"{weight.name!r} is not divided by rows, whose inputs are seen whole")
+        if bias is not None and (bias.shard is None or bias.span(0) != rows):
+            raise Cut(
+                f"{weight.name!r} and {bias.name!r} are divided differently, so that no process holds a row with its bias"
             )
         return rows
 
@@ -150,27 +159,20 @@ class InputSide(Stacked):
         """Whether P is known of a weight, or of some of its groups; else it is the identity."""
         return greatest(mine["count"]) > 0
 
-    def wants(self, step: int, state: dict[str, Tensor]) -> bool:
-        """Whether the inputs of a weight are to be observed at a step."""
-        return True
-
-    def idle(self, step: int) -> bool:
-        """Whether no inputs at all are to be observed at a step."""
-        return False
+    def wants(self, state: State, part: LayerPart) -> Sequence[bool]:
+        """Whether the inputs of a weight are to be observed at the next step, of each member of a stack."""
+        return [True] * len(state.block.turns)
 
     def wanted(self, state: State) -> list[tuple[str, Request, Tensor | None]]:
-        step = int(min(state.steps)) + 1
-        if self.idle(step):
-            return []
         out = []
         for part in self.parts(state.block):
-            mine = self._of(part, state)
-            if not self.wants(step, mine):
+            if not any(wants := self.wants(state, part)):
                 continue
-            sites = self._sites(part, state.block)
+            mine, sites = self._of(part, state), self._sites(part, state.block)
             known = self.damping > 0 and greatest(mine["count"]) > 0
             centers = mine["mean"].unflatten(0, (len(sites), -1)).unbind(0) if known else [None] * len(sites)
-            out += [(site.name, self.request, center) for site, center in zip(sites, centers, strict=True)]
+            each = zip(sites, centers, wants, strict=True)
+            out += [(site.name, self.request, center) for site, center, wanted in each if wanted]
         return out
 
     def _sites(self, part: LayerPart, block: Block) -> list[Site]:
@@ -178,15 +180,15 @@ class InputSide(Stacked):
         return [self.parts(member)[part.number].site for member in block.members] if isinstance(block, Stack) else [part.site]
 
     def init(self, block: Block) -> dict[str, Any]:
-        return {_key(k, part): v for part in self.parts(block) for k, v in self.fresh(part, block).items()}
+        return {key_of(k, part): v for part in self.parts(block) for k, v in self.fresh(part, block).items()}
 
     def observe(self, state: State, seen: Seen) -> None:
         for part in self.parts(state.block):
             found = [(seen.inputs or {}).get((site.name, self.request)) for site in self._sites(part, state.block)]
-            if any(f is not None for f in found):
-                mine, new = self._of(part, state), Moments.joined(found)
+            for some in spans([f is not None for f in found]):
+                mine, new = self._of(part, state.span(some)), Moments.joined(found[some])
                 if new.mean.device.type != "cpu":  # where it is, the step was not taken: a look at it costs nothing there
-                    new = new.bounded_to(mine["mean"], mine["variance" if "variance" in mine else "covariance"])
+                    new.bound_to_(mine["mean"], mine["variance" if "variance" in mine else "covariance"])
                 self.fold(mine, new, self.rate(min(state.steps), new))
 
     def rate(self, step: float, new: Moments) -> float | Tensor:
@@ -275,6 +277,6 @@ class InputSide(Stacked):
         return {k: v.flatten(0, 1) if v.ndim > 1 else v for k, v in mine.items()}
 
 
-def _key(name: str, part: LayerPart) -> str:
-    """The first weight of a block has plain keys; further ones are numbered."""
+def key_of(name: str, part: LayerPart) -> str:
+    """What a statistic of a part is called in the state: the first weight of a block has plain keys; further ones are numbered."""
     return f"{name}.{part.number}" if part.number else name

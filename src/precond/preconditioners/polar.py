@@ -12,7 +12,7 @@ from torch import Tensor
 
 from precond import blocks, checks
 from precond.arguments import settle
-from precond.blocks import Block, Leaf, Stack, State, state_dtype
+from precond.blocks import Block, Leaf, Stack, State, spans, state_dtype
 from precond.inputs.moments import REQUESTS
 from precond.maps import Augmented, LinearMap, Scaled, augmented, parted
 from precond.preconditioners.base import Part, Seen, placed
@@ -20,7 +20,6 @@ from precond.preconditioners.eigenbases import WARM_UP
 from precond.preconditioners.muon import normalized
 from precond.preconditioners.polar_roots import WHOLE, Leading, root_of
 from precond.preconditioners.rms import RMS
-from precond.preconditioners.roots import renewed
 from precond.preconditioners.stacked import Stacked
 from precond.vec import Vec, all_finite
 
@@ -142,9 +141,11 @@ class Polar(Stacked):
 
     def _shares(self, state: State, shape: Sequence[int]) -> list[float]:
         """The share of each member of a stack; of a layer alone its own."""
-        regular = 1 - self.decay if renewed(min(state.steps), self.every) else 0.0
-        whole = root_of(state).whole
-        return [1.0 if whole and self.exact(N, shape) else regular for N in state["size"].reshape(-1).tolist()]
+        whole, away = root_of(state).whole, state.until_renewed(self.every)
+        return [
+            1.0 if whole and self.exact(N, shape) else 0.0 if until else 1 - self.decay
+            for N, until in zip(state["size"].reshape(-1).tolist(), away, strict=True)
+        ]
 
     @staticmethod
     def exact(N: float, shape: Sequence[int]) -> bool:
@@ -179,10 +180,11 @@ class Polar(Stacked):
             self.measure(state, None if seen.position is None else self.matrix(state.block, seen.position()), fresh)
         X, size = normalized(m, _TINY)
         shares = self._shares(state, m.shape[-2:])
-        if first or any(shares):
-            share = torch.tensor(shares).to(X) if len(set(shares)) > 1 else X.new_full((len(X),), shares[0])
-            gram = X @ X.mT if X.shape[-2] <= X.shape[-1] else X.mT @ X
-            self.fold(state, gram, torch.where(fresh, 1.0, share) if first else share)
+        for some in spans([first or share > 0 for share in shares]):
+            x, own = X[some], shares[some]
+            share = own[0] if len(set(own)) == 1 else torch.tensor(own).to(X)[:, None, None]
+            gram = x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
+            self.fold(state.span(some), gram, torch.where(fresh[some][:, None, None], 1.0, share) if first else share)
         turned = self.apply_inverse_root(state, X)
         norm = torch.linalg.vector_norm(turned, 2, (-2, -1))
         state["norm"].copy_(norm * size)
@@ -211,15 +213,15 @@ class Polar(Stacked):
             state["length"].copy_(torch.where(where, found, state["length"]))
 
     def fold(self, state: State, gram: Tensor, share: float | Tensor) -> None:
-        """Fold m mᵀ/‖m‖² into L, (k, n, n) with a share (k,) of each or (n, n), and take the root anew.
+        """Fold m mᵀ/‖m‖² into L, (k, n, n) or (n, n), with a share of all or of each (k, 1, 1), and take the root anew.
 
         Where that fails, or m is not finite, what was before stays.
         """
         L = state["gram"]
-        if isinstance(share, Tensor):
+        if L.ndim == 3:
             # A Gram matrix is finite where its diagonal is.
-            takes = gram.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite() & (share > 0)
-            L.copy_(torch.where(takes[:, None, None], torch.lerp(L, gram, share[:, None, None]), L))
+            finite = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] < torch.inf
+            torch.where(finite, torch.lerp(L, gram, share), L, out=L)
         elif all_finite((gram,)):
             L.lerp_(gram, share)
         else:

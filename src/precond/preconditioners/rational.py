@@ -18,8 +18,8 @@ from precond.preconditioners.eigenbases import at_hand
 from precond.preconditioners.roots import inverse_root
 from precond.vec import Scalar
 
-SCRATCH = 8 * 2**20
-"""Bytes of the shifted matrices that are inverted at once, unless one stack of them alone has more."""
+SCRATCH = 2**19
+"""Bytes of the matrices that are joined, or inverted at once, about, unless one stack of them alone has more."""
 
 
 def renew(
@@ -34,16 +34,20 @@ def renew(
     """root ← (S/s + ε λ_max I)^(−power) of several stacks S (k, n, n), s the ``scale``; a root that fails stays.
 
     On a processor each by :func:`precond.preconditioners.roots.inverse_root`. An accelerator is not waited for: there they are made of
-    the ``bases``, columns near eigenvectors, or by :func:`inverse_roots`.
+    the ``bases``, columns near eigenvectors, or by :func:`inverse_roots_`.
     """
     if not at_hand(roots[0]):
-        if bases:
-            new = _in_bases(_joined(factors), _joined(bases), power, damping, scale)
-        else:
-            new = inverse_roots(_joined(factors), power, damping, scale)
-        fine = new[:, :1, :1] < torch.inf  # what is not finite somewhere is NaN throughout
-        for root, mine, ok in zip(roots, new.split(len(roots[0])), fine.split(len(roots[0])), strict=True):
-            torch.where(ok, mine, root, out=root)
+        for some in _together(factors):
+            S = torch.cat([*factors[some]])
+            new = (
+                _in_bases(S, torch.cat([*bases[some]]), power, damping, scale)
+                if bases
+                else inverse_roots_(S, power, damping, scale)
+            )
+            del S
+            fine = new[:, :1, :1] < torch.inf  # what is not finite somewhere is NaN throughout
+            for root, mine, ok in zip(roots[some], new.split(len(roots[0])), fine.split(len(roots[0])), strict=True):
+                torch.where(ok, mine, root, out=root)
         return
     for j, (root, S) in enumerate(zip(roots, factors, strict=True)):
         for k, matrix in enumerate(S):
@@ -53,8 +57,10 @@ def renew(
                 root[k].copy_(found)
 
 
-def _joined(stacks: Sequence[Tensor]) -> Tensor:
-    return stacks[0] if len(stacks) == 1 else torch.cat([*stacks])
+def _together(stacks: Sequence[Tensor]) -> list[slice]:
+    """All stacks at once where scratch memory is for that, else one by one."""
+    size = sum(S.numel() * S.element_size() for S in stacks)
+    return [slice(None)] if size <= SCRATCH else [slice(i, i + 1) for i in range(len(stacks))]
 
 
 def _in_bases(S: Tensor, Q: Tensor, power: float, damping: float, scale: Scalar) -> Tensor:
@@ -65,19 +71,19 @@ def _in_bases(S: Tensor, Q: Tensor, power: float, damping: float, scale: Scalar)
     return (Q * (values**-power)[:, None]) @ Q.mT
 
 
-def inverse_roots(S: Tensor, power: float, damping: float, scale: Scalar = 1.0) -> Tensor:
-    """(S/s + ε λ_max I)^(−power) of each, s the ``scale``, ε = ``damping`` or what is rounding in S; NaN where S is zero or not finite.
+def inverse_roots_(A: Tensor, power: float, damping: float, scale: Scalar = 1.0) -> Tensor:
+    """(A/s + ε λ_max I)^(−power) of each, s the ``scale``, ε = ``damping`` or what is rounding in A; NaN where A is zero or not finite.
 
-    λ_max is known from above, exactly where one eigenvalue stands out, and no worse than by a factor of n^(1/8).
+    λ_max is known from above, exactly where one eigenvalue stands out, and no worse than by a factor of n^(1/8). A is written over; with
+    it a root takes four times its memory.
     """
     if isinstance(scale, Tensor):  # which products do not take for a number without reading it
-        return inverse_roots(S, power, damping).mul_(scale**power)
-    n, whole = S.shape[-1], int(power)
-    least = max(damping, rounding(n, S.dtype))
-    size = S.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
-    eye = (_kept_eye if n <= 512 else torch.eye)(n, dtype=S.dtype, device=S.device)
-    A = S / size
-    del S  # where it was joined its memory is free now
+        return inverse_roots_(A, power, damping).mul_(scale**power)
+    n, whole = A.shape[-1], int(power)
+    least = max(damping, rounding(n, A.dtype))
+    size = A.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    eye = (_kept_eye if n <= 512 else torch.eye)(n, dtype=A.dtype, device=A.device)
+    A /= size
     top = _fourth(A)
     A /= top
     size = (size * top) ** -power
@@ -98,7 +104,7 @@ def _fourth(A: Tensor) -> Tensor:
 def _fractional(A: Tensor, eye: Tensor, power: float, least: float, gain: float) -> Tensor:
     """gain·(A + least I)^(−power), 0 < power < 1: as many inverses at once as scratch memory is for."""
     poles, weights = partial_fractions(power, least)
-    many = max(1, SCRATCH // (A.numel() * A.element_size()))
+    many = max(1, SCRATCH // (2 * A.numel() * A.element_size()))
     root = None
     if many == 1:
         for pole, weight in zip(poles, weights, strict=True):
@@ -121,8 +127,10 @@ def _inverse(A: Tensor, eye: Tensor, shift: float, weight: float, to: Tensor | N
 
 def _inverses(A: Tensor, eye: Tensor, shifts: Tensor, weights: Tensor, gain: float, to: Tensor | None) -> Tensor:
     """The same of gain·Σ weight·(A + shift I)⁻¹, all of them at once."""
-    L = torch.linalg.cholesky_ex(torch.addcmul(A[:, None], shifts, eye)).L
+    L = torch.addcmul(A[:, None], shifts, eye)
+    torch.linalg.cholesky_ex(L, out=(L, L.new_empty(L.shape[:2], dtype=torch.int32)))
     X = torch.linalg.solve_triangular(L.mT, eye, upper=True).mT  # L⁻¹, its rows one after the other in memory
+    del L
     rows, weighted = (x.view(len(A), -1, A.shape[-1]) for x in (X, X * weights))
     return torch.baddbmm(A, rows.mT, weighted, beta=0, alpha=gain) if to is None else to.baddbmm_(rows.mT, weighted, alpha=gain)
 

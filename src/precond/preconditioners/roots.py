@@ -13,12 +13,6 @@ from precond.precision import rounding
 from precond.vec import all_finite
 
 
-def renewed(step: float, every: int) -> bool:
-    """Whether a root is renewed at a step: 1, 2, 4, 8, … and then each that ``every`` divides."""
-    t = int(step)
-    return t % every == 0 or (t < every and t & (t - 1) == 0)
-
-
 def decomposed(S: Tensor, by: Callable[[Tensor], tuple[Tensor, Tensor]] = eigh) -> tuple[Tensor, Tensor] | None:
     """(eigenvalues, the smallest first; eigenvectors as columns) of S (n, n), all of them or those that ``by`` finds.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from precond import checks
 from precond.arguments import settle
-from precond.blocks import Block, State, state_dtype
+from precond.blocks import Block, Stack, State, spans, state_dtype
 from precond.inputs import Moments, Request
 from precond.inputs.moments import by_group, greatest, least, variances
 from precond.maps import Layout, LinearMap
 from precond.preconditioners.correlation import Correlation, Leading, Root, Whole
-from precond.preconditioners.input_side import InputSide, LayerPart
-from precond.preconditioners.roots import renewed
+from precond.preconditioners.input_side import InputSide, LayerPart, key_of
+from precond.turns import next_renewal
 from precond.vec import Vec
 
 _REQUEST = Request("covariance", "patch")
@@ -89,14 +89,15 @@ class Whitening(InputSide):
     def dealt(self) -> bool:
         return True  # rows need nothing of each other, but each process would take the root
 
-    def idle(self, step: int) -> bool:
-        return not any(renewed(step + k, self.every) for k in range(self.observe_steps))
+    def idle(self, step: int, turns: Iterable[int]) -> bool:
+        return all(next_renewal(step, self.every, turn) - step >= self.observe_steps for turn in turns)
 
-    def wants(self, step: int, state: dict[str, Tensor]) -> bool:
-        steps, size = self.observe_steps, least(state["size"]) if self.samples else 0.0
-        if self.samples and size:
-            steps = min(steps, math.ceil(self.samples * state["mean"].shape[-1] / size))
-        return any(renewed(step + k, self.every) for k in range(steps))
+    def wants(self, state: State, part: LayerPart) -> list[bool]:
+        away, steps = state.until_renewed(self.every, ahead=1), int(self.observe_steps)
+        size = least(state[key_of("size", part)]) if self.samples and min(away) < steps else 0.0
+        if size:
+            steps = min(steps, math.ceil(self.samples * state[key_of("mean", part)].shape[-1] / size))
+        return [k < steps for k in away]
 
     def rate(self, step: float, new: Moments) -> float | Tensor:
         if not self.samples:
@@ -154,12 +155,30 @@ class Whitening(InputSide):
         return greatest(mine["count"]) >= 2  # one sample has no covariance
 
     def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:
-        if not renewed(min(state.steps), self.every):
-            return
+        for some in spans([k == 0 for k in state.until_renewed(self.every)]):
+            due = state.span(some)
+            for part in self.parts(state.block):
+                if self.known(mine := self._of(part, due)):
+                    _, std = self.scales(part, mine)
+                    mean = None if part.bias is not None else mine["mean"]  # with no bias to center with, E[hhᵀ]
+                    shrunk = 1 + self.shrinkage * std.shape[-1] * by_group(mine["noise"], std)  # 1/(1 − γ)
+                    self.root_of(mine).renew(mine, Correlation(mine["covariance"], mean, std, shrunk))
+
+    def independent(self, state: State) -> dict[str, float]:
+        """The share of independent directions in the inputs of each weight, by its name: n/tr(K²), K their correlations, (n, n).
+
+        What N samples add to the squares of correlations, about n²/N in all, is taken off. Weights of which nothing is known are left out.
+        """
+        out: dict[str, float] = {}
+        members = state.block.members if isinstance(state.block, Stack) else (state.block,)
         for part in self.parts(state.block):
             mine = self._of(part, state)
-            if self.known(mine):
-                _, std = self.scales(part, mine)
-                mean = None if part.bias is not None else mine["mean"]  # with no bias to center with, E[hhᵀ]
-                shrunk = 1 + self.shrinkage * std.shape[-1] * by_group(mine["noise"], std)  # 1/(1 − γ)
-                self.root_of(mine).renew(mine, Correlation(mine["covariance"], mean, std, shrunk))
+            if not self.known(mine):
+                continue
+            _, std = self.scales(part, mine)
+            n = std.shape[-1]
+            K = Correlation(mine["covariance"], None if part.bias is not None else mine["mean"], std, 1.0).whole()
+            squares = K.square().sum((-2, -1)) - n * n * mine["noise"].to(K.device)
+            shares = (n / squares.clamp_min(n)).view(len(members), -1).mean(1).tolist()
+            out |= {member.leaves[part.weight].name: s for member, s in zip(members, shares, strict=True)}
+        return out
