@@ -102,9 +102,10 @@ def main() -> None:
             "BNP with AdamW": step_of(build(), lambda m: precond.adamw(m, lr=1e-4, inputs=precond.BNP()), x, y),
             "whitening": step_of(build(), lambda m: precond.whitening(m, lr=1e-4), x, y),
             "whitening, Cholesky": step_of(build(), cholesky, x, y),
+            "auto": step_of(build(), lambda m: precond.auto(m, lr=1e-4), x, y),
         }
         times = take_turns(steps, rounds=options.rounds, warm=130, mean=True, clock=clock)  # whole refresh periods
-        for ours in ("BNP with AdamW", "whitening", "whitening, Cholesky"):
+        for ours in ("BNP with AdamW", "whitening", "whitening, Cholesky", "auto"):
             rows.append([name, ours, f"{1e3 * times[ours]:.2f}", "AdamW (fused)", f"{times[ours] / times['AdamW']:.2f}"])
     print(table(rows))
 

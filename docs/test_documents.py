@@ -108,7 +108,7 @@ def test_api_names_everything_public():
     assert set(precond.__all__) - {"RECIPES"} <= listed
 
 
-@pytest.mark.parametrize("page", ["curvature", "layers", "models", "neurons", "normalization"])
+@pytest.mark.parametrize("page", ["capture", "curvature", "layers", "models", "neurons", "normalization"])
 def test_page(page):
     run(page, *(code for blocks in sections(f"docs/{page}.md").values() for _, code in blocks))
 
