@@ -4,18 +4,21 @@ Each method has the same network, points and CPU time of one thread; learning ra
 of its own, decayed by half a cosine. What is compared is the relative L2 error on points of which nobody was told. Runs that are
 done are kept in experiments/pinns/results.json and not made again.
 
-python benchmarks/pinns.py [--seconds 20] [--seeds 1] [--table]
+python benchmarks/pinns.py [--seconds 20] [--seeds 1] [--only heat wave] [--table]
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import importlib.metadata
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,21 +185,42 @@ def run(name: str, method: str, seed: int, seconds: float, lr: float | None = No
     return {"loss": residuals.loss().item(), "error": error(), "steps": steps, "seconds": spent, "lr": lr}
 
 
-def study(seconds: float, seeds: int) -> dict[str, Any]:
+def read() -> dict[str, Any]:
+    """What is known."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time."""
+    at = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(at, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(at)
+
+
+def kept(key: str, f: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A run that is known, or made now and kept; other processes may add some meanwhile."""
+    known = read()["runs"]
+    if key in known:
+        return known[key]
+    print(key, file=sys.stderr, flush=True)
+    made = f()
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with locked(RESULTS.parent):
+        all_runs = read()
+        all_runs["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "pytorch_optimizer")}
+        all_runs["runs"][key] = made
+        write_atomically(RESULTS, json.dumps(all_runs, indent=1, ensure_ascii=False) + "\n")
+    return made
+
+
+def study(seconds: float, seeds: int, names: list[str]) -> None:
     """All runs that are not there yet, each kept as soon as it is done."""
-    known: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
-    known["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "pytorch_optimizer")}
-
-    def kept(key: str, f: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        if key not in known["runs"]:
-            print(key, file=sys.stderr, flush=True)
-            known["runs"][key] = f()
-            RESULTS.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(RESULTS, json.dumps(known, indent=1) + "\n")
-        return known["runs"][key]
-
     for seed in range(seeds):
-        for name in PROBLEMS:
+        for name in names:
             for method in ("natural gradient", "Adam", "SOAP"):
                 lr = None
                 if method != "natural gradient":
@@ -212,7 +236,6 @@ def study(seconds: float, seeds: int) -> dict[str, Any]:
                     f"{name}/{method}/seed {seed}/{seconds:.0f} s",
                     lambda n=name, m=method, s=seed, r=lr: run(n, m, s, seconds, r),
                 )
-    return known
 
 
 def shown(known: dict[str, Any], seconds: float, seeds: int) -> str:
@@ -232,11 +255,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0, help="CPU seconds of each run")
     parser.add_argument("--seeds", type=int, default=1, help="networks and points")
+    parser.add_argument("--only", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), help="equations; all by default")
     parser.add_argument("--table", action="store_true", help="show what is there, run nothing")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    known = json.loads(RESULTS.read_text()) if asked.table else study(asked.seconds, asked.seeds)
-    print(shown(known, asked.seconds, asked.seeds))
+    if not asked.table:
+        study(asked.seconds, asked.seeds, asked.only)
+    print(shown(read(), asked.seconds, asked.seeds))
 
 
 if __name__ == "__main__":

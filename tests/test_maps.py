@@ -27,6 +27,7 @@ from precond.maps import (
     SymmetricKronecker,
     Tiled,
     Transposed,
+    Woodbury,
     completed,
 )
 
@@ -91,7 +92,16 @@ def spiked(U, s, a):
     return whole @ torch.diag(torch.cat([s, a.expand(3 - len(s))])) @ whole.T
 
 
+def root_of_inverse(M):
+    """M^(−1/2), symmetric."""
+    k, U = torch.linalg.eigh(M)
+    return (U * k**-0.5) @ U.T
+
+
+FEW, MANY = draw(5, 16), draw(20, 16)
 LAYER = {
+    "woodbury-wide": (Woodbury(FEW, 0.3, LIKE), root_of_inverse(FEW.T @ FEW + 0.3 * eye(16)), [ALL]),
+    "woodbury-tall": (Woodbury(MANY, 0.3, LIKE), root_of_inverse(MANY.T @ MANY + 0.3 * eye(16)), [ALL]),
     "identity": (Identity(LIKE), eye(16), [ALL]),
     "scaled": (Scaled(Identity(LIKE), 2.5), 2.5 * eye(16), [ALL]),
     "scaled-dense": (Scaled(Dense(FULL, LIKE), 0.5), 0.5 * FULL, [ALL]),

@@ -38,6 +38,7 @@ class Leaf:
         inputs_first: whether its first dimension counts the inputs of its layer, as in transposed convolutions.
         turn: which of the steps of a period its periodic work falls on (:mod:`precond.turns`).
         replicas: the processes that hold copies of it, as under DistributedDataParallel; None where none are known.
+        shared: whether several modules hold it, as where a head's weight is the table of embeddings.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Leaf:
     attribute: str = field(default="", repr=False)
     turn: int = 0
     replicas: Any = field(default=None, repr=False)
+    shared: bool = False
 
     @property
     def shape(self) -> torch.Size:

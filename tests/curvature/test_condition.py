@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 
 import pytest
 import torch
@@ -124,21 +125,27 @@ def test_auto_computes_all_eigenvalues_where_lanczos_leaves_it_open():
     assert found.lam_min_positive == pytest.approx(d[:700].min().item(), rel=1e-6)
 
 
+@cache
+def minimum(activation):
+    """A network at initialization and at its minimum, and the eigenvalues of the penalized Hessian at both."""
+    x, y = examples()
+    start, end = network(activation), network(activation)
+    assert minimized(end, x, y, 1e-2) < 1e-8
+    return start, end, *(torch.linalg.eigvalsh(hessian_of(model, x, y, 1e-2)) for model in (start, end))
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.Softplus])
 def test_a_penalized_network_at_its_minimum_and_at_initialization(activation, method):
     x, y = examples()
-    model = network(activation)
-    H = hessian(Objective(model, penalized(model, 1e-2), [(x[:30], y[:30]), (x[30:], y[30:])]))
-    start = torch.linalg.eigvalsh(hessian_of(model, x, y, 1e-2))
-    found = condition_number(H, method=method, tol=1e-6)
+    first, last, start, exact = minimum(activation)
+    of = lambda model: hessian(Objective(model, penalized(model, 1e-2), [(x[:30], y[:30]), (x[30:], y[30:])]))  # noqa: E731
+    found = condition_number(of(first), method=method, tol=1e-6)
     negative = int((start < 0).sum())
     assert found.indefinite and 0 < found.inertia.negative <= negative
     assert not found.inertia.exact or found.inertia.negative == negative
     assert (found.lam_min, found.lam_max) == pytest.approx((start[0].item(), start[-1].item()), rel=1e-5)
-    assert minimized(model, x, y, 1e-2) < 1e-8
-    exact = torch.linalg.eigvalsh(hessian_of(model, x, y, 1e-2))
-    found = condition_number(H, method=method, tol=1e-8)
+    found = condition_number(of(last), method=method, tol=1e-8)
     assert exact[0] > 0 and found.kappa == pytest.approx((exact[-1] / exact[0]).item(), rel=1e-8)
     assert found.kappa == found.kappa_positive and found.inertia.positive == len(exact)
 

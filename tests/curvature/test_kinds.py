@@ -19,11 +19,14 @@ from precond.curvature import (
     condition_number,
     diagonal,
     eigenvalues,
+    fisher,
     gauss_newton,
     hessian,
     invariances,
+    jacobian,
     neuron_hessian,
     neuron_hessians,
+    restricted,
     spectral_density,
     to_scipy,
     trace,
@@ -35,10 +38,10 @@ from precond.maps import Dense
 class Recurrent(nn.Module):
     """The last output of a recurrent layer, classified."""
 
-    def __init__(self, kind: type[nn.RNNBase], **options):
+    def __init__(self, kind: type[nn.RNNBase], hidden: int = 2, **options):
         super().__init__()
-        self.cell = kind(4, 2, batch_first=True, **options)
-        self.head = nn.Linear(4 if options.get("bidirectional") else 2, 3)
+        self.cell = kind(4, hidden, batch_first=True, **options)
+        self.head = nn.Linear(hidden * (2 if options.get("bidirectional") else 1), 3)
 
     def forward(self, x):
         return self.head(self.cell(x)[0][:, -1])
@@ -73,7 +76,7 @@ RECURRENT = {
     "rnn": lambda: Recurrent(nn.RNN),
     "lstm": lambda: Recurrent(nn.LSTM),
     "gru": lambda: Recurrent(nn.GRU),
-    "two layers, both ways": lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True),
+    "two layers, both ways": lambda: Recurrent(nn.LSTM, hidden=1, num_layers=2, bidirectional=True),
     "weight norm in a cell": normalized_recurrent,
 }
 MODELS = {
@@ -115,13 +118,16 @@ MEASUREMENTS = {
     "value": lambda o, m: (o.value(), o.gradient(), o.double().value(), o.double().gradient()),
     "hessian": lambda o, m: hessian(o).to_dense(),
     "gauss_newton": lambda o, m: gauss_newton(o).to_dense(),
+    "jacobian": lambda o, m: (jacobian(o).to_dense(), jacobian(o).mv(o.params)),
+    "fisher": lambda o, m: [fisher(o, k).mv(o.params) for k in ("exact", "sampled", "empirical")],
+    "restricted": lambda o, m: restricted(hessian(o), 0).to_dense(),
     "eigenvalues": lambda o, m: (eigenvalues(hessian(o), 2), eigenvalues(hessian(o), 2, method="lanczos")),
     "condition_number": lambda o, m: [condition_number(hessian(o), method=k) for k in ("dense", "lanczos")],
     "in float64": lambda o, m: condition_number(hessian(o), float64=True),
     "spectral_density": lambda o, m: [
         spectral_density(hessian(o), method=k, steps=4).count(0, 1) for k in ("dense", "lanczos")
     ],
-    "trace": lambda o, m: [trace(hessian(o), method=k, products=9) for k in ("exact", "hutchinson", "hutch++")],
+    "trace": lambda o, m: [trace(hessian(o), method=k, products=9) for k in ("exact", "hutchinson", "hutch++", "exchanged")],
     "diagonal": lambda o, m: diagonal(hessian(o), method="hutch++", products=9),
     "invariances": lambda o, m: invariances(o),
     "to_scipy": lambda o, m: to_scipy(hessian(o)).matvec(vec.flatten(o.params).detach().double().numpy()),

@@ -22,6 +22,7 @@ def but(names: Iterable[str], failing: Iterable[str], reason: str) -> pytest.Mar
 ROOTS = {
     "whitening", "muon with whitening", "soap with whitening", "shampoo", "shampoo, sums, tiles, adaptive SAM in z",
     "KFAC on whitening", "auto, SAM in p", "auto, hyperball, SAM in p", "Polar, gradient norm in z, clipped", "BNP with Polar, heavy ball",
+    "muon after whitening of power 1/2, SAM in z", "muon of power 1/2",
 }  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def test_a_training_is_the_cpu_s(device, name):
 
 WAITS = {
     "Muon, exact root, L2 in p", "shampoo, sums, tiles, adaptive SAM in z", "Shampoo, one side, qr, proximal L1",
-    "Polar, gradient norm in z, clipped",
+    "Polar, gradient norm in z, clipped", "muon after whitening of power 1/2, SAM in z",
 }  # fmt: skip
 
 

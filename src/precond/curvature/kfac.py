@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from precond.inputs.moments import Request, widened
 Factors = Literal["exact", "sampled", "empirical", "inputs"]
 Sharing = Literal["expand", "reduce"]
 _ENTRIES = 2**24  # of samples' gradients that are held at once
+_BYTES = 2**30  # of what layers receive and what comes back to them, kept between two passes over the data
 
 
 def kfac(
@@ -71,15 +73,20 @@ def kfac(
         (expand, reduce); Benzing (2022), FOOF.
     """
     layers = _layers("kfac", objective, fisher, sharing, samples)
+    return _kfac(objective, _Passes("kfac", objective, layers, fisher, sharing == "reduce", samples, seed), sharing)
+
+
+def _kfac(objective: Objective, passes: _Passes, sharing: Sharing) -> LayerwiseMap:
+    layers = passes.layers
     A: dict[str, Tensor] = {}
     B: dict[str, Tensor] = {}
     places = dict.fromkeys(layers, 0)
-    for batch in _passes("kfac", objective, layers, fisher, sharing, samples, seed):
-        for name in layers:
+    for batch in passes:
+        for name, layer in layers.items():
             h = batch.inputs(name)
             if sharing == "reduce":
                 h = h[:, batch.arranged(name)].mean(2)  # (groups, N, T, n) over T
-            _add(A, name, h.mT @ h)
+            _add(A, name, _moment(h, layer.place))
             places[name] += h.shape[1]
         for back in batch.backward():
             for name in layers:
@@ -89,7 +96,7 @@ def kfac(
                 _add(B, name, d.mT @ d)
     for name, layer in layers.items():
         A[name] /= places[name]
-        if fisher == "inputs":
+        if name not in B:  # no backward pass at all
             groups, rows = layer.place.layout.groups, layer.layer.units // layer.place.layout.groups
             B[name] = torch.eye(rows, dtype=A[name].dtype, device=A[name].device).expand(groups, -1, -1)
     factors: dict[str, Factor] = {name: Pair(B[name], A[name]) for name in layers}
@@ -116,17 +123,39 @@ def ekfac(
         George, Laurent, Bouthillier, Ballas & Vincent (2018), Fast approximate natural gradient descent in a Kronecker-factored eigenbasis.
     """
     checks.one_of("ekfac", "fisher", fisher, ["exact", "sampled", "empirical"])
-    K = kfac(objective, fisher, sharing=sharing, samples=samples, seed=seed)
     layers = _layers("ekfac", objective, fisher, sharing, samples)
+    passes = _Passes("ekfac", objective, layers, fisher, True, samples, seed, keep=_BYTES)
+    K = _kfac(objective, passes, sharing)
     S: dict[str, Tensor] = {}
-    for batch in _passes("ekfac", objective, layers, fisher, "reduce", samples, seed):
-        turned = {name: batch.inputs(name) @ K.factors[name].basis[1] for name in layers}
+    for batch in passes:
+        turned = {name: _turned(batch.inputs(name), known.place, K.factors[name].basis[1]) for name, known in layers.items()}
         for back in batch.backward():
             for name in layers:
                 d = back(name) @ K.factors[name].basis[0]
                 _add(S, name, _squared(d, turned[name], batch.arranged(name)))
     factors: dict[str, Factor] = {name: InBasis(*K.factors[name].basis, S[name]) for name in layers}
     return LayerwiseMap(K.places, factors, K.like)
+
+
+def _moment(h: Tensor, place: Place) -> Tensor:
+    """Σ ĥĥᵀ, (groups, n, n), with the bias's one where there is a bias: [[Σhhᵀ, Σh], [Σhᵀ, count]]."""
+    if place.weight is None:
+        return h.new_full((h.shape[0], 1, 1), h.shape[1])
+    if place.bias is None:
+        return h.mT @ h
+    n = h.shape[2]
+    out = h.new_empty(h.shape[0], n + 1, n + 1)
+    out[:, :n, :n] = h.mT @ h
+    out[:, :n, n] = out[:, n, :n] = h.sum(1)
+    out[:, n, n] = h.shape[1]
+    return out
+
+
+def _turned(h: Tensor, place: Place, V: Tensor) -> Tensor:
+    """ĥV of all places, (groups, places, n)."""
+    if place.weight is None:
+        return V.expand(-1, h.shape[1], -1)
+    return h @ V if place.bias is None else torch.baddbmm(V[:, -1:], h, V[:, :-1])
 
 
 def _squared(d: Tensor, h: Tensor, places: Tensor) -> Tensor:
@@ -148,95 +177,158 @@ class _Known:
 
 
 class _Pass:
-    """A batch forwarded, with what each layer received, and what comes back to it."""
+    """A batch forwarded, with what each layer received, and what comes back to it.
 
-    def __init__(
-        self, layers: dict[str, _Known], calls: dict[str, list[Call]], at: Evaluation, V: Tensor | None, arranging: bool
-    ):
-        self.layers, self.calls, self.at, self.V = layers, calls, at, V
+    Attributes:
+        keep: whether what was computed is kept for the next time.
+    """
+
+    def __init__(self, layers: dict[str, _Known], calls: dict[str, list[Call]], at: Evaluation, V: Tensor | None, sure: bool):
+        self.layers, self.calls, self.f, self.V, self.sure = layers, calls, at.outputs, V, sure
         self._deltas = [call.delta for name in layers for call in calls[name]]
-        self._places = self._arranged() if arranging else {}
+        self._slopes: list[dict[str, Tensor]] = []
+        self._inputs: dict[str, Tensor] = {}
+        self._places: dict[str, Tensor] = {}
+        self.keep = False
+
+    @property
+    def bytes(self) -> int:
+        """Of all that would be kept, about: a kernel's patches count as its inputs do."""
+        each = sum(t.numel() * t.element_size() for t in self._deltas) * (1 if self.V is None else len(self.V))
+        patches = (known.layer.tap.weights[0].param[0].numel() * call.delta.numel() / max(known.layer.units, 1)
+                   for name, known in self.layers.items() for call in self.calls[name])  # fmt: skip
+        return each + int(sum(patches)) * 8
 
     def inputs(self, name: str) -> Tensor:
-        """ĥ at all places, (groups, places, n), or n + 1 with the bias's."""
-        known = self.layers[name]
-        h = widened(torch.cat([known.layer.inputs(call) for call in self.calls[name]], 1))
-        ones = h.new_ones(*h.shape[:2], 1)
-        if known.place.bias is None:
-            return h
-        return ones if known.place.weight is None else torch.cat([h, ones], -1)
-
-    def arranged(self, name: str) -> Tensor:
-        """The places of each sample, (N, T)."""
-        return self._places[name]
+        """h at all places, (groups, places, n)."""
+        if name in self._inputs:
+            return self._inputs[name]
+        h = widened(_joined([self.layers[name].layer.inputs(call) for call in self.calls[name]], 1))
+        if self.keep:
+            self._inputs[name] = h
+        return h
 
     def backward(self) -> Iterator[Callable[[str], Tensor]]:
         """For each r, a function that gives δ_r of a layer at all its places, (groups, places, rows)."""
-        if self.V is None:
+        if self._slopes:
+            for found in self._slopes:
+                yield found.__getitem__
             return
-        f, last = self.at.outputs, len(self.V) - 1
-        for r, cotangent in enumerate(self.V):
-            found = differentiable(
-                lambda cotangent=cotangent, r=r: torch.autograd.grad(
-                    f, self._deltas, cotangent, retain_graph=r < last, allow_unused=True, materialize_grads=True
+        for r, cotangent in enumerate(() if self.V is None else self.V):
+            found = self._back(cotangent, r < len(self.V) - 1)  # type: ignore[arg-type]
+            if self.keep:
+                self._slopes.append(found)
+            yield found.__getitem__
+
+    def arranged(self, name: str) -> Tensor:
+        """The places of each sample, (N, T): those that a change of the outputs of half of the samples alone comes back to.
+
+        Raises:
+            CoupledSamples: where there are none.
+        """
+        if not self._places:
+            options = {name: self._options(name) for name in self.layers}
+            if self.sure and all(len(found) == 1 for found in options.values()):
+                self._places = {name: found[0] for name, found in options.items()}
+            else:
+                self._places = self._separated(options)
+        return self._places[name]
+
+    def _separated(self, options: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+        N = self.f.shape[0]
+        inside = (torch.randperm(N, generator=torch.Generator().manual_seed(0)) < N // 2).to(self.f.device)
+        half = torch.ones_like(self.f) * inside.to(self.f).view(-1, *[1] * (self.f.ndim - 1))
+        back, places = self._back(half, True), {}
+        for name, possible in options.items():
+            fits = [at for at in possible if N == 1 or not bool(back[name][:, at[~inside]].any())]
+            if not fits:
+                raise CoupledSamples(
+                    f"the outputs of one sample depend on layer {name!r} in another, or its places belong to no one sample each; use "
+                    "Objective(..., mode='eval') where batch normalization is in training mode, or sharing='expand' of kfac"
                 )
+            places[name] = fits[0]
+        return places
+
+    def _options(self, name: str) -> list[Tensor]:
+        layer, calls = self.layers[name].layer, self.calls[name]
+        each = [list(arrangements(layer.lead(c.delta), self.f.shape[0])) for c in calls]
+        offsets = [0, *accumulate(layer.rows(c.delta).shape[0] for c in calls)]
+        return [
+            torch.cat([at + offset for at, offset in zip(parts, offsets, strict=False)], 1).to(self.f.device)
+            for parts in zip(*each, strict=False)
+        ]
+
+    def _back(self, cotangent: Tensor, again: bool) -> dict[str, Tensor]:
+        """What of a cotangent of the outputs comes back to each layer, (groups, places, rows)."""
+        again = again or self.keep
+        found = differentiable(
+            lambda: torch.autograd.grad(
+                self.f, self._deltas, cotangent, retain_graph=again, allow_unused=True, materialize_grads=True
             )
-            yield self._of(found)
-
-    def _of(self, found: tuple[Tensor, ...]) -> Callable[[str], Tensor]:
-        by_call = iter(found)
-        slots = {name: [next(by_call) for _ in self.calls[name]] for name in self.layers}
-
-        def of(name: str) -> Tensor:
-            layer = self.layers[name].layer
-            rows = widened(torch.cat([layer.rows(t) for t in slots[name]]))
-            return rows.view(len(rows), layer.groups, -1).transpose(0, 1)
-
-        return of
-
-    def _arranged(self) -> dict[str, Tensor]:
-        """The places of each sample: those that a change of the outputs of half of the samples alone comes back to."""
-        f = self.at.outputs
-        N = f.shape[0]
-        inside = torch.randperm(N, generator=torch.Generator().manual_seed(0)) < N // 2
-        half = torch.ones_like(f) * inside.to(f).view(-1, *[1] * (f.ndim - 1))
-        found = self._of(
-            torch.autograd.grad(f, self._deltas, half, retain_graph=True, allow_unused=True, materialize_grads=True)
         )
-        return {name: self._places_of(name, found(name), inside) for name in self.layers}
-
-    def _places_of(self, name: str, back: Tensor, inside: Tensor) -> Tensor:
-        N, layer = len(inside), self.layers[name].layer
-        each: list[list[Tensor]] = [list(arrangements(layer.lead(c.delta), N)) for c in self.calls[name]]
-        offsets = [0]
-        for c in self.calls[name]:
-            offsets.append(offsets[-1] + layer.rows(c.delta).shape[0])
-        for parts in zip(*each, strict=False):
-            places = torch.cat([at + offset for at, offset in zip(parts, offsets, strict=False)], 1).to(back.device)
-            if N == 1 or not bool(back[:, places[~inside.to(back.device)]].any()):
-                return places
-        raise CoupledSamples(
-            f"the outputs of one sample depend on layer {name!r} in another, or its places belong to no one sample each; use "
-            "Objective(..., mode='eval') where batch normalization is in training mode, or sharing='expand'"
-        )
+        by_call, out = iter(found), {}
+        for name, known in self.layers.items():
+            rows = widened(_joined([known.layer.rows(next(by_call)) for _ in self.calls[name]], 0))
+            out[name] = rows.view(len(rows), known.layer.groups, -1).transpose(0, 1)
+        return out
 
 
-def _passes(
-    caller: str, objective: Objective, layers: dict[str, _Known], fisher: Factors, sharing: Sharing, samples: int, seed: int
-) -> Iterator[_Pass]:
-    for index in range(len(objective.batches)):
-        with objective.measuring(index), ExitStack() as stack:
-            calls = {name: stack.enter_context(known.layer.perturbed()) for name, known in layers.items()}
-            at = objective.evaluate(index)
-            missed = [name for name, seen in calls.items() if not seen]
-            if missed:
+class _Passes:
+    """Passes over the data, as often as asked, of which those that fit are kept.
+
+    Args:
+        separate: whether the places of samples will be asked for.
+        keep: bytes to keep.
+    """
+
+    def __init__(
+        self,
+        caller: str,
+        objective: Objective,
+        layers: dict[str, _Known],
+        fisher: Factors,
+        separate: bool,
+        samples: int,
+        seed: int,
+        keep: float = 0,
+    ):
+        self.caller, self.objective, self.layers, self.fisher, self.separate = caller, objective, layers, fisher, separate
+        self.samples, self.seed, self._room = samples, seed, keep
+        self._kept: dict[int, _Pass] = {}
+
+    def __iter__(self) -> Iterator[_Pass]:
+        for index in range(len(self.objective.batches)):
+            if index in self._kept:
+                yield self._kept[index]
+            else:
+                with self.objective.measuring(index):
+                    found = self._made(index)
+                    if self._room >= found.bytes:
+                        self._room -= found.bytes
+                        found.keep, self._kept[index] = True, found
+                    yield found
+
+    def _made(self, index: int) -> _Pass:
+        o = self.objective
+        with ExitStack() as stack:
+            calls = {name: stack.enter_context(known.layer.perturbed()) for name, known in self.layers.items()}
+            at = o.evaluate(index)
+        for name, seen in calls.items():
+            if not seen:
                 raise ValueError(
-                    f"{caller}: layer {missed[0]!r} was not called as a module in the forward pass, so its inputs are not known; leave "
+                    f"{self.caller}: layer {name!r} was not called as a module in the forward pass, so its inputs are not known; leave "
                     "its parameters out of the objective's params"
                 )
-            batch = Batch(index, objective.weights[index], objective.sizes[index], objective.total)
-            V = None if fisher == "inputs" else slopes(at, batch, fisher, samples, seed, caller)
-            yield _Pass(layers, calls, at, V, sharing == "reduce")
+        batch = Batch(index, o.weights[index], o.sizes[index], o.total)
+        V = None if self.fisher == "inputs" else slopes(at, batch, self.fisher, self.samples, self.seed, self.caller)
+        found = _Pass(self.layers, calls, at, V, o.mode == "eval")
+        if self.separate:
+            found.arranged(next(iter(self.layers)))  # before a graph is used up
+        return found
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _layers(caller: str, objective: Objective, fisher: str, sharing: str, samples: int) -> dict[str, _Known]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from precond.curvature.errors import CoupledSamples, CurvatureError
 from precond.curvature.keeping import Batch
-from precond.curvature.neurons.loss import LossCurvature, loss_curvature
+from precond.curvature.neurons.loss import LossCurvature, loss_curvature, loss_gradient
 from precond.curvature.objective import Evaluation
 
 Fisher = Literal["exact", "sampled", "empirical"]
@@ -38,15 +38,17 @@ def slopes(at: Evaluation, batch: Batch, fisher: Fisher, samples: int, seed: int
     generator = torch.Generator().manual_seed(seed + batch.index)
     if fisher == "sampled" and _is_plain(at):
         return _labels(at, batch, samples, generator)
-    found = loss_curvature(at, batch.weight, f.shape[0]) if f.ndim else None
+    if fisher == "empirical":
+        g = loss_gradient(at, batch.weight, f.shape[0]) if f.ndim else None
+        if g is not None:
+            return (g * batch.total**0.5).view(1, *f.shape)
+    found = loss_curvature(at, batch.weight, f.shape[0]) if f.ndim and fisher != "empirical" else None
     if found is None:
         raise CoupledSamples(
             f"{caller}: the loss of batch {batch.index} is no sum over samples of functions of their outputs, or these outputs are too many "
             f"({tuple(f.shape)}) for their second derivatives to be formed; give outputs (N, …) of N samples and a loss that adds over them, "
             "or fisher='sampled' with nn.CrossEntropyLoss"
         )
-    if fisher == "empirical":
-        return (found.gradient * batch.total**0.5).view(1, *f.shape)
     V = _root(found, caller)
     if fisher == "sampled":
         signs = torch.randint(0, 2, (samples, *V.shape[:2]), generator=generator).to(V) * 2 - 1

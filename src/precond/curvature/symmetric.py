@@ -91,7 +91,7 @@ def unstacked(block: Block) -> list[Vec]:
 
 def to_rows(block: Block) -> Tensor:
     """A block as a matrix (k, n), one flattened vector a row."""
-    return torch.cat([t.reshape(t.shape[0], -1) for t in block], dim=1)
+    return torch.cat([t.reshape(len(t), t.shape[1:].numel()) for t in block], dim=1)
 
 
 def from_rows(rows: Tensor, like: Vec) -> Block:

@@ -80,7 +80,13 @@ class ConvTap(Tap):
         x = widened(seen.x.detach())
         channels = x.shape[1] // m.groups
         n = channels * m.weight[0, 0].numel()
-        # A convolution with one unit kernel per patch entry lists the patches, whatever the stride, dilation and padding.
+        if isinstance(m, nn.Conv2d):
+            around = m._reversed_padding_repeated_twice
+            if any(around):
+                x = F.pad(x, around, mode="constant" if m.padding_mode == "zeros" else m.padding_mode)
+            y = F.unfold(x, m.kernel_size, m.dilation, 0, m.stride)
+            return y.view(y.shape[0], m.groups, n, -1).permute(1, 0, 3, 2).flatten(1, 2)
+        # Elsewhere a convolution with one unit kernel per patch entry lists the patches, whatever the stride, dilation and padding.
         units = torch.eye(n, dtype=x.dtype, device=x.device).reshape(n, channels, *m.weight.shape[2:])
         if m.transposed:
             kernel = units.transpose(0, 1).repeat(m.groups, *[1] * (x.ndim - 1))

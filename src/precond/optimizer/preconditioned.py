@@ -200,6 +200,11 @@ class PreconditionedGD(torch.optim.Optimizer):
         self.adopt(self.bound_to(self.param_groups, self.state), self.state)
 
     @property
+    def cells(self) -> Sequence[Cell]:
+        """What is stepped jointly, with the strategies in force and their state."""
+        return self._bound.cells
+
+    @property
     def frozen(self) -> set[Tensor]:
         """The parameters that wanted no gradients in the last step."""
         return self._bound.frozen
@@ -457,6 +462,10 @@ class PreconditionedGD(torch.optim.Optimizer):
                         self._finish(loss, graph)
                     if self._averaged is not None:
                         self._averaged.fold(before)
+                    if self.naming.settle is not None and (settled := self.naming.settle(self)):
+                        for group in self.param_groups:
+                            group.update(settled)
+                        self._follow_groups()
             finally:
                 self._listening.again(self._bound.cells)
         return loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from precond.curvature.batches import moved
 from precond.curvature.objective import Evaluation
 
+T = TypeVar("T")
 _ENTRIES = 2**27  # of ∇²_f of all samples, beyond which it is not formed
 
 
@@ -32,33 +33,53 @@ class LossCurvature:
 
 def loss_curvature(at: Evaluation, weight: float, samples: int) -> LossCurvature | None:
     """Of w_b ℓ_b; None where outputs are no tensor (N, …), samples are coupled in the loss, or ∇²_f is too large to be formed."""
-    f = at.outputs
-    if not isinstance(f, Tensor) or f.ndim < 1 or f.shape[0] != samples or not f.is_floating_point():
-        return None
-    # In float64, where the loss allows it: 1 − p of a confident class p has no correct digit in float32.
-    try:
-        found = _curvature(at, f.detach().double(), moved(at.targets, f.device, torch.float64), weight)
-    except (RuntimeError, TypeError):  # weights of the loss in float32, a device without float64
-        found = _curvature(at, f.detach().clone(), at.targets, weight)
+    found = _precisely(_curvature, at, weight, samples)
     if found is None:
         return None
+    f = at.outputs
     to = lambda x: None if x is None else x.to(f.dtype)  # noqa: E731
     factors = found.factors and (found.factors[0].to(f.dtype), to(found.factors[1]))
     return LossCurvature(found.gradient.to(f.dtype), factors, to(found.c))
 
 
-def _curvature(at: Evaluation, outputs: Tensor, targets: Any, weight: float) -> LossCurvature | None:
+def loss_gradient(at: Evaluation, weight: float, samples: int) -> Tensor | None:
+    """∇_f of w_b ℓ_b, (N, C); None as of :func:`loss_curvature`."""
+    found = _precisely(_slope, at, weight, samples)
+    return None if found is None else found[1].detach().to(at.outputs.dtype)
+
+
+def _precisely(make: Callable[..., T | None], at: Evaluation, weight: float, samples: int) -> T | None:
+    """``make`` in float64, where the loss allows it: 1 − p of a confident class p has no correct digit in float32."""
+    f = at.outputs
+    if not isinstance(f, Tensor) or f.ndim < 1 or f.shape[0] != samples or not f.is_floating_point():
+        return None
+    try:
+        return make(at, f.detach().double(), moved(at.targets, f.device, torch.float64), weight)
+    except (RuntimeError, TypeError):  # weights of the loss in float32, a device without float64
+        return make(at, f.detach().clone(), at.targets, weight)
+
+
+def _slope(
+    at: Evaluation, outputs: Tensor, targets: Any, weight: float
+) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor], Tensor, Tensor, Tensor] | None:
+    """f (N, C), ∇_f, v ↦ ∇²_f v, a v, which samples are in a half, and ∇²_f of v there; None where that reaches the other half."""
     f = outputs.reshape(len(outputs), -1).requires_grad_()
-    N, C = f.shape
     loss = at.loss_fn(f.reshape(outputs.shape), targets).reshape(()) * weight
     (g,) = torch.autograd.grad(loss, f, create_graph=True) if loss.requires_grad else (torch.zeros_like(f),)
     product = _product(g, f)
     generator = torch.Generator().manual_seed(0)
     v = (torch.rand(f.shape, generator=generator) + 0.5).to(f)
-    inside = (torch.randperm(N, generator=generator) < N // 2).to(f.device)
+    inside = (torch.randperm(len(f), generator=generator) < len(f) // 2).to(f.device)
     half = product(v * inside[:, None])
-    if bool(half[~inside].any()):
+    return None if bool(half[~inside].any()) else (f, g, product, v, inside, half)
+
+
+def _curvature(at: Evaluation, outputs: Tensor, targets: Any, weight: float) -> LossCurvature | None:
+    found = _slope(at, outputs, targets, weight)
+    if found is None:
         return None
+    f, g, product, v, inside, half = found
+    N, C = f.shape
     Hv, rows = half + product(v * ~inside[:, None]), product(torch.ones_like(f))
     if bool((Hv - v * rows).abs().max() <= 8 * torch.finfo(f.dtype).eps * Hv.abs().max()):
         return LossCurvature(g.detach(), None, rows)
