@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,3 +34,24 @@ def test_two_ranks_end_alike_and_where_one_process_ends(folder, wrap):
     for name, p in alone["params"].items():
         assert torch.equal(first["params"][name], second["params"][name])
         torch.testing.assert_close(first["params"][name], p, rtol=1e-6, atol=1e-8)
+
+
+def programs() -> list[tuple[str, int, str]]:
+    """(name, processes, code) of the complete programs in the documentation."""
+    text = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+    blocks = re.findall(r"```python\n# torchrun --nproc-per-node=(\d) (\w+)\.py\n(.*?)```", text, re.S)
+    return [(name, int(n), code) for n, name, code in blocks]
+
+
+@pytest.mark.parametrize(("name", "processes", "code"), programs(), ids=[name for name, *_ in programs()])
+def test_programs_of_the_documentation(tmp_path, name, processes, code):
+    script = tmp_path / f"{name}.py"
+    script.write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_there_are_programs():
+    assert [name for name, *_ in programs()] == ["ddp", "fsdp", "tensors"]

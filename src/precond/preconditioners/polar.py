@@ -184,7 +184,9 @@ class Polar(Stacked):
             x, own = X[some], shares[some]
             share = own[0] if len(set(own)) == 1 else torch.tensor(own).to(X)[:, None, None]
             gram = x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
-            self.fold(state.span(some), gram, torch.where(fresh[some][:, None, None], 1.0, share) if first else share)
+            self.fold(
+                state.span(some), gram, torch.where(fresh[some][:, None, None], X.new_ones(()), share) if first else share
+            )
         turned = self.apply_inverse_root(state, X)
         norm = torch.linalg.vector_norm(turned, 2, (-2, -1))
         state["norm"].copy_(norm * size)
