@@ -21,7 +21,7 @@ class Two(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.white, self.mixed, self.head = (nn.Linear(6, n, dtype=torch.float64) for n in (4, 4, 2))
+        self.white, self.mixed, self.head = (nn.Linear(6, n, dtype=torch.float64) for n in (3, 4, 2))
 
     def forward(self, x):
         return self.head(torch.cat([torch.tanh(self.white(x)), torch.tanh(self.mixed(x @ MIX))], -1)[..., :6])
@@ -59,7 +59,7 @@ def test_white_inputs_are_taken_as_they_are_and_others_whitened():
 
 
 def test_the_number_is_that_of_the_correlations_without_what_few_samples_add():
-    """tr(K²) of a known covariance, from 8 batches of 200: within a few percent where the raw number is off by 6/1600·6²."""
+    """tr(K²) of a known covariance, from 7 batches of 200: within a few percent where the raw number is off by 6/1400·6²."""
     model = net()
     optimizer = precond.auto(model, choice=Auto(whitening=Whitening(decay=0.99, observe_steps=8, damping=0.0)))
     steps(model, optimizer, 0, 8)
@@ -151,3 +151,18 @@ def test_tables_take_longer_steps_unless_a_layer_shares_them():
         why = optimizer.explain().rows[0].why
         assert why == ("rows of a table, shared with a layer" if tie else "rows of a table, steps × 10")
     assert moves[False] == pytest.approx(0.1, rel=1e-3) and moves[True] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_layers_of_one_shape_decide_together():
+    class Alike(Two):
+        def __init__(self):
+            super().__init__()
+            self.mixed = nn.Linear(6, 3, dtype=torch.float64)
+
+    torch.manual_seed(1)
+    model = Alike()
+    optimizer = precond.auto(model)
+    steps(model, optimizer, 0, 8)
+    measured = optimizer.param_groups[0]["measured"]
+    assert measured["white.weight"] == measured["mixed.weight"] < 0.8
+    assert acting(optimizer)["white.weight"] == "Whitening"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from precond import checks
@@ -38,8 +39,8 @@ class _Auto:
         return Choice(choice, Momentum(beta), (L2(group["weight_decay"] / 2, space="z"),))
 
 
-MEASURED_AFTER = 8
-"""Steps after which the inputs of layers are looked at, once: a refresh of whitening is due then, and nothing is read later."""
+MEASURED_AFTER = 7
+"""Steps after which the inputs of layers are looked at, once: the next is the last that may read from a device."""
 
 
 def _measured(optimizer: PreconditionedGD) -> dict[str, Any] | None:
@@ -47,14 +48,18 @@ def _measured(optimizer: PreconditionedGD) -> dict[str, Any] | None:
     if any(group["measured"] is not None or group["capturable"] for group in optimizer.param_groups):
         return None  # a captured step is one program for all steps
     shares: dict[str, float] = {}
+    shapes: dict[str, torch.Size] = {}
     for cell in optimizer.cells:
         P = cell.preconditioner
         if isinstance(P, Composition) and isinstance(P.outer, Whitening):
             if min(cell.state.steps) < MEASURED_AFTER:
                 return None
             outer = cell.state["outer"]
+            shapes |= {leaf.name: leaf.shape for leaf in cell.leaves}
             shares |= P.outer.independent(outer if isinstance(cell.block, Stack) else outer.as_stack())
-    return {"measured": {name: round(share, 3) for name, share in shares.items()}} if shares else None
+    # Layers of one shape decide together, by the least: they are stepped side by side.
+    least = {shape: min(s for name, s in shares.items() if shapes[name] == shape) for shape in map(shapes.get, shares)}
+    return {"measured": {name: round(least[shapes[name]], 3) for name in shares}} if shares else None
 
 
 @checked
@@ -71,7 +76,7 @@ def auto(
 ) -> PreconditionedGD:
     """A preconditioner for each layer, chosen by what it is: whitened inputs and polar steps for most, Adam for what is no layer.
 
-    After the first eight steps layers whose inputs turn out to be white are no longer whitened; that is decided once, and the state dict
+    After the first steps layers whose inputs turn out to be white are no longer whitened; that is decided once, and the state dict
     keeps it. ``optimizer.explain()`` says what was chosen and why. See :class:`~precond.Auto` for the rules and :class:`~precond.Polar` for the
     length of steps: the learning rate is about the change of a layer's outputs in a step, whatever its width.
 
