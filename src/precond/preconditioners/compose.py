@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -169,6 +169,8 @@ class Composition(Preconditioner):
 class _Inside(Seen):
     """What was seen, in the coordinates of a map P₁; the gradient where it is asked for: a map that is made of the momentum does not."""
 
+    _gradient: Callable[[], Vec]
+
     def __init__(self, seen: Seen, P1: LinearMap, invertible: bool):
         position = seen.position
         self.__dict__ |= {
@@ -179,7 +181,7 @@ class _Inside(Seen):
         }
 
     @cached_property
-    def gradient(self) -> Vec:  # type: ignore[override]
+    def gradient(self) -> Vec:
         return self._gradient()
 
 
