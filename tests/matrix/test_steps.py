@@ -96,6 +96,27 @@ def test_tiles_are_matrices_of_their_own(shape, block):
             torch.testing.assert_close(end[i : i + pieces[0], j : j + pieces[1]], q, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("graft", ["adagrad", "rms"])
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_steps_have_the_grafted_length(graft, decay):
+    """‖M g‖ is ‖g/(√r + ε)‖, r the sum of g² or its mean, corrected for its start."""
+    shape, rho, eps = (4, 3), 0.8, 1e-3
+    p, theirs = nn.Parameter(draw(*shape)), oracles.Shampoo(*shape, decay=decay, damping=0.1)
+    P = Shampoo(decay=decay, damping=0.1, every=1, graft=graft, graft_decay=rho, graft_eps=eps)
+    optimizer, seen = PreconditionedGD([p], lr=1.0, preconditioner=P), []
+    for t in range(1, 6):
+        g, before = draw(*shape), p.detach().clone()
+        seen.append(g)
+        theirs.see(g)
+        run(optimizer, p, [g])
+        weights = [1.0 if graft == "adagrad" else (1 - rho) * rho ** (t - 1 - k) / (1 - rho**t) for k in range(t)]
+        r = sum(w * x**2 for w, x in zip(weights, seen, strict=True))
+        step = (theirs.M() @ g.reshape(-1)).view(shape)
+        expected = step * (g / (r.sqrt() + eps)).norm() / step.norm()
+        # Roots of matrices of 4 rows damped at a tenth: some hundred roundings.
+        torch.testing.assert_close(before - p.detach(), expected, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize(
     ("graft", "length"), [("sgd", lambda g: g), ("adagrad", lambda g: g.sign()), ("rms", lambda g: g.sign())]
 )

@@ -29,7 +29,7 @@ class OutputFactor(Stacked):
         power: e; 1 is the natural gradient's.
         decay: ρ of B in [0, 1).
         damping: ε ≥ 0, relative to the largest eigenvalue.
-        every: steps between roots, which are also taken at step 1; layers of other shapes take turns.
+        every: steps between roots, which are also taken at step 1; layers of other shapes, and of one where they are many, take turns.
         max_dim: layers of more outputs are left as they are.
     """
 

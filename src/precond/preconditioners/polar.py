@@ -36,7 +36,8 @@ class Polar(Stacked):
 
     Where L is that of m itself, L^(−1/2)m is in the direction of its polar factor UVᵀ, as in :class:`~precond.Muon`. A layer of many
     samples, convolutions' or sequences', takes it so in each step: where a root costs no more than the layer's own products. For others
-    L is the mean over the steps at which the root is renewed: 1, 2, 4, 8, … and then each that ``every`` divides; in between it stands
+    L is the mean over the steps at which the root is renewed: 1, 2, 4, 8, … and then each that ``every`` divides, or where it is the turn of
+    layers of other shapes, up to a period before these; in between it stands
     still, and a step costs one product with the shorter side (mᵀm and a product from the right where A > B). The length of the step is
     that of a polar factor always: s is such that ‖M m‖ = γ·√min(A, B), with γ = √max(1, A/B)·max(1, ‖z₀‖/√A).
 

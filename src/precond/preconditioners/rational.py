@@ -19,7 +19,8 @@ from precond.preconditioners.roots import inverse_root
 from precond.vec import Scalar
 
 SCRATCH = 2**19
-"""Bytes of the matrices that are joined, or inverted at once, about, unless one stack of them alone has more."""
+"""Bytes of the matrices that are joined, or inverted at once, about, unless one stack of them alone has more, or it is known how much a
+step takes anyway."""
 
 
 def renew(
@@ -30,20 +31,22 @@ def renew(
     method: str = "eigh",
     bases: Sequence[Tensor] = (),
     scale: Scalar = 1.0,
+    scratch: int = SCRATCH,
 ) -> None:
     """root ← (S/s + ε λ_max I)^(−power) of several stacks S (k, n, n), s the ``scale``; a root that fails stays.
+
+    ``scratch``: bytes that it may take, unless one stack alone takes more.
 
     On a processor each by :func:`precond.preconditioners.roots.inverse_root`. An accelerator is not waited for: there they are made of
     the ``bases``, columns near eigenvectors, or by :func:`inverse_roots_`.
     """
     if not at_hand(roots[0]):
-        for some in _together(factors):
+        for some in _together(factors, scratch):
             S = torch.cat([*factors[some]])
-            new = (
-                _in_bases(S, torch.cat([*bases[some]]), power, damping, scale)
-                if bases
-                else inverse_roots_(S, power, damping, scale)
-            )
+            if bases:
+                new = _in_bases(S, torch.cat([*bases[some]]), power, damping, scale)
+            else:
+                new = inverse_roots_(S, power, damping, scale, scratch)
             del S
             fine = new[:, :1, :1] < torch.inf  # what is not finite somewhere is NaN throughout
             for root, mine, ok in zip(roots[some], new.split(len(roots[0])), fine.split(len(roots[0])), strict=True):
@@ -57,10 +60,10 @@ def renew(
                 root[k].copy_(found)
 
 
-def _together(stacks: Sequence[Tensor]) -> list[slice]:
-    """All stacks at once where scratch memory is for that, else one by one."""
-    size = sum(S.numel() * S.element_size() for S in stacks)
-    return [slice(None)] if size <= SCRATCH else [slice(i, i + 1) for i in range(len(stacks))]
+def _together(stacks: Sequence[Tensor], scratch: int) -> list[slice]:
+    """Runs of stacks alike that scratch memory is for, each of one at least."""
+    many = max(1, scratch // (stacks[0].numel() * stacks[0].element_size()))
+    return [slice(i, i + many) for i in range(0, len(stacks), many)]
 
 
 def _in_bases(S: Tensor, Q: Tensor, power: float, damping: float, scale: Scalar) -> Tensor:
@@ -71,14 +74,14 @@ def _in_bases(S: Tensor, Q: Tensor, power: float, damping: float, scale: Scalar)
     return (Q * (values**-power)[:, None]) @ Q.mT
 
 
-def inverse_roots_(A: Tensor, power: float, damping: float, scale: Scalar = 1.0) -> Tensor:
+def inverse_roots_(A: Tensor, power: float, damping: float, scale: Scalar = 1.0, scratch: int = SCRATCH) -> Tensor:
     """(A/s + ε λ_max I)^(−power) of each, s the ``scale``, ε = ``damping`` or what is rounding in A; NaN where A is zero or not finite.
 
     λ_max is known from above, exactly where one eigenvalue stands out, and no worse than by a factor of n^(1/8). A is written over; with
     it a root takes four times its memory.
     """
     if isinstance(scale, Tensor):  # which products do not take for a number without reading it
-        return inverse_roots_(A, power, damping).mul_(scale**power)
+        return inverse_roots_(A, power, damping, 1.0, scratch).mul_(scale**power)
     n, whole = A.shape[-1], int(power)
     least = max(damping, rounding(n, A.dtype))
     size = A.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
@@ -87,7 +90,7 @@ def inverse_roots_(A: Tensor, power: float, damping: float, scale: Scalar = 1.0)
     top = _fourth(A)
     A /= top
     size = (size * top) ** -power
-    root = _fractional(A, eye, power - whole, least, scale**power) if power > whole else None
+    root = _fractional(A, eye, power - whole, least, scale**power, scratch) if power > whole else None
     if whole:
         inverse = torch.linalg.matrix_power(_inverse(A, eye, least, scale if root is None else 1.0), whole)
         root = inverse if root is None else inverse @ root
@@ -101,10 +104,10 @@ def _fourth(A: Tensor) -> Tensor:
     return torch.linalg.vector_norm(A @ A, dim=(-2, -1), keepdim=True) ** 0.25
 
 
-def _fractional(A: Tensor, eye: Tensor, power: float, least: float, gain: float) -> Tensor:
+def _fractional(A: Tensor, eye: Tensor, power: float, least: float, gain: float, scratch: int) -> Tensor:
     """gain·(A + least I)^(−power), 0 < power < 1: as many inverses at once as scratch memory is for."""
     poles, weights = partial_fractions(power, least)
-    many = max(1, SCRATCH // (2 * A.numel() * A.element_size()))
+    many = max(1, scratch // (2 * A.numel() * A.element_size()))
     root = None
     if many == 1:
         for pole, weight in zip(poles, weights, strict=True):

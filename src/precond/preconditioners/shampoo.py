@@ -36,7 +36,8 @@ class Shampoo(Stacked):
         decay: None: sums, as published; ρ in [0, 1): means L ← ρL + (1−ρ)GGᵀ, their bias corrected.
         initial: L₀ = R₀ = initial·I.
         damping: ε ≥ 0, added relative to the largest eigenvalue.
-        every: steps between roots; matrices of other shapes than the first one take their turns in the steps before.
+        every: steps between roots; matrices of other shapes than the first one, and of one shape where they are
+            many, take their turns in the steps before.
         method: ``"eigh"``; ``"newton"``, the coupled iteration for L^(−1/p), p = 1/e whole; or ``"qr"``, eigenvectors followed by
             one step of orthogonal iteration. On an accelerator, which is not to be waited for, ``"eigh"`` and ``"newton"`` are both a sum of
             inverses of shifted matrices, to 1e-5.
@@ -151,7 +152,8 @@ class Shampoo(Stacked):
                 for matrices, basis in zip(S, bases, strict=True):
                     begin(matrices, basis) if t == 1 else follow(matrices, basis)
             scale = 1.0 if self.decay is None else state.unbiased(self.decay)[0]
-            renew(roots, S, power, self.damping, self.method, bases if self.method == "qr" else (), scale)
+            scratch = 4 * sum(t.numel() * t.element_size() for t in state.block.tensors)  # as much as a step takes
+            renew(roots, S, power, self.damping, self.method, bases if self.method == "qr" else (), scale, scratch)
 
     @property
     def _basis(self) -> str:

@@ -43,7 +43,7 @@ class SOAP(Stacked):
         eps: ε ≥ 0.
         factor_decay: ρ of L and R; None: ``decay``.
         every: steps between refreshes: after the first gradient and then after each step that ``every`` divides. Matrices of other shapes
-            than the first one take their turns in the steps before, so that no step refreshes all.
+            than the first one, and of one shape where they are many, take their turns in the steps before, so that no step refreshes all.
         drift: None, or refresh a basis only where it has turned from the eigenvectors by more than this (in [0, 1): the share of ‖Lq‖
             orthogonal to q, over a sample of columns q); it is measured where ``every`` allows a refresh.
         factor_every: steps between updates of L and R.

@@ -36,7 +36,8 @@ class Whitening(InputSide):
     others, which then differ little, get their mean (``rank``).
 
     The covariance is observed, and the root taken, on a schedule that is fixed by the number of steps: at steps 1, 2, 4, 8, …
-    and then every ``every`` steps, from the ``observe_steps`` steps before. Between refreshes the map stands still.
+    and then every ``every`` steps, from the ``observe_steps`` steps before. Between refreshes the map stands still. Layers of other shapes
+    than the first one, and of one shape where they are many, take turns: they are refreshed up to a period before these steps.
 
     Args:
         decay: ρ of the running covariance over the steps that are observed, in [0, 1).
