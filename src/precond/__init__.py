@@ -36,7 +36,7 @@ from precond.momentum import Momentum
 from precond.normalization import MinMax, Standardize, collapse_affine, fold_batchnorm
 from precond.optim import SGD, Adam, AdamW, RMSprop
 from precond.optimizer import PreconditionedGD
-from precond.optimizer.parameters import decay_groups
+from precond.optimizer.parameters import decay_groups, role_groups
 from precond.optimizer.passes import frozen_statistics
 from precond.optimizer.probing import LossClosure
 from precond.preconditioners import (
@@ -178,6 +178,7 @@ __all__ = [
     "rate",
     "register_layer",
     "rmsprop",
+    "role_groups",
     "routed",
     "sgd",
     "shampoo",

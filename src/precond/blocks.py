@@ -38,6 +38,7 @@ class Leaf:
         inputs_first: whether its first dimension counts the inputs of its layer, as in transposed convolutions.
         turn: which of the steps of a period its periodic work falls on (:mod:`precond.turns`).
         replicas: the processes that hold copies of it, as under DistributedDataParallel; None where none are known.
+        shared: whether several modules hold it, as where a head's weight is the table of embeddings.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Leaf:
     attribute: str = field(default="", repr=False)
     turn: int = 0
     replicas: Any = field(default=None, repr=False)
+    shared: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -69,6 +71,15 @@ class Leaf:
     def pieces(self) -> Pieces | None:
         """Who holds what of it; None where this process alone is known to hold it."""
         return held_by(self.param, self.replicas)
+
+    def span(self, dim: int) -> range | None:
+        """The positions along ``dim`` that this process holds; None where it is divided along another dimension."""
+        if self.pieces is None:
+            return range(self.shape[dim])
+        box = self.pieces.boxes[self.pieces.rank]
+        if any(s != slice(0, n) for d, (s, n) in enumerate(zip(box, self.shape, strict=True)) if d != dim):
+            return None
+        return range(box[dim].start, box[dim].stop)
 
     @property
     def tensor(self) -> Tensor:

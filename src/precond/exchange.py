@@ -69,6 +69,11 @@ class Pieces:
             )
         return pieces
 
+    @cached_property
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return dist.get_rank(self.group)
+
     def shape(self, rank: int) -> tuple[int, ...]:
         """The shape of a rank's piece."""
         return tuple(s.stop - s.start for s in self.boxes[rank])

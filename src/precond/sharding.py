@@ -36,6 +36,20 @@ def local(t: Tensor) -> Tensor:
         return t.to_local()  # type: ignore[attr-defined]
 
 
+def gathered(args: Any) -> tuple[Any, bool]:
+    """Arguments of a call with DTensors made whole, by all who hold them, and whether this process speaks for them: the first one does."""
+    speaks = True
+
+    def whole(x: Any) -> Any:
+        nonlocal speaks
+        if not divided(x):
+            return x
+        speaks &= not any(x.device_mesh.get_coordinate())
+        return x.full_tensor()
+
+    return torch.utils._pytree.tree_map(whole, args), speaks
+
+
 def replicated(t: Tensor) -> Tensor | None:
     """A tensor that this process holds whole, with its graph; None where others hold parts of it."""
     if not divided(t):

@@ -185,3 +185,29 @@ def test_decay_groups_leave_biases_norms_and_embeddings_out():
     decayed, spared = precond.adamw(precond.decay_groups(model, 0.1)).param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     assert decayed["param_names"] == ["out.weight"] and len(spared["params"]) == 4
+
+
+class Roles(nn.Module):
+    def __init__(self, tie=False):
+        super().__init__()
+        self.table, self.body, self.norm, self.head = nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 5)
+        if tie:
+            self.head.weight = self.table.weight
+
+
+def test_role_groups_give_each_role_its_rate():
+    groups = precond.role_groups(Roles(), 0.1, embedding=10.0, output=0.5, vector=2.0, weight_decay=0.3)
+    found = {n: (g["lr"], g["weight_decay"]) for g in precond.adamw(groups).param_groups for n in g["param_names"]}
+    rates = {"table": 1.0, "body": 0.1, "norm": 0.2, "head": 0.05}
+    assert found == {n: (pytest.approx(rates[n.split(".")[0]]), 0.3) for n in found}
+    assert len(found) == 7
+
+
+def test_what_a_head_shares_has_the_rate_of_layers():
+    groups = precond.role_groups(Roles(tie=True), 0.1, embedding=10.0).copy()
+    assert {n: g["lr"] for g in groups for n, _ in g["params"]}["table.weight"] == 0.1
+
+
+def test_rates_of_roles_are_checked():
+    with pytest.raises(ValueError, match="embedding"):
+        precond.role_groups(Roles(), 0.1, embedding=-1.0)

@@ -10,9 +10,10 @@ from torch import nn
 
 from precond.curvature import Objective
 from precond.diagnostics import diagnose
-from precond.diagnostics.gains import Picture, predicted
+from precond.diagnostics.gains import Picture, first_rate, predicted
 from precond.diagnostics.gathering import gather
 from precond.diagnostics.pace import Block, Part, Race, parts_of, speed_up
+from precond.diagnostics.remedies import base_of
 from precond.diagnostics.short import as_trained
 
 
@@ -87,6 +88,16 @@ def test_the_speed_up_is_capped_by_what_no_remedy_changes():
 def test_one_rate_for_all_or_one_for_each():
     steep, flat = part([1.0], [1.0], s=100.0), part([1.0], [1.0], s=1.0, name="b")
     assert race([steep, flat], "raw").left(1) > race([steep, flat], "raw", alone=True).left(1)
+
+
+def test_the_first_rate_is_that_of_the_steepest_direction():
+    objective, x, _ = regression()
+    rows = torch.cat([torch.ones(60, 1).double(), x], 1)
+    largest = float(torch.linalg.eigvalsh(rows.T @ rows / 60)[-1])
+    picture, base = Picture.of(objective), base_of(None, objective.model)
+    assert first_rate(picture, base, "raw") == pytest.approx((1 - 0.9) / largest, rel=1e-6)
+    adam = base_of(torch.optim.Adam(objective.model.parameters(), lr=0.03), objective.model)
+    assert first_rate(picture, adam, "raw") == 0.03
 
 
 class Stack(nn.Module):

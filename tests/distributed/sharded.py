@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distributed.training import Setting, build, contents, fit
 from inputs import kinds
-from precond import BNP, RMS, Dense, Diagonal, Fixed, GradientNorm, LossClosure, PreconditionedGD, Route
+from precond import BNP, RMS, Dense, Diagonal, Fixed, GradientNorm, LossClosure, PreconditionedGD, Route, muon, shampoo
 
 
 def shapes(setting: Setting) -> dict[str, Any]:
@@ -173,6 +174,17 @@ REFUSED: dict[str, Any] = {
         "differentiates twice",
     ),
 }
+
+
+def _odd_one(first: Any, second: Any) -> Any:
+    return lambda m: (second if dist.get_rank() else first)(m)
+
+
+DIFFERENT: dict[str, Any] = {
+    "recipes": (_odd_one(muon, shampoo), "steps them otherwise"),
+    "options": (_odd_one(muon, lambda m: muon(m, weight_decay=0.5)), "other options than rank 0"),
+    "parameters": (lambda m: muon([p for p in m.parameters() if dist.get_rank() == 0 or p.ndim == 2]), "other parameters"),
+}
 FIXED: dict[str, Any] = {
     "Dense": lambda: Fixed(Dense(torch.arange(64.0).view(8, 8).sin())),
     "Diagonal": lambda: Fixed(Diagonal((torch.arange(6.0).view(2, 3), torch.ones(2)))),
@@ -184,6 +196,30 @@ def refused(name: str) -> None:
     REFUSED[name][0](fully_shard(nn.Linear(3, 2), mesh=_mesh()))
 
 
+def different(name: str, wrap: str) -> None:
+    """Ranks that would not take the same step."""
+    model: nn.Module = nn.Linear(3, 2)
+    DIFFERENT[name][0](fully_shard(model, mesh=_mesh()) if wrap == "fsdp" else DistributedDataParallel(model))
+
+
+def late() -> None:
+    """Sharded after the optimizer was made."""
+    model = nn.Linear(3, 2)
+    optimizer = muon(model)
+    fully_shard(model, mesh=_mesh())
+    model(torch.ones(4, 3)).sum().backward()
+    optimizer.step()
+
+
+def copied() -> None:
+    """An optimizer whose state other ranks have, without its model."""
+    model = DistributedDataParallel(nn.Linear(3, 2))
+    optimizer = muon(model)
+    twin = copy.deepcopy(optimizer)
+    twin.param_groups[0]["params"][0].grad = torch.ones(2, 3)
+    twin.step()
+
+
 def fixed(name: str, alone: bool = False) -> dict[str, Any]:
     """A step by a map that takes all parameters jointly."""
     torch.manual_seed(0)
@@ -192,7 +228,7 @@ def fixed(name: str, alone: bool = False) -> dict[str, Any]:
         model = fully_shard(model, mesh=_mesh())
     optimizer = PreconditionedGD(model, 0.1, preconditioner=FIXED[name](), max_norm=1.0)
     x = torch.arange(12.0).view(4, 3)
-    model(x).square().mean().backward()
+    model(_share(x, alone)).square().mean().backward()
     optimizer.step()
     return contents(model, optimizer)
 

@@ -30,7 +30,7 @@ def test_two_ranks_are_one_process(ranks, optimizer, shares):
     check(ranks, Setting(optimizer, shares))
 
 
-@pytest.mark.parametrize("optimizer", ["BNP", "BNP @ RMS", "SAM"])
+@pytest.mark.parametrize("optimizer", ["BNP", "BNP @ RMS", "SAM", "auto"])
 def test_a_rank_without_samples(ranks, optimizer):
     check(ranks, Setting(optimizer, (12, 0)))
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from precond.report import Entry, Results, TaskResults, default_target
-from precond.report.transfer import rates, spread, transfer_figure, transfer_markdown
+from precond.report.transfer import rates, searches, shared_rate, spread, transfer_figure, transfer_markdown
 from precond.report.where import ADVISED, outcomes, where_figure, where_markdown
 from precond.workloads import Curve, Outcome, Trial
 from precond.workloads.transfer import shape_name
@@ -43,7 +43,7 @@ PREDICTIONS = [
 
 
 def test_a_sign_is_right_where_a_gain_was_predicted_and_there_or_neither() -> None:
-    found = outcomes(RESULTS, [*PREDICTIONS, Prediction("three", "bnp", 2.0, 1)])
+    found = outcomes(RESULTS, [*PREDICTIONS, Prediction("three", "bnp", 2.0, 1), Prediction("one", "bnp", math.nan, 2)])
     assert [(one.measured, one.bound) for one in found] == [
         (2.0, False),
         (4.0, False),
@@ -92,4 +92,8 @@ def test_best_rates_and_by_how_much_they_move() -> None:
     assert rates(found, "depth") == {"one": {8: pytest.approx(0.04)}}
     assert spread([0.02, math.nan, 0.06]) == pytest.approx(3) and math.isnan(spread([]))
     text = transfer_markdown(found)
-    assert "| one | 0.02 | 0.06 | 3 |" in text and "| one | 0.04 | 1 |" in text
+    # At 0.04 the losses are 1 + ln(2)² and 1 + ln(1.5)²; the least that were tried are 1, at 0.02, and 1 + ln(4/3)², at 0.08.
+    shared = math.sqrt((1 + math.log(2) ** 2) * (1 + math.log(1.5) ** 2) / (1 + math.log(4 / 3) ** 2))
+    assert shared_rate([searches(found, shape_name(w, 2), "one") for w in (64, 1024)]) == (0.04, pytest.approx(shared))
+    assert f"| one | 0.02 | 0.06 | 3 | 0.04 | {shared:.3g} |" in text and "| one | 0.04 | 1 | 0.04 | 1 |" in text
+    assert all(math.isnan(x) for x in shared_rate([]))

@@ -21,8 +21,8 @@ from precond.cli.folder import file_name, sole
 from precond.cli.target import Target
 from precond.curvature import Objective
 from precond.diagnostics import Diagnosis, diagnose
-from precond.diagnostics.advice import number
 from precond.diagnostics.diagnosis import Matrix
+from precond.diagnostics.numbers import number
 from precond.diagnostics.short import one_step
 from precond.diagnostics.text import WIDTH, lines
 from precond.diagnostics.trying import Tried, cheap, try_remedies, with_rates

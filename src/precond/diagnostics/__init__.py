@@ -2,7 +2,8 @@
 
 from precond.diagnostics.advice import Advice
 from precond.diagnostics.calibrated import Gain
-from precond.diagnostics.diagnosis import Diagnosis, Layer, diagnose
+from precond.diagnostics.diagnosis import Diagnosis, diagnose
+from precond.diagnostics.layer import Layer
 from precond.diagnostics.monitor import Monitor
 from precond.diagnostics.preconditioner import preconditioner_of, step_size
 from precond.diagnostics.rates import Range, lr_range

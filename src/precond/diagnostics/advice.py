@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from precond.diagnostics.calibrated import STUCK, Gain, calibration
 from precond.diagnostics.gains import Picture, first_rate, predicted, steps
+from precond.diagnostics.numbers import number
 from precond.diagnostics.remedies import INPUTS, Base, Candidate
 
 if TYPE_CHECKING:
-    from precond.diagnostics.diagnosis import Diagnosis, Layer
+    from precond.diagnostics.diagnosis import Diagnosis
+    from precond.diagnostics.layer import Layer
 
 _MORE = 1.2  # times as much must a costlier remedy promise
 _WITHIN = ("sgd", "adam", "adamw", "rmsprop", "adagrad")
@@ -124,15 +126,8 @@ def _coordinates(found: Diagnosis, picture: Picture, base: Base, dim: int | None
         value, alone = predicted(picture, base.adaptive, name, calibration().steps)
         line = calibration().lines.get((name, picture.stuck >= STUCK))
         if math.isnan(value) or line is None:
-            considered.append(
-                Considered(
-                    name,
-                    None,
-                    "the data are standardized already, or no tensor of numbers"
-                    if name == "standardize"
-                    else "not in the study",
-                )
-            )
+            why = "the data are standardized already, or no tensor of numbers" if name == "standardize" else "not in the study"
+            considered.append(Considered(name, None, why))
             continue
         gain = line.gain(value, alone, calibration().steps)
         enough = gain.worth and gain.likely >= _MORE * best
@@ -258,17 +253,3 @@ def _learning_rate(found: Diagnosis) -> list[Advice]:
     why = f"It is {number(found.lr)}; above {number(found.lr_limit)} steps grow along the steepest direction of the loss."
     code = f"for group in optimizer.param_groups: group['lr'] = {number(found.lr_limit / 2)}"
     return [Advice("Lower the learning rate", why, code, None, (), "steps that do not grow", None, found.lr_limit / 2)]
-
-
-def number(x: float) -> str:
-    """Three digits at most.
-
-    Example:
-        >>> [number(x) for x in (1.0, 12.34, 1234.5, 3.4e8, 0.00123)]
-        ['1', '12.3', '1,230', '3.4e+08', '0.00123']
-    """
-    if math.isnan(x):
-        return "–"
-    if 1000 <= abs(x) < 1e6:
-        return f"{float(f'{x:.3g}'):,.0f}"
-    return f"{x:.3g}"

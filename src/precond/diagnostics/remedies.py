@@ -155,12 +155,14 @@ class Base:
             dim: of the features; None: every entry of an example is one.
         """
         now = self.now()
-        over = "0" if dim is None else f"[d for d in range(inputs.ndim) if d != {dim}]"
-        keep = "" if dim is None else ", keepdim=True"
-        lines = (
-            f"mean, std = inputs.mean({over}{keep}), inputs.std({over}{keep})  # of the training data\n"
-            "inputs = (inputs - mean) / std.clamp_min(1e-6)  # the same for all data"
-        )
+        if dim is None:
+            first = "mean, std = inputs.mean(0), inputs.std(0)  # of the training data"
+        else:
+            first = (
+                f"dims = [d for d in range(inputs.ndim) if d != {dim}]\n"
+                "mean, std = inputs.mean(dims, keepdim=True), inputs.std(dims, keepdim=True)  # of the training data"
+            )
+        lines = f"{first}\ninputs = (inputs - mean) / std.clamp_min(1e-6)  # the same for all data"
         label = f"{self.label}, standardized data"
         return Candidate(
             "standardize", label, now.make, now.line, lambda objective: standardized(objective, dim) or objective, lines

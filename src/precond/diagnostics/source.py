@@ -17,6 +17,7 @@ _NAMES = {
     "Gelu": "gelu", "Silu": "silu", "LeakyRelu": "leaky relu", "Elu": "elu", "Softplus": "softplus", "Softmax": "softmax",
     "AdaptiveAvgPool1D": "average pool", "AdaptiveAvgPool2D": "average pool",
     "AvgPool2D": "average pool", "Embedding": "embedding", "Addmm": "linear", "Mm": "linear",
+    "MkldnnRnnLayer": "recurrent", "CudnnRnn": "recurrent", "ThnnFusedLstmCell": "recurrent", "ThnnFusedGruCell": "recurrent",
     "Convolution": "convolution", "Add": "residual sum", "ScaledDotProductAttentionMath": "attention",
     "ScaledDotProductFlashAttention": "attention", "ScaledDotProductFlashAttentionForCpu": "attention",
 }  # fmt: skip

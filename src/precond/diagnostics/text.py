@@ -5,9 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from precond.diagnostics.advice import number
 from precond.diagnostics.calibrated import calibration
-from precond.diagnostics.diagnosis import LABELS, Diagnosis, Layer, block_texts
+from precond.diagnostics.diagnosis import LABELS, Diagnosis
+from precond.diagnostics.layer import Layer, block_texts
+from precond.diagnostics.numbers import number
 
 WIDTH = 80
 _ADVICE, _LAYERS = 6, 12

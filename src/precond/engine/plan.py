@@ -153,12 +153,18 @@ def deal(found: Sequence[Unit], leaves: Sequence[Leaf], owners: dict[Tensor, int
 
     Raises:
         ValueError: where parameters that are stepped jointly are held by different ranks.
+        RuntimeError: where ranks shared them before and are not known any more.
     """
     crews: dict[Any, list[int]] = {}
     keys: list[Any] = []
     for k, unit in enumerate(found):
         own = [leaves[i] for i in unit.index]
         keys.append(_crew(unit.preconditioner, own))
+        if keys[-1] is None and (lost := [leaf for leaf in own if leaf.param in owners and leaf.pieces is None]):
+            raise RuntimeError(
+                f"the state of {lost[0].name!r} is divided among ranks, and the optimizer was copied or unpickled without its model: call "
+                "watch(model) with the wrapped model on every rank first"
+            )
         if keys[-1] is not None:
             crews.setdefault(keys[-1], []).append(k)
     of: dict[int, Placement] = {}
@@ -179,7 +185,7 @@ def deal(found: Sequence[Unit], leaves: Sequence[Leaf], owners: dict[Tensor, int
 
 def _crew(P: Preconditioner, own: Sequence[Leaf]) -> Any:
     """The ranks, the dtype and the device of a unit that one rank steps for all; None where each steps what it holds."""
-    if not P.dealt and not (P.needs == "block" and any(leaf.shard is not None for leaf in own)):
+    if not P.dealt and (all(leaf.shard is None for leaf in own) or P.divisible(Block(tuple(own)))):
         return None
     pieces = [leaf.pieces for leaf in own]
     if all(p is None for p in pieces) and not any(leaf.shard is not None for leaf in own):
@@ -205,7 +211,7 @@ class Whole:
 
     def block(self, P: Preconditioner, own: Sequence[Leaf]) -> Block:
         """The block of some leaves for a preconditioner."""
-        gathers = P.dealt or P.needs == "block"
+        gathers = P.dealt or (any(leaf.shard is not None for leaf in own) and not P.divisible(Block(tuple(own))))
         return Block(tuple(self._whole(leaf) if gathers and leaf.shard is not None else leaf for leaf in own))
 
     def _whole(self, leaf: Leaf) -> Leaf:

@@ -100,6 +100,33 @@ class Moments:
             torch.where(_fit(finite, new), new, old, out=new)
 
 
+def mixed(parts: Sequence[Moments]) -> Moments:
+    """The same as :func:`pool` about the common mean, in the parts' own precision: no difference of large numbers, and fewer passes."""
+    if len(parts) == 1:
+        return parts[0]
+    total = sum((m.count.double() for m in parts[1:]), parts[0].count.double())
+    first = parts[0]
+    share = [by_group(m.count.double() / total.clamp_min(1), m.mean) for m in parts]
+    mean = first.mean * share[0]
+    for m, w in zip(parts[1:], share[1:], strict=True):
+        mean = mean + m.mean * w
+    spread, absolute = torch.zeros_like(first.spread), first.absolute
+    for m, w in zip(parts, share, strict=True):
+        delta = m.mean - mean
+        if m.spread.ndim == mean.ndim:
+            spread += (m.spread + delta.square()) * w
+        else:
+            if isinstance(w, Tensor):
+                spread.addcmul_(m.spread, w[..., None])
+            else:
+                spread.add_(m.spread, alpha=w)
+            spread.baddbmm_((delta * w)[..., :, None], delta[..., None, :])
+    for m in parts[1:]:
+        absolute = absolute + m.absolute
+    examples = sum((m.examples.double() for m in parts[1:]), first.examples.double())
+    return Moments(total.to(mean.dtype), mean, spread, absolute, examples.to(mean.dtype))
+
+
 def pool(parts: Sequence[Moments]) -> Moments:
     """The moments of all samples together (law of total variance, in float64)."""
     if len(parts) == 1:

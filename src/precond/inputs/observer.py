@@ -17,6 +17,7 @@ from precond.inputs.reading import Unreadable
 from precond.inputs.sites import Site
 from precond.inputs.taps import Tap, Weight
 from precond.observing import watching
+from precond.sharding import gathered
 
 Seen = dict[tuple[str, Request], Moments]
 """By site name and request."""
@@ -92,10 +93,11 @@ class Observer:
             device = work[0][0].weight.device.type
             full = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
             with torch.no_grad(), full:
+                (args, kwargs), speaks = gathered((args, kwargs))  # under tensor parallelism
                 if (call := tap.read(args, kwargs)) is None:
                     return
                 for site, weight, keys in asked:
-                    self._fold(tap, call, site, weight, keys)
+                    self._fold(tap, call, site, weight, keys if speaks else ())
         except Exception as error:
             for site, _, _ in asked:
                 self.unread[site.name] = why_unread(error)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from precond.inputs.moments import Moments, Request, pool
+from precond.inputs.moments import Moments, Request, mixed
 from precond.inputs.observer import Observer, Seen
 from precond.inputs.sites import Site
 from precond.vec import all_finite
@@ -116,7 +116,7 @@ def _to_owners(
         for i in [k for k, m in enumerate(mine) if keys[k][2] == me and m is not None] if r == me else of:
             own = mine[i]
             found[i].append(own if r == me and own is not None else _moments(next(pieces), counts[r][i], shapes[i], keys[i][1]))
-    out = {(site.name, request): pool(parts) for (site, request, _), parts in zip(keys, found, strict=True) if parts}
+    out = {(site.name, request): mixed(parts) for (site, request, _), parts in zip(keys, found, strict=True) if parts}
     called = {(s.name, request) for i, (s, request, _) in enumerate(keys) if any(row[i][:-1].any() for row in counts)}
     return Heard(out, frozenset(called), not bool(table[:, 0].any()))
 

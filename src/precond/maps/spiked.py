@@ -34,7 +34,7 @@ class Spiked(LinearMap):
         U, s, a = (self.layout.mine(t) for t in (self.basis, f(self.leading), f(self.rest)))
         W = self.layout.view(v[0])
         turned = (W @ U) * (s - a[:, None])[:, None]
-        return (self.layout.back(W * a[:, None, None] + turned @ U.mT, v[0]), *v[1:])
+        return (self.layout.back((W * a[:, None, None]).baddbmm_(turned, U.mT), v[0]), *v[1:])
 
     def mv(self, v: Vec) -> Vec:
         return self._of(lambda s: s, v)

@@ -7,14 +7,16 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from precond import contracts
 from precond.blocks import Leaf
-from precond.engine.cells import Choice
+from precond.engine.cells import Cell, Choice
 from precond.momentum import Momentum
 from precond.preconditioners import Preconditioner
 from precond.regularizers import Regularizer
+from precond.sharding import flattened
 
 
 def validate(name: str, choice: Choice, statistics_from: str) -> None:
@@ -74,3 +76,42 @@ def check_precision(leaves: Sequence[Leaf], choice: Choice, rounding: str) -> No
                 f"{type(r).__name__} moves parameters by steps that 16-bit parameters ({narrow[0]}) mostly round away: keep "
                 "float32 parameters under torch.autocast, or pass rounding='kahan'"
             )
+
+
+def check_shared(name: str, modules: Iterable[nn.Module], preconditioner: Preconditioner) -> None:
+    """Raise TypeError where a wrapper made flat vectors of what a preconditioner would take for matrices or rows."""
+    if preconditioner.needs != "entry" and any(flattened(m) for root in modules for m in root.modules()):
+        raise TypeError(
+            f"{name}: FSDP1 makes flat vectors of parameters, in which there are no matrices and no rows: shard with "
+            "torch.distributed.fsdp.fully_shard (FSDP2) before the optimizer is made, or take adamw or another recipe that acts by entries"
+        )
+
+
+def check_same(name: str, leaves: Sequence[Leaf], cells: Sequence[Cell], options: Sequence[Any]) -> None:
+    """Raise RuntimeError on every rank where ranks that share parameters would step them in different ways."""
+    what = {i: _kinds(each.preconditioner) for cell in cells for each in cell.cells for i in each.index}
+    mine = [(leaf.name, tuple(leaf.shape), what.get(i, "frozen"), leaf.group) for i, leaf in enumerate(leaves)]
+    plain = [[x for x in of if _is_plain(x)] for of in options]
+    for group in dict.fromkeys(leaf.pieces.group for leaf in leaves if leaf.pieces is not None):
+        everyone: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, (mine, plain), group)
+        for rank, (theirs, numbers) in enumerate(everyone):
+            if theirs != everyone[0][0]:
+                odd = sorted({entry[0] for entry in set(theirs) ^ set(everyone[0][0])})
+                raise RuntimeError(
+                    f"{name}: rank {rank} has other parameters, or steps them otherwise, than rank 0 ({', '.join(odd[:3])}): build the "
+                    "same model and the same optimizer on every rank"
+                )
+            if numbers != everyone[0][1]:
+                raise RuntimeError(
+                    f"{name}: rank {rank} has other options than rank 0: {numbers!r}, not {everyone[0][1]!r}; give all ranks the same"
+                )
+
+
+def _is_plain(x: Any) -> bool:
+    return all(map(_is_plain, x)) if isinstance(x, tuple) else x is None or isinstance(x, int | float | str)
+
+
+def _kinds(P: Preconditioner) -> str:
+    inside = ", ".join(map(_kinds, P.constituents))
+    return f"{type(P).__name__}({inside})"

@@ -32,6 +32,8 @@ class Naming:
         build: from a group's options to its strategies: the groups are the single truth.
         state: our names of state tensors → theirs (``r`` → ``exp_avg_sq``).
         only_started: leave the tensors of parameters that made no step out of the state dict.
+        settle: what a recipe decides by what the first steps have shown: from an optimizer, after each step, to options that its
+            groups take; None: nothing more.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Naming:
     build: Callable[[Mapping[str, Any]], Choice]
     state: Mapping[str, str] = field(default_factory=dict)
     only_started: bool = False
+    settle: Callable[[Any], Mapping[str, Any] | None] | None = None
 
     @classmethod
     def generic(cls, choice: Choice) -> Naming:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from precond.blocks import Leaf, is_decayed
+from precond import checks
+from precond.blocks import Leaf, is_decayed, is_hidden, is_matrix
 from precond.inputs import Site, Survey, survey
 from precond.inputs.kinds import inputs_first
 from precond.inputs.roles import kind_of
@@ -230,11 +231,14 @@ class Owners:
     def leaves(self, param_groups: Sequence[Mapping[str, Any]], observed: bool = False) -> list[Leaf]:
         """The leaves of parameter groups in order; where inputs are ``observed``, with the sites of their layers."""
         owner: dict[Tensor, tuple[str, nn.Module, str]] = {}
+        shared: set[Tensor] = set()
         for number, root in enumerate(self.alive()):
             prefix = f"{number}:" if number else ""
             for path, module in root.named_modules():
                 for attribute, param in module.named_parameters(recurse=False):
-                    owner.setdefault(param, (prefix + clean(path), module, attribute))
+                    found = owner.setdefault(param, (prefix + clean(path), module, attribute))
+                    if found[1] is not module:
+                        shared.add(param)
         sites: dict[Tensor, list[Site]] = {}
         for site in self.survey().sites if observed else ():
             for param in (site.weight, site.bias):
@@ -254,9 +258,8 @@ class Owners:
                 if module is None and param in self._known:
                     layer, kind, turned = self._known[param]
                 seen = tuple(sites.get(param, ()))
-                leaves.append(
-                    Leaf(name, param, kind, layer, module, k, seen, turned, attribute, next(turn), replicas.get(param))
-                )
+                more = next(turn), replicas.get(param), param in shared
+                leaves.append(Leaf(name, param, kind, layer, module, k, seen, turned, attribute, *more))
         return leaves
 
 
@@ -280,3 +283,52 @@ def decay_groups(model: nn.Module | Iterable[tuple[str, Tensor]], weight_decay: 
         split[is_decayed(leaf)].append((leaf.name, leaf.param))
     groups = [{"params": split[True], "weight_decay": weight_decay}, {"params": split[False], "weight_decay": 0.0}]
     return ModuleGroups([g for g in groups if g["params"]], model if isinstance(model, nn.Module) else None)
+
+
+def role_groups(
+    model: nn.Module | Iterable[tuple[str, Tensor]],
+    lr: float,
+    *,
+    embedding: float = 1.0,
+    output: float = 1.0,
+    vector: float = 1.0,
+    **options: Any,
+) -> ModuleGroups:
+    """A parameter group for each role that occurs, with steps of its own length; every recipe takes them, and schedulers scale them alike.
+
+    A layer has one role, with its bias: tables of embeddings; matrices that make the outputs, by their names (:func:`is_hidden`); other
+    matrices, which take ``lr`` itself; and vectors, those of normalization layers among them. What several modules share takes ``lr``.
+
+    Args:
+        model: a module, or named parameters.
+        lr: of hidden matrices.
+        embedding, output, vector: what multiplies it for the others.
+        options: further options of all groups.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+        >>> [(g["lr"], [name for name, _ in g["params"]]) for g in role_groups(model, 0.01, embedding=10.0)]
+        [(0.01, ['1.weight', '1.bias']), (0.1, ['0.weight']), (0.01, ['2.weight', '2.bias'])]
+    """
+    scales = {"hidden": 1.0, "embedding": embedding, "output": output, "vector": vector}
+    for role, scale in scales.items():
+        checks.non_negative("role_groups", **{role: scale})
+    owners = Owners([model] if isinstance(model, nn.Module) else [])
+    named = [(n, p) for n, p in _named(model, []) if n is not None]
+    leaves = owners.leaves([{"params": [p for _, p in named], "param_names": [n for n, _ in named]}])
+    of_layer: dict[str, str] = {}
+    for leaf in sorted(leaves, key=lambda leaf: -leaf.ndim):  # matrices decide for their biases
+        of_layer.setdefault(leaf.layer, _role(leaf))
+    split: dict[str, list[tuple[str, Tensor]]] = {role: [] for role in scales}
+    for leaf in leaves:
+        split[of_layer[leaf.layer]].append((leaf.name, leaf.param))
+    groups = [{"params": split[role], "lr": lr * scale, **options} for role, scale in scales.items() if split[role]]
+    return ModuleGroups(groups, model if isinstance(model, nn.Module) else None)
+
+
+def _role(leaf: Leaf) -> str:
+    if leaf.shared and leaf.kind == "embedding":
+        return "hidden"
+    if leaf.kind == "embedding" or not is_matrix(leaf):
+        return "embedding" if leaf.kind == "embedding" else "vector"
+    return "hidden" if is_hidden(leaf) else "output"

@@ -30,7 +30,7 @@ from precond.momentum import Momentum
 from precond.optimizer import serialization
 from precond.optimizer.averaging import Averaged
 from precond.optimizer.binding import Binding, bind, choices_of
-from precond.optimizer.compatibility import check_precision, listed, validate
+from precond.optimizer.compatibility import check_precision, check_same, check_shared, listed, validate
 from precond.optimizer.explanation import Explanation, explain
 from precond.optimizer.fusing import alike, divided, kernels_of
 from precond.optimizer.imitation import hand_through
@@ -159,12 +159,14 @@ class PreconditionedGD(torch.optim.Optimizer):
                 "hold modules, as [{'params': model.head, 'lr': 0.1}], and precond.integrations has the model for trainers that "
                 f"make the groups themselves. The inputs are asked for by {preconditioner!r}"
             )
+        check_shared(name, modules, preconditioner)
         super().__init__(groups, {"lr": lr, "maximize": False, **self.naming.defaults})
         if momentum is not None and "betas" not in self.defaults:
             # OneCycleLR and CyclicLR look for it here, and write it into the groups.
             self.defaults.setdefault("momentum", momentum.beta)
         self._bind()
         check_precision(self._bound.leaves, choice, rounding)
+        check_same(name, self._bound.leaves, self._bound.cells, self._bound.options)
         if (
             self._gradient_based is not None
             and not self._probing
@@ -196,6 +198,11 @@ class PreconditionedGD(torch.optim.Optimizer):
     def _bind(self) -> None:
         """Make cells and state for the parameters that want gradients, keeping the state that exists."""
         self.adopt(self.bound_to(self.param_groups, self.state), self.state)
+
+    @property
+    def cells(self) -> Sequence[Cell]:
+        """What is stepped jointly, with the strategies in force and their state."""
+        return self._bound.cells
 
     @property
     def frozen(self) -> set[Tensor]:
@@ -455,6 +462,10 @@ class PreconditionedGD(torch.optim.Optimizer):
                         self._finish(loss, graph)
                     if self._averaged is not None:
                         self._averaged.fold(before)
+                    if self.naming.settle is not None and (settled := self.naming.settle(self)):
+                        for group in self.param_groups:
+                            group.update(settled)
+                        self._follow_groups()
             finally:
                 self._listening.again(self._bound.cells)
         return loss
@@ -1014,7 +1025,7 @@ class PreconditionedGD(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
-        if not self._requests:
+        if not self._requests and not self._dealt:
             self._bind()
 
     def close(self) -> None:

@@ -189,6 +189,12 @@ class Preconditioner(ABC):
         """What one process must hold whole where parameters are divided among several."""
         return "entry" if self.entrywise else "block"
 
+    def divisible(self, block: Block) -> bool:
+        """Whether each of the processes that hold parts of a block can step its own part."""
+        if self.constituents:
+            return all(part.divisible(block) for part in self.constituents)
+        return self.needs != "block"
+
     @property
     def dealt(self) -> bool:
         """Whether, where several processes hold a parameter, one does its work for all and alone keeps its state.

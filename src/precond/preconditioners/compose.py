@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -121,13 +122,7 @@ class Composition(Preconditioner):
         """What was seen, in z₁, after the outer one has observed it."""
         if self.outer.handles(state["outer"].block):
             on(state["outer"].block, self.outer).observe(state["outer"], seen)
-        P1, position = self._outer(state), seen.position
-        return Seen(
-            P1.rmv(seen.gradient),
-            seen.inputs,
-            None if seen.momentum is None else P1.rmv(seen.momentum),
-            None if position is None or not self.outer.invertible else lambda: P1.solve(position()),
-        )
+        return _Inside(seen, self._outer(state), self.outer.invertible)
 
     def descend(self, state: State, seen: Seen) -> Vec:
         if not self.inner.handles(state["inner"].block):
@@ -169,6 +164,25 @@ class Composition(Preconditioner):
             on(state["outer"].block, self.outer).refresh(state["outer"])
         if self.inner.handles(state["inner"].block):
             on(state["inner"].block, self.inner).refresh(state["inner"], () if self.uses_momentum else carried)
+
+
+class _Inside(Seen):
+    """What was seen, in the coordinates of a map P₁; the gradient where it is asked for: a map that is made of the momentum does not."""
+
+    _gradient: Callable[[], Vec]
+
+    def __init__(self, seen: Seen, P1: LinearMap, invertible: bool):
+        position = seen.position
+        self.__dict__ |= {
+            "_gradient": lambda: P1.rmv(seen.gradient),
+            "inputs": seen.inputs,
+            "momentum": None if seen.momentum is None else P1.rmv(seen.momentum),
+            "position": None if position is None or not invertible else lambda: P1.solve(position()),
+        }
+
+    @cached_property
+    def gradient(self) -> Vec:
+        return self._gradient()
 
 
 def _partition(preconditioner: Preconditioner, leaves: Sequence[Leaf]) -> list[Part]:

@@ -20,6 +20,10 @@ from precond.preconditioners.stacked import Stacked
 from precond.vec import Vec
 
 
+class Cut(ValueError):
+    """No process holds whole rows of a layer."""
+
+
 @dataclass(frozen=True)
 class LayerPart:
     """A weight of a block with its bias: positions in the block, entries of the bias, and the site that observes it.
@@ -83,7 +87,15 @@ class InputSide(Stacked):
         return [Part(i, self) for i in blocks.join(layers, blocks.by_tensor(leaves))]
 
     def handles(self, block: Block) -> bool:
-        return bool(self.parts(block))
+        return bool(self._weights(block))
+
+    def divisible(self, block: Block) -> bool:
+        """Whether each process holds rows, with their biases."""
+        try:
+            self.parts(block)
+        except Cut:
+            return False
+        return True
 
     def parts(self, block: Block) -> list[LayerPart]:
         """The observed weights of a block."""
@@ -93,33 +105,30 @@ class InputSide(Stacked):
         return known[key]
 
     def _parts(self, block: Block) -> list[LayerPart]:
+        parts = self._weights(block)
+        return [replace(p, held=self.held(p, block)) for p in parts] if block.sharded else parts
+
+    def _weights(self, block: Block) -> list[LayerPart]:
         place = {leaf.param: i for i, leaf in enumerate(block.leaves)}
         every = dict.fromkeys(s for leaf in block.leaves for s in leaf.sites)
         sites = [s for s in every if s.weight in place and s.answers(self.request)]
-        parts = [
+        return [
             LayerPart(place[s.weight], None if s.bias is None else place.get(s.bias), s.rows, s, k) for k, s in enumerate(sites)
         ]
-        return [replace(p, held=self.held(p, block)) for p in parts] if block.sharded else parts
 
     def held(self, part: LayerPart, block: Block) -> range | None:
-        """The rows that this process holds of a weight and of its bias alike."""
+        """The rows that this process holds of a weight and of its bias alike; raises :class:`Cut` where these are not whole rows."""
         weight, bias = block.leaves[part.weight], None if part.bias is None else block.leaves[part.bias]
         if weight.shard is None and (bias is None or bias.shard is None):
             return None
         layout = part.site.layout(self.request)
         dim = layout.output_dim
-        rows = None if dim is None or weight.shard is None else weight.shard.span(dim)
+        rows = None if dim is None or weight.shard is None else weight.span(dim)
         if rows is None:
-            raise ValueError(
-                f"{type(self).__name__}: {weight.name!r} is not divided by rows, whose inputs are seen whole; shard a weight (in, out), "
-                "such as a transposed convolution's without groups or Hugging Face's Conv1D's, along its outputs, "
-                "fully_shard(..., shard_placement_fn=lambda p: Shard(1)), or leave the layer out of sharding or of this "
-                "preconditioner (Route)"
-            )
-        if bias is not None and (bias.shard is None or bias.shard.span(0) != rows):
-            raise ValueError(
-                f"{type(self).__name__}: {weight.name!r} and {bias.name!r} are divided differently, so that no process holds a row "
-                "with its bias; build the layer with bias=False, freeze the bias, or leave both out of sharding (ignored_params)"
+            raise Cut(f"{weight.name!r} is not divided by rows, whose inputs are seen whole")
+        if bias is not None and (bias.shard is None or bias.span(0) != rows):
+            raise Cut(
+                f"{weight.name!r} and {bias.name!r} are divided differently, so that no process holds a row with its bias"
             )
         return rows
 

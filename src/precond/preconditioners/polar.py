@@ -182,9 +182,9 @@ class Polar(Stacked):
         shares = self._shares(state, m.shape[-2:])
         for some in spans([first or share > 0 for share in shares]):
             x, own = X[some], shares[some]
-            share = torch.tensor(own).to(X) if len(set(own)) > 1 else X.new_full((len(x),), own[0])
+            share = own[0] if len(set(own)) == 1 else torch.tensor(own).to(X)[:, None, None]
             gram = x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
-            self.fold(state.span(some), gram, torch.where(fresh[some], 1.0, share) if first else share)
+            self.fold(state.span(some), gram, torch.where(fresh[some][:, None, None], 1.0, share) if first else share)
         turned = self.apply_inverse_root(state, X)
         norm = torch.linalg.vector_norm(turned, 2, (-2, -1))
         state["norm"].copy_(norm * size)
@@ -213,15 +213,15 @@ class Polar(Stacked):
             state["length"].copy_(torch.where(where, found, state["length"]))
 
     def fold(self, state: State, gram: Tensor, share: float | Tensor) -> None:
-        """Fold m mᵀ/‖m‖² into L, (k, n, n) with a share (k,) of each or (n, n), and take the root anew.
+        """Fold m mᵀ/‖m‖² into L, (k, n, n) or (n, n), with a share of all or of each (k, 1, 1), and take the root anew.
 
         Where that fails, or m is not finite, what was before stays.
         """
         L = state["gram"]
-        if isinstance(share, Tensor):
+        if L.ndim == 3:
             # A Gram matrix is finite where its diagonal is.
-            takes = gram.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite() & (share > 0)
-            L.copy_(torch.where(takes[:, None, None], torch.lerp(L, gram, share[:, None, None]), L))
+            finite = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] < torch.inf
+            torch.where(finite, torch.lerp(L, gram, share), L, out=L)
         elif all_finite((gram,)):
             L.lerp_(gram, share)
         else:

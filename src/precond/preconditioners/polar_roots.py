@@ -113,7 +113,7 @@ class Leading(Root):
 
     def times(self, state: Mapping[str, Tensor], X: Tensor) -> Tensor:
         U, s, a = state["basis"], state["leading"], state["rest"]
-        return a[..., None, None] * X + (U * (s - a[..., None])[..., None, :]) @ (U.mT @ X)
+        return (a[..., None, None] * X).add_((U * (s - a[..., None])[..., None, :]) @ (U.mT @ X))
 
     def matrix(self, state: Mapping[str, Tensor]) -> Tensor:
         U = state["basis"]

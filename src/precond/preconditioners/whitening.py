@@ -12,7 +12,7 @@ from torch import Tensor
 
 from precond import checks
 from precond.arguments import settle
-from precond.blocks import Block, State, spans, state_dtype
+from precond.blocks import Block, Stack, State, spans, state_dtype
 from precond.inputs import Moments, Request
 from precond.inputs.moments import by_group, greatest, least, variances
 from precond.maps import Layout, LinearMap
@@ -163,3 +163,22 @@ class Whitening(InputSide):
                     mean = None if part.bias is not None else mine["mean"]  # with no bias to center with, E[hhᵀ]
                     shrunk = 1 + self.shrinkage * std.shape[-1] * by_group(mine["noise"], std)  # 1/(1 − γ)
                     self.root_of(mine).renew(mine, Correlation(mine["covariance"], mean, std, shrunk))
+
+    def independent(self, state: State) -> dict[str, float]:
+        """The share of independent directions in the inputs of each weight, by its name: n/tr(K²), K their correlations, (n, n).
+
+        What N samples add to the squares of correlations, about n²/N in all, is taken off. Weights of which nothing is known are left out.
+        """
+        out: dict[str, float] = {}
+        members = state.block.members if isinstance(state.block, Stack) else (state.block,)
+        for part in self.parts(state.block):
+            mine = self._of(part, state)
+            if not self.known(mine):
+                continue
+            _, std = self.scales(part, mine)
+            n = std.shape[-1]
+            K = Correlation(mine["covariance"], None if part.bias is not None else mine["mean"], std, 1.0).whole()
+            squares = K.square().sum((-2, -1)) - n * n * mine["noise"].to(K.device)
+            shares = (n / squares.clamp_min(n)).view(len(members), -1).mean(1).tolist()
+            out |= {member.leaves[part.weight].name: s for member, s in zip(members, shares, strict=True)}
+        return out

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from precond import checks
 from precond.arguments import checked
+from precond.blocks import Stack
 from precond.engine.cells import Choice
 from precond.momentum import Momentum
 from precond.optimizer import PreconditionedGD
 from precond.optimizer.parameters import Params
-from precond.preconditioners import Auto
+from precond.preconditioners import Auto, Composition, Whitening
 from precond.recipes.making import make
 from precond.regularizers import L2, Regularizer
 from precond.schedules import numbers, replaced
@@ -27,9 +28,33 @@ class _Auto:
 
     def __call__(self, group: Mapping[str, Any]) -> Choice:
         choice, beta = replaced(self.choice, group), group["momentum"]
+        average = Momentum(beta, "nesterov", dampening=beta)
         if choice.polar.momentum is None:
-            choice = replace(choice, polar=replace(choice.polar, momentum=Momentum(beta, "nesterov", dampening=beta)))
+            choice = replace(choice, polar=replace(choice.polar, momentum=average))
+        if choice.muon.momentum is None:
+            choice = replace(choice, muon=replace(choice.muon, momentum=choice.polar.momentum))
+        if group["measured"] is not None:
+            choice = replace(choice, measured=tuple(group["measured"].items()))
         return Choice(choice, Momentum(beta), (L2(group["weight_decay"] / 2, space="z"),))
+
+
+MEASURED_AFTER = 8
+"""Steps after which the inputs of layers are looked at, once: a refresh of whitening is due then, and nothing is read later."""
+
+
+def _measured(optimizer: PreconditionedGD) -> dict[str, Any] | None:
+    """What the inputs of whitened layers have shown, by the names of their weights, when all of them have made so many steps."""
+    if any(group["measured"] is not None or group["capturable"] for group in optimizer.param_groups):
+        return None  # a captured step is one program for all steps
+    shares: dict[str, float] = {}
+    for cell in optimizer.cells:
+        P = cell.preconditioner
+        if isinstance(P, Composition) and isinstance(P.outer, Whitening):
+            if min(cell.state.steps) < MEASURED_AFTER:
+                return None
+            outer = cell.state["outer"]
+            shares |= P.outer.independent(outer if isinstance(cell.block, Stack) else outer.as_stack())
+    return {"measured": {name: round(share, 3) for name, share in shares.items()}} if shares else None
 
 
 @checked
@@ -46,7 +71,8 @@ def auto(
 ) -> PreconditionedGD:
     """A preconditioner for each layer, chosen by what it is: whitened inputs and polar steps for most, Adam for what is no layer.
 
-    ``optimizer.explain()`` says what was chosen and why. See :class:`~precond.Auto` for the rules and :class:`~precond.Polar` for the
+    After the first eight steps layers whose inputs turn out to be white are no longer whitened; that is decided once, and the state dict
+    keeps it. ``optimizer.explain()`` says what was chosen and why. See :class:`~precond.Auto` for the rules and :class:`~precond.Polar` for the
     length of steps: the learning rate is about the change of a layer's outputs in a step, whatever its width.
 
     Args:
@@ -73,8 +99,8 @@ def auto(
     checks.fraction("auto", momentum=momentum)
     checks.non_negative("auto", weight_decay=weight_decay)
     choice = Auto() if choice is None else choice
-    defaults = {"weight_decay": weight_decay, "momentum": momentum, "maximize": maximize, **numbers(choice)}
-    optimizer = make("auto", params, lr, _Auto(choice), defaults, {}, {}, regularizers, options)
+    defaults = {"weight_decay": weight_decay, "momentum": momentum, "maximize": maximize, "measured": None, **numbers(choice)}
+    optimizer = make("auto", params, lr, _Auto(choice), defaults, {}, {}, regularizers, options, settle=_measured)
     acting = {row.preconditioner for row in optimizer.explain().rows} - {"none (frozen)"}
     if not acting:
         warnings.warn(

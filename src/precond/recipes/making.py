@@ -58,6 +58,7 @@ def make(
     regularizers: Iterable[Regularizer],
     options: dict[str, Any],
     only_started: bool = False,
+    settle: Callable[[PreconditionedGD], Mapping[str, Any] | None] | None = None,
 ) -> PreconditionedGD:
     """A recipe's optimizer; ``options`` of :class:`PreconditionedGD`, and ``made``, the object to make where a class makes one."""
     for option, value in unsupported.items():
@@ -69,7 +70,7 @@ def make(
     choice = build(defaults)
     options.setdefault("norm_space", "p")
     options.setdefault("statistics_from", statistics(choice.regularizers))
-    naming = Naming(name, {**defaults, **numbers(extra)}, build, state, only_started)
+    naming = Naming(name, {**defaults, **numbers(extra)}, build, state, only_started, settle)
     made: PreconditionedGD = options.pop("made", None) or PreconditionedGD.__new__(PreconditionedGD)
     PreconditionedGD.__init__(
         made,

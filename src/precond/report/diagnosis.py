@@ -14,9 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from precond.diagnostics import Diagnosis, Layer
-from precond.diagnostics.advice import number
 from precond.diagnostics.calibrated import calibration
-from precond.diagnostics.diagnosis import LABELS, block_texts
+from precond.diagnostics.diagnosis import LABELS
+from precond.diagnostics.layer import block_texts
+from precond.diagnostics.numbers import number
 from precond.diagnostics.trying import Tried
 from precond.report.rendering import render_template
 from precond.report.style import Pen, log_axis, pen, svg

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 
 from matplotlib.axes import Axes
 
@@ -12,7 +13,8 @@ from precond.report.against import markdown_row
 from precond.report.results import Results
 from precond.report.style import log_axis, pen, svg
 from precond.report.where import svg_file
-from precond.workloads.transfer import DEPTHS, WIDTHS, best_rate, shape_name
+from precond.workloads import Trial
+from precond.workloads.transfer import DEPTHS, WIDTHS, best_rate, mean_losses, shape_name
 
 _LINES = {
     "width": {w: shape_name(w, DEPTHS[0]) for w in WIDTHS},
@@ -27,9 +29,25 @@ def rates(results: Results, along: str) -> dict[str, dict[int, float]]:
     for value, name in _LINES[along].items():
         tasks = [task for task in results.tasks if task.name.startswith(f"{name}, seed")]
         for label in dict.fromkeys(entry.label for task in tasks for entry in task.entries):
-            searches = [entry.search for task in tasks for entry in task.entries if entry.label == label]
-            found.setdefault(label, {})[value] = best_rate(searches)
+            found.setdefault(label, {})[value] = best_rate(searches(results, name, label))
     return found
+
+
+def searches(results: Results, name: str, label: str) -> list[tuple[Trial, ...]]:
+    """Of an entrant, one for each seed, at a width and depth."""
+    tasks = [task for task in results.tasks if task.name.startswith(f"{name}, seed")]
+    return [entry.search for task in tasks for entry in task.entries if entry.label == label]
+
+
+def shared_rate(places: Sequence[Sequence[Sequence[Trial]]]) -> tuple[float, float]:
+    """The rate with the lowest geometric mean over places of the loss over the lowest there, losses being means over seeds, and that mean."""
+    found = [mean_losses(seeds) for seeds in places]
+    common = set.intersection(*map(set, found)) if found else set()
+    if not common:
+        return math.nan, math.nan
+    means = {lr: math.exp(statistics.fmean(math.log(losses[lr] / min(losses.values())) for losses in found)) for lr in common}
+    rate = min(sorted(means), key=lambda lr: means[lr])
+    return rate, means[rate]
 
 
 def spread(values: Iterable[float]) -> float:
@@ -44,11 +62,18 @@ def transfer_markdown(results: Results) -> str:
     for along, places in _LINES.items():
         found = rates(results, along)
         present = [value for value in places if any(value in of for of in found.values())]
-        head = ["entrant", *(f"{along} {value}" for value in present), "largest / smallest"]
+        head = [
+            "entrant",
+            *(f"{along} {value}" for value in present),
+            "largest / smallest",
+            "one rate for all",
+            "its loss over the best",
+        ]
         lines = [markdown_row(head), f"|---|{'---:|' * (len(head) - 1)}"]
         for label, of in found.items():
             cells = [numbers.short(of.get(value, math.nan)) for value in present]
-            lines.append(markdown_row([label, *cells, numbers.short(spread(of.values()))]))
+            rate, loss = shared_rate([searches(results, places[value], label) for value in present])
+            lines.append(markdown_row([label, *cells, *map(numbers.short, (spread(of.values()), rate, loss))]))
         parts += [f"## Best rate over the {along}\n", "\n".join(lines) + "\n"]
     return "\n".join(parts)
 

@@ -55,12 +55,12 @@ class Outcome:
 
 
 def outcomes(results: Results, predictions: Sequence[Prediction]) -> list[Outcome]:
-    """Predictions beside what came of them; cells whose base has no target are left out."""
+    """Predictions beside what came of them; left out is what nothing was predicted of, and cells whose base has no target."""
     found = {task.name: ratios(task, "step") for task in results.tasks}
     return [
         Outcome(p.task, p.label, p.gain, 1 / ratio.value, not ratio.reached)
         for p in predictions
-        if (ratio := found.get(p.task, {}).get(p.label)) is not None
+        if (ratio := found.get(p.task, {}).get(p.label)) is not None and not math.isnan(p.gain)
     ]
 
 

@@ -108,6 +108,13 @@ def transfer_tasks(
     return tuple(task(width, depth, seed) for width, depth in shapes for seed in chosen)
 
 
+def mean_losses(searches: Sequence[Sequence[Trial]]) -> dict[float, float]:
+    """Rate ↦ mean of the final losses of all searches, in order, of rates that all tried and that diverged in none."""
+    losses = [{trial.lr: trial.loss for trial in search if math.isfinite(trial.loss)} for search in searches]
+    rates = sorted(set.intersection(*map(set, losses))) if losses else []
+    return {lr: float(np.mean([found[lr] for found in losses])) for lr in rates}
+
+
 def best_rate(searches: Sequence[Sequence[Trial]]) -> float:
     """The minimum of the parabola through the lowest mean loss and its two neighbors, over ln of the rate; at an end that rate itself.
 
@@ -122,11 +129,10 @@ def best_rate(searches: Sequence[Sequence[Trial]]) -> float:
         >>> round(best_rate([valley, valley]), 6)
         0.03
     """
-    losses = [{trial.lr: trial.loss for trial in search if math.isfinite(trial.loss)} for search in searches]
-    rates = sorted(set.intersection(*map(set, losses))) if losses else []
+    losses = mean_losses(searches)
+    rates, means = list(losses), list(losses.values())
     if not rates:
         return math.nan
-    means = [float(np.mean([found[lr] for found in losses])) for lr in rates]
     i = means.index(min(means))
     if i in (0, len(rates) - 1):
         return rates[i]

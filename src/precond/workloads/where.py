@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from precond import recipes
 from precond.curvature import Objective
-from precond.diagnostics import Diagnosis, diagnose
+from precond.diagnostics import diagnose
 from precond.workloads.catalog import load_data
 from precond.workloads.data import Part
 from precond.workloads.models import Activation, Architecture, Normalization
@@ -35,7 +36,7 @@ BASE = "AdamW"
 """What is trained in p, and in the coordinates of layer inputs."""
 
 REMEDIES = {"AdamW in BNP's coordinates": "bnp", "AdamW in whitened coordinates": "whitened"}
-"""Entrant ↦ the coordinates of :class:`precond.diagnostics.Diagnosis` that it is about."""
+"""Entrant ↦ the remedy of :func:`precond.diagnose` that it is."""
 
 _RATES = 64.0  # of the highest and the lowest learning rate, for everyone
 _ENTRANTS = (
@@ -57,7 +58,7 @@ class Prediction:
 
     Attributes:
         task, label: of the cell and the entrant.
-        gain: ratio of steps without and with it.
+        gain: likely ratio of steps without and with it; NaN where ``diagnose`` says nothing.
         layers: how many were looked at.
     """
 
@@ -219,22 +220,11 @@ def predictions(task: Task, samples: int = 512) -> list[Prediction]:
     with isolated(task.search_seed):
         model = workload.make()
     part = workload.parts["train"]
-    inputs, targets = part.inputs[:samples], part.targets[:samples]
-    # As it is trained: batch normalization with the batch's own statistics.
-    found = diagnose(Objective(model, workload.loss_fn, [(inputs, targets)], mode="train", seed=0))
-    return [Prediction(task.name, label, predicted(found, name), len(found.layers)) for label, name in REMEDIES.items()]
-
-
-def predicted(found: Diagnosis, coordinates: str) -> float:
-    r"""The largest gain of a layer: κ steps in p over κ′ steps in the coordinates, each at least 1; 1 where no layer was looked at."""
-
-    def steps(kappa: float) -> float:
-        return 1.0 if not kappa > 1 else max(1.0, 1 / math.log1p(2 / (kappa - 1)))
-
-    return max(
-        (
-            steps(x.spectra.kappa("raw")) / steps(min(x.spectra.kappa("raw"), x.spectra.kappa(coordinates)))
-            for x in found.layers
-        ),
-        default=1.0,
-    )
+    loss = Objective(model, workload.loss_fn, [(part.inputs[:samples], part.targets[:samples])], mode="train", seed=0)
+    # Remedies are told against what is trained in p; its rate says nothing about them.
+    found = diagnose(loss, recipes.adamw(model, lr=1e-3, weight_decay=0.0))
+    gains = {considered.name: considered.gain for considered in found.considered}
+    return [
+        Prediction(task.name, label, math.nan if (gain := gains.get(name)) is None else gain.likely, len(found.layers))
+        for label, name in REMEDIES.items()
+    ]
