@@ -244,10 +244,10 @@ def shown(known: dict[str, Any], seconds: float, seeds: int) -> str:
     for name in PROBLEMS:
         for seed in range(seeds):
             found = [known["runs"].get(f"{name}/{m}/seed {seed}/{seconds:.0f} s") for m in ("natural gradient", "Adam", "SOAP")]
-            if all(found):
-                cells = [c for r in found for c in (f"{r['error']:.1e}", str(r["steps"]))]
+            if found[0] is not None and any(found[1:]):
+                cells = [c for r in found for c in ((f"{r['error']:.1e}", str(r["steps"])) if r else ("-", "-"))]
                 ours = found[0]["error"]
-                rows.append([name, str(seed), *cells, *(f"{ours / r['error']:.4f}" for r in found[1:])])
+                rows.append([name, str(seed), *cells, *(f"{ours / r['error']:.5f}" if r else "-" for r in found[1:])])
     return table(rows)
 
 

@@ -193,7 +193,7 @@ class _Pass:
 
     @property
     def bytes(self) -> int:
-        """Of all that would be kept, about: a kernel's patches count as its inputs do."""
+        """Of all that would be kept, about: what comes back for each r, and what is received, patches of kernels as such."""
         each = sum(t.numel() * t.element_size() for t in self._deltas) * (1 if self.V is None else len(self.V))
         patches = (known.layer.tap.weights[0].param[0].numel() * call.delta.numel() / max(known.layer.units, 1)
                    for name, known in self.layers.items() for call in self.calls[name])  # fmt: skip
