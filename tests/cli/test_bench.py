@@ -83,8 +83,8 @@ def test_the_settings_that_decide_a_result_are_kept(monkeypatch: pytest.MonkeyPa
     one = Experiment(lambda *args: (Task("one", (), None, (), None),), ("same for all",))  # type: ignore[arg-type]
     monkeypatch.setitem(bench.EXPERIMENTS, "fashion-mnist", one)
 
-    def launch(title: str, tasks: object, settings: dict[str, object], where: object, argv: object, rules: object) -> int:
-        seen.update(settings, rules=rules)
+    def launch(title: str, tasks: object, settings: dict[str, object], where: object, *rest: object) -> int:
+        seen.update(settings, rules=rest[1])
         return 0
 
     monkeypatch.setattr(bench, "launch", launch)
