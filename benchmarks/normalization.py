@@ -1,9 +1,9 @@
 """Does BNP still gain behind normalization layers? Training losses with and without, at the best learning rate of each.
 
-``python benchmarks/normalization.py --out experiments/normalization/normalization.json`` trains 64–64–64–10 with GELU on standardized
-digits, the normalization behind each GELU, and prints a table; a second call goes on where the first was interrupted. The data are standardized, so that BNP in the first
-layer is near the identity, and what it gains it gains behind the normalizations. Learning rates are chosen by seed 100, whose losses
-are not reported; the reported ones are of seeds 0 to 4.
+``python benchmarks/normalization.py --out experiments/normalization/normalization.json`` trains 64–64–64–10 with GELU on
+standardized digits, the normalization behind each GELU, and prints a table; a second call goes on where the first was
+interrupted. The data are standardized, so that BNP in the first layer is near the identity, and what it gains it gains behind
+the normalizations. Learning rates are chosen by seed 100, whose losses are not reported; the reported ones are of seeds 0 to 4.
 """
 
 from __future__ import annotations
