@@ -45,16 +45,17 @@ def acting(optimizer):
     return {row.name: row.preconditioner.split("(")[0] for row in optimizer.explain().rows if "weight" in row.name}
 
 
-def test_white_inputs_are_taken_as_they_are_and_others_whitened():
+def test_white_inputs_are_standardized_and_others_whitened():
     model = net()
     optimizer = precond.auto(model)
     steps(model, optimizer, 0, 8)
-    assert acting(optimizer) == {"white.weight": "Polar", "mixed.weight": "Whitening", "head.weight": "Whitening"}
+    assert acting(optimizer) == {"white.weight": "BNP", "mixed.weight": "Whitening", "head.weight": "Whitening"}
     why = {row.name: row.why for row in optimizer.explain().rows}
-    assert "of their directions independent: white already" in why["white.weight"]
+    assert "of their directions independent: white but for scales" in why["white.weight"]
     share = optimizer.param_groups[0]["measured"]["mixed.weight"]
     assert f"{share:.2f} of their directions independent" in why["mixed.weight"]
-    assert not any(key.startswith("outer") for key in optimizer.state[model.white.weight])  # nothing is kept of it
+    assert "outer.covariance" not in optimizer.state[model.white.weight]  # nothing is kept of it
+    assert "outer.covariance" in optimizer.state[model.mixed.weight]
     steps(model, optimizer, 8, 12)
 
 
@@ -108,7 +109,7 @@ def test_it_is_decided_once_and_may_be_told():
     steps(model, optimizer, 8, 30)
     assert optimizer.param_groups[0]["measured"] == found
     told = precond.auto(net(), choice=Auto(measured=(("white.weight", 1.0),)))
-    assert acting(told)["white.weight"] == "Polar"
+    assert acting(told)["white.weight"] == "BNP"
     never = precond.auto(model := net(), choice=Auto(white=2.0))
     steps(model, never, 0, 10)
     assert acting(never)["white.weight"] == "Whitening"

@@ -120,7 +120,9 @@ def aligned(gradients: Tensors, p: Tensors) -> Tensors | None:
     try:
         if [x.stride() for x in gradients] == [y.stride() for y in p]:
             return gradients
-    except RuntimeError:  # sparse ones have no strides; to ask for layouts would take as long as to ask for strides
+    except RuntimeError:  # of some layouts that have no strides
+        return None
+    if any(x.layout != torch.strided for x in gradients):
         return None
     return [x if x.stride() == y.stride() else torch.empty_like(y).copy_(x) for x, y in zip(gradients, p, strict=True)]
 

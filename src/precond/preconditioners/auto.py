@@ -45,14 +45,14 @@ class Auto(Resolved):
     embeddings, whose rows are outputs themselves and are seen now and then, are longer, unless a layer shares it.
 
     ``measured`` is what :func:`precond.auto` finds in its first steps of the inputs of layers: the share of independent directions,
-    n/tr(K²) for n inputs of correlations K, 1 for white inputs and 1/n where all are one. From ``white`` on there is nothing to whiten,
-    and the layer takes ``polar``.
+    n/tr(K²) for n inputs of correlations K, 1 for white inputs and 1/n where all are one. From ``white`` on only scales are left to
+    even out, and the layer takes ``bnp @ polar``.
 
     Args:
         max_inputs: more inputs than this are standardized, not whitened.
         whitening, bnp, polar, rms, muon: what is chosen from.
         embeddings: what multiplies the learning rate of tables of embeddings.
-        white: share of independent directions, > 0, from which inputs are taken as they are; more than 1: never.
+        white: share of independent directions, > 0, from which inputs are standardized, not whitened; more than 1: never.
         measured: pairs (name of a weight, share of independent directions).
     """
 
@@ -70,7 +70,12 @@ class Auto(Resolved):
 
     def __post_init__(self) -> None:
         settle(self)
-        object.__setattr__(self, "measured", tuple((str(name), float(share)) for name, share in self.measured))
+        try:
+            object.__setattr__(self, "measured", tuple((str(name), float(share)) for name, share in self.measured))
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"Auto: measured must be pairs (name of a weight, share of independent directions), got {self.measured!r}"
+            ) from None
         checks.whole("Auto", max_inputs=self.max_inputs)
         checks.positive("Auto", embeddings=self.embeddings, white=self.white)
 
@@ -136,7 +141,7 @@ class Auto(Resolved):
         share = dict(self.measured).get(weight.name)
         known = "" if share is None else f", {share:.2f} of their directions independent"
         if share is not None and share >= self.white:
-            return self.polar, f"{columns:,} inputs{known}: white already"
+            return self.bnp @ self.polar, f"{columns:,} inputs{known}: white but for scales"
         return self.whitening @ self.polar, f"{columns:,} inputs{known}"
 
     def partition(self, leaves: Sequence[Leaf]) -> list[Part]:

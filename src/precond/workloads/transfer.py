@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
-import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -112,7 +112,7 @@ def mean_losses(searches: Sequence[Sequence[Trial]]) -> dict[float, float]:
     """Rate ↦ mean of the final losses of all searches, in order, of rates that all tried and that diverged in none."""
     losses = [{trial.lr: trial.loss for trial in search if math.isfinite(trial.loss)} for search in searches]
     rates = sorted(set.intersection(*map(set, losses))) if losses else []
-    return {lr: float(np.mean([found[lr] for found in losses])) for lr in rates}
+    return {lr: fmean(found[lr] for found in losses) for lr in rates}
 
 
 def best_rate(searches: Sequence[Sequence[Trial]]) -> float:
@@ -136,6 +136,7 @@ def best_rate(searches: Sequence[Sequence[Trial]]) -> float:
     i = means.index(min(means))
     if i in (0, len(rates) - 1):
         return rates[i]
-    x, y = np.log(rates[i - 1 : i + 2]), np.array(means[i - 1 : i + 2])
-    a, b, _ = np.polyfit(x - x[1], y, 2)
-    return float(np.exp(x[1] - b / (2 * a))) if a > 0 else rates[i]
+    x, y = [math.log(lr) for lr in rates[i - 1 : i + 2]], means[i - 1 : i + 2]
+    left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
+    curvature = (right - left) / (x[2] - x[0])
+    return math.exp((x[0] + x[1]) / 2 - left / (2 * curvature)) if curvature > 0 else rates[i]
