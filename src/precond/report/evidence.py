@@ -72,6 +72,7 @@ def seeds(statement: Statement) -> str:
     """With how many seeds of how many it holds, and what lies between the least and the largest number measured; empty for one seed.
 
     Example:
+        >>> from precond.evidence.statement import Finding
         >>> seeds(Statement("a", "(1)", "claim", Finding("x", 1.0, 0.5, 0.0, "≤"), others=(Finding("x", 1.0, 2.0, 0.0, "≤"),)))
         '1 of 2 (0.5 to 2)'
     """
