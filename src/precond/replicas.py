@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -28,6 +30,31 @@ def largest(number: Tensor) -> Tensor:
     if distributed():
         dist.all_reduce(number, dist.ReduceOp.MAX)
     return number
+
+
+WAIT = 120.0
+"""Seconds that a rank waits for the others to come to what all must call."""
+
+_meetings: Counter[str] = Counter()
+
+
+def meet(group: dist.ProcessGroup, what: str, remedy: str) -> None:
+    """Wait for all ranks of a group, by the store that they met in and not by a collective, of which a rank that is alone would wait
+    for as long as the group's timeout.
+
+    Raises:
+        RuntimeError: where some have not come within :data:`WAIT` seconds.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    key = f"precond/{group.group_name}/{_meetings[group.group_name]}"
+    store.add(key, 1)
+    end = time.monotonic() + WAIT
+    while (here := store.add(key, 0)) < group.size():
+        if time.monotonic() > end:
+            store.add(key, -1)
+            raise RuntimeError(f"{what}: {here} of {group.size()} ranks called it within {WAIT:g} s. {remedy}")
+        time.sleep(0.01)
+    _meetings[group.group_name] += 1
 
 
 def averaged(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:

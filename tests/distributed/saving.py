@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from distributed.training import Setting, build, contents, fit
+from precond import replicas
 
 
 def _rank() -> int | None:
@@ -57,3 +59,28 @@ def plainly(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
     fit(setting, *first, _rank(), first=10)
     fit(setting, *twin, _rank(), first=10)
     return contents(*first), contents(*twin)
+
+
+def by_one_alone(setting: Setting, consolidated: bool) -> str:
+    """One rank asks for the state dict; what comes of it."""
+    model, optimizer = build(setting, _rank())
+    fit(setting, model, optimizer, _rank())
+    whole = optimizer.state_dict()
+    if consolidated:
+        optimizer.consolidate_state_dict()
+    before, replicas.WAIT = replicas.WAIT, 0.5
+    outcome = "nothing asked"
+    try:
+        if _rank() == 0:
+            found = optimizer.state_dict()["state"]
+            same = [torch.equal(found[k][name], t) for k, entries in whole["state"].items() for name, t in entries.items()]
+            outcome = "the same" if same and all(same) else "another"
+    except RuntimeError as error:
+        outcome = str(error)
+    finally:
+        replicas.WAIT = before
+    dist.barrier()
+    fit(setting, model, optimizer, _rank(), first=10)
+    again = optimizer.state_dict()["state"]  # of now, and together again
+    steps = {int(entries["step"]) for entries in again.values()}
+    return outcome if steps != {int(entries["step"]) for entries in whole["state"].values()} else "an old state"

@@ -86,3 +86,13 @@ def test_what_four_ranks_saved_is_resumed_by_four_three_two_and_one(ranks, three
 def test_resuming_from_the_state_dict(ranks, optimizer, wrap):
     for first, twin in ranks.run(saving.plainly, Setting(optimizer, wrap=wrap, steps=3)):
         check([twin], first, within=0.0)
+
+
+@pytest.mark.parametrize("consolidated", [True, False])
+def test_a_rank_that_asks_for_state_alone_gets_it_or_an_error_soon(ranks, consolidated):
+    found = ranks.run(saving.by_one_alone, Setting("soap", PARTS[2], wrap="ddp"), consolidated)
+    expected = (
+        "the same" if consolidated else "state_dict: 1 of 2 ranks called it within 0.5 s. Ranks keep the state of what they own"
+    )
+    assert expected in found[0]
+    assert found[1] == "nothing asked"

@@ -42,6 +42,12 @@ class Trainer(transformers.Trainer):
         ]
         return ModuleGroups([group for group in groups if group["params"]], model)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Every rank comes here and one saves."""
+        if (optimizer := inside(self.optimizer)) is not None:
+            optimizer.consolidate_state_dict()
+        super()._save_optimizer_and_scheduler(output_dir)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._micro = None  # of a training that was interrupted
         return super().train(*args, **kwargs)

@@ -187,6 +187,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         self._bound = Binding()
         self._kernels_of: tuple[list[Kernel | None] | None] | None = None
         self._pending: Probe | None = None
+        self._consolidated: dict[str, Any] | None = None
         self._spare: dict[Tensor, Tensor] = {}
         self._clearings = Clearings()
         self._closing = self._evaluating = self._told = False
@@ -261,6 +262,7 @@ class PreconditionedGD(torch.optim.Optimizer):
 
     def adopt(self, bound: Binding, state: defaultdict[Tensor, Any]) -> None:
         """Take a binding and its state as the optimizer's own."""
+        self._consolidated = None
         self.state = state
         for leaf, key, tensor in bound.entries:
             self.state[leaf.param][self.naming.outside(key)] = tensor
@@ -432,6 +434,7 @@ class PreconditionedGD(torch.optim.Optimizer):
             FloatingPointError: for inf or NaN with ``nonfinite="raise"``.
         """
         self._check_training("step")
+        self._consolidated = None
         self._follow_groups()
         if not self._told and getattr(self, "found_inf", None) is not None:
             self._told = True
@@ -984,10 +987,25 @@ class PreconditionedGD(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's; torch-named recipes use torch's names, and torch's class of that name loads it.
 
-        Where ranks step parameters for each other (docs/distributed.md) every rank must call it: owners send their state.
+        Where ranks step parameters for each other (docs/distributed.md) every rank must call it, since owners send their state; or
+        :meth:`consolidate_state_dict` before.
+
+        Raises:
+            RuntimeError: where ranks own state and the others do not come.
         """
         self._check_settled("state_dict")
+        if self._consolidated is not None:
+            return self._consolidated
         return serialization.started(serialization.whole(super().state_dict(), self), self)
+
+    def consolidate_state_dict(self) -> None:
+        """Put the state of all owners together, so that until the next step a rank may call :meth:`state_dict` alone; every rank calls this.
+
+        What is for a single process, or has no owners, needs it not. (The name is that of torch's ZeroRedundancyOptimizer.)
+        """
+        if self.shared:
+            self._consolidated = None
+            self._consolidated = self.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this optimizer's state dict, or torch's of the recipe's name; all or nothing. State keeps its dtype.
@@ -1017,7 +1035,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         # An LR scheduler puts a `step` on the instance that calls this very optimizer's.
         derived = {
             "step", "last", "_bound", "_averaged", "_evaluating", "_kernels_of", "_pending", "_spare", "_clearings", "_closing",
-            "_listening", "_warned",
+            "_listening", "_warned", "_consolidated",
         }  # fmt: skip
         state = {k: v for k, v in self.__dict__.items() if k not in derived and "hook" not in k}
         return {**state, "owners": Owners(known=self.owners.leaves(self.param_groups))}

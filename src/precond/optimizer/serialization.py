@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from precond.engine.sharing import Shared, whole_state
+from precond.replicas import meet
 from precond.sharding import copy_, divided
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def whole(state_dict: dict[str, Any], optimizer: PreconditionedGD) -> dict[str, 
     index = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state = {key: dict(entries) for key, entries in state_dict["state"].items()}
     for shared in optimizer.shared:
+        meet(shared.exchange.group, f"{optimizer.naming.name}.state_dict", _ON_EVERY_RANK)
         for leaf, key, t in whole_state(shared):
             outer = optimizer.naming.outside(key)
             divide = divided(leaf.param) and t.numel() > _SMALL
@@ -30,6 +32,10 @@ def whole(state_dict: dict[str, Any], optimizer: PreconditionedGD) -> dict[str, 
     return {**state_dict, "state": state}
 
 
+_ON_EVERY_RANK = (
+    "Ranks keep the state of what they own: call state_dict() on every rank and save on one, or call consolidate_state_dict() on every "
+    "rank before, after which one may call it alone"
+)
 _SMALL = 2**12
 """Numbers of a tensor that each rank keeps whole in a state dict."""
 
