@@ -158,7 +158,7 @@ class LayerwiseMap(SymmetricMap):
 
     @property
     def eigenvalues(self) -> Tensor:
-        """All of them, (n,), layer by layer: their sum is the trace, the sum of their logarithms that of the determinant."""
+        """All of them, layer by layer, shape (n,). Their sum is the trace, the sum of their logarithms that of the determinant."""
         return torch.cat([factor.eigenvalues.flatten() for factor in self.factors.values()])
 
     def mv(self, v: Vec) -> Vec:

@@ -112,9 +112,6 @@ class Observation:
 
     A forward counts where its module trains and gradients are on; micro-batches add up, a forward that activation checkpointing repeats
     counts once. What is kept are sums, no inputs. Parameters are keys as they are in ``optimizer.state``.
-
-    Attributes:
-        enabled: set it to False for steps that are not to be observed; these cost nothing but a look at it.
     """
 
     def __init__(self, model: nn.Module, requests: tuple[Request, ...], params: tuple[Tensor, ...] | None, synchronize: bool):
@@ -135,7 +132,7 @@ class Observation:
 
     @property
     def enabled(self) -> bool:
-        """Whether forwards are observed."""
+        """Whether forwards are observed; set it to False for steps that are not to be, which then cost nothing but a look at it."""
         return self._observer.enabled
 
     @enabled.setter
