@@ -25,6 +25,13 @@ class Gain:
         steps: of the training.
         picture: the ratio by the quadratic picture alone, before the study corrected it.
         alone: by κ of the layer that gains most, alone and after very many steps: no bound on a short training of a network.
+
+    As a number it is ``likely``: ``float(gain)``, ``f"{gain:.3g}"``, ``gain > 2``, ``sorted``.
+
+    Example:
+        >>> gain = Gain(2.0, 3.0, 5.0, 200, 4.0, 900.0)
+        >>> print(gain, f"({gain:.1f})", gain > 2)
+        steps: about 2 to 5 times fewer, if the other layers keep up (3.0) True
     """
 
     low: float
@@ -38,6 +45,24 @@ class Gain:
     def worth(self) -> bool:
         """Whether more than a fifth of the steps is likely saved."""
         return self.likely >= 1.2
+
+    def __float__(self) -> float:
+        return self.likely
+
+    def __format__(self, spec: str) -> str:
+        return format(self.likely, spec) if spec else str(self)
+
+    def __lt__(self, other: Gain | float) -> bool:
+        return self.likely < float(other)
+
+    def __gt__(self, other: Gain | float) -> bool:
+        return self.likely > float(other)
+
+    def __le__(self, other: Gain | float) -> bool:
+        return self.likely <= float(other)
+
+    def __ge__(self, other: Gain | float) -> bool:
+        return self.likely >= float(other)
 
     def __str__(self) -> str:
         if self.high < 1.1:
