@@ -60,8 +60,6 @@ class Evidence:
 
 def observe(point: Point, gradient: Vec, verdict: Verdict | None = None) -> None:
     """Commit a gradient to the statistics, and count the step."""
-    if point.choices[0].regularizers:
-        _ = point.times  # numbers that follow a schedule are those of the step in progress
     for cell, span in point.spans:
         count_step(cell.state, verdict)
         cell.observe(cell.state, gradient[span])

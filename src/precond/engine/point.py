@@ -29,6 +29,8 @@ class Point:
         p: the parameters; for 16-bit parameters float32 copies, with their compensation added.
         g: their gradients, in the dtype of p.
         lr: the learning rate of each tensor.
+        times: the number of the step in progress for each tensor, from 1; where devices count, tensors. Empty where no regularizer's
+            numbers may follow it.
     """
 
     cells: list[Cell]
@@ -36,12 +38,8 @@ class Point:
     p: Vec
     g: Vec
     lr: list[Scalar]
+    times: list[Scalar]
     choices: Sequence[Choice]
-
-    @cached_property
-    def times(self) -> list[Scalar]:
-        """The number of the step in progress for each tensor, from 1, when this is first asked for; where devices count, tensors."""
-        return [t for cell in self.cells for t in cell.upcoming]
 
     @property
     def spans(self) -> list[tuple[Cell, slice]]:
@@ -180,4 +178,5 @@ def gather(
         wide_p = leaf.tensor.detach().to(state_dtype(leaf.param.dtype))
         rest = residual(leaf)
         p.append(wide_p if rest is None else wide_p + rest)
-    return Point(kept, tuple(leaves), tuple(p), tuple(g), [lr(leaf) for leaf in leaves], choices)
+    times = [t for cell in kept for t in cell.upcoming] if any(choice.regularizers for choice in choices) else []
+    return Point(kept, tuple(leaves), tuple(p), tuple(g), [lr(leaf) for leaf in leaves], times, choices)
