@@ -45,14 +45,20 @@ def _backward(model: nn.Module, k: int, width: int) -> None:
     model(x).square().mean().backward()
 
 
-def seconds(recipe: str, wrap: str = "ddp", n: int = 16, width: int = 256, steps: int = 24) -> float:
-    """Of this process's processors in ``step()``, after a first one."""
+def _ready(recipe: str, wrap: str, n: int, width: int, steps: int) -> Iterator[Any]:
+    """The optimizer of some layers, before each of some steps, with the gradients of a batch."""
     model = layers(n, width, wrap)
     optimizer = RECIPES[recipe](model)
-    total = 0.0
     for k in range(steps):
         optimizer.zero_grad()
         _backward(model, k, width)
+        yield optimizer
+
+
+def seconds(recipe: str, wrap: str = "ddp", n: int = 16, width: int = 256, steps: int = 24) -> float:
+    """Of this process's processors in ``step()``, after a first one."""
+    total = 0.0
+    for k, optimizer in enumerate(_ready(recipe, wrap, n, width, steps)):
         start = time.process_time()
         optimizer.step()
         total += (time.process_time() - start) if k else 0.0
@@ -83,12 +89,8 @@ class _Work(torch.utils._python_dispatch.TorchDispatchMode):
 
 def operations(recipe: str, wrap: str = "ddp", n: int = 16, width: int = 32, steps: int = 10) -> int:
     """Of products and decompositions of matrices in ``step()``, by this process."""
-    model = layers(n, width, wrap)
-    optimizer = RECIPES[recipe](model)
     total = 0
-    for k in range(steps):
-        optimizer.zero_grad()
-        _backward(model, k, width)
+    for optimizer in _ready(recipe, wrap, n, width, steps):
         with _Work() as work:
             optimizer.step()
         total += work.products + work.roots
@@ -97,10 +99,8 @@ def operations(recipe: str, wrap: str = "ddp", n: int = 16, width: int = 32, ste
 
 def numbers(recipe: str, wrap: str = "ddp", n: int = 16, width: int = 32) -> int:
     """Of all state that this process keeps after a step."""
-    model = layers(n, width, wrap)
-    optimizer = RECIPES[recipe](model)
-    _backward(model, 0, width)
-    optimizer.step()
+    for optimizer in _ready(recipe, wrap, n, width, 1):
+        optimizer.step()
     return sum(local(t).numel() for s in optimizer.state.values() for t in s.values())
 
 
@@ -141,13 +141,9 @@ def counted_bytes() -> Iterator[Counter[str]]:
 
 def bytes_per_step(recipe: str, wrap: str, n: int = 8, width: int = 32, steps: int = 4) -> tuple[list[dict[str, int]], int]:
     """What this rank gives in each step, and the bytes of all gradients."""
-    model = layers(n, width, wrap)
-    optimizer = RECIPES[recipe](model)
     out = []
-    for k in range(steps):
-        optimizer.zero_grad()
-        _backward(model, k, width)
+    for optimizer in _ready(recipe, wrap, n, width, steps):
         with counted_bytes() as given:
             optimizer.step()
         out.append(dict(given))
-    return out, sum(p.numel() * p.element_size() for p in model.parameters())
+    return out, sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])

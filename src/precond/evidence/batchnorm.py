@@ -7,9 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from precond.curvature import Objective, condition_number, neuron_hessians
-from precond.diagnostics import preconditioner_of
-from precond.evidence.problems import Problem, extended, random, raw, relative, remembered, seeded, standardized
+from precond.curvature import condition_number, neuron_hessians
+from precond.evidence.problems import (
+    Problem,
+    extended,
+    map_in_force,
+    of_first_neuron,
+    random,
+    raw,
+    relative,
+    remembered,
+    seeded,
+    standardized,
+)
 from precond.evidence.statement import Bars, Chapter, Finding
 from precond.normalization import collapse_affine, fold_batchnorm
 from precond.optimizer import PreconditionedGD
@@ -76,15 +86,8 @@ class _Observed:
 @remembered
 def _observed() -> _Observed:
     problem = _problem()
-    problem.model.train()
-    optimizer = PreconditionedGD(problem.model, 0.0, preconditioner=BNP(decay=0.0, damping=0.0))
-    optimizer.step(problem.closure())
-    optimizer.close()
-    problem.model.eval()
-    layer = Objective(problem.model, problem.loss, [(problem.x, problem.y)], params=["2.weight", "2.bias"])
-    whole = preconditioner_of(optimizer, layer).to_dense()
-    first = torch.tensor([160, *range(16)])  # b and w of neuron 0 among W (10 × 16) and b (10)
-    return _Observed(problem, whole[first][:, first])
+    whole = map_in_force(problem, BNP(decay=0.0, damping=0.0), ["2.weight", "2.bias"])
+    return _Observed(problem, of_first_neuron(whole, 16))
 
 
 @CHAPTER.statement(

@@ -8,12 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from precond.curvature import Objective, condition_number, neuron_hessian, neuron_hessians
-from precond.diagnostics import preconditioner_of
+from precond.curvature import condition_number, neuron_hessian, neuron_hessians
 from precond.evidence.problems import (
     Problem,
     extended,
+    map_in_force,
     neuron_error,
+    of_first_neuron,
     random,
     raw,
     relative,
@@ -345,15 +346,7 @@ def _means() -> Finding:
 
 def _bnp(problem: Problem) -> Tensor:
     """P of the library's BNP in the last layer, one neuron's [b; w] as rows."""
-    problem.model.train()
-    optimizer = PreconditionedGD(problem.model, 0.0, preconditioner=BNP(decay=0.0, damping=0.0))
-    optimizer.step(problem.closure())
-    optimizer.close()
-    problem.model.eval()
-    layer = Objective(problem.model, problem.loss, [(problem.x, problem.y)], params=["3.weight", "3.bias"])
-    whole = preconditioner_of(optimizer, layer).to_dense()
-    first = torch.tensor([10 * _N, *range(_N)])
-    return whole[first][:, first]
+    return of_first_neuron(map_in_force(problem, BNP(decay=0.0, damping=0.0), ["3.weight", "3.bias"]), _N)
 
 
 @CHAPTER.statement(
@@ -405,11 +398,7 @@ def _instance() -> Finding:
         0,
     )  # fmt: skip
     problem = Problem(model, nn.functional.cross_entropy, pixels[:200] / 16, y[:200])
-    optimizer = PreconditionedGD(model, 0.0, preconditioner=BNP(decay=0.0, damping=0.0))
-    optimizer.step(problem.closure())
-    optimizer.close()
-    layer = Objective(model, problem.loss, [(problem.x, problem.y)], params=["4.weight", "4.bias"])
-    P = preconditioner_of(optimizer, layer).to_dense()
+    P = map_in_force(problem, BNP(decay=0.0, damping=0.0), ["4.weight", "4.bias"])
     return Finding("‖P − I‖/‖I‖", 0.0, relative(P, torch.eye(len(P), dtype=P.dtype)), 1e-11, on="conv net on 200 digits")
 
 

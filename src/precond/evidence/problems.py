@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,6 +16,9 @@ from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
 from precond.curvature import Objective, neuron_hessians
+from precond.diagnostics import preconditioner_of
+from precond.optimizer import PreconditionedGD
+from precond.preconditioners import Preconditioner
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 _P = ParamSpec("_P")
@@ -228,6 +231,24 @@ def neuron_block(problem: Problem, H: Tensor, layer: str, unit: int) -> Tensor:
     bias, weight = (places[f"{layer}.{kind}".lstrip(".")][unit].flatten() for kind in ("bias", "weight"))
     at = torch.cat([bias, weight])
     return H[at][:, at]
+
+
+def map_in_force(problem: Problem, preconditioner: Preconditioner, names: Sequence[str]) -> Tensor:
+    """P of some parameters, dense, once a preconditioner has seen all the data; the parameters stay where they are."""
+    problem.model.train()
+    optimizer = PreconditionedGD(problem.model, 0.0, preconditioner=preconditioner)
+    optimizer.step(problem.closure())
+    optimizer.close()
+    problem.model.eval()
+    return preconditioner_of(
+        optimizer, Objective(problem.model, problem.loss, [(problem.x, problem.y)], params=names)
+    ).to_dense()
+
+
+def of_first_neuron(P: Tensor, inputs: int) -> Tensor:
+    """The rows and columns of [b; w] of the first neuron in a matrix over all of [W, b]."""
+    at = torch.tensor([len(P) * inputs // (inputs + 1), *range(inputs)])
+    return P[at][:, at]
 
 
 def neuron_error(problem: Problem, layers: tuple[str, ...]) -> float:

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import hessian, jacrev, vmap
 
-from precond.curvature import Objective, condition_number
-from precond.diagnostics import preconditioner_of
-from precond.evidence.problems import Problem, generator, raw, relative, remembered, seeded
+from precond.curvature import condition_number
+from precond.evidence.problems import Problem, generator, map_in_force, of_first_neuron, raw, relative, remembered, seeded
 from precond.evidence.statement import Bars, Chapter, Finding
-from precond.optimizer import PreconditionedGD
 from precond.preconditioners import BNP, Preconditioner, Whitening
 
 CHAPTER = Chapter("Recurrent layers")
@@ -141,17 +139,8 @@ def _of_states() -> Finding:
 def _observed(kind: str, preconditioner: Preconditioner, end: str) -> Tensor:
     """P of the library in W_x ("ih") or W_h ("hh"), of one row [b; w]."""
     problem = _problem(kind)
-    problem.model.train()
-    optimizer = PreconditionedGD(problem.model, 0.0, preconditioner=preconditioner)
-    optimizer.step(problem.closure())
-    optimizer.close()
-    names = [f"rnn.weight_{end}_l0", f"rnn.bias_{end}_l0"]
-    whole = preconditioner_of(
-        optimizer, Objective(problem.model, problem.loss, [(problem.x, problem.y)], params=names)
-    ).to_dense()
-    rows, n = getattr(problem.model.rnn, f"weight_{end}_l0").shape
-    first = torch.tensor([rows * n, *range(n)])
-    return whole[first][:, first]
+    names = [f"rnn.{kind}_{end}_l0" for kind in ("weight", "bias")]
+    return of_first_neuron(map_in_force(problem, preconditioner, names), problem.model.get_parameter(names[0]).shape[1])
 
 
 def _inputs(kind: str, end: str) -> Tensor:
