@@ -16,7 +16,7 @@ from precond.optim.engine.cells import Cell
 from precond.optim.engine.sharing import owned_statistics
 from precond.optim.inputs import Observer, Request, Site
 from precond.optim.inputs.sync import Heard, check_alike, synchronized
-from precond.optim.optimizer.parameters import Owners
+from precond.optim.optimizer.owners import Owners
 from precond.optim.optimizer.passes import Recorder
 from precond.optim.ranks.replicas import distributed
 
