@@ -2,8 +2,8 @@
 A learning rate for each recipe
 ===============================
 
-Each recipe has its own units. ``lr_range`` raises the rate until the loss blows up, then trains shortly from the start at rates below. The lowest point
-of a curve is the rate to begin with. A wide valley forgives a wrong one.
+Each recipe has its own units. ``lr_range`` raises the rate until the loss blows up, then trains shortly from the start at
+rates below. The lowest point of a curve, the large dot, is the rate to begin with. A wide valley forgives a wrong one.
 """
 
 import matplotlib.pyplot as plt

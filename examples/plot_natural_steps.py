@@ -2,9 +2,9 @@
 Natural steps on a differential equation
 ========================================
 
-A small network is to solve −Δu = f on a square. The loss is the sum of squared residuals at points inside and on the boundary. Such losses are
-badly conditioned: Adam creeps. A natural step solves least squares: M = (RᵀR + δI)⁻¹, R the Jacobian of all residuals.
-The network is small enough to make that step in milliseconds.
+A small network is to solve −Δu = f on a square. The loss is the sum of squared residuals at points inside and on the
+boundary. Such losses are badly conditioned: Adam creeps. A natural step solves least squares: M = (RᵀR + δI)⁻¹, R the
+Jacobian of all residuals. The network is small enough to make that step in some hundredths of a second.
 """
 
 import time
@@ -65,10 +65,10 @@ def error(net):
 # %%
 # Two ways
 # --------
-# Adam gets a decaying rate and two thousand steps. The natural steps choose their own lengths.
+# Adam gets a decaying rate, the best of 0.003, 0.01, 0.03 and 0.1, and somewhat more time. The natural steps choose their own lengths.
 
 
-def adam(steps=400, lr=1e-2):
+def adam(steps=400, lr=0.1):
     net = network()
     residuals = residuals_of(net)
     optimizer = precond.adam(net, lr=lr)
@@ -90,10 +90,10 @@ def natural(steps=60):
 figure, axis = plt.subplots(figsize=(7, 4))
 for name, errors in {"Adam": adam(), "natural steps": natural()}.items():
     began, points = time.process_time(), []
-    for step, wrong in enumerate(errors, start=1):
+    for wrong in errors:
         points.append((time.process_time() - began, wrong))
-    axis.semilogy(*zip(*points, strict=True), label=f"{name}, {step} steps")
-    print(f"{name:14} relative error {points[-1][1]:.1e} after {step} steps, {points[-1][0]:.1f} s of one core")
+    axis.semilogy(*zip(*points, strict=True), label=f"{name}, {len(points)} steps")
+    print(f"{name:14} relative error {points[-1][1]:.1e} after {len(points)} steps, {points[-1][0]:.1f} s of one core")
 axis.set(xlabel="seconds of one core", ylabel="relative error of u")
 axis.legend()
 plt.show()

@@ -49,19 +49,13 @@ for name, points in {"in p": plain, "in z": preconditioned}.items():
 
 scale = P.to_dense().diagonal()
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.8))
-for axis, name, to, curvature in (
-    (axes[0], "p", torch.ones(2), H),
-    (axes[1], "z = P⁻¹p", scale, torch.diag(scale) @ H @ torch.diag(scale)),
-):
-    a, b = torch.meshgrid(
-        torch.linspace(-2.6, 2.6, 200),
-        torch.linspace(-3.2, 3.2, 200) if name != "p" else torch.linspace(-1, 1, 200),
-        indexing="xy",
-    )
-    height = 0.5 * (curvature[0, 0] * a**2 + curvature[1, 1] * b**2)
-    axis.contour(a, b, height, levels=[0.02, 0.1, 0.3, 0.8, 1.6, 3, 5, 8], colors="0.5", linewidths=0.6)
-    for label, points, color in (("gradient descent in p", plain, "C1"), ("gradient descent in z", preconditioned, "C0")):
-        axis.plot(*(points / to).T, "o-", color=color, markersize=4, linewidth=1.3, label=label)
-    axis.set(title=name, xlabel=f"{name[0]}₁", ylabel=f"{name[0]}₂")
+for axis, name, to, height in ((axes[0], "p", torch.ones(2), 1.0), (axes[1], "z", scale, 3.2)):
+    first, second = torch.meshgrid(torch.linspace(-2.6, 2.6, 200), torch.linspace(-height, height, 200), indexing="xy")
+    points = torch.stack([first, second], -1).double() * to
+    values = 0.5 * ((points @ H) * points).sum(-1)
+    axis.contour(first, second, values, levels=[0.02, 0.1, 0.3, 0.8, 1.6, 3, 5, 8], colors="0.5", linewidths=0.6)
+    for label, path_in_p, color in (("gradient descent in p", plain, "C1"), ("gradient descent in z", preconditioned, "C0")):
+        axis.plot(*(path_in_p / to).T, "o-", color=color, markersize=4, linewidth=1.3, label=label)
+    axis.set(title="p" if name == "p" else "z = P⁻¹p", xlabel=f"{name}₁", ylabel=f"{name}₂")
 axes[0].legend(loc="lower right")
 plt.show()

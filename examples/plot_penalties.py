@@ -2,11 +2,11 @@
 Which penalty acts where
 ========================
 
-Weights of two kinds: the gradients of one kind are a hundred times as large as those of the other. The loss says nothing else about them, it
-is noise. How fast does weight decay shrink them?
+Weights of two kinds: the gradients of one kind are a hundred times as large as those of the other. The loss says nothing
+else about them, it is noise. How fast does weight decay shrink them?
 
-λ‖p‖² adds 2λp to the gradient, and Adam's M multiplies it: weights with small gradients are pulled hard, those with large ones hardly at all.
-λ‖z‖² adds 2λp to the step, and all are pulled alike. The first is ``weight_decay`` of Adam, the second that of AdamW.
+λ‖p‖² adds 2λp to the gradient, and Adam's M multiplies it: weights with small gradients are pulled hard, those with large
+ones hardly at all. λ‖z‖² adds 2λp to the step, and all are pulled alike. The first is ``weight_decay`` of Adam, the second that of AdamW.
 """
 
 import matplotlib.pyplot as plt

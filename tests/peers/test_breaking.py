@@ -173,7 +173,7 @@ def same(a, b):
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-# SAM with statistics of the clean gradient commits these at the probe, before its second closure: see docs/design.md.
+# SAM with statistics of the clean gradient commits these at the probe, before its second closure: see docs/decisions.md.
 WHOLE = [(r, o) for r, o in VARIANTS if not ("regularizers" in o and r == "auto")]
 
 
