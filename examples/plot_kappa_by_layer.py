@@ -2,9 +2,9 @@
 What each layer receives, and what a preconditioner makes of it
 ================================================================
 
-The curvature of a layer is that of what it receives: κ of the mean of ĥĥᵀ, ĥ its inputs with a 1 in front. A long bar is a
-layer that gradient descent learns slowly. The dots are the same layer in other coordinates, in which nothing about the
-network changes: only the steps do.
+The curvature of a layer is that of what it receives: κ of the mean of ĥĥᵀ, ĥ its inputs with a 1 in front. The
+further right a dot, the more slowly gradient descent learns in these coordinates. Nothing about the network changes from
+dot to dot: only the steps do.
 """
 
 import matplotlib.pyplot as plt

@@ -48,14 +48,14 @@ for name, points in {"in p": plain, "in z": preconditioned}.items():
 # -------------------------------
 
 scale = P.to_dense().diagonal()
-figure, axes = plt.subplots(1, 2, figsize=(9, 3.8))
-for axis, name, to, height in ((axes[0], "p", torch.ones(2), 1.0), (axes[1], "z", scale, 3.2)):
+figure, axes = plt.subplots(1, 2, figsize=(8, 4), width_ratios=(1.5, 1))
+for axis, name, to, height in ((axes[0], "p", torch.ones(2), 0.8), (axes[1], "z", scale, 3.2)):
     first, second = torch.meshgrid(torch.linspace(-2.6, 2.6, 200), torch.linspace(-height, height, 200), indexing="xy")
     points = torch.stack([first, second], -1).double() * to
     values = 0.5 * ((points @ H) * points).sum(-1)
     axis.contour(first, second, values, levels=[0.02, 0.1, 0.3, 0.8, 1.6, 3, 5, 8], colors="0.5", linewidths=0.6)
     for label, path_in_p, color in (("gradient descent in p", plain, "C1"), ("gradient descent in z", preconditioned, "C0")):
         axis.plot(*(path_in_p / to).T, "o-", color=color, markersize=4, linewidth=1.3, label=label)
-    axis.set(title="p" if name == "p" else "z = P⁻¹p", xlabel=f"{name}₁", ylabel=f"{name}₂")
-axes[0].legend(loc="lower right")
+    axis.set(title="p" if name == "p" else "z = P⁻¹p", xlabel=f"{name}₁", ylabel=f"{name}₂", aspect="equal")
+figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left")
 plt.show()

@@ -47,5 +47,5 @@ for axis, (name, means) in zip(axes, runs.items(), strict=True):
     axis.plot((1 - lr * decay) ** torch.arange(6000), ":", color="0.5", label="decay alone")
     axis.set(title=name, xlabel="step", ylim=(-0.05, 1.05))
 axes[0].set_ylabel("mean weight")
-axes[0].legend()
+axes[1].legend()
 plt.show()
