@@ -22,14 +22,32 @@ from precond.algebra.vec import Scalar, Vec
 
 @dataclass(frozen=True)
 class Cotangent:
-    """A term that lives where gradients live: it joins the gradient and is multiplied by M before it moves p."""
+    """A term that lives where gradients live: it joins the gradient and is multiplied by M before it moves p.
+
+    Attributes:
+        vec: one tensor for each parameter, of its shape.
+
+    Example:
+        >>> import torch, precond
+        >>> precond.Cotangent((torch.tensor([1.0]),)).vec  # λ‖p‖² adds 2λp to the gradient: Cotangent(2λp)
+        (tensor([1.]),)
+    """
 
     vec: Vec
 
 
 @dataclass(frozen=True)
 class Instead:
-    """A cotangent that stands in place of the loss gradient (SAM: the gradient at the perturbed point)."""
+    """A cotangent that stands in place of the loss gradient (SAM: the gradient at the perturbed point).
+
+    Attributes:
+        vec: the gradient to take, one tensor for each parameter, of its shape.
+
+    Example:
+        >>> import torch, precond
+        >>> precond.Instead((torch.tensor([1.0]),)).vec
+        (tensor([1.]),)
+    """
 
     vec: Vec
 
@@ -41,6 +59,11 @@ class Tangent:
     Attributes:
         vec: its direction.
         scale: what multiplies it, one number or one per tensor: a displacement need not be formed to be added.
+
+    Example:
+        >>> import torch, precond
+        >>> precond.Tangent((torch.tensor([1.0, 2.0]),), 0.5).formed()
+        (tensor([0.5000, 1.0000]),)
     """
 
     vec: Vec
@@ -66,13 +89,35 @@ class Tangent:
 
 @dataclass(frozen=True)
 class Prox:
-    """A proximal step, p ← apply(p), after everything else has moved p."""
+    """A proximal step, p ← apply(p), after everything else has moved p.
+
+    Attributes:
+        apply: the parameters, one tensor each → where to put them, the same shapes.
+
+    Example:
+        >>> import torch, precond
+        >>> precond.Prox(lambda p: tuple(t.clamp_min(0) for t in p)).apply((torch.tensor([-1.0, 2.0]),))  # of p ≥ 0
+        (tensor([0., 2.]),)
+    """
 
     apply: Callable[[Vec], Vec]
 
 
 class Stage(IntEnum):
-    """What a :class:`Bend` looks at, in the order in which several act: the order of a list decides nothing."""
+    """What a :class:`Bend` looks at, in the order in which several act: the order of a list decides nothing.
+
+    Attributes:
+        ENTRIES: single entries of the step.
+        RADIUS: its part along p.
+        ROWS: the lengths of its rows.
+        DECAY: what shrinks p.
+        LENGTH: the length of the whole, which comes last.
+
+    Example:
+        >>> import precond
+        >>> precond.Cautious().stage < precond.Hyperball().stage
+        True
+    """
 
     ENTRIES = 0
     RADIUS = 1
@@ -97,6 +142,12 @@ class Bend:
         apply: the steps of all tensors, as others have bent them, and as M made them → the steps to take.
         stage: what it looks at.
         project: what acts on p last, as a :class:`Prox` does; None: nothing.
+
+    Example:
+        >>> import torch, precond
+        >>> half = precond.Bend(lambda u, made: tuple(t / 2 for t in u), precond.Stage.LENGTH)
+        >>> half.apply((torch.tensor([4.0]),), None)
+        (tensor([2.]),)
     """
 
     apply: Callable[[Vec, Made], Vec]
@@ -114,6 +165,9 @@ class Space(ABC):
         map: the map from these coordinates to p, or what makes it when it is first asked for.
         takes_part: for each tensor, whether its coordinates belong to the penalty; the others are projected away.
         sums: sums over the entries of a vector, whoever holds them.
+
+    References:
+        Ye, eqs. (4), (9), (10).
     """
 
     def __init__(self, map: LinearMap | Callable[[], LinearMap], takes_part: tuple[bool, ...], sums: Sums = ALONE):

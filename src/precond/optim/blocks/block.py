@@ -18,7 +18,11 @@ from precond.optim.blocks.turns import is_due
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Leaves that one map acts on jointly, in this order."""
+    """Leaves that one map acts on jointly, in this order.
+
+    Attributes:
+        leaves: the parameters, one or several.
+    """
 
     leaves: tuple[Leaf, ...]
 
