@@ -18,7 +18,11 @@ from precond.optim.preconditioners.stacked import on
 
 @dataclass(frozen=True)
 class Split(Preconditioner):
-    """Parts of a block, each with its own preconditioner: what :func:`over` makes where a block joins several."""
+    """Parts of a block, each with its own preconditioner: what :func:`over` makes where a block joins several.
+
+    Args:
+        parts: positions of leaves in the block, and what acts on them.
+    """
 
     parts: tuple[Part, ...]
 
