@@ -155,6 +155,7 @@ def spectral_density(
 
     Raises:
         NotSymmetric: for a map that is not symmetric.
+        ValueError: for fewer than two probes or steps.
 
     Example:
         >>> density = spectral_density(torch.diag(torch.tensor([0.0, 0.0, 1.0, 3.0])))

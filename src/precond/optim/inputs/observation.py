@@ -112,6 +112,21 @@ class Observation:
 
     A forward counts where its module trains and gradients are on; micro-batches add up, a forward that activation checkpointing repeats
     counts once. What is kept are sums, no inputs. Parameters are keys as they are in ``optimizer.state``.
+
+    Args:
+        model: whose layers are watched.
+        requests: what is wanted of them.
+        params: weights that are wanted; None: all.
+        synchronize: whether processes put together what they saw.
+
+    Example:
+        >>> import torch, precond
+        >>> model = torch.nn.Linear(1, 1)
+        >>> with precond.optim.inputs.observe(model, "moments") as observation:
+        ...     _ = model(torch.tensor([[1.0], [3.0]]))
+        ...     for inputs in observation:
+        ...         print(inputs.name, inputs.mean.item(), inputs.variance.item())
+        weight 2.0 1.0
     """
 
     def __init__(self, model: nn.Module, requests: tuple[Request, ...], params: tuple[Tensor, ...] | None, synchronize: bool):

@@ -58,6 +58,7 @@ class PreconditionedGD(Saving):
         capturable: on accelerators, steps may be captured in a CUDA graph: the device counts them, and all that formulas make of the
             count stays there. On processors it does nothing. Not for what observes inputs or asks for second gradients, which read
             counts of samples and random states on the host. See :attr:`program`.
+        naming: of a recipe: how it calls its numbers and its state; None: by the names of this class.
 
     Raises:
         TypeError, ValueError: for parameters and options that cannot work; the message names the remedy.

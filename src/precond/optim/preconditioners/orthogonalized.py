@@ -51,7 +51,8 @@ class Orthogonalized(Preconditioner):
     Example:
         >>> import torch, precond
         >>> W = torch.nn.Parameter(torch.tensor([[0.0, 0.0], [0.0, 0.0]]))
-        >>> optimizer = precond.PreconditionedGD([W], lr=1.0, preconditioner=precond.Orthogonalized(precond.RMS(0.0, 0.0), precond.Muon("eigh"), None))
+        >>> P = precond.Orthogonalized(precond.RMS(decay=0.0, eps=0.0), precond.Muon("eigh"), where=None)
+        >>> optimizer = precond.PreconditionedGD([W], lr=1.0, preconditioner=P)
         >>> W.grad = torch.tensor([[3.0, 4.0], [2.0, -5.0]]); _ = optimizer.step()
         >>> expected = torch.tensor([[-1.0, -1.0], [-1.0, 1.0]]) / 2**0.5  # of the polar factor of sign(g)
         >>> torch.testing.assert_close(W.data, expected, atol=1e-4, rtol=0)

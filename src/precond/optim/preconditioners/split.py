@@ -22,6 +22,15 @@ class Split(Preconditioner):
 
     Args:
         parts: positions of leaves in the block, and what acts on them.
+
+    Example:
+        >>> import precond
+        >>> split = Split((Part((0,), precond.AdaGrad()), Part((1, 2), precond.Whitening())))
+        >>> split.diagonal, split.needs
+        (False, 'row')
+
+    References:
+        docs/design.md, "Blocks of a composition".
     """
 
     parts: tuple[Part, ...]

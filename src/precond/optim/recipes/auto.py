@@ -105,7 +105,7 @@ def auto(
         1.bias: RMS, scales and shifts
 
     References:
-        The rules are the project's own: docs/models.md has what they were measured on.
+        The rules are the project's own; docs/experiments.md has what they were measured on.
     """
     checks.fraction("auto", momentum=momentum)
     checks.non_negative("auto", weight_decay=weight_decay)

@@ -37,6 +37,8 @@ class At:
         sums: products and norms of vectors over all entries, whoever holds them.
         joint: the tensors that P takes jointly.
         leaves: what is known of each tensor.
+        values: a name of the regularizer's ↦ its value on each tensor: what ``at["lam"]`` asks.
+        make_space, make_map: make :attr:`space` and :attr:`map`, when they are first asked for.
     """
 
     def __init__(

@@ -60,7 +60,8 @@ class GradientNorm(Regularizer):
         >>> import torch, precond
         >>> p = torch.nn.Parameter(torch.tensor([1.0]))
         >>> P = precond.Fixed(precond.Diagonal((torch.tensor([2.0]),)))
-        >>> optimizer = precond.PreconditionedGD([p], lr=0.01, preconditioner=P, regularizers=[precond.GradientNorm(0.5, method="exact", damping=0.0)])
+        >>> penalty = precond.GradientNorm(0.5, method="exact", damping=0.0)
+        >>> optimizer = precond.PreconditionedGD([p], lr=0.01, preconditioner=P, regularizers=[penalty])
         >>> _ = optimizer.step(precond.LossClosure(lambda: 1.5 * (p**2).sum()))  # g = 3p, H = 3, M = 4
         >>> round(p.item(), 4)  # 1 − αMg − 2αλMHMg = 1 − 0.12 − 0.01·4·3·4·3
         -0.56

@@ -37,11 +37,12 @@ class SAM(Regularizer):
 
     Example:
         >>> import torch, precond
-        >>> p = torch.nn.Parameter(torch.tensor([1.0]))
-        >>> P = precond.Fixed(precond.Diagonal((torch.tensor([2.0]),)))
-        >>> optimizer = precond.PreconditionedGD([p], lr=0.01, preconditioner=P, regularizers=[precond.SAM(0.5, damping=0.0)])
-        >>> _ = optimizer.step(precond.LossClosure(lambda: 1.5 * (p**2).sum()))  # g = 3p, H = 3, M = 4
-        >>> round(p.item(), 4)  # δ = ρMg/√(gMg) = 0.5·12/6 = 1: 1 − 0.01·4·3(1 + 1)
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> w = torch.nn.init.ones_(model.weight)
+        >>> P = precond.Fixed(precond.Diagonal((torch.tensor([[2.0]]),)))
+        >>> optimizer = precond.PreconditionedGD(model, lr=0.01, preconditioner=P, regularizers=[precond.SAM(0.5, damping=0.0)])
+        >>> _ = optimizer.step(precond.LossClosure(lambda: 1.5 * model(torch.ones(1, 1)).square().sum()))  # g = 3w, M = 4
+        >>> round(w.item(), 4)  # δ = ρMg/√(gMg) = 0.5·12/6 = 1: 1 − 0.01·4·3(1 + 1)
         0.76
 
     References:
