@@ -29,8 +29,9 @@ class Cotangent:
 
     Example:
         >>> import torch, precond
-        >>> precond.Cotangent((torch.tensor([1.0]),)).vec  # λ‖p‖² adds 2λp to the gradient: Cotangent(2λp)
-        (tensor([1.]),)
+        >>> from precond.algebra.spaces import P
+        >>> P((True,)).raised((torch.tensor([2.0]),))  # what a penalty in p adds, ∇_p R = 2
+        Cotangent(vec=(tensor([2.]),))
     """
 
     vec: Vec
@@ -45,8 +46,19 @@ class Instead:
 
     Example:
         >>> import torch, precond
-        >>> precond.Instead((torch.tensor([1.0]),)).vec
-        (tensor([1.]),)
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Clipped(precond.Regularizer):  # no entry of the gradient is larger than ``most``
+        ...     most: float
+        ...     space: str = "p"
+        ...     scalars = ("most",)
+        ...
+        ...     def term(self, at):
+        ...         return precond.Instead(tuple(g.clamp(-c, c) for g, c in zip(at.g, at["most"])))
+        >>> p = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> optimizer = precond.sgd([p], lr=0.5, regularizers=[Clipped(1.0)])
+        >>> p.grad = torch.tensor([8.0, -0.5]); _ = optimizer.step(); p.tolist()
+        [0.5, 1.25]
     """
 
     vec: Vec
@@ -62,8 +74,11 @@ class Tangent:
 
     Example:
         >>> import torch, precond
-        >>> precond.Tangent((torch.tensor([1.0, 2.0]),), 0.5).formed()
-        (tensor([0.5000, 1.0000]),)
+        >>> from precond.algebra.spaces import Z
+        >>> Z(precond.Identity(), (True,)).raised((torch.tensor([2.0]),), 0.5)  # what a penalty in z adds, P ∇_z R = 0.5·2
+        Tangent(vec=(tensor([2.]),), scale=0.5)
+        >>> precond.Tangent((torch.tensor([2.0]),), 0.5).formed()
+        (tensor([1.]),)
     """
 
     vec: Vec
@@ -96,8 +111,19 @@ class Prox:
 
     Example:
         >>> import torch, precond
-        >>> precond.Prox(lambda p: tuple(t.clamp_min(0) for t in p)).apply((torch.tensor([-1.0, 2.0]),))  # of p ≥ 0
-        (tensor([0., 2.]),)
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Box(precond.Regularizer):  # |p| ≤ ``side``
+        ...     side: float
+        ...     space: str = "p"
+        ...     scalars = ("side",)
+        ...
+        ...     def term(self, at):
+        ...         return precond.Prox(lambda p: tuple(t.clamp(-c, c) for t, c in zip(p, at["side"])))
+        >>> p = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> optimizer = precond.sgd([p], lr=0.5, regularizers=[Box(2.0)])
+        >>> p.grad = torch.tensor([8.0, -1.0]); _ = optimizer.step(); p.tolist()
+        [-2.0, 1.5]
     """
 
     apply: Callable[[Vec], Vec]
@@ -145,9 +171,20 @@ class Bend:
 
     Example:
         >>> import torch, precond
-        >>> half = precond.Bend(lambda u, made: tuple(t / 2 for t in u), precond.Stage.LENGTH)
-        >>> half.apply((torch.tensor([4.0]),), None)
-        (tensor([2.]),)
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Short(precond.Regularizer):  # ‖u‖ ≤ ``most`` for each tensor
+        ...     most: float
+        ...     space: str = "p"
+        ...     scalars = ("most",)
+        ...
+        ...     def term(self, at):
+        ...         shortened = lambda u, made: tuple(t / (t.norm() / c).clamp_min(1) for t, c in zip(u, at["most"]))
+        ...         return precond.Bend(shortened, precond.Stage.LENGTH)
+        >>> p = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> optimizer = precond.sgd([p], lr=0.5, regularizers=[Short(1.0)])
+        >>> p.grad = torch.tensor([6.0, 8.0]); _ = optimizer.step(); [round(x, 4) for x in p.tolist()]  # 1 − 0.5·(0.6, 0.8)
+        [0.7, 0.6]
     """
 
     apply: Callable[[Vec, Made], Vec]

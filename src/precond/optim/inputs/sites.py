@@ -84,7 +84,7 @@ def survey(modules: Iterable[tuple[str, nn.Module]]) -> Survey:
         modules: pairs (name, module); the same module may come twice.
 
     Returns:
-        A :class:`Survey` = (sites, what is passed by).
+        The weights whose inputs can be observed, and those whose cannot, each with the reason.
 
     Raises:
         TypeError: for a model that FSDP1 has flattened.

@@ -45,7 +45,7 @@ class Composition(Preconditioner):
         [-1.0, 10.0]
 
     References:
-        Ye, eq. (4), twice; derived in docs/design.md.
+        Ye, eq. (4), twice; docs/design.md, "The inner method of a composition", for what lives in z₁.
     """
 
     outer: Preconditioner
