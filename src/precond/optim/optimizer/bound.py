@@ -26,7 +26,8 @@ from precond.optim.optimizer.compatibility import check_precision
 from precond.optim.optimizer.interrupts import Uninterrupted
 from precond.optim.optimizer.listening import Listening
 from precond.optim.optimizer.naming import Naming
-from precond.optim.optimizer.parameters import Owners, in_place, to_groups
+from precond.optim.optimizer.owners import Owners, in_place
+from precond.optim.optimizer.parameters import to_groups
 from precond.optim.optimizer.probing import (
     Clearings,
     Probe,

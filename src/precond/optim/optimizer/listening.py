@@ -17,7 +17,7 @@ from precond.optim.engine.sharing import owned_statistics
 from precond.optim.inputs import Request, Site
 from precond.optim.inputs.observer import Observer
 from precond.optim.inputs.sync import Heard, check_alike, synchronized
-from precond.optim.optimizer.parameters import Owners
+from precond.optim.optimizer.owners import Owners
 from precond.optim.optimizer.passes import Recorder
 from precond.optim.ranks.replicas import distributed
 

@@ -25,7 +25,8 @@ from precond.optim.optimizer.imitation import hand_through
 from precond.optim.optimizer.interrupts import Uninterrupted
 from precond.optim.optimizer.looking import map_in_force
 from precond.optim.optimizer.naming import Naming
-from precond.optim.optimizer.parameters import Owners, Params, to_groups
+from precond.optim.optimizer.owners import Owners
+from precond.optim.optimizer.parameters import Params, to_groups
 from precond.optim.optimizer.saving import Saving
 from precond.optim.preconditioners import Preconditioner
 from precond.optim.regularizers import Regularizer

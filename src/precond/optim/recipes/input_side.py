@@ -68,15 +68,8 @@ def bnp(
     """
     checks.fraction("bnp", momentum=momentum, decay=decay)
     checks.non_negative("bnp", damping=damping, weight_decay=weight_decay)
-    defaults = {
-        "momentum": momentum,
-        "weight_decay": weight_decay,
-        "decay": decay,
-        "damping": damping,
-        "conv": conv,
-        "width_scaling": width_scaling,
-        "maximize": maximize,
-    }
+    of_map = {"decay": decay, "damping": damping, "conv": conv, "width_scaling": width_scaling}
+    defaults = {"momentum": momentum, "weight_decay": weight_decay, **of_map, "maximize": maximize}
     options.setdefault("statistics_from", "loss")  # P is not made of gradients
     return make("bnp", params, lr, _bnp, defaults, {}, {}, regularizers, options)
 
