@@ -88,7 +88,7 @@ class Name:
         for function in functions:
             try:
                 tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
-            except (OSError, TypeError, SyntaxError):
+            except OSError:
                 continue  # what dataclasses write has no source
             out += _own(tree.body[0])
         return out
@@ -99,6 +99,12 @@ def _own(function: ast.AST) -> Iterator[ast.AST]:
         if not isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef):
             yield node
             yield from _own(node)
+
+
+def _function(member: Any) -> Any:
+    """What a property, cached or not, a class method or a static one wraps; anything else as it is."""
+    wrapped = (getattr(member, inside, None) for inside in ("fget", "func", "__func__"))
+    return next(filter(None, wrapped), member)
 
 
 @cache
@@ -130,8 +136,7 @@ def handed() -> frozenset[str]:
             annotated.append(inspect.signature(name.object).return_annotation)
             continue
         for member in vars(name.object).values():
-            wrapped = (getattr(member, inside, None) for inside in ("fget", "func", "__func__"))
-            function = next(filter(None, wrapped), member)
+            function = _function(member)
             if inspect.isfunction(function) and not function.__name__.startswith("_"):
                 signature = inspect.signature(function)
                 annotated.append(signature.return_annotation)
@@ -145,13 +150,32 @@ def handed() -> frozenset[str]:
     return frozenset(found)
 
 
+def told(thing: Any) -> set[str]:
+    """What Args and Attributes name, of a class those of its bases too."""
+    texts = [Name("", kind).section("Args", "Attributes") for kind in (thing.__mro__ if isinstance(thing, type) else (thing,))]
+    return {word for text in texts for line in re.findall(r"^ +([\w, *]+):", text, re.M) for word in re.findall(r"\w+", line)}
+
+
 def is_error(name: Name) -> bool:
     return name.is_class and issubclass(name.object, Exception)
 
 
 def nothing_said(name: Name) -> str:
-    """A docstring."""
-    return "" if name.doc else "no docstring of its own"
+    """A docstring, of a class and of each of its public methods and properties, but for those that a base class or Attributes tell of."""
+    if not name.doc:
+        return "no docstring of its own"
+    if not name.is_class:
+        return ""
+    bases = [vars(base) for base in name.object.__mro__]
+    silent = [
+        member
+        for member, value in vars(name.object).items()
+        if not member.startswith("_")
+        and inspect.isfunction(_function(value))
+        and not any(_function(base[member]).__doc__ for base in bases if member in base)
+    ]
+    lacking = sorted(set(silent) - told(name.object))
+    return f"methods without a word: {', '.join(lacking)}" if lacking else ""
 
 
 def arguments(name: Name) -> str:
@@ -164,11 +188,7 @@ def arguments(name: Name) -> str:
     wanted = name.parameters
     if name.is_class and issubclass(name.object, enum.Enum):
         wanted = list(name.object.__members__)
-    told = "\n".join(
-        Name("", kind).section("Args", "Attributes") for kind in (name.object.__mro__ if name.is_class else (name.object,))
-    )
-    named = {word for line in re.findall(r"^ +([\w, *]+):", told, re.M) for word in re.findall(r"\w+", line)}
-    lacking = [p for p in wanted if p not in named]
+    lacking = [p for p in wanted if p not in told(name.object)]
     return f"arguments without a word: {', '.join(lacking)}" if lacking else ""
 
 

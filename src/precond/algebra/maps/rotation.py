@@ -57,6 +57,7 @@ class Reflected:
 
     @property
     def ndim(self) -> int:
+        """The number of dimensions, 2 or, of matrices side by side, more."""
         return self.Y.ndim
 
     def __matmul__(self, X: Tensor) -> Tensor:

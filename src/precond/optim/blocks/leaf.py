@@ -51,10 +51,12 @@ class Leaf:
 
     @property
     def shape(self) -> torch.Size:
+        """Of the whole parameter, whoever holds it."""
         return self.param.shape
 
     @property
     def ndim(self) -> int:
+        """The number of its dimensions."""
         return self.param.ndim
 
     @cached_property
