@@ -201,14 +201,28 @@ def returned(name: Name) -> str:
 
 
 def raised(name: Name) -> str:
-    """Each exception that its own code raises, by name under Raises. (That a number must lie in its range, Args say.)"""
-    types: set[str] = set()
-    for node in name.source:
-        if isinstance(node, ast.Raise) and node.exc is not None:
-            called = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
-            types |= {called.id} if isinstance(called, ast.Name) and called.id[0].isupper() else set()
-    lacking = sorted(types - set(re.findall(r"\w+", name.section("Raises"))) - {"NotImplementedError"})
+    """Each exception that its own code raises, by name under Raises, and so for the methods of a class, which may leave it to the class or to
+    the method of a base class. (That a number must lie in its range, Args say.)
+    """
+    lacking = sorted(_raised(name) - _words(name.section("Raises")))
+    for member, value in vars(name.object).items() if name.is_class else ():
+        if not member.startswith("_") and inspect.isfunction(function := _function(value)):
+            own = [_function(vars(base).get(member)) for base in name.object.__mro__]
+            docs = [name, *(Name("", f) for f in own if inspect.isfunction(f))]
+            said = _words("\n".join(doc.section("Raises") for doc in docs))
+            lacking += [f"{member}: {error}" for error in sorted(_raised(Name("", function)) - said)]
     return f"raises without a word: {', '.join(lacking)}" if lacking else ""
+
+
+def _raised(name: Name) -> set[str]:
+    calls = [
+        node.exc.func if isinstance(node.exc, ast.Call) else node.exc for node in name.source if isinstance(node, ast.Raise)
+    ]
+    return {c.id for c in calls if isinstance(c, ast.Name) and c.id[0].isupper()} - {"NotImplementedError"}
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text))
 
 
 def example(name: Name) -> str:

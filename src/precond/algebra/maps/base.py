@@ -67,6 +67,13 @@ class LinearMap(ABC):
 
         Its root is P(I + δd̄PᵀP)^(−1/2) up to signs, or (BNP's arrow) another one in closed form that tends to P with δ.
         It bounds how far a penalty in z reaches along directions in which M is huge.
+
+        Args:
+            delta: δ ≥ 0.
+
+        Raises:
+            NotImplementedError: where the map has no such form, for δ > 0.
+            ValueError: where it needs ``like`` for it, and has none.
         """
         if delta == 0:
             return self
@@ -89,7 +96,11 @@ class LinearMap(ABC):
         return compose(self, other)
 
     def to_dense(self) -> Tensor:
-        """The matrix of P in the order of :func:`precond.algebra.vec.flatten`, shape (n, n)."""
+        """The matrix of P in the order of :func:`precond.algebra.vec.flatten`, shape (n, n).
+
+        Raises:
+            ValueError: where the map has no ``like``, or states no root.
+        """
         if self.like is None:
             raise ValueError(f"{type(self).__name__} takes vectors of any shape; give it `like` to make it dense")
         flat = vec.flatten(self.like)

@@ -75,6 +75,9 @@ class SpectralDensity:
         Args:
             t: where, (m,).
             width: None: a fiftieth of the spectrum's range.
+
+        Raises:
+            ValueError: for a width that is not positive.
         """
         s = self._width if width is None else width
         if not s > 0:

@@ -59,7 +59,11 @@ class Inputs:
 
     @property
     def covariance(self) -> Tensor:
-        """E[(h − μ)(h − μ)ᵀ], (groups, n, n), where a covariance was asked for."""
+        """E[(h − μ)(h − μ)ᵀ], (groups, n, n), where a covariance was asked for.
+
+        Raises:
+            ValueError: where only moments were asked for.
+        """
         if self.moments.spread.ndim == self.moments.mean.ndim:
             raise ValueError(f'{self.name}: only moments were asked for; ask observe() for "covariance"')
         return self.moments.spread
