@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from precond.algebra.vec import Vec
 from precond.analysis.curvature import Objective
+from precond.analysis.diagnostics.calibrated import STUCK
 from precond.analysis.diagnostics.findings import units
 from precond.analysis.diagnostics.gathering import Gathered, gather
 from precond.analysis.diagnostics.pace import Part, Race, parts_of, speed_up
@@ -25,7 +26,9 @@ class Picture:
 
     Attributes:
         parts: of the network.
-        standardized: the same on standardized data; None where they are no numbers, or standardized already.
+        standardized: the same on standardized data; None where they are no numbers, or standardized already. Standardized data are
+            the coordinates of :class:`precond.BNP` in the layers that receive them; where no layer does, or units are stuck, which
+            other data free, the picture is made anew.
         stuck: the share of hidden units that are saturated or dead: what they receive tells nothing of what they will.
         freed: that share on standardized data.
     """
@@ -45,16 +48,21 @@ class Picture:
     @staticmethod
     def made(objective: Objective, gathered: Sequence[Gathered], g: Vec, **options: Any) -> Picture:
         """Of what was gathered on an objective, and its gradient."""
-        parts = parts_of(objective, gathered, g)
-        other, freed = None, math.nan
-        # Also where a normalization comes first: one per example does not take the features' scales away.
+        parts, stuck = parts_of(objective, gathered, g), _stuck(gathered)
         inputs = objective.batches[0][0]
-        if gathered and isinstance(inputs, Tensor) and inputs.is_floating_point():
-            changed = standardized(objective, features(objective, gathered[0]))
-            if changed is not None:
-                again, _ = gather(changed, **{**_DEFAULTS, **options})
-                other, freed = parts_of(changed, again, changed.gradient()), _stuck(again)
-        return Picture(parts, other, _stuck(gathered), freed)
+        if not (gathered and isinstance(inputs, Tensor) and inputs.is_floating_point()):
+            return Picture(parts, None, stuck, math.nan)
+        # Also where a normalization comes first: one per example does not take the features' scales away.
+        changed = standardized(objective, features(objective, gathered[0]))
+        if changed is None:
+            return Picture(parts, None, stuck, math.nan)
+        direct = any(part.data for part in parts)
+        again = gather(changed, **{**_DEFAULTS, **options})[0] if stuck or not direct else gathered
+        if direct and stuck < STUCK:
+            other = [replace(p, blocks={**p.blocks, "raw": p.blocks["bnp"]}) if p.data else p for p in parts]
+        else:
+            other = parts_of(changed, again, changed.gradient())
+        return Picture(parts, other, stuck, _stuck(again))
 
 
 def _stuck(gathered: Iterable[Gathered]) -> float:
