@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from precond.analysis.diagnostics.diagnosis import Diagnosis
     from precond.analysis.diagnostics.layer import Layer
 
-_MORE = 1.2  # times as much must a costlier remedy promise
+MORE = 1.2
+"""Times as many steps must a remedy save to be advised, and times as much a costlier one than a cheaper one."""
 _WITHIN = ("sgd", "bnp", "adam", "adamw", "rmsprop", "adagrad")
 """Optimizers that can be had in the coordinates of layer inputs."""
 
@@ -35,6 +36,7 @@ class Advice:
         remedy: how it is made, where it can be tried.
         lr: the learning rate in ``code``; None: there is none.
         tested: whether that rate comes from a range test.
+        measured: steps without it over steps with it, where both were trained here; None: they were not.
     """
 
     what: str
@@ -46,20 +48,30 @@ class Advice:
     remedy: Candidate | None = field(default=None, repr=False)
     lr: float | None = None
     tested: bool = False
+    measured: float | None = None
 
     @property
     def promise(self) -> str:
-        """What it promises, in words."""
+        """What it promises, or was seen to do, in words."""
+        if self.measured is not None:
+            return f"tried: {fewer(self.measured)}"
         return str(self.gain) if self.gain.known else self.effect
 
     @property
     def rank(self) -> float:
-        """By which advice is ordered: the likely gain."""
+        """By which advice is ordered: what was measured, else the likely gain."""
+        if self.measured is not None:
+            return self.measured
         return self.gain.likely if self.gain.known else 1.0
+
+    def tried(self, lr: float, measured: float | None = None) -> Advice:
+        """With a learning rate from a range test, and what was measured."""
+        assert self.remedy is not None
+        return replace(self, code=self.remedy.code(lr), lr=lr, tested=True, measured=measured)
 
     def as_dict(self) -> dict[str, object]:
         """Numbers and texts, for JSON."""
-        plain = {name: getattr(self, name) for name in ("what", "why", "code", "promise", "lr", "tested")}
+        plain = {name: getattr(self, name) for name in ("what", "why", "code", "promise", "lr", "tested", "measured")}
         return {**plain, "layers": list(self.layers), "gain": self.gain.as_dict()}
 
 
@@ -71,11 +83,23 @@ class Considered:
         name: of the remedy.
         gain: what it is predicted to save; ``UNKNOWN`` where nothing can be said.
         why: nothing can be said, or it is no advice.
+        advice: that it would be; None where it cannot be made.
     """
 
     name: str
     gain: Gain
     why: str = ""
+    advice: Advice | None = field(default=None, repr=False)
+
+
+def fewer(ratio: float) -> str:
+    """A ratio of steps without and with something, in words.
+
+    Example:
+        >>> fewer(2.5), fewer(0.5)
+        ('2.5 times fewer steps', '2 times more steps')
+    """
+    return f"{ratio:.3g} times fewer steps" if ratio >= 1 else f"{1 / ratio:.3g} times more steps"
 
 
 def advise(
@@ -128,20 +152,17 @@ def _coordinates(found: Diagnosis, picture: Picture, base: Base, dim: int | None
             considered.append(Considered(name, UNKNOWN, why))
             continue
         gain = line.gain(value, alone, calibration().steps)
-        enough = gain.worth and gain.likely >= _MORE * best
+        enough = gain.worth and gain.likely >= MORE * best
         why = "" if enough else "promises no more than cheaper advice" if gain.worth else "not a fifth of the steps"
-        considered.append(Considered(name, gain, why))
-        if not enough:
-            continue
-        best = gain.likely
         remedy = base.standardized(dim) if name == "standardize" else base.within(name)
         lr = first_rate(picture, base, name)
         layers = _reached(found, name)
-        advice.append(
-            Advice(
-                _WHAT[name], _because(found, layers, name), remedy.code(lr), gain, tuple(x.name for x in layers), "", remedy, lr
-            )
-        )
+        reached = tuple(x.name for x in layers)
+        one = Advice(_WHAT[name], _because(found, layers, name), remedy.code(lr), gain, reached, "", remedy, lr)
+        considered.append(Considered(name, gain, why, one))
+        if enough:
+            best = gain.likely
+            advice.append(one)
     return advice, considered
 
 
