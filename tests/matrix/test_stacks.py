@@ -13,11 +13,11 @@ from torch import Tensor, nn
 import precond
 from matrix import oracles
 from precond import KFAC, SOAP, Momentum, PreconditionedGD, Shampoo
-from precond.engine import plan
-from precond.preconditioners import eigenbases, rational
-from precond.preconditioners.kronecker import norms
-from precond.preconditioners.roots import inverse_root
-from precond.turns import is_due, next_renewal, phase, turns
+from precond.optim.blocks.turns import is_due, next_renewal, phase, turns
+from precond.optim.engine import plan
+from precond.optim.preconditioners import eigenbases, rational
+from precond.optim.preconditioners.kronecker import norms
+from precond.optim.preconditioners.roots import inverse_root
 
 RECIPES: dict[str, Callable[..., PreconditionedGD]] = {
     "soap": lambda m, **more: precond.soap(m, lr=0.01, precondition_frequency=3, **more),
