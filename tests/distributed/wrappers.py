@@ -203,7 +203,12 @@ def _parallel(h: Tensor, W: DTensor) -> Tensor:
     rows = h.unflatten(0, (-1, n))  # of this rank, by experts
     there = DTensor.from_local(rows, mesh, [Shard(0)], run_check=False).redistribute(placements=[Shard(1)]).to_local()
     found = torch.einsum("bei,eio->beo", there, W.to_local())
-    return DTensor.from_local(found, mesh, [Shard(1)], run_check=False).redistribute(placements=[Shard(0)]).to_local().flatten(0, 1)
+    return (
+        DTensor.from_local(found, mesh, [Shard(1)], run_check=False)
+        .redistribute(placements=[Shard(0)])
+        .to_local()
+        .flatten(0, 1)
+    )
 
 
 def experts(recipe: str, n: int = 4) -> dict[str, Tensor]:
