@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -235,6 +236,14 @@ def fsdp(model: nn.Module, **options: Any) -> nn.Module:
     return fully_shard(model, mesh=mesh, **options)
 
 
+def fsdp_inside(model: nn.Module) -> nn.Module:
+    """Groups of their own for a layer of one row, of which a rank holds nothing, and for a normalization layer."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in (model.last, model.norm):
+        fully_shard(module, mesh=mesh)
+    return model
+
+
 def fsdp_partly(model: nn.Module) -> nn.Module:
     """Some layers whole on each rank."""
     ignored = {*model.head.parameters(), *model.norm.parameters()}
@@ -266,7 +275,9 @@ WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "ddp, static": partial(DistributedDataParallel, static_graph=True),
     "ddp, static views": partial(DistributedDataParallel, static_graph=True, gradient_as_bucket_view=True),
     "ddp, searching": partial(DistributedDataParallel, find_unused_parameters=True),
+    "replicate": lambda model: replicate(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),))),
     "fsdp": fsdp,
+    "fsdp, nested": lambda model: fsdp(fsdp_inside(model)),
     "fsdp, kept": partial(fsdp, reshard_after_forward=False),
     "fsdp, offloaded": partial(fsdp, offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "fsdp, partly": fsdp_partly,

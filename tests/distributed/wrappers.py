@@ -8,9 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -18,6 +19,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.distributed.tensor.parallel.ddp import _pre_dp_module_transform
 from torch.nn.parallel import DistributedDataParallel
 
 import precond
@@ -158,19 +160,22 @@ def sequences(recipe: str) -> dict[str, Tensor]:
     return _params(model)
 
 
+def _replicated(model: nn.Module, mesh: Any) -> nn.Module:
+    for module in (model[0], model[2], model):
+        replicate(module, mesh=mesh)
+    return model
+
+
 def copies_of_parts(recipe: str) -> dict[str, Tensor]:
-    """Tensor parallelism under DDP."""
+    """Tensor parallelism, of which there are two copies."""
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4)).double()
     shares, part = 1, 0
     if _rank() is not None:
         mesh = _mesh("data", "tensor", shape=(2, dist.get_world_size() // 2))
         parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        model = _replicated(model, mesh["data"])
         shares, part = 2, mesh.get_local_rank("data")
-        from torch.distributed.tensor.parallel.ddp import _pre_dp_module_transform
-
-        _pre_dp_module_transform(model)
-        model = DistributedDataParallel(model, process_group=mesh["data"].get_group())
     optimizer = RECIPES[recipe](model)
     for k in range(4):
         x = _samples(k, (8, 6)).chunk(shares)[part]
@@ -181,56 +186,65 @@ def copies_of_parts(recipe: str) -> dict[str, Tensor]:
 # --- experts -----------------------------------------------------------------------------------------------------------------------
 
 
-class Experts(nn.Module):
-    """A layer, and matrices of which each sees some of the rows that it makes: row i goes to expert i mod E."""
+class Routed(nn.Module):
+    """Matrices of which each sees some rows: row i goes to expert i mod E."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
-        self.first = nn.Linear(5, 6)
-        self.experts = nn.Parameter(torch.randn(n, 6, 4) / 3)
+        self.W = nn.Parameter(torch.randn(n, 6, 4) / 3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.first(x).tanh()
-        W = self.experts
-        if not isinstance(W, DTensor):
-            return torch.einsum("bei,eio->beo", h.unflatten(0, (-1, len(W))), W).flatten(0, 1)
-        return _parallel(h, W)
+    def forward(self, h: Tensor) -> Tensor:
+        W = self.W
+        if isinstance(W, DTensor):  # an engine would send rows to their experts; the gradient is the same
+            W = W.full_tensor(grad_placements=[Partial()])
+        return torch.einsum("bei,eio->beo", h.unflatten(0, (-1, len(W))), W).flatten(0, 1)
 
 
-def _parallel(h: Tensor, W: DTensor) -> Tensor:
-    """Rows go to the ranks that hold their experts and come back."""
-    mesh, n = W.device_mesh, len(W)
-    rows = h.unflatten(0, (-1, n))  # of this rank, by experts
-    there = DTensor.from_local(rows, mesh, [Shard(0)], run_check=False).redistribute(placements=[Shard(1)]).to_local()
-    found = torch.einsum("bei,eio->beo", there, W.to_local())
-    return (
-        DTensor.from_local(found, mesh, [Shard(1)], run_check=False)
-        .redistribute(placements=[Shard(0)])
-        .to_local()
-        .flatten(0, 1)
-    )
+def _of_experts(layer: Routed, h: Tensor) -> tuple[Tensor, ...]:
+    return tuple(h.unflatten(0, (-1, len(layer.W))).unbind(1))
 
 
-def experts(recipe: str, n: int = 4) -> dict[str, Tensor]:
-    """Experts divided along their first dimension over a mesh, and the rest by FSDP2 over the same ranks."""
+precond.register_layer(Routed, precond.Observed("W", None, "eio", _of_experts))
+
+
+def experts(recipe: str, n: int = 3) -> dict[str, Tensor]:
+    """Experts divided along their first dimension over a mesh of their own, unevenly, and the rest by FSDP2 over the same ranks."""
     torch.manual_seed(0)
-    model: nn.Module = Experts(n).double()
+    model: nn.Module = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), Routed(n)).double()
     rank = _rank()
     shares, part = 1, 0
     if rank is not None:
-        from torch.distributed.tensor import distribute_tensor
-
         shares, part = dist.get_world_size(), rank
-        mesh = _mesh("experts")
-        model.experts = nn.Parameter(distribute_tensor(model.experts.detach(), mesh, [Shard(0)]))
-        fully_shard(model, mesh=_mesh("data"), ignored_params={model.experts})
+        model[2].W = nn.Parameter(distribute_tensor(model[2].W.detach(), _mesh("experts"), [Shard(0)]))
+        fully_shard(model, mesh=_mesh("data"), ignored_params={model[2].W})
     optimizer = RECIPES[recipe](model)
     for k in range(4):
-        x = _samples(k, (16, 5)).chunk(shares)[part]
-        optimizer.zero_grad()
-        # FSDP2 averages over ranks, and nobody does it with the experts' gradients, which all ranks' losses add to.
-        model(x).square().mean().backward()
-        if rank is not None:
-            model.experts.grad /= shares
-        optimizer.step()
+        x = _samples(k, (12, 5)).chunk(shares)[part]
+
+        def closure(x: Tensor = x) -> Tensor:
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            if rank is not None:
+                model[2].W.grad /= shares  # which all ranks' losses add to; FSDP2 averages the rest
+            return loss
+
+        optimizer.step(closure)
     return _params(model)
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------------------------
+
+
+def localized() -> None:
+    """Parts of parameters that stand in their place between forwards."""
+    model = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4))
+    parallelize_module(model, _mesh("tensor"), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    _pre_dp_module_transform(model)
+    muon(model)
+
+
+def without_backend() -> None:
+    """Parameters on a device whose tensors the ranks cannot send each other, as after offloading where there is NCCL alone."""
+    group = dist.new_group(backend="cuda:gloo")
+    muon(fully_shard(nn.Linear(3, 2), mesh=DeviceMesh.from_group(group, "cpu")))

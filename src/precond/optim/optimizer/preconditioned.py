@@ -32,7 +32,7 @@ from precond.optim.momentum import Momentum
 from precond.optim.optimizer import serialization
 from precond.optim.optimizer.averaging import Averaged
 from precond.optim.optimizer.binding import Binding, bind, choices_of
-from precond.optim.optimizer.compatibility import check_precision, check_same, check_shared, listed, validate
+from precond.optim.optimizer.compatibility import check_in_place, check_precision, check_same, check_shared, listed, validate
 from precond.optim.optimizer.explanation import Explanation, explain
 from precond.optim.optimizer.fusing import alike, divided, kernels_of
 from precond.optim.optimizer.imitation import hand_through
@@ -49,6 +49,7 @@ from precond.optim.optimizer.probing import (
     exact_gradient,
     finite_loss,
     loss_gradient,
+    place_gradients,
     take_gradients,
     unscaled,
 )
@@ -165,6 +166,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         if momentum is not None and "betas" not in self.defaults:
             # OneCycleLR and CyclicLR look for it here, and write it into the groups.
             self.defaults.setdefault("momentum", momentum.beta)
+        check_in_place(name, (p for group in self.param_groups for p in group["params"]))
         self._bind()
         check_precision(self._bound.leaves, choice, rounding)
         check_same(name, self._bound.leaves, self._bound.cells, self._bound.options)
@@ -457,6 +459,7 @@ class PreconditionedGD(torch.optim.Optimizer):
                 self._settle()
         elif self._gradient_based is not None:
             self._check_probed()
+        place_gradients(self._bound.leaves)
         before = [] if self._averaged is None else self._averaged.steps()
         with Uninterrupted():
             try:
@@ -586,6 +589,7 @@ class PreconditionedGD(torch.optim.Optimizer):
     @torch.no_grad()
     def _next_probe(self, grad_scale: float | Tensor | None, recorder: Recorder | None) -> bool:
         with Uninterrupted():
+            place_gradients(self._bound.leaves)
             if self._pending is None:
                 self._settle()
                 with self._own_precision():
