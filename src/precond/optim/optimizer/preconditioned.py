@@ -56,8 +56,12 @@ from precond.optim.optimizer.probing import (
 from precond.optim.optimizer.record import Record
 from precond.optim.preconditioners import Preconditioner
 from precond.optim.preconditioners.stacked import Stacked
-from precond.optim.ranks.replicas import agreed, averaged, largest
+from precond.optim.ranks.replicas import agreed, averaged, check_joined, largest, meet
 from precond.optim.regularizers import Regularizer
+
+_WITHOUT_DATA = (
+    "A rank that has no data in a step goes forward and backward on an empty batch, x[:0], with a loss that is a sum"
+)
 
 
 class PreconditionedGD(torch.optim.Optimizer):
@@ -459,6 +463,7 @@ class PreconditionedGD(torch.optim.Optimizer):
                 self._settle()
         elif self._gradient_based is not None:
             self._check_probed()
+        self._check_company()
         place_gradients(self._bound.leaves)
         before = [] if self._averaged is None else self._averaged.steps()
         with Uninterrupted():
@@ -476,6 +481,14 @@ class PreconditionedGD(torch.optim.Optimizer):
             finally:
                 self._listening.again(self._bound.cells)
         return loss
+
+    def _check_company(self) -> None:
+        """Raise where the other ranks, whom this one steps for, would not come to this step."""
+        if self.shared or self._requests:
+            check_joined(self.naming.name, self.owners.alive())
+        if self.shared and all(leaf.param.grad is None for leaf in self._bound.leaves):
+            for shared in self.shared:
+                meet(shared.exchange.group, f"{self.naming.name}.step, where no parameter has a gradient", _WITHOUT_DATA)
 
     def _gradients(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
         """The clean pass, and the probes with the random state forked around them; the loss and the gradient's graph."""
