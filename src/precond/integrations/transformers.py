@@ -18,7 +18,8 @@ class Trainer(transformers.Trainer):
 
     SAM's gradient is taken over all of ``gradient_accumulation_steps``, before ``max_grad_norm`` clips.
     ``optimizer_cls_and_kwargs=(precond.optim.Auto, {"lr": 1e-2})`` gets the model with the Trainer's groups, so that layer inputs
-    can be observed. Under ``DistributedDataParallel`` the processes divide the work on matrices. Everything else, and every other optimizer, is as in ``transformers``.
+    can be observed. Under ``DistributedDataParallel`` the processes divide the work on matrices. Everything else, and every other
+    optimizer, is as in ``transformers``.
     """
 
     optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None
