@@ -66,6 +66,12 @@ class Moments:
         """σ², shape (groups, n)."""
         return variances(self.spread, self.mean)
 
+    def to(self, device: torch.device) -> Moments:
+        """The same on a device; counts stay on the host."""
+        if self.mean.device == device:
+            return self
+        return replace(self, mean=self.mean.to(device), spread=self.spread.to(device), absolute=self.absolute.to(device))
+
     def raw(self) -> tuple[Tensor, ...]:
         """(N, Σh, Σh² or Σhhᵀ, Σ|h − c|, examples) in float64, which add over batches and processes."""
         mean, spread = self.mean.double(), self.spread.double()
