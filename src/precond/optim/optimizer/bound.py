@@ -230,6 +230,10 @@ class Bound(torch.optim.Optimizer):
         self._bind()
         self._listen()
 
+    def watches(self, model: nn.Module) -> bool:
+        """Whether this very module is what it observes."""
+        return any(model is module for module in self.owners.alive())
+
     @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim's. What layers received in forwards whose gradients are cleared does not count."""

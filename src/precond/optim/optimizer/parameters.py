@@ -151,6 +151,9 @@ def decay_groups(model: nn.Module | Iterable[tuple[str, Tensor]], weight_decay: 
         model: a module, or named parameters (then one-dimensional parameters are not decayed).
         weight_decay: of the first group; the second has 0.
 
+    Returns:
+        A list of groups for any optimizer; recipes given it know the module too. A group without parameters is left out.
+
     Example:
         >>> groups = decay_groups(torch.nn.Linear(3, 2), 0.1)
         >>> [(g["weight_decay"], [name for name, _ in g["params"]]) for g in groups]
@@ -185,6 +188,12 @@ def role_groups(
         lr: of hidden matrices.
         embedding, output, vector: what multiplies it for the others.
         options: further options of all groups.
+
+    Returns:
+        A list of groups for any optimizer; recipes given it know the module too.
+
+    Raises:
+        ValueError: for a factor that is negative.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
