@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import matplotlib
+from sphinx import addnodes
 
 project = "precond"
 author = "The precond authors"
@@ -103,6 +104,19 @@ def _docstring_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
     lines[:] = out
 
 
+_PAGES = {"CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog"}
+
+
+def _links_from_the_root(app, doctree) -> None:
+    """README, CONTRIBUTING and CHANGELOG are included by pages, and link from where they are."""
+    for link in doctree.findall(addnodes.pending_xref):
+        target = link["reftarget"]
+        page = _PAGES.get(target) or (re.match(r"docs/(.+)\.md$", target) or [None, None])[1]
+        if link["reftype"] == "myst" and page:
+            link["refdomain"], link["reftarget"] = "doc", page
+
+
 def setup(app) -> None:
+    app.connect("doctree-read", _links_from_the_root)
     # Before napoleon, whose priority is 500.
     app.connect("autodoc-process-docstring", _docstring_to_rst, priority=400)
