@@ -113,7 +113,7 @@ def _links_from_the_root(app, doctree) -> None:
         target = link["reftarget"]
         page = _PAGES.get(target) or (re.match(r"docs/(.+)\.md$", target) or [None, None])[1]
         if link["reftype"] == "myst" and page:
-            link.update_all_atts({"refdomain": "doc", "reftarget": page, "reftargetid": None}, replace=True)
+            link["refdomain"], link["reftarget"], link["reftargetid"] = "doc", page, None
 
 
 def setup(app) -> None:
