@@ -93,6 +93,8 @@ def module(name: str):
         raise
     finally:
         del sys.modules[made.__name__]
+        if "matplotlib.pyplot" in sys.modules:  # the next page draws on a figure of its own
+            sys.modules["matplotlib.pyplot"].close("all")
 
 
 def run(name: str, *codes: str) -> dict:
