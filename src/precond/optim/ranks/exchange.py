@@ -211,7 +211,7 @@ class Exchange:
         example = next(iter(like.values()))
         sizes = [[math.prod(self.shapes[i]) for i in of] for of in owned]
         longest = max(map(sum, sizes))
-        mine = example.new_zeros(longest)
+        mine = example.new_empty(longest)
         if owned[self.rank]:
             torch.cat([wholes[i].reshape(-1) for i in owned[self.rank]], out=mine[: sum(sizes[self.rank])])
         every = example.new_empty(self.size * longest)
