@@ -25,6 +25,12 @@ class Layout:
         repeat: kernel positions per channel, over which channel statistics are repeated; 1 where n counts them.
         held: of the rows of all groups, those that this process holds, where it does not hold all.
         rows: of a group, where ``held`` is given.
+
+    Example:
+        >>> import torch
+        >>> W = torch.arange(6.0).view(3, 2)  # (in, out)
+        >>> Layout(transposed=True).view(W).shape, Layout(transposed=True).inputs(W.shape)
+        (torch.Size([1, 2, 3]), 3)
     """
 
     groups: int = 1
@@ -107,6 +113,12 @@ class SideBySide(Layout):
     Attributes:
         of: the layout of each.
         members: k.
+        groups, transposed, repeat, held, rows: those of ``of``.
+
+    Example:
+        >>> import torch
+        >>> SideBySide.all(Layout(), 4).view(torch.zeros(4, 3, 2)).shape  # four layers (3, 2)
+        torch.Size([4, 3, 2])
     """
 
     of: Layout = Layout()
@@ -152,6 +164,14 @@ class Stacked(Layout):
     """A stack of ``groups`` weights (out, in), or (in, out) where it is ``transposed``: experts, which see different inputs each.
 
     ``held`` are the experts that this process holds, where it does not hold all.
+
+    Attributes:
+        groups, transposed, repeat, held, rows: as in :class:`Layout`; ``repeat`` and ``rows`` are not used.
+
+    Example:
+        >>> import torch
+        >>> Stacked(4, transposed=True).view(torch.zeros(4, 3, 2)).shape  # four experts (in 3, out 2)
+        torch.Size([4, 2, 3])
     """
 
     @property
@@ -192,6 +212,15 @@ class Standardizing(LinearMap):
         bias_scale: β.
         like: example (weight, bias) or (weight,).
         layout: how the weight is seen as (groups, rows, n).
+
+    Example:
+        >>> import torch, precond
+        >>> P = precond.Standardizing(mean=torch.tensor([3.0]), std=torch.tensor([2.0]))
+        >>> P.mv((torch.tensor([[4.0]]), torch.tensor([1.0])))  # w = 4/2, b = 1 − 3·2
+        (tensor([[2.]]), tensor([-5.]))
+
+    References:
+        Lange, Helfrich & Ye (2022); Ye, eq. (25).
     """
 
     def __init__(
@@ -337,6 +366,12 @@ class RowMatrix(LinearMap):
         like: example (weight, bias) or (weight,).
         layout: how the weight is seen as (groups, rows, n).
         gram_matrix: R Rᵀ, where it is at hand: M then costs one product.
+
+    Example:
+        >>> import torch
+        >>> layer, R = (torch.tensor([[1.0, 2.0]]), torch.tensor([5.0])), torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
+        >>> RowMatrix(R, layer, Layout()).mv(layer)
+        (tensor([[2., 1.]]), tensor([5.]))
     """
 
     like: Vec
@@ -402,6 +437,13 @@ class Sliced(Piecewise):
     Args:
         parts: (position of the weight, position of the bias or None, its entries, map on (weight, slice) or (weight,)).
         like: example of all tensors of the block.
+
+    Example:
+        >>> import torch, precond
+        >>> q, k, bias = torch.ones(1, 1), torch.ones(1, 1), torch.ones(2)
+        >>> parts = [(0, 2, slice(0, 1), precond.Identity()), (1, 2, slice(1, 2), precond.Scaled(precond.Identity(), 3.0))]
+        >>> Sliced(parts).mv((q, k, bias))
+        (tensor([[1.]]), tensor([[3.]]), tensor([1., 3.]))
     """
 
     def __init__(self, parts: Sequence[tuple[int, int | None, slice, LinearMap]], like: Vec | None = None):

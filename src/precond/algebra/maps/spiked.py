@@ -23,6 +23,12 @@ class Spiked(LinearMap):
         rest: a > 0 (groups,), the eigenvalue of all that is orthogonal to them.
         like: example (weight, bias) or (weight,).
         layout: how the weight is seen as (groups, rows, n).
+
+    Example:
+        >>> import torch
+        >>> U, layer = torch.tensor([[[1.0], [0.0]]]), (torch.tensor([[1.0, 1.0]]),)
+        >>> Spiked(U, torch.tensor([[3.0]]), torch.tensor([2.0]), layer, Layout()).mv(layer)  # R = diag(3, 2)
+        (tensor([[3., 2.]]),)
     """
 
     like: Vec

@@ -32,6 +32,12 @@ def routed(
         index: (N,) or (N, k), the experts of each row; numbers that are no expert's are passed by.
         experts: E, with ``index``.
 
+    Returns:
+        E tensors (rows of the expert, n), in the order of experts; one that sees nothing has (0, n).
+
+    Raises:
+        ValueError: for none of the three forms, or several.
+
     Example:
         >>> import torch
         >>> x = torch.tensor([[1.0], [2.0], [3.0]])

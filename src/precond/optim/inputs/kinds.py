@@ -35,6 +35,26 @@ class Observed:
         inputs: ``(module, *args, **kwargs)``, the module's call, ↦ what the weight is multiplied with: a tensor whose last dimension
             is the inputs'; with experts a tensor whose first dimension is theirs, or one tensor for each (:func:`routed` makes them).
             None: the one argument of the call that has this shape.
+
+    Raises:
+        ValueError: for axes of another form.
+
+    Example:
+        >>> import torch, precond
+        >>> class Twice(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.W = torch.nn.Parameter(torch.eye(2))
+        ...
+        ...     def forward(self, x):
+        ...         return (2 * x) @ self.W
+        >>> handle = precond.register_layer(Twice, precond.Observed("W", bias=None, axes="io", inputs=lambda layer, x: 2 * x))
+        >>> model = Twice()
+        >>> with precond.optim.inputs.observe(model) as observation:
+        ...     _ = model(torch.ones(3, 2))
+        ...     print(observation.collect()[model.W].mean)
+        tensor([[2., 2.]])
+        >>> handle.remove()
     """
 
     weight: str = "weight"
@@ -142,7 +162,11 @@ _KINDS: list[_Registered] = [
 
 
 class Registration:
-    """What :func:`register_layer` returns; :meth:`remove` takes it back."""
+    """What :func:`register_layer` returns; :meth:`remove` takes it back.
+
+    Args:
+        registered: the kind, with what is observed of it.
+    """
 
     def __init__(self, registered: _Registered):
         self._registered = registered
@@ -167,6 +191,10 @@ def register_layer(kind: Kind, *weights: Observed, tap: Callable[[nn.Module], Ta
 
     Returns:
         A handle with ``remove()``.
+
+    Raises:
+        TypeError: for a kind that is no class, name or predicate, or weights that are not :class:`Observed`.
+        ValueError: for both ``weights`` and ``tap``.
 
     Example:
         >>> import torch, precond

@@ -26,6 +26,9 @@ Gradients = list[Tensor | None]
 class LossClosure:
     """A closure that returns the loss and calls no backward: what double backprop needs, and what every other method takes too.
 
+    Args:
+        f: makes a forward pass, and returns the loss, a tensor of one element with its graph.
+
     Example:
         >>> import torch, precond
         >>> p = torch.nn.Parameter(torch.tensor([1.0]))

@@ -55,6 +55,17 @@ class Auto(Resolved):
         embeddings: what multiplies the learning rate of tables of embeddings.
         white: share of independent directions, > 0, from which inputs are standardized, not whitened; more than 1: never.
         measured: pairs (name of a weight, share of independent directions).
+
+    Raises:
+        TypeError: for ``measured`` that holds no pairs.
+        ValueError: for numbers out of range.
+
+    Example:
+        >>> import torch, precond
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2000, 4), torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+        >>> rows = precond.PreconditionedGD(model, preconditioner=precond.Auto()).explain().rows
+        >>> [row.preconditioner.split("(")[0] for row in rows if row.name.endswith("weight")]
+        ['BNP', 'Whitening', 'RMS']
     """
 
     max_inputs: int = 1024
