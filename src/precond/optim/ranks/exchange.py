@@ -71,6 +71,11 @@ class Pieces:
         return pieces
 
     @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """The processes of the group, by their ranks among all: groups of the same ones are one."""
+        return tuple(dist.get_process_group_ranks(self.group))
+
+    @cached_property
     def rank(self) -> int:
         """This process's rank in the group."""
         return dist.get_rank(self.group)
