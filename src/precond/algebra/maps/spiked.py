@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from precond.algebra.maps.base import LinearMap
-from precond.algebra.maps.layers import Layout, beside_bias, mean_inverse
+from precond.algebra.maps.layers import beside_bias, mean_inverse
+from precond.algebra.maps.layout import Layout
 from precond.algebra.vec import Vec
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from precond.algebra import checks
-from precond.algebra.maps import Layout, Stacked
+from precond.algebra.maps import ExpertLayout, Layout
 from precond.optim.inputs.attention import AttentionTap
 from precond.optim.inputs.bilinear import BilinearTap
 from precond.optim.inputs.conv import ConvTap
@@ -68,7 +68,7 @@ class Observed:
     def layout(self, weight: Tensor) -> Layout:
         """How the weight is seen as (groups, rows, n)."""
         transposed = self.axes.endswith("io")
-        return Stacked(weight.shape[0], transposed) if self.axes[0] == "e" else Layout(1, transposed)
+        return ExpertLayout(weight.shape[0], transposed) if self.axes[0] == "e" else Layout(1, transposed)
 
 
 class RegisteredTap(Tap):
@@ -107,7 +107,7 @@ class RegisteredTap(Tap):
     def rows(self, seen: Any, weight: Weight) -> Rows:
         layout, met = self.layout(weight, Request()), self._met(seen, weight)
         n = layout.inputs(weight.param.shape)
-        if not isinstance(layout, Stacked):
+        if not isinstance(layout, ExpertLayout):
             return _flat(met, n)[None]
         if len(met) != layout.groups:
             raise Unreadable(f"has {layout.groups} experts, for which `inputs` of its kind made {len(met)} tensors")
@@ -240,4 +240,4 @@ def inputs_first(module: nn.Module, param: Tensor) -> bool:
         layouts = [tap.layout(w, Request("covariance", "patch")) for w in tap.weights if w.param is param]
     except AttributeError:
         return False
-    return any(layout.transposed and not isinstance(layout, Stacked) for layout in layouts)
+    return any(layout.transposed and not isinstance(layout, ExpertLayout) for layout in layouts)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from precond.algebra import checks
-from precond.algebra.maps import Stacked
+from precond.algebra.maps import ExpertLayout
 from precond.optim import blocks
 from precond.optim.blocks import Leaf
 from precond.optim.checking.arguments import settle
@@ -143,7 +143,7 @@ class Auto(Resolved):
         if not observed:
             return self.polar, NOT_OBSERVED
         turned = weight.inputs_first and weight.ndim > 2
-        stacked = any(isinstance(site.layout(REQUESTS[0]), Stacked) for leaf in layer for site in leaf.sites)
+        stacked = any(isinstance(site.layout(REQUESTS[0]), ExpertLayout) for leaf in layer for site in leaf.sites)
         if turned or stacked or getattr(weight.module, "groups", 1) > 1:
             return self.bnp @ self.rms, "rows see different inputs"
         if min(rows, columns) > self.polar.max_dim:
