@@ -10,6 +10,7 @@ gloo's, which move what is sent through sockets. Bytes are what the rank that gi
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
@@ -26,7 +27,9 @@ LAYERS = 16
 
 
 def spent(pool: Pool, recipe: str, wrap: str, width: int, rounds: int) -> tuple[float, float]:
-    """(process, thread): of the rank that spends most, the share of one that does all the work."""
+    """(process, thread): of the rank that spends most, the share of one that does all the work; NaN of no rounds."""
+    if not rounds:
+        return math.nan, math.nan
     found = []
     for _ in range(rounds):
         alone, divided = (pool.run(shares.seconds, recipe, how, LAYERS, width) for how in ("alone", wrap))
@@ -48,7 +51,7 @@ def main() -> None:
     parser.add_argument("--recipes", default=",".join(shares.RECIPES))
     parser.add_argument("--wraps", default="ddp,fsdp")
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0: bytes alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(
@@ -62,9 +65,7 @@ def main() -> None:
             for recipe in options.recipes.split(","):
                 for wrap in options.wraps.split(","):
                     for pool in pools:
-                        process, thread = (
-                            spent(pool, recipe, wrap, options.width, options.rounds) if options.rounds else (0.0, 0.0)
-                        )
+                        process, thread = spent(pool, recipe, wrap, options.width, options.rounds)
                         total, inputs = sent(pool, recipe, wrap, options.width)
                         row = f"{process:.2f} | {thread:.2f} | {total:.2f} | {inputs:.2f}"
                         print(f"| {recipe} | {wrap} | {pool.world} | {row} |", flush=True)
