@@ -65,7 +65,7 @@ def parts_of(objective: Objective, gathered: Sequence[Gathered], g: Vec) -> list
     """The network in parts.
 
     Args:
-        objective: in the state in which the inputs were gathered.
+        objective: in the state in which the inputs were gathered; curvature is measured on it, on fewer batches where that is cheaper.
         gathered: of its layers.
         g: its gradient.
     """
@@ -158,13 +158,20 @@ def _original(objective: Objective, i: int) -> Tensor:
 # --- the race in the picture ---------------------------------------------------------------------------------------------------
 
 
-def speed_up(slow: Race, fast: Race, steps: int) -> float:
-    """The ratio of steps without and with a remedy, to where the slower of both gets in ``steps``."""
+def speed_up(slow: Race, fast: Race, steps: int, start: float = 1.0) -> float:
+    """The ratio of steps without and with a remedy, to the loss to which the slower of both gets in ``steps``.
+
+    Args:
+        slow, fast: without and with it.
+        steps: of the training.
+        start: the loss without it over that with it where both start, above a least loss of about 0.
+    """
     if not (slow.total > 0 and fast.total > 0):
         return 1.0
-    if slow.left(steps) < fast.left(steps):  # the remedy makes it worse
-        return max(slow.reaches(fast.left(steps), steps), 1.0) / steps
-    return steps / max(fast.reaches(slow.left(steps), steps), 1.0)
+    without, with_it = start * slow.left(steps), fast.left(steps)
+    if without < with_it:  # the remedy makes it worse
+        return max(slow.reaches(with_it / start, steps), 1.0) / steps
+    return steps / max(fast.reaches(without, steps), 1.0)
 
 
 class Race:
