@@ -58,6 +58,7 @@ class Diagnosis:
         undiagnosed: which weights' inputs were not diagnosed, each with the reason.
         considered: the remedies that were looked at, advised or not.
         against: what remedies are compared with.
+        tried: whether remedies were.
         share: of the trained entries, how many are in diagnosed layers or in layers that these stand for.
     """
 
@@ -74,6 +75,7 @@ class Diagnosis:
     considered: tuple[Considered, ...] = ()
     against: str = ""
     share: float = 0.0
+    tried: bool = False
 
     @property
     def verdict(self) -> str:
@@ -82,10 +84,15 @@ class Diagnosis:
             return "What to do"
         if not self.layers:
             return "No layer was diagnosed: this says nothing about the model."
+        seen = "Nothing stands out in these layers"
+        if self.tried:
+            seen = "Nothing that was tried saved a fifth of the steps"
         if self.undiagnosed:
             n = len(self.undiagnosed)
             others = "1 other weight was" if n == 1 else f"{n} others were"
-            return f"Nothing stands out in these layers; {others} not diagnosed (see the notes)."
+            return f"{seen}; {others} not diagnosed (see the notes)."
+        if self.tried:
+            return f"{seen}."
         return "Nothing stands out in what layers receive now; it says nothing of data, model size or what comes later in training."
 
     @property
