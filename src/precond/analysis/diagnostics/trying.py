@@ -74,6 +74,17 @@ def try_remedies(
 
     Returns:
         The diagnosis with tested rates, and what was tried, as it is now first.
+
+    Raises:
+        ValueError: for a number of steps that is not positive.
+
+    Example:
+        >>> import torch, precond
+        >>> x = torch.tensor([[-1.0, -30.0], [1.0, -30.0], [-1.0, 30.0], [1.0, 30.0]])
+        >>> objective = precond.Objective(torch.nn.Linear(2, 1), torch.nn.functional.mse_loss, [(x, x.sum(1, keepdim=True))])
+        >>> found, tried = try_remedies(precond.diagnose(objective), objective, steps=20)
+        >>> len(tried) > 1 and tried[1].ratio > 1  # the first remedy takes fewer steps
+        True
     """
     checks.positive("try_remedies", steps=steps)
     objective = as_objective(objective, data, loss_fn, examples)

@@ -16,10 +16,10 @@ from precond.optim.engine.sharing import Shared, whole_state
 from precond.optim.ranks.replicas import meet
 
 if TYPE_CHECKING:
-    from precond.optim.optimizer.preconditioned import PreconditionedGD
+    from precond.optim.optimizer.stepping import Stepping
 
 
-def whole(state_dict: dict[str, Any], optimizer: PreconditionedGD) -> dict[str, Any]:
+def whole(state_dict: dict[str, Any], optimizer: Stepping) -> dict[str, Any]:
     """A state dict with what other ranks own: on every rank all of it, or its part where the parameter is divided among ranks."""
     index = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state = {key: dict(entries) for key, entries in state_dict["state"].items()}
@@ -49,7 +49,7 @@ def _in_parts(t: Tensor, shared: Shared) -> Tensor:
     return distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None)
 
 
-def started(state_dict: dict[str, Any], optimizer: PreconditionedGD) -> dict[str, Any]:
+def started(state_dict: dict[str, Any], optimizer: Stepping) -> dict[str, Any]:
     """A state dict, where the optimizer's torch twin has it so, without the tensors of parameters that made no step.
 
     It says which parameters were frozen in the last step: what is frozen decides which others are stepped jointly.
@@ -68,7 +68,7 @@ def started(state_dict: dict[str, Any], optimizer: PreconditionedGD) -> dict[str
     return {**state_dict, "state": state}
 
 
-def load(optimizer: PreconditionedGD, state_dict: Mapping[str, Any]) -> None:
+def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
     """Load a state dict (this library's or, for a torch-named recipe, torch.optim's).
 
     Nothing changes unless everything fits. State keeps its own dtype. Options and tensors that the dict lacks keep
@@ -81,6 +81,11 @@ def load(optimizer: PreconditionedGD, state_dict: Mapping[str, Any]) -> None:
         saved_groups: Sequence[Mapping[str, Any]] = state_dict["param_groups"]
         saved_state: Mapping[Any, Mapping[str, Any]] = state_dict["state"]
     except (KeyError, TypeError) as error:
+        if isinstance(state_dict, Mapping) and any(str(key).startswith("state.") for key in state_dict):
+            raise ValueError(
+                "load_state_dict: the state dict is flattened, which torch.distributed.checkpoint.state_dict undoes, but not together with "
+                "full_state_dict=True: leave out one of the two, when saving and when loading"
+            ) from error
         raise ValueError(
             "load_state_dict: expected a dict with 'state' and 'param_groups', as optimizer.state_dict() returns; "
             "is the file truncated, or a model's state dict?"
