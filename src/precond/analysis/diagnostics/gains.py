@@ -27,8 +27,8 @@ class Picture:
     Attributes:
         parts: of the network.
         standardized: the same on standardized data; None where they are no numbers, or standardized already. Standardized data are
-            the coordinates of :class:`precond.BNP` in the layers that receive them; where no layer does, or units are stuck, which
-            other data free, the picture is made anew.
+            the coordinates of :class:`precond.BNP` in the layers that receive them; where no layer with a bias does, or units are stuck,
+            which other data free, the picture is made anew.
         stuck: the share of hidden units that are saturated or dead: what they receive tells nothing of what they will.
         freed: that share on standardized data.
         start: the loss before training over that on standardized data, from which training starts there.

@@ -51,7 +51,7 @@ class Part:
         blocks: by coordinates; ``"raw"`` is always there.
         s: its curvature over that of C.
         share: the number of layers that it stands for.
-        data: whether it receives the data themselves.
+        data: whether it receives the data themselves, with a bias that takes up their means.
     """
 
     name: str
@@ -81,7 +81,15 @@ def parts_of(objective: Objective, gathered: Sequence[Gathered], g: Vec) -> list
         along = _curvature(objective, loss, {i: g[i] for i in index})
         # Of the neurons that this layer has in the objective, its bias is cut where it shares one with others (in_proj of attention).
         expected = sum(float((rows[k].double().cpu() @ R.T).square().sum()) for k, R in enumerate(_designs(seen)))
-        found.append(Part(seen.name, blocks, along / expected if expected > 0 else math.nan, seen.share, seen.source == "data"))
+        found.append(
+            Part(
+                seen.name,
+                blocks,
+                along / expected if expected > 0 else math.nan,
+                seen.share,
+                seen.source == "data" and seen.biased,
+            )
+        )
     rest = [i for i in range(len(g)) if i not in taken]
     square = float(sum(g[i].double().square().sum() for i in rest))
     if square > 0:
