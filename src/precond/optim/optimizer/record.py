@@ -10,7 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from precond.optim.engine.verdict import Verdict
-    from precond.optim.optimizer.preconditioned import PreconditionedGD
+    from precond.optim.optimizer.stepping import Stepping
 
 
 class Record:
@@ -26,7 +26,7 @@ class Record:
 
     def __init__(
         self,
-        optimizer: PreconditionedGD,
+        optimizer: Stepping,
         loss: Any = None,
         gradients: int = 1,
         skipped: bool | Verdict = False,

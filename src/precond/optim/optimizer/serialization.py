@@ -16,10 +16,10 @@ from precond.optim.engine.sharing import Shared, whole_state
 from precond.optim.ranks.replicas import meet
 
 if TYPE_CHECKING:
-    from precond.optim.optimizer.preconditioned import PreconditionedGD
+    from precond.optim.optimizer.stepping import Stepping
 
 
-def whole(state_dict: dict[str, Any], optimizer: PreconditionedGD) -> dict[str, Any]:
+def whole(state_dict: dict[str, Any], optimizer: Stepping) -> dict[str, Any]:
     """A state dict with what other ranks own: on every rank all of it, or its part where the parameter is divided among ranks."""
     index = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state = {key: dict(entries) for key, entries in state_dict["state"].items()}
@@ -49,7 +49,7 @@ def _in_parts(t: Tensor, shared: Shared) -> Tensor:
     return distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None)
 
 
-def started(state_dict: dict[str, Any], optimizer: PreconditionedGD) -> dict[str, Any]:
+def started(state_dict: dict[str, Any], optimizer: Stepping) -> dict[str, Any]:
     """A state dict, where the optimizer's torch twin has it so, without the tensors of parameters that made no step.
 
     It says which parameters were frozen in the last step: what is frozen decides which others are stepped jointly.
@@ -68,7 +68,7 @@ def started(state_dict: dict[str, Any], optimizer: PreconditionedGD) -> dict[str
     return {**state_dict, "state": state}
 
 
-def load(optimizer: PreconditionedGD, state_dict: Mapping[str, Any]) -> None:
+def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
     """Load a state dict (this library's or, for a torch-named recipe, torch.optim's).
 
     Nothing changes unless everything fits. State keeps its own dtype. Options and tensors that the dict lacks keep
