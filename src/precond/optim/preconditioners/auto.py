@@ -64,7 +64,7 @@ class Auto(Resolved):
     polar: Polar = Polar(gain=2.0)
     rms: RMS = RMS(0.999)
     muon: Muon = Muon()
-    embeddings: float = 10.0
+    embeddings: float = 5.0
     white: float = 0.8
     measured: Sequence[tuple[str, float]] = ()
 
