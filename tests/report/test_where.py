@@ -66,6 +66,7 @@ def test_figures_are_files_of_their_own() -> None:
     for text in (
         where_figure(RESULTS, PREDICTIONS),
         transfer_figure(_transfer(), "width"),
+        transfer_figure(_transfer(), "width, spectral head"),
         transfer_figure(_transfer(), "depth"),
     ):
         root = ET.fromstring(text.encode())
@@ -83,13 +84,16 @@ def _transfer() -> Results:
         for width, lowest in ((64, 0.02), (1024, 0.06))
         for seed in (0, 1)
     ]
-    return results(*seeds, searched(f"{shape_name(128, 8)}, seed 0", 0.04))
+    return results(
+        *seeds, searched(f"{shape_name(128, 8)}, seed 0", 0.04), searched(f"{shape_name(64, 2, True)}, seed 0", 0.01)
+    )
 
 
 def test_best_rates_and_by_how_much_they_move() -> None:
     found = _transfer()
     assert rates(found, "width") == {"one": {64: pytest.approx(0.02), 1024: pytest.approx(0.06)}}
     assert rates(found, "depth") == {"one": {8: pytest.approx(0.04)}}
+    assert rates(found, "width, spectral head") == {"one": {64: pytest.approx(0.01)}}
     assert spread([0.02, math.nan, 0.06]) == pytest.approx(3) and math.isnan(spread([]))
     text = transfer_markdown(found)
     # At 0.04 the losses are 1 + ln(2)² and 1 + ln(1.5)²; the least that were tried are 1, at 0.02, and 1 + ln(4/3)², at 0.08.

@@ -39,7 +39,8 @@ def _where(tasks: Sequence[Task], results: Results) -> dict[str, str]:
 
 
 def _transfer(tasks: Sequence[Task], results: Results) -> dict[str, str]:
-    figures = {f"transfer-{along}.svg": transfer_figure(results, along) for along in ("width", "depth")}
+    along = {"width": "width", "width-spectral": "width, spectral head", "depth": "depth"}
+    figures = {f"transfer-{file}.svg": transfer_figure(results, what) for file, what in along.items()}
     return {"transfer.md": transfer_markdown(results), **figures}
 
 
