@@ -411,3 +411,21 @@ def test_an_input_that_has_died_is_not_taken_for_one_that_is_always_active() -> 
         optimizer.step()
     activity = optimizer.state[layer.weight]["outer.activity"][0]
     assert activity[0] < 0.2 < 0.7 < activity[1:].min()  # E|h − μ|/σ: 0.14 of one sample in 200, 0.87 of a uniform distribution
+
+
+@pytest.mark.parametrize("preconditioner", [Polar(damping=1e-6), precond.Muon(root="eigh", scale="spectral")], ids=repr)
+@pytest.mark.parametrize("shape", [(6, 9), (48, 96), (96, 48), (5, 160)], ids=str)
+def test_steps_of_a_few_directions_have_the_spectral_norm_of_the_layer(
+    shape: tuple[int, int], preconditioner: precond.Preconditioner
+) -> None:
+    """√(A/B), of which a damping of 1e-6 of the largest eigenvalue takes 1e-6 · κ² of the gradient's singular values, κ² = 4."""
+    torch.manual_seed(0)
+    A, B = shape
+    p = nn.Parameter(torch.zeros(A, B, dtype=torch.float64))
+    optimizer = PreconditionedGD([p], lr=1.0, preconditioner=preconditioner)
+    U, V = (torch.linalg.qr(torch.randn(n, 3, dtype=torch.float64)).Q for n in shape)
+    p.grad = U @ torch.diag(torch.tensor([1.0, 2.0, 1.5], dtype=torch.float64)) @ V.T
+    optimizer.step()
+    values = torch.linalg.svdvals(p.detach())
+    torch.testing.assert_close(values[:3], torch.full((3,), (A / B) ** 0.5, dtype=torch.float64), rtol=1e-5, atol=0)
+    assert values[3:].amax() < 1e-6
