@@ -5,8 +5,10 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 
 import pytest
+import torch
 
 from precond.lab.report import Entry, Results, TaskResults, default_target
+from precond.lab.report.signs import probabilities
 from precond.lab.report.transfer import rates, searches, shared_rate, spread, transfer_figure, transfer_markdown
 from precond.lab.report.where import ADVISED, outcomes, where_figure, where_markdown
 from precond.lab.workloads import Curve, Outcome, Trial
@@ -60,6 +62,20 @@ def test_a_sign_is_right_where_a_gain_was_predicted_and_there_or_neither() -> No
     misses = text[text.index("## Misses") : text.index("## All")]
     assert "| one | whitening | 1 | 4 | wrong |" in misses and "| two | whitening | 1e+09 | < 0.8 | wrong |" in misses
     assert "| one | bnp |" not in misses and "| one | bnp | 3 | 2 | right |" in text
+
+
+def test_a_rule_for_signs_learns_from_other_data_alone() -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 2, generator=generator)
+    gained = (X[:, 0] + 0.5 * torch.randn(40, generator=generator) > 0.3).tolist()
+    groups = ["a"] * 15 + ["b"] * 15 + ["c"] * 10
+    found = probabilities(X.tolist(), gained, groups)
+    others = linear_model.LogisticRegression(C=1.0, tol=1e-10).fit(X[15:].double().numpy(), gained[15:])
+    assert found[:15] == pytest.approx(others.predict_proba(X[:15].double().numpy())[:, 1].tolist(), rel=1e-3)  # lbfgs stops early
+    # What was measured on its own data changes nothing.
+    assert probabilities(X.tolist(), [not g for g in gained[:15]] + gained[15:], groups)[:15] == pytest.approx(found[:15])
+    assert probabilities([[1.0]], [True], ["a"]) == [0.5]
 
 
 def test_figures_are_files_of_their_own() -> None:

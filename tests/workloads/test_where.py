@@ -41,6 +41,7 @@ def test_predictions_are_those_of_diagnose_and_are_made_before_training() -> Non
     gains = {c.name: c.gain for c in found.considered}
     for one, name in zip(once, REMEDIES.values(), strict=True):
         assert one.gain == gains[name].likely and one.layers == len(found.layers) == 3  # type: ignore[union-attr]
+        assert one.traits == (1.0, 0.0, 0.0)
 
 
 def test_rates_over_widths_and_depths() -> None:
