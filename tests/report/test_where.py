@@ -72,7 +72,9 @@ def test_a_rule_for_signs_learns_from_other_data_alone() -> None:
     groups = ["a"] * 15 + ["b"] * 15 + ["c"] * 10
     found = probabilities(X.tolist(), gained, groups)
     others = linear_model.LogisticRegression(C=1.0, tol=1e-10).fit(X[15:].double().numpy(), gained[15:])
-    assert found[:15] == pytest.approx(others.predict_proba(X[:15].double().numpy())[:, 1].tolist(), rel=1e-3)  # lbfgs stops early
+    assert found[:15] == pytest.approx(
+        others.predict_proba(X[:15].double().numpy())[:, 1].tolist(), rel=1e-3
+    )  # lbfgs stops early
     # What was measured on its own data changes nothing.
     assert probabilities(X.tolist(), [not g for g in gained[:15]] + gained[15:], groups)[:15] == pytest.approx(found[:15])
     assert probabilities([[1.0]], [True], ["a"]) == [0.5]

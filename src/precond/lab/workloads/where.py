@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -226,13 +225,8 @@ def predictions(task: Task, samples: int = 512) -> list[Prediction]:
     # Remedies are told against what is trained in p; its rate says nothing about them.
     found = diagnose(loss, recipes.adamw(model, lr=1e-3, weight_decay=0.0))
     gains = {considered.name: considered.gain for considered in found.considered}
-    return [
-        Prediction(
-            task.name, label, math.nan if (gain := gains.get(name)) is None else gain.likely, len(found.layers),
-            traits(model, part.inputs),
-        )
-        for label, name in REMEDIES.items()
-    ]  # fmt: skip
+    known = traits(model, part.inputs)
+    return [Prediction(task.name, label, gains[name].likely, len(found.layers), known) for label, name in REMEDIES.items()]
 
 
 def traits(model: nn.Module, inputs: Tensor) -> tuple[float, ...]:
