@@ -314,3 +314,16 @@ def bad(change):
 def test_bad_input(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_the_first_batches_alone_have_weights_of_their_own():
+    torch.manual_seed(0)
+    x, y = torch.randn(100, 3).double(), torch.randn(100, 1).double()
+    model = torch.nn.Linear(3, 1).double()
+    objective = Objective(model, torch.nn.functional.mse_loss, list(zip(x.split(40), y.split(40), strict=True)))
+    whole = objective.value()  # its sizes are known
+    part = objective.first(2)
+    assert part.value() == pytest.approx(float((model(x[:80]) - y[:80]).detach().square().mean()), rel=1e-12)
+    assert len(objective.batches) == 3 and objective.value() == whole and objective.first(9).value() == whole
+    with pytest.raises(ValueError, match="count"):
+        objective.first(0)

@@ -423,3 +423,24 @@ def test_numbers_for_json():
     found = diagnose(objective, torch.optim.SGD(model.parameters()), curvature="gauss_newton")
     text = json.dumps(found.as_dict())
     assert json.loads(text)["layers"][0]["name"] == "0"
+
+
+def test_parameters_that_belong_to_no_diagnosed_layer_are_named_where_they_are_many():
+    class Tagger(nn.Module):
+        def __init__(self, words):
+            super().__init__()
+            self.table, self.scale, self.head = nn.Embedding(words, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.scale(self.table(x)))
+
+    def found(words):
+        torch.manual_seed(0)
+        x = torch.randint(words, (60,))
+        return diagnose(Objective(Tagger(words), nn.functional.cross_entropy, [(x, x % 3)]))
+
+    large = found(50)
+    (line,) = (line for line in large.undiagnosed if "belong to no layer" in line)
+    # 400 of the 443 entries, and 16 of the normalization.
+    assert line.startswith("table.weight, ") and "94 % of the parameters" in line and "head" not in line
+    assert large.share == pytest.approx(27 / 443)

@@ -85,6 +85,16 @@ def test_the_speed_up_is_capped_by_what_no_remedy_changes():
     assert speed_up(race([layer], "raw"), race([layer], "raw"), 1000) == pytest.approx(1.0)
 
 
+def test_who_starts_from_a_lower_loss_gets_there_sooner():
+    layer = part([1.0, 1e-2], [1.0, 1.0])
+    plain = race([layer], "raw")
+    # From half the loss: as far as 100 steps get, ½(e^(−200) + e^(−2)), half of what is left then being left of its own start.
+    t = -50 * math.log(2 * math.exp(-2))
+    assert speed_up(plain, plain, 100, start=2.0) == pytest.approx(100 / t, rel=1e-6)
+    assert speed_up(plain, plain, 100, start=0.5) == pytest.approx(t / 100, rel=1e-6)
+    assert speed_up(plain, plain, 100, start=1e3) == 100  # before the first step
+
+
 def test_one_rate_for_all_or_one_for_each():
     steep, flat = part([1.0], [1.0], s=100.0), part([1.0], [1.0], s=1.0, name="b")
     assert race([steep, flat], "raw").left(1) > race([steep, flat], "raw", alone=True).left(1)

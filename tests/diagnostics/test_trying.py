@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -134,6 +135,8 @@ def test_advice_that_does_not_hold_up_is_taken_back():
     assert "lr=0.2" in after.advice[0].code and after.advice[0].promise == "tried: 3 times fewer steps"
     why = {c.name: c.why for c in after.considered}
     assert why[first.remedy.name] == "tried: 1.25 times more steps" and why[other.name] == ""
+    none = _learned(replace(found, advice=(first,), undiagnosed=()), {first.remedy.name: first.tried(0.1, 1.1)})
+    assert not none.advice and none.verdict == "Nothing that was tried saved a fifth of the steps."
 
 
 def test_the_same_optimizer_again_has_its_groups_and_settings():

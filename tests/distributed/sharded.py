@@ -12,12 +12,28 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed.training import Setting, build, contents, fit
+from distributed.training import Setting, build, contents, fit, full
 from inputs import kinds
-from precond import BNP, RMS, Dense, Diagonal, Fixed, GradientNorm, LossClosure, PreconditionedGD, Route, muon, shampoo
+from precond import (
+    BNP,
+    RMS,
+    Dense,
+    Diagonal,
+    Fixed,
+    GradientNorm,
+    LossClosure,
+    PreconditionedGD,
+    Route,
+    adamw,
+    auto,
+    muon,
+    shampoo,
+    soap,
+    whitening,
+)
 
 
 def shapes(setting: Setting) -> dict[str, Any]:
@@ -209,6 +225,39 @@ def late() -> None:
     fully_shard(model, mesh=_mesh())
     model(torch.ones(4, 3)).sum().backward()
     optimizer.step()
+
+
+def other_meshes() -> None:
+    """A layer whose weight and bias are divided over different ranks."""
+    model = nn.Linear(3, 2)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("weight", "bias"))
+    for name in mesh.mesh_dim_names:
+        setattr(model, name, nn.Parameter(distribute_tensor(getattr(model, name).detach(), mesh[name], [Shard(0)])))
+    whitening(model)
+
+
+def _stepped(make: Any, mesh: Any) -> PreconditionedGD:
+    torch.manual_seed(0)
+    model = fully_shard(nn.Linear(80, 70), mesh=mesh)
+    optimizer = make(model)
+    model(torch.ones(2, 80)).sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+def of_another_recipe() -> None:
+    """A state dict of soap, loaded by shampoo."""
+    _stepped(shampoo, _mesh()).load_state_dict(_stepped(soap, _mesh()).state_dict())
+
+
+def of_another_mesh(recipe: str) -> bool:
+    """Whether a state dict is the same after it went through an optimizer whose parameters are divided over another mesh."""
+    make = {"soap": soap, "adamw": adamw, "auto": auto}[recipe]
+    saved = _stepped(make, _mesh()).state_dict()
+    other = _stepped(make, init_device_mesh("cpu", (1, 2), mesh_dim_names=("copies", "parts")))
+    other.load_state_dict(saved)
+    again = other.state_dict()["state"]
+    return all(torch.equal(full(t), full(again[i][key])) for i, entries in saved["state"].items() for key, t in entries.items())
 
 
 def copied() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from precond import PreconditionedGD, auto, muon, shampoo, soap, whitening
+from precond.algebra import collectives
+from precond.optim.optimizer import listening
 
 RECIPES: dict[str, Callable[[nn.Module], PreconditionedGD]] = {
     "soap": lambda m: soap(m, eps=1e-3),
@@ -27,10 +30,10 @@ RECIPES: dict[str, Callable[[nn.Module], PreconditionedGD]] = {
 
 
 def layers(n: int, width: int, wrap: str) -> nn.Module:
-    """Square layers one after the other, wrapped where a group is initialized."""
+    """Square layers one after the other, wrapped where a group is initialized and the process is not to work ``"alone"``."""
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(*(nn.Linear(width, width) for _ in range(n)))
-    if not dist.is_initialized():
+    if wrap == "alone" or not dist.is_initialized():
         return model
     if wrap == "ddp":
         return DistributedDataParallel(model)
@@ -55,14 +58,18 @@ def _ready(recipe: str, wrap: str, n: int, width: int, steps: int) -> Iterator[A
         yield optimizer
 
 
-def seconds(recipe: str, wrap: str = "ddp", n: int = 16, width: int = 256, steps: int = 24) -> float:
-    """Of this process's processors in ``step()``, after a first one."""
-    total = 0.0
-    for k, optimizer in enumerate(_ready(recipe, wrap, n, width, steps)):
-        start = time.process_time()
-        optimizer.step()
-        total += (time.process_time() - start) if k else 0.0
-    return total
+def seconds(recipe: str, wrap: str = "ddp", n: int = 16, width: int = 256, steps: int = 24) -> tuple[float, float]:
+    """Of processors in ``step()``, after a first one: of this process, whose threads also move what is sent, and of this thread alone."""
+    process = thread = 0.0
+    # Alone also means without the others' inputs.
+    heard = mock.patch.object(listening, "distributed", lambda: False) if wrap == "alone" else nullcontext()
+    with heard:
+        for k, optimizer in enumerate(_ready(recipe, wrap, n, width, steps)):
+            start = time.process_time(), time.thread_time()
+            optimizer.step()
+            if k:
+                process, thread = process + time.process_time() - start[0], thread + time.thread_time() - start[1]
+    return process, thread
 
 
 _ROOTS = ("linalg_eigh", "_linalg_eigh", "linalg_qr", "geqrf", "ormqr", "linalg_cholesky_ex", "cholesky", "_linalg_svd")
@@ -118,14 +125,21 @@ CALLS = {
 
 @contextmanager
 def counted_bytes() -> Iterator[Counter[str]]:
-    """What this rank gives to collectives, by their names."""
+    """What this rank gives to collectives, by what it is; what the library has no name for, by the collective's."""
     given: Counter[str] = Counter()
     originals = {name: getattr(dist, name) for name in CALLS}
+    said: list[str] = []
+
+    @contextmanager
+    def named(what: str, *args: Any) -> Iterator[None]:
+        said.append(what)
+        yield
+        said.pop()
 
     def counting(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             t = CALLS[name](*args, **kwargs)
-            given[name] += t.numel() * t.element_size()
+            given[said[-1] if said else name] += t.numel() * t.element_size()
             return originals[name](*args, **kwargs)
 
         return call
@@ -133,10 +147,14 @@ def counted_bytes() -> Iterator[Counter[str]]:
     for name in CALLS:
         setattr(dist, name, counting(name))
     try:
-        yield given
+        with mock.patch.object(collectives, "_named", named):
+            yield given
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)
+
+
+ABOUT_INPUTS = {"statistics of inputs", "how many inputs it saw", "what is to be observed"}
 
 
 def bytes_per_step(recipe: str, wrap: str, n: int = 8, width: int = 32, steps: int = 4) -> tuple[list[dict[str, int]], int]:

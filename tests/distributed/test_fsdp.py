@@ -129,6 +129,21 @@ def test_what_lost_its_ranks_is_refused(ranks, what, message):
         assert isinstance(outcome, Failed) and outcome.kind == "RuntimeError" and message in outcome.message
 
 
+def test_a_layer_over_two_meshes_is_refused_on_every_rank(four):
+    for outcome in four.outcomes(sharded.other_meshes):
+        assert isinstance(outcome, Failed) and outcome.kind == "ValueError" and "which different ranks hold" in outcome.message
+
+
+def test_a_state_dict_of_another_recipe_is_refused_on_every_rank(ranks):
+    for outcome in ranks.outcomes(sharded.of_another_recipe):
+        assert isinstance(outcome, Failed) and outcome.kind == "ValueError" and "saved by another recipe" in outcome.message
+
+
+@pytest.mark.parametrize("recipe", ["soap", "adamw", "auto"])
+def test_a_state_dict_of_another_mesh(ranks, recipe):
+    assert all(ranks.run(sharded.of_another_mesh, recipe))
+
+
 @pytest.mark.parametrize("name", sharded.FIXED)
 def test_a_map_of_a_whole_block(ranks, name):
     alone = sharded.fixed(name, alone=True)

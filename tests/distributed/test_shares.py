@@ -62,8 +62,19 @@ def test_bytes_that_a_rank_gives(ranks, four, recipe):
             told = n * 8 * (width + 3) if triangles else 0  # means known before, counts
             told += total / pool.world if recipe == "auto" else 0  # parameters, whose length it looks at in its first steps
             for given in steps:
-                assert set(given) <= {"all_to_all_single", "all_gather_single", "all_reduce"}
+                assert set(given) <= {"gradients and steps", *shares.ABOUT_INPUTS}
                 assert sum(given.values()) <= moved + triangles * (1 - 1 / pool.world) + told
+
+
+@pytest.mark.parametrize("recipe", ["whitening", "auto"])
+def test_statistics_of_inputs_are_a_quarter_of_all_to_everyone(ranks, four, recipe):
+    """Of full matrices, means and deviations in float64."""
+    n, width = 8, 64
+    everyone = n * 8 * (width**2 + 2 * width + 2)
+    for pool in (ranks, four):
+        for steps, _ in pool.run(shares.bytes_per_step, recipe, "ddp", n, width):
+            about = [sum(given.get(what, 0) for what in shares.ABOUT_INPUTS) for given in steps]
+            assert 0 < max(about) <= everyone / 4
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------------

@@ -247,4 +247,6 @@ def localized() -> None:
 def without_backend() -> None:
     """Parameters on a device whose tensors the ranks cannot send each other, as after offloading where there is NCCL alone."""
     group = dist.new_group(backend="cuda:gloo")
-    muon(fully_shard(nn.Linear(3, 2), mesh=DeviceMesh.from_group(group, "cpu")))
+    # A name that no other mesh of these ranks has: torch takes meshes alike for one, and would find another's group.
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("offloaded",))
+    muon(fully_shard(nn.Linear(3, 2), mesh=mesh))

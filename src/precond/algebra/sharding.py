@@ -59,7 +59,7 @@ def replicated(t: Tensor) -> Tensor | None:
 
 def copy_(target: Tensor, value: Tensor) -> None:
     """target ← value, whichever of them is divided among processes."""
-    if divided(value) and not divided(target):
+    if divided(value) and not (divided(target) and value.device_mesh == target.device_mesh):  # type: ignore[attr-defined]
         value = value.full_tensor()  # type: ignore[attr-defined]
     if divided(target) and not divided(value):
         from torch.distributed.tensor import distribute_tensor

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from precond.algebra import vec
+from precond.algebra import checks, vec
 from precond.algebra.vec import Vec
 from precond.analysis.curvature import batches
 from precond.analysis.curvature.errors import NoSecondDerivative
@@ -147,6 +147,19 @@ class Objective:
         other = copy.copy(self)
         chosen = _chosen(known, params)
         other.names, other.params = tuple(chosen), tuple(chosen.values())
+        return other
+
+    def first(self, count: int) -> Objective:
+        """The same loss on the first batches alone.
+
+        Args:
+            count: how many, one at least.
+        """
+        checks.positive("Objective.first", count=count)
+        other = copy.copy(self)
+        other.batches = [self.batches[i] for i in range(min(count, len(self.batches)))]
+        for name in ("sizes", "weights", "total"):
+            vars(other).pop(name, None)
         return other
 
     @contextmanager

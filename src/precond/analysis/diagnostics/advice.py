@@ -188,6 +188,9 @@ def _reached(found: Diagnosis, name: str) -> list[Layer]:
 
 
 def _because(found: Diagnosis, layers: list[Layer], name: str) -> str:
+    if not layers and (data := [layer for layer in found.layers if layer.source == "data" and not layer.biased]):
+        far = number(data[0].drivers.offset)
+        return f"{data[0].name!r} has no bias that takes up the means of the data, up to {far} times their standard deviation."
     if not layers:
         return "The data come through a normalization, which leaves the scales of their features as they are."
     then = layers[0].spectra.kappa("bnp" if name == "standardize" else name)

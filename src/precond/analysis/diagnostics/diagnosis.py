@@ -37,6 +37,7 @@ from precond.analysis.diagnostics.stability import stable_factor
 Matrix = Literal["none", "hessian", "gauss_newton"]
 _MATRICES = {"hessian": hessian, "gauss_newton": gauss_newton}
 _WARM, _STILL = 10, 1e-12  # steps of an optimizer that has made none, and their rate
+_MANY = 0.05  # of the parameters
 _HEAT = 48  # inputs of a layer of which the correlation is kept
 
 
@@ -57,6 +58,7 @@ class Diagnosis:
         undiagnosed: which weights' inputs were not diagnosed, each with the reason.
         considered: the remedies that were looked at, advised or not.
         against: what remedies are compared with.
+        tried: whether remedies were.
         share: of the trained entries, how many are in diagnosed layers or in layers that these stand for.
     """
 
@@ -73,6 +75,7 @@ class Diagnosis:
     considered: tuple[Considered, ...] = ()
     against: str = ""
     share: float = 0.0
+    tried: bool = False
 
     @property
     def verdict(self) -> str:
@@ -81,10 +84,15 @@ class Diagnosis:
             return "What to do"
         if not self.layers:
             return "No layer was diagnosed: this says nothing about the model."
+        seen = "Nothing stands out in these layers"
+        if self.tried:
+            seen = "Nothing that was tried saved a fifth of the steps"
         if self.undiagnosed:
             n = len(self.undiagnosed)
             others = "1 other weight was" if n == 1 else f"{n} others were"
-            return f"Nothing stands out in these layers; {others} not diagnosed (see the notes)."
+            return f"{seen}; {others} not diagnosed (see the notes)."
+        if self.tried:
+            return f"{seen}."
         return "Nothing stands out in what layers receive now; it says nothing of data, model size or what comes later in training."
 
     @property
@@ -188,6 +196,7 @@ def _diagnosis(
     gathered, undiagnosed = gather(objective, **options)
     if not gathered and not undiagnosed:
         undiagnosed = ["the model has no layer of a kind whose inputs are diagnosed"]
+    undiagnosed += _others(objective, gathered, undiagnosed)
     notes = list(undiagnosed)
     base = base_of(optimizer, objective.model)
     P = None if optimizer is None else _known(objective, optimizer, base, notes)
@@ -240,6 +249,22 @@ def _after_steps(objective: Objective, base: Base) -> LinearMap | None:
             return preconditioner_of(copied, mine)
         except (RuntimeError, ValueError, TypeError):
             return None
+
+
+def _others(objective: Objective, gathered: Iterable[Gathered], known: Iterable[str]) -> list[str]:
+    """A line about trained parameters of no layer whose inputs could be diagnosed, where they are many and no other line names them."""
+    met = {id(p) for seen in gathered for p in (seen.site.weight, seen.site.bias, *seen.alike) if p is not None}
+    left = {name: p.numel() for name, p in zip(objective.names, objective.params, strict=True) if id(p) not in met}
+    named = {word.removesuffix(";") for line in known for word in line.split()}
+    left = {name: n for name, n in left.items() if not named & {name, name.rpartition(".")[0]}}
+    share = sum(left.values()) / sum(p.numel() for p in objective.params)
+    if share < _MANY:
+        return []
+    largest = sorted(left, key=lambda name: -left[name])
+    return [
+        f"{', '.join(largest[:3])}{', …' if len(largest) > 3 else ''}, {100 * share:.0f} % of the parameters, belong to no layer whose "
+        "inputs are diagnosed, such as embeddings and scales"
+    ]
 
 
 def _share(objective: Objective, gathered: Iterable[Gathered]) -> float:

@@ -27,16 +27,18 @@ class Picture:
     Attributes:
         parts: of the network.
         standardized: the same on standardized data; None where they are no numbers, or standardized already. Standardized data are
-            the coordinates of :class:`precond.BNP` in the layers that receive them; where no layer does, or units are stuck, which
-            other data free, the picture is made anew.
+            the coordinates of :class:`precond.BNP` in the layers that receive them; where no layer with a bias does, or units are stuck,
+            which other data free, the picture is made anew.
         stuck: the share of hidden units that are saturated or dead: what they receive tells nothing of what they will.
         freed: that share on standardized data.
+        start: the loss before training over that on standardized data, from which training starts there.
     """
 
     parts: Sequence[Part]
     standardized: Sequence[Part] | None
     stuck: float
     freed: float
+    start: float = 1.0
 
     @staticmethod
     def of(objective: Objective, **options: Any) -> Picture:
@@ -48,7 +50,7 @@ class Picture:
     @staticmethod
     def made(objective: Objective, gathered: Sequence[Gathered], g: Vec, **options: Any) -> Picture:
         """Of what was gathered on an objective, and its gradient."""
-        parts, stuck = parts_of(objective, gathered, g), _stuck(gathered)
+        parts, stuck = parts_of(_cheap(objective, gathered), gathered, g), _stuck(gathered)
         inputs = objective.batches[0][0]
         if not (gathered and isinstance(inputs, Tensor) and inputs.is_floating_point()):
             return Picture(parts, None, stuck, math.nan)
@@ -61,8 +63,20 @@ class Picture:
         if direct and stuck < STUCK:
             other = [replace(p, blocks={**p.blocks, "raw": p.blocks["bnp"]}) if p.data else p for p in parts]
         else:
-            other = parts_of(changed, again, changed.gradient())
-        return Picture(parts, other, stuck, _stuck(again))
+            other = parts_of(_cheap(changed, again), again, changed.gradient())
+        losses = objective.value(), changed.value()
+        return Picture(parts, other, stuck, _stuck(again), losses[0] / losses[1] if min(losses) > 0 else 1.0)
+
+
+def _cheap(objective: Objective, gathered: Sequence[Gathered]) -> Objective:
+    """The objective on its first batches, as many as its value is cheap on: each layer's curvature takes a few of them."""
+    entries, rows = sum(p.numel() for p in objective.params), max((seen.count for seen in gathered), default=1)
+    count = max(1, int(_WORK * len(objective.batches) / (entries * rows)))
+    return objective if count >= len(objective.batches) else objective.first(count)
+
+
+_WORK = 3e10
+"""Parameters times inputs (examples, or examples and positions) of one value of the loss."""
 
 
 def _stuck(gathered: Iterable[Gathered]) -> float:
@@ -114,7 +128,7 @@ def predicted(picture: Picture, base: Base, remedy: str, horizon: int) -> tuple[
         if part.name in with_it
     ]
     races = Race(picture.parts, before, base.adaptive), Race(others, after, base.adaptive)
-    return speed_up(*races, horizon), max(kappas, default=1.0)
+    return speed_up(*races, horizon, picture.start if remedy == "standardize" else 1.0), max(kappas, default=1.0)
 
 
 def first_rate(picture: Picture, base: Base, remedy: str) -> float:

@@ -51,7 +51,7 @@ class Part:
         blocks: by coordinates; ``"raw"`` is always there.
         s: its curvature over that of C.
         share: the number of layers that it stands for.
-        data: whether it receives the data themselves.
+        data: whether it receives the data themselves, with a bias that takes up their means.
     """
 
     name: str
@@ -65,7 +65,7 @@ def parts_of(objective: Objective, gathered: Sequence[Gathered], g: Vec) -> list
     """The network in parts.
 
     Args:
-        objective: in the state in which the inputs were gathered.
+        objective: in the state in which the inputs were gathered; curvature is measured on it, on fewer batches where that is cheaper.
         gathered: of its layers.
         g: its gradient.
     """
@@ -81,7 +81,15 @@ def parts_of(objective: Objective, gathered: Sequence[Gathered], g: Vec) -> list
         along = _curvature(objective, loss, {i: g[i] for i in index})
         # Of the neurons that this layer has in the objective, its bias is cut where it shares one with others (in_proj of attention).
         expected = sum(float((rows[k].double().cpu() @ R.T).square().sum()) for k, R in enumerate(_designs(seen)))
-        found.append(Part(seen.name, blocks, along / expected if expected > 0 else math.nan, seen.share, seen.source == "data"))
+        found.append(
+            Part(
+                seen.name,
+                blocks,
+                along / expected if expected > 0 else math.nan,
+                seen.share,
+                seen.source == "data" and seen.biased,
+            )
+        )
     rest = [i for i in range(len(g)) if i not in taken]
     square = float(sum(g[i].double().square().sum() for i in rest))
     if square > 0:
@@ -158,13 +166,20 @@ def _original(objective: Objective, i: int) -> Tensor:
 # --- the race in the picture ---------------------------------------------------------------------------------------------------
 
 
-def speed_up(slow: Race, fast: Race, steps: int) -> float:
-    """The ratio of steps without and with a remedy, to where the slower of both gets in ``steps``."""
+def speed_up(slow: Race, fast: Race, steps: int, start: float = 1.0) -> float:
+    """The ratio of steps without and with a remedy, to the loss to which the slower of both gets in ``steps``.
+
+    Args:
+        slow, fast: without and with it.
+        steps: of the training.
+        start: the loss without it over that with it where both start, above a least loss of about 0.
+    """
     if not (slow.total > 0 and fast.total > 0):
         return 1.0
-    if slow.left(steps) < fast.left(steps):  # the remedy makes it worse
-        return max(slow.reaches(fast.left(steps), steps), 1.0) / steps
-    return steps / max(fast.reaches(slow.left(steps), steps), 1.0)
+    without, with_it = start * slow.left(steps), fast.left(steps)
+    if without < with_it:  # the remedy makes it worse
+        return max(slow.reaches(with_it / start, steps), 1.0) / steps
+    return steps / max(fast.reaches(without, steps), 1.0)
 
 
 class Race:

@@ -118,7 +118,7 @@ def _learned(found: Diagnosis, after: Mapping[str, Advice]) -> Diagnosis:
     # What keeps training from working at all stays first.
     urgent = [a for a in first if not a.gain.known and a.lr is not None]
     rest = [a for a in first if a not in urgent]
-    return replace(found, advice=(*urgent, *pays, *rest), considered=tuple(considered))
+    return replace(found, advice=(*urgent, *pays, *rest), considered=tuple(considered), tried=bool(after))
 
 
 def cheap(objective: Objective) -> bool:

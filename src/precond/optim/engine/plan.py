@@ -190,7 +190,7 @@ def _crew(P: Preconditioner, own: Sequence[Leaf]) -> Any:
     pieces = [leaf.pieces for leaf in own]
     if all(p is None for p in pieces) and not any(leaf.shard is not None for leaf in own):
         return None
-    keys = {(id(p.group), state_dtype(leaf.param.dtype), leaf.param.device) for p, leaf in zip(pieces, own, strict=True) if p}
+    keys = {(p.ranks, state_dtype(leaf.param.dtype), leaf.param.device) for p, leaf in zip(pieces, own, strict=True) if p}
     if not keys:
         return None  # divided over a single rank
     if len(keys) > 1 or None in pieces:

@@ -187,9 +187,9 @@ class Shared(Cell):
         kernel, u = self._kernel(cell), None
         if kernel is not None and not cell.preconditioner.looks(max(cell.state.steps)):
             u = [torch.zeros_like(t) for t in cell.block.tensors]
-            kernel(cell, u, fused.aligned(g, u), 1.0, False)
+            kernel(cell, u, fused.aligned(g, u), -1.0, False)
             self._settled.add(id(cell))
-            return tuple(torch._foreach_neg(u))
+            return tuple(u)
         return cell.taken(g)
 
     def _kernel(self, cell: Cell) -> Kernel | None:

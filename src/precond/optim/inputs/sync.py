@@ -112,12 +112,16 @@ def _to_owners(
     received, given = ([sum(sizes[i] for i in of) for of in each] for each in (takes, gives))
     collectives.all_to_all(taken, flat, received, given, "statistics of inputs", group)
     pieces = iter(taken.split([sizes[i] for of in takes for i in of]))
-    found: list[list[Moments]] = [[] for _ in keys]
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in keys]
     for r, of in enumerate(takes):
-        for i in [k for k, m in enumerate(mine) if keys[k][2] == me and m is not None] if r == me else of:
-            own = mine[i]
-            found[i].append(own if r == me and own is not None else _moments(next(pieces), counts[r][i], shapes[i], keys[i][1]))
-    out = {(site.name, request): mixed(parts) for (site, request, _), parts in zip(keys, found, strict=True) if parts}
+        for i in of:
+            found[i].append((next(pieces), counts[r][i]))
+    out = {}
+    for i, (site, request, owner) in enumerate(keys):
+        own = mine[i] if owner == me else None
+        parts = [m for m in (own, _together(found[i], shapes[i], request) if found[i] else None) if m is not None]
+        if parts:
+            out[site.name, request] = mixed(parts)
     called = {(s.name, request) for i, (s, request, _) in enumerate(keys) if any(row[i][:-1].any() for row in counts)}
     return Heard(out, frozenset(called), not bool(table[:, 0].any()))
 
@@ -127,12 +131,27 @@ def _parts(m: Moments | None) -> tuple[Tensor, ...]:
     return m.mean, pack(m.spread) if m.spread.ndim > m.mean.ndim else m.spread, m.absolute
 
 
-def _moments(flat: Tensor, numbers: Tensor, shape: tuple[int, int], request: Request) -> Moments:
+def _together(parts: Sequence[tuple[Tensor, Tensor]], shape: tuple[int, int], request: Request) -> Moments:
+    """What other ranks have seen, (flat, numbers of samples) of each, about their common mean; triangles are added as they came."""
     groups, n = shape
-    mean, spread, absolute = flat.split([groups * n, len(flat) - 2 * groups * n, groups * n])
-    spread = unpack(spread.view(groups, -1), n) if request.kind == "covariance" else spread.view(groups, n)
-    count, examples = numbers[:-1].to(flat.dtype), numbers[-1].to(flat.dtype)
-    return Moments(count, mean.view(groups, n), spread, absolute.view(groups, n), examples)
+    counts = torch.stack([numbers for _, numbers in parts])
+    total = counts.sum(0)
+    share = (counts[:, :-1] / total[:-1].clamp_min(1)).to(parts[0][0])[..., None]  # (ranks, groups, 1)
+    split = [flat.split([groups * n, len(flat) - 2 * groups * n, groups * n]) for flat, _ in parts]
+    means = torch.stack([mean.view(groups, n) for mean, _, _ in split])
+    mean = (share * means).sum(0)
+    spread = split[0][1].view(groups, -1) * share[0]
+    for (_, other, _), w in zip(split[1:], share[1:], strict=True):
+        spread.addcmul_(other.view(groups, -1), w)
+    away = means - mean
+    if request.kind == "covariance":
+        spread = unpack(spread, n)
+        if len(parts) > 1:
+            spread.baddbmm_((share * away).permute(1, 2, 0), away.transpose(0, 1))
+    elif len(parts) > 1:
+        spread += (share * away.square()).sum(0)
+    absolute = sum((absolute for _, _, absolute in split[1:]), split[0][2]).view(groups, n)
+    return Moments(total[:-1].to(mean.dtype), mean, spread, absolute, total[-1].to(mean.dtype))
 
 
 def packed_size(n: int) -> int:

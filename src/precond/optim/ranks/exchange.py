@@ -71,6 +71,11 @@ class Pieces:
         return pieces
 
     @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """The processes of the group, by their ranks among all: groups of the same ones are one."""
+        return tuple(dist.get_process_group_ranks(self.group))
+
+    @cached_property
     def rank(self) -> int:
         """This process's rank in the group."""
         return dist.get_rank(self.group)
@@ -211,7 +216,7 @@ class Exchange:
         example = next(iter(like.values()))
         sizes = [[math.prod(self.shapes[i]) for i in of] for of in owned]
         longest = max(map(sum, sizes))
-        mine = example.new_zeros(longest)
+        mine = example.new_empty(longest)
         if owned[self.rank]:
             torch.cat([wholes[i].reshape(-1) for i in owned[self.rank]], out=mine[: sum(sizes[self.rank])])
         every = example.new_empty(self.size * longest)
