@@ -150,8 +150,8 @@ def test_tables_take_longer_steps_unless_a_layer_shares_them():
         optimizer.step()
         moves[tie] = (model.table.weight.detach() - before).abs().max().item()
         why = optimizer.explain().rows[0].why
-        assert why == ("rows of a table, shared with a layer" if tie else "rows of a table, steps × 10")
-    assert moves[False] == pytest.approx(0.1, rel=1e-3) and moves[True] == pytest.approx(0.01, rel=1e-3)
+        assert why == ("rows of a table, shared with a layer" if tie else "rows of a table, steps × 5")
+    assert moves[False] == pytest.approx(0.05, rel=1e-3) and moves[True] == pytest.approx(0.01, rel=1e-3)
 
 
 def test_layers_of_one_shape_decide_together():

@@ -30,11 +30,13 @@ def test_the_step_is_that_of_its_formula(shape: tuple[int, int]) -> None:
     layer = nn.Linear(*reversed(shape)).double()
     with torch.no_grad():
         layer.weight.mul_(30)
-    optimizer = PreconditionedGD(layer, lr=0.1, preconditioner=Polar(every=5, decay=0.8, damping=0.01), momentum=Momentum(0.7))
+    optimizer = PreconditionedGD(
+        layer, lr=0.1, preconditioner=Polar(every=5, decay=0.8, damping=0.01, gain=1.5), momentum=Momentum(0.7)
+    )
     A, B = shape[0], shape[1] + 1
     W = matrix(layer, "data")
-    scale = max(1.0, float(W.norm()) / A**0.5) * max(1.0, A / B) ** 0.5
-    assert scale > 2
+    scale = 1.5 * max(1.0, float(W.norm()) / A**0.5) * (A / B) ** 0.5
+    assert float(W.norm()) > 2 * A**0.5
     m, L, Q = torch.zeros_like(W), None, None
     for t in range(1, 13):
         layer.weight.grad, layer.bias.grad = torch.randn_like(layer.weight), torch.randn_like(layer.bias)
@@ -44,8 +46,10 @@ def test_the_step_is_that_of_its_formula(shape: tuple[int, int]) -> None:
             gram = (current @ current.T if A <= B else current.T @ current) / current.square().sum()
             L = gram if L is None else 0.8 * L + 0.2 * gram
             Q = root(L, 0.01)
+            values = torch.linalg.eigvalsh(L)
+            rank = float((values / (values + 0.01 * values[-1])).sum())
         step = Q @ current if A <= B else current @ Q
-        W = W - 0.1 * scale * min(A, B) ** 0.5 * step / step.norm()
+        W = W - 0.1 * scale * rank**0.5 * step / step.norm()
         optimizer.step()
         torch.testing.assert_close(matrix(layer, "data"), W, rtol=1e-10, atol=1e-12)
 
@@ -73,9 +77,10 @@ def test_a_root_of_a_rank_has_the_leading_eigenvalues_and_the_mean_of_the_others
     L = (m @ m.T if A <= B else m.T @ m) / m.square().sum()
     values, V = torch.linalg.eigh(L)
     values[:-rank] = values[:-rank].mean()
+    directions = float((values / (values + 0.01 * values[-1])).sum())
     Q = V @ torch.diag((values + 0.01 * values.max()) ** -0.5) @ V.T
     step = Q @ m if A <= B else m @ Q
-    wanted = 0.1 * max(1.0, A / B) ** 0.5 * min(A, B) ** 0.5 * step / step.norm()
+    wanted = 0.1 * (A / B * directions) ** 0.5 * step / step.norm()
     torch.testing.assert_close(before - matrix(layer, "data"), wanted, rtol=1e-8, atol=1e-10)
     P = optimizer.map()
     moved = torch.cat([t.reshape(A, -1) for t in P.gram((m[:, :-1], m[:, -1]))], 1)
@@ -154,7 +159,7 @@ def test_with_a_root_of_every_step_it_is_the_polar_factor() -> None:
     layer.weight.grad = torch.randn_like(layer.weight)
     U, _, Vh = torch.linalg.svd(layer.weight.grad, full_matrices=False)
     optimizer.step()
-    torch.testing.assert_close(before - layer.weight, U @ Vh, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(before - layer.weight, (4 / 7) ** 0.5 * U @ Vh, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("engine", ["auto", "loop"])
@@ -246,7 +251,7 @@ def test_products_in_16_bits_are_near(name: str, monkeypatch: pytest.MonkeyPatch
     narrow, exact = trained(name, torch.float32, True, 4), trained(name, torch.float32, True, 4, engine="loop")
     start = [p.detach() for p in net().parameters()]
     for ours, theirs, before in zip(narrow, exact, start, strict=True):
-        assert (ours - theirs).norm() <= 0.08 * (theirs - before).norm() + 1e-7
+        assert (ours - theirs).norm() <= 0.1 * (theirs - before).norm() + 1e-7
 
 
 def test_auto_chooses_by_what_a_layer_is() -> None:
@@ -266,7 +271,7 @@ def test_auto_chooses_by_what_a_layer_is() -> None:
     }
     assert names["table.weight"] == "RMS RMS()" and names["norm.bias"] == "RMS RMS()" and names["free"] == "RMS RMS()"
     assert names["narrow.weight"] == names["narrow.bias"] == "Whitening Polar" and names["wide.weight"] == "BNP Polar"
-    assert names["grouped.weight"] == "BNP RMS()" and names["transposed.weight"] == "BNP RMS()"
+    assert names["grouped.weight"] == "BNP RMS()" and names["transposed.weight"] == "BNP Muon("
     assert table["wide.weight"].why == "40 inputs are too many to whiten"
     assert all(row.why for row in table.values())
 
@@ -406,3 +411,21 @@ def test_an_input_that_has_died_is_not_taken_for_one_that_is_always_active() -> 
         optimizer.step()
     activity = optimizer.state[layer.weight]["outer.activity"][0]
     assert activity[0] < 0.2 < 0.7 < activity[1:].min()  # E|h − μ|/σ: 0.14 of one sample in 200, 0.87 of a uniform distribution
+
+
+@pytest.mark.parametrize("preconditioner", [Polar(damping=1e-6), precond.Muon(root="eigh", scale="spectral")], ids=repr)
+@pytest.mark.parametrize("shape", [(6, 9), (48, 96), (96, 48), (5, 160)], ids=str)
+def test_steps_of_a_few_directions_have_the_spectral_norm_of_the_layer(
+    shape: tuple[int, int], preconditioner: precond.Preconditioner
+) -> None:
+    """√(A/B), of which a damping of 1e-6 of the largest eigenvalue takes 1e-6 · κ² of the gradient's singular values, κ² = 4."""
+    torch.manual_seed(0)
+    A, B = shape
+    p = nn.Parameter(torch.zeros(A, B, dtype=torch.float64))
+    optimizer = PreconditionedGD([p], lr=1.0, preconditioner=preconditioner)
+    U, V = (torch.linalg.qr(torch.randn(n, 3, dtype=torch.float64)).Q for n in shape)
+    p.grad = U @ torch.diag(torch.tensor([1.0, 2.0, 1.5], dtype=torch.float64)) @ V.T
+    optimizer.step()
+    values = torch.linalg.svdvals(p.detach())
+    torch.testing.assert_close(values[:3], torch.full((3,), (A / B) ** 0.5, dtype=torch.float64), rtol=1e-5, atol=0)
+    assert values[3:].amax() < 1e-6

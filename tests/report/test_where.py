@@ -5,8 +5,10 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 
 import pytest
+import torch
 
 from precond.lab.report import Entry, Results, TaskResults, default_target
+from precond.lab.report.signs import probabilities
 from precond.lab.report.transfer import rates, searches, shared_rate, spread, transfer_figure, transfer_markdown
 from precond.lab.report.where import ADVISED, outcomes, where_figure, where_markdown
 from precond.lab.workloads import Curve, Outcome, Trial
@@ -62,10 +64,27 @@ def test_a_sign_is_right_where_a_gain_was_predicted_and_there_or_neither() -> No
     assert "| one | bnp |" not in misses and "| one | bnp | 3 | 2 | right |" in text
 
 
+def test_a_rule_for_signs_learns_from_other_data_alone() -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 2, generator=generator)
+    gained = (X[:, 0] + 0.5 * torch.randn(40, generator=generator) > 0.3).tolist()
+    groups = ["a"] * 15 + ["b"] * 15 + ["c"] * 10
+    found = probabilities(X.tolist(), gained, groups)
+    others = linear_model.LogisticRegression(C=1.0, tol=1e-10).fit(X[15:].double().numpy(), gained[15:])
+    assert found[:15] == pytest.approx(
+        others.predict_proba(X[:15].double().numpy())[:, 1].tolist(), rel=1e-3
+    )  # lbfgs stops early
+    # What was measured on its own data changes nothing.
+    assert probabilities(X.tolist(), [not g for g in gained[:15]] + gained[15:], groups)[:15] == pytest.approx(found[:15])
+    assert probabilities([[1.0]], [True], ["a"]) == [0.5]
+
+
 def test_figures_are_files_of_their_own() -> None:
     for text in (
         where_figure(RESULTS, PREDICTIONS),
         transfer_figure(_transfer(), "width"),
+        transfer_figure(_transfer(), "width, spectral head"),
         transfer_figure(_transfer(), "depth"),
     ):
         root = ET.fromstring(text.encode())
@@ -83,13 +102,16 @@ def _transfer() -> Results:
         for width, lowest in ((64, 0.02), (1024, 0.06))
         for seed in (0, 1)
     ]
-    return results(*seeds, searched(f"{shape_name(128, 8)}, seed 0", 0.04))
+    return results(
+        *seeds, searched(f"{shape_name(128, 8)}, seed 0", 0.04), searched(f"{shape_name(64, 2, True)}, seed 0", 0.01)
+    )
 
 
 def test_best_rates_and_by_how_much_they_move() -> None:
     found = _transfer()
     assert rates(found, "width") == {"one": {64: pytest.approx(0.02), 1024: pytest.approx(0.06)}}
     assert rates(found, "depth") == {"one": {8: pytest.approx(0.04)}}
+    assert rates(found, "width, spectral head") == {"one": {64: pytest.approx(0.01)}}
     assert spread([0.02, math.nan, 0.06]) == pytest.approx(3) and math.isnan(spread([]))
     text = transfer_markdown(found)
     # At 0.04 the losses are 1 + ln(2)² and 1 + ln(1.5)²; the least that were tried are 1, at 0.02, and 1 + ln(4/3)², at 0.08.

@@ -41,12 +41,13 @@ def test_predictions_are_those_of_diagnose_and_are_made_before_training() -> Non
     gains = {c.name: c.gain for c in found.considered}
     for one, name in zip(once, REMEDIES.values(), strict=True):
         assert one.gain == gains[name].likely and one.layers == len(found.layers) == 3  # type: ignore[union-attr]
+        assert one.traits == (1.0, 0.0, 0.0)
 
 
 def test_rates_over_widths_and_depths() -> None:
     tasks = transfer_tasks((0, 1), TRIALS, examples=100)
     # The least depth at width 128 is in both lines.
-    assert len(tasks) == 2 * (len(WIDTHS) + len(DEPTHS) - 1)
+    assert len({task.name for task in tasks}) == len(tasks) == 2 * (2 * len(WIDTHS) + len(DEPTHS) - 1)
     assert (min(WIDTHS), max(WIDTHS), min(DEPTHS), max(DEPTHS)) == (64, 1024, 2, 8)
     for task in tasks:
         assert (task.search_seed, task.seeds) in (((1000), (0,)), ((1001), (1,)))
@@ -55,6 +56,9 @@ def test_rates_over_widths_and_depths() -> None:
             assert rates[1] / rates[0] == pytest.approx(2, rel=1e-3)
     model = Tower(64, 16, 3, 10)
     assert model(torch.randn(5, 64)).shape == (5, 10)
+    # A spectral norm of uniform entries in ±1/√n, (10, n), is about (1 + √(10/n))/√3; of a spectral head √(64/n) of that.
+    norms = [torch.linalg.matrix_norm(Tower(64, n, 1, 10, True).head.weight, 2).item() for n in (64, 1024)]
+    assert norms == pytest.approx([(1 + (10 / n) ** 0.5) / 3**0.5 * (64 / n) ** 0.5 for n in (64, 1024)], rel=0.15)
 
 
 def test_the_best_rate_is_a_minimum_between_rates_that_all_tried() -> None:

@@ -30,7 +30,7 @@ from precond.lab.workloads.transfer import transfer_tasks
 from precond.lab.workloads.where import RULES as WHERE_RULES
 from precond.lab.workloads.where import predictions, where_tasks
 
-Name = Literal["fashion-mnist", "race", "pool", "pool-locked", "where", "transfer", "calibration"]
+Name = Literal["fashion-mnist", "race", "pool", "pool-locked", "pool-opened", "where", "transfer", "calibration"]
 
 
 def _where(tasks: Sequence[Task], results: Results) -> dict[str, str]:
@@ -39,7 +39,8 @@ def _where(tasks: Sequence[Task], results: Results) -> dict[str, str]:
 
 
 def _transfer(tasks: Sequence[Task], results: Results) -> dict[str, str]:
-    figures = {f"transfer-{along}.svg": transfer_figure(results, along) for along in ("width", "depth")}
+    along = {"width": "width", "width-spectral": "width, spectral head", "depth": "depth"}
+    figures = {f"transfer-{file}.svg": transfer_figure(results, what) for file, what in along.items()}
     return {"transfer.md": transfer_markdown(results), **figures}
 
 
@@ -67,6 +68,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "race": Experiment(race_tasks, RULES),
     "pool": Experiment(partial(pool_tasks, "development"), POOL_RULES, TRIALS, SEEDS),
     "pool-locked": Experiment(partial(pool_tasks, "locked"), POOL_RULES, TRIALS, SEEDS),
+    "pool-opened": Experiment(partial(pool_tasks, "opened"), POOL_RULES, TRIALS, SEEDS),
     "where": Experiment(where_tasks, WHERE_RULES, more=_where),
     "transfer": Experiment(transfer_tasks, TRANSFER_RULES, transfer.TRIALS, transfer.SEEDS, _transfer),
 }
@@ -77,9 +79,10 @@ class Bench:
     """Run an experiment of this project: a table of tasks and entrants, with a search for each, and a report.
 
     Attributes:
-        name: Which. pool is the half of the pool that is for development; pool-locked, the other, is for a final table alone. where: gains of
-            preconditioned inputs against what diagnose predicts; transfer: best rates over widths and depths, the seeds being those of searches;
-            calibration: what diagnose predicts against trainings (of the settings below it has --tasks and --out alone).
+        name: Which. pool has the tasks of the pool that are for development; pool-locked those for a final table alone; pool-opened those that
+            were locked once. where: gains of preconditioned inputs against what diagnose predicts; transfer: best rates over widths and
+            depths, the seeds being those of searches; calibration: what diagnose predicts against trainings (of the settings below it has
+            --tasks and --out alone).
         tasks: Only the tasks whose names contain one of these, as whole words: "batch 60" or MLP. Several commands with different
             tasks may work in one output folder at the same time; one without --tasks then makes the report of all.
         entrants: Only these: those whose labels contain one of these as whole words, muon or "torch Muon", and who sets the target. A later

@@ -17,6 +17,7 @@ from precond.lab.workloads.transfer import DEPTHS, WIDTHS, best_rate, mean_losse
 
 _LINES = {
     "width": {w: shape_name(w, DEPTHS[0]) for w in WIDTHS},
+    "width, spectral head": {w: shape_name(w, DEPTHS[0], True) for w in WIDTHS},
     "depth": {d: shape_name(128, d) for d in DEPTHS},
 }
 """What is on the abscissa ↦ its values and the names of their tasks."""
@@ -63,7 +64,7 @@ def transfer_markdown(results: Results) -> str:
         present = [value for value in places if any(value in of for of in found.values())]
         head = [
             "entrant",
-            *(f"{along} {value}" for value in present),
+            *(f"{along.split(',')[0]} {value}" for value in present),
             "largest / smallest",
             "one rate for all",
             "its loss over the best",

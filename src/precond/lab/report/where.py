@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from precond.lab.report import numbers
 from precond.lab.report.against import markdown_row, ratios
 from precond.lab.report.results import Results
+from precond.lab.report.signs import CERTAIN, probabilities
 from precond.lab.report.style import log_axis, pen, svg, svg_file
 from precond.lab.workloads.where import Prediction
 
@@ -30,6 +31,7 @@ class Outcome:
         predicted: gain before training.
         measured: steps of the base to its own lowest loss over those of the remedy.
         bound: whether the remedy did not reach that loss, so that its gain is less than ``measured``.
+        traits: what else was known before training.
     """
 
     cell: str
@@ -37,6 +39,7 @@ class Outcome:
     predicted: float
     measured: float
     bound: bool
+    traits: tuple[float, ...] = ()
 
     @property
     def advised(self) -> bool:
@@ -58,7 +61,7 @@ def outcomes(results: Results, predictions: Sequence[Prediction]) -> list[Outcom
     """Predictions beside what came of them; left out is what nothing was predicted of, and cells whose base has no target."""
     found = {task.name: ratios(task, "step") for task in results.tasks}
     return [
-        Outcome(p.task, p.label, p.gain, 1 / ratio.value, not ratio.reached)
+        Outcome(p.task, p.label, p.gain, 1 / ratio.value, not ratio.reached, p.traits)
         for p in predictions
         if (ratio := found.get(p.task, {}).get(p.label)) is not None and not math.isnan(p.gain)
     ]
@@ -80,6 +83,7 @@ def where_markdown(results: Results, predictions: Sequence[Prediction]) -> str:
         f"A gain is predicted where the predicted ratio of steps is at least {ADVISED}; there was one where the remedy reached AdamW's lowest "
         f"training loss in at most 1/{GAINED} of its steps. < is an upper bound: that loss was not reached. Means count bounds as they stand.\n",
     ]
+    parts += [_rule(found)]
     for heading, rows in (("Misses", [one for one in found if not one.right]), ("All", found)):
         cells = (
             (one.cell, one.label, numbers.short(one.predicted), ("< " if one.bound else "") + numbers.short(one.measured),
@@ -95,6 +99,27 @@ def where_markdown(results: Results, predictions: Sequence[Prediction]) -> str:
     return "\n".join(parts)
 
 
+def _rule(found: Sequence[Outcome]) -> str:
+    """How right a rule is that learns the sign from the cells of other data."""
+    labels = list(dict.fromkeys(one.label for one in found))
+    features = [(math.log(one.predicted), float(labels.index(one.label)), *one.traits) for one in found]
+    data = [one.cell.split(":")[0].split(",")[0] for one in found]
+    chances = probabilities(features, [one.gained for one in found], data)
+    right = [(p > 0.5) == one.gained for p, one in zip(chances, found, strict=True)]
+    certain = [max(p, 1 - p) >= CERTAIN for p in chances]
+    kept = [ok for ok, sure in zip(right, certain, strict=True) if sure]
+    return (
+        "## A rule that learns from other data\n\n"
+        "The sign by a logistic regression on the predicted ratio, the remedy, and whether the model has batch or other normalization and the "
+        f"inputs variance 1, each data set judged by the cells of the others: right in {_share(right)}. "
+        f"Where its probability is at least {CERTAIN}: right in {_share(kept)}; it abstains in the others.\n"
+    )
+
+
+def _share(right: Sequence[bool]) -> str:
+    return f"{sum(right)} of {len(right)}" + (f" ({100 * sum(right) / len(right):.0f} %)" if right else "")
+
+
 _KINDS = {
     (True, True): "predicted and gained",
     (True, False): "predicted, no gain",
@@ -104,10 +129,9 @@ _KINDS = {
 
 
 def _summed(found: Sequence[Outcome]) -> list[str]:
-    right = sum(one.right for one in found)
     counts = (str(sum((one.advised, one.gained) == kind for one in found)) for kind in _KINDS)
     mean = math.exp(sum(math.log(one.measured) for one in found) / len(found))
-    share = f"{right} of {len(found)} ({100 * right / len(found):.0f} %)"
+    share = _share([one.right for one in found])
     return [str(len(found)), share, *counts, numbers.short(mean), f"{_spearman(found):.2f}"]
 
 

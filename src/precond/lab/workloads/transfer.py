@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,14 +38,23 @@ RULES = (
 
 
 class Tower(nn.Module):
-    """Residual blocks x ↦ x + W relu(LN(x)) behind a first layer, and a last one: (N, features) ↦ (N, classes)."""
+    """Residual blocks x ↦ x + W relu(LN(x)) behind a first layer, and a last one: (N, features) ↦ (N, classes).
 
-    def __init__(self, features: int, width: int, depth: int, classes: int) -> None:
+    Args:
+        features, width, depth, classes: of it.
+        spectral: whether the last layer begins with a spectral norm that falls as √(classes/width), as the outputs' dependence on what
+            changes within must for a rate to transfer (Yang, Simon & Bernstein, 2023); PyTorch's own is about the same for all widths.
+    """
+
+    def __init__(self, features: int, width: int, depth: int, classes: int, spectral: bool = False) -> None:
         super().__init__()
         self.first = nn.Linear(features, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.head = nn.Linear(width, classes)
+        if spectral:
+            with torch.no_grad():
+                self.head.weight.mul_((WIDTHS[0] / width) ** 0.5)  # of the least width it is PyTorch's
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -61,15 +72,15 @@ def _entrants() -> tuple[tuple[Entrant, float], ...]:
     )
 
 
-def shape_name(width: int, depth: int) -> str:
+def shape_name(width: int, depth: int, spectral: bool = False) -> str:
     """Part of a task's name."""
-    return f"width {width}, depth {depth}"
+    return f"width {width}, depth {depth}" + (", spectral head" if spectral else "")
 
 
 def transfer_tasks(
     seeds: Iterable[int], trials: int, scale: float = 1.0, folder: Path | None = None, examples: int | None = None
 ) -> tuple[Task, ...]:
-    """One task for each width or depth and each seed, whose searches are what is reported.
+    """One task for each width (with both kinds of a last layer) or depth and each seed, whose searches are what is reported.
 
     Args:
         seeds: of the searches.
@@ -89,23 +100,29 @@ def transfer_tasks(
     parts["train"] = Part(parts["train"].inputs[:examples], parts["train"].targets[:examples])
     steps = max(2, round(scale * STEPS))
 
-    def workload(width: int, depth: int) -> Tensors:
-        words = f"residual blocks with pre-LayerNorm, {shape_name(width, depth)}"
+    def workload(*shape: Any) -> Tensors:
+        words = f"residual blocks with pre-LayerNorm, {shape_name(*shape)}"
         return Tensors(
-            "digits", data.about, parts, partial(Tower, 64, width, depth, 10), F.cross_entropy, "accuracy", 64, 512, words, "cross entropy"
+            "digits", data.about, parts, partial(_tower, *shape), F.cross_entropy, "accuracy", 64, 512, words, "cross entropy"
         )  # fmt: skip
 
-    def task(width: int, depth: int, seed: int) -> Task:
-        make: Callable[[], Tensors] = partial(workload, width, depth)
+    def task(shape: tuple[Any, ...], seed: int) -> Task:
+        make: Callable[[], Tensors] = partial(workload, *shape)
         contenders = tuple(Contender(e, make, LogUniform(low / 2**0.5, low * 2 ** (trials - 0.5))) for e, low in _entrants())
         return Task(
-            f"{shape_name(width, depth)}, seed {seed}", contenders, Plan(None, steps, 0, "linear", steps // 20, 2), (seed,),
+            f"{shape_name(*shape)}, seed {seed}", contenders, Plan(None, steps, 0, "linear", steps // 20, 2), (seed,),
             Search(trials, judge="training", evaluations=1, beyond=2), search_seed=1000 + seed, metric="accuracy", facts=make().facts,
         )  # fmt: skip
 
-    shapes = dict.fromkeys([*((w, DEPTHS[0]) for w in WIDTHS), *((_WIDTH, d) for d in DEPTHS)])
+    shapes = dict.fromkeys(
+        [*((w, DEPTHS[0]) for w in WIDTHS), *((_WIDTH, d) for d in DEPTHS), *((w, DEPTHS[0], True) for w in WIDTHS)]
+    )
     chosen = tuple(seeds)
-    return tuple(task(width, depth, seed) for width, depth in shapes for seed in chosen)
+    return tuple(task(shape, seed) for shape in shapes for seed in chosen)
+
+
+def _tower(width: int, depth: int, spectral: bool = False) -> Tower:
+    return Tower(64, width, depth, 10, spectral)
 
 
 def mean_losses(searches: Sequence[Sequence[Trial]]) -> dict[float, float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from precond.analysis.curvature import Objective
 from precond.analysis.diagnostics import diagnose
@@ -59,12 +59,14 @@ class Prediction:
         task, label: of the cell and the entrant.
         gain: likely ratio of steps without and with it; NaN where ``diagnose`` says nothing.
         layers: how many were looked at.
+        traits: 1 or 0 for each of: the model has batch normalization; it has another one; most of the inputs' features have variance 1.
     """
 
     task: str
     label: str
     gain: float
     layers: int
+    traits: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -223,4 +225,17 @@ def predictions(task: Task, samples: int = 512) -> list[Prediction]:
     # Remedies are told against what is trained in p; its rate says nothing about them.
     found = diagnose(loss, recipes.adamw(model, lr=1e-3, weight_decay=0.0))
     gains = {considered.name: considered.gain for considered in found.considered}
-    return [Prediction(task.name, label, gains[name].likely, len(found.layers)) for label, name in REMEDIES.items()]
+    known = traits(model, part.inputs)
+    return [Prediction(task.name, label, gains[name].likely, len(found.layers), known) for label, name in REMEDIES.items()]
+
+
+def traits(model: nn.Module, inputs: Tensor) -> tuple[float, ...]:
+    """Of a model and its training inputs: see :class:`Prediction`."""
+    kinds = [
+        (isinstance(m, nn.modules.batchnorm._BatchNorm), isinstance(m, nn.LayerNorm | nn.RMSNorm)) for m in model.modules()
+    ]
+    standard = False
+    if inputs.is_floating_point():
+        std = inputs.flatten(1).std(0)
+        standard = bool(((std - 1).abs() < 0.1).float().mean() > 0.5)
+    return float(any(batch for batch, _ in kinds)), float(any(other for _, other in kinds)), float(standard)

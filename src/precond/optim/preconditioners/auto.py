@@ -40,10 +40,11 @@ class Auto(Resolved):
 
     A layer whose weight is a matrix (out, in), or (in, out), and whose inputs are observed, takes ``whitening @ polar``; with more than
     ``max_inputs`` inputs ``bnp @ polar``, whose cost does not grow with their square. A layer that sees its inputs in groups (experts too)
-    and a transposed convolution take ``bnp @ rms``, a matrix whose inputs are not observed ``polar``. The matrices of a recurrent layer are
-    orthogonalized one by one behind ``bnp``, its biases take ``rms``. Embeddings, normalization layers and all that is left take ``rms``.
-    Steps of all have about the same size in units of a layer's outputs, so that one learning rate serves all; those of a table of
-    embeddings, whose rows are outputs themselves and are seen now and then, are longer, unless a layer shares it.
+    takes ``bnp @ rms``, a matrix whose inputs are not observed ``polar``. The matrices of a recurrent layer are orthogonalized one by one
+    behind ``bnp``, as is the weight of a transposed convolution, a row for each input; biases of both take ``rms``. Embeddings, normalization
+    layers and all that is left take ``rms``. Steps of all have about the same size in units of a layer's outputs, so that one learning rate
+    serves all; those of a table of embeddings, whose rows are outputs themselves and are seen now and then, are longer, unless a layer
+    shares it.
 
     ``measured`` is what :func:`precond.auto` finds in its first steps of the inputs of layers: the share of independent directions,
     n/tr(K²) for n inputs of correlations K, 1 for white inputs and 1/n where all are one. From ``white`` on only scales are left to
@@ -71,10 +72,10 @@ class Auto(Resolved):
     max_inputs: int = 1024
     whitening: Whitening = Whitening(root="cholesky", observe_steps=3, shrinkage=10.0, samples=32.0)
     bnp: BNP = BNP()
-    polar: Polar = Polar()
+    polar: Polar = Polar(gain=2.0)
     rms: RMS = RMS(0.999)
     muon: Muon = Muon()
-    embeddings: float = 10.0
+    embeddings: float = 5.0
     white: float = 0.8
     measured: Sequence[tuple[str, float]] = ()
 
@@ -103,8 +104,8 @@ class Auto(Resolved):
         return self.embeddings if leaf.kind == "embedding" and not leaf.shared else 1.0
 
     @property
-    def recurrent(self) -> Preconditioner:
-        """Of the tensors of a recurrent layer."""
+    def one_by_one(self) -> Preconditioner:
+        """Of the tensors of a layer that has several matrices, or whose bias belongs to no row of one."""
         return Route([(self._is_orthogonalized, self.muon)], otherwise=self.rms)
 
     def _is_orthogonalized(self, leaf: Leaf) -> bool:
@@ -139,13 +140,14 @@ class Auto(Resolved):
             rows, columns = columns, rows
         if isinstance(weight.module, nn.RNNBase | nn.RNNCellBase):
             why = "matrices of a recurrence"
-            return (self.bnp @ self.recurrent, why) if observed else (self.recurrent, f"{why}, {NOT_OBSERVED}")
+            return (self.bnp @ self.one_by_one, why) if observed else (self.one_by_one, f"{why}, {NOT_OBSERVED}")
         if not observed:
             return self.polar, NOT_OBSERVED
-        turned = weight.inputs_first and weight.ndim > 2
         stacked = any(isinstance(site.layout(REQUESTS[0]), ExpertLayout) for leaf in layer for site in leaf.sites)
-        if turned or stacked or getattr(weight.module, "groups", 1) > 1:
+        if stacked or getattr(weight.module, "groups", 1) > 1:
             return self.bnp @ self.rms, "rows see different inputs"
+        if weight.inputs_first and weight.ndim > 2:
+            return self.bnp @ self.one_by_one, "rows are inputs"
         if min(rows, columns) > self.polar.max_dim:
             return self.bnp @ self.rms, f"more than {self.polar.max_dim:,} rows and columns"
         if columns > self.max_inputs:

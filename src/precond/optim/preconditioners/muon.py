@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from precond.optim.momentum import Momentum
 
 
-Scale = Literal["original", "match_rms_adamw", "none"]
+Scale = Literal["original", "match_rms_adamw", "spectral", "none"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Muon(Stacked):
         eps: ε > 0, the least ‖m‖ that m is divided by; with ``"eigh"``, singular values below ε of the largest count as zero, and
             so do those below √(s·u), s the smaller side and u the rounding of the dtype (0.7 % for s = 384 in float32).
         scale: γ for a matrix (A, B): ``"original"``, √max(1, A/B) (Jordan et al.); ``"match_rms_adamw"``, 0.2·√max(A, B), with
-            which the root mean square of a step is that of AdamW's (Liu et al.); or ``"none"``, 1.
+            which the root mean square of a step is that of AdamW's (Liu et al.); ``"spectral"``, √(A/B), with which outputs change by the
+            learning rate at most for inputs of root mean square 1, whatever the width (Yang et al.); or ``"none"``, 1.
         arithmetic: of the fused step for float32 parameters: ``"bfloat16"``, as torch's own Muon, 1 to 5 % from the polynomial
             unless m is nearly singular, on processors that have instructions for it and in float32 on others, or ``"full"``.
             The reference engine, and float64 parameters, use the parameters' own in any case.
@@ -62,7 +63,8 @@ class Muon(Stacked):
         >>> torch.testing.assert_close(W.data, torch.diag(torch.tensor([-1.0, 1.0])), atol=1e-5, rtol=0)  # −UVᵀ
 
     References:
-        Jordan et al. (2024), Muon; Liu et al. (2025), Muon is scalable for LLM training; Carlson et al. (2015).
+        Jordan et al. (2024), Muon; Liu et al. (2025), Muon is scalable for LLM training; Carlson et al. (2015);
+        Yang, Simon & Bernstein (2023), A spectral condition for feature learning.
     """
 
     root: Literal["newton-schulz", "eigh"] = "newton-schulz"
@@ -171,6 +173,8 @@ def factor(scale: Scale, rows: int, columns: int) -> float:
             return max(1.0, rows / columns) ** 0.5
         case "match_rms_adamw":
             return 0.2 * max(rows, columns) ** 0.5
+        case "spectral":
+            return (rows / columns) ** 0.5
         case _:
             return 1.0
 

@@ -39,8 +39,10 @@ class Polar(Stacked):
     samples, convolutions' or sequences', takes it so in each step: where a root costs no more than the layer's own products. For others
     L is the mean over the steps at which the root is renewed: 1, 2, 4, 8, … and then each that ``every`` divides, or where it is the turn of
     layers of other shapes, up to a period before these; in between it stands
-    still, and a step costs one product with the shorter side (mᵀm and a product from the right where A > B). The length of the step is
-    that of a polar factor always: s is such that ‖M m‖ = γ·√min(A, B), with γ = √max(1, A/B)·max(1, ‖z₀‖/√A).
+    still, and a step costs one product with the shorter side (mᵀm and a product from the right where A > B). The step is as long as
+    a matrix whose ρ singular values, as many as L has, are γ: s is such that ‖M m‖ = γ√ρ, with ρ = tr L(L + ελ₁I)⁻¹ and
+    γ = c·√(A/B)·max(1, ‖z₀‖/√A). A step of the spectral norm √(A/B) changes the outputs for inputs of variance 1 by 1 at most, root mean
+    square, whatever the width; so the best learning rate is that of a small net, where initial weights have such norms too.
 
     ‖z₀‖/√A is the length of a row of the parameters at their first step in these coordinates; behind :class:`~precond.Whitening` or
     :class:`~precond.BNP` it is the root mean square of the layer's outputs. It exceeds 1 where raw inputs are large, and steps are
@@ -54,6 +56,7 @@ class Polar(Stacked):
             eigenvalues Λ, their eigenvectors U and the mean λ̄ of the others. A product with the root then takes 4nr operations for each
             column in place of 2n², a root n²r in place of n³, and it is renewed on the schedule whatever the number of samples. None: L
             as it is.
+        gain: c > 0.
         max_dim: layers whose shorter side is longer take ``RMS``.
         arithmetic: of the fused step's two products for float32 parameters: ``"bfloat16"``, up to some percent off, where they are
             large, with all of L, and the processor has instructions for them, and float32 elsewhere; or ``"full"``. The reference
@@ -69,13 +72,15 @@ class Polar(Stacked):
         >>> torch.testing.assert_close(W.data, torch.diag(torch.tensor([-1.0, 1.0])), atol=1e-4, rtol=0)  # −UVᵀ
 
     References:
-        Jordan et al. (2024), Muon; Gupta, Koren & Singer (2018), Shampoo, with one side; Agarwal et al. (2020) for the length of steps.
+        Jordan et al. (2024), Muon; Gupta, Koren & Singer (2018), Shampoo, with one side; Yang, Simon & Bernstein (2023), A spectral condition
+        for feature learning, for the length of steps.
     """
 
     every: int = 8
     decay: float = 0.5
     damping: float = 1e-3
     rank: int | None = 32
+    gain: float = 1.0
     max_dim: int = 4096
     arithmetic: Literal["bfloat16", "full"] = "bfloat16"
     others_decay: float = 0.999
@@ -89,6 +94,7 @@ class Polar(Stacked):
     def __post_init__(self) -> None:
         settle(self)
         checks.whole("Polar", every=self.every, max_dim=self.max_dim)
+        checks.positive("Polar", gain=self.gain)
         checks.fraction("Polar", decay=self.decay, others_decay=self.others_decay)
         checks.non_negative("Polar", damping=self.damping, others_eps=self.others_eps)
         if self.rank is not None:
@@ -142,7 +148,7 @@ class Polar(Stacked):
         L = zeros(n, n)
         root = WHOLE if self.rank is None or n <= 4 * self.rank else Leading(self.rank)
         size = torch.zeros((), dtype=state_dtype(p.dtype))  # on the host, which knows it from shapes
-        return {"gram": L, **root.fresh(L), "norm": zeros(), "length": zeros() + 1, "size": size}
+        return {"gram": L, **root.fresh(L), "norm": zeros(), "length": zeros() + 1, "rank": zeros() + 1, "size": size}
 
     def share(self, state: State, shape: Sequence[int], first: bool) -> float:
         """The largest share of this step's m mᵀ in L, of a matrix of a shape; 0: L and its root stay."""
@@ -237,7 +243,9 @@ class Polar(Stacked):
             L.lerp_(gram, share)
         else:
             return
-        root_of(state).renew(state, L, self.damping)
+        root = root_of(state)
+        root.renew(state, L, self.damping)
+        state["rank"].copy_(root.directions(state, L, self.damping))
 
     @staticmethod
     def apply_inverse_root(state: State, m: Tensor) -> Tensor:
@@ -245,11 +253,10 @@ class Polar(Stacked):
         root = root_of(state)
         return root.times(state, m) if m.shape[-2] <= m.shape[-1] else root.times(state, m.mT).mT
 
-    @staticmethod
-    def step_length(state: State, shape: Sequence[int]) -> Tensor:
-        """The length γ·√min(A, B) of a step."""
+    def step_length(self, state: State, shape: Sequence[int]) -> Tensor:
+        """The length γ√ρ of a step."""
         A, B = shape
-        return state["length"] * (min(A, B) ** 0.5 * max(1.0, A / B) ** 0.5)
+        return state["rank"].sqrt() * state["length"] * (self.gain * (A / B) ** 0.5)
 
     def map(self, state: State) -> LinearMap:
         like, stacked = state.block.tensors, isinstance(state.block, Stack)

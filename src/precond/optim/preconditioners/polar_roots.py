@@ -35,6 +35,10 @@ class Root(ABC):
         """Find it anew, of L (n, n) or of several side by side (k, n, n); where that fails it stays."""
 
     @abstractmethod
+    def directions(self, state: Mapping[str, Tensor], L: Tensor, damping: float) -> Tensor:
+        """tr L(L + ε λ₁I)⁻¹, the number of directions in which L is not small, of the L that it was found of."""
+
+    @abstractmethod
     def times(self, state: Mapping[str, Tensor], X: Tensor) -> Tensor:
         """L^(−1/2)X."""
 
@@ -60,6 +64,9 @@ class Whole(Root):
             renew([state["root"]], [L], 0.5, damping)
         elif (root := inverse_root(L, 0.5, damping)) is not None:
             state["root"].copy_(root)
+
+    def directions(self, state: Mapping[str, Tensor], L: Tensor, damping: float) -> Tensor:
+        return (L @ state["root"]).mul_(state["root"]).sum((-2, -1))
 
     def times(self, state: Mapping[str, Tensor], X: Tensor) -> Tensor:
         return state["root"] @ X
@@ -110,6 +117,13 @@ class Leading(Root):
         both = torch.cat([values, rest[:, None]], 1).clamp_min(0) + max(damping, rounding(n, L.dtype)) * top
         both = torch.where(top > 0, both.rsqrt(), 1.0)
         return U, both[:, :r], both[:, r]
+
+    def directions(self, state: Mapping[str, Tensor], L: Tensor, damping: float) -> Tensor:
+        # Roots 1/√(λ + ελ₁) say how much of each λ + ελ₁ is damping: λ₁ has the least of them.
+        s, a = state["leading"].square(), state["rest"].square()
+        n = L.shape[-1]
+        small = s.sum(-1) + (n - s.shape[-1]) * a
+        return n - damping / (1 + damping) * small / s.amin(-1)
 
     def times(self, state: Mapping[str, Tensor], X: Tensor) -> Tensor:
         U, s, a = state["basis"], state["leading"], state["rest"]

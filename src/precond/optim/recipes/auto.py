@@ -65,7 +65,7 @@ def _measured(optimizer: PreconditionedGD) -> dict[str, Any] | None:
 @checked
 def auto(
     params: Params,
-    lr: float | Tensor = 1e-2,
+    lr: float | Tensor = 2e-2,
     weight_decay: float = 1e-2,
     momentum: float = 0.9,
     *,
@@ -78,11 +78,11 @@ def auto(
 
     After the first steps layers whose inputs turn out to be white are no longer whitened; that is decided once, and the state dict
     keeps it. ``optimizer.explain()`` says what was chosen and why. See :class:`~precond.Auto` for the rules and :class:`~precond.Polar` for the
-    length of steps: the learning rate is about the change of a layer's outputs in a step, whatever its width.
+    length of steps: twice the learning rate is about the most that a layer's outputs change in a step, whatever its width.
 
     Args:
         params: the model, whose inputs are observed.
-        lr: best between 0.003 and 0.03 in most trainings.
+        lr: best between 0.01 and 0.04 in most trainings.
         weight_decay: decoupled, as in :func:`adamw`.
         momentum: Nesterov's average for layers, unless ``choice.polar`` has its own, Adam's for the rest.
         choice: other rules, or other settings of what is chosen from; None: ``Auto()``.

@@ -66,7 +66,7 @@ def muon(
     ns_coefficients: tuple[float, float, float] = JORDAN,
     eps: float = 1e-7,
     ns_steps: int = 5,
-    adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = "match_rms_adamw",
+    adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral"] | None = "match_rms_adamw",
     *,
     where: Rule = is_hidden,
     betas: tuple[float, float] = (0.9, 0.999),

@@ -1,7 +1,7 @@
-"""A pool of small tasks of many kinds, made offline: half for development, half locked."""
+"""A pool of small tasks of many kinds, made offline: some for development, some locked."""
 
-from precond.lab.workloads.pool.halves import DEVELOPMENT, LOCKED
+from precond.lab.workloads.pool.halves import DEVELOPMENT, LOCKED, OPENED, Half
 from precond.lab.workloads.pool.member import Family, Member
-from precond.lab.workloads.pool.tasks import POOL, REFERENCE, RULES, Half, members, pool_tasks
+from precond.lab.workloads.pool.tasks import POOL, REFERENCE, RULES, members, pool_tasks
 
-__all__ = ["DEVELOPMENT", "LOCKED", "POOL", "REFERENCE", "RULES", "Family", "Half", "Member", "members", "pool_tasks"]
+__all__ = ["DEVELOPMENT", "LOCKED", "OPENED", "POOL", "REFERENCE", "RULES", "Family", "Half", "Member", "members", "pool_tasks"]

@@ -67,6 +67,12 @@ EQUATIONS = {
         lambda u, u_x, u_t, u_xx, u_tt: u_t - 0.01 * u_xx - 2 * (u - u**3),
         lambda x, t: torch.zeros_like(x),
     ),
+    "wave": Equation(
+        "u_tt = u_xx for 0 < x < 1 and 0 < t < 1, u = sin(πx) and u_t = 0 at t = 0, u = 0 at x = 0 and x = 1",
+        (0.0, 0.0), (1.0, 1.0), lambda n, x, t: (π * x).sin() + t**2 * x * (1 - x) * n,
+        lambda u, u_x, u_t, u_xx, u_tt: (u_tt - u_xx) / 7,
+        lambda x, t: torch.zeros_like(x),
+    ),
 }  # fmt: skip
 
 
@@ -99,7 +105,8 @@ class Residual(nn.Module):
 
 
 @cache
-def _physics(name: Literal["Poisson", "Burgers", "Helmholtz", "Allen-Cahn"], seed: int) -> Tensors:
+def physics(name: Literal["Poisson", "Burgers", "Helmholtz", "Allen-Cahn", "wave"], seed: int) -> Tensors:
+    """An equation, and points that are drawn."""
     equation = EQUATIONS[name]
     low, high = torch.tensor(equation.low), torch.tensor(equation.high)
     points = low + (high - low) * torch.rand(3072, 2, generator=torch.Generator().manual_seed(seed))
@@ -119,8 +126,8 @@ def _physics(name: Literal["Poisson", "Burgers", "Helmholtz", "Allen-Cahn"], see
 
 
 MEMBERS = (
-    Member("PINN, Poisson", "PINNs", 800, partial(_physics, "Poisson", 79)),
-    Member("PINN, Burgers", "PINNs", 800, partial(_physics, "Burgers", 80)),
-    Member("PINN, Helmholtz", "PINNs", 800, partial(_physics, "Helmholtz", 81)),
-    Member("PINN, Allen-Cahn", "PINNs", 800, partial(_physics, "Allen-Cahn", 82)),
+    Member("PINN, Poisson", "PINNs", 800, partial(physics, "Poisson", 79)),
+    Member("PINN, Burgers", "PINNs", 800, partial(physics, "Burgers", 80)),
+    Member("PINN, Helmholtz", "PINNs", 800, partial(physics, "Helmholtz", 81)),
+    Member("PINN, Allen-Cahn", "PINNs", 800, partial(physics, "Allen-Cahn", 82)),
 )

@@ -7,20 +7,27 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 from precond.lab.workloads import peers
 from precond.lab.workloads.entrant import Entrant, Peer
-from precond.lab.workloads.pool import autoencoders, finetuning, images, language, physics, recommenders, recurrent, tabular
-from precond.lab.workloads.pool.halves import DEVELOPMENT, LOCKED
+from precond.lab.workloads.pool import (
+    autoencoders,
+    finetuning,
+    images,
+    language,
+    physics,
+    recommenders,
+    recurrent,
+    renewed,
+    tabular,
+)
+from precond.lab.workloads.pool.halves import HALVES, Half
 from precond.lab.workloads.pool.member import Member
 from precond.lab.workloads.problem import Tensors
 from precond.lab.workloads.search import LogUniform, Search
 from precond.lab.workloads.study import Contender, Task
 from precond.lab.workloads.syntax import parse_recipe
 from precond.lab.workloads.training import Plan
-
-Half = Literal["development", "locked"]
 
 REFERENCE = "torch AdamW"
 """Who sets the targets."""
@@ -33,7 +40,7 @@ EVALUATIONS = 40
 
 POOL: tuple[Member, ...] = tuple(
     member
-    for module in (tabular, autoencoders, images, language, recurrent, physics, recommenders, finetuning)
+    for module in (tabular, autoencoders, images, language, recurrent, physics, recommenders, finetuning, renewed)
     for member in module.MEMBERS
 )
 
@@ -94,7 +101,7 @@ def _installed(package: str | None) -> bool:
 def members(half: Half) -> tuple[Member, ...]:
     """The tasks of a half, in its order."""
     by_name = {member.name: member for member in POOL}
-    return tuple(by_name[name] for name in (DEVELOPMENT if half == "development" else LOCKED))
+    return tuple(by_name[name] for name in HALVES[half])
 
 
 def pool_tasks(
