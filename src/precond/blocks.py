@@ -200,10 +200,10 @@ class Block:
 
     @property
     def gradients(self) -> list[Tensor | None]:
-        """What ``.grad`` holds of them, or None."""
+        """What ``.grad`` holds of all leaves, or None."""
         if not self.sharded:
-            return [p.grad for p in self.params]
-        return [None if leaf.param.grad is None else leaf.local(leaf.param.grad) for leaf in self.leaves]
+            return [leaf.param.grad for leaf in self.all_leaves]
+        return [None if leaf.param.grad is None else leaf.local(leaf.param.grad) for leaf in self.all_leaves]
 
     @cached_property
     def sums(self) -> Sums:
@@ -230,6 +230,10 @@ class Block:
     def all_leaves(self) -> tuple[Leaf, ...]:
         """The leaves of all members of a stack; of a block alone its own."""
         return self.leaves
+
+    @property
+    def all_tensors(self) -> Vec:
+        return self.tensors
 
     @cached_property
     def turns(self) -> list[int]:

@@ -227,6 +227,9 @@ class Cell:
             self.momentum.fold(self.average, a)
         return self.momentum.current(self.average, a)
 
+    def average_of(self, y, maximize):
+        return self._averaged(tuple(-t for t in y) if maximize else y, "cotangent", True)
+
     def refresh(self) -> None:
         """Work after the step; the momentum moves with its coordinates."""
         if self.handled:

@@ -21,6 +21,7 @@ from precond.engine.loop import Rules
 from precond.engine.polar import polar
 from precond.maps import Identity
 from precond.momentum import Momentum
+from precond.preconditioners.base import Seen as Evidence
 from precond.preconditioners import BNP, RMS, SOAP, AdaGrad, Composition, Fixed, Preconditioner, Whitening
 from precond.regularizers import L2
 from precond.vec import Scalar, Tensors
@@ -51,9 +52,11 @@ def kernel(cell: Cell, choices: Sequence[Choice], rules: Rules) -> Kernel | None
     """
     decay, *others = dict.fromkeys(_decay(choice, rules) for choice in choices)
     plain = all(t.dtype in (torch.float32, torch.float64) and _dense(t) for t in cell.block.tensors)
-    if others or decay is None or rules.max_norm is not None or not plain or isinstance(cell.block, Stack):
+    if others or decay is None or rules.max_norm is not None or not plain:
         return None
     on_cpu = all(t.device.type == "cpu" for t in cell.block.tensors)
+    if isinstance(cell.block, Stack):
+        return _within(cell, decay) if on_cpu else None
     if not on_cpu and not all(t.device.type in _get_fused_kernels_supported_devices() for t in cell.block.tensors):
         return None
     if on_cpu and (found := _of_layer(cell, decay)) is not None:
@@ -113,6 +116,59 @@ def _of_layer(cell: Cell, decay: _Decay) -> Kernel | None:
     if isinstance(P, SOAP):
         return soap(cell, P, momentum, decay.decoupled)
     return polar(cell, P, momentum, decay.decoupled)
+
+
+def _within(cell: Cell, decay: _Decay) -> Kernel | None:
+    P, momentum = cell.preconditioner.adaptive, _momentum(cell)
+    if P is None or not cell.handled or decay.coupled:
+        return None
+    match P, momentum:
+        case RMS(start="zero", bias_correction=True, centered=False), Momentum(kind="ema", start="zero", of="cotangent"):
+            if P.eps > 0 and momentum.corrected:
+                return _Within(P, momentum, decay.decoupled)
+    return None
+
+
+@dataclass(frozen=True)
+class _Within:
+    """Adam's kernel in the coordinates of F: y = Fᵀg, u = m̂/(√r̂ + ε), p ← (1 − αλ)p − αF u."""
+
+    P: RMS
+    momentum: Momentum
+    decay: float
+
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
+        P, state = cell.acting, cell.state
+        g = cell.block.gathered(g)
+        if (found := P.coordinates(state, Evidence(g, cell.inputs))) is None:
+            d = P.push(state, cell.average_of(P.pull(state, Evidence(g, cell.inputs)), maximize))
+            alpha = -float(lr)
+        else:
+            F, own = found
+            y = F.rmv(g)
+            if any(a is b for a, b in zip(y, g, strict=True)):
+                y = tuple(t.clone() for t in y)
+            # As its own parameter that decays to nothing, y becomes the step −u without another buffer.
+            torch._fused_adamw_(
+                y,
+                y,
+                cell.average["m"],
+                own["r"],
+                own["r_max"] if self.P.amsgrad else [],
+                list(state["step"][: len(y)]),
+                lr=1.0,
+                beta1=self.momentum.beta,
+                beta2=self.P.decay,
+                weight_decay=1.0,
+                eps=self.P.eps,
+                amsgrad=self.P.amsgrad,
+                maximize=maximize,
+            )
+            d, alpha = F.mv(y), float(lr)
+        if self.decay:
+            torch._foreach_mul_(p, 1 - float(lr) * self.decay)
+        torch._foreach_add_(p, cell.block.scattered(d), alpha=alpha)
+        cell.refresh()
 
 
 def aligned(gradients: Tensors, p: Tensors) -> Tensors | None:

@@ -20,9 +20,7 @@ from precond.preconditioners.base import Preconditioner, placed
 from precond.preconditioners.stacked import stackable, takes_stacks
 from precond.sharding import local
 from precond.vec import Vec
-
-SCRATCH = 64 * 2**20
-"""Bytes of the parameters of a stack, at most, unless one block alone has more: a step makes a few copies of them."""
+from precond.workspace import stacked
 
 Existing = Mapping[Tensor, dict[str, Any]]
 """The optimizer's state: tensors by parameter and their names outside."""
@@ -310,7 +308,7 @@ def _alike(singles: Sequence[_Single]) -> Iterator[list[_Single]]:
         same = by_key.setdefault(single.key, [])
         for found in same:
             first, size = found[0], sum(t.numel() * t.element_size() for t in single.block.tensors)
-            fits = (len(found) + 1) * size <= SCRATCH
+            fits = (len(found) + 1) * size <= stacked(first.block.tensors[0].device)
             if fits and first.unit.preconditioner == single.unit.preconditioner and first.unit.momentum == single.unit.momentum:
                 found.append(single)
                 break

@@ -702,7 +702,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         if found and verdict is None and not self._agreed(vec.all_finite(found) and (loss is None or finite_loss(loss))):
             return False
         for kernel, cell, aligned in work:
-            leaf, p = cell.block.leaves[0], cell.block.tensors
+            leaf, p = cell.block.leaves[0], cell.block.all_tensors
             count_step(cell.state, verdict)
             found_inf = () if verdict is None else (verdict.found_inf(p[0].device),)
             kernel(cell, p, aligned, self._lr(leaf), self.param_groups[leaf.group]["maximize"], *found_inf)
@@ -789,7 +789,7 @@ class PreconditionedGD(torch.optim.Optimizer):
         for cell in point.cells:
             count_step(cell.state)
         for kernel, (cell, span) in zip(kernels, point.spans, strict=True):
-            p = cell.block.tensors
+            p = cell.block.all_tensors
             assert kernel is not None
             kernel(cell, p, fused.aligned(a[span], p), self._lr(cell.block.leaves[0]), False)
         return True

@@ -282,6 +282,13 @@ class Preconditioner(ABC):
         F, N = self.factors(state)
         return F.mv(N.gram(y))
 
+    @property
+    def adaptive(self) -> Any:
+        return None
+
+    def coordinates(self, state: State, seen: Seen) -> Any:
+        return None
+
     def wanted(self, state: State) -> Iterable[tuple[str, Request, Tensor | None]]:
         """(site name, request, the mean that deviations are measured from) to observe before the next step; nothing by default."""
         return ()

@@ -140,6 +140,16 @@ class Composition(Preconditioner):
             return super().push(state, y)
         return self._outer(state).mv(on(state["inner"].block, self.inner).push(state["inner"], y))
 
+    @property
+    def adaptive(self):
+        from precond.preconditioners.rms import RMS
+        return self.inner if isinstance(self.inner, RMS) else None
+
+    def coordinates(self, state, seen):
+        if self.outer.handles(state["outer"].block):
+            on(state["outer"].block, self.outer).observe(state["outer"], seen)
+        return self._outer(state), state["inner"]
+
     def map(self, state: State) -> LinearMap:
         block = state["inner"].block
         inner = (
