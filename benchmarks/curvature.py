@@ -22,8 +22,8 @@ import torch
 from harness import table, take_turns
 from torch import Tensor, nn
 
-from precond import vec
-from precond.curvature import (
+from precond.algebra import vec
+from precond.analysis.curvature import (
     Objective,
     condition_number,
     eigenvalues,
@@ -37,9 +37,9 @@ from precond.curvature import (
     to_scipy,
     trace,
 )
-from precond.curvature.products import CurvatureMap
-from precond.curvature.symmetric import stacked
-from precond.workloads import load_data
+from precond.analysis.curvature.products import CurvatureMap
+from precond.analysis.curvature.symmetric import stacked
+from precond.lab.workloads import load_data
 
 CROSS = nn.CrossEntropyLoss()
 PEERS = {"curvlinops": "curvlinops-for-pytorch", "pyhessian": "PyHessian", "hessian_eigenthings": "hessian-eigenthings"}

@@ -24,7 +24,7 @@ import torch
 from gpu_rows import ENTRANTS, MODES, SIZES, Size, serve
 from harness import table
 
-from precond.workloads import write_atomically
+from precond.lab.workloads import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTRACT = ["tests/contract"]

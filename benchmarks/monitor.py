@@ -15,8 +15,8 @@ from harness import convnet, table
 from torch import nn
 
 import precond
-from precond.curvature import Objective
-from precond.diagnostics import Monitor
+from precond.analysis.curvature import Objective
+from precond.analysis.diagnostics import Monitor
 
 
 def mlp() -> nn.Module:

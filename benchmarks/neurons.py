@@ -13,10 +13,10 @@ import torch
 from harness import table, take_turns
 from torch import nn
 
-from precond.curvature import Objective, neuron_hessians, unit_curvatures
-from precond.curvature.neurons.curvatures import chain_curvatures
-from precond.curvature.neurons.layer import Layer
-from precond.curvature.neurons.passes import opened
+from precond.analysis.curvature import Objective, neuron_hessians, unit_curvatures
+from precond.analysis.curvature.neurons.curvatures import chain_curvatures
+from precond.analysis.curvature.neurons.layer import Layer
+from precond.analysis.curvature.neurons.passes import opened
 
 SAMPLES = 2000
 WIDTHS = {

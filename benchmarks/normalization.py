@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import precond
-from precond.workloads import write_atomically
+from precond.lab.workloads import write_atomically
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "none": lambda n: nn.Identity(),

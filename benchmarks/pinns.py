@@ -28,8 +28,8 @@ from harness import table
 from torch import Tensor, nn
 from torch.func import grad, hessian
 
-from precond.curvature import Equation, Residuals, natural_steps
-from precond.workloads import write_atomically
+from precond.analysis.curvature import Equation, Residuals, natural_steps
+from precond.lab.workloads import write_atomically
 
 RESULTS = Path(__file__).parent.parent / "experiments" / "pinns" / "results.json"
 RATES = (1e-2, 3e-3, 1e-3)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from precond.exchange import dealt
+from precond.optim.ranks.exchange import dealt
 
 
 @dataclass(frozen=True)

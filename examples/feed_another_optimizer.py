@@ -4,7 +4,7 @@ Input statistics for another optimizer
 
 A weight that is multiplied by inputs h has the gradient G = E[δhᵀ], and every row of it is scaled and mixed by what h is like. K-FAC and
 FOOF divide by the inputs' Gram matrix E[hhᵀ] for that reason, Newton-Muon does before it orthogonalizes. An optimizer sees gradients
-alone; :func:`precond.inputs.observe` hands it the inputs, over micro-batches, processes, checkpointed and compiled forwards.
+alone; :func:`precond.optim.inputs.observe` hands it the inputs, over micro-batches, processes, checkpointed and compiled forwards.
 
 Here they are fed to an optimizer that knows nothing of them, ``torch.optim.Muon``, by a hook before its step. Any other one will do:
 where pytorch-optimizer is installed, its Muon is fed as well.
@@ -17,7 +17,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from precond.inputs import observe
+from precond.optim.inputs import observe
 
 images, labels = load_digits(return_X_y=True)
 x, y = torch.as_tensor(images, dtype=torch.float32), torch.as_tensor(labels)

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import precond
-from precond.maps import InverseRoot
+from precond.algebra.maps import InverseRoot
 
 # %%
 # The preconditioner

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import fashion
-from precond.workloads.fashion_mnist import FOLDER
+from precond.lab.workloads.fashion_mnist import FOLDER
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -10,7 +10,7 @@ import oracle
 import precond
 import test_oracle as sweep
 from precond import RMS, SOAP, Cautious, CautiousL2, Hyperball, Momentum, Muon, PreconditionedGD, RadialBrake, RowFloor
-from precond.spaces import Stage
+from precond.algebra.spaces import Stage
 
 NAMES = ["identity", "diagonal", "rms", "dense", "dense@rms", "structured@rms", "route", "shampoo", "soap", "muon"]
 JOINT = {"dense", "dense@rms", "structured@rms"}

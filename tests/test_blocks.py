@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from precond import RMS, AdaGrad, Composition, Dense, Fixed, Preconditioner, Route, State
-from precond.blocks import (
+from precond.optim.blocks import (
     Block,
     Leaf,
     by_group,
@@ -19,10 +19,10 @@ from precond.blocks import (
     matches,
     together,
 )
-from precond.inputs.roles import kind_of
-from precond.optimizer.parameters import Owners
-from precond.preconditioners import Split
-from precond.preconditioners.split import over
+from precond.optim.inputs.roles import kind_of
+from precond.optim.optimizer.parameters import Owners
+from precond.optim.preconditioners import Split
+from precond.optim.preconditioners.split import over
 
 
 def leaves_of(module):

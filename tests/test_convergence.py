@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from precond.convergence import Comparison, observed_rate, optimal_lr, predict, rate, steps
-from precond.curvature import Indefinite, NotResolved, Objective, Singular, condition_number, hessian
+from precond.analysis.convergence import Comparison, observed_rate, optimal_lr, predict, rate, steps
+from precond.analysis.curvature import Indefinite, NotResolved, Objective, Singular, condition_number, hessian
 
 torch.set_num_threads(1)
 

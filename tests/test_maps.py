@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from precond import maps, vec
-from precond.maps import (
+from precond.algebra import maps, vec
+from precond.algebra.maps import (
     BlockDiagonal,
     Dense,
     Diagonal,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from precond import Momentum
-from precond.blocks import Block, Leaf, State
+from precond.optim.blocks import Block, Leaf, State
 
 SHAPES = ((2, 3), (), (0,), (4,))
 

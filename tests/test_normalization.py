@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from precond import Fixed, PreconditionedGD, vec
-from precond.normalization import ChannelPad, MinMax, SampleScaling, Standardize, collapse_affine, fold_batchnorm
+from precond import Fixed, PreconditionedGD
+from precond.algebra import vec
+from precond.analysis.normalization import ChannelPad, MinMax, SampleScaling, Standardize, collapse_affine, fold_batchnorm
 
 torch.set_num_threads(1)
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precond import L1, L2, RMS, SAM, AdaGrad, Fixed, GradientNorm, LossClosure, PreconditionedGD, TimesLr, vec
-from precond.blocks import join
-from precond.maps import (
+from precond import L1, L2, RMS, SAM, AdaGrad, Fixed, GradientNorm, LossClosure, PreconditionedGD, TimesLr
+from precond.algebra import vec
+from precond.algebra.maps import (
     BlockDiagonal,
     Dense,
     Diagonal,
@@ -25,6 +25,7 @@ from precond.maps import (
     Spiked,
     Standardizing,
 )
+from precond.optim.blocks import join
 
 SEARCH = settings(max_examples=400, deadline=None, derandomize=True)
 TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-11}

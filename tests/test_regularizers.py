@@ -26,9 +26,9 @@ from precond import (
     is_matrix,
     vec,
 )
-from precond.regularizers import At
-from precond.regularizers.base import uniform
-from precond.spaces import Cotangent, Instead, P, Prox, Tangent, Z
+from precond.algebra.spaces import Cotangent, Instead, P, Prox, Tangent, Z
+from precond.optim.regularizers import At
+from precond.optim.regularizers.base import uniform
 
 GENERATOR = torch.Generator().manual_seed(5)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from precond import L1, L2, RMS, SAM, AdaGrad, Fixed, GradientNorm, Momentum, Route, TimesLr, Warmup
-from precond.schedules import numbers, replaced, value_at
+from precond.algebra.schedules import numbers, replaced, value_at
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from precond import vec
-from precond.maps import Dense, Diagonal, GramOnly
-from precond.spaces import Cotangent, P, Tangent, Z
+from precond.algebra import vec
+from precond.algebra.maps import Dense, Diagonal, GramOnly
+from precond.algebra.spaces import Cotangent, P, Tangent, Z
 
 GENERATOR = torch.Generator().manual_seed(1)
 

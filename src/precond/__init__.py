@@ -1,25 +1,13 @@
 """Preconditioned optimization and regularization: choose the coordinates z, p = P z, in which a network is trained."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from precond import optim
-from precond.averages import EMA, EMANesterov, TailMean, WeightAverage
-from precond.blocks import Block, Leaf, State, is_decayed, is_hidden, is_matrix
-from precond.convergence import observed_rate, optimal_lr, predict, rate
-from precond.curvature import (
-    Conditioning,
-    Objective,
-    condition_number,
-    eigenvalues,
-    gauss_newton,
-    hessian,
-    invariances,
-    neuron_hessian,
-    neuron_hessians,
-    spectral_density,
-    unit_curvatures,
-)
-from precond.diagnostics import Diagnosis, Monitor, diagnose, preconditioner_of
-from precond.inputs import Observed, register_layer, routed
-from precond.maps import (
+from precond._moved import MOVED, install
+from precond.algebra.maps import (
     BlockDiagonal,
     Dense,
     Diagonal,
@@ -32,14 +20,18 @@ from precond.maps import (
     Scaled,
     Standardizing,
 )
-from precond.momentum import Momentum
-from precond.normalization import MinMax, Standardize, collapse_affine, fold_batchnorm
+from precond.algebra.schedules import Schedule, TimesLr, Warmup
+from precond.algebra.spaces import Bend, Cotangent, Instead, Prox, Space, Stage, Tangent
 from precond.optim import SGD, Adam, AdamW, RMSprop
-from precond.optimizer import PreconditionedGD
-from precond.optimizer.parameters import decay_groups, role_groups
-from precond.optimizer.passes import frozen_statistics
-from precond.optimizer.probing import LossClosure
-from precond.preconditioners import (
+from precond.optim.averages import EMA, EMANesterov, TailMean, WeightAverage
+from precond.optim.blocks import Block, Leaf, State, is_decayed, is_hidden, is_matrix
+from precond.optim.inputs import Observed, register_layer, routed
+from precond.optim.momentum import Momentum
+from precond.optim.optimizer import PreconditionedGD
+from precond.optim.optimizer.parameters import decay_groups, role_groups
+from precond.optim.optimizer.passes import frozen_statistics
+from precond.optim.optimizer.probing import LossClosure
+from precond.optim.preconditioners import (
     BNP,
     KFAC,
     RMS,
@@ -59,8 +51,8 @@ from precond.preconditioners import (
     Shampoo,
     Whitening,
 )
-from precond.recipes import RECIPES, adagrad, adam, adamw, auto, bnp, muon, rmsprop, sgd, shampoo, soap, whitening
-from precond.regularizers import (
+from precond.optim.recipes import RECIPES, adagrad, adam, adamw, auto, bnp, muon, rmsprop, sgd, shampoo, soap, whitening
+from precond.optim.regularizers import (
     L1,
     L2,
     SAM,
@@ -73,8 +65,33 @@ from precond.regularizers import (
     Regularizer,
     RowFloor,
 )
-from precond.schedules import Schedule, TimesLr, Warmup
-from precond.spaces import Bend, Cotangent, Instead, Prox, Space, Stage, Tangent
+
+if TYPE_CHECKING:
+    from precond.analysis import (
+        Conditioning,
+        Diagnosis,
+        MinMax,
+        Monitor,
+        Objective,
+        Standardize,
+        collapse_affine,
+        condition_number,
+        diagnose,
+        eigenvalues,
+        fold_batchnorm,
+        gauss_newton,
+        hessian,
+        invariances,
+        neuron_hessian,
+        neuron_hessians,
+        observed_rate,
+        optimal_lr,
+        preconditioner_of,
+        predict,
+        rate,
+        spectral_density,
+        unit_curvatures,
+    )
 
 __all__ = [
     "BNP",
@@ -187,3 +204,18 @@ __all__ = [
     "unit_curvatures",
     "whitening",
 ]
+
+install()
+
+
+def __getattr__(name: str) -> Any:
+    # What looks at a problem is loaded when it is asked for; a training loop asks for none of it.
+    if name in MOVED:
+        return import_module(MOVED[name])
+    if name in __all__:
+        return getattr(import_module("precond.analysis"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *MOVED})

@@ -29,8 +29,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fashion
-from precond.cli.entry import main
-from precond.evidence import study
+from precond.lab.cli.entry import main
+from precond.lab.evidence import study
 
 _SMALL = ["--widths", "8", "--steps", "60", "--evaluations", "4", "--checkpoint-seconds", "0.005"]
 # Each in a folder of its own, its output in ``out``.

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from precond.cli import bench
-from precond.cli.bench import Bench, Experiment
-from precond.cli.main import main
-from precond.report import load_results, ratios
-from precond.workloads import LogUniform, Task
-from precond.workloads.fashion_study import ENTRANTS, fashion_tasks
-from precond.workloads.race import REFERENCE
+from precond.lab.cli import bench
+from precond.lab.cli.bench import Bench, Experiment
+from precond.lab.cli.main import main
+from precond.lab.report import load_results, ratios
+from precond.lab.workloads import LogUniform, Task
+from precond.lab.workloads.fashion_study import ENTRANTS, fashion_tasks
+from precond.lab.workloads.race import REFERENCE
 
 
 def test_every_entrant_of_every_task_has_the_same_budget(fashion_mnist: Path) -> None:

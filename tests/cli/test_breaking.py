@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from precond.cli.errors import UserError
-from precond.cli.folder import file_name, sole
-from precond.cli.main import main
-from precond.report import load_results, save
-from precond.report.reading import parsed, read
-from precond.report.results import Results, ResultsError
-from precond.workloads import (
+from precond.lab.cli.errors import UserError
+from precond.lab.cli.folder import file_name, sole
+from precond.lab.cli.main import main
+from precond.lab.report import load_results, save
+from precond.lab.report.reading import parsed, read
+from precond.lab.report.results import Results, ResultsError
+from precond.lab.workloads import (
     Checkpoint,
     CheckpointError,
     Outcome,
@@ -141,7 +141,7 @@ def test_a_checkpoint_left_beside_an_outcome_goes_and_a_model_that_is_gone_is_tr
     "spoiled", [{"model": {}}, {"curve": {"step": [1]}}, {"random": None}, {"step": None, "scheduler": 3}, {"identity": 1}]
 )
 def test_a_checkpoint_that_holds_something_else_is_named(spoiled: dict[str, Any], tmp_path: Path) -> None:
-    from precond.workloads import Architecture, BuiltIn, Interrupted, load_data
+    from precond.lab.workloads import Architecture, BuiltIn, Interrupted, load_data
 
     workload = BuiltIn(load_data("wine"), Architecture("linear", ()), 32)
     checkpoint, (entrant,), plan = Checkpoint(tmp_path / "c.pt", 0.0), parse_entrants("adam"), Plan(0.01, 6, 0)

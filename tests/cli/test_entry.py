@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from precond.cli import entry
+from precond.lab.cli import entry
 
 SOURCES = Path(__file__).parents[2] / "src"
 _NAMES = {"scikit-learn": "sklearn", "curvlinops-for-pytorch": "curvlinops", "import-linter": "importlinter"}
@@ -39,9 +39,9 @@ def test_the_library_needs_torch_alone() -> None:
         *sorted(
             m
             for m in modules
-            if not re.match(r"precond\.(cli|report|evidence|integrations\.(lightning|transformers|skorch))\b", m)
+            if not re.match(r"precond\.(lab\.(cli|report|evidence)|integrations\.(lightning|transformers|skorch))\b", m)
         ),
-        "precond.cli.entry",
+        "precond.lab.cli.entry",
     ]
     assert len(needed) > 100
     without_extras(f"import importlib\nfor name in {needed!r}: importlib.import_module(name)")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from precond.cli.main import main
+from precond.lab.cli.main import main
 
 
 def test_page_and_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

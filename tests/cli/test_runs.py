@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from precond.cli.main import main
-from precond.cli.stopping import stopping
-from precond.report import load_results
+from precond.lab.cli.main import main
+from precond.lab.cli.stopping import stopping
+from precond.lab.report import load_results
 
 # Dropout, batch statistics, a second gradient per step, a search and two seeds: everything that a resumption must bring back.
 ARGS = [
@@ -24,7 +24,7 @@ ARGS = [
     "--dropout", "0.2", "--steps", "120", "--evaluations", "4", "--lr-range", "1e-3,1e-2", "--trials", "2", "--seeds", "0,1",
     "--checkpoint-seconds", "0.02",
 ]  # fmt: skip
-_COMMAND = "import sys; from precond.cli.main import main; sys.exit(main(sys.argv[1:]))"
+_COMMAND = "import sys; from precond.lab.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 def start(out: Path) -> subprocess.Popen[str]:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from precond.cli.config import from_toml
-from precond.cli.errors import UserError
-from precond.cli.main import COMMANDS, main, parse
-from precond.cli.train import Train
+from precond.lab.cli.config import from_toml
+from precond.lab.cli.errors import UserError
+from precond.lab.cli.main import COMMANDS, main, parse
+from precond.lab.cli.train import Train
 
 TOML = 'data = "wine"\nepochs = 7\nwidths = [8, 4]\nlr = 0.5\nseeds = [3, 4]\nbatch-size = 16\nout = "x/y"\nresume = false\n'
 

@@ -9,12 +9,23 @@ from typing import Any, Literal
 
 import pytest
 
-from precond.cli.errors import UserError
-from precond.cli.folder import Folder
-from precond.cli.launch import Where, launch
-from precond.cli.study import folder_name
-from precond.report import load_results
-from precond.workloads import Architecture, BuiltIn, Contender, LogUniform, Plan, Search, Task, load_data, parse_entrants, train
+from precond.lab.cli.errors import UserError
+from precond.lab.cli.folder import Folder
+from precond.lab.cli.launch import Where, launch
+from precond.lab.cli.study import folder_name
+from precond.lab.report import load_results
+from precond.lab.workloads import (
+    Architecture,
+    BuiltIn,
+    Contender,
+    LogUniform,
+    Plan,
+    Search,
+    Task,
+    load_data,
+    parse_entrants,
+    train,
+)
 
 SETTINGS = {"a": 1}
 

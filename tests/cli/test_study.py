@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from precond.cli import study
-from precond.cli.folder import Folder
-from precond.cli.launch import Where, launch
-from precond.cli.study import Job, Study
-from precond.report import load_results
-from precond.workloads import (
+from precond.lab.cli import study
+from precond.lab.cli.folder import Folder
+from precond.lab.cli.launch import Where, launch
+from precond.lab.cli.study import Job, Study
+from precond.lab.report import load_results
+from precond.lab.workloads import (
     Architecture,
     BuiltIn,
     Contender,
@@ -38,7 +38,7 @@ from precond.workloads import (
     load_data,
     parse_entrants,
 )
-from precond.workloads.factory import Factory
+from precond.lab.workloads.factory import Factory
 
 READ: list[str] = []
 

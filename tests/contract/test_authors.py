@@ -10,8 +10,8 @@ from torch import nn
 
 import precond
 from precond import RMS, Momentum, PreconditionedGD, Route
-from precond.preconditioners import Preconditioner
-from precond.spaces import Cotangent, Tangent
+from precond.algebra.spaces import Cotangent, Tangent
+from precond.optim.preconditioners import Preconditioner
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import nn
 import precond
 from contract.table import EVERY, OWN, TWINS, Twin, batches, closure, flat, net, rounding, train
 from precond import RMS, SAM, GradientNorm, LossClosure, PreconditionedGD
-from precond.engine import loop
+from precond.optim.engine import loop
 
 each = pytest.mark.parametrize("name", EVERY)
 by_name = pytest.mark.parametrize("twin", TWINS, ids=str)

@@ -11,8 +11,9 @@ from torch import nn
 
 import precond
 from contract.table import OWN, batches, closure, flat, net
-from precond import Momentum, Polar, PreconditionedGD, vec
-from precond.curvature import Objective
+from precond import Momentum, Polar, PreconditionedGD
+from precond.algebra import vec
+from precond.analysis.curvature import Objective
 
 FROZEN = {"a layer": "head", "a bias": "head.bias", "a weight": "head.weight"}
 SCHEDULED = {name: OWN[name] for name in OWN if "cholesky" in name or "olar" in name or name.startswith("auto,")}

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from precond import vec
+from precond.algebra import vec
 
 CROSS = nn.CrossEntropyLoss()
 

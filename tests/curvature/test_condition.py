@@ -13,8 +13,9 @@ from torch import nn
 
 import precond
 from curvature.cases import CROSS, examples, hessian_of, minimized, network, penalized
-from precond import vec
-from precond.curvature import (
+from precond.algebra import vec
+from precond.algebra.maps import Dense, Diagonal
+from precond.analysis.curvature import (
     CurvatureError,
     Indefinite,
     NotResolved,
@@ -31,7 +32,6 @@ from precond.curvature import (
     invariances,
     to_scipy,
 )
-from precond.maps import Dense, Diagonal
 
 METHODS = ("dense", "lanczos")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from curvature.cases import CROSS, examples, hessian_of, network
-from precond.curvature import Objective, Span, as_map, diagonal, hessian, spectral_density, trace
-from precond.maps import Diagonal
+from precond.algebra.maps import Diagonal
+from precond.analysis.curvature import Objective, Span, as_map, diagonal, hessian, spectral_density, trace
 
 
 def spiked(n: int = 700) -> torch.Tensor:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from scipy.stats import t as student
 
-from precond.curvature import diagonal, trace
-from precond.curvature.estimates import students_t
-from precond.curvature.exchanged import exchanged
+from precond.analysis.curvature import diagonal, trace
+from precond.analysis.curvature.estimates import students_t
+from precond.analysis.curvature.exchanged import exchanged
 
 N = 600
 

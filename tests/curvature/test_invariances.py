@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from curvature.cases import CROSS, hessian_of, penalized
-from precond import vec
-from precond.curvature import Objective, condition_number, eigenvalues, hessian, invariances
-from precond.maps import Diagonal
+from precond.algebra import vec
+from precond.algebra.maps import Diagonal
+from precond.analysis.curvature import Objective, condition_number, eigenvalues, hessian, invariances
 
 
 def conv(activation=nn.ReLU, **options):

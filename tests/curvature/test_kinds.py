@@ -11,8 +11,9 @@ from torch.nn.utils import parametrizations
 
 import precond
 from curvature.cases import CROSS
-from precond import vec
-from precond.curvature import (
+from precond.algebra import vec
+from precond.algebra.maps import Dense
+from precond.analysis.curvature import (
     CurvatureError,
     NotSymmetric,
     Objective,
@@ -32,7 +33,6 @@ from precond.curvature import (
     trace,
     unit_curvatures,
 )
-from precond.maps import Dense
 
 
 class Recurrent(nn.Module):

@@ -8,9 +8,9 @@ from torch import nn
 
 import precond
 from curvature.cases import CROSS, examples, network
-from precond import vec
-from precond.curvature import CoupledSamples, Objective, Singular, condition_number, ekfac, fisher, gauss_newton, kfac
-from precond.maps import Dense
+from precond.algebra import vec
+from precond.algebra.maps import Dense
+from precond.analysis.curvature import CoupledSamples, Objective, Singular, condition_number, ekfac, fisher, gauss_newton, kfac
 
 
 class Pooled(nn.Module):

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from curvature.cases import examples, hessian_of, penalized
-from precond.curvature import Objective, condition_number, eigenvalues, hessian
-from precond.curvature.condition import _Ends
-from precond.curvature.lanczos import Ritz
-from precond.curvature.spectrum import Spectrum
-from precond.curvature.symmetric import SymmetricMap
-from precond.maps import Dense, Diagonal
+from precond.algebra.maps import Dense, Diagonal
+from precond.analysis.curvature import Objective, condition_number, eigenvalues, hessian
+from precond.analysis.curvature.condition import _Ends
+from precond.analysis.curvature.lanczos import Ritz
+from precond.analysis.curvature.spectrum import Spectrum
+from precond.analysis.curvature.symmetric import SymmetricMap
 
 
 class Turned(SymmetricMap):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from precond.curvature import (
+from precond.analysis.curvature import (
     CoupledSamples,
     CurvatureError,
     Indefinite,
@@ -23,10 +23,10 @@ from precond.curvature import (
     neuron_hessians,
     unit_curvatures,
 )
-from precond.curvature.neurons import Signs
-from precond.curvature.neurons.curvatures import chain_curvatures
-from precond.curvature.neurons.layer import Layer
-from precond.curvature.neurons.passes import opened
+from precond.analysis.curvature.neurons import Signs
+from precond.analysis.curvature.neurons.curvatures import chain_curvatures
+from precond.analysis.curvature.neurons.layer import Layer
+from precond.analysis.curvature.neurons.passes import opened
 
 torch.set_num_threads(1)
 CROSS = nn.CrossEntropyLoss()

@@ -11,9 +11,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import precond
 from curvature.cases import CROSS, examples, hessian_of, network, penalized
-from precond import vec
-from precond.curvature import Indefinite, NoSecondDerivative, Objective, condition_number, gauss_newton, hessian, to_scipy
-from precond.curvature.symmetric import apply_block, stacked
+from precond.algebra import vec
+from precond.analysis.curvature import (
+    Indefinite,
+    NoSecondDerivative,
+    Objective,
+    condition_number,
+    gauss_newton,
+    hessian,
+    to_scipy,
+)
+from precond.analysis.curvature.symmetric import apply_block, stacked
 
 
 def flat_gradient(model, x, y, loss=CROSS):

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from curvature.cases import CROSS, examples, network
-from precond import vec
-from precond.curvature import (
+from precond.algebra import vec
+from precond.algebra.maps import Diagonal
+from precond.analysis.curvature import (
     CoupledSamples,
     CurvatureError,
     Objective,
@@ -21,7 +22,6 @@ from precond.curvature import (
     jacobian,
     restricted,
 )
-from precond.maps import Diagonal
 
 
 class Tokens(nn.Module):

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature.cases import CROSS, examples, hessian_of, minimized, network
-from precond import vec
-from precond.curvature import (
+from precond.algebra import vec
+from precond.algebra.maps import Diagonal
+from precond.analysis.curvature import (
     CurvatureError,
     NoSecondDerivative,
     NotResolved,
@@ -26,7 +27,6 @@ from precond.curvature import (
     spectral_density,
     trace,
 )
-from precond.maps import Diagonal
 
 
 def test_c1_no_ghosts():

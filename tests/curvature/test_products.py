@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from precond import vec
-from precond.curvature import Objective, Span, eigenvalues, gauss_newton, hessian
-from precond.maps import Diagonal
+from precond.algebra import vec
+from precond.algebra.maps import Diagonal
+from precond.analysis.curvature import Objective, Span, eigenvalues, gauss_newton, hessian
 
 CROSS = nn.CrossEntropyLoss()
 MODELS = {
@@ -126,8 +126,8 @@ def test_no_ghosts_after_many_products():
 
 
 def test_an_unsymmetric_map_is_refused():
-    from precond.curvature import NotSymmetric
-    from precond.maps import Dense
+    from precond.algebra.maps import Dense
+    from precond.analysis.curvature import NotSymmetric
 
     A = Dense(torch.tensor([[1.0, 2.0], [0.0, 1.0]]), like=(torch.zeros(2),))
     with pytest.raises(NotSymmetric, match=r"P.T @ H @ P"):

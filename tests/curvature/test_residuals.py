@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.func import grad, hessian
 
-from precond import vec
-from precond.curvature import Equation, Residuals, natural_steps
-from precond.maps import Woodbury
+from precond.algebra import vec
+from precond.algebra.maps import Woodbury
+from precond.analysis.curvature import Equation, Residuals, natural_steps
 
 
 def laplacian(u, x):

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from precond.diagnostics.calibrated import Gain, Row, calibration, fit, summary
+from precond.analysis.diagnostics.calibrated import Gain, Row, calibration, fit, summary
 
 
 def planted(stuck, slope=0.5, noise=0.2, tasks=12, each=20):

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from precond.cli.main import main
-from precond.curvature import Objective
-from precond.diagnostics import diagnose
-from precond.report.diagnosis import render_diagnosis
+from precond.analysis.curvature import Objective
+from precond.analysis.diagnostics import diagnose
+from precond.lab.cli.main import main
+from precond.lab.report.diagnosis import render_diagnosis
 
 FACTORIES = """
 import torch
 from torch import nn
-from precond.curvature import Objective
+from precond.analysis.curvature import Objective
 
 def parts():
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))

@@ -13,8 +13,8 @@ from torch import nn
 import precond
 from alike import alike
 from precond import BNP, RMS, PreconditionedGD
-from precond.curvature import Objective
-from precond.diagnostics import diagnose, preconditioner_of
+from precond.analysis.curvature import Objective
+from precond.analysis.diagnostics import diagnose, preconditioner_of
 
 
 def objective_of(model, x, outputs=2, batches=3, **options):

@@ -15,10 +15,10 @@ from torch import nn
 import precond
 from alike import alike
 from precond import BNP, RMS, SAM, PreconditionedGD
-from precond.curvature import Objective, hessian
-from precond.diagnostics import Monitor, TensorBoard, preconditioner_of
-from precond.diagnostics.live import kappa_of_moments, largest
-from precond.inputs import Moments
+from precond.analysis.curvature import Objective, hessian
+from precond.analysis.diagnostics import Monitor, TensorBoard, preconditioner_of
+from precond.analysis.diagnostics.live import kappa_of_moments, largest
+from precond.optim.inputs import Moments
 
 
 def net(dtype=torch.float32):
@@ -198,7 +198,7 @@ def test_every_and_the_budget(monkeypatch):
 
     # A clock on which a step takes 1 and a measurement 4: with a budget of 5 % one in 80 steps.
     now = [0.0]
-    monkeypatch.setattr("precond.diagnostics.monitor.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("precond.analysis.diagnostics.monitor.time.perf_counter", lambda: now[0])
     steps = []
 
     def sink(metrics, step):
@@ -237,7 +237,7 @@ def test_sinks(tmp_path):
 
 
 def test_what_is_not_finite_is_null(tmp_path):
-    from precond.diagnostics import Jsonl
+    from precond.analysis.diagnostics import Jsonl
 
     sink = Jsonl(tmp_path / "m.jsonl")
     sink({"a": math.nan, "b": math.inf, "c": 1.0}, 3)

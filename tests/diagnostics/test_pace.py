@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from precond.curvature import Objective
-from precond.diagnostics import diagnose
-from precond.diagnostics.gains import Picture, first_rate, predicted
-from precond.diagnostics.gathering import gather
-from precond.diagnostics.pace import Block, Part, Race, parts_of, speed_up
-from precond.diagnostics.remedies import base_of
-from precond.diagnostics.short import as_trained
+from precond.analysis.curvature import Objective
+from precond.analysis.diagnostics import diagnose
+from precond.analysis.diagnostics.gains import Picture, first_rate, predicted
+from precond.analysis.diagnostics.gathering import gather
+from precond.analysis.diagnostics.pace import Block, Part, Race, parts_of, speed_up
+from precond.analysis.diagnostics.remedies import base_of
+from precond.analysis.diagnostics.short import as_trained
 
 
 def regression(outputs=2, bias=True):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import precond
-from precond.curvature import Objective, condition_number, gauss_newton
-from precond.maps.tucker import Tucker
+from precond.algebra.maps.tucker import Tucker
+from precond.analysis.curvature import Objective, condition_number, gauss_newton
 
 torch.set_num_threads(1)
 LR = 0.01
@@ -222,7 +222,7 @@ def test_a_class_of_another_package_is_not_taken_for_it():
 
 
 def test_a_class_by_its_name():
-    @precond.diagnostics.register("mine.SignSGD", stateless=True)
+    @precond.analysis.diagnostics.register("mine.SignSGD", stateless=True)
     def _(param, state, group):
         return precond.InverseRoot((param.grad.abs(),))
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import precond
 from precond import BNP, RMS, PreconditionedGD
-from precond.curvature import Objective, eigenvalues, hessian, in_float64
-from precond.diagnostics import preconditioner_of, register, step_size
+from precond.analysis.curvature import Objective, eigenvalues, hessian, in_float64
+from precond.analysis.diagnostics import preconditioner_of, register, step_size
 
 
 def problem(dtype=torch.float64):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from precond.curvature import Objective
-from precond.diagnostics import diagnose
-from precond.diagnostics.problem import as_objective
-from precond.diagnostics.short import short_training
+from precond.analysis.curvature import Objective
+from precond.analysis.diagnostics import diagnose
+from precond.analysis.diagnostics.problem import as_objective
+from precond.analysis.diagnostics.short import short_training
 
 
 class Plain(nn.Module):

@@ -7,7 +7,7 @@ import torch
 
 import precond
 from precond import Momentum, PreconditionedGD
-from precond.diagnostics import stable_factor
+from precond.analysis.diagnostics import stable_factor
 
 
 def ours(momentum):

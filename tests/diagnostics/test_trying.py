@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import precond
-from precond.cli.main import main
-from precond.curvature import Objective
-from precond.diagnostics import diagnose
-from precond.diagnostics.rates import fitted, lr_range, rate
-from precond.diagnostics.remedies import base_of, standardized
-from precond.diagnostics.short import Curve, compared, points, short_training
-from precond.diagnostics.trying import try_remedies, with_rates
+from precond.analysis.curvature import Objective
+from precond.analysis.diagnostics import diagnose
+from precond.analysis.diagnostics.rates import fitted, lr_range, rate
+from precond.analysis.diagnostics.remedies import base_of, standardized
+from precond.analysis.diagnostics.short import Curve, compared, points, short_training
+from precond.analysis.diagnostics.trying import try_remedies, with_rates
+from precond.lab.cli.main import main
 
 
 def sgd(model, lr):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distributed.training import WRAPS, Net, batch, full
-from precond.inputs import observe
+from precond.optim.inputs import observe
 
 
 def step(shares: tuple[int, ...], wrap: str) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def _whole(part: Tensor, weight: Any) -> Tensor:
     """Of a part of a divided weight, all of it."""
     if not hasattr(weight, "to_local"):
         return part
-    from precond.sharding import Shard
+    from precond.algebra.sharding import Shard
 
     shard = Shard.of(weight)
     assert shard is not None

@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from distributed.training import Setting, build, contents, fit
-from precond import replicas
+from precond.optim.ranks import replicas
 
 
 def _rank() -> int | None:

@@ -12,8 +12,8 @@ from distributed.pool import Failed
 from distributed.test_ddp import check
 from distributed.training import OPTIMIZERS, Setting
 from precond import Muon
-from precond.inputs import survey
-from precond.optimizer.compatibility import check_shared
+from precond.optim.inputs import survey
+from precond.optim.optimizer.compatibility import check_shared
 
 torch.set_num_threads(1)
 SHARDABLE = [name for name in OPTIMIZERS if "exact" not in name]

@@ -11,7 +11,7 @@ import precond
 from contract.table import flat
 from engine.test_stacks import TOLERANCE, data, model, train
 from precond import BNP, L2, RMS, SAM, Momentum, Muon, PreconditionedGD, Route
-from precond.blocks import Stack
+from precond.optim.blocks import Stack
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from contract.table import EVERY, closure, flat
-from precond.blocks import Stack
-from precond.engine import plan
+from precond.optim.blocks import Stack
+from precond.optim.engine import plan
 
 each = pytest.mark.parametrize("name", EVERY)
 TOLERANCE = 1e-9

@@ -1,7 +1,7 @@
 """``precond verify``."""
 
-from precond.cli.main import main
-from precond.maps import Dense
+from precond.algebra.maps import Dense
+from precond.lab.cli.main import main
 
 
 def test_some_statements(tmp_path, capsys):

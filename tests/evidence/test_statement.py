@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from precond.curvature import Indefinite
-from precond.evidence import CHAPTERS, Chapter, Entry, Finding, Statement, as_expected, chosen, measured, sections
+from precond.analysis.curvature import Indefinite
+from precond.lab.evidence import CHAPTERS, Chapter, Entry, Finding, Statement, as_expected, chosen, measured, sections
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from precond.curvature.neurons.form import NeuronHessian
-from precond.evidence import chosen, measured, persample
-from precond.inputs.recurrent import RecurrentTap
-from precond.maps import Dense
-from precond.normalization import SampleScaling
-from precond.preconditioners import BNP, RMS
-from precond.regularizers import L2, SAM
-from precond.spaces import Cotangent, Tangent
+from precond.algebra.maps import Dense
+from precond.algebra.spaces import Cotangent, Tangent
+from precond.analysis.curvature.neurons.form import NeuronHessian
+from precond.analysis.normalization import SampleScaling
+from precond.lab.evidence import chosen, measured, persample
+from precond.optim.inputs.recurrent import RecurrentTap
+from precond.optim.preconditioners import BNP, RMS
+from precond.optim.regularizers import L2, SAM
 
 # What takes seconds is left to the command: rates of long runs, networks trained to their minimum, the order of implicit regularization.
 SLOW = {

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import precond
-from precond.evidence import study
-from precond.maps import Diagonal
-from precond.preconditioners import Fixed
+from precond.algebra.maps import Diagonal
+from precond.lab.evidence import study
+from precond.optim.preconditioners import Fixed
 
 
 def moved(regularizer, root):

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from precond import BNP, RMS, Momentum, PreconditionedGD, Whitening, adam, adamw, whitening
-from precond.engine.coordinates import AdamInCoordinates
-from precond.engine.factors import SpikedFactor, WholeFactor
-from precond.engine.fused import _OfInner
+from precond.optim.engine.coordinates import AdamInCoordinates
+from precond.optim.engine.factors import SpikedFactor, WholeFactor
+from precond.optim.engine.fused import _OfInner
 
 ROOT = Whitening(root="cholesky", every=6, observe_steps=2)
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -83,7 +83,7 @@ def kernels(optimizer: PreconditionedGD) -> list[Any]:
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernel_takes_the_steps_of_the_reference_engine(name: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters, averages and statistics, with triangular roots cut into panels."""
-    monkeypatch.setattr("precond.engine.factors._PANEL", 3)
+    monkeypatch.setattr("precond.optim.engine.factors._PANEL", 3)
     (inputs, options), taken, inside = CASES[name], [], AdamInCoordinates._step
 
     def spied(self: AdamInCoordinates, cell: Any, *rest: Any) -> None:
@@ -104,7 +104,7 @@ def test_the_kernel_takes_the_steps_of_the_reference_engine(name: str, bias: boo
 @pytest.mark.parametrize("fails", [False, True], ids=["", "where Cholesky fails"])
 def test_panels_are_those_of_a_triangular_root(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where K has no Cholesky factor its root is symmetric, whatever was asked for."""
-    monkeypatch.setattr("precond.engine.factors._PANEL", 3)
+    monkeypatch.setattr("precond.optim.engine.factors._PANEL", 3)
     if fails:
         monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda K: (K, torch.ones(K.shape[:-2])))
     ours, theirs = (trained(lambda m, e=engine: whitening(m, 0.01, inputs=ROOT, engine=e)) for engine in ("fused", "loop"))
@@ -115,8 +115,8 @@ def test_panels_are_those_of_a_triangular_root(fails: bool, monkeypatch: pytest.
 
 @pytest.mark.parametrize("inputs", [ROOT, Whitening(every=6, observe_steps=2, rank=1)], ids=["whole", "of rank 1"])
 def test_products_in_16_bits_are_near(inputs: Whitening, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("precond.precision.WIDE", 0)
-    monkeypatch.setattr("precond.precision.multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("precond.algebra.precision.WIDE", 0)
+    monkeypatch.setattr("precond.algebra.precision.multiplies_bfloat16", lambda: True)
     (narrow, optimizer), (exact, _) = (
         trained(lambda m, e=engine: whitening(m, 0.01, inputs=inputs, engine=e), torch.float32, steps=4)
         for engine in ("fused", "loop")

@@ -15,8 +15,8 @@ from inputs.kinds import KINDS, Case, Conv1D
 from inputs.layers import data
 from inputs.steps import check_step, copies, stepped
 from precond import BNP, Observed, PreconditionedGD, Whitening, routed
-from precond.inputs import OneHot
-from precond.observing import unwatched
+from precond.optim.inputs import OneHot
+from precond.optim.inputs.watching import unwatched
 
 torch.set_num_threads(1)
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from inputs import layers, unfolded
 from inputs.kinds import KINDS
 from inputs.layers import CONV, Case
-from precond import BNP, LinearMap, PreconditionedGD, vec
-from precond.observing import unwatched
+from precond import BNP, LinearMap, PreconditionedGD
+from precond.algebra import vec
+from precond.optim.inputs.watching import unwatched
 
 torch.set_num_threads(1)
 CASES = [*layers.CASES, *KINDS]

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from inputs.layers import data
 from precond import BNP, SAM, GradientNorm, LossClosure, PreconditionedGD
-from precond.observing import unwatched
+from precond.optim.inputs.watching import unwatched
 
 torch.set_num_threads(1)
 X = data(12, 4)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from inputs.layers import data
-from precond.inputs import Request, observe
+from precond.optim.inputs import Request, observe
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import precond
 from inputs.steps import copies, stepped
 from precond import BNP, RMS, PreconditionedGD
-from precond.inputs import OneHot
+from precond.optim.inputs import OneHot
 
 torch.set_num_threads(1)
 TOKENS = torch.tensor([[0, 1, 1, 3], [3, 3, 5, 1], [1, 1, 0, 3]])

@@ -25,8 +25,8 @@ from precond import (
     Preconditioner,
     Whitening,
 )
-from precond.preconditioners.compose import Composition
-from precond.schedules import TimesLr
+from precond.algebra.schedules import TimesLr
+from precond.optim.preconditioners.compose import Composition
 
 torch.set_num_threads(1)
 

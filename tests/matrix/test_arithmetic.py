@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import precond
-from precond import precision
+from precond.algebra import precision
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from torch import nn
 import precond
 from matrix.test_peers import run
 from precond import SOAP, Momentum, Muon, OutputFactor, PreconditionedGD, Shampoo
-from precond.maps import Kronecker, SymmetricKronecker
-from precond.preconditioners import roots
-from precond.preconditioners.eigenbases import eigenbasis
+from precond.algebra.maps import Kronecker, SymmetricKronecker
+from precond.optim.preconditioners import roots
+from precond.optim.preconditioners.eigenbases import eigenbasis
 
 MAKE = {
     "muon": lambda p: precond.muon(p, lr=0.01),

@@ -22,7 +22,7 @@ from precond import (
     Whitening,
     vec,
 )
-from precond.maps import Dense, Secant
+from precond.algebra.maps import Dense, Secant
 
 EXACT = Muon("eigh")
 

@@ -62,7 +62,7 @@ def test_muon_is_torch_s_formula_to_rounding(shape, options, engine, monkeypatch
 @pytest.mark.parametrize("shape", [(300, 700), (700, 300), (320, 320), (512, 600)])
 def test_muon_in_bfloat16_is_near_to_the_polynomial(shape, monkeypatch):
     """Within 2.5 %, and twice what torch's loses: a product of factors of the Gram matrix rounds more often."""
-    monkeypatch.setattr("precond.precision.multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("precond.algebra.precision.multiplies_bfloat16", lambda: True)
     start, gradients = draws(shape, 3)
     ends = {}
     for name, make in {

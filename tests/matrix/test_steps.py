@@ -13,8 +13,8 @@ import precond
 from matrix import oracles
 from matrix.test_peers import relative, run
 from precond import L2, RMS, SAM, SOAP, GradientNorm, LossClosure, Momentum, Muon, PreconditionedGD, Shampoo, Whitening
-from precond.preconditioners.newton_schulz import JORDAN, Iteration, polynomial
-from precond.preconditioners.roots import inverse_root, largest_eigenvalue
+from precond.optim.preconditioners.newton_schulz import JORDAN, Iteration, polynomial
+from precond.optim.preconditioners.roots import inverse_root, largest_eigenvalue
 
 DRAW = torch.Generator().manual_seed(7)
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from peers.recipes import RECIPES, closure, flat, loss_of, make, net, train
 from precond import SAM, GradientNorm, PreconditionedGD
-from precond.interrupts import Uninterrupted
+from precond.optim.optimizer.interrupts import Uninterrupted
 
 ROOT = Path(__file__).parents[2]
 VARIANTS = [

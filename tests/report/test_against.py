@@ -7,11 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from precond.report import Entry, Results, TaskResults, default_target, geometric_mean, load_results, markdown, overall, ratios
-from precond.report.against import Ratio, markdown_of_task
-from precond.report.page import render
-from precond.report.saving import save
-from precond.workloads import Curve, Outcome, Trial
+from precond.lab.report import (
+    Entry,
+    Results,
+    TaskResults,
+    default_target,
+    geometric_mean,
+    load_results,
+    markdown,
+    overall,
+    ratios,
+)
+from precond.lab.report.against import Ratio, markdown_of_task
+from precond.lab.report.page import render
+from precond.lab.report.saving import save
+from precond.lab.workloads import Curve, Outcome, Trial
 
 
 def run(losses: list[float], seconds_per_step: float, seed: int = 0) -> Outcome:

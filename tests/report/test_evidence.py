@@ -2,8 +2,8 @@
 
 from html.parser import HTMLParser
 
-from precond.evidence import Bars, Finding, Line, Plot, Section, Statement
-from precond.report.evidence import markdown, render_evidence, save_evidence
+from precond.lab.evidence import Bars, Finding, Line, Plot, Section, Statement
+from precond.lab.report.evidence import markdown, render_evidence, save_evidence
 
 PLOT = Plot("α", "rate", (Line("measured", (0.1, 1.0), (0.5, 0.2), True), Line("predicted", (0.1, 1.0), (0.5, 0.2))), "xy")
 SECTIONS = [

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from precond.report import Entry, Results, TaskResults, default_target
-from precond.report.page import render
-from precond.report.pairs import has_part, interval, log_ratios, pairs, retargeted
-from precond.report.pooled import pooled
-from precond.workloads import Curve, Outcome, Trial
+from precond.lab.report import Entry, Results, TaskResults, default_target
+from precond.lab.report.page import render
+from precond.lab.report.pairs import has_part, interval, log_ratios, pairs, retargeted
+from precond.lab.report.pooled import pooled
+from precond.lab.workloads import Curve, Outcome, Trial
 
 
 def run(reached: int | None, seed: int, validation: int | None = None) -> Outcome:

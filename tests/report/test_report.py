@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from precond.report import (
+from precond.lab.report import (
     Entry,
     Results,
     ResultsError,
@@ -21,9 +21,9 @@ from precond.report import (
     save_results,
     table,
 )
-from precond.report.style import pen
-from precond.report.summary import Spread, profile, work_to_target
-from precond.workloads import Curve, Outcome, Trial
+from precond.lab.report.style import pen
+from precond.lab.report.summary import Spread, profile, work_to_target
+from precond.lab.workloads import Curve, Outcome, Trial
 
 
 def run(seed: int, losses: list[float], *, probes: int = 1, metric: float = 0.9) -> Outcome:

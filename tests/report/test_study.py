@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from precond.cli.main import main
-from precond.evidence import study
-from precond.report.study import load_study, save_study, study_markdown
+from precond.lab.cli.main import main
+from precond.lab.evidence import study
+from precond.lab.report.study import load_study, save_study, study_markdown
 
 LOSSES = [0.1 * k for k in range(1, 9)]
 SETTINGS = study.settings(lambda: None)

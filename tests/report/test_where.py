@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from precond.report import Entry, Results, TaskResults, default_target
-from precond.report.transfer import rates, searches, shared_rate, spread, transfer_figure, transfer_markdown
-from precond.report.where import ADVISED, outcomes, where_figure, where_markdown
-from precond.workloads import Curve, Outcome, Trial
-from precond.workloads.transfer import shape_name
-from precond.workloads.where import Prediction
+from precond.lab.report import Entry, Results, TaskResults, default_target
+from precond.lab.report.transfer import rates, searches, shared_rate, spread, transfer_figure, transfer_markdown
+from precond.lab.report.where import ADVISED, outcomes, where_figure, where_markdown
+from precond.lab.workloads import Curve, Outcome, Trial
+from precond.lab.workloads.transfer import shape_name
+from precond.lab.workloads.where import Prediction
 
 
 def entry(label: str, reached: int | None) -> Entry:

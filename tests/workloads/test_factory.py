@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from precond.workloads import Architecture, FactoryError, evaluate, load_workload
-from precond.workloads.factory import Factory
+from precond.lab.workloads import Architecture, FactoryError, evaluate, load_workload
+from precond.lab.workloads.factory import Factory
 
 X, Y = torch.rand(20, 3), torch.arange(20) % 2
 BATCHES = [(X[:12], Y[:12]), (X[12:], Y[12:])]

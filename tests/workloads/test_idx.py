@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fashion import idx, written
-from precond.workloads import DataError, load_data, read_idx
+from precond.lab.workloads import DataError, load_data, read_idx
 
 IMAGES = torch.arange(24, dtype=torch.uint8).reshape(2, 3, 4)
 GOOD = idx(IMAGES)

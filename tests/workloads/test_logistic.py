@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_breast_cancer, load_wine
 
-from precond.workloads.logistic import METHODS, Descent, Logistic, descents, logistic
+from precond.lab.workloads.logistic import METHODS, Descent, Logistic, descents, logistic
 
 L2 = 1e-3
 LOADS: dict[str, Any] = {"wine": load_wine, "breast-cancer": load_breast_cancer}

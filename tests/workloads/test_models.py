@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from precond.workloads import Architecture, BuiltIn, count_parameters, load_data
+from precond.lab.workloads import Architecture, BuiltIn, count_parameters, load_data
 
 SHAPES = {"mlp": (13,), "linear": (13,), "logistic": (13,), "convnet": (1, 8, 8)}
 

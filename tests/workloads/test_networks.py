@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from precond.workloads.networks import Attention, CharacterTransformer, VisionTransformer, autoencoder
+from precond.lab.workloads.networks import Attention, CharacterTransformer, VisionTransformer, autoencoder
 
 
 def test_characters_are_predicted_from_those_before_alone() -> None:

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from precond.workloads import Plan, peers, train
-from precond.workloads.pool import DEVELOPMENT, LOCKED, POOL, REFERENCE, pool_tasks, tasks
-from precond.workloads.pool.drawings import SHAPES, shapes
-from precond.workloads.pool.finetuning import LoRA, trained, with_lora
-from precond.workloads.pool.language import Llama, RotaryAttention, gpt
-from precond.workloads.pool.physics import EQUATIONS, Residual
-from precond.workloads.pool.recurrent import CharacterLSTM, lorenz
-from precond.workloads.pool.tasks import BEYOND, SEEDS, TRIALS, entrants
+from precond.lab.workloads import Plan, peers, train
+from precond.lab.workloads.pool import DEVELOPMENT, LOCKED, POOL, REFERENCE, pool_tasks, tasks
+from precond.lab.workloads.pool.drawings import SHAPES, shapes
+from precond.lab.workloads.pool.finetuning import LoRA, trained, with_lora
+from precond.lab.workloads.pool.language import Llama, RotaryAttention, gpt
+from precond.lab.workloads.pool.physics import EQUATIONS, Residual
+from precond.lab.workloads.pool.recurrent import CharacterLSTM, lorenz
+from precond.lab.workloads.pool.tasks import BEYOND, SEEDS, TRIALS, entrants
 
 MEMBERS = {member.name: member for member in POOL}
 ADAMW = entrants()[0][1]

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from precond.workloads import Checkpoint, Interrupted, LogUniform, Outcome, Plan, Task, peers, train
-from precond.workloads.data import Part
-from precond.workloads.models import Architecture
-from precond.workloads.networks import CharacterTransformer
-from precond.workloads.problem import Tensors, in_batches
-from precond.workloads.race import REFERENCE, RULES, entrants, race_tasks
+from precond.lab.workloads import Checkpoint, Interrupted, LogUniform, Outcome, Plan, Task, peers, train
+from precond.lab.workloads.data import Part
+from precond.lab.workloads.models import Architecture
+from precond.lab.workloads.networks import CharacterTransformer
+from precond.lab.workloads.problem import Tensors, in_batches
+from precond.lab.workloads.race import REFERENCE, RULES, entrants, race_tasks
 
 PLAN = Plan(0.003, 6, 3, "linear", 2, 3)
 ENTRANTS = {entrant.label: entrant for entrant, _ in entrants()}

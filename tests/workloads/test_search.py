@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from precond.workloads import LogUniform, Search, Trial
-from precond.workloads.search import best
+from precond.lab.workloads import LogUniform, Search, Trial
+from precond.lab.workloads.search import best
 
 SPACE = LogUniform(1e-4, 10.0)
 

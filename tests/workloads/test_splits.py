@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precond.workloads import load_data
-from precond.workloads.splits import split, strata
+from precond.lab.workloads import load_data
+from precond.lab.workloads.splits import split, strata
 
 FRACTIONS = {"train": 0.6, "validation": 0.2, "test": 0.2}
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from precond import BNP, L2, SAM, GradientNorm, TimesLr, Warmup
-from precond.workloads import parse_entrants
+from precond.lab.workloads import parse_entrants
 
 
 def test_reads_recipes_options_and_penalties() -> None:

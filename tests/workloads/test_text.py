@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from precond.workloads.idx import DataError
-from precond.workloads.text import ALPHABET, library_text, windows
+from precond.lab.workloads.idx import DataError
+from precond.lab.workloads.text import ALPHABET, library_text, windows
 
 
 def spelled(row: torch.Tensor) -> str:

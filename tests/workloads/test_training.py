@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from precond.workloads import (
+from precond.lab.workloads import (
     Architecture,
     Checkpoint,
     CheckpointError,
@@ -28,7 +28,7 @@ from precond.workloads import (
     parse_entrants,
     train,
 )
-from precond.workloads.factory import Factory
+from precond.lab.workloads.factory import Factory
 
 PLAN = Plan(lr=0.003, steps=23, seed=3, decay="cosine", warmup=4, evaluations=5)
 

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 import precond
-from precond.curvature import Objective
-from precond.diagnostics import diagnose
-from precond.workloads import LogUniform, Trial
-from precond.workloads.transfer import DEPTHS, TRIALS, WIDTHS, Tower, best_rate, transfer_tasks
-from precond.workloads.where import BASE, REMEDIES, predictions, where_tasks
+from precond.analysis.curvature import Objective
+from precond.analysis.diagnostics import diagnose
+from precond.lab.workloads import LogUniform, Trial
+from precond.lab.workloads.transfer import DEPTHS, TRIALS, WIDTHS, Tower, best_rate, transfer_tasks
+from precond.lab.workloads.where import BASE, REMEDIES, predictions, where_tasks
 
 
 def test_cells_are_many_and_the_rules_are_the_same_for_all() -> None:

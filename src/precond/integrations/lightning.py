@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from precond.integrations.microbatches import MicroBatches, check_clipping
-from precond.optimizer import PreconditionedGD
+from precond.optim.optimizer import PreconditionedGD
 
 
 class SecondGradients(Callback):

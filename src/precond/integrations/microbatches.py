@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from precond.optimizer import PreconditionedGD
-from precond.optimizer.passes import Random, random_state, restore_random_state
+from precond.optim.optimizer import PreconditionedGD
+from precond.optim.optimizer.passes import Random, random_state, restore_random_state
 
 
 class MicroBatches:

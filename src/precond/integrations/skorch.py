@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from precond.optimizer.parameters import ModuleGroups
+from precond.optim.optimizer.parameters import ModuleGroups
 
 
 class WithModel:

@@ -9,8 +9,8 @@ import transformers
 from torch import nn
 
 from precond.integrations.microbatches import MicroBatches, check_clipping, inside
-from precond.optimizer import PreconditionedGD
-from precond.optimizer.parameters import ModuleGroups
+from precond.optim.optimizer import PreconditionedGD
+from precond.optim.optimizer.parameters import ModuleGroups
 
 
 class Trainer(transformers.Trainer):

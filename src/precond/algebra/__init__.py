@@ -1,0 +1,1 @@
+"""Vectors, linear maps on them, coordinates, schedules: what the library computes with. It knows tensors only."""

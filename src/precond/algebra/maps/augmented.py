@@ -1,0 +1,52 @@
+"""A layer's weight and bias as one matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from precond.algebra.maps.base import LinearMap, Piecewise
+from precond.algebra.vec import Vec
+
+
+def augmented(v: Vec, inputs_first: bool = False, stacked: bool = False) -> Tensor:
+    """[W b], shape (out, rest + 1), of a weight and a bias; W as a matrix where it is alone; of a weight (in, out) its transpose.
+
+    Of ``stacked`` ones, (k, …), the matrices are side by side too.
+    """
+    W = v[0].mT if inputs_first else v[0].reshape(*v[0].shape[: 1 + stacked], -1)
+    return W if len(v) == 1 else torch.cat([W, v[1][..., None]], -1)
+
+
+def parted(matrix: Tensor, like: Vec, inputs_first: bool = False) -> Vec:
+    """The inverse of :func:`augmented`."""
+    W = matrix if len(like) == 1 else matrix[..., :-1]
+    W = (W.mT if inputs_first else W).reshape(like[0].shape)
+    return (W,) if len(like) == 1 else (W, matrix[..., -1])
+
+
+class Augmented(Piecewise):
+    """A map of matrices on a layer's weight and bias, the bias as the weight of an input that is always 1.
+
+    Args:
+        map: of one matrix, shape (out, rest + 1), or (out, rest) of a weight alone.
+        like: example (weight, bias) or (weight,).
+        inputs_first: whether the weight is (in, out).
+        stacked: whether it acts on tensors (k, …), matrices (k, out, rest + 1).
+    """
+
+    like: Vec
+
+    def __init__(self, map: LinearMap, like: Vec, inputs_first: bool = False, stacked: bool = False):
+        self.map, self.like, self.root, self.inputs_first, self.stacked = map, like, map.root, inputs_first, stacked
+
+    def _each(self, method: str, v: Vec) -> Vec:
+        (matrix,) = getattr(self.map, method)((augmented(v, self.inputs_first, self.stacked),))
+        return parted(matrix, v, self.inputs_first)
+
+    def damped(self, delta: float) -> LinearMap:
+        return self if delta == 0 else Augmented(self.map.damped(delta), self.like, self.inputs_first, self.stacked)
+
+    @property
+    def T(self) -> LinearMap:
+        return Augmented(self.map.T, self.like, self.inputs_first, self.stacked)

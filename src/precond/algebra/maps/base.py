@@ -1,0 +1,190 @@
+"""What a linear map is, and the simplest ones."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from precond.algebra import vec
+from precond.algebra.vec import Scalar, Vec
+
+
+class LinearMap(ABC):
+    """A linear map P on the space of a tuple of tensors.
+
+    ``mv`` is P z, ``rmv`` Pᵀg, ``solve`` P⁻¹p, ``rsolve`` P⁻ᵀy, ``gram`` P Pᵀ g; ``P.T`` and ``P @ Q`` are maps again.
+
+    Attributes:
+        root: whether P itself is stated. Where only M = P Pᵀ is known, P is one of many roots, and whatever
+            depends on the root (a 1-norm in z) is refused.
+        diagonal: whether P acts entry by entry.
+        like: an example of the vectors that P acts on, or None where the map takes any shape.
+    """
+
+    root: bool = True
+    diagonal: bool = False
+    like: Vec | None = None
+
+    @abstractmethod
+    def mv(self, v: Vec) -> Vec:
+        """P v."""
+
+    @abstractmethod
+    def rmv(self, v: Vec) -> Vec:
+        """Pᵀ v."""
+
+    def solve(self, v: Vec) -> Vec:
+        """P⁻¹ v."""
+        raise NotImplementedError(f"{type(self).__name__} has no inverse; use a preconditioner whose map is invertible")
+
+    def rsolve(self, v: Vec) -> Vec:
+        """P⁻ᵀ v."""
+        raise NotImplementedError(f"{type(self).__name__} has no inverse; use a preconditioner whose map is invertible")
+
+    def gram(self, v: Vec) -> Vec:
+        """P Pᵀ v = M v."""
+        return self.mv(self.rmv(v))
+
+    def damped(self, delta: float) -> LinearMap:
+        r"""The map whose Gram matrix is (M⁻¹ + δ·d̄·I)⁻¹, d̄ the mean of M⁻¹'s eigenvalues.
+
+        Its root is P(I + δd̄PᵀP)^(−1/2) up to signs, or (BNP's arrow) another one in closed form that tends to P with δ.
+        It bounds how far a penalty in z reaches along directions in which M is huge.
+        """
+        if delta == 0:
+            return self
+        raise NotImplementedError(f"{type(self).__name__} has no damped form; set damping=0 in the regularizer")
+
+    def bounded(self, t: Scalar) -> LinearMap:
+        """The map itself where M's eigenvalues are at most 1/t; else one that is damped until they are, where it has such a form."""
+        return self
+
+    @property
+    def T(self) -> LinearMap:
+        """The transpose."""
+        return Transposed(self)
+
+    def __matmul__(self, other: LinearMap) -> LinearMap:
+        if not isinstance(other, LinearMap):
+            return NotImplemented
+        from precond.algebra.maps.composite import compose
+
+        return compose(self, other)
+
+    def to_dense(self) -> Tensor:
+        """The matrix of P in the order of :func:`precond.algebra.vec.flatten`, shape (n, n)."""
+        if self.like is None:
+            raise ValueError(f"{type(self).__name__} takes vectors of any shape; give it `like` to make it dense")
+        flat = vec.flatten(self.like)
+        units = torch.eye(flat.numel(), dtype=flat.dtype, device=flat.device)
+        columns = [vec.flatten(self.mv(vec.unflatten(e, self.like))) for e in units]
+        return torch.stack(columns, 1) if columns else units
+
+
+class Transposed(LinearMap):
+    """Pᵀ."""
+
+    def __init__(self, map: LinearMap):
+        self.map, self.like, self.root, self.diagonal = map, map.like, map.root, map.diagonal
+
+    def mv(self, v: Vec) -> Vec:
+        return self.map.rmv(v)
+
+    def rmv(self, v: Vec) -> Vec:
+        return self.map.mv(v)
+
+    def solve(self, v: Vec) -> Vec:
+        return self.map.rsolve(v)
+
+    def rsolve(self, v: Vec) -> Vec:
+        return self.map.solve(v)
+
+    @property
+    def T(self) -> LinearMap:
+        return self.map
+
+
+class Piecewise(LinearMap):
+    """A map made of maps on pieces of a vector, each of whose operations is that of the pieces."""
+
+    @abstractmethod
+    def _each(self, method: str, v: Vec) -> Vec:
+        """A method of every piece on its part of v."""
+
+    def mv(self, v: Vec) -> Vec:
+        return self._each("mv", v)
+
+    def rmv(self, v: Vec) -> Vec:
+        return self._each("rmv", v)
+
+    def solve(self, v: Vec) -> Vec:
+        return self._each("solve", v)
+
+    def rsolve(self, v: Vec) -> Vec:
+        return self._each("rsolve", v)
+
+    def gram(self, v: Vec) -> Vec:
+        return self._each("gram", v)
+
+
+class Identity(LinearMap):
+    """P = I."""
+
+    diagonal = True
+
+    def __init__(self, like: Vec | None = None):
+        self.like = like
+
+    def mv(self, v: Vec) -> Vec:
+        return v
+
+    rmv = solve = rsolve = gram = mv
+
+    def damped(self, delta: float) -> LinearMap:
+        # (1 + δ)⁻¹ I: kept, so that one rule holds for all maps.
+        return self if delta == 0 else Scaled(self, (1 + delta) ** -0.5)
+
+    @property
+    def T(self) -> LinearMap:
+        return self
+
+
+class Scaled(LinearMap):
+    """P = s·Q with a number s > 0, or one for each of k tensors side by side, (k,); s itself or s² is given."""
+
+    def __init__(self, map: LinearMap, s: float | Tensor | None = None, square: float | Tensor = 1.0):
+        self.map, self.square = map, square if s is None else s**2
+        self.like, self.root, self.diagonal = map.like, map.root, map.diagonal
+        if s is not None:
+            self.s = s
+
+    @cached_property
+    def s(self) -> float | Tensor:
+        """s ≥ 0."""
+        return self.square**0.5
+
+    def _times(self, v: Vec, s: float | Tensor) -> Vec:
+        if not isinstance(s, Tensor) or s.ndim == 0:
+            return vec.scale(v, s)
+        return tuple(t * s.view(-1, *[1] * (t.ndim - 1)) for t in v)
+
+    def mv(self, v: Vec) -> Vec:
+        return self._times(self.map.mv(v), self.s)
+
+    def rmv(self, v: Vec) -> Vec:
+        return self._times(self.map.rmv(v), self.s)
+
+    def solve(self, v: Vec) -> Vec:
+        return self._times(self.map.solve(v), 1 / self.s)
+
+    def rsolve(self, v: Vec) -> Vec:
+        return self._times(self.map.rsolve(v), 1 / self.s)
+
+    def gram(self, v: Vec) -> Vec:
+        return self._times(self.map.gram(v), self.square)
+
+    def damped(self, delta: float) -> LinearMap:
+        return Scaled(self.map.damped(delta), square=self.square)

@@ -1,0 +1,255 @@
+"""What to do, ranked by what it promises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from precond.analysis.diagnostics.calibrated import STUCK, Gain, calibration
+from precond.analysis.diagnostics.gains import Picture, first_rate, predicted, steps
+from precond.analysis.diagnostics.numbers import number
+from precond.analysis.diagnostics.remedies import INPUTS, Base, Candidate
+
+if TYPE_CHECKING:
+    from precond.analysis.diagnostics.diagnosis import Diagnosis
+    from precond.analysis.diagnostics.layer import Layer
+
+_MORE = 1.2  # times as much must a costlier remedy promise
+_WITHIN = ("sgd", "adam", "adamw", "rmsprop", "adagrad")
+"""Optimizers that can be had in the coordinates of layer inputs."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One thing to do.
+
+    Attributes:
+        what: in a few words.
+        why: what was measured.
+        code: the change, ready to run.
+        gain: what it is predicted to save, as an interval; None where no study says.
+        layers: that it is about, the one that gains most first.
+        effect: what it does, in words, where ``gain`` is None.
+        remedy: how it is made, where it can be tried.
+        lr: the learning rate in ``code``; None: there is none.
+        tested: whether that rate comes from a range test.
+    """
+
+    what: str
+    why: str
+    code: str
+    gain: Gain | None
+    layers: tuple[str, ...]
+    effect: str = ""
+    remedy: Candidate | None = field(default=None, repr=False)
+    lr: float | None = None
+    tested: bool = False
+
+    @property
+    def promise(self) -> str:
+        """What it promises, in words."""
+        return self.effect if self.gain is None else str(self.gain)
+
+    @property
+    def rank(self) -> float:
+        """By which advice is ordered: the likely gain."""
+        return 1.0 if self.gain is None else self.gain.likely
+
+    def as_dict(self) -> dict[str, object]:
+        """Numbers and texts, for JSON."""
+        plain = {name: getattr(self, name) for name in ("what", "why", "code", "promise", "lr", "tested")}
+        return {**plain, "layers": list(self.layers), "gain": None if self.gain is None else vars(self.gain)}
+
+
+@dataclass(frozen=True)
+class Considered:
+    """A remedy that was looked at: whether it became advice or not.
+
+    Attributes:
+        name: of the remedy.
+        gain: what it is predicted to save; None where nothing can be said.
+        why: nothing can be said, or it is no advice.
+    """
+
+    name: str
+    gain: Gain | None
+    why: str = ""
+
+
+def advise(
+    found: Diagnosis, picture: Picture, base: Base, dim: int | None
+) -> tuple[tuple[Advice, ...], tuple[Considered, ...]]:
+    """All that is worth doing, what keeps training from working first, then by the likely gain; and what was considered.
+
+    Args:
+        found: with the layers.
+        picture: of the network.
+        base: what one trains with.
+        dim: of the features of the data, see :func:`precond.analysis.diagnostics.remedies.standardized`.
+    """
+    coordinates, considered = _coordinates(found, picture, base, dim)
+    single = _single_inputs(found)
+    if (
+        coordinates
+        and coordinates[0].remedy
+        and coordinates[0].remedy.name == "standardize"
+        and picture.freed < picture.stuck / 2
+    ):
+        # One cause: data whose scale drives units where they are stuck.
+        shares = f"{100 * picture.stuck:.0f} % of the hidden units are saturated or dead; on standardized data {100 * picture.freed:.0f} %."
+        coordinates[0] = replace(coordinates[0], why=f"{coordinates[0].why} {shares}")
+        single = [a for a in single if a.what not in (_REVIVE, _FREE)]
+    ranked = sorted([*coordinates, *single], key=lambda a: -a.rank)
+    return tuple([*_learning_rate(found), *ranked, *_biases(found)]), tuple(considered)
+
+
+_WHAT = {
+    "standardize": "Standardize the data: subtract the mean of each feature, divide by its standard deviation",
+    "bnp": "Train in the coordinates of centered and scaled layer inputs (BNP)",
+    "whitened": "Whiten the inputs of layers: correlation is what centering and scaling leave",
+}
+
+
+def _coordinates(found: Diagnosis, picture: Picture, base: Base, dim: int | None) -> tuple[list[Advice], list[Considered]]:
+    """Standardized data, BNP, whitening: the cheapest first, a costlier one where it promises more."""
+    advice: list[Advice] = []
+    considered: list[Considered] = []
+    best = 1.0
+    for name in ("standardize", *INPUTS):
+        if name in INPUTS and base.family not in _WITHIN and not (base.family == "bnp" and name == "whitened"):
+            why = "the optimizer is in such coordinates already" if base.family in ("bnp", "whitening", "auto") else (
+                f"no composition of it with {base.label} is known to work")  # fmt: skip
+            considered.append(Considered(name, None, why))
+            continue
+        value, alone = predicted(picture, base.adaptive, name, calibration().steps)
+        line = calibration().lines.get((name, picture.stuck >= STUCK))
+        if math.isnan(value) or line is None:
+            why = "the data are standardized already, or no tensor of numbers" if name == "standardize" else "not in the study"
+            considered.append(Considered(name, None, why))
+            continue
+        gain = line.gain(value, alone, calibration().steps)
+        enough = gain.worth and gain.likely >= _MORE * best
+        why = "" if enough else "promises no more than cheaper advice" if gain.worth else "not a fifth of the steps"
+        considered.append(Considered(name, gain, why))
+        if not enough:
+            continue
+        best = gain.likely
+        remedy = base.standardized(dim) if name == "standardize" else base.within(name)
+        lr = first_rate(picture, base, name)
+        layers = _reached(found, name)
+        advice.append(
+            Advice(
+                _WHAT[name], _because(found, layers, name), remedy.code(lr), gain, tuple(x.name for x in layers), "", remedy, lr
+            )
+        )
+    return advice, considered
+
+
+def _reached(found: Diagnosis, name: str) -> list[Layer]:
+    """Layers that gain alone, the one that gains most first."""
+
+    def gain(layer: Layer) -> float:
+        then = layer.spectra.kappa("bnp" if name == "standardize" else name)
+        return steps(layer.kappa_now) / steps(min(layer.kappa_now, then))
+
+    layers = [layer for layer in found.layers if layer.source == "data" or name != "standardize"]
+    return sorted((layer for layer in layers if gain(layer) >= 1.5), key=lambda layer: -gain(layer))
+
+
+def _because(found: Diagnosis, layers: list[Layer], name: str) -> str:
+    if not layers:
+        return "The data come through a normalization, which leaves the scales of their features as they are."
+    then = layers[0].spectra.kappa("bnp" if name == "standardize" else name)
+    more = "" if len(layers) == 1 else f" {len(layers) - 1} more layers gain."
+    return f"{_reason(layers[0])} It would be {number(then)}.{more}"
+
+
+def _reason(layer: Layer) -> str:
+    """What drives κ of a layer, in words."""
+    d = layer.drivers
+    parts = []
+    if d.means >= 2:
+        parts.append(
+            f"×{number(d.means)} from means that are large beside the standard deviation (up to {number(d.offset)} times)"
+        )
+    if d.scales >= 2:
+        parts.append(f"×{number(d.scales)} from scales (standard deviations differ up to {number(d.spread)}-fold)")
+    if d.correlation >= 2:
+        parts.append(f"×{number(d.correlation)} from correlation")
+    order = {"means": d.means, "scales": d.scales, "correlation": d.correlation}
+    values = [x for x in order.values() if not math.isnan(x) and x >= 2]
+    parts = [part for _, part in sorted(zip(values, parts, strict=True), key=lambda pair: -pair[0])]
+    own = ""
+    if not math.isnan(k := layer.spectra.kappa("optimizer")):
+        own = f" With the optimizer's own P it is {number(k)}."
+    drivers = f": {', '.join(parts)}" if parts else ""
+    return f"Inputs of {layer.name!r} have κ = {number(layer.spectra.kappa('raw'))}{drivers}.{own}"
+
+
+def _single_inputs(found: Diagnosis) -> list[Advice]:
+    """One piece of advice for each thing that is wrong with single inputs, about all layers where it is."""
+    about: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
+    for layer in found.layers:
+        u, data = layer.units, layer.source == "data"
+        revive = ("Drop features that carry nothing", _DROP) if data else (_REVIVE, _LEAKY)
+        for count, state, remedy in (
+            (u.dead, "are always 0", revive),
+            (u.constant, "never change", revive),
+            (u.saturated, f"sit at an end of {layer.source} in 90 % of the samples", (_FREE, _SMALLER)),
+        ):
+            if count / u.total >= _FEW:
+                whose = "features" if data else "units"
+                why = f"{count} of the {u.total} {whose} that {layer.name!r} receives {state} ({100 * count / u.total:.0f} %)."
+                about.setdefault(remedy, []).append((count, u.total, why, layer.name))
+    out = []
+    for (what, code), cases in about.items():
+        counts, totals, whys, names = zip(*cases, strict=True)
+        effect = f"{sum(counts)} of {sum(totals)} inputs do nothing now; what they would save is not predicted"
+        shown = " ".join(whys[:3]) + (f" Likewise in {len(whys) - 3} more layers." if len(whys) > 3 else "")
+        out.append(Advice(what, shown, code, None, names, effect))
+    return out
+
+
+_REVIVE, _FREE = "Revive units that have died", "Get units out of saturation"
+_FEW = 0.05  # a smaller share of bad inputs is no advice
+_DROP = "inputs = inputs[:, inputs.std(0) > 0]  # of the training data"
+_LEAKY = "torch.nn.LeakyReLU()  # in place of ReLU; or a smaller learning rate and smaller initial weights in the layer before"
+_SMALLER = "torch.nn.init.xavier_uniform_(layer.weight)  # of the layer before; and standardized inputs there"
+
+
+def _biases(found: Diagnosis) -> list[Advice]:
+    """One piece of advice for all layers that lack a bias, where none stands before a normalization that takes it out."""
+
+    def gain(layer: Layer) -> float:
+        return steps(layer.kappa_now) / steps(min(layer.kappa_now, layer.kappa_biased))
+
+    layers = sorted((x for x in found.layers if not math.isnan(x.kappa_biased) and gain(x) >= 1.5), key=lambda x: -gain(x))
+    if not layers:
+        return []
+    first = layers[0]
+    others = "" if len(layers) == 1 else f" Likewise: {_listed(x.name for x in layers[1:])}."
+    return [
+        Advice(
+            "Give layers a bias: without one their inputs cannot be centered",
+            f"{first.name!r} has no trained bias, and means up to {number(first.drivers.offset)} times the standard deviation: "
+            f"κ = {number(first.kappa_now)}, and {number(first.kappa_biased)} if it were centered and scaled.{others}",
+            "bias=True  # and inputs=precond.BNP() in the optimizer", None, tuple(x.name for x in layers),
+            "not predicted: it changes the model; try it",
+        )
+    ]  # fmt: skip
+
+
+def _listed(names: Iterable[str]) -> str:
+    """At most three names."""
+    names = list(names)
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _learning_rate(found: Diagnosis) -> list[Advice]:
+    if found.lr_limit is None or found.lr is None or found.lr <= found.lr_limit:
+        return []
+    why = f"It is {number(found.lr)}; above {number(found.lr_limit)} steps grow along the steepest direction of the loss."
+    code = f"for group in optimizer.param_groups: group['lr'] = {number(found.lr_limit / 2)}"
+    return [Advice("Lower the learning rate", why, code, None, (), "steps that do not grow", None, found.lr_limit / 2)]

@@ -1,0 +1,134 @@
+r"""Gains: what a remedy is predicted to save, as an interval that trainings have confirmed or refuted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from precond.algebra.maps import LinearMap
+from precond.algebra.vec import Vec
+from precond.analysis.curvature import Objective
+from precond.analysis.diagnostics.findings import units
+from precond.analysis.diagnostics.gathering import Gathered, gather
+from precond.analysis.diagnostics.pace import Part, Race, parts_of, speed_up
+from precond.analysis.diagnostics.preconditioner import preconditioner_of
+from precond.analysis.diagnostics.remedies import Base, standardized
+from precond.analysis.diagnostics.short import as_trained
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What predictions are made of.
+
+    Attributes:
+        parts: of the network.
+        standardized: the same on standardized data; None where they are no numbers, or standardized already.
+        stuck: the share of hidden units that are saturated or dead: what they receive tells nothing of what they will.
+        freed: that share on standardized data.
+    """
+
+    parts: Sequence[Part]
+    standardized: Sequence[Part] | None
+    stuck: float
+    freed: float
+
+    @staticmethod
+    def of(objective: Objective, optimizer: torch.optim.Optimizer | None = None, **options: Any) -> Picture:
+        """Of an objective, and an optimizer whose P is known."""
+        with as_trained(objective) as seen:
+            gathered, _ = gather(seen, **{**_DEFAULTS, **options})
+            P = None if optimizer is None else preconditioner_of(optimizer, seen)
+            return Picture.made(seen, gathered, seen.gradient(), P, **options)
+
+    @staticmethod
+    def made(objective: Objective, gathered: Sequence[Gathered], g: Vec, P: LinearMap | None, **options: Any) -> Picture:
+        """Of what was gathered on an objective, and its gradient."""
+        parts = parts_of(objective, gathered, g, P)
+        other, freed = None, math.nan
+        # Also where a normalization comes first: one per example does not take the features' scales away.
+        inputs = objective.batches[0][0]
+        if gathered and isinstance(inputs, Tensor) and inputs.is_floating_point():
+            changed = standardized(objective, features(objective, gathered[0]))
+            if changed is not None:
+                again, _ = gather(changed, **{**_DEFAULTS, **options})
+                other, freed = parts_of(changed, again, changed.gradient()), _stuck(again)
+        return Picture(parts, other, _stuck(gathered), freed)
+
+
+def _stuck(gathered: Iterable[Gathered]) -> float:
+    counts = [units(seen) for seen in gathered if seen.source != "data"]
+    return sum(u.saturated + u.dead for u in counts) / max(sum(u.total for u in counts), 1)
+
+
+_DEFAULTS = {"samples": 16384, "max_inputs": 2048}
+
+
+def features(objective: Objective, first: Gathered) -> int | None:
+    """The dimension of the data along which a layer that receives them has its features; None where every entry is one."""
+    inputs = objective.batches[0][0]
+    shape = inputs.shape if isinstance(inputs, Tensor) else torch.Size()
+    if len(shape) < 3 or first.n == shape[1:].numel():
+        return None
+    return 1 if first.channel is not None or first.kernel > 1 else len(shape) - 1
+
+
+def steps(kappa: float) -> float:
+    """Steps in which gradient descent at its best learning rate reduces the error by e, one at least: 1/log((κ + 1)/(κ − 1)).
+
+    Example:
+        >>> round(steps(101.0), 1), steps(1.0)
+        (50.5, 1.0)
+    """
+    return 1.0 if kappa <= 1 else max(1.0, 1 / (math.log1p(2 / (kappa - 1))))
+
+
+def predicted(picture: Picture, adaptive: bool, remedy: str, horizon: int) -> tuple[float, float]:
+    """The ratio of steps without and with a remedy by the picture of the whole network, and by κ of the layer that gains most.
+
+    Args:
+        picture: of the network.
+        adaptive: whether the optimizer gives each tensor a rate of its own.
+        remedy: ``"standardize"``, or the coordinates that layers get.
+        horizon: steps of the training that is meant.
+    """
+
+    def before(part: Part) -> str:
+        return "optimizer" if "optimizer" in part.blocks else "raw"
+
+    def after(part: Part) -> str:
+        return "raw" if remedy == "standardize" else remedy
+
+    others = picture.standardized if remedy == "standardize" else picture.parts
+    if others is None:
+        return math.nan, math.nan
+    with_it = {part.name: part for part in others}
+    kappas = [
+        steps(_kappa(part, before(part))) / steps(min(_kappa(part, before(part)), _kappa(with_it[part.name], after(part))))
+        for part in picture.parts
+        if part.name in with_it
+    ]
+    races = Race(picture.parts, before, adaptive), Race(others, after, adaptive)
+    return speed_up(*races, horizon), max(kappas, default=1.0)
+
+
+def first_rate(picture: Picture, base: Base, remedy: str) -> float:
+    """A learning rate to start from: 1/λ_max of the picture in the remedy's coordinates; of an adaptive optimizer its own.
+
+    Gradient descent with momentum β of full gradients goes 1/(1 − β) times as far.
+    """
+    if base.adaptive:
+        return base.lr
+    name, parts = ("raw", picture.standardized) if remedy == "standardize" else (remedy, picture.parts)
+    chosen = [(part.s, part.blocks.get(name, part.blocks["raw"])) for part in parts or ()]
+    largest = max((s * float(block.values.max()) for s, block in chosen), default=1.0)
+    return (1 - float(base.options.get("momentum", 0.0))) / largest
+
+
+def _kappa(part: Part, name: str) -> float:
+    values = part.blocks.get(name, part.blocks["raw"]).values
+    return float(values.max() / values.min())

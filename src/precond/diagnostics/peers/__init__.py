@@ -1,5 +1,0 @@
-"""P of other libraries' optimizers, told by the names of their packages and classes and by what they keep in their state; none is imported."""
-
-from precond.diagnostics.peers import heavyball, pytorch_optimizer, schedulefree
-
-__all__ = ["heavyball", "pytorch_optimizer", "schedulefree"]

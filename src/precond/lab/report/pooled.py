@@ -1,0 +1,209 @@
+"""What a page says of many tasks of several kinds: both targets, families, pairs of entrants, and how much a learning rate matters."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from precond.lab.report import numbers
+from precond.lab.report.against import Overall, markdown_row, overall
+from precond.lab.report.pairs import Pair, Part, has_part, pairs, retargeted
+from precond.lab.report.results import Entry, Results, TaskResults
+from precond.lab.report.summary import table
+
+_PARTS: dict[Part, str] = {"train": "training", "validation": "validation"}
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A table of texts; the first column names its rows.
+
+    Attributes:
+        heading, note: above and below it.
+        columns, rows: texts.
+    """
+
+    heading: str
+    note: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """With its heading and note."""
+        lines = [markdown_row(self.columns), f"|---|{'---:|' * (len(self.columns) - 1)}", *map(markdown_row, self.rows)]
+        return "\n".join([f"## {self.heading}\n", *lines, f"\n{self.note}\n"])
+
+
+def pooled(results: Results) -> list[Plain]:
+    """All tables; nothing where there is no reference or one task alone."""
+    parts = [part for part in _PARTS if has_part(results, part)]
+    if len(results.tasks) < 2 or not parts:
+        return []
+    found = [_targets(results, parts)]
+    if any(task.family for task in results.tasks):
+        found += [_families(results, part) for part in parts]
+    if "validation" in parts:
+        found.append(_ends(results))
+    found += [_pairs(results, part) for part in parts]
+    if any(entry.search for task in results.tasks for entry in task.entries):
+        found.append(_rates(results))
+    return found
+
+
+def _targets(results: Results, parts: Sequence[Part]) -> Plain:
+    means: dict[Part, dict[str, Overall]] = {part: {m.label: m for m in overall(retargeted(results, part))} for part in parts}
+    labels = list(dict.fromkeys(label for found in means.values() for label in found))
+    rows = []
+    for label in labels:
+        cells = [label]
+        for part in parts:
+            one = means[part].get(label)
+            found = [r for task in retargeted(results, part).tasks for r in table(task) if r.label == label]
+            reached = f"{sum(r.to_target['step'].reached for r in found)} of {sum(r.seeds for r in found)}"
+            cells += [numbers.NONE] * 3 if one is None else [str(one.steps), str(one.seconds), reached]
+        rows.append(cells)
+    heads = [f"{_PARTS[part]} target: {what}" for part in parts for what in ("steps", "seconds", "trainings that reached it")]
+    return Plain(
+        f"Both targets, times the work of {_reference(results)}",
+        "Geometric means over tasks of the ratios of medians over seeds; > is a lower bound: where most seeds of a task missed its target, "
+        "the work of the whole training counts. Targets are the lowest losses on the reference's curves, medians over seeds, so that it "
+        "misses them with some of its own.",
+        ["entrant", *heads],
+        rows,
+    )  # fmt: skip
+
+
+def _families(results: Results, part: Part) -> Plain:
+    aimed = retargeted(results, part)
+    families = list(dict.fromkeys(task.family or "other" for task in aimed.tasks))
+    labels = list(dict.fromkeys(entry.label for task in aimed.tasks for entry in task.entries))
+    rows = []
+    for family in families:
+        of_family = replace(aimed, tasks=tuple(task for task in aimed.tasks if (task.family or "other") == family))
+        means = {one.label: one for one in overall(of_family)}
+        cells = (f"{means[label].steps} / {means[label].seconds}" if label in means else numbers.NONE for label in labels)
+        rows.append([f"{family} ({len(of_family.tasks)})", *cells])
+    return Plain(
+        f"Families: steps / seconds to the {_PARTS[part]} target, times those of {_reference(results)}",
+        "Geometric means over the tasks of a family, whose number is in parentheses.",
+        ["family", *labels],
+        rows,
+    )
+
+
+def _ends(results: Results) -> Plain:
+    """Validation at the end and at its best, in units of the reference's best."""
+    aimed = retargeted(results, "validation")
+    labels = list(dict.fromkeys(entry.label for task in aimed.tasks for entry in task.entries))
+    of_runs: dict[str, Callable[[Sequence[float]], float]] = {"best": min, "last": lambda losses: losses[-1]}
+    rows = []
+    for label in labels:
+        cells = [label]
+        for of in of_runs.values():
+            found = {task.name: _over(task, label, of) for task in aimed.tasks}
+            kept = {name: x for name, x in found.items() if math.isfinite(x) and x > 0}
+            worst = max(kept, key=lambda name: kept[name], default="")
+            cells += [_mean(kept.values()), f"{numbers.short(kept[worst])} ({worst})" if worst else numbers.NONE]
+        rows.append(cells)
+    heads = [f"{what}: {which}" for what in of_runs for which in ("geometric mean", "largest (task)")]
+    return Plain(
+        f"Validation loss, times the best of {_reference(results)}",
+        "Of each task the median over seeds, at the best evaluation of a curve and at the last one; above 1 is worse.",
+        ["entrant", *heads],
+        rows,
+    )  # fmt: skip
+
+
+def _over(task: TaskResults, label: str, of: Callable[[Sequence[float]], float]) -> float:
+    entry = next((e for e in task.entries if e.label == label), None)
+    found = [of(run.curve.validation_loss) for run in entry.runs if run.status == "finished"] if entry else []
+    return statistics.median(found) / task.target.value if found and task.target.value > 0 else math.nan
+
+
+def _pairs(results: Results, part: Part) -> Plain:
+    steps, seconds = (pairs(results, part, work) for work in ("step", results.clock))
+
+    def one(pair: Pair) -> str:
+        return f"{numbers.short(pair.ratio)} ({numbers.short(pair.low)} to {numbers.short(pair.high)})"
+
+    rows = [
+        [f"{a.label} against {a.rival}", one(a), one(b), f"{a.faster} / {a.slower} of {a.tasks}", _p(a.wilcoxon), _p(a.sign)]
+        for a, b in zip(steps, seconds, strict=True)
+    ]
+    return Plain(
+        f"Pairs: work to the {_PARTS[part]} target",
+        "Geometric means over tasks of ratios seed by seed, with bootstrap intervals of 95 % (tasks and their seeds drawn anew); a training "
+        "that missed the target counts with all of its work. Tests are over tasks, two-sided, on steps, and not corrected for how many "
+        "pairs there are. Of more than eight entrants, pairs with the reference alone.",
+        ["pair", "steps", "seconds", "faster / slower", "Wilcoxon p", "sign test p"],
+        rows,
+    )  # fmt: skip
+
+
+def _rates(results: Results) -> Plain:
+    labels = list(dict.fromkeys(entry.label for task in results.tasks for entry in task.entries))
+    families = list(dict.fromkeys(task.family or "all" for task in results.tasks))
+    rows = []
+    for label in labels:
+        searches = [(task.family or "all", entry) for task in results.tasks for entry in task.entries if entry.label == label]
+        twice, half = (_neighbors([entry for _, entry in searches], factor) for factor in (2.0, 0.5))
+        shared = []
+        for family in families:
+            shared += _with_one_rate([_losses(entry) for kind, entry in searches if kind == family])
+        cells = [f"{_mean(found)}, {sum(x <= 1.1 for x in found)} of {len(found)}" for found in (twice, half, shared)]
+        rates = [entry.lr for _, entry in searches]
+        rows.append([label, *cells, f"{numbers.short(min(rates))} to {numbers.short(max(rates))}"])
+    return Plain(
+        "Learning rates: the final loss of trials, times that of the best one",
+        "At twice and at half the rate of the lowest final loss of each task, and with one rate for all tasks of a family, the one with the "
+        "lowest mean of these ratios: geometric means, and in how many tasks the loss is at most 10 % higher. A trial that diverged counts "
+        "as 100 times the best. Only rates that were tried count; of one seed.",
+        ["entrant", "at twice the rate", "at half the rate", "one rate for each family", "rates chosen"],
+        rows,
+    )  # fmt: skip
+
+
+_DIVERGED = 100.0
+
+
+def _losses(entry: Entry) -> dict[float, float]:
+    """Rate ↦ final loss over the lowest, of all trials; empty where none has a loss above 0."""
+    lowest = min((t.loss for t in entry.search if math.isfinite(t.loss)), default=math.nan)
+    if not lowest > 0:
+        return {}
+    return {t.lr: t.loss / lowest if math.isfinite(t.loss) else _DIVERGED for t in entry.search}
+
+
+def _neighbors(entries: Iterable[Entry], factor: float) -> list[float]:
+    """Of each search the ratio at ``factor`` times its best rate, where that was tried (rates have four digits)."""
+    found = []
+    for ratios in map(_losses, entries):
+        if ratios:
+            wanted = factor * min(ratios, key=lambda lr: ratios[lr])
+            found += [x for lr, x in ratios.items() if abs(lr / wanted - 1) < 2e-3]
+    return found
+
+
+def _with_one_rate(searches: Sequence[dict[float, float]]) -> list[float]:
+    """Of each the ratio at the rate that all tried with the lowest geometric mean."""
+    kept = [ratios for ratios in searches if ratios]
+    common = set.intersection(*(set(ratios) for ratios in kept)) if kept else set()
+    if not common:
+        return []
+    rate = min(sorted(common), key=lambda lr: sum(math.log(ratios[lr]) for ratios in kept))
+    return [ratios[rate] for ratios in kept]
+
+
+def _mean(values: Iterable[float]) -> str:
+    found = list(values)
+    return numbers.short(math.exp(statistics.fmean(map(math.log, found)))) if found else numbers.NONE
+
+
+def _p(value: float) -> str:
+    return numbers.NONE if math.isnan(value) else f"{value:.2g}"
+
+
+def _reference(results: Results) -> str:
+    return " or ".join(dict.fromkeys(task.reference for task in results.tasks if task.reference))

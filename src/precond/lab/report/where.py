@@ -1,0 +1,147 @@
+"""Where input-side preconditioning pays: what was predicted before training against what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+
+from precond.lab.report import numbers
+from precond.lab.report.against import markdown_row, ratios
+from precond.lab.report.results import Results
+from precond.lab.report.style import log_axis, pen, svg
+from precond.lab.workloads.where import Prediction
+
+ADVISED, GAINED = 1.2, 1.05
+"""A gain is predicted from the one on, and was there from the other on: what pays must save a sixth of the steps to be advised, and more steps
+than evaluations can tell to have paid."""
+
+_SHOWN = 50.0  # beyond it a gain is drawn at the edge
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One remedy in one cell.
+
+    Attributes:
+        cell, label: of both.
+        predicted: gain before training.
+        measured: steps of the base to its own lowest loss over those of the remedy.
+        bound: whether the remedy did not reach that loss, so that its gain is less than ``measured``.
+    """
+
+    cell: str
+    label: str
+    predicted: float
+    measured: float
+    bound: bool
+
+    @property
+    def advised(self) -> bool:
+        """Whether a gain was predicted."""
+        return self.predicted >= ADVISED
+
+    @property
+    def gained(self) -> bool:
+        """Whether there was one."""
+        return not self.bound and self.measured >= GAINED
+
+    @property
+    def right(self) -> bool:
+        """Whether the prediction had the right sign."""
+        return self.advised == self.gained
+
+
+def outcomes(results: Results, predictions: Sequence[Prediction]) -> list[Outcome]:
+    """Predictions beside what came of them; left out is what nothing was predicted of, and cells whose base has no target."""
+    found = {task.name: ratios(task, "step") for task in results.tasks}
+    return [
+        Outcome(p.task, p.label, p.gain, 1 / ratio.value, not ratio.reached)
+        for p in predictions
+        if (ratio := found.get(p.task, {}).get(p.label)) is not None and not math.isnan(p.gain)
+    ]
+
+
+def where_markdown(results: Results, predictions: Sequence[Prediction]) -> str:
+    """Shares of right signs, the misses, and all cells."""
+    found = outcomes(results, predictions)
+    head = ["remedy", "cells", "sign right", *_KINDS.values(), "gain, geometric mean", "rank correlation"]
+    lines = [markdown_row(head), f"|---|{'---:|' * (len(head) - 1)}"]
+    for label in (*dict.fromkeys(one.label for one in found), "both"):
+        chosen = [one for one in found if label in ("both", one.label)]
+        if chosen:
+            lines.append(markdown_row([label, *_summed(chosen)]))
+    parts = [
+        "# Where input-side preconditioning pays\n",
+        f"`{results.command}`\n",
+        "\n".join(lines) + "\n",
+        f"A gain is predicted where the predicted ratio of steps is at least {ADVISED}; there was one where the remedy reached AdamW's lowest "
+        f"training loss in at most 1/{GAINED} of its steps. < is an upper bound: that loss was not reached. Means count bounds as they stand.\n",
+    ]
+    for heading, rows in (("Misses", [one for one in found if not one.right]), ("All", found)):
+        cells = (
+            (one.cell, one.label, numbers.short(one.predicted), ("< " if one.bound else "") + numbers.short(one.measured),
+             "right" if one.right else "wrong")
+            for one in rows
+        )  # fmt: skip
+        table = [
+            markdown_row(["cell", "remedy", "predicted", "measured", "sign"]),
+            "|---|---|---:|---:|---|",
+            *map(markdown_row, cells),
+        ]
+        parts += [f"## {heading}\n", "\n".join(table) + "\n"]
+    return "\n".join(parts)
+
+
+_KINDS = {
+    (True, True): "predicted and gained",
+    (True, False): "predicted, no gain",
+    (False, True): "not predicted, gained",
+    (False, False): "neither",
+}
+
+
+def _summed(found: Sequence[Outcome]) -> list[str]:
+    right = sum(one.right for one in found)
+    counts = (str(sum((one.advised, one.gained) == kind for one in found)) for kind in _KINDS)
+    mean = math.exp(sum(math.log(one.measured) for one in found) / len(found))
+    share = f"{right} of {len(found)} ({100 * right / len(found):.0f} %)"
+    return [str(len(found)), share, *counts, numbers.short(mean), f"{_spearman(found):.2f}"]
+
+
+def _spearman(found: Sequence[Outcome]) -> float:
+    from scipy.stats import spearmanr
+
+    if len({one.predicted for one in found}) < 2 or len({one.measured for one in found}) < 2:
+        return math.nan
+    return float(spearmanr([one.predicted for one in found], [one.measured for one in found]).statistic)
+
+
+def where_figure(results: Results, predictions: Sequence[Prediction]) -> str:
+    """Measured against predicted gains, both logarithmic; what lies beyond 50 is drawn at the edge. A complete SVG file."""
+    found = outcomes(results, predictions)
+
+    def draw(axes: Axes) -> None:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for number, label in enumerate(dict.fromkeys(one.label for one in found)):
+            chosen = [one for one in found if one.label == label]
+            x = [min(one.predicted, _SHOWN) for one in chosen]
+            axes.scatter(x, [one.measured for one in chosen], s=18, color=pen(number).color, label=label, zorder=3)
+        axes.axvline(ADVISED, color="#616e7c", linewidth=1, linestyle=(0, (2, 2)))
+        axes.axhline(GAINED, color="#616e7c", linewidth=1, linestyle=(0, (2, 2)))
+        log_axis(axes.xaxis)
+        log_axis(axes.yaxis)
+        axes.set_xlabel("predicted gain (beyond 50 at the edge)")
+        axes.set_ylabel("measured gain in steps")
+        axes.legend(frameon=False, fontsize=8)
+
+    return svg_file(svg(draw, "where", (6.4, 4.2)))
+
+
+def svg_file(element: str) -> str:
+    """An SVG element as a file of its own."""
+    spaced = element if "xmlns=" in element else element.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{spaced}\n'

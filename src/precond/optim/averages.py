@@ -1,0 +1,131 @@
+"""Averages of the weights, at which a model is evaluated, and the one from which its gradients are taken further ahead."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from precond.algebra import checks
+from precond.optim.blocks import Rule
+from precond.optim.checking.arguments import settle
+
+
+class WeightAverage(ABC):
+    r"""A frozen choice of an average e of the weights x that steps end at: e ← e + s(x − e) after a step.
+
+    Gradients are taken at y = x + c(x − e), which is where the parameters are between steps; models are evaluated at (1−λ)x + λe, where
+    ``with optimizer.averaged():`` puts them. A new one is a frozen dataclass with :meth:`share`.
+
+    Attributes:
+        start: the first step whose weights count.
+        where: which parameters are averaged; None: all.
+        blend: λ.
+        lead: c.
+    """
+
+    start: int = 1
+    where: Rule | None = None
+    blend: float = 1.0
+    lead: float = 0.0
+
+    @abstractmethod
+    def share(self, seen: int) -> float:
+        """s of weights before which so many were folded in; 1 of the first."""
+
+    def _check(self) -> None:
+        who = type(self).__name__
+        checks.whole(who, start=self.start)
+        if not 0 <= self.blend <= 1:
+            raise ValueError(f"{who}: blend must be in [0, 1], got {self.blend!r}; 1 evaluates the average itself")
+
+
+@dataclass(frozen=True)
+class EMA(WeightAverage):
+    r"""The exponential moving average, s = max(1 − ρ, 1/n) for the n-th weights: their mean at first, so that there is no bias to correct.
+
+    Args:
+        decay: ρ in [0, 1); a mean of the last 1/(1−ρ) steps, about.
+        start: the first step whose weights count; of training's last part alone it is the average of a tail.
+        blend: λ in [0, 1] of (1−λ)x + λe, the weights to evaluate at.
+        where: which parameters are averaged; None: all.
+
+    References:
+        Polyak & Juditsky (1992); Tarvainen & Valpola (2017) for the exponential form.
+    """
+
+    decay: float = 0.999
+    start: int = 1
+    blend: float = 1.0
+    where: Rule | None = None
+
+    def __post_init__(self) -> None:
+        settle(self)
+        checks.fraction("EMA", decay=self.decay)
+        self._check()
+
+    def share(self, seen: int) -> float:
+        return max(1 - self.decay, 1 / (seen + 1))
+
+
+@dataclass(frozen=True)
+class TailMean(WeightAverage):
+    r"""The mean of all weights from a step on, s = 1/n for the n-th.
+
+    Args:
+        start: the first step whose weights count.
+        blend: λ in [0, 1] of (1−λ)x + λe, the weights to evaluate at.
+        where: which parameters are averaged; None: all.
+
+    References:
+        Ruppert (1988); Polyak & Juditsky (1992); Izmailov et al. (2018), SWA; Jain et al. (2018) for tails.
+    """
+
+    start: int
+    blend: float = 1.0
+    where: Rule | None = None
+
+    def __post_init__(self) -> None:
+        settle(self)
+        self._check()
+
+    def share(self, seen: int) -> float:
+        return 1 / (seen + 1)
+
+
+@dataclass(frozen=True)
+class EMANesterov(WeightAverage):
+    r"""Nesterov's lookahead along an average of moves: gradients at y = x + βm, m ← γm + (1−γ)(x′ − x), x → x′ the step from y.
+
+    m is the move of the moving average e of x with decay γ: from m = 0 and e = x follows m = e′ − e = (x′ − e′)(1−γ)/γ, so that
+    y = x + c(x − e) with c = β(1−γ)/γ, and one average is all that is kept. Models are evaluated at x.
+
+    Args:
+        lookahead: β ≥ 0; 0.3 to 0.6 of about 100 steps' mean move is usual.
+        decay: γ in (0, 1).
+        start: the first step whose weights count.
+        where: which parameters; None: all.
+
+    References:
+        Nesterov (1983); EMA-Nesterov (2026, arXiv:2605.25395), Algorithm 1, with a constant β.
+    """
+
+    lookahead: float = 0.3
+    decay: float = 0.99
+    start: int = 1
+    where: Rule | None = None
+
+    blend = 0.0
+
+    def __post_init__(self) -> None:
+        settle(self)
+        checks.non_negative("EMANesterov", lookahead=self.lookahead)
+        checks.fraction("EMANesterov", decay=self.decay)
+        checks.positive("EMANesterov", decay=self.decay)
+        self._check()
+
+    @property
+    def lead(self) -> float:  # type: ignore[override]
+        return self.lookahead * (1 - self.decay) / self.decay
+
+    def share(self, seen: int) -> float:
+        return 1 - self.decay if seen else 1.0

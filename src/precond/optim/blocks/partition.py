@@ -1,0 +1,47 @@
+"""Which leaves form a block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from precond.optim.blocks.leaf import Leaf, state_dtype
+
+
+def by_tensor(leaves: Sequence[Leaf]) -> list[tuple[int, ...]]:
+    """One block per tensor."""
+    return [(i,) for i in range(len(leaves))]
+
+
+def by_layer(leaves: Sequence[Leaf]) -> list[tuple[int, ...]]:
+    """One block per layer: a module's own parameters, the weight first."""
+    layers: dict[str, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        layers.setdefault(leaf.layer, []).append(i)
+    return [tuple(sorted(i, key=lambda j: leaves[j].kind == "bias")) for i in layers.values()]
+
+
+def together(leaves: Sequence[Leaf]) -> list[tuple[int, ...]]:
+    """One block of everything."""
+    return [tuple(range(len(leaves)))] if leaves else []
+
+
+def by_group(leaves: Sequence[Leaf]) -> list[tuple[int, ...]]:
+    """One block per parameter group: for maps that act entry by entry, which are fastest on many tensors at once."""
+    groups: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        groups.setdefault((leaf.group, leaf.param.device, state_dtype(leaf.param.dtype)), []).append(i)
+    return [tuple(i) for i in groups.values()]
+
+
+def join(a: Sequence[tuple[int, ...]], b: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The finest partition that both refine (a ∨ b); within a block, the order of a's blocks."""
+    owner: dict[int, list[int]] = {}
+    for part in [*a, *b]:
+        merged: list[int] = []
+        for block in {id(owner[i]): owner[i] for i in part if i in owner}.values():
+            merged += block
+        merged += [i for i in part if i not in owner]
+        for i in merged:
+            owner[i] = merged
+    return [tuple(block) for block in {id(block): block for block in owner.values()}.values()]

@@ -1,0 +1,68 @@
+"""BNP's step in place: nothing of the weight's size is made anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from precond.algebra.vec import Scalar, Tensors
+from precond.optim.blocks import State
+from precond.optim.engine.cells import Cell
+from precond.optim.engine.layer import Kept, is_plain
+from precond.optim.momentum import Momentum
+from precond.optim.preconditioners import BNP
+
+
+@dataclass
+class Arrow:
+    r"""W ← W − α dW, b ← b − α db with dW = (g_W − g_b μᵀ)/σ̃², db = β²g_b − dW μ (Ye, eqs. 25–27), expanded.
+
+    With s = 1/σ̃²: W ← W − α g_W∘s + α g_b(μ∘s)ᵀ and dW μ = g_W(μ∘s) − g_b Σμ²s. The vectors are kept until inputs are observed again.
+    """
+
+    P: BNP
+    momentum: Momentum | None
+    decay: float
+
+    def __post_init__(self) -> None:
+        self._kept = Kept(self.P, _vectors)
+
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
+        if cell.inputs:
+            cell.observe(cell.state, tuple(g))
+        lr = float(lr)
+        if self.decay:
+            torch._foreach_mul_(p, 1 - lr * self.decay)
+        if self.momentum is not None:
+            # Folded in place of the gradient, which stays as it is.
+            m = cell.average["m"]
+            torch._foreach_mul_(m, self.momentum.beta)
+            torch._foreach_add_(m, g, alpha=-1 if maximize else 1)
+            g, maximize = m, False
+        alpha = lr if maximize else -lr
+        if (kept := self._kept(cell.state)) is None:
+            torch._foreach_add_(p, g, alpha=alpha)
+            return
+        s, shifted, scale = kept
+        W, gW = p[0].view(p[0].shape[0], -1), g[0].reshape(p[0].shape[0], -1)
+        W.addcmul_(gW, s, value=alpha)
+        if len(p) > 1:
+            gb = g[1]
+            W.addr_(gb, shifted, alpha=-alpha)
+            p[1].addcmul_(gb, scale, value=alpha).addmv_(gW, shifted, alpha=-alpha)
+
+
+def _vectors(state: State, mean: Tensor, std: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(1/σ̃², μ/σ̃², β² + Σμ²/σ̃²)."""
+    s = std.view(-1).square().reciprocal_()
+    shifted = mean.view(-1) * s
+    return s, shifted, torch.dot(mean.view(-1), shifted) + (beta if isinstance(beta, float) else beta.view(())) ** 2
+
+
+def arrow(cell: Cell, P: BNP, momentum: Momentum | None, decay: float) -> Arrow | None:
+    """The kernel of a plain layer, or None."""
+    if momentum is not None and (momentum.kind != "heavy_ball" or momentum.of != "cotangent" or momentum.dampening):
+        return None
+    return Arrow(P, momentum, decay) if is_plain(P, cell.block) else None

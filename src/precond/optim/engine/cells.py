@@ -1,0 +1,310 @@
+"""Cells: a block of leaves, or a stack of blocks alike, with the strategies that step it and the state they keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from precond.algebra import vec
+from precond.algebra.maps import Identity, LinearMap
+from precond.algebra.maps.stacked import OfMembers
+from precond.algebra.vec import Scalar, Vec
+from precond.optim.blocks import COUNTS, Block, Leaf, Stack, State, counted_together, state_dtype, whole_numbers
+from precond.optim.engine.verdict import Verdict
+from precond.optim.inputs import Request
+from precond.optim.inputs.observer import Seen
+from precond.optim.momentum import Momentum
+from precond.optim.preconditioners.base import Preconditioner
+from precond.optim.preconditioners.base import Seen as Evidence
+from precond.optim.preconditioners.stacked import on
+from precond.optim.regularizers.base import Regularizer
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The frozen strategies of one parameter group."""
+
+    preconditioner: Preconditioner
+    momentum: Momentum | None = None
+    regularizers: tuple[Regularizer, ...] = ()
+
+
+@dataclass
+class Cell:
+    """A block or a stack of blocks alike, the strategies in force for it, and its state.
+
+    The optimizer's own state tensors are views of these.
+
+    Attributes:
+        index: positions of the leaves among all leaves, member after member of a stack.
+        inputs: what was seen of layer inputs since the last step, or None.
+    """
+
+    index: tuple[int, ...]
+    block: Block
+    preconditioner: Preconditioner
+    momentum: Momentum | None
+    state: State
+    average: State
+    inputs: Seen | None = None
+    _views: dict[tuple[int, ...], Cell] = field(default_factory=dict, repr=False)
+    _handled: tuple[Preconditioner, bool] | None = field(default=None, repr=False)
+
+    @cached_property
+    def members(self) -> list[tuple[int, ...]]:
+        """The positions of each member's leaves; of a block alone all of them."""
+        m = len(self.block.leaves)
+        return [self.index[i : i + m] for i in range(0, len(self.index), m)]
+
+    def member(self, k: int) -> Cell:
+        """A member of a stack by itself: a stack of one; the tensors are the same."""
+        if not isinstance(self.block, Stack):
+            return self
+        return Cell(
+            self.members[k],
+            self.block.member(k),
+            self.preconditioner,
+            self.momentum,
+            self.state.member(k),
+            self.average.member(k),
+        )
+
+    @property
+    def cells(self) -> Sequence[Cell]:
+        """The cells that step blocks: itself, or those that it holds."""
+        return (self,)
+
+    @property
+    def joint(self) -> list[int]:
+        """How many of its leaves P takes jointly, block after block."""
+        size = 1 if self.preconditioner.diagonal else len(self.block.leaves)
+        return [size] * (len(self.index) // size)
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """All leaves, in the order of ``index``."""
+        return self.block.all_leaves
+
+    @property
+    def acting(self) -> Preconditioner:
+        """The preconditioner, as the block takes it."""
+        return on(self.block, self.preconditioner)
+
+    def wanted(self) -> Iterable[tuple[str, Request, Tensor | None]]:
+        """What is to be observed of layer inputs before the next step: see :meth:`Preconditioner.wanted`."""
+        return self.acting.wanted(self.state) if self.handled else ()
+
+    @property
+    def handled(self) -> bool:
+        """Whether the preconditioner in force acts on the block."""
+        if self._handled is None or self._handled[0] is not self.preconditioner:
+            self._handled = self.preconditioner, self.preconditioner.handles(self.block)
+        return self._handled[1]
+
+    def taking(self, has: Sequence[bool]) -> Cell:
+        """The cell on what a step takes, where some leaves have a gradient: what is joint stays together."""
+        if all(has) or not self.preconditioner.entrywise:
+            return self
+        return self.restricted(tuple(i for i, h in enumerate(has) if h))
+
+    def restricted(self, keep: tuple[int, ...]) -> Cell:
+        """The cell on some of its leaves, for a step in which the others have no gradient."""
+        if keep not in self._views:
+            self._views[keep] = Cell(
+                tuple(self.index[i] for i in keep),
+                self.block.subset(keep),
+                self.preconditioner,
+                self.momentum,
+                self.state.restricted(keep),
+                self.average.restricted(keep),
+            )
+        view = self._views[keep]
+        view.preconditioner, view.momentum, view.inputs = self.preconditioner, self.momentum, self.inputs
+        return view
+
+    @property
+    def upcoming(self) -> Sequence[Scalar]:
+        """The number of the next step for each leaf; where the device counts, tensors."""
+        if (clock := self.state.get("clock")) is not None:
+            return (counted_together(clock).double() + 1).unbind()
+        return [t + 1 for t in whole_numbers(self.state["step"])]
+
+    def written(self) -> Iterator[Tensor]:
+        """The tensors of its state that steps write, but for the counts of steps."""
+        yield from self.state.written()
+        yield from self.average.written()
+
+    def observe(self, state: State, gradient: Vec) -> None:
+        """Fold a gradient, one tensor for each leaf, into ``state`` (the cell's own, or a copy of it)."""
+        if self.handled:
+            gradient = self.block.gathered(gradient)
+            momentum = self._clean_momentum(state, gradient)
+            self.acting.observe(state, Evidence(gradient, self.inputs, momentum, self._shown))
+
+    @property
+    def _shown(self) -> Callable[[], Vec] | None:
+        return self._position if self.block.known else None
+
+    def _position(self) -> Vec:
+        return self.block.gathered(tuple(leaf.tensor.detach().to(state_dtype(leaf.param.dtype)) for leaf in self.leaves))
+
+    def _clean_momentum(self, state: State, gradient: Vec) -> Vec | None:
+        """The momentum of the clean gradient after the step in progress, where the map is made of it.
+
+        It is the step's own, as it will be, unless regularizers add to the gradient: then it is an average of its own, ``clean``,
+        which moves with the cell's own state.
+        """
+        if not self.preconditioner.uses_momentum or self.momentum is None or self.momentum.of != "cotangent":
+            return None
+        kept = self.average.get("clean", self.average.get("m"))
+        own = State(state.block, {} if kept is None else {"m": kept}, **{key: state[key] for key in COUNTS if key in state})
+        if state is not self.state or "clean" not in self.average:
+            own = own.copied()
+        self.momentum.fold(own, gradient)
+        return self.momentum.current(own, gradient)
+
+    def descent(self, a: Vec, least: Sequence[Scalar] = (), fold: bool = True) -> Vec:
+        """F N Nᵀ · momentum(Fᵀa) with P = F N, or momentum(M a) where the momentum is one of tangents; one tensor for each leaf.
+
+        M is damped until its eigenvalues are at most 1/t, t the largest of ``least``, where that is not 0 and its map has such a form.
+        """
+        F, N = self.factors()
+        t = reduce(vec.larger, {id(x): x for x in least}.values()) if least else 0.0
+        if isinstance(F, Identity) and (isinstance(t, Tensor) or t):
+            N = N.bounded(t)
+        return self._stepped(F.rmv(self.block.gathered(a)), F, N, fold)
+
+    def _stepped(self, y: Vec, F: LinearMap, N: LinearMap, fold: bool = True) -> Vec:
+        """F N Nᵀ · momentum(y), or momentum(F N Nᵀ y); one tensor for each leaf."""
+        y = self._averaged(y, "cotangent", fold)
+        return self.block.scattered(self._averaged(F.mv(N.gram(y)), "tangent", fold))
+
+    def advance(self, g: Vec, verdict: Verdict | None = None) -> Vec:
+        """:meth:`observe` and :meth:`descent` of a gradient to which nothing is added, and the step counted, if it is taken."""
+        count_step(self.state, verdict)
+        return self.taken(g)
+
+    def taken(self, g: Vec) -> Vec:
+        """:meth:`advance` where the step is counted already."""
+        plain = self.momentum is None or (self.keeps_cotangents and "clean" not in self.average)
+        if not self.handled or not plain:
+            self.observe(self.state, g)
+            return self.descent(g)
+        P = self.acting
+        if not self.preconditioner.uses_momentum:  # nothing keeps what the next call needs no more
+            seen = lambda: Evidence(self.block.gathered(g), self.inputs, None, self._shown)  # noqa: E731
+            return self.block.scattered(P.push(self.state, self._averaged(P.pull(self.state, seen()), "cotangent", fold=True)))
+        gradient = self.block.gathered(g)
+        # What was put side by side is memory of the step's own, and what is made of the momentum alone asks for no gradient.
+        own = len(self.members) > 1 and not self.preconditioner.constituents
+        if self.momentum is None:
+            m = gradient
+        else:
+            self.momentum.fold(self.average, gradient)
+            write = own and "m" in self.average
+            m = (
+                self.momentum.write(self.average, gradient, gradient)
+                if write
+                else self.momentum.current(self.average, gradient)
+            )
+        return self.block.scattered(P.descend(self.state, Evidence(gradient, self.inputs, m, self._shown)))
+
+    def factors(self) -> tuple[LinearMap, LinearMap]:
+        """(F, N) with P = F N, on the tensors of the block; the momentum of cotangents is kept in the coordinates of F."""
+        return self.acting.factors(self.state) if self.handled else (Identity(), Identity(self.block.tensors))
+
+    def _averaged(self, a: Vec, of: str, fold: bool) -> Vec:
+        """The momentum of cotangents (in the coordinates of F) or of tangents with a folded in; a itself where it is of the other."""
+        if self.momentum is None or self.momentum.of != of:
+            return a
+        if fold:
+            self.momentum.fold(self.average, a)
+        return self.momentum.current(self.average, a)
+
+    def refresh(self) -> None:
+        """Work after the step; the momentum moves with its coordinates."""
+        if self.handled:
+            kept = [self.average[name] for name in ("m", "clean") if name in self.average] if self.keeps_cotangents else []
+            self.acting.refresh(self.state, kept)
+
+    @property
+    def keeps_cotangents(self) -> bool:
+        """Whether the average is one of cotangents."""
+        return self.momentum is not None and self.momentum.of == "cotangent"
+
+    def damped(self, P: LinearMap, delta: float | None) -> LinearMap:
+        """A map of the cell, damped as its preconditioner advises where a penalty says nothing."""
+        return P.damped(self.preconditioner.advised_damping if delta is None else delta)
+
+    def map(self, state: State) -> LinearMap:
+        """P from ``state``, on one tensor for each leaf."""
+        if not self.handled:
+            return Identity(tuple(leaf.tensor for leaf in self.leaves))
+        of_block = self.acting.map(state)
+        return of_block if not isinstance(self.block, Stack) else OfMembers(of_block, self.block)
+
+
+def as_count(known: Any) -> Tensor:
+    """A count of steps, from one that is known; None: 0."""
+    # On the host, as torch keeps it: reading it never waits for a device. In float32, as torch has it, 2²⁴ + 1 would be 2²⁴.
+    return torch.as_tensor(0.0 if known is None else known, device="cpu", dtype=torch.float64)
+
+
+def count_together(states: Sequence[State], there: torch.device | None) -> None:
+    """Put the counts of a cell's leaves into one tensor, of which they are entries, and into one of a device, which is to count them.
+
+    The first of the states has all of them.
+    """
+    own = states[0]["step"]
+    base, known = torch.stack(own), {id(t): k for k, t in enumerate(own)}
+    # float32, as torch's fused kernels read it.
+    clock = None if there is None else base.to(there, torch.float32).unbind()
+    for state in states:
+        _put(state, known, base.unbind(), clock)
+
+
+def _put(state: State, known: dict[int, int], steps: Vec, clock: Vec | None) -> None:
+    index = [known[id(t)] for t in state["step"]]
+    for value in state.values():
+        if isinstance(value, State):
+            _put(value, known, steps, clock)
+    state["step"] = tuple(steps[k] for k in index)
+    if clock is not None:
+        state["clock"] = tuple(clock[k] for k in index)
+
+
+def count_step(state: State, verdict: Verdict | None = None) -> None:
+    """Count a step of each leaf, in place; on the device only if it is taken."""
+    count_on_host(state)
+    if (clock := state.get("clock")) is not None:
+        _add(clock, 1 if verdict is None else verdict.taken(clock[0].device))
+
+
+def count_on_host(state: State) -> None:
+    """The host's part of counting."""
+    _add(state["step"], 1)
+
+
+@contextmanager
+def uncounted(cells: Sequence[Cell]) -> Iterator[None]:
+    """What the host counts inside is forgotten at the end: a step that is captured has not happened."""
+    counts = [t for cell in cells for t in cell.state["step"]]
+    before = [t.clone() for t in counts]
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(counts, before)
+
+
+def _add(counts: Vec, number: int | Tensor) -> None:
+    base = counts[0]._base
+    if base is not None and base.shape == (len(counts),):
+        base.add_(number)
+    else:
+        torch._foreach_add_(counts, number)

@@ -1,0 +1,53 @@
+"""Layers that kernels step in place: how their rows lie, and what an input-side map of theirs is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+from precond.algebra.maps import Layout
+from precond.optim.blocks import Block, State
+from precond.optim.engine.factors import Last, root_version
+from precond.optim.preconditioners.input_side import InputSide
+
+Made = TypeVar("Made")
+
+
+def layer_of(P: InputSide, block: Block) -> Layout | None:
+    """How the rows of a layer with its whole bias lie, where they do so one after the other in memory, by groups; or None."""
+    parts = P.parts(block)
+    if len(parts) != 1 or parts[0].rows != slice(None) or parts[0].weight != 0:
+        return None
+    layout = parts[0].layout(P.request)
+    alone = len(block.leaves) == (1 if parts[0].bias is None else 2)
+    weight = block.tensors[0]
+    straight = layout.straight and weight.is_contiguous() and weight.numel() > 0
+    return layout if alone and straight else None
+
+
+def is_plain(P: InputSide, block: Block) -> bool:
+    """Whether it is such a layer with one group of rows."""
+    layout = layer_of(P, block)
+    return layout is not None and layout.groups == 1
+
+
+@dataclass
+class Kept(Generic[Made]):
+    """What a kernel makes of (state, μ, σ, β) of a layer; made again where the statistics have changed, whichever engine did it.
+
+    It is None where P is the identity yet.
+    """
+
+    P: InputSide
+    make: Callable[[State, Tensor, Tensor, float | Tensor], Made]
+    _last: Last[Made | None] = field(default_factory=Last, init=False, repr=False)
+
+    def __call__(self, state: State) -> Made | None:
+        return self._last((state["mean"]._version, root_version(state)), lambda: self._new(state))
+
+    def _new(self, state: State) -> Made | None:
+        (part,) = self.P.parts(state.block)
+        return self.make(state, *self.P.arrow(part, state)) if self.P.known(state) else None

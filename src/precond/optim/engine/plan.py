@@ -1,0 +1,380 @@
+"""From leaves and the strategies of their groups to cells: which leaves are stepped jointly, and which blocks side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from precond.algebra.sharding import local
+from precond.algebra.vec import Vec
+from precond.optim.blocks import COUNTS, Block, Leaf, Stack, State, state_dtype, within
+from precond.optim.blocks.memory import stacked
+from precond.optim.engine.cells import Cell, Choice, as_count, count_together
+from precond.optim.engine.sharing import Shared, at_owner
+from precond.optim.momentum import Momentum
+from precond.optim.preconditioners import BNP, RMS, Composition, Fixed, Polar, Whitening
+from precond.optim.preconditioners.base import Preconditioner, placed
+from precond.optim.preconditioners.stacked import stackable, takes_stacks
+from precond.optim.ranks.exchange import dealt
+
+Existing = Mapping[Tensor, dict[str, Any]]
+"""The optimizer's state: tensors by parameter and their names outside."""
+
+
+Entries = list[tuple[Leaf, str, Tensor]]
+"""(leaf, key, tensor) of state."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Leaves, by position, that one preconditioner acts on jointly, and their momentum."""
+
+    index: tuple[int, ...]
+    preconditioner: Preconditioner
+    momentum: Momentum | None
+
+
+def units(leaves: Sequence[Leaf], live: Sequence[int], choices: Sequence[Choice], whole: Whole | None = None) -> list[Unit]:
+    """The units of the leaves that want gradients; the numbers of each are those of its first leaf's group."""
+    chosen = [leaves[i] for i in live]
+    whole = Whole(leaves) if whole is None else whole
+    out = []
+    taken: set[int] = set()
+    idle: dict[tuple[int, Momentum | None], list[int]] = {}
+    # Numbers of a group may decide what is a block, a limit of length, say: each group takes its own plan's.
+    for group, choice in enumerate(choices):
+        for part in choice.preconditioner.partition(chosen):
+            if chosen[part.index[0]].group == group:
+                own = part.preconditioner.momentum
+                momentum = choice.momentum if own is None else own
+                if part.preconditioner.handles(whole.block(part.preconditioner, [chosen[i] for i in part.index])):
+                    out.append(Unit(tuple(live[i] for i in part.index), part.preconditioner, momentum))
+                else:
+                    idle.setdefault((group, momentum), []).extend(part.index)
+                if twice := taken.intersection(part.index):
+                    raise _disagree(chosen[min(twice)])
+                taken.update(part.index)
+    for (_, momentum), index in idle.items():  # what is left as it is goes together
+        for part in placed(Fixed(), chosen, sorted(index)):
+            out.append(Unit(tuple(live[i] for i in part.index), part.preconditioner, momentum))
+    if missed := set(range(len(chosen))) - taken:
+        raise _disagree(chosen[min(missed)])
+    return out
+
+
+def build(
+    leaves: Sequence[Leaf],
+    live: Sequence[int],
+    choices: Sequence[Choice],
+    existing: Existing,
+    outside: Callable[[str], str],
+    plainly: bool = False,
+    clean: bool = True,
+    owners: dict[Tensor, int] | None = None,
+    there: Callable[[Leaf], torch.device | None] = lambda leaf: None,
+) -> tuple[list[Cell], Entries]:
+    """Cells for the leaves at the positions ``live``, which want gradients, and their state entries (leaf, key, tensor).
+
+    Of a block that another rank owns the entries are empty tensors.
+
+    Args:
+        existing: whose tensors, of the same shape, are taken over as they are.
+        outside: our names of state tensors → those in ``existing``.
+        plainly: every block alone.
+        clean: statistics are of the clean gradient, whatever regularizers add to what is descended.
+        owners: who owns which parameters' blocks; completed here.
+        there: the device that counts a leaf's steps; None: the host does.
+    """
+
+    cells: list[Cell] = []
+    entries: Entries = []
+    shared: dict[Any, list[tuple[Cell, int, Entries]]] = {}
+    whole = Whole(leaves)
+    found = units(leaves, live, choices, whole)
+    placements = deal(found, leaves, {} if owners is None else owners)
+    singles = [
+        _Single.of(unit, leaves, choices, existing, outside, clean, not plainly, placement, whole)
+        for unit, placement in zip(found, placements, strict=True)
+    ]
+    for alike in [[single] for single in singles] if plainly else _alike(singles):
+        first, index = alike[0], tuple(i for single in alike for i in single.unit.index)
+        preconditioner, momentum, block = first.unit.preconditioner, first.unit.momentum, first.block
+        state, average = first.state, first.average
+        if first.elsewhere:
+            own = [entry for s in alike for entry in (*s.state.entries(), *s.average.entries())]
+            entries += [(leaf, key, t.new_empty(0)) for leaf, key, t in own]
+            block = block if len(alike) == 1 else Stack.of([single.block for single in alike])
+            state, average = State(block, step=tuple(t for s in alike for t in s.state["step"])), State(block, step=())
+        else:
+            if len(alike) > 1 or first.stacks:
+                block = Stack.of([single.block for single in alike])
+                state, average = (_side_by_side([getattr(s, name) for s in alike], block) for name in ("state", "average"))
+            own = [*state.entries(), *average.entries()]
+            entries += own
+        # Where ranks step for each other the host counts, on all of them.
+        count_together([state, average], there(first.block.leaves[0]) if first.placement is None else None)
+        cell = Cell(index, block, preconditioner, momentum, state.seal(), average)
+        entries += [(leaf, "step", t) for leaf, t in zip(cell.leaves, state.get("clock", state["step"]), strict=True)]
+        if first.placement is None:
+            cells.append(cell)
+        else:
+            shared.setdefault(first.placement.crew, []).append((cell, first.placement.owner, own))
+    for together in shared.values():
+        inside, ranks, contents = zip(*together, strict=True)
+        held = [leaves[i] for cell in inside for i in cell.index]
+        cells.append(Shared.of(inside, ranks, held, plainly, contents=contents))
+    return cells, entries
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a block is stepped that several ranks hold.
+
+    Attributes:
+        crew: what blocks have in common that are exchanged together: the ranks, the dtype and the device.
+        owner: the rank among them that steps it.
+        here: whether that is this one.
+    """
+
+    crew: Any
+    owner: int
+    here: bool
+
+
+def deal(found: Sequence[Unit], leaves: Sequence[Leaf], owners: dict[Tensor, int]) -> list[Placement | None]:
+    """Who steps each unit, None where every rank steps what it holds; ``owners`` learns of new ones.
+
+    Raises:
+        ValueError: where parameters that are stepped jointly are held by different ranks.
+        RuntimeError: where ranks shared them before and are not known any more.
+    """
+    crews: dict[Any, list[int]] = {}
+    keys: list[Any] = []
+    for k, unit in enumerate(found):
+        own = [leaves[i] for i in unit.index]
+        keys.append(_crew(unit.preconditioner, own))
+        if keys[-1] is None and (lost := [leaf for leaf in own if leaf.param in owners and leaf.pieces is None]):
+            raise RuntimeError(
+                f"the state of {lost[0].name!r} is divided among ranks, and the optimizer was copied or unpickled without its model: call "
+                "watch(model) with the wrapped model on every rank first"
+            )
+        if keys[-1] is not None:
+            crews.setdefault(keys[-1], []).append(k)
+    of: dict[int, Placement] = {}
+    for key, numbers in crews.items():
+        first = leaves[found[numbers[0]].index[0]].pieces
+        assert first is not None
+        size, me = len(first.boxes), dist.get_rank(first.group)
+        costs = {k: found[k].preconditioner.cost(Block(tuple(leaves[i] for i in found[k].index))) for k in numbers}
+        known = {k: owners[p] for k in numbers if (p := leaves[found[k].index[0]].param) in owners}
+        loads = [sum(costs[k] for k, owner in known.items() if owner == r) for r in range(size)]
+        new = [k for k in numbers if k not in known]
+        known |= dict(zip(new, dealt([costs[k] for k in new], size, loads), strict=True))
+        for k in numbers:
+            owners.update({leaves[i].param: known[k] for i in found[k].index})
+            of[k] = Placement(key, known[k], known[k] == me)
+    return [of.get(k) for k in range(len(found))]
+
+
+def _crew(P: Preconditioner, own: Sequence[Leaf]) -> Any:
+    """The ranks, the dtype and the device of a unit that one rank steps for all; None where each steps what it holds."""
+    if not P.dealt and (all(leaf.shard is None for leaf in own) or P.divisible(Block(tuple(own)))):
+        return None
+    pieces = [leaf.pieces for leaf in own]
+    if all(p is None for p in pieces) and not any(leaf.shard is not None for leaf in own):
+        return None
+    keys = {(id(p.group), state_dtype(leaf.param.dtype), leaf.param.device) for p, leaf in zip(pieces, own, strict=True) if p}
+    if not keys:
+        return None  # divided over a single rank
+    if len(keys) > 1 or None in pieces:
+        raise ValueError(
+            f"{type(P).__name__} acts jointly on {', '.join(repr(leaf.name) for leaf in own)}, which different ranks hold, or in different "
+            "dtypes: shard them on one mesh, or leave all of them out of sharding (ignored_params)"
+        )
+    return next(iter(keys))
+
+
+class Whole:
+    """Leaves as who steps them sees them: whole where one rank steps a block for all, else what this process holds."""
+
+    def __init__(self, leaves: Sequence[Leaf]):
+        self._leaves = leaves
+        self._zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._known: dict[Leaf, Leaf] = {}
+
+    def block(self, P: Preconditioner, own: Sequence[Leaf]) -> Block:
+        """The block of some leaves for a preconditioner."""
+        gathers = P.dealt or (any(leaf.shard is not None for leaf in own) and not P.divisible(Block(tuple(own))))
+        return Block(tuple(self._whole(leaf) if gathers and leaf.shard is not None else leaf for leaf in own))
+
+    def _whole(self, leaf: Leaf) -> Leaf:
+        if leaf not in self._known:
+            kind = leaf.param.dtype, leaf.param.device
+            if kind not in self._zeros:
+                sizes = [
+                    x.param.numel() for x in self._leaves if x.shard is not None and (x.param.dtype, x.param.device) == kind
+                ]
+                self._zeros[kind] = torch.zeros(max(sizes), dtype=kind[0], device=kind[1])
+            self._known[leaf] = at_owner(leaf, self._zeros[kind])
+        return self._known[leaf]
+
+
+@dataclass
+class _Single:
+    """A unit with its block and state, before it is known which are alike.
+
+    Attributes:
+        stacks: whether its methods take stacks, also one of a single block.
+        placement: who steps it, where ranks share it.
+    """
+
+    unit: Unit
+    block: Block
+    state: State
+    average: State
+    stacks: bool
+    key: tuple[Any, ...]
+    placement: Placement | None = None
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether another rank steps it."""
+        return self.placement is not None and not self.placement.here
+
+    @classmethod
+    def of(
+        cls,
+        unit: Unit,
+        leaves: Sequence[Leaf],
+        choices: Sequence[Choice],
+        existing: Existing,
+        outside: Callable[[str], str],
+        clean: bool,
+        kernels: bool,
+        placement: Placement | None,
+        whole: Whole,
+    ) -> _Single:
+        P = unit.preconditioner
+        block = whole.block(P, [leaves[i] for i in unit.index])
+        handled = P.handles(block)
+        state = State(block, P.init(block) if handled else {})
+        average = State(block, unit.momentum.init(block) if unit.momentum is not None else {})
+        regularizers = choices[block.leaves[0].group].regularizers
+        if clean and "m" in average and P.uses_momentum and any(r.joins_gradient for r in regularizers):
+            average["clean"] = block.zeros()
+        steps = tuple(as_count(existing.get(leaf.param, {}).get("step")) for leaf in block.leaves)
+        for s in (state, average):
+            _adopt(s, existing, steps, outside)
+        kernel = kernels and _has_kernel(P, block)
+        alone = not handled or block.sharded or kernel or P.entrywise or not stackable(P)
+        if placement is not None and not placement.here:
+            state, average = state.hollow(), average.hollow()
+        key = (
+            id(block) if alone else None,
+            placement,
+            tuple((tuple(leaf.shape), leaf.param.dtype, leaf.param.device) for leaf in block.leaves),
+            # Members of a stack are at one step, and have or have not a gradient together.
+            tuple(float(t) for t in steps),
+            any(leaf.param.grad is not None for leaf in block.leaves),
+            P.kind(block) if handled else None,
+            tuple(_structure(state)),
+            tuple(_structure(average)),
+        )
+        return cls(unit, block, state, average, handled and not kernel and stackable(P) and takes_stacks(P), key, placement)
+
+
+def _has_kernel(P: Preconditioner, block: Block) -> bool:
+    """Whether a layer may be stepped by a kernel of its own, where it is on a processor."""
+    match P:
+        case BNP() | Polar():
+            found = True
+        case Composition(outer=BNP() | Whitening(), inner=RMS() | Polar()):
+            found = True
+        case _:
+            found = False
+    return found and all(t.device.type == "cpu" for t in block.tensors)
+
+
+def _alike(singles: Sequence[_Single]) -> Iterator[list[_Single]]:
+    """Those that one stack may hold, in the order of their first ones, and no more than scratch memory is for."""
+    sets: list[list[_Single]] = []
+    by_key: dict[tuple[Any, ...], list[list[_Single]]] = {}
+    for single in singles:
+        same = by_key.setdefault(single.key, [])
+        for found in same:
+            first, size = found[0], sum(t.numel() * t.element_size() for t in single.block.tensors)
+            fits = (len(found) + 1) * size <= stacked(first.block.tensors[0].device)
+            if fits and first.unit.preconditioner == single.unit.preconditioner and first.unit.momentum == single.unit.momentum:
+                found.append(single)
+                break
+        else:
+            same.append([single])
+            sets.append(same[-1])
+    yield from sets
+
+
+def _structure(state: State) -> Iterator[tuple[Any, ...]]:
+    """Names, shapes and dtypes of a state."""
+    for key, value in state.items():
+        if isinstance(value, State):
+            yield key, tuple(_structure(value))
+        elif key not in COUNTS:
+            yield key, tuple((tuple(t.shape), t.dtype) for t in (value if isinstance(value, tuple) else (value,)))
+
+
+def _side_by_side(states: Sequence[State], stack: Stack) -> State:
+    out = State(stack)
+    for key, value in states[0].items():
+        if isinstance(value, State):
+            out[key] = _side_by_side([s[key] for s in states], Stack.of([s[key].block for s in states]))
+        elif key == "step":
+            out[key] = tuple(t for s in states for t in s[key])
+        elif isinstance(value, tuple):
+            out[key] = tuple(_stacked([s[key][j] for s in states]) for j in range(len(value)))
+        else:
+            out[key] = _stacked([s[key] for s in states])
+    return out
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """(k, …): the tensor that these are views of, or a new one."""
+    base = tensors[0]._base
+    if base is not None and base.shape == (len(tensors), *tensors[0].shape):
+        rows = zip(base.unbind(0), tensors, strict=True)
+        if all(
+            t._base is base and t.storage_offset() == row.storage_offset() and t.stride() == row.stride() for row, t in rows
+        ):
+            return base
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _disagree(leaf: Leaf) -> ValueError:
+    return ValueError(
+        f"the groups of {leaf.name!r} and of the rest of its layer differ in a number that decides what is stepped jointly "
+        "(max_dim, max_inputs); give both groups one value"
+    )
+
+
+def _adopt(
+    state: State, existing: Mapping[Tensor, dict[str, Any]], steps: Vec, outside: Callable[[str], str], prefix: str = ""
+) -> None:
+    """Put known tensors in place of fresh ones, and the step counts of the leaves into every part."""
+    by_leaf = dict(zip(state.block.leaves, steps, strict=True)) if steps else {}
+    for key, value in list(state.items()):
+        if isinstance(value, State):
+            _adopt(value, existing, tuple(by_leaf[leaf] for leaf in value.block.leaves), outside, prefix + within(key))
+        else:
+            fresh = value if isinstance(value, tuple) else (value,)
+            kept = []
+            for leaf, tensor in zip(state.block.leaves, fresh, strict=False):
+                known = existing.get(leaf.param, {}).get(outside(prefix + key))
+                mine = local(known) if isinstance(known, Tensor) else tensor
+                # The parameter may have been converted since, or moved.
+                kept.append(mine.to(tensor) if mine.shape == tensor.shape else tensor)
+            state[key] = tuple(kept) if isinstance(value, tuple) else kept[0]
+    state["step"] = steps

@@ -1,0 +1,128 @@
+"""What steps of small and of large layers have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from precond.algebra.maps import augmented
+from precond.algebra.vec import Scalar, Tensors
+from precond.optim.blocks import State
+from precond.optim.engine.cells import Cell
+from precond.optim.engine.layer import Kept
+from precond.optim.momentum import Momentum
+from precond.optim.preconditioners import BNP, Polar, Whitening
+from precond.optim.preconditioners.base import Seen
+from precond.optim.preconditioners.stacked import on
+
+Outer = TypeVar("Outer")
+Average = TypeVar("Average")
+Tangent = TypeVar("Tangent")
+
+# Lengths whose squares stay in the range of float32.
+LEAST, MOST = 1e-12, 1e15
+
+
+@dataclass
+class PolarStep(ABC, Generic[Outer, Average, Tangent]):
+    r"""p ← (1 − αλ)p − αs·d with d = P₁ L^(−1/2) P₁ᵀ m, s such that ‖s·L^(−1/2)P₁ᵀm‖ is the length of a step.
+
+    Attributes:
+        outer: what P₁ is made of; None where it is the identity.
+        decay: λ.
+    """
+
+    P: Polar
+    outer: BNP | Whitening | None
+    momentum: Momentum
+    decay: float
+    _seen: int = field(default=-1, init=False, repr=False)
+    _kept: Kept[Outer] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.outer is not None:
+            self._kept = Kept(self.outer, self._make)
+
+    @abstractmethod
+    def _make(self, outer: State, mean: Tensor, std: Tensor, beta: float | Tensor) -> Outer:
+        """P₁."""
+
+    @abstractmethod
+    def _average(self, cell: Cell, g: Tensors, P1: Outer | None) -> Average:
+        """What L^(−1/2) is applied to, of the momentum m, which is folded already."""
+
+    @abstractmethod
+    def _gram(self, P1: Outer | None, m: Average) -> Tensor:
+        """The Gram matrix of the shorter side of P₁ᵀm."""
+
+    @abstractmethod
+    def _turned(self, state: State, P1: Outer | None, m: Average) -> tuple[Tangent, float]:
+        """(d, ‖L^(−1/2)P₁ᵀm‖); may write where m is."""
+
+    @abstractmethod
+    def _unit(self, P1: Outer | None, m: Average) -> tuple[Average, float]:
+        """(m/s, s) with s = ‖P₁ᵀm‖, or about that."""
+
+    @abstractmethod
+    def _move(self, p: Tensors, P1: Outer | None, d: Tangent, alpha: float) -> None:
+        """p ← p + αd."""
+
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
+        state, P1 = cell.state, None
+        if self._kept is not None:
+            assert self.outer is not None
+            state = cell.state["inner"]
+            if cell.inputs:
+                on(cell.block, self.outer).observe(cell.state["outer"], Seen((), cell.inputs))
+            P1 = self._kept(cell.state["outer"])
+        if maximize:
+            g = torch._foreach_neg(g)
+        self.momentum.fold(cell.average, tuple(g))
+        if cell.inputs:
+            self.P.count_samples(state, cell.inputs)
+        m, size = self._average(cell, g, P1), 1.0
+        if first := self._is_first(state):
+            z = tuple(p) if self.outer is None else on(cell.block, self.outer).map(cell.state["outer"]).solve(tuple(p))
+            self.P.measure(state, augmented(z), torch.tensor(True))
+        shape = self._shape(p)
+        if share := self.P.share(state, shape, first):
+            self._renew(state, P1, m, share)
+        d, norm = self._turned(state, P1, m)
+        if not LEAST < norm < MOST:
+            m, size = self._unit(P1, self._average(cell, g, P1))
+            d, norm = self._turned(state, P1, m)
+        state["norm"].fill_(norm * size)
+        lr = float(lr)
+        if self.decay:
+            torch._foreach_mul_(p, 1 - lr * self.decay)
+        self._move(p, P1, d, -lr * self.P.step_length(state, shape).item() / norm if norm > 0 else 0.0)
+        if self.outer is not None:
+            on(cell.block, self.outer).refresh(cell.state["outer"])
+
+    @staticmethod
+    def _shape(p: Tensors) -> tuple[int, int]:
+        """(A, B) of [W b]."""
+        rows = p[0].shape[0]
+        return rows, p[0].numel() // rows + len(p) - 1
+
+    def _is_first(self, state: State) -> bool:
+        """Whether nothing was observed yet; looked at where L is another than when it was last."""
+        if self._seen == state["gram"]._version:
+            return False
+        fresh = self.P.is_fresh(state)
+        if not fresh:
+            self._seen = state["gram"]._version
+        return fresh
+
+    def _renew(self, state: State, P1: Outer | None, m: Average, share: float) -> None:
+        """Fold the momentum in z₁ into L and take the root of that."""
+        gram = self._gram(P1, m)
+        square = float(gram.trace())
+        if not LEAST**2 < square < MOST**2:
+            gram = self._gram(P1, self._unit(P1, m)[0])
+            square = float(gram.trace()) or 1.0
+        self.P.fold(state, gram.div_(square), share)

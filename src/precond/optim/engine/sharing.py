@@ -1,0 +1,320 @@
+"""Blocks dealt among the ranks that share their parameters: each has an owner, who keeps its state and does its work for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from precond.algebra.maps import LinearMap
+from precond.algebra.maps.base import Piecewise
+from precond.algebra.vec import Scalar, Vec
+from precond.optim.blocks import Block, Gathered, Leaf, State
+from precond.optim.engine import fused
+from precond.optim.engine.cells import Cell, Choice
+from precond.optim.engine.fused import Kernel
+from precond.optim.engine.loop import Rules
+from precond.optim.inputs import Request
+from precond.optim.inputs.sites import Site
+from precond.optim.preconditioners.base import Part
+from precond.optim.preconditioners.split import Split
+from precond.optim.ranks.exchange import Exchange, Pieces
+
+
+@dataclass
+class Shared(Cell):
+    """The cells of a group of ranks, each stepped by its owner, which the engine takes as one cell.
+
+    Gradients come to their owners whole and steps go back in pieces, by one exchange each for all of them. Maps, penalties in z and
+    second gradients go the same way. Every rank knows all cells and counts their steps; those of others have no state here.
+
+    Attributes:
+        inside: all cells, in the same order on every rank.
+        owners: the rank in the group that owns each.
+        exchange: of all their leaves, cell after cell.
+        plainly: no kernels: the reference.
+        contents: of each cell (leaf, key, tensor) of all its state but the counts of steps; of others' cells the tensors have shapes alone.
+    """
+
+    inside: tuple[Cell, ...] = ()
+    owners: tuple[int, ...] = ()
+    exchange: Exchange = field(default_factory=lambda: Exchange((), (), ()), repr=False)
+    plainly: bool = False
+    contents: tuple[Sequence[tuple[Leaf, str, Tensor]], ...] = field(default=(), repr=False)
+    _kernels: dict[int, Kernel | None] = field(default_factory=dict, repr=False)
+    _settled: set[int] = field(default_factory=set, repr=False)
+    _observed: list[int] = field(default_factory=list, repr=False)
+
+    @classmethod
+    def of(cls, cells: Sequence[Cell], owners: Sequence[int], leaves: Sequence[Leaf], plainly: bool, **more: Any) -> Shared:
+        """The cells of a group of ranks.
+
+        Args:
+            leaves: theirs, cell after cell, as this process holds them.
+        """
+        every = [owner for cell, owner in zip(cells, owners, strict=True) for _ in cell.index]
+        pieces = [leaf.pieces for leaf in leaves]
+        assert all(isinstance(p, Pieces) for p in pieces)
+        exchange = Exchange([leaf.shape for leaf in leaves], pieces, every)  # type: ignore[arg-type]
+        block, own = Block(tuple(leaves)), {}
+        for k, cell in enumerate(cells):
+            if owners[k] == exchange.rank:
+                own[f"#{k}"] = cell.state
+        state = State(block, own, step=tuple(t for cell in cells for t in cell.state["step"])).seal()
+        return cls(
+            index=tuple(i for cell in cells for i in cell.index),
+            block=block,
+            preconditioner=_together(cells),
+            momentum=None,
+            state=state,
+            average=State(block),
+            inside=tuple(cells),
+            owners=tuple(owners),
+            exchange=exchange,
+            plainly=plainly,
+            **more,
+        )
+
+    @property
+    def cells(self) -> Sequence[Cell]:
+        return self.inside
+
+    @property
+    def joint(self) -> list[int]:
+        return [n for cell in self.inside for n in cell.joint]
+
+    @cached_property
+    def mine(self) -> list[int]:
+        """The numbers of the cells that this rank owns."""
+        return [k for k, owner in enumerate(self.owners) if owner == self.exchange.rank]
+
+    @cached_property
+    def _spans(self) -> list[range]:
+        out, start = [], 0
+        for cell in self.inside:
+            out.append(range(start, start + len(cell.index)))
+            start += len(cell.index)
+        return out
+
+    @property
+    def elsewhere(self) -> list[tuple[Leaf, str, Tensor]]:
+        """``contents`` of the cells that other ranks own."""
+        return [entry for k, of in enumerate(self.contents) if self.owners[k] != self.exchange.rank for entry in of]
+
+    def renumber(self) -> None:
+        """Follow numbers that have changed in the cells' strategies."""
+        self.preconditioner, self._kernels, self._views = _together(self.inside), {}, {}
+
+    def taking(self, has: Sequence[bool]) -> Cell:
+        keep = tuple(k for k, span in enumerate(self._spans) if any(has[i] for i in span))
+        if len(keep) == len(self.inside):
+            return self
+        if keep not in self._views:
+            cells, owners = [self.inside[k] for k in keep], [self.owners[k] for k in keep]
+            leaves = [self.block.leaves[i] for k in keep for i in self._spans[k]]
+            also = {"_kernels": self._kernels, "_settled": self._settled, "_observed": self._observed}
+            self._views[keep] = Shared.of(cells, owners, leaves, self.plainly, **also)
+        return self._views[keep]
+
+    # --- to owners and back ------------------------------------------------------------------------------------------------
+
+    def gather(self, v: Vec) -> dict[int, Vec]:
+        """The whole vectors of this rank's cells, from every rank's pieces."""
+        whole = self.exchange.collect(dict(enumerate(v)))
+        return {k: tuple(whole[i] for i in self._spans[k]) for k in self.mine}
+
+    def scatter(self, wholes: Mapping[int, Vec], like: Vec) -> Vec:
+        """The inverse of :meth:`gather`, from every rank's cells."""
+        tensors = {i: t for k, v in wholes.items() for i, t in zip(self._spans[k], v, strict=True)}
+        found = self.exchange.deliver(tensors, dict(enumerate(like)))
+        return tuple(found[i] for i in range(len(like)))
+
+    @contextmanager
+    def _showing(self, state: State) -> Iterator[None]:
+        """Owners see whole parameters inside, where their preconditioners may look at them in the step in progress."""
+        if self.exchange.copied:
+            yield
+            return
+        first, step = not self._observed, max(state.steps)
+        shown = [k for k, cell in enumerate(self.inside) if cell.preconditioner.looks(1 if first else step)]
+        wide = {i: self.block.leaves[i].tensor.detach() for k in shown for i in self._spans[k]}
+        whole = self.exchange.collect(wide) if wide else {}
+        leaves = [
+            (leaf, whole[i])
+            for k in self.mine
+            for i, leaf in zip(self._spans[k], self.inside[k].leaves, strict=True)
+            if i in whole
+        ]
+        for leaf, t in leaves:
+            assert isinstance(leaf, Gathered)
+            leaf.shown.append(t)
+        try:
+            yield
+        finally:
+            for leaf, _ in leaves:
+                leaf.shown.clear()  # type: ignore[attr-defined]
+            if state is self.state:
+                self._observed[:] = [step]
+
+    # --- what a cell does ----------------------------------------------------------------------------------------------------
+
+    def observe(self, state: State, gradient: Vec) -> None:
+        whole = self.gather(gradient)
+        with self._showing(state):
+            for k in self.mine:
+                self.inside[k].observe(state[f"#{k}"], whole[k])
+
+    def descent(self, a: Vec, least: Sequence[Scalar] = (), fold: bool = True) -> Vec:
+        whole, spans = self.gather(a), self._spans
+        own = {k: self.inside[k].descent(whole[k], [least[i] for i in spans[k]] if least else (), fold) for k in self.mine}
+        return self.scatter(own, a)
+
+    def taken(self, g: Vec) -> Vec:
+        whole = self.gather(g)
+        with self._showing(self.state):
+            own = {k: self._stepped_by_owner(self.inside[k], whole[k]) for k in self.mine}
+        return self.scatter(own, g)
+
+    def _stepped_by_owner(self, cell: Cell, g: Vec) -> Vec:
+        """The step of one cell: by its kernel, where it has one and needs not look at the parameters."""
+        kernel, u = self._kernel(cell), None
+        if kernel is not None and not cell.preconditioner.looks(max(cell.state.steps)):
+            u = [torch.zeros_like(t) for t in cell.block.tensors]
+            kernel(cell, u, fused.aligned(g, u), 1.0, False)
+            self._settled.add(id(cell))
+            return tuple(torch._foreach_neg(u))
+        return cell.taken(g)
+
+    def _kernel(self, cell: Cell) -> Kernel | None:
+        if id(cell) not in self._kernels:
+            plain = Choice(cell.preconditioner, cell.momentum)
+            self._kernels[id(cell)] = None if self.plainly else fused.kernel(cell, [plain], Rules())
+        return self._kernels[id(cell)]
+
+    def refresh(self) -> None:
+        for k in self.mine:
+            if id(self.inside[k]) not in self._settled:
+                self.inside[k].refresh()
+        self._settled.clear()
+
+    def map(self, state: State) -> LinearMap:
+        return Carried(self, {k: self.inside[k].map(state[f"#{k}"]) for k in self.mine})
+
+    def damped(self, P: LinearMap, delta: float | None) -> LinearMap:
+        assert isinstance(P, Carried)
+        return Carried(self, {k: self.inside[k].damped(m, delta) for k, m in P.maps.items()})
+
+    def wanted(self) -> Iterable[tuple[str, Request, Tensor | None]]:
+        """What owners want to be observed, told to all ranks."""
+        step = max(self.state.steps) + 1
+        turns = {leaf.turn for leaf in self.block.leaves}
+        asking = [cell for cell in self.inside if cell.handled and not cell.preconditioner.idle(step, turns)]
+        sites = {(site.name, request): site for cell in asking for site, request in sites_of(cell)}
+        if not sites:
+            return []
+        own = {
+            (name, request): center
+            for k in self.mine
+            if self.inside[k] in asking
+            for name, request, center in self.inside[k].wanted()
+        }
+        like = self.block.leaves[0].tensor
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        flags = torch.tensor(
+            [0 if key not in own else 1 if own[key] is None else 2 for key in sites], dtype=dtype, device=like.device
+        )
+        centers = [_center(own.get(key), site, key[1], flags) for key, site in sites.items()]
+        flat = torch.cat([flags, *(c.reshape(-1) for c in centers)])
+        dist.all_reduce(flat, group=self.exchange.group)
+        told = flat[: len(sites)].tolist()  # the host decides by them what hooks do
+        means = flat[len(sites) :].split([c.numel() for c in centers])
+        return [
+            (name, request, mean.view(c.shape) if flag == 2 else None)
+            for (name, request), flag, mean, c in zip(sites, told, means, centers, strict=True)
+            if flag
+        ]
+
+
+def whole_state(cell: Shared) -> Iterator[tuple[Leaf, str, Tensor]]:
+    """(leaf, key, tensor) of the state of all cells, from their owners to every rank; every rank must call it."""
+    group = cell.exchange.group
+    for owner in range(cell.exchange.size):
+        entries = [entry for k, of in enumerate(cell.contents) if cell.owners[k] == owner for entry in of]
+        for dtype in dict.fromkeys(t.dtype for _, _, t in entries):
+            alike = [(leaf, key, t) for leaf, key, t in entries if t.dtype == dtype]
+            device = cell.block.leaves[0].param.device
+            flat = torch.empty(sum(t.numel() for _, _, t in alike), dtype=dtype, device=device)
+            if owner == cell.exchange.rank:
+                torch.cat([t.reshape(-1).to(device) for _, _, t in alike], out=flat)
+            dist.broadcast(flat, dist.get_global_rank(group, owner), group)
+            for (leaf, key, t), found in zip(alike, flat.split([t.numel() for _, _, t in alike]), strict=True):
+                yield leaf, key, found.view(t.shape).to(t.device)
+
+
+def sites_of(cell: Cell) -> Iterator[tuple[Site, Request]]:
+    """The sites of a cell's layers and the requests that they answer."""
+    for request in sorted(cell.preconditioner.requests, key=repr):
+        yield from ((site, request) for leaf in cell.leaves for site in leaf.sites if site.answers(request))
+
+
+def owned_statistics(cells: Iterable[Cell]) -> dict[tuple[str, Request], tuple[dist.ProcessGroup, int]]:
+    """By site name and request: the ranks, and which of them alone needs the statistics of a layer's inputs."""
+    out: dict[tuple[str, Request], tuple[dist.ProcessGroup, int]] = {}
+    others = set()
+    for cell in cells:
+        for k, each in enumerate(cell.cells):
+            for site, request in sites_of(each) if each.handled else ():
+                key = site.name, request
+                owner = (cell.exchange.group, cell.owners[k]) if isinstance(cell, Shared) else None
+                if owner is None or out.setdefault(key, owner) != owner:
+                    others.add(key)
+    return {key: owner for key, owner in out.items() if key not in others}
+
+
+def _center(known: Tensor | None, site: Site, request: Request, like: Tensor) -> Tensor:
+    return like.new_zeros(site.shape(request)) if known is None else known.to(like)
+
+
+def _together(cells: Sequence[Cell]) -> Split:
+    parts, start = [], 0
+    for cell in cells:
+        parts.append(Part(tuple(range(start, start + len(cell.index))), cell.preconditioner))
+        start += len(cell.index)
+    return Split(tuple(parts))
+
+
+class Carried(Piecewise):
+    """P of shared cells: vectors go to owners, who have the maps, and come back. Every rank must call it."""
+
+    def __init__(self, cell: Shared, maps: Mapping[int, LinearMap]):
+        self.cell, self.maps, self.like = cell, maps, cell.block.tensors
+        self.root = cell.preconditioner.states_root
+        self.diagonal = cell.preconditioner.diagonal
+
+    def _each(self, method: str, v: Vec) -> Vec:
+        whole = self.cell.gather(v)
+        return self.cell.scatter({k: getattr(m, method)(whole[k]) for k, m in self.maps.items()}, v)
+
+    def damped(self, delta: float) -> LinearMap:
+        return Carried(self.cell, {k: m.damped(delta) for k, m in self.maps.items()})
+
+    def bounded(self, t: Scalar) -> LinearMap:
+        return Carried(self.cell, {k: m.bounded(t) for k, m in self.maps.items()})
+
+
+def at_owner(leaf: Leaf, zeros: Tensor) -> Leaf:
+    """A leaf as its owner steps it: whole.
+
+    Args:
+        zeros: memory of its size, of which nothing is written.
+    """
+    if leaf.shard is None:
+        return leaf
+    fields = {name: getattr(leaf, name) for name in leaf.__dataclass_fields__}
+    return Gathered(**fields, zeros=zeros[: leaf.param.numel()].view(leaf.shape))

@@ -1,0 +1,212 @@
+"""The observer: forward pre-hooks that reduce layer inputs at once to (count, mean, spread)."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from precond.algebra.sharding import gathered
+from precond.optim.inputs.hooks import WeakHook, remove
+from precond.optim.inputs.moments import Moments, Request, pool
+from precond.optim.inputs.reading import Unreadable
+from precond.optim.inputs.sites import Site
+from precond.optim.inputs.taps import Tap, Weight
+from precond.optim.inputs.watching import watching
+
+Seen = dict[tuple[str, Request], Moments]
+"""By site name and request."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Which gradient a parameter had, to tell whether a backward has been since; keeps none alive."""
+
+    gradient: weakref.ref[Tensor] | None
+    version: int
+
+    def holds(self, param: Tensor) -> bool:
+        """Whether it still has that gradient."""
+        g = param.grad
+        if g is None or self.gradient is None:
+            return g is None and self.gradient is None
+        return self.gradient() is g and g._version == self.version
+
+
+def mark(param: Tensor) -> Mark:
+    """The gradient that a parameter has now."""
+    return Mark(None, 0) if param.grad is None else Mark(weakref.ref(param.grad), param.grad._version)
+
+
+class Observer:
+    """Watches the training forwards of some sites between two optimizer steps.
+
+    A forward counts if its module trains and gradients are on; one that activation checkpointing repeats within backward
+    counts once. Nothing of the inputs is kept but their moments. Nothing is raised into a forward: what cannot be read is
+    passed by, and :attr:`unread` says why.
+
+    Attributes:
+        unread: by site name, why inputs of it were not read since :meth:`clear`.
+        absent: how many contexts say that the forwards are another's.
+    """
+
+    def __init__(self, sites: Sequence[Site], requests: Iterable[Request], seen: Seen | None = None):
+        self.sites, self.requests = tuple(sites), tuple(requests)
+        self.enabled = True
+        self.ready: Callable[[], None] = _nothing  # called before the first forward that counts
+        self._first = True
+        self.wanted: dict[tuple[str, Request], Tensor | None] = {}
+        self.unread: dict[str, str] = {}
+        self.absent = 0
+        self._seen: Seen = {} if seen is None else seen  # since the last backward through the layer
+        self._earlier: Seen = {}  # before it: micro-batches, or a step that a scaler skipped
+        self._marks: dict[str, Mark] = {}
+        self._without_grad: dict[nn.Module, int] = {}
+        by_module: dict[nn.Module, list[tuple[Site, Tap, Weight]]] = {}
+        for site in self.sites:
+            for tap, weight in site.taps:
+                by_module.setdefault(tap.module, []).append((site, tap, weight))
+        self._work = by_module
+        self._handles = [m.register_forward_pre_hook(WeakHook(self, "see"), with_kwargs=True) for m in by_module]
+        weakref.finalize(self, remove, self._handles)
+
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Called before each forward of a watched module."""
+        if self._first and self.enabled and not self.absent and watching():
+            self._first = False
+            self.ready()
+        if not self.wanted or self.absent:
+            return
+        work = self._work.get(module)  # None in a shallow copy, such as nn.DataParallel's replicas
+        if work is None or not (self.enabled and module.training and watching()) or _transformed() or not self._counts(module):
+            return
+        asked = [(site, weight, keys) for site, _, weight in work if site.weight.requires_grad and (keys := self._keys(site))]
+        if not asked:
+            return
+        tap = work[0][1]
+        try:
+            device = work[0][0].weight.device.type
+            full = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+            with torch.no_grad(), full:
+                (args, kwargs), speaks = gathered((args, kwargs))  # under tensor parallelism
+                if (call := tap.read(args, kwargs)) is None:
+                    return
+                for site, weight, keys in asked:
+                    self._fold(tap, call, site, weight, keys if speaks else ())
+        except Exception as error:
+            for site, _, _ in asked:
+                self.unread[site.name] = why_unread(error)
+
+    def _keys(self, site: Site) -> list[tuple[str, Request]]:
+        """What is wanted of a site."""
+        return [key for request in self.requests if (key := (site.name, request)) in self.wanted]
+
+    def _fold(self, tap: Tap, call: Any, site: Site, weight: Weight, keys: Sequence[tuple[str, Request]]) -> None:
+        """Put what a call shows of a weight to what was seen before."""
+        try:
+            if self._used(site):
+                self._separate(site)
+            self._marks[site.name] = mark(site.weight)
+            for key in keys:
+                found = tap.moments(call, weight, key[1], self.wanted[key])
+                if found is None:
+                    continue
+                if found.mean.shape != site.shape(key[1]):
+                    raise Unreadable(f"has {site.shape(key[1])} features, but inputs have {tuple(found.mean.shape)}")
+                self._seen[key] = pool([self._seen[key], found]) if key in self._seen else found
+        except Exception as error:
+            self.unread[site.name] = why_unread(error)
+
+    def _counts(self, module: nn.Module) -> bool:
+        """Whether this forward is one of the step's own, each of which counts once under checkpointing of either kind."""
+        in_backward = torch._C._current_graph_task_id() != -1
+        if not in_backward:
+            if not torch.is_grad_enabled():  # the first pass of re-entrant checkpointing: the second one will count
+                self._without_grad[module] = self._without_grad.get(module, 0) + 1
+            return torch.is_grad_enabled()
+        pending = 0 if _repeated() else self._without_grad.get(module, 0)
+        if pending:
+            self._without_grad[module] = pending - 1
+        return pending > 0
+
+    @property
+    def expected(self) -> list[Site]:
+        """The sites of weights that train, of which something is wanted."""
+        return [site for site in self.sites if site.weight.requires_grad and self._keys(site)] if self.wanted else []
+
+    def collect(self) -> Seen:
+        """What was seen since :meth:`clear`."""
+        both = {key: pool([self._earlier[key], self._seen[key]]) for key in self._earlier.keys() & self._seen.keys()}
+        return {**self._earlier, **self._seen, **both}
+
+    def _used(self, site: Site) -> bool:
+        """Whether the layer's gradient has changed since its last forward."""
+        known = self._marks.get(site.name)
+        return known is not None and not known.holds(site.weight)
+
+    def _separate(self, site: Site) -> None:
+        for key in [(site.name, request) for request in self.requests]:
+            if key in self._seen:
+                found = self._seen.pop(key)
+                self._earlier[key] = pool([self._earlier[key], found]) if key in self._earlier else found
+
+    def separate(self) -> None:
+        """Keep what was seen so far apart from what is seen next."""
+        for site in self.sites:
+            self._separate(site)
+
+    def drop_earlier(self) -> None:
+        """Of layers seen since :meth:`separate`, that alone counts."""
+        for key in self._seen:
+            self._earlier.pop(key, None)
+
+    def drop_used(self) -> None:
+        """Forget what was seen before the last backward, whose gradient is about to be cleared."""
+        for site in self.sites:
+            if self._used(site):
+                self._separate(site)
+            for request in self.requests:
+                self._earlier.pop((site.name, request), None)
+
+    def cleared(self) -> None:
+        """The gradients were cleared: that is no backward."""
+        for site in self.sites:
+            if site.name in self._marks:
+                self._marks[site.name] = mark(site.weight)
+
+    def clear(self) -> None:
+        """Forget it: the step was taken, or skipped."""
+        self._seen, self._earlier, self._marks, self._without_grad = {}, {}, {}, {}
+        self.unread, self._first = {}, True
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        remove(self._handles)
+
+
+def why_unread(error: Exception) -> str:
+    """Why inputs were not read."""
+    if isinstance(error, Unreadable):
+        return str(error)
+    first = str(error).strip().split("\n")[0]
+    return f"could not be told its inputs ({type(error).__name__}: {first})"
+
+
+def _nothing() -> None:
+    pass
+
+
+def _transformed() -> bool:
+    """Whether this forward runs inside vmap, grad or another transform of torch.func, whose tensors must not leave it."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def _repeated() -> bool:
+    """Whether non-reentrant checkpointing repeats a forward here, which counted at once."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and "_recomputation_hook" in hooks[0].__qualname__

@@ -1,0 +1,205 @@
+"""Statistics of several processes put together: to all that need them, or to one, a call each for all layers of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from precond.algebra.vec import all_finite
+from precond.optim.inputs.moments import Moments, Request, mixed
+from precond.optim.inputs.observer import Observer, Seen
+from precond.optim.inputs.sites import Site
+
+
+def check_alike(observer: Observer) -> None:
+    """Raise RuntimeError on every rank where ranks watch different layers: their sums would be of different things."""
+    mine = [(site.name, tuple(site.weight.shape)) for site in observer.sites]
+    everyone: list[list[tuple[str, tuple[int, ...]]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0]:
+            odd = sorted({name for name, _ in set(theirs) ^ set(everyone[0])})
+            raise RuntimeError(
+                f"rank {rank} trains another model than rank 0 (layers {', '.join(odd[:3])} differ): input statistics are "
+                "shared by all ranks; build the same model everywhere"
+            )
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What all ranks have seen together since the last step.
+
+    Attributes:
+        seen: the statistics that this rank needs.
+        called: which layers some rank has called, with a request.
+        finite: whether no rank has seen inf or NaN, as far as it looked.
+    """
+
+    seen: Seen
+    called: frozenset[tuple[str, Request]]
+    finite: bool
+
+
+Owned = Mapping[tuple[str, Request], tuple[dist.ProcessGroup, int]]
+"""By site name and request: the ranks that share a layer, and which of them alone needs its statistics."""
+
+
+NOBODY: Owned = {}
+"""Statistics that all ranks need."""
+
+
+def synchronized(observer: Observer, owned: Owned = NOBODY, watch: Callable[[Moments], bool] = lambda m: False) -> Heard:
+    """What all ranks have seen together, weighted by count, at each rank that needs it; layers that no rank has called are absent.
+
+    Args:
+        watch: whether a rank is to look for inf and NaN in what it has seen.
+    """
+    seen = observer.collect()
+    keys = [
+        (site, request)
+        for site in observer.expected
+        for request in observer.requests
+        if (site.name, request) in observer.wanted
+    ]
+    common = [(site, request) for site, request in keys if (site.name, request) not in owned]
+    out = _to_all(common, seen)
+    called, finite = set(out), all_finite(tuple(m.variance for m in out.values() if watch(m)))
+    for group in dict.fromkeys(owned[site.name, request][0] for site, request in keys if (site.name, request) in owned):
+        of = [(site, request, owned[site.name, request]) for site, request in keys if (site.name, request) in owned]
+        heard = _to_owners([(s, r, owner) for s, r, (g, owner) in of if g is group], seen, group, watch)
+        out |= heard.seen
+        called |= heard.called
+        finite &= heard.finite
+    return Heard(out, frozenset(called), finite)
+
+
+def _to_owners(
+    keys: Sequence[tuple[Site, Request, int]], seen: Seen, group: dist.ProcessGroup, watch: Callable[[Moments], bool]
+) -> Heard:
+    """Statistics at their owners: how many samples each rank saw goes to all, and what it saw of them to one, as triangles."""
+    me, size = dist.get_rank(group), dist.get_world_size(group)
+    mine = [seen.get((site.name, request)) for site, request, _ in keys]
+    device = keys[0][0].weight.device
+    wide = any(site.weight.dtype == torch.float64 for site, _, _ in keys)
+    dtype = torch.float64 if wide else torch.float32
+    lengths = [site.shape(request)[0] + 1 for site, request, _ in keys]
+    good = all_finite(tuple(m.variance for m in mine if m is not None and watch(m)))
+    zeros = torch.zeros(max(lengths), dtype=torch.float64)
+    numbers = [
+        zeros[:n] if m is None else torch.cat([m.count.double(), m.examples.double()[None]])
+        for m, n in zip(mine, lengths, strict=True)
+    ]
+    flat = torch.cat([torch.tensor([float(not good)], dtype=torch.float64), *numbers]).to(device)
+    every = flat.new_empty(size * len(flat))
+    dist.all_gather_single(every, flat, group)
+    table = every.cpu().view(size, -1)  # the host knows of how many samples statistics are
+    counts = [row[1:].split(lengths) for row in table]
+    shapes = [site.shape(request) for site, request, _ in keys]
+    sizes = [
+        g * (2 * n + (packed_size(n) if request.kind == "covariance" else n))
+        for (_, request, _), (g, n) in zip(keys, shapes, strict=True)
+    ]
+    gives = [[i for i, (_, _, owner) in enumerate(keys) if owner == r != me and mine[i] is not None] for r in range(size)]
+    takes = [[i for i, (_, _, owner) in enumerate(keys) if owner == me != r and counts[r][i][:-1].any()] for r in range(size)]
+    sent = [t.reshape(-1).to(dtype) for of in gives for i in of for t in _parts(mine[i])]
+    flat = torch.cat(sent) if sent else torch.empty(0, dtype=dtype, device=device)
+    taken = flat.new_empty(sum(sizes[i] for of in takes for i in of))
+    received, given = ([sum(sizes[i] for i in of) for of in each] for each in (takes, gives))
+    dist.all_to_all_single(taken, flat, received, given, group)
+    pieces = iter(taken.split([sizes[i] for of in takes for i in of]))
+    found: list[list[Moments]] = [[] for _ in keys]
+    for r, of in enumerate(takes):
+        for i in [k for k, m in enumerate(mine) if keys[k][2] == me and m is not None] if r == me else of:
+            own = mine[i]
+            found[i].append(own if r == me and own is not None else _moments(next(pieces), counts[r][i], shapes[i], keys[i][1]))
+    out = {(site.name, request): mixed(parts) for (site, request, _), parts in zip(keys, found, strict=True) if parts}
+    called = {(s.name, request) for i, (s, request, _) in enumerate(keys) if any(row[i][:-1].any() for row in counts)}
+    return Heard(out, frozenset(called), not bool(table[:, 0].any()))
+
+
+def _parts(m: Moments | None) -> tuple[Tensor, ...]:
+    assert m is not None
+    return m.mean, pack(m.spread) if m.spread.ndim > m.mean.ndim else m.spread, m.absolute
+
+
+def _moments(flat: Tensor, numbers: Tensor, shape: tuple[int, int], request: Request) -> Moments:
+    groups, n = shape
+    mean, spread, absolute = flat.split([groups * n, len(flat) - 2 * groups * n, groups * n])
+    spread = unpack(spread.view(groups, -1), n) if request.kind == "covariance" else spread.view(groups, n)
+    count, examples = numbers[:-1].to(flat.dtype), numbers[-1].to(flat.dtype)
+    return Moments(count, mean.view(groups, n), spread, absolute.view(groups, n), examples)
+
+
+def packed_size(n: int) -> int:
+    """How many numbers of a symmetric matrix of n rows :func:`pack` keeps: n(n + 1)/2, or (n + 1)(n + 2)/2 for odd n."""
+    n += n % 2
+    return (n + 1) * n // 2
+
+
+def pack(S: Tensor) -> Tensor:
+    """Symmetric matrices (…, n, n) as (…, packed_size(n)): one triangle, folded into a rectangle.
+
+    With n = 2k, S₁ its first k columns and S₂₂ its last block it is the (n + 1, k) matrix of tril(S₁) below and triu(S₂₂) above the
+    line between them (LAPACK's rectangular full packed format).
+    """
+    if S.shape[-1] % 2:
+        S = torch.nn.functional.pad(S, (0, 1, 0, 1))
+    n, k = S.shape[-1], S.shape[-1] // 2
+    R = S.new_zeros(*S.shape[:-2], n + 1, k)
+    R[..., 1:, :] = S[..., :k].tril()
+    R[..., :k, :] += S[..., k:, k:].triu()
+    return R.flatten(-2)
+
+
+def unpack(flat: Tensor, n: int) -> Tensor:
+    """The inverse of :func:`pack`."""
+    even = n + n % 2
+    k = even // 2
+    R = flat.unflatten(-1, (even + 1, k))
+    S = flat.new_zeros(*flat.shape[:-1], even, even)
+    S[..., :k] = R[..., 1:, :].tril()
+    S[..., k:, k:] = R[..., :k, :].triu().mT
+    S += S.tril(-1).mT
+    return S[..., :n, :n].contiguous()
+
+
+def _to_all(keys: Sequence[tuple[Site, Request]], seen: Seen) -> Seen:
+    """Statistics of all ranks, the same on each."""
+    numbers, sums, shapes = [], [], []
+    for site, request in keys:
+        groups, n = site.shape(request)
+        square = (groups, n, n) if request.kind == "covariance" else (groups, n)
+        shapes.append(((groups, n), square, (groups, n)))
+        device, found = site.weight.device, seen.get((site.name, request))
+        if found is None:
+            numbers += [torch.zeros(groups + 1, dtype=torch.float64)]
+            sums += [torch.zeros(int(torch.Size(s).numel()), dtype=torch.float64, device=device) for s in shapes[-1]]
+        else:
+            count, *tensors, examples = found.raw()
+            numbers += [torch.cat([count, examples[None]])]
+            sums += [t.reshape(-1) for t in tensors]
+    if not sums:
+        return {}
+    known = torch.cat(numbers).to(sums[0].device)
+    flat = torch.cat([known, *sums])
+    dist.all_reduce(flat)
+    counts, flat = flat[: len(known)].cpu(), flat[len(known) :]  # the host knows of how many samples statistics are
+    out: Seen = {}
+    at = start = 0
+    for (site, request), sizes in zip(keys, shapes, strict=True):
+        parts = []
+        for shape in sizes:
+            size = int(torch.Size(shape).numel())
+            parts.append(flat[start : start + size].reshape(shape))
+            start += size
+        groups = sizes[0][0]
+        count, examples = counts[at : at + groups], counts[at + groups]
+        at += groups + 1
+        if count.max() > 0:
+            dtype = torch.float64 if site.weight.dtype == torch.float64 else torch.float32
+            out[site.name, request] = Moments.from_raw((count, *parts, examples), dtype)
+    return out

@@ -1,0 +1,200 @@
+"""What parameter groups come to: leaves, the strategies of each group, and cells with their state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from precond.optim.averages import WeightAverage
+from precond.optim.blocks import Leaf, whole_numbers
+from precond.optim.engine import plan
+from precond.optim.engine.cells import Cell, Choice
+from precond.optim.engine.sharing import Shared
+from precond.optim.optimizer import averaging
+from precond.optim.optimizer.naming import Naming
+from precond.optim.optimizer.parameters import Owners, in_place
+
+Kinds = tuple[list[bool], list[torch.dtype], list[int]]
+"""Whether each parameter wants gradients, its dtype, and the number of its device, -1 on a processor: numbers are compared at once."""
+
+Following = Literal["same", "renumbered", "broken"]
+"""Of the groups since a binding was made: nothing has changed; numbers have; parameters or strategies have."""
+
+
+@dataclass
+class Binding:
+    """Derived from groups and state, and made again when these change in kind.
+
+    Attributes:
+        entries: (leaf, key, tensor) of all state.
+        options: the groups' options when it was made.
+        kinds: of all leaves, as they were then.
+    """
+
+    leaves: list[Leaf] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+    cells: list[Cell] = field(default_factory=list)
+    entries: list[tuple[Leaf, str, Tensor]] = field(default_factory=list)
+    options: list[tuple[Any, ...]] = field(default_factory=list)
+    kinds: Kinds = ([], [], [])
+
+    @property
+    def divided(self) -> bool:
+        """Whether members of a stack have come apart: some have a gradient now, or have made more steps, and others not."""
+        for cell in self.stacks:
+            m = len(cell.block.leaves)
+            has = {any(leaf.param.grad is not None for leaf in cell.leaves[i : i + m]) for i in range(0, len(cell.index), m)}
+            if len(has) > 1 or len(set(whole_numbers(cell.state["step"])[::m])) > 1:
+                return True
+        return False
+
+    @cached_property
+    def stacks(self) -> list[Cell]:
+        """The cells of several blocks."""
+        return [cell for cell in self.blocks if len(cell.members) > 1]
+
+    @property
+    def blocks(self) -> list[Cell]:
+        """The cells that step blocks, also those of other ranks."""
+        return [each for cell in self.cells for each in cell.cells]
+
+    @property
+    def shared(self) -> list[Shared]:
+        """The cells that ranks step for each other."""
+        return [cell for cell in self.cells if isinstance(cell, Shared)]
+
+    def reckon(self) -> None:
+        """Let the host know of the steps that devices have counted."""
+        for cell in self.cells:
+            for ours, theirs in zip(cell.state["step"], cell.state.get("clock", ()), strict=False):
+                ours.copy_(theirs)
+
+    @property
+    def frozen(self) -> set[Tensor]:
+        """The parameters that wanted no gradients."""
+        return {leaf.param for leaf, wants in zip(self.leaves, self.kinds[0], strict=True) if not wants}
+
+    def converted(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether parameters were frozen, thawed, converted or moved since."""
+        return self.kinds != read_kinds([p for group in groups for p in group["params"]])
+
+    @cached_property
+    def _housed(self) -> list[Leaf]:
+        """The leaves whose modules are known."""
+        return [leaf for leaf in self.leaves if leaf.module is not None]
+
+    def follow(self, groups: Sequence[Mapping[str, Any]], naming: Naming) -> Following:
+        """Take over numbers that have changed in the groups."""
+        options = read_options(groups, naming)
+        if self.converted(groups) or not all(map(in_place, self._housed)):
+            return "broken"
+        if options == self.options:
+            return "same"
+        if _structure(options) != _structure(self.options):
+            return "broken"
+        self.choices = choices_of(groups, naming)
+        live = sorted(i for cell in self.blocks for i in cell.index)
+        of = {unit.index: unit for unit in plan.units(self.leaves, live, self.choices)}
+        if of.keys() != {index for cell in self.blocks for index in cell.members}:
+            return "broken"
+        for cell in self.blocks:
+            first, *others = (of[index] for index in cell.members)
+            if any(u.preconditioner != first.preconditioner or u.momentum != first.momentum for u in others):
+                return "broken"
+            cell.preconditioner, cell.momentum = first.preconditioner, first.momentum
+        for shared in self.shared:
+            shared.renumber()
+        self.options = options
+        return "renumbered"
+
+
+def bind(
+    groups: Sequence[Mapping[str, Any]],
+    owners: Owners,
+    naming: Naming,
+    observed: bool,
+    rounding: str,
+    plainly: bool,
+    clean: bool,
+    existing: Mapping[Tensor, dict[str, Any]],
+    frozen: Container[Tensor] | None = None,
+    dealt: dict[Tensor, int] | None = None,
+    there: Callable[[Leaf], torch.device | None] = lambda leaf: None,
+    average: WeightAverage | None = None,
+) -> Binding:
+    """Cells for the parameters that want gradients; state that ``existing`` holds is taken over, in the parameters' dtype and place.
+
+    Args:
+        dealt: which rank owns which parameters' blocks, where ranks share them; completed here.
+        frozen: the parameters that want no gradients; None: those that require none now.
+        there: the device that counts a leaf's steps; None: the host does.
+        average: of the weights.
+    """
+    leaves = owners.leaves(groups, observed)
+    choices = choices_of(groups, naming)
+    params = [leaf.param for leaf in leaves]
+    frozen = {p for p in params if not p.requires_grad} if frozen is None else frozen
+    live = [i for i, p in enumerate(params) if p not in frozen]
+    cells, entries = plan.build(leaves, live, choices, existing, naming.outside, plainly, clean, dealt, there)
+    if rounding == "kahan":
+        entries += _residuals([leaves[i] for i in live], existing)
+    entries += averaging.entries(average, [leaves[i] for i in live], existing)
+    _, dtypes, devices = read_kinds(params)
+    kinds = [p not in frozen for p in params], dtypes, devices
+    return Binding(leaves, choices, cells, entries, read_options(groups, naming), kinds)
+
+
+def choices_of(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[Choice]:
+    """The strategies of groups.
+
+    Raises:
+        ValueError: for numbers out of range, and where groups differ in what a penalty is, not in its weight alone.
+    """
+    choices = [naming.build(g) for g in groups]
+    for choice in choices[1:]:
+        for r, first in zip(choice.regularizers, choices[0].regularizers, strict=True):
+            for f in fields(r):  # type: ignore[arg-type]
+                if f.name not in r.scalars and getattr(r, f.name) != getattr(first, f.name):
+                    raise ValueError(
+                        f"{naming.name}: groups may differ in {' and '.join(r.scalars)} of {type(r).__name__}, not in "
+                        f"{f.name}; give all groups one value, or leave parameters out by {r.scalars[0]}=0"
+                    )
+    return choices
+
+
+def read_kinds(params: Sequence[Tensor]) -> Kinds:
+    """Of each parameter what decides where its state is, and in what dtype; a model may be converted at any time."""
+    return [p.requires_grad for p in params], [p.dtype for p in params], [p.get_device() for p in params]
+
+
+def read_options(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[tuple[Any, ...]]:
+    """The options of groups; of tensors also their versions, since they may be changed in place."""
+    found = [[group.get(k) for k in naming.defaults] for group in groups]
+    return [tuple((x, x._version) if isinstance(x, Tensor) else x for x in options) for options in found]
+
+
+def _structure(options: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """What decides which state is kept: options themselves, whole ones too (lengths of blocks); of others whether they are zero."""
+    return [
+        tuple(tuple(bool(y) for y in x) if isinstance(x, tuple) else bool(x) if isinstance(x, float) else x for x in o)
+        for o in options
+    ]
+
+
+def _residuals(leaves: Sequence[Leaf], existing: Mapping[Tensor, dict[str, Any]]) -> list[tuple[Leaf, str, Tensor]]:
+    """State entries of the Kahan compensation of 16-bit parameters."""
+    narrow = [p for p in leaves if p.param.dtype in (torch.bfloat16, torch.float16)]
+    known = [existing.get(leaf.param, {}).get("residual") for leaf in narrow]
+    return [
+        (
+            leaf,
+            "residual",
+            torch.zeros_like(leaf.param, requires_grad=False) if r is None else r.to(leaf.param.device, leaf.param.dtype),
+        )
+        for leaf, r in zip(narrow, known, strict=True)
+    ]

@@ -1,0 +1,297 @@
+"""An optimizer's parameters with their strategies, state and hooks, as the model and its groups change."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from precond.algebra import checks
+from precond.algebra.vec import Scalar
+from precond.optim.averages import WeightAverage
+from precond.optim.blocks import Leaf
+from precond.optim.engine.cells import Cell
+from precond.optim.engine.fused import Kernel
+from precond.optim.engine.loop import Rules
+from precond.optim.engine.sharing import Shared
+from precond.optim.inputs import Request
+from precond.optim.optimizer import serialization
+from precond.optim.optimizer.averaging import Averaged
+from precond.optim.optimizer.binding import Binding, bind, choices_of
+from precond.optim.optimizer.compatibility import check_precision
+from precond.optim.optimizer.interrupts import Uninterrupted
+from precond.optim.optimizer.listening import Listening
+from precond.optim.optimizer.naming import Naming
+from precond.optim.optimizer.parameters import Owners, in_place, to_groups
+from precond.optim.optimizer.probing import (
+    Clearings,
+    Probe,
+)
+from precond.optim.ranks.replicas import agreed
+
+
+class Bound(torch.optim.Optimizer):
+    """Its groups, strategies, state and hooks: bound when it is made, and again where model or groups have changed."""
+
+    naming: Naming
+    rules: Rules
+    rounding: str
+    nonfinite: str
+    engine: str
+    average: WeightAverage | None
+    owners: Owners
+    _bound: Binding
+    _listening: Listening
+    _clearings: Clearings
+    _averaged: Averaged | None
+    _kernels_of: tuple[list[Kernel | None] | None] | None
+    _pending: Probe | None
+    _consolidated: dict[str, Any] | None
+    _spare: dict[Tensor, Tensor]
+    _dealt: dict[Tensor, int]
+    _requests: frozenset[Request]
+    _timeless: bool
+    _gradient_based: int | None
+    _probing: bool
+    _closing: bool
+    _evaluating: bool
+    _told: bool
+    _warned: bool
+
+    def _bind(self) -> None:
+        """Make cells and state for the parameters that want gradients, keeping the state that exists."""
+        self.adopt(self.bound_to(self.param_groups, self.state), self.state)
+
+    @property
+    def cells(self) -> Sequence[Cell]:
+        """What is stepped jointly, with the strategies in force and their state."""
+        return self._bound.cells
+
+    @property
+    def frozen(self) -> set[Tensor]:
+        """The parameters that wanted no gradients in the last step."""
+        return self._bound.frozen
+
+    @property
+    def shared(self) -> list[Shared]:
+        """What ranks step for each other."""
+        return self._bound.shared
+
+    def bound_to(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        existing: Mapping[Tensor, dict[str, Any]],
+        frozen: set[Tensor] | None = None,
+    ) -> Binding:
+        """What groups come to, with the state that exists; nothing of the optimizer's own changes."""
+        clean = self.rules.statistics_from == "loss"
+
+        def there(leaf: Leaf) -> torch.device | None:
+            device, asked = leaf.param.device, groups[leaf.group].get("capturable") or self._may_skip_unread
+            return device if asked and device.type not in ("cpu", "meta") else None
+
+        return bind(
+            groups,
+            self.owners,
+            self.naming,
+            self.observes,
+            self.rounding,
+            self.rules.plainly,
+            clean,
+            existing,
+            frozen,
+            self._dealt,
+            there,
+            self.average,
+        )
+
+    @property
+    def _may_skip_unread(self) -> bool:
+        """Whether a step may be skipped without the host's knowing: accelerators count their steps then.
+
+        Where the number of a step decides what it does, and where it takes statistics of inputs, whose samples the host counts, second
+        gradients, an average of the weights, or where ranks step for each other, the host must know.
+        """
+        skips = self.nonfinite == "skip" or (self._told and self.nonfinite == "propagate")
+        return (
+            skips
+            and self._timeless
+            and self._gradient_based is None
+            and not self._requests
+            and self.average is None
+            and not self._dealt
+        )
+
+    def adopt(self, bound: Binding, state: defaultdict[Tensor, Any]) -> None:
+        """Take a binding and its state as the optimizer's own."""
+        self._consolidated = None
+        self.state = state
+        for leaf, key, tensor in bound.entries:
+            self.state[leaf.param][self.naming.outside(key)] = tensor
+        self._bound, self._kernels_of, self._pending = bound, None, None
+        self._averaged = None if self.average is None else Averaged.of(self.average, bound.entries)
+
+    def _follow_groups(self) -> None:
+        """Follow groups and model: numbers may have changed, parameters been frozen, thawed, converted, moved, or replaced."""
+        for group in self.param_groups:
+            self.naming.cycle(group)
+        match self._bound.follow(self.param_groups, self.naming):
+            case "broken":
+                with Uninterrupted():
+                    before = self._bound
+                    changed = not all(map(in_place, before.leaves))
+                    if changed:
+                        self._follow_model()
+                    check_precision(
+                        self.owners.leaves(self.param_groups), choices_of(self.param_groups, self.naming)[0], self.rounding
+                    )
+                    self._bind()
+                    self._spare.clear()
+                    if changed:
+                        self._listen()
+                    self._listening.want(self._bound.cells)
+                    kept = {(leaf.param, key) for leaf, key, _ in self._bound.entries}
+                    for leaf, key, _ in before.entries:  # the state of what is frozen waits
+                        state = self.state.get(leaf.param)
+                        gone = (leaf.param, key) not in kept and key not in serialization.OPTIONAL
+                        if state is not None and leaf.param.requires_grad and gone:
+                            state.pop(self.naming.outside(key), None)
+            case "renumbered":
+                self._kernels_of = None
+        self._settle()
+
+    def _settle(self) -> None:
+        """Bind anew where members of a stack must part."""
+        if self._bound.divided:
+            self._bind()
+
+    def _follow_model(self) -> None:
+        """Parameters that stand in the place of others take over their state."""
+        new = self.owners.moved(self._bound.leaves)
+        for group in self.param_groups:
+            group["params"] = [new.get(p, p) for p in group["params"]]
+        for p, q in new.items():
+            if p in self.state:
+                self.state[q] = self.state.pop(p)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its ``"params"`` may be a module. State is made at once."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"add_param_group: expected a dict with 'params', got {type(param_group).__name__}")
+        checks.learning_rate(self.naming.name, param_group.get("lr", 0.0))
+        if not self._bound.leaves:  # called by torch.optim.Optimizer's constructor, on groups that are parsed already
+            super().add_param_group(param_group)
+            return
+        modules = self.owners.alive()
+        known = len(modules)
+        (group,) = to_groups([param_group], modules, self.param_groups, self.owners.names)
+        super().add_param_group(group)
+        if "momentum" not in self.naming.defaults:
+            group.pop("momentum", None)  # of the defaults, for schedulers alone
+        try:
+            check_precision(self.owners.leaves([group]), choices_of(self.param_groups, self.naming)[-1], self.rounding)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        self.owners.add(modules[known:])
+        self._bind()
+        self._listen()
+
+    def _lr(self, leaf: Leaf) -> Scalar:
+        lr = self.param_groups[leaf.group]["lr"]
+        scale = self._bound.choices[leaf.group].preconditioner.lr_scale(leaf)
+        return lr if scale == 1 else lr * scale
+
+    def _listen(self) -> None:
+        """Put the hooks on the model that second passes and input statistics need."""
+        recorded = self._devices if self._probing else None
+        self._listening.begin(self.owners, recorded, self._bound.cells, self._before_forward)
+
+    def _before_forward(self) -> None:
+        """What is frozen, thawed or converted between steps is followed before inputs are observed, as after a resume."""
+        if self._pending is None and self._bound.converted(self.param_groups):
+            self._follow_groups()
+
+    def watch(self, model: nn.Module) -> None:
+        """Observe a model again, whose parameters these are: after the optimizer was copied or unpickled.
+
+        Raises:
+            ValueError: where a parameter of the optimizer is not one of the model's.
+        """
+        theirs = set(model.parameters())
+        if alien := [leaf.name for leaf in self.owners.leaves(self.param_groups) if leaf.param not in theirs]:
+            raise ValueError(f"watch: {alien[0]!r} is not a parameter of this model; copy model and optimizer together")
+        self.owners = Owners([model])
+        self._bind()
+        self._listen()
+
+    @torch._disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim's. What layers received in forwards whose gradients are cleared does not count."""
+        with nullcontext() if self._closing else self._listening.clearing():
+            super().zero_grad(set_to_none)
+        self._clearings.count += 1
+
+    @property
+    def observes(self) -> bool:
+        """Whether it observes the inputs of layers."""
+        return bool(self._requests)
+
+    def unobserved(self) -> AbstractContextManager[None]:
+        """Forwards inside are another optimizer's: this one neither observes layer inputs there nor notes the random state.
+
+        A generator's loss runs through the discriminator, and the discriminator's data come from the generator. Without this,
+        each optimizer's statistics are of both.
+
+        Example:
+            >>> import torch, precond
+            >>> G, D = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
+            >>> of_G, of_D = precond.bnp(G), precond.bnp(D)
+            >>> z, real = torch.randn(8, 2), torch.randn(8, 2)
+            >>> for _ in range(2):
+            ...     of_D.zero_grad()
+            ...     with of_G.unobserved():
+            ...         fake = G(z).detach()
+            ...     (D(fake) - D(real)).mean().backward()
+            ...     of_D.step()
+            ...     of_G.zero_grad()
+            ...     with of_D.unobserved():
+            ...         (-D(G(z))).mean().backward()
+            ...     of_G.step()
+            >>> of_D.state[D.weight]["count"].item(), of_G.state[G.weight]["count"].item()
+            (32.0, 16.0)
+        """
+        return self._listening.away()
+
+    def close(self) -> None:
+        """Remove the hooks on the model: before ``torch.jit.script``, or ``torch.compile(fullgraph=True)`` of training forwards.
+
+        :meth:`watch` puts them on again: a recipe that observes inputs needs that before its next step. The optimizer's end
+        removes them too.
+        """
+        self._listening.close()
+
+    @property
+    def _given(self) -> list[Tensor | None]:
+        """What ``.grad`` holds, of each leaf."""
+        return [leaf.param.grad for leaf in self._bound.leaves]
+
+    @property
+    def _devices(self) -> set[torch.device]:
+        return {leaf.param.device for leaf in self._bound.leaves}
+
+    def _agreed(self, good: bool) -> bool:
+        return agreed(good, self._bound.leaves[0].param.device)
+
+    def _own_precision(self) -> AbstractContextManager[Any]:
+        """No autocast within a step, though the user may have put one around it."""
+        kind = self._bound.leaves[0].param.device.type
+        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+    def _check_training(self, what: str) -> None:
+        if self._evaluating:
+            raise RuntimeError(f"{what}: the parameters stand at their average; leave `with optimizer.averaged():` first")

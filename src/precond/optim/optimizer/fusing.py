@@ -1,0 +1,89 @@
+"""When fused kernels take a step, and on what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from precond.algebra.vec import Scalar, Tensors
+from precond.optim.blocks import Leaf
+from precond.optim.engine import fused
+from precond.optim.engine.cells import Cell, Choice
+from precond.optim.engine.fused import Kernel
+from precond.optim.engine.loop import Rules
+from precond.optim.regularizers import L2
+
+Work = list[tuple[Kernel, Cell, Tensors]]
+"""(kernel, cell, gradients laid out as the parameters)."""
+
+
+def kernels_of(
+    cells: Sequence[Cell], choices: Sequence[Choice], rules: Rules, second: int | None
+) -> list[Kernel | None] | None:
+    """The fused kernel of each cell, or None for a cell that has none; None altogether where no cell can be stepped by itself.
+
+    Args:
+        second: the number of the regularizer whose gradient is found by a second pass, or None.
+    """
+    # With statistics of the regularized gradient the step after a probe is a plain step with that gradient.
+    if second is not None and rules.statistics_from == "loss":
+        return None
+    plain = [_without(choice, second) for choice in choices]
+    # Other penalties, and a bound on the gradient's norm, may look at all parameters.
+    if rules.max_norm is not None or not all(isinstance(r, L2) for choice in plain for r in choice.regularizers):
+        return None
+    return [fused.kernel(cell, [plain[leaf.group] for leaf in cell.leaves], rules) for cell in cells]
+
+
+def _without(choice: Choice, second: int | None) -> Choice:
+    return replace(choice, regularizers=tuple(r for k, r in enumerate(choice.regularizers) if k != second))
+
+
+def alike(cell: Cell, lr: Callable[[Leaf], Scalar], groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all leaves of a cell have one learning rate and one sign, as kernels take them."""
+    of_group = cell.block.groups
+    return len(of_group) == 1 or len({(float(lr(leaf)), groups[g]["maximize"]) for g, leaf in of_group.items()}) == 1
+
+
+def divided(
+    kernels: Sequence[Kernel | None],
+    cells: Sequence[Cell],
+    lr: Callable[[Leaf], Scalar],
+    groups: Sequence[Mapping[str, Any]],
+    gradients: Sequence[Tensor | None] | None = None,
+) -> tuple[Work, list[Cell]]:
+    """What the kernels have to do, and the cells that are left to the reference engine.
+
+    Args:
+        gradients: one per leaf of the optimizer, None where there is none; None altogether: those in ``.grad``.
+    """
+    work: Work = []
+    rest = []
+    for cell, kernel in zip(cells, kernels, strict=True):
+        if kernel is None:
+            if any(leaf.param.grad is not None for leaf in cell.leaves):
+                rest.append(cell)
+            continue
+        grads = cell.block.gradients if gradients is None else [gradients[i] for i in cell.index]
+        g = [x for x in grads if x is not None]
+        if not g:
+            continue
+        whole = len(g) == len(grads)
+        if not (whole or cell.preconditioner.entrywise) or not alike(cell, lr, groups):
+            rest.append(cell)
+            continue
+        if not whole:
+            cell = cell.restricted(tuple(i for i, x in enumerate(grads) if x is not None))
+        laid_out = (
+            fused.aligned(g, cell.block.all_tensors)
+            if [x.dtype for x in g] == [t.dtype for t in cell.block.all_tensors]
+            else None
+        )
+        if laid_out is None:
+            rest.append(cell)
+        else:
+            work.append((kernel, cell, laid_out))
+    return work, rest

@@ -1,0 +1,215 @@
+"""What an optimizer hears of its model: the inputs of layers, and the random state of a step's first forward."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from precond.algebra.sharding import local
+from precond.algebra.vec import all_finite
+from precond.optim.engine.cells import Cell
+from precond.optim.engine.sharing import owned_statistics
+from precond.optim.inputs import Observer, Request, Site
+from precond.optim.inputs.sync import Heard, check_alike, synchronized
+from precond.optim.optimizer.parameters import Owners
+from precond.optim.optimizer.passes import Recorder
+from precond.optim.ranks.replicas import distributed
+
+
+class Listening:
+    """Hooks on the model; without one (a copied or unpickled optimizer) it hears nothing.
+
+    Attributes:
+        recorder: of the random state, or None where no second pass wants it.
+        observer: of layer inputs, or None where no preconditioner wants them.
+        unobserved: weights whose inputs are not observed, and why; of layers, as far as steps have shown it.
+    """
+
+    def __init__(self, requests: frozenset[Request]):
+        self.requests = requests
+        self.recorder: Recorder | None = None
+        self.observer: Observer | None = None
+        self.unobserved: dict[Tensor, str] = {}
+        self._heard: bool | None = None
+        self._told: set[str] = set()
+
+    def begin(
+        self,
+        owners: Owners,
+        recorded: Iterable[torch.device] | None,
+        cells: Sequence[Cell],
+        ready: Callable[[], None],
+    ) -> None:
+        """Put the hooks on the models.
+
+        Args:
+            recorded: the devices whose random state second passes want, or None.
+            ready: a method, held weakly, to call before the first observed forward of a step.
+        """
+        seen = {} if self.observer is None else self.observer.collect()  # in this step, should the hooks be put on anew
+        self.close()
+        modules = owners.alive()
+        if recorded is not None and modules:
+            self.recorder = Recorder(modules, recorded)
+        if self.requests:
+            found = owners.survey()
+            self.unobserved = {p: passed.why for passed in found.passed_by for p in passed.params}
+            trained = [passed for passed in found.passed_by if any(p.requires_grad for p in passed.params)]
+            _warn({passed.name or "(the model)": passed.why for passed in trained}, stacklevel=6)
+            self.observer = Observer(found.sites, self.requests, seen)
+            of = weakref.WeakMethod(ready)
+            self.observer.ready = lambda: None if (call := of()) is None else call()
+            self.want(cells)
+            if distributed():
+                check_alike(self.observer)
+
+    def collect(self, cells: Sequence[Cell], watch: bool) -> bool:
+        """Hand what was seen of layer inputs to the cells, once a step; False where it holds inf or NaN.
+
+        On an accelerator that is not looked at, unless one is to ``watch``: what is not finite is passed by where it is folded in.
+        """
+        if self._heard is None:
+            self._heard = self._hand_out(cells, watch)
+        return self._heard
+
+    def _hand_out(self, cells: Sequence[Cell], watch: bool) -> bool:
+        if self.observer is None:
+            if self.requests:
+                raise RuntimeError(
+                    "this optimizer was closed, copied or unpickled and observes no model: call watch(model) first"
+                )
+            return True
+        looks = lambda m: watch or m.mean.device.type == "cpu"  # noqa: E731
+        if distributed():
+            heard = synchronized(self.observer, owned_statistics(cells) if self.observer.wanted else {}, looks)
+        else:
+            seen = self.observer.collect()
+            # An input that is not finite is so in its own variance.
+            heard = Heard(seen, frozenset(seen), all_finite(tuple(m.variance for m in seen.values() if looks(m))))
+        for each in (each for cell in cells for each in cell.cells):
+            each.inputs = heard.seen
+        self._tell(heard.called, self.observer.expected, self.observer.unread)
+        return heard.finite
+
+    def _tell(self, seen: frozenset[tuple[str, Request]], expected: Sequence[Site], unread: Mapping[str, str]) -> None:
+        """Say once of each layer that it should have been seen, has a gradient, and was not seen; or not read."""
+        new: dict[str, str] = {}
+        for site in expected:
+            here = any((site.name, request) in seen for request in self.requests)
+            if here and site.name not in unread:
+                self.unobserved.pop(site.weight, None)
+                continue
+            self.unobserved[site.weight] = unread.get(site.name, _UNSEEN)
+            if site.name not in self._told:
+                if site.name in unread or _has_gradient(site.weight):
+                    new[site.name] = self.unobserved[site.weight]
+                else:
+                    self.unobserved[site.weight] = "was not called"
+        if new and not seen and not unread and not self._told:
+            warnings.warn(
+                "no layer inputs were observed since the last step: was the model compiled and called before the optimizer was "
+                "made, are its layers in eval() mode, or called by their forward() or by functions? Such layers keep their gradient",
+                stacklevel=8,
+            )
+        else:
+            _warn(new, stacklevel=8)
+        self._told |= new.keys()
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Forwards inside are another's."""
+        listeners = [x for x in (self.recorder, self.observer) if x is not None]
+        for listener in listeners:
+            listener.absent += 1
+        try:
+            yield
+        finally:
+            for listener in listeners:
+                listener.absent -= 1
+
+    def want(self, cells: Sequence[Cell]) -> None:
+        """Tell the observer what the next step needs."""
+        if self.observer is not None:
+            wanted: dict[tuple[str, Request], Tensor | None] = {}
+            for cell in cells:
+                wanted |= {(site, request): known for site, request, known in cell.wanted()}
+            self.observer.wanted = wanted
+
+    def pause(self) -> None:
+        """Until the step is over, forwards are those of second passes."""
+        if self.observer is not None:
+            self.observer.enabled = False
+
+    def resume(self) -> None:
+        """The second passes were given up: what was seen stays, further forwards count."""
+        self._heard = None
+        if self.observer is not None:
+            self.observer.enabled = True
+
+    def begin_closure(self) -> None:
+        """A closure runs a step's forwards; what counts of those before it is known when it ends."""
+        self._heard = None
+        if self.observer is not None:
+            self.observer.enabled = True
+            self.observer.separate()
+
+    def end_closure(self, anew: bool) -> None:
+        """The closure has run; where it made the gradient ``anew``, earlier forwards of what it called do not count."""
+        if anew and self.observer is not None:
+            self.observer.drop_earlier()
+
+    @contextmanager
+    def clearing(self) -> Iterator[None]:
+        """Gradients are cleared inside, which is outside of a closure: forwards whose backward has been do not count."""
+        observer = self.observer if self._heard is None else None
+        if observer is not None and observer.enabled:
+            observer.drop_used()
+        yield
+        if observer is not None:
+            observer.cleared()
+
+    def forget(self) -> None:
+        """What was heard so far does not count: the step's forwards are yet to come."""
+        self._heard = None
+        if self.recorder is not None:
+            self.recorder.arm()
+        if self.observer is not None:
+            self.observer.clear()
+            self.observer.enabled = True
+
+    def again(self, cells: Sequence[Cell]) -> None:
+        """The step is over: the next forwards are its successor's."""
+        self.forget()
+        self.want(cells)
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for listener in (self.recorder, self.observer):
+            if listener is not None:
+                listener.close()
+        self.recorder = self.observer = None
+
+
+_UNSEEN = "was not called as a layer that trains: it is in eval() mode, or called by its forward() or by a function"
+
+
+def _warn(reasons: Mapping[str, str], stacklevel: int) -> None:
+    if not reasons:
+        return
+    alike: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        alike.setdefault(why, []).append(repr(name))
+    texts = []
+    for why, (first, *others) in alike.items():
+        texts.append(f"{first} (likewise {', '.join(others)}) {why}" if others else f"{first} {why}")
+    warnings.warn(f"no input statistics for some layers, which keep their gradient: {'; '.join(texts)}", stacklevel=stacklevel)
+
+
+def _has_gradient(p: Tensor) -> bool:
+    """Whether something was done with a parameter."""
+    return p.grad is not None and (p.grad.layout != torch.strided or bool(local(p.grad).any()))

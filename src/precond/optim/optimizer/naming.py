@@ -1,0 +1,68 @@
+"""How an optimizer's numbers and tensors are called in its parameter groups and state dict."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from precond.algebra.schedules import numbers, replaced
+from precond.optim.engine.cells import Choice
+
+
+@dataclass(frozen=True)
+class Generic:
+    """Groups hold a configuration's numbers under their own names, ``"rms.decay"``, ``"l2.lam"``."""
+
+    choice: Choice
+
+    def __call__(self, group: Mapping[str, Any]) -> Choice:
+        """The strategies of a group."""
+        return replaced(self.choice, group)
+
+
+@dataclass(frozen=True)
+class Naming:
+    """The name table between a configuration and the outside.
+
+    Attributes:
+        name: of the optimizer, for messages.
+        defaults: the options of a parameter group with their defaults (``lr`` and ``maximize`` come on top).
+        build: from a group's options to its strategies: the groups are the single truth.
+        state: our names of state tensors → theirs (``r`` → ``exp_avg_sq``).
+        only_started: leave the tensors of parameters that made no step out of the state dict.
+        settle: what a recipe decides by what the first steps have shown: from an optimizer, after each step, to options that its
+            groups take; None: nothing more.
+    """
+
+    name: str
+    defaults: Mapping[str, Any]
+    build: Callable[[Mapping[str, Any]], Choice]
+    state: Mapping[str, str] = field(default_factory=dict)
+    only_started: bool = False
+    settle: Callable[[Any], Mapping[str, Any] | None] | None = None
+
+    @classmethod
+    def generic(cls, choice: Choice) -> Naming:
+        """Our own names throughout."""
+        return cls("PreconditionedGD", numbers(choice), Generic(choice))
+
+    def cycle(self, group: dict[str, Any]) -> None:
+        """Where a scheduler (OneCycleLR, CyclicLR) cycles a group's momentum, all of its averages take the value.
+
+        Such a scheduler leaves ``max_momentum`` in the group, and writes the one number of those that it knows, β₁ or ``momentum``.
+        """
+        if "max_momentum" in group:
+            beta = group["betas"][0] if "betas" in self.defaults else group["momentum"]
+            for key in self.defaults:
+                if key == "momentum" or re.fullmatch(r"momentum(_\d+)?\.beta", key):
+                    group[key] = beta
+
+    def outside(self, key: str) -> str:
+        """The name of a state tensor in a state dict."""
+        return self.state.get(key, key)
+
+    def inside(self, key: str) -> str:
+        """The inverse of :meth:`outside`."""
+        return next((ours for ours, theirs in self.state.items() if theirs == key), key)

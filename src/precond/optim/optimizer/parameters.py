@@ -1,0 +1,334 @@
+"""What a user may pass as ``params``, made into parameter groups; and the leaves that groups hold."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from precond.algebra import checks
+from precond.algebra.sharding import Shard
+from precond.optim.blocks import Leaf, is_decayed, is_hidden, is_matrix
+from precond.optim.blocks.turns import turns
+from precond.optim.inputs import Site, Survey, survey
+from precond.optim.inputs.kinds import inputs_first
+from precond.optim.inputs.paths import clean
+from precond.optim.inputs.roles import kind_of
+
+Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+
+def to_groups(
+    params: Params, modules: list[nn.Module], before: Sequence[Mapping[str, Any]] = (), names_are_ours: bool = True
+) -> list[dict[str, Any]]:
+    """Parameter groups for ``torch.optim.Optimizer``; the modules met are appended to ``modules``.
+
+    Groups that come after others (``before``) have names if those have, and names of their own. Where a user named those
+    (the names are not ours, from a model), they name these too.
+
+    Raises:
+        TypeError: for something that holds no parameters, sparse, complex or integer ones.
+        ValueError: for no parameters, a parameter in two groups, tensors that are no leaves, or names for some alone.
+
+    Warns:
+        UserWarning: for a parameter that one group holds twice; it is taken once.
+    """
+    known: dict[Tensor, str] = {}
+    if isinstance(params, nn.Module):
+        params = [{"params": params}]
+    elif isinstance(params, ModuleGroups) and params.module is not None:
+        modules.append(params.module)
+        known = {p: clean(name) for name, p in params.module.named_parameters()}
+    elif isinstance(params, Tensor):
+        raise TypeError("params must be a module, an iterable of parameters or of groups, got one tensor; pass [tensor]")
+    elif isinstance(params, Mapping):
+        raise TypeError("params got a mapping; a group is passed in a list, [{'params': ...}], a state dict not at all")
+    items = list(params)
+    if not items:
+        raise ValueError("params is empty: there is nothing to optimize; pass model.parameters() or the model")
+    if not isinstance(items[0], Mapping):
+        items = [{"params": items}]
+    groups: list[dict[str, Any]] = []
+    told: set[bool] = set()  # whether the user named parameters
+    for item in items:
+        if not isinstance(item, Mapping) or "params" not in item:
+            raise TypeError(f"params mixes groups with other things: expected a dict with 'params', got {type(item).__name__}")
+        pairs = _named(item["params"], modules)
+        groups.append({**item, "params": [(name or known.get(p), p) for name, p in pairs]})
+        if not isinstance(item["params"], nn.Module):
+            told |= {name is not None for name, _ in pairs}
+    mixed = len(told) > 1
+    if before and not modules:  # names of a module were not asked for, and may go
+        there = {"param_names" in group for group in before}
+        mixed |= (True in told and False in there) or (not names_are_ours and len(told | there) > 1)
+    if mixed:
+        raise ValueError("params names some parameters and not others; give all of them names, or none, or the model itself")
+    if before:
+        named = all("param_names" in group for group in before)
+    else:
+        named = all(name is not None for group in groups for name, _ in group["params"])
+    names: set[str] = {name for group in before for name in group.get("param_names", ())}
+    for k, group in enumerate(groups, start=len(before)):
+        pairs = []
+        for i, (name, param) in enumerate(group["params"]):
+            name = name or f"param_{i}"
+            if name in names:
+                name = f"{k}.{name}"  # two submodules given as groups may use one name
+            names.add(name)
+            pairs.append((name, param))
+        group["params"] = pairs if named else [p for _, p in pairs]
+        if named and not pairs:
+            group["param_names"] = []  # which torch would miss
+    _check([p for g in groups for p in (x[1] if named else x for x in g["params"])])
+    return groups
+
+
+def _named(params: Any, modules: list[nn.Module]) -> list[tuple[str | None, Tensor]]:
+    """(name or None, parameter) pairs; tensors that are no floating-point numbers and need no gradient are left out."""
+    pairs: list[tuple[str | None, Tensor]] = []
+    if isinstance(params, nn.Module):
+        modules.append(params)
+        params = params.named_parameters()
+    elif isinstance(params, Tensor):
+        params = [params]
+    elif isinstance(params, set):
+        raise TypeError("params is a set, whose order changes between runs; pass a list")
+    seen: set[Tensor] = set()
+    for item in params:
+        name, param = item if isinstance(item, tuple) else (None, item)
+        if isinstance(param, nn.Module):
+            raise TypeError("params holds a module among parameters; pass the module itself, or {'params': module} as a group")
+        if not isinstance(param, Tensor):
+            raise TypeError(f"params must hold tensors, got {type(param).__name__}; pass model.parameters() or the model")
+        if param in seen:
+            warnings.warn(
+                f"a group of params holds the same parameter twice (shape {tuple(param.shape)}): it is taken once "
+                "(torch.optim steps it twice)",
+                stacklevel=7,
+            )
+            continue
+        seen.add(param)
+        if param.is_floating_point() or param.is_complex() or param.requires_grad:
+            pairs.append((None if name is None else clean(name), param))
+    return pairs
+
+
+def _check(params: Sequence[Tensor]) -> None:
+    if not params:
+        raise ValueError("params holds no floating-point parameter: there is nothing to optimize")
+    seen: set[Tensor] = set()
+    for p in params:
+        if is_lazy(p):
+            raise ValueError("params holds parameters of lazy modules that have no shape yet; call the model on a batch first")
+        if p in seen:
+            raise ValueError(f"two groups of params hold the same parameter (shape {tuple(p.shape)}); put it into one of them")
+        seen.add(p)
+        if not (p.is_leaf or p.retains_grad):
+            raise ValueError(
+                f"params holds a tensor that was computed (shape {tuple(p.shape)}), no leaf; pass what it was computed from"
+            )
+        if p.is_complex():
+            raise TypeError(
+                f"params holds a complex parameter (shape {tuple(p.shape)}); optimize torch.view_as_real of it, "
+                "as a real parameter with a last dimension of 2"
+            )
+        if p.layout != torch.strided:
+            raise TypeError(f"params holds a parameter of layout {p.layout}; only dense (strided) parameters are supported")
+
+
+def in_place(leaf: Leaf) -> bool:
+    """Whether a leaf's module, where one is known, still holds its parameter. (Between passes FSDP2 puts others there.)"""
+    return leaf.module is None or leaf.module._parameters.get(leaf.attribute) is leaf.param or leaf.shard is not None
+
+
+class ModuleGroups(list[dict[str, Any]]):
+    """Parameter groups that remember the module they come from, so that an optimizer can protect its second passes."""
+
+    def __init__(self, groups: Iterable[dict[str, Any]], module: nn.Module | None):
+        super().__init__(groups)
+        self.module = module
+
+
+class Owners:
+    """Which module owns a parameter, for the modules that were given; holds them weakly."""
+
+    def __init__(self, modules: Iterable[nn.Module] = (), known: Iterable[Leaf] = ()):
+        self.modules: list[weakref.ref[nn.Module]] = [weakref.ref(m) for m in modules]
+        # What is known of parameters whose module is not known any more.
+        self._known = {leaf.param: (leaf.layer, leaf.kind, leaf.inputs_first) for leaf in known}
+        self._survey: Survey | None = None
+
+    def add(self, modules: Iterable[nn.Module]) -> None:
+        """Know further modules."""
+        self.modules += [weakref.ref(m) for m in modules]
+        self._survey = None
+
+    def moved(self, leaves: Iterable[Leaf]) -> dict[Tensor, Tensor]:
+        """Parameter → the one that now stands where it stood, of the leaves that their modules do not hold any more.
+
+        ``to_empty`` and ``load_state_dict(assign=True)`` replace parameters; parametrizations move them, or make others of them.
+
+        Raises:
+            RuntimeError: where a parameter has gone, or what stands there is another thing.
+        """
+        self._survey = None
+        gone = [leaf for leaf in leaves if not in_place(leaf)]
+        held = {p for m in self.alive() for p in m.parameters()} if gone else set()
+        out: dict[Tensor, Tensor] = {}
+        for leaf in gone:
+            if leaf.param in held:
+                continue  # moved within the model, as by a parametrization of one tensor
+            assert leaf.module is not None
+            new = leaf.module._parameters.get(leaf.attribute)
+            if new is None or new.shape != leaf.shape or Shard.of(new) is not None:
+                raise RuntimeError(
+                    f"{leaf.name!r} is no parameter of the model any more, which was changed (weight_norm, a parametrization, "
+                    "fully_shard, another layer) after the optimizer was made: make the optimizer after such changes"
+                )
+            out[leaf.param] = new
+        return out
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Weak references cannot be copied, and the modules of a copied optimizer are not these.
+        return {"modules": [], "_known": self._known, "_survey": None}
+
+    @property
+    def names(self) -> bool:
+        """Whether names of parameters are a model's, not a user's."""
+        return bool(self.modules or self._known)
+
+    def alive(self) -> list[nn.Module]:
+        """The modules that still exist."""
+        return [m for ref in self.modules if (m := ref()) is not None]
+
+    def replicas(self) -> dict[Tensor, Any]:
+        """Of the parameters that DistributedDataParallel keeps alike, the group of processes that hold copies."""
+        out: dict[Tensor, Any] = {}
+        for module in (
+            m for root in self.alive() for m in root.modules() if isinstance(m, nn.parallel.DistributedDataParallel)
+        ):
+            for name, param in module.module.named_parameters():
+                if name not in module.parameters_to_ignore:
+                    out.setdefault(param, module.process_group)
+        return out
+
+    def survey(self) -> Survey:
+        """Where the inputs of the modules' layers can be observed; made once."""
+        if self._survey is None:
+            roots = enumerate(self.alive())
+            self._survey = survey(
+                (f"{number}:{clean(path)}" if number else clean(path), module)
+                for number, root in roots
+                for path, module in root.named_modules()
+            )
+        return self._survey
+
+    def leaves(self, param_groups: Sequence[Mapping[str, Any]], observed: bool = False) -> list[Leaf]:
+        """The leaves of parameter groups in order; where inputs are ``observed``, with the sites of their layers."""
+        owner: dict[Tensor, tuple[str, nn.Module, str]] = {}
+        shared: set[Tensor] = set()
+        for number, root in enumerate(self.alive()):
+            prefix = f"{number}:" if number else ""
+            for path, module in root.named_modules():
+                for attribute, param in module.named_parameters(recurse=False):
+                    found = owner.setdefault(param, (prefix + clean(path), module, attribute))
+                    if found[1] is not module:
+                        shared.add(param)
+        sites: dict[Tensor, list[Site]] = {}
+        for site in self.survey().sites if observed else ():
+            for param in (site.weight, site.bias):
+                if param is not None:
+                    sites.setdefault(param, []).append(site)
+        replicas = self.replicas()
+        leaves: list[Leaf] = []
+        turn = iter(turns([p for group in param_groups for p in group["params"]]))
+        for k, group in enumerate(param_groups):
+            names = group.get("param_names") or [None] * len(group["params"])
+            for name, param in zip(names, group["params"], strict=True):
+                path, module, attribute = owner.get(param, (None, None, ""))
+                name = name or f"param_{len(leaves)}"
+                layer = path if path is not None else name.rpartition(".")[0] or name
+                kind = kind_of(name, param, module)
+                turned = module is not None and inputs_first(module, param)
+                if module is None and param in self._known:
+                    layer, kind, turned = self._known[param]
+                seen = tuple(sites.get(param, ()))
+                more = next(turn), replicas.get(param), param in shared
+                leaves.append(Leaf(name, param, kind, layer, module, k, seen, turned, attribute, *more))
+        return leaves
+
+
+def decay_groups(model: nn.Module | Iterable[tuple[str, Tensor]], weight_decay: float) -> ModuleGroups:
+    """Two parameter groups: weights with decay; biases, normalization parameters and embeddings without.
+
+    Args:
+        model: a module, or named parameters (then one-dimensional parameters are not decayed).
+        weight_decay: of the first group; the second has 0.
+
+    Example:
+        >>> groups = decay_groups(torch.nn.Linear(3, 2), 0.1)
+        >>> [(g["weight_decay"], [name for name, _ in g["params"]]) for g in groups]
+        [(0.1, ['weight']), (0.0, ['bias'])]
+    """
+    owners = Owners([model] if isinstance(model, nn.Module) else [])
+    named = [(n, p) for n, p in _named(model, []) if n is not None]
+    leaves = owners.leaves([{"params": [p for _, p in named], "param_names": [n for n, _ in named]}])
+    split: dict[bool, list[tuple[str, Tensor]]] = {True: [], False: []}
+    for leaf in leaves:
+        split[is_decayed(leaf)].append((leaf.name, leaf.param))
+    groups = [{"params": split[True], "weight_decay": weight_decay}, {"params": split[False], "weight_decay": 0.0}]
+    return ModuleGroups([g for g in groups if g["params"]], model if isinstance(model, nn.Module) else None)
+
+
+def role_groups(
+    model: nn.Module | Iterable[tuple[str, Tensor]],
+    lr: float,
+    *,
+    embedding: float = 1.0,
+    output: float = 1.0,
+    vector: float = 1.0,
+    **options: Any,
+) -> ModuleGroups:
+    """A parameter group for each role that occurs, with steps of its own length; every recipe takes them, and schedulers scale them alike.
+
+    A layer has one role, with its bias: tables of embeddings; matrices that make the outputs, by their names (:func:`is_hidden`); other
+    matrices, which take ``lr`` itself; and vectors, those of normalization layers among them. What several modules share takes ``lr``.
+
+    Args:
+        model: a module, or named parameters.
+        lr: of hidden matrices.
+        embedding, output, vector: what multiplies it for the others.
+        options: further options of all groups.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+        >>> [(g["lr"], [name for name, _ in g["params"]]) for g in role_groups(model, 0.01, embedding=10.0)]
+        [(0.01, ['1.weight', '1.bias']), (0.1, ['0.weight']), (0.01, ['2.weight', '2.bias'])]
+    """
+    scales = {"hidden": 1.0, "embedding": embedding, "output": output, "vector": vector}
+    for role, scale in scales.items():
+        checks.non_negative("role_groups", **{role: scale})
+    owners = Owners([model] if isinstance(model, nn.Module) else [])
+    named = [(n, p) for n, p in _named(model, []) if n is not None]
+    leaves = owners.leaves([{"params": [p for _, p in named], "param_names": [n for n, _ in named]}])
+    of_layer: dict[str, str] = {}
+    for leaf in sorted(leaves, key=lambda leaf: -leaf.ndim):  # matrices decide for their biases
+        of_layer.setdefault(leaf.layer, _role(leaf))
+    split: dict[str, list[tuple[str, Tensor]]] = {role: [] for role in scales}
+    for leaf in leaves:
+        split[of_layer[leaf.layer]].append((leaf.name, leaf.param))
+    groups = [{"params": split[role], "lr": lr * scale, **options} for role, scale in scales.items() if split[role]]
+    return ModuleGroups(groups, model if isinstance(model, nn.Module) else None)
+
+
+def _role(leaf: Leaf) -> str:
+    if leaf.shared and leaf.kind == "embedding":
+        return "hidden"
+    if leaf.kind == "embedding" or not is_matrix(leaf):
+        return "embedding" if leaf.kind == "embedding" else "vector"
+    return "hidden" if is_hidden(leaf) else "output"

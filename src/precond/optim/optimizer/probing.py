@@ -1,0 +1,293 @@
+"""Closures, and the state of a probe: where the parameters stand between the gradients of one step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from precond.algebra import vec
+from precond.algebra.sharding import local
+from precond.algebra.spaces import Tangent
+from precond.algebra.vec import Scalar, Vec
+from precond.optim.blocks import Leaf
+from precond.optim.engine.loop import Evidence
+from precond.optim.engine.point import Point
+from precond.optim.optimizer.passes import Buffers, Random, Recorder, random_state, restore_random_state
+
+Gradients = list[Tensor | None]
+"""One per leaf of the optimizer; None where there is none."""
+
+
+class LossClosure:
+    """A closure that returns the loss and calls no backward: what double backprop needs, and what every other method takes too.
+
+    Example:
+        >>> import torch, precond
+        >>> p = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> opt = precond.PreconditionedGD([p], lr=0.1, preconditioner=precond.Fixed(),
+        ...     regularizers=[precond.GradientNorm(0.5, method="exact")])
+        >>> _ = opt.step(precond.LossClosure(lambda: (p**2).sum() / 2)); p.item()  # 1 − 0.1(1 + 0.5·2·1·1)
+        0.800000011920929
+    """
+
+    def __init__(self, f: Callable[[], Tensor]):
+        self.f = f
+
+    def __call__(self) -> Tensor:
+        with torch.enable_grad():
+            return self.f()
+
+
+@dataclass
+class Clearings:
+    """How often an optimizer's gradients were cleared."""
+
+    count: int = 0
+
+
+Made = Literal["none", "added", "anew"]
+"""What a closure did to the gradients: nothing, it added to those that were there, or it made new ones."""
+
+
+def loss_gradient(leaves: Sequence[Leaf], closure: Callable[[], Any], clearings: Clearings) -> tuple[Any, Made]:
+    """Run a closure of either kind so that ``.grad`` holds the gradient; the loss, and what it did to the gradients.
+
+    Raises:
+        TypeError, ValueError: for a closure that returns something else than a scalar or None.
+    """
+    if isinstance(closure, LossClosure):
+        for leaf in leaves:
+            leaf.param.grad = None
+        loss = closure()
+        _check_loss(loss)
+        loss.backward()
+        return loss.detach(), "anew"
+    cleared = clearings.count
+    before = [(leaf.param.grad, _version(leaf.param.grad)) for leaf in leaves]
+    with torch.enable_grad():
+        loss = closure()
+    if loss is not None:
+        _check_loss(loss)
+    same = [leaf.param.grad is g for leaf, (g, _) in zip(leaves, before, strict=True)]
+    if all(s and _version(g) == v for s, (g, v) in zip(same, before, strict=True)):
+        return loss, "none"
+    added = clearings.count == cleared and any(s and g is not None for s, (g, _) in zip(same, before, strict=True))
+    return loss, "added" if added else "anew"
+
+
+def check_repeatable(loss: Any, made: Made, regularizer: str) -> None:
+    """Raise where a second call of a closure cannot give the second gradient of the same loss.
+
+    Raises:
+        TypeError: where it returned None.
+        RuntimeError: where it called no backward, or added to the gradients of other batches.
+    """
+    if loss is None:
+        raise TypeError(f"the closure returned None; it must return the loss, of which {regularizer} needs a second gradient")
+    if made == "none":
+        raise RuntimeError(
+            f"the closure left every gradient as it was, and {regularizer} needs a second one: it must call zero_grad(), "
+            "backward() and return the loss (a function that only returns the loss is passed as LossClosure(f))"
+        )
+    if made == "added":
+        raise RuntimeError(
+            "the closure must call zero_grad() before backward(): it added to gradients that were there, and the second gradient "
+            f"that {regularizer} needs would be of its last batch alone. To accumulate, repeat all micro-batches: "
+            "`while opt.probe(): ...` before step(), or precond.integrations (Lightning: SecondGradients() among the callbacks)"
+        )
+
+
+def exact_gradient(leaves: Sequence[Leaf], closure: Any, regularizer: str) -> tuple[Any, Gradients]:
+    """The loss, and its gradient with a graph of its own, for Hessian–vector products; ``.grad`` gets a detached copy."""
+    if not isinstance(closure, LossClosure):
+        raise TypeError(
+            f"{regularizer}(method='exact') differentiates twice and cannot use a closure that calls backward() itself: "
+            "pass step(LossClosure(f)), f returning the loss"
+        )
+    loss = closure()
+    _check_loss(loss)
+    live = [leaf.param for leaf in leaves if leaf.param.requires_grad]
+    found = dict(zip(live, torch.autograd.grad(loss, live, create_graph=True, allow_unused=True), strict=True))
+    graph = [found.get(leaf.param) for leaf in leaves]
+    for leaf, g in zip(leaves, graph, strict=True):
+        leaf.param.grad = None if g is None else g.detach()
+    return loss.detach(), graph
+
+
+def _version(g: Tensor | None) -> int:
+    return -1 if g is None else g._version
+
+
+def _check_loss(loss: Any) -> None:
+    if loss is None:
+        raise TypeError("the closure returned None; it must return the loss")
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(
+            f"the closure returned a tensor of shape {tuple(loss.shape)}; it must return one number, e.g. loss.mean()"
+        )
+    if not isinstance(loss, Tensor | int | float):
+        raise TypeError(f"the closure returned {type(loss).__name__}; it must return the loss, a tensor of one element")
+
+
+def finite_loss(loss: Any) -> bool:
+    """Whether a loss is neither inf nor NaN."""
+    return math.isfinite(loss.item() if isinstance(loss, Tensor) else loss)
+
+
+def unscaled(gradients: Sequence[Tensor | None], scale: float | Tensor | None) -> Gradients:
+    """gradients/scale in float32 or wider, new tensors; the same ones for no scale."""
+    if scale is None:
+        return list(gradients)
+    wide = [None if g is None else g.float() if g.dtype in (torch.float16, torch.bfloat16) else g for g in gradients]
+    there: dict[torch.device, Scalar] = {}
+    together: dict[torch.device, dict[int, Tensor]] = {}
+    for i, g in enumerate(wide):
+        if g is None:
+            continue
+        if g.device not in there:
+            there[g.device] = torch.as_tensor(scale, device=g.device) if isinstance(scale, Tensor) else scale
+        if g.layout == torch.strided and local(g) is g:
+            together.setdefault(g.device, {})[i] = g
+        else:
+            wide[i] = g / there[g.device]
+    for device, of in together.items():
+        for i, g in zip(of, torch._foreach_div(list(of.values()), there[device]), strict=True):
+            wide[i] = g
+    return wide
+
+
+def take_gradients(leaves: Sequence[Leaf]) -> Gradients:
+    """Take the gradients out of ``.grad``, which is None afterwards."""
+    taken: Gradients = []
+    for leaf in leaves:
+        g = leaf.param.grad
+        # A view into a larger buffer (DDP's buckets) is overwritten by the next backward.
+        taken.append(g.clone() if g is not None and g._is_view() else g)
+        leaf.param.grad = None
+    return taken
+
+
+class Probe:
+    """A step whose further gradients are being gathered.
+
+    Attributes:
+        point: the unperturbed point with the clean gradient (an empty one where it is not needed any more).
+        clean: what ``.grad`` held; None where it was let go.
+        evidence: what the step will know.
+        moved: whether the parameters stand at p + δ.
+        refused: whether a gradient held inf or NaN, so that nothing was probed.
+
+    ``spare`` holds a buffer per parameter for its value while it is away; it is kept from step to step.
+    """
+
+    def __init__(
+        self,
+        leaves: Sequence[Leaf],
+        modules: Sequence[nn.Module],
+        point: Point,
+        clean: Gradients | None,
+        scale: float | Tensor | None,
+        regularizer: int,
+        evidence: Evidence,
+        deltas: Sequence[Tangent],
+        spare: dict[Tensor, Tensor],
+        refused: bool = False,
+    ):
+        self.leaves, self.modules = leaves, modules
+        self.point, self.clean, self.scale, self.regularizer = point, clean, scale, regularizer
+        self.evidence, self.refused = evidence, refused
+        self.moved = False
+        self.asked = 0
+        self._deltas, self._spare = list(deltas), spare
+        self._found: list[Gradients] = []
+        self._saved: Vec = ()
+        self._buffers: Buffers | None = None
+        self._after: Random | None = None
+
+    def move(self, recorder: Recorder | None) -> bool:
+        """Go to the next point; False (with the random state as after the clean pass) where none is left."""
+        if not self._deltas:
+            if self._after is not None:
+                restore_random_state(self._after)
+            return False
+        delta = self._deltas.pop(0)
+        storage = self.point.storage
+        for leaf, p in zip(self.point.leaves, storage, strict=True):
+            if leaf.param not in self._spare:
+                self._spare[leaf.param] = torch.empty_like(p, requires_grad=False)
+        self._saved = tuple(self._spare[leaf.param] for leaf in self.point.leaves)
+        vec.copy_(self._saved, storage)
+        self._buffers = Buffers(self.modules)
+        self.moved = True
+        self.asked += 1
+        torch.clear_autocast_cache()  # its 16-bit copies of the weights are those of the point left
+        if all(p.dtype == d.dtype for p, d in zip(storage, delta.vec, strict=True)):
+            delta.add_to_(storage)
+        else:
+            for p, value, d in zip(storage, self.point.p, delta.formed(), strict=True):
+                p.copy_(value + d)
+        if recorder is not None and recorder.random is not None:
+            if self._after is None:
+                self._after = random_state(recorder.devices)
+            restore_random_state(recorder.random)
+        return True
+
+    def collect(self, good: Callable[[Gradients], bool]) -> None:
+        """The parameters go back; the gradient found is kept, the last one in ``.grad`` until the step.
+
+        One that is not ``good`` stays in ``.grad``, where a GradScaler sees it, and no further one is asked for.
+        """
+        self.back()
+        if self._deltas:
+            if good([leaf.param.grad for leaf in self.leaves]):
+                self._found.append(unscaled(take_gradients(self.leaves), self.scale))
+            else:
+                self.refused = True
+                self._deltas.clear()
+
+    def back(self) -> None:
+        """Put parameters and buffers back, bit for bit."""
+        if self.moved:
+            with torch.no_grad():
+                vec.copy_(self.point.storage, self._saved)
+            if self._buffers is not None:
+                self._buffers.restore()
+            torch.clear_autocast_cache()
+        self.moved, self._saved, self._buffers = False, (), None
+
+    def give_back(self) -> None:
+        """The clean gradient into ``.grad``, where it is still known."""
+        if self.clean is not None:
+            for leaf, g in zip(self.leaves, self.clean, strict=True):
+                leaf.param.grad = g
+
+    def cancel(self) -> None:
+        """As if it had never been."""
+        self.back()
+        self.give_back()
+        if self._after is not None:
+            restore_random_state(self._after)
+
+    def complete(
+        self, scale: float | Tensor | None, signed: Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]
+    ) -> Evidence:
+        """All gradients found, as vectors of the point; the last one is taken from ``.grad``."""
+        last = unscaled([leaf.param.grad for leaf in self.leaves], scale)
+        place = {leaf: i for i, leaf in enumerate(self.leaves)}
+        vectors = []
+        for found in [*self._found, last]:
+            turned = signed(found)
+            aligned = [(leaf, turned[place[leaf]], p) for leaf, p in zip(self.point.leaves, self.point.p, strict=True)]
+            vectors.append(tuple(torch.zeros_like(p) if g is None else leaf.local(g).to(p.dtype) for leaf, g, p in aligned))
+        self.evidence.found[self.regularizer] = tuple(vectors)
+        return self.evidence
+
+    @property
+    def finite(self) -> bool:
+        """Whether the gradients found are free of inf and NaN."""
+        return not self.refused and all(vec.all_finite(v) for found in self.evidence.found.values() for v in found)

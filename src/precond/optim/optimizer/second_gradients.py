@@ -1,0 +1,233 @@
+"""The gradients of a step: the clean one, and those at other points that a regularizer asks for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from precond.algebra import vec
+from precond.algebra.sharding import local
+from precond.optim.blocks import Leaf
+from precond.optim.engine import loop
+from precond.optim.engine.cells import Cell
+from precond.optim.engine.loop import Evidence
+from precond.optim.engine.point import Point, gather
+from precond.optim.optimizer.capturing import Capturing
+from precond.optim.optimizer.interrupts import Uninterrupted
+from precond.optim.optimizer.passes import Random, Recorder, random_state, restore_random_state
+from precond.optim.optimizer.probing import (
+    Probe,
+    check_repeatable,
+    exact_gradient,
+    finite_loss,
+    loss_gradient,
+    take_gradients,
+    unscaled,
+)
+from precond.optim.ranks.replicas import averaged
+
+
+class SecondGradients(Capturing):
+    """Closures and :meth:`probe`."""
+
+    @property
+    def probes(self) -> bool:
+        """Whether a step wants gradients at other points, which :meth:`probe` or a closure's further calls give."""
+        return self._probing
+
+    @property
+    def replaces_gradient(self) -> bool:
+        """Whether the gradient found at another point stands in the place of the clean one, as in SAM."""
+        return self._probing and self._bound.choices[0].regularizers[self._gradient_based or 0].replaces_gradient
+
+    @property
+    def probing(self) -> bool:
+        """Whether the parameters stand at a probed point p + δ."""
+        return self._pending is not None and self._pending.moved
+
+    @torch._disable_dynamo
+    def probe(self, grad_scale: float | Tensor | None = None) -> bool:
+        """Ask for another gradient: ``loss.backward(); while opt.probe(): loss_fn(...).backward()``; then ``opt.step()``.
+
+        Takes the gradients out of ``.grad``, sets ``.grad`` to None and moves the parameters to the next probed point.
+
+        Args:
+            grad_scale: the factor by which the losses are scaled, ``scaler.get_scale()``.
+
+        Returns:
+            True while another gradient is wanted; then False, the parameters being as before, bit for bit.
+        """
+        if not self._probing:
+            return False
+        self._check_training("probe")
+        if self._pending is None:
+            self._follow_groups()
+        return self._next_probe(grad_scale, self._listening.recorder)
+
+    def restore(self) -> None:
+        """Forget a probe that was not followed by its step (after an exception, say): parameters, gradients, random state."""
+        if self._pending is not None:
+            with Uninterrupted():
+                pending, self._pending = self._pending, None
+                pending.cancel()
+                self._listening.resume()
+
+    def _gradients(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
+        """The clean pass, and the probes with the random state forked around them; the loss and the gradient's graph."""
+        if self.probing:
+            self.restore()
+        # A probe that is complete is this step's, unless the closure makes another gradient.
+        pending, self._pending = self._pending, None
+        before = random_state(self._devices) if self._probing else {}
+        self._listening.begin_closure()
+        self._closing = True
+        try:
+            if self._gradient_based is not None and not self._probing:
+                found = self._exact_gradient(closure)
+                self._listening.end_closure(anew=True)
+                return found
+            try:
+                loss, made = loss_gradient(self._bound.leaves, closure, self._clearings)
+            except BaseException:
+                self._pending = self._pending or pending
+                self.restore()
+                raise
+            self._listening.end_closure(anew=made == "anew")
+            if made == "none" and self._pending is None:
+                self._pending = pending
+            # A trainer's callback may have probed within the closure; and where it returned no loss and there is no gradient,
+            # the batch is passed by.
+            passed_by = loss is None and all(leaf.param.grad is None for leaf in self._bound.leaves)
+            if self._pending is not None:
+                self._check_probed()
+            elif self._probing and not passed_by:
+                check_repeatable(loss, made, self._regularizer_name)
+                self._probe_by(closure, loss, before)
+            return loss, None
+        finally:
+            self._closing = False
+
+    def _probe_by(self, closure: Callable[[], Any], loss: Any, before: Random) -> None:
+        """The second gradients by further calls of the closure."""
+        after = random_state(self._devices)
+        try:
+            while (self.nonfinite == "propagate" or self._agreed(finite_loss(loss))) and self._next_probe(None, None):
+                restore_random_state(before)
+                loss_gradient(self._bound.leaves, closure, self._clearings)
+        except BaseException:
+            self.restore()
+            raise
+        finally:
+            restore_random_state(after)
+
+    def _exact_gradient(self, closure: Callable[[], Any]) -> tuple[Any, list[Tensor | None]]:
+        """The loss and the gradient's graph of this process; ``.grad`` is the mean over all, which no reducer of DDP sees."""
+        with ExitStack() as stack:
+            for module in self.owners.alive():
+                if isinstance(module, nn.parallel.DistributedDataParallel):
+                    stack.enter_context(module.no_sync())
+            loss, graph = exact_gradient(self._bound.leaves, closure, self._regularizer_name)
+        params = [leaf.param for leaf in self._bound.leaves]
+        for p, g in zip(params, averaged([p.grad for p in params], params), strict=True):
+            p.grad = g
+        return loss, graph
+
+    def _watches(self, scale: float | Tensor | None) -> bool:
+        """Whether inf and NaN in a gradient forbid the step."""
+        return self.nonfinite != "propagate" or scale is not None
+
+    def _good(self, gradients: Sequence[Tensor | None]) -> bool:
+        return self._agreed(vec.all_finite(tuple(local(g) for g in gradients if g is not None)))
+
+    @torch.no_grad()
+    def _next_probe(self, grad_scale: float | Tensor | None, recorder: Recorder | None) -> bool:
+        with Uninterrupted():
+            if self._pending is None:
+                self._settle()
+                with self._own_precision():
+                    self._pending = self._first_probe(grad_scale)
+                self._listening.pause()
+            elif self._pending.moved:
+                self._pending.collect(self._good if self._watches(self._pending.scale) else lambda g: True)
+            return self._pending is not None and self._pending.move(recorder)
+
+    def _first_probe(self, grad_scale: float | Tensor | None) -> Probe | None:
+        """Take the clean gradient and find where else gradients are wanted; None where there is no gradient at all."""
+        if all(leaf.param.grad is None for leaf in self._bound.leaves):
+            return None
+        modules = self.owners.alive()
+        if not modules and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "the optimizer was given parameters, not a model: a second pass moves BatchNorm's running statistics again "
+                "and, without a closure, draws other dropout masks; pass the model as params, or wrap the second pass in "
+                "precond.frozen_statistics(model)",
+                stacklevel=7,
+            )
+        k = self._gradient_based or 0
+        regularizer = self._bound.choices[0].regularizers[k]
+        watch = self._watches(grad_scale)
+        gradients = self._given
+        point = self._point(unscaled(gradients, grad_scale))
+        if not self._listening.collect(self._bound.cells, self.nonfinite != "propagate") or (
+            watch and not self._agreed(vec.all_finite(point.g))
+        ):
+            return Probe(
+                self._bound.leaves, modules, point, gradients, grad_scale, k, Evidence(), (), self._spare, refused=True
+            )
+        taken = unscaled(take_gradients(self._bound.leaves), grad_scale)
+        clean: list[Tensor | None] | None = taken
+        point = self._point(taken)
+        # With SAM nothing but the statistics asks for the clean gradient later: commit them now and let it go.
+        let_go = regularizer.replaces_gradient and not watch
+        observed = let_go and self.rules.statistics_from == "loss"
+        if observed:
+            loop.observe(point, point.g)
+        states = None if observed or regularizer.space == "p" else loop.ahead(point, self.rules)
+        evidence = Evidence(observed=observed)
+        deltas = regularizer.probe(point.at(k, lambda: point.maps(states), memo=evidence.memo))
+        if let_go:
+            clean, point.g = None, ()
+        return Probe(self._bound.leaves, modules, point, clean, grad_scale, k, evidence, deltas, self._spare)
+
+    @property
+    def _regularizer_name(self) -> str:
+        return type(self._bound.choices[0].regularizers[self._gradient_based or 0]).__name__
+
+    def _check_probed(self) -> None:
+        pending = self._pending
+        if pending is not None and pending.moved and self._next_probe(None, self._listening.recorder):
+            self.restore()
+            raise RuntimeError(f"{self._regularizer_name} wants another gradient: call probe() until it returns False")
+        if pending is None and any(leaf.param.grad is not None for leaf in self._bound.leaves):
+            how = (
+                "pass a closure to step(), or call `while opt.probe(): loss_fn(...).backward()` between backward() and step()"
+                if self._probing
+                else "call step(LossClosure(f)), f returning the loss without backward()"
+            )
+            raise RuntimeError(f"{self._regularizer_name} needs a second gradient: {how}")
+
+    def _point(self, gradients: Sequence[Tensor | None], cells: Sequence[Cell] | None = None) -> Point:
+        cells = self._bound.cells if cells is None else cells
+        return gather(cells, self._bound.choices, self._lr, self._signed(gradients), self._residual)
+
+    def _signed(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradients of what is minimized: negated in groups that maximize."""
+        if not any(group["maximize"] for group in self.param_groups):
+            return gradients
+        turned = [self.param_groups[leaf.group]["maximize"] for leaf in self._bound.leaves]
+        return [-g if g is not None and t else g for g, t in zip(gradients, turned, strict=True)]
+
+    def _residual(self, leaf: Leaf) -> Tensor | None:
+        residual = self.state[leaf.param].get("residual") if self.rounding == "kahan" else None
+        return None if residual is None else leaf.local(residual)
+
+    def _check_settled(self, what: str) -> None:
+        self._check_training(what)
+        if self.probing:
+            raise RuntimeError(f"{what}: the parameters stand at a probed point; finish the step or call restore() first")

@@ -1,0 +1,191 @@
+"""State dicts: written under an optimizer's names, read by parameter name where names are known, all or nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from precond.algebra.sharding import copy_, divided
+from precond.optim.engine.sharing import Shared, whole_state
+from precond.optim.ranks.replicas import meet
+
+if TYPE_CHECKING:
+    from precond.optim.optimizer.stepping import Stepping
+
+
+def whole(state_dict: dict[str, Any], optimizer: Stepping) -> dict[str, Any]:
+    """A state dict with what other ranks own: on every rank all of it, or its part where the parameter is divided among ranks."""
+    index = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    state = {key: dict(entries) for key, entries in state_dict["state"].items()}
+    for shared in optimizer.shared:
+        meet(shared.exchange.group, f"{optimizer.naming.name}.state_dict", _ON_EVERY_RANK)
+        for leaf, key, t in whole_state(shared):
+            outer = optimizer.naming.outside(key)
+            divide = divided(leaf.param) and t.numel() > _SMALL
+            state[index[leaf.param]][outer] = _in_parts(t, shared) if divide else t
+    return {**state_dict, "state": state}
+
+
+_ON_EVERY_RANK = (
+    "Ranks keep the state of what they own: call state_dict() on every rank and save on one, or call consolidate_state_dict() on every "
+    "rank before, after which one may call it alone"
+)
+_SMALL = 2**12
+"""Numbers of a tensor that each rank keeps whole in a state dict."""
+
+
+def _in_parts(t: Tensor, shared: Shared) -> Tensor:
+    """The DTensor of which each rank holds some rows."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = DeviceMesh.from_group(shared.exchange.group, t.device.type)
+    return distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None)
+
+
+def started(state_dict: dict[str, Any], optimizer: Stepping) -> dict[str, Any]:
+    """A state dict, where the optimizer's torch twin has it so, without the tensors of parameters that made no step.
+
+    It says which parameters were frozen in the last step: what is frozen decides which others are stepped jointly.
+    """
+    drop = optimizer.naming.only_started
+    index = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    frozen = {index[p] for p in optimizer.frozen}
+    state = {}
+    for key, entries in state_dict["state"].items():
+        step = torch.as_tensor(entries.get("step", 0.0))
+        narrow = step.to(torch.float32)  # as torch.optim's, where that holds it
+        kept = {} if drop and not step else entries
+        state[key] = {**kept, "step": narrow if narrow == step else step}
+        if key in frozen:
+            state[key][FROZEN] = True
+    return {**state_dict, "state": state}
+
+
+def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
+    """Load a state dict (this library's or, for a torch-named recipe, torch.optim's).
+
+    Nothing changes unless everything fits. State keeps its own dtype. Options and tensors that the dict lacks keep
+    the values of a fresh optimizer.
+
+    Raises:
+        ValueError: where groups, shapes or keys do not fit; the message names the parameter.
+    """
+    try:
+        saved_groups: Sequence[Mapping[str, Any]] = state_dict["param_groups"]
+        saved_state: Mapping[Any, Mapping[str, Any]] = state_dict["state"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            "load_state_dict: expected a dict with 'state' and 'param_groups', as optimizer.state_dict() returns; "
+            "is the file truncated, or a model's state dict?"
+        ) from error
+    groups = optimizer.param_groups
+    if len(groups) != len(saved_groups):
+        raise ValueError(
+            f"load_state_dict: the state dict has {len(saved_groups)} parameter groups, the optimizer {len(groups)}; "
+            "make the same groups before loading"
+        )
+    identity = _match(groups, saved_groups)
+    new_groups = [
+        {**ours, **{k: deepcopy(v) for k, v in saved.items() if k not in ("params", "param_names")}}
+        for ours, saved in zip(groups, saved_groups, strict=True)
+    ]
+    # Cells are those of the step before saving; what has been frozen or thawed since is followed as if never stopped.
+    frozen = {p for p in identity if _was_frozen(saved_state, identity[p])} if saved_state else None
+    if frozen is not None:
+        frozen |= {p for group in groups for p in group["params"] if p not in identity and not p.requires_grad}
+    bound = optimizer.bound_to(new_groups, {}, frozen)
+    known: dict[Tensor, dict[str, Tensor]] = {}
+    names = {}
+    for leaf, key, tensor in bound.entries:
+        known.setdefault(leaf.param, {})[key] = tensor
+        names[leaf.param] = leaf.name
+    elsewhere = {id(t) for shared in bound.shared for leaf, key, t in shared.elsewhere}
+    for shared in bound.shared:
+        for leaf, key, tensor in shared.elsewhere:
+            known[leaf.param][key] = tensor
+    copies: list[tuple[Tensor, Tensor]] = []
+    for param, mine in known.items():
+        theirs = saved_state.get(identity.get(param), {})
+        theirs = {optimizer.naming.inside(k): v for k, v in theirs.items() if isinstance(v, Tensor | int | float)}
+        copies += _fit(optimizer.naming.name, names[param], mine, theirs)
+    with torch.no_grad():
+        for target, value in copies:
+            if id(target) not in elsewhere:
+                copy_(target, value)
+            elif divided(value):
+                value.full_tensor()  # type: ignore[attr-defined]  # its owner's, who needs this rank's part
+        bound.reckon()
+    for ours, new in zip(groups, new_groups, strict=True):
+        ours.update(new)
+    optimizer.adopt(bound, defaultdict(dict))
+    optimizer._settle()
+    for param, key in identity.items():
+        if frozen and param in frozen and key in saved_state:  # its state waits until it is thawed
+            optimizer.state[param] = {k: deepcopy(v) for k, v in saved_state[key].items() if k != FROZEN}
+
+
+def _was_frozen(saved_state: Mapping[Any, Mapping[str, Any]], key: Any) -> bool:
+    return key not in saved_state or bool(saved_state[key].get(FROZEN, False))
+
+
+def _match(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, Any]:
+    """Which saved state belongs to which parameter: by name where both sides know names, else by position."""
+    if all("param_names" in g for g in [*groups, *saved_groups]):
+        saved = {n: i for g in saved_groups for n, i in zip(g["param_names"], g["params"], strict=True)}
+        ours = {n: p for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+        new, gone = sorted(ours.keys() - saved.keys()), sorted(saved.keys() - ours.keys())
+        if new or gone:
+            warnings.warn(
+                "load_state_dict: parameters do not match by name; "
+                f"start fresh: {', '.join(new) or 'none'}; ignored: {', '.join(gone) or 'none'}",
+                stacklevel=4,
+            )
+        return {ours[n]: saved[n] for n in ours if n in saved}
+    for k, (g, s) in enumerate(zip(groups, saved_groups, strict=True)):
+        if len(g["params"]) != len(s["params"]):
+            raise ValueError(
+                f"load_state_dict: group {k} of the state dict has {len(s['params'])} parameters, the optimizer's has "
+                f"{len(g['params'])}; pass the model (or named parameters) on both sides to load by name"
+            )
+    return {p: i for g, s in zip(groups, saved_groups, strict=True) for p, i in zip(g["params"], s["params"], strict=True)}
+
+
+def _fit(recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """(target, value) pairs of one parameter; ValueError where they do not fit."""
+    # "clean": kept once, where statistics now are of what is descended.
+    alien = sorted(theirs.keys() - mine.keys() - OPTIONAL - {"clean"})
+    if alien:
+        raise ValueError(
+            f"load_state_dict: the state of {name!r} has {', '.join(map(repr, alien))}, which {recipe} does not keep "
+            f"(it keeps {', '.join(map(repr, sorted(mine)))}); was it saved by another recipe, or with other options?"
+        )
+    out = []
+    for key, target in mine.items():
+        if key in theirs:
+            value = torch.as_tensor(theirs[key])
+            if key == "step":
+                value = value.reshape(())
+            if value.shape != target.shape:
+                raise ValueError(
+                    f"load_state_dict: {key!r} of {name!r} has shape {tuple(value.shape)}, the parameter needs "
+                    f"{tuple(target.shape)}; was it saved from another model?"
+                )
+            out.append((target, value))
+        elif key == "step" and theirs:
+            # torch.optim.SGD counts no steps: a buffer that exists has been started.
+            out.append((target, torch.ones(())))
+    return out
+
+
+FROZEN = "frozen"
+"""What the state of a parameter holds that was frozen when it was saved."""
+
+OPTIONAL = {"m", "r_max", "residual", "average", "averaged"}
+"""Keys that another configuration of the same recipe may have left."""

@@ -1,0 +1,152 @@
+"""A preconditioner for each layer, chosen by what the layer is and by what it receives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from precond.algebra import checks
+from precond.algebra.maps import Stacked
+from precond.optim import blocks
+from precond.optim.blocks import Leaf
+from precond.optim.checking.arguments import settle
+from precond.optim.inputs import Request
+from precond.optim.inputs.moments import REQUESTS
+from precond.optim.preconditioners.base import Part, Preconditioner, Resolved, placed
+from precond.optim.preconditioners.bnp import BNP
+from precond.optim.preconditioners.muon import Muon, is_full_matrix
+from precond.optim.preconditioners.polar import Polar
+from precond.optim.preconditioners.rms import RMS
+from precond.optim.preconditioners.route import Route
+from precond.optim.preconditioners.whitening import Whitening
+
+NOT_OBSERVED = "inputs are not observed"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Leaves, by position, what acts on them, and why."""
+
+    index: tuple[int, ...]
+    preconditioner: Preconditioner
+    why: str
+
+
+@dataclass(frozen=True)
+class Auto(Resolved):
+    """Whitened inputs and polar steps for layers, standardized inputs where layers are wide, RMS for all else.
+
+    A layer whose weight is a matrix (out, in), or (in, out), and whose inputs are observed, takes ``whitening @ polar``; with more than
+    ``max_inputs`` inputs ``bnp @ polar``, whose cost does not grow with their square. A layer that sees its inputs in groups (experts too)
+    and a transposed convolution take ``bnp @ rms``, a matrix whose inputs are not observed ``polar``. The matrices of a recurrent layer are
+    orthogonalized one by one behind ``bnp``, its biases take ``rms``. Embeddings, normalization layers and all that is left take ``rms``.
+    Steps of all have about the same size in units of a layer's outputs, so that one learning rate serves all; those of a table of
+    embeddings, whose rows are outputs themselves and are seen now and then, are longer, unless a layer shares it.
+
+    ``measured`` is what :func:`precond.auto` finds in its first steps of the inputs of layers: the share of independent directions,
+    n/tr(K²) for n inputs of correlations K, 1 for white inputs and 1/n where all are one. From ``white`` on only scales are left to
+    even out, and the layer takes ``bnp @ polar``.
+
+    Args:
+        max_inputs: more inputs than this are standardized, not whitened.
+        whitening, bnp, polar, rms, muon: what is chosen from.
+        embeddings: what multiplies the learning rate of tables of embeddings.
+        white: share of independent directions, > 0, from which inputs are standardized, not whitened; more than 1: never.
+        measured: pairs (name of a weight, share of independent directions).
+    """
+
+    max_inputs: int = 1024
+    whitening: Whitening = Whitening(root="cholesky", observe_steps=3, shrinkage=10.0, samples=32.0)
+    bnp: BNP = BNP()
+    polar: Polar = Polar()
+    rms: RMS = RMS(0.999)
+    muon: Muon = Muon()
+    embeddings: float = 10.0
+    white: float = 0.8
+    measured: Sequence[tuple[str, float]] = ()
+
+    uses_momentum = True
+
+    def __post_init__(self) -> None:
+        settle(self)
+        try:
+            object.__setattr__(self, "measured", tuple((str(name), float(share)) for name, share in self.measured))
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"Auto: measured must be pairs (name of a weight, share of independent directions), got {self.measured!r}"
+            ) from None
+        checks.whole("Auto", max_inputs=self.max_inputs)
+        checks.positive("Auto", embeddings=self.embeddings, white=self.white)
+
+    @property
+    def requests(self) -> frozenset[Request]:
+        return self.whitening.requests | self.bnp.requests
+
+    @property
+    def advised_damping(self) -> float:  # type: ignore[override]
+        return self.polar.advised_damping
+
+    def lr_scale(self, leaf: Leaf) -> float:
+        return self.embeddings if leaf.kind == "embedding" and not leaf.shared else 1.0
+
+    @property
+    def recurrent(self) -> Preconditioner:
+        """Of the tensors of a recurrent layer."""
+        return Route([(self._is_orthogonalized, self.muon)], otherwise=self.rms)
+
+    def _is_orthogonalized(self, leaf: Leaf) -> bool:
+        return is_full_matrix(leaf) and min(leaf.shape[0], leaf.param[0].numel()) <= self.polar.max_dim
+
+    def chosen(self, leaves: Sequence[Leaf]) -> list[Chosen]:
+        """What acts on which leaves, and why: the table of :meth:`~precond.PreconditionedGD.explain`."""
+        found: list[Chosen] = []
+        rest: list[int] = []
+        reasons: dict[int, str] = {}
+        for index in blocks.by_layer(leaves):
+            layer = [leaves[i] for i in index]
+            observed = any(leaf.sites for leaf in layer)
+            preconditioner, why = self._of_layer(layer, observed)
+            if preconditioner is None:
+                rest += index
+                reasons |= dict.fromkeys(index, why)
+                continue
+            found += [Chosen(part.index, part.preconditioner, why) for part in placed(preconditioner, leaves, index)]
+        for why in dict.fromkeys(reasons.values()):
+            of = [i for i in rest if reasons[i] == why]
+            found += [Chosen(part.index, part.preconditioner, why) for part in placed(self.rms, leaves, of)]
+        return found
+
+    def _of_layer(self, layer: Sequence[Leaf], observed: bool) -> tuple[Preconditioner | None, str]:
+        weight = layer[0]
+        if weight.ndim < 2 or weight.kind != "weight" or not weight.param.numel():
+            table = "rows of a table" + (", shared with a layer" if weight.shared else f", steps × {self.embeddings:g}")
+            return None, {"norm": "scales and shifts", "embedding": table}.get(weight.kind, "no matrix")
+        rows, columns = weight.shape[0], weight.param.numel() // weight.shape[0]
+        if weight.inputs_first and weight.ndim == 2:
+            rows, columns = columns, rows
+        if isinstance(weight.module, nn.RNNBase | nn.RNNCellBase):
+            why = "matrices of a recurrence"
+            return (self.bnp @ self.recurrent, why) if observed else (self.recurrent, f"{why}, {NOT_OBSERVED}")
+        if not observed:
+            return self.polar, NOT_OBSERVED
+        turned = weight.inputs_first and weight.ndim > 2
+        stacked = any(isinstance(site.layout(REQUESTS[0]), Stacked) for leaf in layer for site in leaf.sites)
+        if turned or stacked or getattr(weight.module, "groups", 1) > 1:
+            return self.bnp @ self.rms, "rows see different inputs"
+        if min(rows, columns) > self.polar.max_dim:
+            return self.bnp @ self.rms, f"more than {self.polar.max_dim:,} rows and columns"
+        if columns > self.max_inputs:
+            return self.bnp @ self.polar, f"{columns:,} inputs are too many to whiten"
+        share = dict(self.measured).get(weight.name)
+        known = "" if share is None else f", {share:.2f} of their directions independent"
+        if share is not None and share >= self.white:
+            return self.bnp @ self.polar, f"{columns:,} inputs{known}: white but for scales"
+        return self.whitening @ self.polar, f"{columns:,} inputs{known}"
+
+    def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
+        return [Part(c.index, c.preconditioner) for c in self.chosen(leaves)]
+
+    def reasons(self, leaves: Sequence[Leaf]) -> dict[int, str]:
+        return {i: c.why for c in self.chosen(leaves) for i in c.index}

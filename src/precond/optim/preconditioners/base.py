@@ -1,0 +1,338 @@
+"""What a preconditioner is: statistics that are kept of what is seen, and the map P that they make."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from inspect import signature
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from precond.algebra.maps import Diagonal, Identity, LinearMap
+from precond.algebra.vec import Vec
+from precond.optim import blocks
+from precond.optim.blocks import Block, Leaf, State
+from precond.optim.checking import contracts
+from precond.optim.inputs import Moments, Request
+
+if TYPE_CHECKING:
+    from precond.optim.momentum import Momentum
+    from precond.optim.preconditioners.rms import RMS
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a step shows to a preconditioner.
+
+    Attributes:
+        gradient: the loss gradient in this preconditioner's coordinates, one tensor per leaf of the block.
+        inputs: statistics of layer inputs by site name and request, or None.
+        momentum: the momentum of the clean gradient as this step makes it, where :attr:`Preconditioner.uses_momentum` asks for
+            it; None: there is none, or it was not asked for.
+        position: makes the parameters in this preconditioner's coordinates, z = P₁⁻¹p; None: not known.
+    """
+
+    gradient: Vec
+    inputs: Mapping[tuple[str, Request], Moments] | None = None
+    momentum: Vec | None = None
+    position: Callable[[], Vec] | None = None
+
+
+Needs = Literal["entry", "row", "block"]
+"""A map acts by entries, by rows of a weight with their bias, or on a block as a whole."""
+
+
+def strictest(preconditioners: Iterable[Preconditioner]) -> Needs:
+    """What several preconditioners need together."""
+    return max((p.needs for p in preconditioners), key=("entry", "row", "block").index)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Leaves, by position, that one preconditioner acts on jointly."""
+
+    index: tuple[int, ...]
+    preconditioner: Preconditioner
+
+
+def _check_init(self: Preconditioner, returned: Any, block: Block) -> None:
+    who = f"{type(self).__name__}.init"
+    what = "a dict of statistics: a tuple with one tensor for each parameter of the block, or one tensor"
+    if not isinstance(returned, dict):
+        raise TypeError(f"{who} returned {type(returned).__name__}; return {what}")
+    for key, value in returned.items():
+        tensors = value if isinstance(value, tuple) else (value,)
+        if not isinstance(value, State) and not all(isinstance(t, Tensor) for t in tensors):
+            got = f"a tuple with {value!r}" if isinstance(value, tuple) else f"{type(value).__name__} {value!r}"
+            raise TypeError(f"{who}: {key!r} is {got}; return {what} (torch.zeros(()) holds a number)")
+        if key in blocks.COUNTS:
+            raise ValueError(f"{who}: {key!r} is the optimizer's count of steps, state.steps; give it another name")
+        if isinstance(value, tuple) and len(value) != len(block.leaves):
+            raise ValueError(
+                f"{who}: {key!r} has {len(value)} tensors, the block {len(block.leaves)} parameters; return {what}"
+            )
+        if not isinstance(value, State):
+            for leaf, t in zip(block.leaves, tensors, strict=False):
+                on_host = key.partition(".")[0] in self.counts and t.device.type == "cpu"
+                if t.device != leaf.param.device and not on_host:
+                    raise ValueError(
+                        f"{who}: {key!r} is on {t.device}, {leaf.name!r} on {leaf.param.device}; make it with device=p.device"
+                    )
+
+
+def _check_observe(self: Preconditioner, returned: Any, state: State, seen: Seen) -> None:
+    if returned is not None:
+        raise TypeError(
+            f"{type(self).__name__}.observe returned {type(returned).__name__}; it writes into the tensors of state, in place "
+            "(r.lerp_(new, 0.1), r.copy_(new)), and returns nothing"
+        )
+
+
+def _check_map(self: Preconditioner, returned: Any, state: State) -> None:
+    who = f"{type(self).__name__}.map"
+    if not isinstance(returned, LinearMap):
+        raise TypeError(
+            f"{who} returned {type(returned).__name__}; return a LinearMap, such as InverseRoot(denominators) or Identity()"
+        )
+    if isinstance(returned, Diagonal) and returned.like is not None:
+        contracts.shapes(who, returned.like, state.block.tensors)
+
+
+def _check_refresh(self: Preconditioner, returned: Any, state: State, carried: Sequence[Vec] = ()) -> None:
+    if returned is not None:
+        raise TypeError(
+            f"{type(self).__name__}.refresh returned {type(returned).__name__}; return nothing: it writes into the tensors of state "
+            "in place. Where it takes state alone, it may return the LinearMap that carries the momentum along"
+        )
+
+
+def _carrying(refresh: Callable[..., LinearMap | None]) -> Callable[..., Any]:
+    """A ``refresh(self, state)`` that returns what carries averages along, as one that carries them."""
+
+    @wraps(refresh)
+    def call(self: Preconditioner, state: State, carried: Sequence[Vec] = ()) -> Any:
+        change = refresh(self, state)
+        if not isinstance(change, LinearMap):
+            return change
+        for average in carried:
+            for kept, moved in zip(average, change.mv(average), strict=True):
+                kept.copy_(moved)
+        return None
+
+    return call
+
+
+_CHECKS: dict[str, Callable[..., None]] = {
+    "init": _check_init,
+    "observe": _check_observe,
+    "map": _check_map,
+    "refresh": _check_refresh,
+}
+_SIGNATURES = {
+    "init": "init(self, block), which returns a dict of tensors, the statistics",
+    "observe": "observe(self, state, seen), which writes what was seen into state's tensors",
+    "map": "map(self, state), which returns P, a LinearMap",
+}
+
+
+class Preconditioner(ABC):
+    """A frozen choice of how statistics become a map P.
+
+    A new one is one file: a frozen dataclass with ``init``, ``observe`` and ``map``.
+
+    Attributes:
+        entrywise: its map acts entry by entry, so that any block serves and leaves may come and go.
+        diagonal: its map is diagonal, as every entrywise one is.
+        states_root: its map states a root P of M = P Pᵀ.
+        invertible: P has an inverse.
+        alone: its methods read tensors on the host: blocks alike are not taken side by side.
+        counts: names of numbers in its state that the host knows (how many samples a layer saw) and keeps.
+        timeless: every step does the same work: the number of a step enters its formulas alone, as :attr:`State.times`.
+        uses_momentum: its map is made of the momentum.
+        momentum: an average of its own for the parameters that it acts on, in place of the optimizer's; None: the optimizer's.
+        advised_damping: the damping of M that penalties in z take unless told otherwise (math: M_r = (M⁻¹ + δI)⁻¹).
+    """
+
+    entrywise: bool = False
+    states_root: bool = True
+    invertible: bool = True
+    alone: bool = False
+    counts: frozenset[str] = frozenset()
+    timeless: bool = False
+    uses_momentum: bool = False
+    momentum: Momentum | None = None
+    advised_damping: float = 0.0
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        own = cls.__dict__.get("refresh")
+        if own is not None and len(signature(own).parameters) == 2:
+            cls.refresh = _carrying(own)  # type: ignore[method-assign]
+        contracts.checked(cls, _CHECKS)
+
+    def __new__(cls, *args: Any, **more: Any) -> Preconditioner:
+        contracts.whole(cls, _SIGNATURES)
+        return super().__new__(cls)
+
+    @property
+    def diagonal(self) -> bool:
+        return self.entrywise
+
+    @property
+    def constituents(self) -> tuple[Preconditioner, ...]:
+        """The preconditioners that it is made of; none by default."""
+        return ()
+
+    @property
+    def needs(self) -> Needs:
+        """What one process must hold whole where parameters are divided among several."""
+        return "entry" if self.entrywise else "block"
+
+    def divisible(self, block: Block) -> bool:
+        """Whether each of the processes that hold parts of a block can step its own part."""
+        if self.constituents:
+            return all(part.divisible(block) for part in self.constituents)
+        return self.needs != "block"
+
+    @property
+    def dealt(self) -> bool:
+        """Whether, where several processes hold a parameter, one does its work for all and alone keeps its state.
+
+        What works on matrices is; what is diagonal costs less than to send its result.
+        """
+        if self.constituents:
+            return any(part.dealt for part in self.constituents)
+        return self.needs == "block" and not self.diagonal
+
+    @property
+    def requests(self) -> frozenset[Request]:
+        """What it wants to know of the inputs of layers; nothing by default."""
+        return frozenset()
+
+    def idle(self, step: int, turns: Iterable[int]) -> bool:
+        """Whether nothing of layer inputs is to be observed for a step of leaves with these turns, whatever the statistics are."""
+        if self.constituents:
+            return all(part.idle(step, turns) for part in self.constituents)
+        return not self.requests
+
+    def looks(self, step: int) -> bool:
+        """Whether it may look at the parameters' values in a step; where processes hold parts of them, they are sent to it then."""
+        return any(part.looks(step) for part in self.constituents) if self.constituents else True
+
+    def cost(self, block: Block) -> float:
+        """About what a step of a block costs, products and a share of roots, to divide work among processes."""
+        out = 0.0
+        for leaf in block.leaves:
+            rows, columns = (
+                (leaf.shape[0], leaf.param.numel() // max(1, leaf.shape[0])) if leaf.ndim > 1 else (1, leaf.param.numel())
+            )
+            out += rows * columns * min(rows, columns) + (rows**3 + columns**3 if rows > 1 else 0) / 10
+        return out
+
+    def lr_scale(self, leaf: Leaf) -> float:
+        """What multiplies the learning rate of a leaf."""
+        return 1.0
+
+    def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
+        """The blocks that this preconditioner acts on; by default each tensor, or all of a group where it is entrywise."""
+        split = blocks.by_group if self.entrywise else blocks.by_tensor
+        return [Part(i, self) for i in split(leaves)]
+
+    def reasons(self, leaves: Sequence[Leaf]) -> Mapping[int, str]:
+        """Why leaves, by position, get what :meth:`partition` gives them, where that was a choice."""
+        return {}
+
+    def handles(self, block: Block) -> bool:
+        """Whether it does anything to a block; what it does not handle it maps by the identity."""
+        return True
+
+    def kind(self, block: Block) -> Any:
+        """What, beside the shapes of their tensors, blocks that are taken side by side have in common."""
+        return None
+
+    def program(self, block: Block, step: int) -> Hashable:
+        """What the number of a step decides about its work: steps of one program do the same, whatever their formulas make of the number."""
+        return None if self.timeless else step
+
+    @abstractmethod
+    def init(self, block: Block) -> State | dict[str, Any]:
+        """Fresh statistics of a block."""
+
+    @abstractmethod
+    def observe(self, state: State, seen: Seen) -> None:
+        """Fold what was seen into the statistics, in place."""
+
+    @abstractmethod
+    def map(self, state: State) -> LinearMap:
+        """P, from the statistics."""
+
+    def descend(self, state: State, seen: Seen) -> Vec:
+        """:meth:`observe`, and M m of the momentum seen, where that is what the step takes: both at once may cost less."""
+        self.observe(state, seen)
+        return self.map(state).gram(seen.gradient if seen.momentum is None else seen.momentum)
+
+    def pull(self, state: State, seen: Seen) -> Vec:
+        """:meth:`observe`, and Fᵀg of the gradient seen."""
+        self.observe(state, seen)
+        return self.factors(state)[0].rmv(seen.gradient)
+
+    def push(self, state: State, y: Vec) -> Vec:
+        """F N Nᵀ y: the step of an average y in the coordinates of F."""
+        F, N = self.factors(state)
+        return F.mv(N.gram(y))
+
+    @property
+    def rms(self) -> RMS | None:
+        """The preconditioner that it is in the coordinates of F, P = F·N with its N; None: none of that kind. It has Adam's kernel."""
+        return None
+
+    def coordinates(self, state: State, seen: Seen) -> tuple[LinearMap, State] | None:
+        """:meth:`observe` of all but :attr:`rms`; F, and the statistics of that. None, and nothing is observed: the step is another."""
+        return None
+
+    def wanted(self, state: State) -> Iterable[tuple[str, Request, Tensor | None]]:
+        """(site name, request, the mean that deviations are measured from) to observe before the next step; nothing by default."""
+        return ()
+
+    def factors(self, state: State) -> tuple[LinearMap, LinearMap]:
+        """(F, N) with P = F N: the momentum of cotangents is kept in the coordinates of F, as an average of Fᵀg.
+
+        F is the identity by default. Where N is made of Fᵀg, step after step, its numerator then sees what its denominator saw.
+        """
+        return Identity(), self.map(state)
+
+    def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:  # noqa: B027
+        """Work after the step, such as new eigenbases; nothing by default.
+
+        One that takes ``state`` alone may return a LinearMap, which then carries the averages.
+
+        Args:
+            carried: vectors in the coordinates of F, averages of cotangents, to be carried into its new ones in place.
+        """
+
+    def __matmul__(self, other: Preconditioner) -> Preconditioner:
+        from precond.optim.preconditioners.compose import Composition
+
+        return Composition(self, other) if isinstance(other, Preconditioner) else NotImplemented
+
+
+class Resolved(Preconditioner):
+    """A preconditioner that :meth:`partition` resolves: every part holds one that was chosen, never this."""
+
+    def init(self, block: Block) -> dict:
+        raise NotImplementedError
+
+    def observe(self, state: State, seen: Seen) -> None:
+        raise NotImplementedError
+
+    def map(self, state: State) -> LinearMap:
+        raise NotImplementedError
+
+
+def placed(preconditioner: Preconditioner, leaves: Sequence[Leaf], index: Sequence[int]) -> list[Part]:
+    """The parts of those leaves that ``index`` names, by their positions among all."""
+    parts = preconditioner.partition([leaves[i] for i in index])
+    return [Part(tuple(index[i] for i in part.index), part.preconditioner) for part in parts]

@@ -1,0 +1,203 @@
+"""Composition P = P₁P₂."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+from torch import Tensor
+
+from precond.algebra.maps import Identity, LinearMap
+from precond.algebra.vec import Vec
+from precond.optim import blocks
+from precond.optim.blocks import Block, Leaf, State
+from precond.optim.inputs import Request
+from precond.optim.preconditioners.base import Needs, Part, Preconditioner, Seen, strictest
+from precond.optim.preconditioners.fixed import Fixed
+from precond.optim.preconditioners.rms import RMS
+from precond.optim.preconditioners.split import over
+from precond.optim.preconditioners.stacked import on
+
+
+@dataclass(frozen=True)
+class Composition(Preconditioner):
+    """p = P₁z₁, z₁ = P₂z₂: the inner one adapts to the gradient in the outer one's coordinates, P₁ᵀg.
+
+    ``outer @ inner`` makes it. What the outer one does not handle it leaves as it is, and the inner one takes over.
+
+    The inner method lives in z₁ altogether: its statistics and the momentum of cotangents are averages of y = P₁ᵀg, each y with the
+    P₁ of its step, and forget at their own rates where P₁ moves. So what Adam divides and what it divides by have the same history
+    in the same coordinates, and its step in z₁ is bounded as it always is; a momentum in p, mapped by the newest P₁, would meet
+    entries of r that know nothing of it.
+    """
+
+    outer: Preconditioner
+    inner: Preconditioner
+
+    @property
+    def entrywise(self) -> bool:  # type: ignore[override]
+        return self.outer.entrywise and self.inner.entrywise
+
+    @property
+    def needs(self) -> Needs:
+        return strictest((self.outer, self.inner))
+
+    @property
+    def requests(self) -> frozenset[Request]:
+        return self.outer.requests | self.inner.requests
+
+    @property
+    def diagonal(self) -> bool:
+        return self.outer.diagonal and self.inner.diagonal
+
+    @property
+    def states_root(self) -> bool:  # type: ignore[override]
+        return self.outer.states_root and self.inner.states_root
+
+    @property
+    def invertible(self) -> bool:  # type: ignore[override]
+        return self.outer.invertible and self.inner.invertible
+
+    @property
+    def constituents(self) -> tuple[Preconditioner, ...]:
+        return self.outer, self.inner
+
+    @property
+    def timeless(self) -> bool:  # type: ignore[override]
+        return all(part.timeless for part in self.constituents)
+
+    @property
+    def uses_momentum(self) -> bool:  # type: ignore[override]
+        return self.outer.uses_momentum or self.inner.uses_momentum
+
+    @property
+    def momentum(self):  # type: ignore[override]
+        return self.outer.momentum if self.inner.momentum is None else self.inner.momentum
+
+    @property
+    def advised_damping(self) -> float:  # type: ignore[override]
+        return self.inner.advised_damping
+
+    def lr_scale(self, leaf: Leaf) -> float:
+        return self.outer.lr_scale(leaf) * self.inner.lr_scale(leaf)
+
+    def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
+        a, b = (_partition(part, leaves) for part in self.constituents)
+        # A part that acts entry by entry takes any block: the others decide, and what is left goes together.
+        fine = blocks.join(*([p.index for p in parts if not p.preconditioner.entrywise] for parts in (a, b)))
+        joined = {i for index in fine for i in index}
+        loose: dict[tuple[int, int], list[int]] = {}
+        for (j, x), (k, y) in product(enumerate(a), enumerate(b)):
+            loose[j, k] = sorted(set(x.index) & set(y.index) - joined)
+        fine += [tuple(i) for i in loose.values() if i]
+        return [Part(i, Composition(over(i, a), over(i, b))) for i in fine]
+
+    def handles(self, block: Block) -> bool:
+        return self.outer.handles(block) or self.inner.handles(block)
+
+    def kind(self, block: Block) -> Any:
+        return tuple(part.kind(block) if part.handles(block) else None for part in self.constituents)
+
+    def init(self, block: Block) -> dict:
+        return {
+            name: State(block, part.init(block)) if part.handles(block) else State(block)
+            for name, part in (("outer", self.outer), ("inner", self.inner))
+        }
+
+    def _outer(self, state: State) -> LinearMap:
+        block = state["outer"].block
+        return (
+            on(state["outer"].block, self.outer).map(state["outer"]) if self.outer.handles(block) else Identity(block.tensors)
+        )
+
+    def observe(self, state: State, seen: Seen) -> None:
+        if self.inner.handles(state["inner"].block):
+            on(state["inner"].block, self.inner).observe(state["inner"], self._inside(state, seen))
+        elif self.outer.handles(state["outer"].block):
+            on(state["outer"].block, self.outer).observe(state["outer"], seen)
+
+    def _inside(self, state: State, seen: Seen) -> Seen:
+        """What was seen, in z₁, after the outer one has observed it."""
+        if self.outer.handles(state["outer"].block):
+            on(state["outer"].block, self.outer).observe(state["outer"], seen)
+        return _Inside(seen, self._outer(state), self.outer.invertible)
+
+    def descend(self, state: State, seen: Seen) -> Vec:
+        if not self.inner.handles(state["inner"].block):
+            return super().descend(state, seen)
+        inside = self._inside(state, seen)
+        return self._outer(state).mv(on(state["inner"].block, self.inner).descend(state["inner"], inside))
+
+    def pull(self, state: State, seen: Seen) -> Vec:
+        if self.uses_momentum or not self.inner.handles(state["inner"].block):
+            return super().pull(state, seen)
+        return on(state["inner"].block, self.inner).pull(state["inner"], self._inside(state, seen))
+
+    def push(self, state: State, y: Vec) -> Vec:
+        if self.uses_momentum or not self.inner.handles(state["inner"].block):
+            return super().push(state, y)
+        return self._outer(state).mv(on(state["inner"].block, self.inner).push(state["inner"], y))
+
+    @property
+    def rms(self) -> RMS | None:
+        return self.inner if isinstance(self.inner, RMS) else None
+
+    def coordinates(self, state: State, seen: Seen) -> tuple[LinearMap, State]:
+        if self.outer.handles(state["outer"].block):
+            on(state["outer"].block, self.outer).observe(state["outer"], seen)
+        return self._outer(state), state["inner"]
+
+    def map(self, state: State) -> LinearMap:
+        block = state["inner"].block
+        inner = (
+            on(state["inner"].block, self.inner).map(state["inner"]) if self.inner.handles(block) else Identity(block.tensors)
+        )
+        return self._outer(state) @ inner
+
+    def factors(self, state: State) -> tuple[LinearMap, LinearMap]:
+        # A map that is made of the momentum takes it in the coordinates of the step in progress.
+        if self.uses_momentum or not self.inner.handles(state["inner"].block):
+            return super().factors(state)
+        F, N = on(state["inner"].block, self.inner).factors(state["inner"])
+        return self._outer(state) @ F, N
+
+    def wanted(self, state: State) -> Iterable[tuple[str, Request, Tensor | None]]:
+        for name, part in (("outer", self.outer), ("inner", self.inner)):
+            if part.requests and part.handles(state[name].block):
+                yield from on(state[name].block, part).wanted(state[name])
+
+    def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:
+        if self.outer.handles(state["outer"].block):
+            on(state["outer"].block, self.outer).refresh(state["outer"])
+        if self.inner.handles(state["inner"].block):
+            on(state["inner"].block, self.inner).refresh(state["inner"], () if self.uses_momentum else carried)
+
+
+class _Inside(Seen):
+    """What was seen, in the coordinates of a map P₁; the gradient where it is asked for: a map that is made of the momentum does not."""
+
+    _gradient: Callable[[], Vec]
+
+    def __init__(self, seen: Seen, P1: LinearMap, invertible: bool):
+        position = seen.position
+        self.__dict__ |= {
+            "_gradient": lambda: P1.rmv(seen.gradient),
+            "inputs": seen.inputs,
+            "momentum": None if seen.momentum is None else P1.rmv(seen.momentum),
+            "position": None if position is None or not invertible else lambda: P1.solve(position()),
+        }
+
+    @cached_property
+    def gradient(self) -> Vec:
+        return self._gradient()
+
+
+def _partition(preconditioner: Preconditioner, leaves: Sequence[Leaf]) -> list[Part]:
+    """Its partition; what it leaves as it is joins nothing."""
+    parts = preconditioner.partition(leaves)
+    idle = [p for p in parts if not p.preconditioner.handles(Block(tuple(leaves[i] for i in p.index)))]
+    rest = [i for p in idle for i in p.index]
+    return [p for p in parts if p not in idle] + ([Part(tuple(rest), Fixed())] if rest else [])

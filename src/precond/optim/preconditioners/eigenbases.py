@@ -1,0 +1,148 @@
+r"""Orthogonal bases of symmetric positive matrices side by side (k, n, n): their eigenvectors, and how they follow the matrices.
+
+A basis must not depend on rounding. Where S has no more than r eigenvalues beyond rounding, the other eigenvectors are arbitrary: a
+batch in two halves would give others, and Adam another step. So the first r columns of Q are eigenvectors, or what follows them, and
+the rest is that of the product of r reflections which takes these columns to unit vectors one by one: a function of their span alone,
+whose columns stay near unit vectors. (What rounding leaves in the row of a feature that was always zero is set to zero first: it would
+decide the sign of a reflection.) Columns come with the largest qᵀSq first, those of equal ones in the order before. Signs are
+those of the reflections when a basis is chosen, and then those for which QᵀQ_before has a positive diagonal, about; no step depends on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import hardshrink
+
+from precond.algebra.precision import rounding
+from precond.optim.preconditioners.roots import decomposed, kept
+
+WARM_UP = 8
+"""Steps in which an accelerator is waited for, to see what was observed for the first time."""
+
+
+def at_hand(t: Tensor) -> bool:
+    """Whether the host reads a tensor without waiting for a device."""
+    return t.device.type == "cpu"
+
+
+def least(n: int, dtype: torch.dtype) -> float:
+    """The least eigenvalue whose eigenvector counts, relative to the largest.
+
+    In float64, too, a millionth: rounding turns the eigenvector of an eigenvalue λ by u·λ_max/λ.
+    """
+    return max(rounding(n, dtype), 1e-6)
+
+
+def eigenbasis(S: Tensor) -> Tensor | None:
+    """All eigenvectors of one S (n, n), as columns; None as in :func:`precond.optim.preconditioners.roots.decomposed`."""
+    if (found := decomposed(S)) is None:
+        return None
+    values, V = found[0].flip(0), found[1].flip(1)
+    U = torch.where((values > least(len(S), S.dtype) * values[0]) & (S.diagonal() > 0)[:, None], V, 0.0)
+    return torch.linalg.householder_product(*torch.geqrf(U))
+
+
+def begin(S: Tensor, Q: Tensor) -> Tensor:
+    """Q ← the eigenvectors of S, in place, where these are found (k,)."""
+    found = [eigenbasis(matrix) for matrix in S]
+    for basis, new in zip(Q, found, strict=True):
+        if new is not None:
+            basis.copy_(new)
+    return torch.tensor([new is not None for new in found]).to(S.device)
+
+
+def orthonormal(Y: Tensor) -> Tensor:
+    """Orthonormal columns (…, n, c) that span those of Y, |Y| ≤ 1 about, and where these are dependent to rounding more than that."""
+    Y = hardshrink(Y, rounding(Y.shape[-2], Y.dtype))
+    A, tau = torch.geqrf(Y)
+    some = _independent(A)
+    if not (at_hand(Y) and bool(some.all())):
+        A, tau = torch.geqrf(Y * some[..., None, :])
+    return torch.linalg.householder_product(A, tau)
+
+
+def follow(S: Tensor, Q: Tensor, may: Tensor | None = None) -> Tensor | None:
+    r"""Q ← qr(SQ) with its columns sorted by qᵀSq before: a step of orthogonal iteration, in place. R has a positive diagonal.
+
+    Columns of SQ that depend on those before them are taken last and replaced by the completion. Where S is zero or not finite, Q
+    stays. It takes the memory of one more matrix of k n² entries.
+
+    Args:
+        may: which of the k bases may move (k,); None: all.
+
+    Returns:
+        The order in which the columns of Q before were taken (k, n); None where none moved.
+    """
+    Y = Q.mT @ S  # as rows
+    sizes = (Q.mT[..., None, :] @ Y[..., :, None])[..., 0, 0]
+    largest = sizes.amax(-1, keepdim=True)
+    moves = (largest > 0) & sizes.sum(-1, keepdim=True).isfinite()
+    if may is not None:
+        moves &= may[:, None]
+    if at_hand(S):
+        for matrix, fine in zip(S, (sizes.isfinite().all(-1)).tolist(), strict=True):
+            if not fine:
+                kept(matrix)
+        if not bool(moves.any()):
+            return None
+    some = sizes > least(S.shape[-1], S.dtype) * largest
+    order = torch.where(moves & some, sizes, 0.0).argsort(dim=-1, descending=True, stable=True)
+    torch.where(moves[..., None], Y, Q.mT, out=Y)
+    A = Q.mT  # its memory holds columns
+    tau = torch.empty_like(sizes)
+    if at_hand(S) and bool(some.all()):
+        some = _factor(Y, order, A, tau)
+    if not (at_hand(S) and bool(some.all())):
+        # What rounding leaves of a dependent column would decide about those after it: instead it is a small multiple of a unit vector.
+        some = _factor(Y, order, A, tau, shift=largest)
+        last = some.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
+        order, some = order.gather(-1, last), some.gather(-1, last)
+        _factor(Y, order, A, tau, some)
+        tau *= some
+    signs = torch.where(some, A.diagonal(dim1=-2, dim2=-1), 1.0).sign_()
+    torch.linalg.householder_product(A, tau, out=A)
+    torch.mul(A, signs[..., None, :], out=Y)
+    Q.copy_(Y)
+    return order
+
+
+def _factor(
+    Y: Tensor, order: Tensor, A: Tensor, tau: Tensor, some: Tensor | None = None, shift: Tensor | None = None
+) -> Tensor:
+    """Reflections of the QR decomposition of columns, the rows of Y, into A and tau; which columns do not depend on those before.
+
+    Args:
+        some: the others are set to zero.
+        shift: sizes (k, 1), of which a share that counts as rounding is added to the diagonal.
+    """
+    torch.gather(Y, -2, order[..., None].expand(Y.shape), out=A.mT)
+    if some is not None:
+        A.mul_(some[..., None, :])
+    if shift is not None:
+        A.diagonal(dim1=-2, dim2=-1).add_(shift, alpha=1e-3 * least(A.shape[-1], A.dtype))
+    torch.geqrf(A, out=(A, tau))
+    return _independent(A)
+
+
+def _independent(A: Tensor) -> Tensor:
+    sizes = A.diagonal(dim1=-2, dim2=-1).abs()
+    return sizes > least(A.shape[-2], A.dtype) * sizes.amax(-1, keepdim=True)
+
+
+def drift(times: Callable[[Tensor], Tensor], Q: Tensor, first: int, count: int = 32) -> Tensor:
+    r"""How far columns of Q are from being eigenvectors of S: √(Σ‖Sq − (qᵀSq)q‖² / Σ‖Sq‖²) over a sample, in [0, 1], of each (k,).
+
+    Args:
+        times: Q ↦ S Q.
+        first: which columns: those at ``first`` and then evenly spread, ``count`` of them.
+    """
+    n = Q.shape[-1]
+    count = min(count, n)
+    q = Q[..., (torch.arange(count, device=Q.device) * n // count + first) % n]
+    y = times(q)
+    off = y - q * (q * y).sum(-2, keepdim=True)
+    total = y.square().sum((-2, -1)).clamp_min(torch.finfo(Q.dtype).tiny)
+    return (off.square().sum((-2, -1)) / total).sqrt()

@@ -1,0 +1,55 @@
+"""A map that does not change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from precond.algebra.maps import Identity, LinearMap
+from precond.optim import blocks
+from precond.optim.blocks import Block, Leaf, State
+from precond.optim.preconditioners.base import Part, Preconditioner, Seen
+
+
+@dataclass(frozen=True)
+class Fixed(Preconditioner):
+    """P = a given map on all parameters in order (``Fixed(Dense(A))`` acts on their entries, row-major).
+
+    ``Fixed(Identity())`` is plain gradient descent.
+    """
+
+    map_: LinearMap = field(default_factory=Identity)
+
+    timeless = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.map_, LinearMap):
+            raise TypeError(f"Fixed: map must be a LinearMap such as Dense(matrix), got {type(self.map_).__name__}")
+
+    @property
+    def entrywise(self) -> bool:  # type: ignore[override]
+        return isinstance(self.map_, Identity)
+
+    @property
+    def diagonal(self) -> bool:
+        return self.map_.diagonal
+
+    @property
+    def states_root(self) -> bool:  # type: ignore[override]
+        return self.map_.root
+
+    def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
+        split = blocks.by_group if self.entrywise else blocks.together
+        return [Part(i, self) for i in split(leaves)]
+
+    def looks(self, step: int) -> bool:
+        return False
+
+    def init(self, block: Block) -> dict:
+        return {}
+
+    def observe(self, state: State, seen: Seen) -> None:
+        pass
+
+    def map(self, state: State) -> LinearMap:
+        return self.map_

@@ -1,0 +1,282 @@
+"""What input-side preconditioners share: blocks of layers, and statistics of their inputs by running average."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from precond.algebra.maps import Identity, Layout, LinearMap, SideBySide, Sliced, Standardizing
+from precond.algebra.vec import Vec
+from precond.optim import blocks
+from precond.optim.blocks import Block, Leaf, Stack, State, spans
+from precond.optim.inputs import Moments, Request, Site
+from precond.optim.inputs.moments import by_group, greatest, least, variances
+from precond.optim.preconditioners.base import Needs, Part, Seen
+from precond.optim.preconditioners.stacked import Stacked
+
+
+class Cut(ValueError):
+    """No process holds whole rows of a layer."""
+
+
+@dataclass(frozen=True)
+class LayerPart:
+    """A weight of a block with its bias: positions in the block, entries of the bias, and the site that observes it.
+
+    Attributes:
+        held: which of its rows this process holds; None: all.
+    """
+
+    weight: int
+    bias: int | None
+    rows: slice
+    site: Site
+    number: int
+    held: range | None = None
+
+    def layout(self, request: Request) -> Layout:
+        """How the rows that this process holds are seen by statistics of a request."""
+        layout = self.site.layout(request)
+        return layout if self.held is None else layout.part(self.held, self.site.weight.shape)
+
+    def of(self, v: Vec) -> Vec:
+        """(weight, bias) or (weight,) of a vector of the block, or of the stack."""
+        return (v[self.weight],) if self.bias is None else (v[self.weight], v[self.bias][..., self.rows])
+
+
+class InputSide(Stacked):
+    """A map made of the inputs of each layer; every output row alike, so that rows need not communicate.
+
+    A layer that is not observed (or was never called) keeps its gradient.
+    """
+
+    decay: float
+    damping: float
+
+    counts = frozenset({"count", "noise", "size", "examples"})
+
+    @property
+    @abstractmethod
+    def request(self) -> Request:
+        """What it wants to know of the inputs."""
+
+    @property
+    def needs(self) -> Needs:
+        return "row"
+
+    def looks(self, step: int) -> bool:
+        return False
+
+    @property
+    def requests(self) -> frozenset[Request]:
+        return frozenset({self.request})
+
+    def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
+        """One block per layer: weights and the biases that go with them; what is no layer stays by itself."""
+        place = {leaf.param: i for i, leaf in enumerate(leaves)}
+        layers = [
+            tuple(place[p] for p in (site.weight, site.bias) if p is not None and p in place)
+            for site in dict.fromkeys(s for leaf in leaves for s in leaf.sites)
+            if site.weight in place and site.answers(self.request)
+        ]
+        return [Part(i, self) for i in blocks.join(layers, blocks.by_tensor(leaves))]
+
+    def handles(self, block: Block) -> bool:
+        return bool(self._weights(block))
+
+    def divisible(self, block: Block) -> bool:
+        """Whether each process holds rows, with their biases."""
+        try:
+            self.parts(block)
+        except Cut:
+            return False
+        return True
+
+    def parts(self, block: Block) -> list[LayerPart]:
+        """The observed weights of a block."""
+        known = block.derived
+        if (key := self.request) not in known:
+            known[key] = self._parts(block)
+        return known[key]
+
+    def _parts(self, block: Block) -> list[LayerPart]:
+        parts = self._weights(block)
+        return [replace(p, held=self.held(p, block)) for p in parts] if block.sharded else parts
+
+    def _weights(self, block: Block) -> list[LayerPart]:
+        place = {leaf.param: i for i, leaf in enumerate(block.leaves)}
+        every = dict.fromkeys(s for leaf in block.leaves for s in leaf.sites)
+        sites = [s for s in every if s.weight in place and s.answers(self.request)]
+        return [
+            LayerPart(place[s.weight], None if s.bias is None else place.get(s.bias), s.rows, s, k) for k, s in enumerate(sites)
+        ]
+
+    def held(self, part: LayerPart, block: Block) -> range | None:
+        """The rows that this process holds of a weight and of its bias alike; raises :class:`Cut` where these are not whole rows."""
+        weight, bias = block.leaves[part.weight], None if part.bias is None else block.leaves[part.bias]
+        if weight.shard is None and (bias is None or bias.shard is None):
+            return None
+        layout = part.site.layout(self.request)
+        dim = layout.output_dim
+        rows = None if dim is None or weight.shard is None else weight.span(dim)
+        if rows is None:
+            raise Cut(f"{weight.name!r} is not divided by rows, whose inputs are seen whole")
+        if bias is not None and (bias.shard is None or bias.span(0) != rows):
+            raise Cut(
+                f"{weight.name!r} and {bias.name!r} are divided differently, so that no process holds a row with its bias"
+            )
+        return rows
+
+    @abstractmethod
+    def fresh(self, part: LayerPart, block: Block) -> dict[str, Tensor]:
+        """Zero statistics of a weight: ``count``, ``mean``, ``activity`` and ``variance`` or ``covariance``."""
+
+    @abstractmethod
+    def arrow(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, float | Tensor]:
+        """(μ, σ, β) of U·diag(β, 1/σ), U = [[1, −μᵀ], [0, I]]: μ and σ of each input of a row, shape (groups, n)."""
+
+    def centered(self, mean: Tensor, variance: Tensor, square: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(μ, σ²), of groups with one sample (0, E[h²]): it has no variance, so there is scale without centering until there are two."""
+        if least(state["count"]) >= 2:
+            return mean, variance
+        one = (state["count"] < 2).to(mean.device)[:, None]
+        return torch.where(one, 0, mean), torch.where(one, square, variance)
+
+    def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec, layout: Layout) -> LinearMap:
+        """P on (weight, bias) or (weight,) of a stack."""
+        mean, std, beta = self.arrow(part, state)
+        return Standardizing(mean, std, like, beta, layout)
+
+    def kind(self, block: Block) -> Any:
+        return tuple((p.weight, p.bias, (p.rows.start, p.rows.stop), p.layout(self.request)) for p in self.parts(block))
+
+    def known(self, mine: dict[str, Tensor]) -> bool:
+        """Whether P is known of a weight, or of some of its groups; else it is the identity."""
+        return greatest(mine["count"]) > 0
+
+    def wants(self, state: State, part: LayerPart) -> Sequence[bool]:
+        """Whether the inputs of a weight are to be observed at the next step, of each member of a stack."""
+        return [True] * len(state.block.turns)
+
+    def wanted(self, state: State) -> list[tuple[str, Request, Tensor | None]]:
+        out = []
+        for part in self.parts(state.block):
+            if not any(wants := self.wants(state, part)):
+                continue
+            mine, sites = self._of(part, state), self._sites(part, state.block)
+            known = self.damping > 0 and greatest(mine["count"]) > 0
+            centers = mine["mean"].unflatten(0, (len(sites), -1)).unbind(0) if known else [None] * len(sites)
+            each = zip(sites, centers, wants, strict=True)
+            out += [(site.name, self.request, center) for site, center, wanted in each if wanted]
+        return out
+
+    def _sites(self, part: LayerPart, block: Block) -> list[Site]:
+        """The site of a part, in each member of a stack."""
+        return [self.parts(member)[part.number].site for member in block.members] if isinstance(block, Stack) else [part.site]
+
+    def init(self, block: Block) -> dict[str, Any]:
+        return {key_of(k, part): v for part in self.parts(block) for k, v in self.fresh(part, block).items()}
+
+    def observe(self, state: State, seen: Seen) -> None:
+        for part in self.parts(state.block):
+            found = [(seen.inputs or {}).get((site.name, self.request)) for site in self._sites(part, state.block)]
+            for some in spans([f is not None for f in found]):
+                mine, new = self._of(part, state.span(some)), Moments.joined(found[some])
+                if new.mean.device.type != "cpu":  # where it is, the step was not taken: a look at it costs nothing there
+                    new.bound_to_(mine["mean"], mine["variance" if "variance" in mine else "covariance"])
+                self.fold(mine, new, self.rate(min(state.steps), new))
+
+    def rate(self, step: float, new: Moments) -> float | Tensor:
+        """ρ of what is observed for a step; or one for each layer or each group, on the host."""
+        return self.decay
+
+    def fold(self, mine: dict[str, Tensor], new: Moments, decay: float | Tensor) -> None:
+        r"""Running averages by the law of total variance, with the old μ: σ² ← ρσ² + (1−ρ)[σ_A² + ρ(μ_A − μ)²].
+
+        ρ_t = min(ρ, 1 − N_t/ΣN): pooled at first, so that one sample does not count like many. A group that saw nothing, such as
+        an expert that no token was routed to, stays as it is.
+        """
+        count, N = mine["count"], new.count
+        decay = torch.as_tensor(decay, dtype=N.dtype)
+        decay = decay.repeat_interleave(len(N) // decay.numel()) if decay.ndim else decay.expand_as(N)
+        weight = torch.where(N > 0, torch.maximum(N / (count + N), 1 - decay), 0.0)  # 1 − ρ_t
+        gain = by_group(weight, new.mean)
+        delta = new.mean - mine["mean"]
+        mine["activity"].copy_(self.active(mine, new, delta, gain))
+        # With ρ = 0 the statistics are those of the newest batch, and so is the number of samples behind them.
+        count.copy_(torch.where((decay == 0) & (N > 0), N, count + N))
+        if "noise" in mine:  # 1/N of a mean with these weights
+            mine["noise"].mul_((1 - weight) ** 2).add_(weight**2 / N.clamp_min(1))
+        for name, latest in (("size", N), ("examples", new.examples)):
+            if name in mine:
+                mine[name].copy_(latest)
+        if "variance" in mine:
+            mine["variance"].lerp_(new.spread, gain)
+            if isinstance(gain, float):
+                mine["variance"].addcmul_(delta, delta, value=gain * (1 - gain))
+            else:
+                mine["variance"].addcmul_(delta * (gain * (1 - gain)), delta)
+        else:
+            mine["covariance"].lerp_(new.spread, gain if isinstance(gain, float) else gain[..., None])
+            mine["covariance"].baddbmm_((delta * (gain * (1 - gain)))[..., :, None], delta[..., None, :])
+        mine["mean"].lerp_(new.mean, gain)
+
+    def active(self, mine: dict[str, Tensor], new: Moments, delta: Tensor, gain: float | Tensor) -> Tensor:
+        """E|h − μ| and E(h − μ)² of all samples about the old μ, as their ratio a = E|h−μ|/σ."""
+        variance = variances(mine["variance" if "variance" in mine else "covariance"], delta)
+        deviation = variance.sqrt().mul_(mine["activity"]).lerp_(new.deviation, gain)
+        about = variance.lerp(torch.addcmul(new.variance, delta, delta), gain)
+        return deviation.mul_(about.rsqrt_()).nan_to_num_(0.0, 0.0)
+
+    def damping_of(self, square: Tensor, state: dict[str, Tensor]) -> Tensor:
+        r"""What damping adds to a variance: ε E[h²], and for inputs that are rarely active a share of the layer's mean E[h²].
+
+        The scale of an input that few samples show is hardly known, and steps along it would be as long as it is rare. The
+        share is ⅓·(1 − 3a²N/(N+8))₊ with the activity a = E|h−μ|/σ, a² = 2/π for a normal distribution and about 4f for an
+        input that is nonzero in a small fraction f of the samples: inputs that are always active keep their own scale, whatever
+        it is, once N samples, ten or so, have shown it.
+        """
+        if self.damping == 0:
+            return torch.zeros_like(square)
+        count = by_group(state["count"], square)
+        rare = state["activity"].square().mul_(-count / (count + 8)).add_(1 / 3).clamp_min_(0)
+        return rare.mul_(square.mean(-1, keepdim=True)).add_(square, alpha=self.damping)
+
+    def map(self, state: State) -> LinearMap:
+        """P; made again where the statistics have changed."""
+        versions = tuple(t._version for name, t in state.items() if name != "step")
+        return state.kept("map", versions, lambda: self._map(state))
+
+    def _map(self, state: State) -> LinearMap:
+        block, like, maps = state.block, state.block.tensors, []
+        assert isinstance(block, Stack)
+        for part in self.parts(block):
+            mine, own = self._of(part, state), part.of(like)
+            layout = SideBySide.all(part.layout(self.request), len(block.members))
+            maps.append((part, self.part_map(part, mine, own, layout) if self.known(mine) else Identity(own)))
+        (first, only), *more = maps
+        whole = (0,) if first.bias is None else (0, 1)
+        if not more and len(like) == len(whole) and first.weight == 0 and first.rows == slice(None):
+            return only
+        return Sliced([(p.weight, p.bias, p.rows, m) for p, m in maps], like)
+
+    @staticmethod
+    def _of(part: LayerPart, state: State) -> dict[str, Tensor]:
+        """The statistics of a part, of all members' groups one after the other."""
+        suffix = f".{part.number}" if part.number else ""
+        mine = {
+            k.removesuffix(suffix): v
+            for k, v in state.items()
+            if k != "step" and k.endswith(suffix) and ("." in k) == bool(suffix)
+        }
+        return {k: v.flatten(0, 1) if v.ndim > 1 else v for k, v in mine.items()}
+
+
+def key_of(name: str, part: LayerPart) -> str:
+    """What a statistic of a part is called in the state: the first weight of a block has plain keys; further ones are numbered."""
+    return f"{name}.{part.number}" if part.number else name

@@ -1,0 +1,251 @@
+"""Momentum near its polar factor, by roots that are renewed now and then."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from precond.algebra import checks
+from precond.algebra.maps import Augmented, LinearMap, Scaled, augmented, parted
+from precond.algebra.vec import Vec, all_finite
+from precond.optim import blocks
+from precond.optim.blocks import Block, Leaf, Stack, State, spans, state_dtype
+from precond.optim.checking.arguments import settle
+from precond.optim.inputs.moments import REQUESTS
+from precond.optim.preconditioners.base import Part, Seen, placed
+from precond.optim.preconditioners.eigenbases import WARM_UP
+from precond.optim.preconditioners.muon import normalized
+from precond.optim.preconditioners.polar_roots import WHOLE, Leading, root_of
+from precond.optim.preconditioners.rms import RMS
+from precond.optim.preconditioners.stacked import Stacked
+
+if TYPE_CHECKING:
+    from precond.optim.inputs import Moments, Request
+    from precond.optim.momentum import Momentum
+
+_TINY = 1e-37  # the least ‖m‖ that m is divided by
+
+
+@dataclass(frozen=True)
+class Polar(Stacked):
+    r"""Muon on a schedule: M = s·L^(−1/2), L a running mean of m mᵀ/‖m‖² for the momentum m of a layer, [weight bias] as a matrix (A, B).
+
+    Where L is that of m itself, L^(−1/2)m is in the direction of its polar factor UVᵀ, as in :class:`~precond.Muon`. A layer of many
+    samples, convolutions' or sequences', takes it so in each step: where a root costs no more than the layer's own products. For others
+    L is the mean over the steps at which the root is renewed: 1, 2, 4, 8, … and then each that ``every`` divides, or where it is the turn of
+    layers of other shapes, up to a period before these; in between it stands
+    still, and a step costs one product with the shorter side (mᵀm and a product from the right where A > B). The length of the step is
+    that of a polar factor always: s is such that ‖M m‖ = γ·√min(A, B), with γ = √max(1, A/B)·max(1, ‖z₀‖/√A).
+
+    ‖z₀‖/√A is the length of a row of the parameters at their first step in these coordinates; behind :class:`~precond.Whitening` or
+    :class:`~precond.BNP` it is the root mean square of the layer's outputs. It exceeds 1 where raw inputs are large, and steps are
+    longer in proportion. What is no layer takes ``RMS``.
+
+    Args:
+        every: steps between roots, at most.
+        decay: ρ of L over the steps that it is renewed at, in [0, 1), where these are not all.
+        damping: ε ≥ 0, added to L relative to its largest eigenvalue.
+        rank: r ≥ 1; where the shorter side n of a layer is longer than 4r, L is taken as λ̄I + U(Λ − λ̄)Uᵀ, with its r leading
+            eigenvalues Λ, their eigenvectors U and the mean λ̄ of the others. A product with the root then takes 4nr operations for each
+            column in place of 2n², a root n²r in place of n³, and it is renewed on the schedule whatever the number of samples. None: L
+            as it is.
+        max_dim: layers whose shorter side is longer take ``RMS``.
+        arithmetic: of the fused step's two products for float32 parameters: ``"bfloat16"``, up to some percent off, where they are
+            large, with all of L, and the processor has instructions for them, and float32 elsewhere; or ``"full"``. The reference
+            engine, and float64 parameters, use the parameters' own in any case.
+        others_decay, others_eps: of ``RMS``.
+        momentum: the average of these parameters, in place of the optimizer's; None: the optimizer's.
+
+    References:
+        Jordan et al. (2024), Muon; Gupta, Koren & Singer (2018), Shampoo, with one side; Agarwal et al. (2020) for the length of steps.
+    """
+
+    every: int = 8
+    decay: float = 0.5
+    damping: float = 1e-3
+    rank: int | None = 32
+    max_dim: int = 4096
+    arithmetic: Literal["bfloat16", "full"] = "bfloat16"
+    others_decay: float = 0.999
+    others_eps: float = 1e-8
+    momentum: Momentum | None = None
+
+    counts = frozenset({"size"})
+    uses_momentum = True
+    advised_damping = 0.1
+
+    def __post_init__(self) -> None:
+        settle(self)
+        checks.whole("Polar", every=self.every, max_dim=self.max_dim)
+        checks.fraction("Polar", decay=self.decay, others_decay=self.others_decay)
+        checks.non_negative("Polar", damping=self.damping, others_eps=self.others_eps)
+        if self.rank is not None:
+            checks.whole("Polar", rank=self.rank)
+
+    def _fits(self, weight: Tensor) -> bool:
+        return (
+            weight.ndim >= 2 and weight.numel() > 0 and min(weight.shape[0], weight.numel() // weight.shape[0]) <= self.max_dim
+        )
+
+    def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
+        """A block per layer; what is no layer by RMS."""
+        layers, rest = [], []
+        for index in blocks.by_layer(leaves):
+            of_layer = self._layer([leaves[i] for i in index])
+            layers += [tuple(index[i] for i in of_layer)] if of_layer else []
+            rest += [i for k, i in enumerate(index) if k not in of_layer]
+        return [Part(i, self) for i in layers] + placed(RMS(self.others_decay, self.others_eps), leaves, rest)
+
+    def _layer(self, leaves: Sequence[Leaf]) -> tuple[int, ...]:
+        """Positions of the weight and its bias, or of the weight alone; nothing where there is no such matrix."""
+        weights = [i for i, leaf in enumerate(leaves) if leaf.kind == "weight" and self._fits(leaf.param)]
+        if len(weights) != 1:
+            return ()
+        weight = leaves[weights[0]]
+        if weight.inputs_first and weight.ndim > 2:
+            return (weights[0],)  # its rows are inputs
+        rows = weight.shape[1 if weight.inputs_first else 0]
+        biases = [i for i, leaf in enumerate(leaves) if leaf.kind == "bias" and tuple(leaf.shape) == (rows,)]
+        return (weights[0], *biases) if len(biases) == 1 else (weights[0],)
+
+    def handles(self, block: Block) -> bool:
+        return self._layer(block.leaves) == tuple(range(len(block.leaves)))
+
+    def looks(self, step: int) -> bool:
+        return step <= WARM_UP  # at the first gradient that is finite
+
+    @staticmethod
+    def is_turned(block: Block) -> bool:
+        """Whether its weight is (in, out)."""
+        return block.leaves[0].inputs_first and block.leaves[0].ndim == 2
+
+    @classmethod
+    def matrix(cls, block: Block, v: Vec) -> Tensor:
+        """A vector of a layer as the matrix [W b], a row for each output; of a stack matrices side by side."""
+        return augmented(v, cls.is_turned(block), isinstance(block, Stack))
+
+    def init(self, block: Block) -> dict:
+        p, n = block.tensors[0], min(self.matrix(block, block.tensors).shape)
+        zeros = lambda *shape: torch.zeros(shape, dtype=state_dtype(p.dtype), device=p.device)  # noqa: E731
+        L = zeros(n, n)
+        root = WHOLE if self.rank is None or n <= 4 * self.rank else Leading(self.rank)
+        size = torch.zeros((), dtype=state_dtype(p.dtype))  # on the host, which knows it from shapes
+        return {"gram": L, **root.fresh(L), "norm": zeros(), "length": zeros() + 1, "size": size}
+
+    def share(self, state: State, shape: Sequence[int], first: bool) -> float:
+        """The largest share of this step's m mᵀ in L, of a matrix of a shape; 0: L and its root stay."""
+        return 1.0 if first else max(self._shares(state, shape))
+
+    def _shares(self, state: State, shape: Sequence[int]) -> list[float]:
+        """The share of each member of a stack; of a layer alone its own."""
+        whole, away = root_of(state).whole, state.until_renewed(self.every)
+        return [
+            1.0 if whole and self.exact(N, shape) else 0.0 if until else 1 - self.decay
+            for N, until in zip(state["size"].reshape(-1).tolist(), away, strict=True)
+        ]
+
+    @staticmethod
+    def exact(N: float, shape: Sequence[int]) -> bool:
+        """Whether a root of n rows, 3000n² + 5n³ operations by the clock, costs no more than the layer's three products, 6NAB."""
+        A, B = shape
+        n = min(A, B)
+        return 3000 * n**2 + 5 * n**3 <= 6 * N * A * B
+
+    @staticmethod
+    def count_samples(state: State, inputs: Mapping[tuple[str, Request], Moments] | None) -> None:
+        """Keep the largest number N of samples that a step has shown of each layer; 0: not known."""
+        members = state.block.members if isinstance(state.block, Stack) else (state.block,)
+        for member, size in zip(members, state["size"].reshape(-1), strict=True):
+            for site, request in product(member.leaves[0].sites, REQUESTS):
+                if inputs and (found := inputs.get((site.name, request))) is not None:
+                    torch.maximum(size, found.count.amax(), out=size)
+
+    def observe(self, state: State, seen: Seen) -> None:
+        self._turned(state, seen)
+
+    def descend(self, state: State, seen: Seen) -> Vec:
+        turned, norm = self._turned(state, seen)
+        length = torch.where(norm > 0, self.step_length(state, turned.shape[-2:]) / norm, 0.0)
+        return parted(turned.mul_(length[:, None, None]), state.block.tensors, self.is_turned(state.block))
+
+    def _turned(self, state: State, seen: Seen) -> tuple[Tensor, Tensor]:
+        """(L^(−1/2)m/‖m‖, its norm) of the momentum seen, in a step that observes it."""
+        m = self.matrix(state.block, seen.gradient if seen.momentum is None else seen.momentum)
+        self.count_samples(state, seen.inputs)
+        if first := self._first(state):
+            fresh = ~state["gram"].diagonal(dim1=-2, dim2=-1).any(-1)
+            self.measure(state, None if seen.position is None else self.matrix(state.block, seen.position()), fresh)
+        X, size = normalized(m, _TINY)
+        shares = self._shares(state, m.shape[-2:])
+        for some in spans([first or share > 0 for share in shares]):
+            x, own = X[some], shares[some]
+            share = own[0] if len(set(own)) == 1 else torch.tensor(own).to(X)[:, None, None]
+            gram = x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
+            self.fold(
+                state.span(some), gram, torch.where(fresh[some][:, None, None], X.new_ones(()), share) if first else share
+            )
+        turned = self.apply_inverse_root(state, X)
+        norm = torch.linalg.vector_norm(turned, 2, (-2, -1))
+        state["norm"].copy_(norm * size)
+        return turned, norm
+
+    @classmethod
+    def _first(cls, state: State) -> bool:
+        """Whether some layer was not observed yet: looked at in the first eight steps, and in the first of a state that is bound anew."""
+        (t, *_) = state.steps
+        looked = state.kept("looked", None, list)
+        if looked and t > WARM_UP:
+            return False
+        looked.append(t)
+        return cls.is_fresh(state)
+
+    @staticmethod
+    def is_fresh(state: State) -> bool:
+        """Whether nothing was observed yet of some layer: at the first step, and where a bias was frozen or thawed later."""
+        return not bool(state["gram"].diagonal(dim1=-2, dim2=-1).any(-1).all())
+
+    @staticmethod
+    def measure(state: State, z: Tensor | None, where: Tensor) -> None:
+        """Keep how long the rows of the parameters are at first, of some layers; z None: not known."""
+        if z is not None:
+            found = (torch.linalg.vector_norm(z, 2, (-2, -1)) / z.shape[-2] ** 0.5).clamp_min(1.0)
+            state["length"].copy_(torch.where(where, found, state["length"]))
+
+    def fold(self, state: State, gram: Tensor, share: float | Tensor) -> None:
+        """Fold m mᵀ/‖m‖² into L, (k, n, n) or (n, n), with a share of all or of each (k, 1, 1), and take the root anew.
+
+        Where that fails, or m is not finite, what was before stays.
+        """
+        L = state["gram"]
+        if L.ndim == 3:
+            # A Gram matrix is finite where its diagonal is.
+            finite = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] < torch.inf
+            torch.where(finite, torch.lerp(L, gram, share), L, out=L)
+        elif all_finite((gram,)):
+            L.lerp_(gram, share)
+        else:
+            return
+        root_of(state).renew(state, L, self.damping)
+
+    @staticmethod
+    def apply_inverse_root(state: State, m: Tensor) -> Tensor:
+        """L^(−1/2)m, or m L^(−1/2) where m is tall."""
+        root = root_of(state)
+        return root.times(state, m) if m.shape[-2] <= m.shape[-1] else root.times(state, m.mT).mT
+
+    @staticmethod
+    def step_length(state: State, shape: Sequence[int]) -> Tensor:
+        """The length γ·√min(A, B) of a step."""
+        A, B = shape
+        return state["length"] * (min(A, B) ** 0.5 * max(1.0, A / B) ** 0.5)
+
+    def map(self, state: State) -> LinearMap:
+        like, stacked = state.block.tensors, isinstance(state.block, Stack)
+        matrix = self.matrix(state.block, like)
+        s = torch.where(state["norm"] > 0, self.step_length(state, matrix.shape[-2:]) / state["norm"], 0.0)
+        return Augmented(Scaled(root_of(state).map(state, matrix), s.sqrt()), like, self.is_turned(state.block), stacked)

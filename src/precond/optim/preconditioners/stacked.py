@@ -1,0 +1,234 @@
+"""How blocks alike are taken side by side: methods that do so themselves, and others by ``torch.vmap``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from precond.algebra.maps import Identity, LinearMap
+from precond.algebra.maps.stacked import OfMembers, Vectorized
+from precond.algebra.vec import Vec
+from precond.optim.blocks import COUNTS, Block, Leaf, Stack, State
+from precond.optim.inputs import Request
+from precond.optim.preconditioners.base import Needs, Preconditioner, Seen
+
+
+class Stacked(Preconditioner):
+    """A preconditioner whose ``observe``, ``map`` and ``refresh`` take stacks of k blocks alike: their tensors are (k, …).
+
+    ``init`` makes the state of one block. Products are batched ones; numbers that differ among members are tensors (k,).
+    """
+
+
+@dataclass(frozen=True)
+class Each(Stacked):
+    """A preconditioner that is written for one block, on each block of a stack at once, by ``torch.vmap``."""
+
+    of: Preconditioner
+
+    entrywise = property(lambda self: False)
+    states_root = property(lambda self: self.of.states_root)
+    invertible = property(lambda self: self.of.invertible)
+    uses_momentum = property(lambda self: self.of.uses_momentum)
+    momentum = property(lambda self: self.of.momentum)
+    advised_damping = property(lambda self: self.of.advised_damping)
+
+    @property
+    def diagonal(self) -> bool:
+        return self.of.diagonal
+
+    @property
+    def needs(self) -> Needs:
+        return self.of.needs
+
+    @property
+    def requests(self) -> frozenset[Request]:
+        return self.of.requests
+
+    def lr_scale(self, leaf: Leaf) -> float:
+        return self.of.lr_scale(leaf)
+
+    def handles(self, block: Block) -> bool:
+        return self.of.handles(block)
+
+    def init(self, block: Block) -> State | dict[str, Any]:
+        return self.of.init(block)
+
+    def observe(self, state: State, seen: Seen) -> None:
+        def one(state: State, gradient: Vec, momentum: Vec) -> Vec:
+            at = None if seen.position is None else lambda: state.block.params
+            self.of.observe(state, Seen(gradient, seen.inputs, None if seen.momentum is None else momentum, at))
+            return ()
+
+        _run(one, state, seen.gradient, () if seen.momentum is None else seen.momentum)
+
+    def map(self, state: State) -> LinearMap:
+        return self._vectorized(state, self.of.map)
+
+    def factors(self, state: State) -> tuple[LinearMap, LinearMap]:
+        if type(self.of).factors is Preconditioner.factors:
+            return Identity(), self.map(state)
+        return self._vectorized(state, lambda s: self.of.factors(s)[0]), self._vectorized(
+            state, lambda s: self.of.factors(s)[1]
+        )
+
+    def _vectorized(self, state: State, map: Callable[[State], LinearMap]) -> LinearMap:
+        def run(f: Callable[..., Vec], v: Vec) -> Vec:
+            return _run(lambda state, v: f(map(state), v), state, v)
+
+        return Vectorized(run, state.block.tensors, self.states_root, self.diagonal)
+
+    def wanted(self, state: State) -> Iterable[tuple[str, Request, Tensor | None]]:
+        return self.of.wanted(state)
+
+
+def stackable(preconditioner: Preconditioner) -> bool:
+    """Whether blocks alike can be taken side by side by a preconditioner."""
+    if isinstance(preconditioner, Stacked) or preconditioner.entrywise:
+        return True
+    if preconditioner.constituents:
+        return all(map(stackable, preconditioner.constituents))
+    own_refresh = type(preconditioner).refresh is not Preconditioner.refresh
+    return not (preconditioner.alone or own_refresh or preconditioner.requests)
+
+
+def takes_stacks(preconditioner: Preconditioner) -> bool:
+    """Whether it is, or holds, one whose methods take nothing but stacks, also of a single block."""
+    return isinstance(preconditioner, Stacked) or any(map(takes_stacks, preconditioner.constituents))
+
+
+def on(block: Block, preconditioner: Preconditioner) -> Preconditioner:
+    """A preconditioner's methods as a block, or a stack of blocks, takes them."""
+    if not isinstance(block, Stack):
+        return _Singly(preconditioner) if isinstance(preconditioner, Stacked) else preconditioner
+    itself = isinstance(preconditioner, Stacked) or preconditioner.entrywise or preconditioner.constituents
+    return preconditioner if itself else Each(preconditioner)
+
+
+@dataclass(frozen=True)
+class _Singly(Preconditioner):
+    """A preconditioner that takes stacks, on a block alone."""
+
+    of: Stacked
+
+    def init(self, block: Block) -> State | dict[str, Any]:
+        return self.of.init(block)
+
+    def observe(self, state: State, seen: Seen) -> None:
+        self.of.observe(state.as_stack(), self._seen(seen))
+
+    def map(self, state: State) -> LinearMap:
+        return self._apart(self.of.map(state.as_stack()), state)
+
+    def factors(self, state: State) -> tuple[LinearMap, LinearMap]:
+        F, N = self.of.factors(state.as_stack())
+        return F if isinstance(F, Identity) else self._apart(F, state), self._apart(N, state)
+
+    def _seen(self, seen: Seen) -> Seen:
+        momentum, at = seen.momentum, seen.position
+        return Seen(_one(seen.gradient), seen.inputs, momentum and _one(momentum), at and (lambda: _one(at())))
+
+    def descend(self, state: State, seen: Seen) -> Vec:
+        return tuple(t[0] for t in self.of.descend(state.as_stack(), self._seen(seen)))
+
+    def pull(self, state: State, seen: Seen) -> Vec:
+        return tuple(t[0] for t in self.of.pull(state.as_stack(), self._seen(seen)))
+
+    def push(self, state: State, y: Vec) -> Vec:
+        return tuple(t[0] for t in self.of.push(state.as_stack(), _one(y)))
+
+    def wanted(self, state: State) -> Iterable[tuple[str, Request, Tensor | None]]:
+        return self.of.wanted(state.as_stack())
+
+    def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:
+        self.of.refresh(state.as_stack(), [_one(v) for v in carried])
+
+    @staticmethod
+    def _apart(P: LinearMap, state: State) -> LinearMap:
+        return OfMembers(P, Stack.of([state.block]))
+
+
+def _one(v: Vec) -> Vec:
+    return tuple(t[None] for t in v)
+
+
+def _run(f: Callable[..., Vec], state: State, *vectors: Vec) -> Vec:
+    """f(state, …) of every member at once."""
+
+    def one(values: dict[str, Any], params: Vec, *vectors: Vec) -> Vec:
+        return f(_member(state, values, params), *vectors)
+
+    stack = state.block
+    assert isinstance(stack, Stack)
+    with _Elementary(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        return torch.vmap(one)(_values(state), stack.gathered(stack.all_tensors), *vectors)
+
+
+def _values(state: State) -> dict[str, Any]:
+    return {k: _values(v) if isinstance(v, State) else v for k, v in state.items() if k not in COUNTS}
+
+
+def _member(state: State, values: Mapping[str, Any], params: Vec) -> State:
+    """A state with the values of one member, in the terms of a block alone."""
+    stack = state.block
+    assert isinstance(stack, Stack)
+    block = _Member(stack.members[0].leaves, params)
+    place = {leaf: p for leaf, p in zip(block.leaves, params, strict=True)}
+    out = State(block)
+    for key, value in values.items():
+        inside = state[key]
+        mine = tuple(place[leaf] for leaf in inside.block.leaves) if isinstance(inside, State) else ()
+        out[key] = _member(inside, value, mine) if isinstance(inside, State) else value
+    out |= {key: state[key][: len(block.leaves)] for key in COUNTS if key in state}
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class _Member(Block):
+    values: Vec = ()
+
+    @cached_property
+    def params(self) -> Vec:
+        return self.values
+
+    @property
+    def tensors(self) -> Vec:
+        return self.values
+
+
+class _Elementary(TorchFunctionMode):
+    """Operations that ``torch.vmap`` knows none of, or takes member by member, in terms of those that it takes at once.
+
+    They are ``lerp`` with a number, and multi-tensor operations.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name.startswith("_foreach_"):
+            return _one_by_one(name.removeprefix("_foreach_"), args, kwargs)
+        if name in ("lerp", "lerp_") and "out" not in kwargs:
+            return _lerp(name, *args, *kwargs.values())
+        return func(*args, **kwargs)
+
+
+def _one_by_one(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor] | None:
+    """A multi-tensor operation, a tensor after the other."""
+    each = zip(*(a if isinstance(a, list | tuple) else [a] * len(args[0]) for a in args), strict=True)
+    if name == "norm":
+        return [torch.linalg.vector_norm(*one, **kwargs) for one in each]
+    if name in ("lerp", "lerp_"):
+        return [_lerp(name, *one, *kwargs.values()) for one in each]
+    return [getattr(torch.Tensor, name)(*one, **kwargs) for one in each]
+
+
+def _lerp(name: str, start: Tensor, end: Tensor, weight: float | Tensor) -> Tensor:
+    step = (end - start) * weight
+    return start.add_(step) if name == "lerp_" else start + step

@@ -1,0 +1,185 @@
+"""Whitened inputs: the full covariance of what a layer receives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from precond.algebra import checks
+from precond.algebra.maps import Layout, LinearMap
+from precond.algebra.vec import Vec
+from precond.optim.blocks import Block, Stack, State, spans, state_dtype
+from precond.optim.blocks.turns import next_renewal
+from precond.optim.checking.arguments import settle
+from precond.optim.inputs import Moments, Request
+from precond.optim.inputs.moments import by_group, greatest, least, variances
+from precond.optim.preconditioners.correlation import Correlation, Leading, Root, Whole
+from precond.optim.preconditioners.input_side import InputSide, LayerPart, key_of
+
+_REQUEST = Request("covariance", "patch")
+
+
+@dataclass(frozen=True)
+class Whitening(InputSide):
+    r"""Each layer in the coordinates of its whitened inputs: P = U·diag(1, D⁻¹K^(−1/2)), U and D as in BNP.
+
+    K = D⁻¹CD⁻¹ is the correlation matrix of the inputs, C their damped covariance and D² its diagonal, so that M = P Pᵀ is the
+    inverse of E[ĥĥᵀ] damped feature by feature, whatever their scales. Without a bias C is E[hhᵀ].
+
+    N samples do not determine n features' correlations: K is shrunk towards the identity, K ← (1−γ)K + γI with γ = sn/(N + sn), N the
+    effective number of samples behind the running average. Of layers with many inputs the leading eigenvalues of K are kept and the
+    others, which then differ little, get their mean (``rank``).
+
+    The covariance is observed, and the root taken, on a schedule that is fixed by the number of steps: at steps 1, 2, 4, 8, …
+    and then every ``every`` steps, from the ``observe_steps`` steps before. Between refreshes the map stands still. Layers of other shapes
+    than the first one, and of one shape where they are many, take turns: they are refreshed up to a period before these steps.
+
+    Args:
+        decay: ρ of the running covariance over the steps that are observed, in [0, 1).
+        damping: ε ≥ 0, relative to each feature's E[h²]; rarely active inputs get more, as in :class:`~precond.BNP`.
+        root: ``"symmetric"``, K^(−1/2), or ``"cholesky"``, L⁻ᵀ with K = LLᵀ: the same M, another z, a tenth of the cost.
+        every: steps between refreshes.
+        observe_steps: how many steps before a refresh are observed.
+        shrinkage: s ≥ 0.
+        samples: c ≥ 0; where it is not 0, batches that hold cn samples or more, convolutions' or sequences', are not averaged with those
+            before, nor observed more than once before a refresh, and with fewer samples in proportion: as much as n features need.
+        rank: r ≥ 1; where a layer has more than 4r inputs, K is taken as λ̄I + U(Λ − λ̄)Uᵀ, with its r leading eigenvalues Λ, their
+            eigenvectors U and the mean λ̄ of the others, and the root is symmetric whatever ``root`` says. A refresh then takes n²r
+            operations in place of n³, a product with a row of the weight 4nr in place of 2n². None: K as it is.
+        power: p in [0, 1] of P = U·diag(1, D⁻¹K^(−p/2)), M being K^(−p) where features have scale 1: 1 whitens, 0 leaves BNP's arrow, and
+            between them directions in which inputs vary little are favored less. Scales are units, and divided out whatever p is. With
+            ``root="cholesky"`` 1.
+
+    References:
+        Desjardins et al. (2015); Ledoit & Wolf (2004) for shrinkage; Benzing (2022), FOOF; Ye, Theorem 3;
+        Tipping & Bishop (1999), Probabilistic principal component analysis, for K of a rank.
+    """
+
+    decay: float = 0.95
+    damping: float = 1e-3
+    root: Literal["symmetric", "cholesky"] = "symmetric"
+    every: int = 100
+    observe_steps: int = 5
+    shrinkage: float = 1.0
+    samples: float = 0.0
+    rank: int | None = 64
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        settle(self)
+        checks.fraction("Whitening", decay=self.decay)
+        checks.non_negative("Whitening", damping=self.damping, shrinkage=self.shrinkage, samples=self.samples)
+        checks.positive("Whitening", every=self.every, observe_steps=self.observe_steps)
+        if self.rank is not None:
+            checks.whole("Whitening", rank=self.rank)
+        if not 0 <= self.power <= 1:
+            raise ValueError(f"Whitening: power must be in [0, 1], got {self.power!r}; 1 whitens, 0 standardizes")
+        if self.root == "cholesky" and self.power != 1:
+            raise ValueError(f"Whitening: root='cholesky' is one of power=1, got power={self.power!r}; use root='symmetric'")
+
+    @property
+    def request(self) -> Request:
+        return _REQUEST
+
+    @property
+    def dealt(self) -> bool:
+        return True  # rows need nothing of each other, but each process would take the root
+
+    def idle(self, step: int, turns: Iterable[int]) -> bool:
+        return all(next_renewal(step, self.every, turn) - step >= self.observe_steps for turn in turns)
+
+    def wants(self, state: State, part: LayerPart) -> list[bool]:
+        away, steps = state.until_renewed(self.every, ahead=1), int(self.observe_steps)
+        size = least(state[key_of("size", part)]) if self.samples and min(away) < steps else 0.0
+        if size:
+            steps = min(steps, math.ceil(self.samples * state[key_of("mean", part)].shape[-1] / size))
+        return [k < steps for k in away]
+
+    def rate(self, step: float, new: Moments) -> float | Tensor:
+        if not self.samples:
+            return self.decay
+        return (1 - new.count / (self.samples * new.mean.shape[-1])).clamp(0.0, self.decay)
+
+    def active(self, mine: dict[str, Tensor], new: Moments, delta: Tensor, gain: float | Tensor) -> Tensor:
+        found = super().active(mine, new, delta, gain)
+        if not self.samples or not greatest(mine["count"]):
+            return found
+        # Deviations are from the mean before. About the new one E|h − μ| may be less by |Δμ|: an input that has died, whose mean has
+        # moved to where it always is now, deviated much from where it was, and would count as active.
+        own = (new.deviation - delta.abs()).clamp_min_(0).mul_(new.variance.rsqrt()).nan_to_num_(0.0, 0.0)
+        least_of_both = torch.minimum(found, mine["activity"].lerp(own, gain))
+        known = by_group((mine["count"] > 0).to(found.dtype), found)
+        return least_of_both if isinstance(known, float) else torch.where(known > 0, least_of_both, found)
+
+    def fresh(self, part: LayerPart, block: Block) -> dict[str, Tensor]:
+        weight = block.leaves[part.weight].param
+        groups, n = part.site.shape(self.request)
+        root = Whole(self.root, self.power) if self.rank is None or n <= 4 * self.rank else Leading(int(self.rank), self.power)
+        zeros = lambda *shape: torch.zeros(shape, dtype=state_dtype(weight.dtype), device=weight.device)  # noqa: E731
+        return {
+            **{name: torch.zeros(groups, dtype=state_dtype(weight.dtype)) for name in ("count", "noise", "size")},
+            "mean": zeros(groups, n),
+            "covariance": zeros(groups, n, n),
+            "activity": zeros(groups, n),
+            **root.fresh(zeros(groups, n)),
+        }
+
+    def root_of(self, state: dict[str, Tensor]) -> Root:
+        """How the root of a layer's correlations is kept."""
+        return Leading(state["basis"].shape[-1], self.power) if "basis" in state else Whole(self.root, self.power)
+
+    def scales(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(μ, σ̃); with no bias to center with, μ is 0 and σ² = E[h²]."""
+        mean = state["mean"]
+        variance = variances(state["covariance"], mean)
+        square = torch.addcmul(variance, mean, mean)
+        if part.bias is None:
+            variance, mean = square, torch.zeros_like(mean)
+        else:
+            mean, variance = self.centered(mean, variance, square, state)
+        std = self.damping_of(square, state).add_(variance).sqrt_()
+        return mean, std.masked_fill_(std == 0, 1.0)
+
+    def arrow(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, float | Tensor]:
+        return *self.scales(part, state), 1.0
+
+    def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec, layout: Layout) -> LinearMap:
+        # Before the first refresh the root is the identity, which leaves BNP's arrow.
+        return super().part_map(part, state, like, layout) @ self.root_of(state).map(state, like, layout)
+
+    def known(self, mine: dict[str, Tensor]) -> bool:
+        return greatest(mine["count"]) >= 2  # one sample has no covariance
+
+    def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:
+        for some in spans([k == 0 for k in state.until_renewed(self.every)]):
+            due = state.span(some)
+            for part in self.parts(state.block):
+                if self.known(mine := self._of(part, due)):
+                    _, std = self.scales(part, mine)
+                    mean = None if part.bias is not None else mine["mean"]  # with no bias to center with, E[hhᵀ]
+                    shrunk = 1 + self.shrinkage * std.shape[-1] * by_group(mine["noise"], std)  # 1/(1 − γ)
+                    self.root_of(mine).renew(mine, Correlation(mine["covariance"], mean, std, shrunk))
+
+    def independent(self, state: State) -> dict[str, float]:
+        """The share of independent directions in the inputs of each weight, by its name: n/tr(K²), K their correlations, (n, n).
+
+        What N samples add to the squares of correlations, about n²/N in all, is taken off. Weights of which nothing is known are left out.
+        """
+        out: dict[str, float] = {}
+        members = state.block.members if isinstance(state.block, Stack) else (state.block,)
+        for part in self.parts(state.block):
+            mine = self._of(part, state)
+            if not self.known(mine):
+                continue
+            _, std = self.scales(part, mine)
+            n = std.shape[-1]
+            K = Correlation(mine["covariance"], None if part.bias is not None else mine["mean"], std, 1.0).whole()
+            squares = K.square().sum((-2, -1)) - n * n * mine["noise"].to(K.device)
+            shares = (n / squares.clamp_min(n)).view(len(members), -1).mean(1).cpu().tolist()
+            out |= {member.leaves[part.weight].name: s for member, s in zip(members, shares, strict=True)}
+        return out

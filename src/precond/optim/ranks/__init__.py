@@ -1,0 +1,1 @@
+"""What processes that train one model together exchange and agree on."""

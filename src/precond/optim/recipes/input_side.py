@@ -1,0 +1,84 @@
+"""Descent in the coordinates of layer inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+
+from precond.algebra import checks
+from precond.optim.checking.arguments import checked
+from precond.optim.engine.cells import Choice
+from precond.optim.momentum import Momentum
+from precond.optim.optimizer import PreconditionedGD
+from precond.optim.optimizer.parameters import Params
+from precond.optim.preconditioners import BNP, Preconditioner, Whitening
+from precond.optim.recipes.making import make
+from precond.optim.recipes.torch_named import adamw
+from precond.optim.regularizers import L2, Regularizer
+
+
+def _bnp(group: Mapping[str, Any]) -> Choice:
+    P = BNP(group["decay"], group["damping"], group["conv"], group["width_scaling"])
+    momentum = Momentum(group["momentum"], "heavy_ball", start="first_gradient")
+    return Choice(P, momentum, (L2(group["weight_decay"] / 2, space="z"),))
+
+
+@checked
+def bnp(
+    params: Params,
+    lr: float | Tensor = 0.1,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    decay: float = 0.99,
+    damping: float = 0.01,
+    conv: Literal["channel", "patch"] = "channel",
+    width_scaling: bool = False,
+    *,
+    maximize: bool = False,
+    regularizers: Iterable[Regularizer] = (),
+    **options: Any,
+) -> PreconditionedGD:
+    """Gradient descent in the coordinates of standardized layer inputs (Lange, Helfrich & Ye, 2022; Ye, eqs. 25–27).
+
+    Args:
+        params: the model, whose inputs are observed.
+        lr, momentum: as in :func:`sgd`.
+        weight_decay: decoupled: λ‖z‖² with λ = weight_decay/2.
+        decay, damping, conv, width_scaling: see :class:`~precond.BNP`.
+        regularizers, options: as in :func:`sgd`.
+    """
+    checks.fraction("bnp", momentum=momentum, decay=decay)
+    checks.non_negative("bnp", damping=damping, weight_decay=weight_decay)
+    defaults = {
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "decay": decay,
+        "damping": damping,
+        "conv": conv,
+        "width_scaling": width_scaling,
+        "maximize": maximize,
+    }
+    options.setdefault("statistics_from", "loss")  # P is not made of gradients
+    return make("bnp", params, lr, _bnp, defaults, {}, {}, regularizers, options)
+
+
+@checked
+def whitening(
+    params: Params,
+    lr: float | Tensor = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    inputs: Preconditioner | None = None,
+    **options: Any,
+) -> PreconditionedGD:
+    """AdamW in the coordinates of whitened layer inputs: ``adamw(..., inputs=Whitening())``.
+
+    Args:
+        params: the model, whose inputs are observed.
+        inputs: the whitening; None: ``Whitening()``.
+        lr, betas, eps, weight_decay, options: as in :func:`adamw`.
+    """
+    return adamw(params, lr, betas, eps, weight_decay, inputs=Whitening() if inputs is None else inputs, **options)

@@ -1,0 +1,286 @@
+"""Matrix preconditioners: one map for the weight matrices, Adam's for everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from precond.algebra import checks
+from precond.algebra.schedules import numbers, replaced
+from precond.optim.blocks import Rule, is_hidden
+from precond.optim.checking.arguments import checked
+from precond.optim.engine.cells import Choice
+from precond.optim.momentum import Momentum
+from precond.optim.optimizer import PreconditionedGD
+from precond.optim.optimizer.parameters import Params
+from precond.optim.preconditioners import RMS, SOAP, Muon, Orthogonalized, Preconditioner, Route, Schatten, Shampoo
+from precond.optim.preconditioners.kronecker import Sides
+from precond.optim.preconditioners.muon import Scale
+from precond.optim.preconditioners.newton_schulz import JORDAN
+from precond.optim.recipes.making import after, make
+from precond.optim.regularizers import L2, Regularizer
+
+
+@dataclass(frozen=True)
+class _Muon:
+    where: Rule
+    root: Literal["newton-schulz", "eigh"]
+    arithmetic: Literal["bfloat16", "full"]
+    inputs: Preconditioner | None
+    after: Preconditioner | None
+
+    def __call__(self, group: Mapping[str, Any]) -> Choice:
+        polar = self._of(group)
+        matrices = polar if self.after is None else Orthogonalized(replaced(self.after, group), polar, None)
+        others = RMS(group["betas"][1], group["adam_eps"])
+        P = Route([(self.where, matrices), ("*", others, group["adam_lr_scale"])])
+        return Choice(after(self.inputs, P, group), Momentum(group["betas"][0]), (L2(group["weight_decay"] / 2, space="z"),))
+
+    def _of(self, group: Mapping[str, Any]) -> Muon | Schatten:
+        beta = group["momentum"]
+        scale: Scale = group["adjust_lr_fn"] or "original"
+        average = Momentum(beta, "nesterov" if group["nesterov"] else "heavy_ball", dampening=beta)
+        if group["power"]:
+            return Schatten(group["power"], group["eps"], scale, average)
+        return Muon(
+            self.root,
+            group["ns_steps"],
+            tuple(group["ns_coefficients"]),
+            group["eps"],
+            scale,
+            self.arithmetic,
+            average,
+        )
+
+
+@checked
+def muon(
+    params: Params,
+    lr: float | Tensor = 1e-3,
+    weight_decay: float = 0.1,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    ns_coefficients: tuple[float, float, float] = JORDAN,
+    eps: float = 1e-7,
+    ns_steps: int = 5,
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = "match_rms_adamw",
+    *,
+    where: Rule = is_hidden,
+    betas: tuple[float, float] = (0.9, 0.999),
+    adam_eps: float = 1e-8,
+    adam_lr_scale: float = 1.0,
+    root: Literal["newton-schulz", "eigh"] = "newton-schulz",
+    arithmetic: Literal["bfloat16", "full"] = "bfloat16",
+    inputs: Preconditioner | None = None,
+    after: Preconditioner | None = None,
+    power: float = 0.0,
+    maximize: bool = False,
+    regularizers: Iterable[Regularizer] = (),
+    **options: Any,
+) -> PreconditionedGD:
+    """Orthogonalized momentum for hidden matrices, AdamW for the rest, in one optimizer: ``torch.optim.Muon`` and Adam beside it.
+
+    Args:
+        params: best the model: names and layers then tell embeddings and outputs from hidden matrices.
+        lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps: as in torch.optim.Muon.
+        adjust_lr_fn: γ, see :class:`~precond.Muon`; None is ``"original"``, as in torch. With ``"match_rms_adamw"`` steps are as
+            long as AdamW's and one learning rate serves all; with ``"original"`` Adam wants ``adam_lr_scale`` of about 0.02.
+        where: which parameters are orthogonalized.
+        betas, adam_eps, adam_lr_scale: of Adam for the rest, and what its learning rate is multiplied by.
+        root, arithmetic: see :class:`~precond.Muon`.
+        inputs: ``BNP()`` or ``Whitening()``: everything in the coordinates of layer inputs.
+        after: ``SOAP()``, ``Whitening(power=0.5)``, ``RMS()``, …: the polar factor is that of its step in place of the momentum's
+            (:class:`~precond.Orthogonalized`).
+        power: s in [0, 1] of U Σˢ Vᵀ in place of U Vᵀ (:class:`~precond.Schatten`); 0 is Muon.
+        maximize, regularizers, options: as in :func:`sgd`.
+    """
+    checks.fraction("muon", momentum=momentum, **{"betas[0]": betas[0], "betas[1]": betas[1]})
+    checks.non_negative("muon", weight_decay=weight_decay, adam_eps=adam_eps)
+    checks.positive("muon", eps=eps, adam_lr_scale=adam_lr_scale)
+    checks.whole("muon", ns_steps=ns_steps)
+    defaults = {
+        "weight_decay": weight_decay,
+        "momentum": momentum,
+        "nesterov": nesterov,
+        "ns_coefficients": ns_coefficients,
+        "eps": eps,
+        "ns_steps": ns_steps,
+        "adjust_lr_fn": adjust_lr_fn,
+        "betas": betas,
+        "adam_eps": adam_eps,
+        "adam_lr_scale": adam_lr_scale,
+        "power": power,
+        "maximize": maximize,
+        **numbers(inputs),
+        **numbers(after),
+    }
+    state = {"m": "momentum_buffer", "r": "exp_avg_sq"}
+    return make("muon", params, lr, _Muon(where, root, arithmetic, inputs, after), defaults, state, {}, regularizers, options)
+
+
+@dataclass(frozen=True)
+class _SOAP:
+    sides: Sides
+    drift: float | None
+    rank: int | None
+    inputs: Preconditioner | None
+
+    def __call__(self, group: Mapping[str, Any]) -> Choice:
+        beta1, beta2 = group["betas"]
+        P = SOAP(
+            beta2,
+            group["eps"],
+            None if group["shampoo_beta"] < 0 else group["shampoo_beta"],
+            group["precondition_frequency"],
+            self.drift,
+            group["factor_frequency"],
+            self.sides,
+            group["max_precond_dim"],
+            self.rank,
+        )
+        return Choice(after(self.inputs, P, group), Momentum(beta1), (L2(group["weight_decay"] / 2, space="z"),))
+
+
+@checked
+def soap(
+    params: Params,
+    lr: float | Tensor = 3e-3,
+    betas: tuple[float, float] = (0.95, 0.95),
+    shampoo_beta: float = -1,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    precondition_frequency: int = 10,
+    max_precond_dim: int = 10000,
+    *,
+    factor_frequency: int = 1,
+    sides: Sides = "both",
+    drift: float | None = None,
+    rank: int | None = None,
+    inputs: Preconditioner | None = None,
+    maximize: bool = False,
+    regularizers: Iterable[Regularizer] = (),
+    **options: Any,
+) -> PreconditionedGD:
+    """AdamW in the eigenbases of Shampoo's factors, with the argument names of its authors (Vyas et al., 2025).
+
+    The step is theirs, weight by weight, from any state. With the first gradient, which they let pass, goes a short step along it.
+
+    Args:
+        params: see :class:`~precond.PreconditionedGD`.
+        lr, betas, eps, weight_decay: as in :func:`adamw`.
+        shampoo_beta: decay of the factors; negative: ``betas[1]``.
+        precondition_frequency, factor_frequency: steps between refreshes of the bases, and between updates of the factors.
+        max_precond_dim: longer sides are not rotated.
+        sides, drift, rank: see :class:`~precond.SOAP`.
+        inputs: ``BNP()`` or ``Whitening()``: everything in the coordinates of layer inputs.
+        maximize, regularizers, options: as in :func:`sgd`.
+    """
+    checks.fraction("soap", **{"betas[0]": betas[0], "betas[1]": betas[1]})
+    checks.non_negative("soap", eps=eps, weight_decay=weight_decay)
+    if shampoo_beta >= 0:
+        checks.fraction("soap", shampoo_beta=shampoo_beta)
+    every = {"precondition_frequency": precondition_frequency, "factor_frequency": factor_frequency}
+    checks.whole("soap", **every, max_precond_dim=max_precond_dim)
+    defaults = {
+        "betas": betas,
+        "shampoo_beta": shampoo_beta,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        **every,
+        "max_precond_dim": max_precond_dim,
+        "maximize": maximize,
+        **numbers(inputs),
+    }
+    state = {"m": "exp_avg", "r": "exp_avg_sq"}
+    return make("soap", params, lr, _SOAP(sides, drift, rank, inputs), defaults, state, {}, regularizers, options)
+
+
+@dataclass(frozen=True)
+class _Shampoo:
+    sides: Sides
+    power: float | None
+    method: Literal["eigh", "newton", "qr"]
+    graft: Literal["none", "sgd", "adagrad", "rms"]
+    inputs: Preconditioner | None
+
+    def __call__(self, group: Mapping[str, Any]) -> Choice:
+        beta1, beta2 = group["betas"]
+        P = Shampoo(
+            self.power,
+            None if group["shampoo_beta"] < 0 else group["shampoo_beta"],
+            group["initial"],
+            group["matrix_eps"],
+            group["precondition_frequency"],
+            self.method,
+            self.sides,
+            group["max_precond_dim"],
+            group["block_size"],
+            self.graft,
+            beta2,
+            group["eps"],
+        )
+        return Choice(after(self.inputs, P, group), Momentum(beta1), (L2(group["weight_decay"] / 2, space="z"),))
+
+
+@checked
+def shampoo(
+    params: Params,
+    lr: float | Tensor = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    shampoo_beta: float = 0.99,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    precondition_frequency: int = 10,
+    block_size: int = 1024,
+    max_precond_dim: int = 8192,
+    *,
+    initial: float = 0.0,
+    matrix_eps: float = 1e-6,
+    power: float | None = None,
+    graft: Literal["none", "sgd", "adagrad", "rms"] = "rms",
+    method: Literal["eigh", "newton", "qr"] = "eigh",
+    sides: Sides = "both",
+    inputs: Preconditioner | None = None,
+    maximize: bool = False,
+    regularizers: Iterable[Regularizer] = (),
+    **options: Any,
+) -> PreconditionedGD:
+    """Inverse roots of both sides' second moments, with steps as long as Adam's (Gupta et al., 2018; Anil et al., 2020).
+
+    Algorithm 1 of Gupta et al. is ``betas=(0, …), shampoo_beta=-1, graft="none", precondition_frequency=1, matrix_eps=0,
+    initial=ε, weight_decay=0``.
+
+    Args:
+        params: see :class:`~precond.PreconditionedGD`.
+        lr, weight_decay: as in :func:`adamw`.
+        betas, eps: of the momentum, and of the diagonal that grafting and vectors take.
+        shampoo_beta: decay of the factors; negative: sums.
+        precondition_frequency: steps between roots.
+        block_size, max_precond_dim, initial, matrix_eps, power, graft, method, sides: see :class:`~precond.Shampoo`.
+        inputs: ``BNP()`` or ``Whitening()``: everything in the coordinates of layer inputs.
+        maximize, regularizers, options: as in :func:`sgd`.
+    """
+    checks.fraction("shampoo", **{"betas[0]": betas[0], "betas[1]": betas[1]})
+    checks.non_negative("shampoo", weight_decay=weight_decay, matrix_eps=matrix_eps)
+    checks.positive("shampoo", eps=eps)
+    if shampoo_beta >= 0:
+        checks.fraction("shampoo", shampoo_beta=shampoo_beta)
+    sizes = {"precondition_frequency": precondition_frequency, "block_size": block_size, "max_precond_dim": max_precond_dim}
+    checks.whole("shampoo", **sizes)
+    defaults = {
+        "betas": betas,
+        "shampoo_beta": shampoo_beta,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        **sizes,
+        "initial": initial,
+        "matrix_eps": matrix_eps,
+        "maximize": maximize,
+        **numbers(inputs),
+    }
+    state = {"m": "exp_avg", "r": "exp_avg_sq"}
+    build = _Shampoo(sides, power, method, graft, inputs)
+    return make("shampoo", params, lr, build, defaults, state, {}, regularizers, options)

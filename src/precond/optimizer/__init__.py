@@ -1,5 +1,0 @@
-"""The optimizer and its contract with torch, one concern a file."""
-
-from precond.optimizer.preconditioned import PreconditionedGD
-
-__all__ = ["PreconditionedGD"]
