@@ -30,6 +30,7 @@ class Version:
 
     def __init__(self, root: Path):
         self._source, self._modules = str(root / "src"), dict[str, ModuleType]()
+        self._finders = list(sys.meta_path)
         with self.active():
             self.precond: Any = importlib.import_module("precond")
             self.step, self.matrices, self.training = map(importlib.import_module, OWN[1:])
@@ -39,15 +40,17 @@ class Version:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Imports inside are its own, those in functions too."""
-        others = _taken_out()
+        others, finders = _taken_out(), sys.meta_path[:]
         sys.modules |= self._modules
+        sys.meta_path[:] = self._finders
         sys.path.insert(0, self._source)
         try:
             yield
         finally:
             sys.path.remove(self._source)
-            self._modules = _taken_out()
+            self._modules, self._finders = _taken_out(), sys.meta_path[:]
             sys.modules |= others
+            sys.meta_path[:] = finders
 
 
 def _taken_out() -> dict[str, ModuleType]:

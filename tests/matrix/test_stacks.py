@@ -98,7 +98,7 @@ def test_a_stack_is_its_members_one_by_one(name, before, how, monkeypatch):
     model = ragged()
     ends = []
     with monkeypatch.context() as patched:
-        patched.setattr(plan, "_has_kernel", lambda *_: False)  # on a processor, too
+        patched.setattr(plan, "has_kernel", lambda *_: False)  # on a processor, too
         for scratch in [memory.CACHED] + [0] * (how == "of one each"):
             patched.setattr(memory, "CACHED", scratch)
             mine = copy.deepcopy(model)
@@ -117,7 +117,7 @@ def test_a_stack_is_its_members_one_by_one(name, before, how, monkeypatch):
 @each
 def test_a_resumed_run_refreshes_when_the_original_does(name, at, monkeypatch):
     """In the midst of a period."""
-    monkeypatch.setattr(plan, "_has_kernel", lambda *_: False)
+    monkeypatch.setattr(plan, "has_kernel", lambda *_: False)
     model = ragged()
     optimizer = RECIPES[name](model)
     trained(model, optimizer, range(at))

@@ -14,14 +14,14 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from precond.algebra.maps import Identity
 from precond.algebra.vec import Scalar, Tensors
-from precond.optim.blocks import Stack, State
+from precond.optim.blocks import Block, Stack, State
 from precond.optim.engine.arrow import arrow
 from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.coordinates import adam_in_coordinates
 from precond.optim.engine.loop import Rules
 from precond.optim.engine.polar import polar
 from precond.optim.momentum import Momentum
-from precond.optim.preconditioners import BNP, RMS, AdaGrad, Composition, Fixed, Preconditioner, Whitening
+from precond.optim.preconditioners import BNP, RMS, AdaGrad, Composition, Fixed, Polar, Preconditioner, Whitening
 from precond.optim.preconditioners.base import Seen as Evidence
 from precond.optim.regularizers import L2
 
@@ -103,16 +103,29 @@ def _momentum(cell: Cell) -> Momentum | None:
     return None if kept is not None and not kept.beta and kept.kind != "ema" else kept
 
 
+def _maker(P: Preconditioner) -> Callable[[Cell, Momentum | None, float], Kernel | None] | None:
+    """What makes the kernel of one layer on a processor, for the few preconditioners whose kernels pay (``benchmarks/kernels.py``)."""
+    match P:
+        case BNP():
+            return lambda cell, momentum, decay: arrow(cell, P, momentum, decay)
+        case Composition(outer=BNP() | Whitening() as outer, inner=RMS() as inner):
+            return lambda cell, momentum, decay: adam_in_coordinates(cell, outer, inner, momentum, decay)
+        case Polar() | Composition(outer=BNP() | Whitening(), inner=Polar()):
+            return lambda cell, momentum, decay: polar(cell, P, momentum, decay)
+    return None
+
+
+def has_kernel(P: Preconditioner, block: Block) -> bool:
+    """Whether a layer may be stepped by a kernel of its own, where it is on a processor."""
+    return _maker(P) is not None and all(t.device.type == "cpu" for t in block.tensors)
+
+
 def _of_layer(cell: Cell, decay: _Decay) -> Kernel | None:
     """The kernel of one layer on a processor, or None."""
-    P, momentum = cell.preconditioner, _momentum(cell)
-    if decay.coupled or not cell.handled or isinstance(cell.block, Stack):
+    make = _maker(cell.preconditioner)
+    if make is None or decay.coupled or not cell.handled or isinstance(cell.block, Stack):
         return None
-    if isinstance(P, BNP):
-        return arrow(cell, P, momentum, decay.decoupled)
-    if isinstance(P, Composition) and isinstance(P.outer, BNP | Whitening) and isinstance(P.inner, RMS):
-        return adam_in_coordinates(cell, P.outer, P.inner, momentum, decay.decoupled)
-    return polar(cell, P, momentum, decay.decoupled)
+    return make(cell, _momentum(cell), decay.decoupled)
 
 
 def _within(cell: Cell, decay: _Decay) -> Kernel | None:
