@@ -12,34 +12,18 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from precond.algebra.maps import Identity
 from precond.algebra.vec import Scalar, Tensors
-from precond.optim.blocks import Block, Stack, State
+from precond.optim.blocks import Block, Stack
 from precond.optim.engine.arrow import arrow
 from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.coordinates import adam_in_coordinates
+from precond.optim.engine.entrywise import Adam, Decay, Kernel, entrywise
 from precond.optim.engine.loop import Rules
 from precond.optim.engine.polar import polar
 from precond.optim.momentum import Momentum
-from precond.optim.preconditioners import BNP, RMS, AdaGrad, Composition, Fixed, Polar, Preconditioner, Whitening
+from precond.optim.preconditioners import BNP, RMS, Composition, Fixed, Polar, Preconditioner, Whitening
 from precond.optim.preconditioners.base import Seen as Evidence
 from precond.optim.regularizers import L2
-
-Kernel = Callable[..., None]
-"""(cell, parameters, gradients, lr, maximize): one step of the cell, whose count of steps is the step's own already.
-
-On accelerators also ``found_inf``, a tensor that is 1 where the step is not taken, or None.
-"""
-
-_FOREVER = 1e9  # a step count at which 1 − βᵗ is exactly 1
-
-
-@dataclass(frozen=True)
-class _Decay:
-    """The L2 terms of a configuration as torch's ``weight_decay``: before M and momentum, or past them."""
-
-    coupled: float = 0.0
-    decoupled: float = 0.0
 
 
 def kernel(cell: Cell, choices: Sequence[Choice], rules: Rules) -> Kernel | None:
@@ -50,7 +34,7 @@ def kernel(cell: Cell, choices: Sequence[Choice], rules: Rules) -> Kernel | None
             both: there is no kernel for that.
     """
     decay, *others = dict.fromkeys(_decay(choice, rules) for choice in choices)
-    plain = all(t.dtype in (torch.float32, torch.float64) and _dense(t) for t in cell.block.tensors)
+    plain = all(t.dtype in (torch.float32, torch.float64) and _dense(t) for t in cell.block.all_tensors)
     if others or decay is None or rules.max_norm is not None or not plain:
         return None
     on_cpu = all(t.device.type == "cpu" for t in cell.block.tensors)
@@ -64,9 +48,9 @@ def kernel(cell: Cell, choices: Sequence[Choice], rules: Rules) -> Kernel | None
     if not cell.handled:
         P = Fixed()
     if isinstance(P, Composition) and isinstance(P.outer, Fixed) and P.entrywise:
-        found = _entrywise(P.inner, momentum, decay)
+        found = entrywise(P.inner, momentum, decay)
         return None if found is None else _OfInner(found)
-    return _entrywise(P, momentum, decay)
+    return entrywise(P, momentum, decay)
 
 
 @dataclass(frozen=True)
@@ -77,24 +61,6 @@ class _OfInner:
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
         self.of(replace(cell, state=cell.state["inner"]), p, g, lr, maximize, found_inf)
-
-
-def _entrywise(P: Preconditioner, momentum: Momentum | None, decay: _Decay) -> Kernel | None:
-    match P, momentum:
-        case RMS(start="zero", bias_correction=True, centered=False), Momentum(kind="ema", start="zero", of="cotangent"):
-            if P.eps > 0 and momentum.corrected and not (decay.coupled and decay.decoupled):
-                return _Adam(P, momentum, decay)
-        case RMS(start="zero", bias_correction=False, centered=False, amsgrad=False), None:
-            if P.eps > 0 and not decay.decoupled:
-                return _RMSprop(P, decay)
-        case AdaGrad(), None:
-            if P.eps > 0 and not decay.decoupled:
-                return _Adagrad(P, decay)
-        case Fixed(map_=Identity()), None:
-            return _SGD(0.0, False, _Decay(coupled=decay.coupled + decay.decoupled))
-        case Fixed(map_=Identity()), Momentum(kind="heavy_ball" | "nesterov", of="cotangent", dampening=0.0):
-            return _SGD(momentum.beta, momentum.kind == "nesterov", decay)
-    return None
 
 
 def _momentum(cell: Cell) -> Momentum | None:
@@ -120,7 +86,7 @@ def has_kernel(P: Preconditioner, block: Block) -> bool:
     return _maker(P) is not None and all(t.device.type == "cpu" for t in block.tensors)
 
 
-def _of_layer(cell: Cell, decay: _Decay) -> Kernel | None:
+def _of_layer(cell: Cell, decay: Decay) -> Kernel | None:
     """The kernel of one layer on a processor, or None."""
     make = _maker(cell.preconditioner)
     if make is None or decay.coupled or not cell.handled or isinstance(cell.block, Stack):
@@ -128,18 +94,18 @@ def _of_layer(cell: Cell, decay: _Decay) -> Kernel | None:
     return make(cell, _momentum(cell), decay.decoupled)
 
 
-def _within(cell: Cell, decay: _Decay) -> Kernel | None:
+def _within(cell: Cell, decay: Decay) -> Kernel | None:
     """Adam's kernel in the coordinates of a map, where the cell's preconditioner is of that form, or None."""
     found = None if decay.coupled or not cell.handled else cell.preconditioner.rms
-    adam = None if found is None else _entrywise(found, _momentum(cell), decay)
-    return _Within(adam) if isinstance(adam, _Adam) else None
+    adam = None if found is None else entrywise(found, _momentum(cell), decay)
+    return _Within(adam) if isinstance(adam, Adam) else None
 
 
 @dataclass(frozen=True)
 class _Within:
     """y = Fᵀg, u = m̂/(√r̂ + ε), p ← (1 − αλ)p − αF u, m and r averages of y and of y²."""
 
-    adam: _Adam
+    adam: Adam
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         lr, gradient = float(lr), cell.block.gathered(g)
@@ -174,7 +140,7 @@ def _dense(t: Tensor) -> bool:
     return torch.empty_like(t, device="meta").stride() == t.stride()
 
 
-def _decay(choice: Choice, rules: Rules) -> _Decay | None:
+def _decay(choice: Choice, rules: Rules) -> Decay | None:
     """The regularizers as weight decay; None where they are more than that."""
     coupled = decoupled = 0.0
     for r in choice.regularizers:
@@ -187,148 +153,4 @@ def _decay(choice: Choice, rules: Rules) -> _Decay | None:
     adaptive = not isinstance(choice.preconditioner, Fixed)
     if coupled and adaptive and rules.statistics_from != "total":
         return None
-    return _Decay(coupled, decoupled)
-
-
-def _counts(cell: Cell, p: Tensors) -> list[Tensor]:
-    """The number of the step in progress for each tensor, where the tensor is."""
-    if (clock := cell.state.get("clock")) is not None:
-        return list(clock)
-    steps = cell.state["step"]
-    if p[0].device.type == "cpu":
-        return list(steps)
-    of: dict[tuple[float, torch.device], Tensor] = {}
-    keys = [(t.item(), x.device) for t, x in zip(steps, p, strict=True)]
-    for t, device in keys:
-        if (t, device) not in of:
-            of[t, device] = torch.full((), t, dtype=torch.float32, device=device)
-    return [of[key] for key in keys]
-
-
-@dataclass(frozen=True)
-class _Adam:
-    P: RMS
-    momentum: Momentum
-    decay: _Decay
-
-    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
-        adam = torch._fused_adam_ if self.decay.coupled else torch._fused_adamw_
-        state = cell.state
-        adam(
-            p,
-            g,
-            cell.average["m"],
-            state["r"],
-            state["r_max"] if self.P.amsgrad else [],
-            _counts(cell, p),
-            lr=lr,
-            beta1=self.momentum.beta,
-            beta2=self.P.decay,
-            weight_decay=self.decay.coupled or self.decay.decoupled,
-            eps=self.P.eps,
-            amsgrad=self.P.amsgrad,
-            maximize=maximize,
-            found_inf=found_inf,
-        )
-
-    def descend(self, y: Tensors, m: Tensors, state: State, steps: list[Tensor], maximize: bool) -> None:
-        """y ← −m̂/(√r̂ + ε), in place."""
-        # As its own parameter that decays to nothing, y becomes the step without another buffer.
-        torch._fused_adamw_(
-            y,
-            y,
-            m,
-            state["r"],
-            state["r_max"] if self.P.amsgrad else [],
-            steps,
-            lr=1.0,
-            beta1=self.momentum.beta,
-            beta2=self.P.decay,
-            weight_decay=1.0,
-            eps=self.P.eps,
-            amsgrad=self.P.amsgrad,
-            maximize=maximize,
-        )
-
-
-@dataclass(frozen=True)
-class _RMSprop:
-    """Adam's kernel with β₁ = 0 and bias corrections that have died out; it runs in half the time of torch's RMSprop."""
-
-    P: RMS
-    decay: _Decay
-
-    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
-        state = cell.state
-        never = torch.full((), _FOREVER, device=p[0].device)
-        if self.decay.coupled or maximize:
-            # The kernel writes the decayed gradient where the momentum of Adam would be.
-            scratch = p[0].new_empty(max(t.numel() for t in p))
-            for pi, gi, ri in zip(p, g, state["r"], strict=True):
-                self._run([pi], [gi], [scratch[: pi.numel()].zero_().view(pi.shape)], [ri], [never], lr, maximize, found_inf)
-        else:
-            # With β₁ = 0 "m" becomes the gradient itself: writing it onto the gradient changes nothing.
-            self._run(p, g, g, state["r"], [never] * len(p), lr, maximize, found_inf)
-
-    def _run(self, p, g, m, r, step, lr: Scalar, maximize: bool, found_inf: Tensor | None) -> None:
-        torch._fused_adam_(
-            p,
-            g,
-            m,
-            r,
-            [],
-            step,
-            lr=lr,
-            beta1=0.0,
-            beta2=self.P.decay,
-            weight_decay=self.decay.coupled,
-            eps=self.P.eps,
-            amsgrad=False,
-            maximize=maximize,
-            found_inf=found_inf,
-        )
-
-
-@dataclass(frozen=True)
-class _Adagrad:
-    P: AdaGrad
-    decay: _Decay
-
-    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
-        state = cell.state
-        torch._fused_adagrad_(
-            p,
-            g,
-            state["r"],
-            _counts(cell, p),
-            lr=lr,
-            lr_decay=self.P.lr_decay,
-            weight_decay=self.decay.coupled,
-            eps=self.P.eps,
-            maximize=maximize,
-            found_inf=found_inf,
-        )
-
-
-@dataclass(frozen=True)
-class _SGD:
-    beta: float
-    nesterov: bool
-    decay: _Decay
-
-    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
-        if self.decay.decoupled:
-            torch._foreach_mul_(p, 1 - lr * self.decay.decoupled * (1.0 if found_inf is None else 1 - found_inf.double()))
-        torch._fused_sgd_(
-            p,
-            g,
-            list(cell.average["m"]) if self.beta else [],
-            weight_decay=self.decay.coupled,
-            momentum=self.beta,
-            lr=lr,
-            dampening=0.0,
-            nesterov=self.nesterov,
-            maximize=maximize,
-            is_first_step=False,
-            found_inf=found_inf,
-        )
+    return Decay(coupled, decoupled)

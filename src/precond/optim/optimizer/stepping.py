@@ -12,7 +12,7 @@ from precond.algebra import vec
 from precond.algebra.vec import Vec
 from precond.optim.engine import fused, loop
 from precond.optim.engine.cells import count_step
-from precond.optim.engine.fused import Kernel
+from precond.optim.engine.entrywise import Kernel
 from precond.optim.engine.loop import Evidence
 from precond.optim.engine.point import Point
 from precond.optim.engine.verdict import Verdict, over
