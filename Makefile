@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo test integrations trainers docs lint format types imports pytest numerics data coverage slowest bench-quick dist clean distclean
+.PHONY: help demo test integrations trainers docs lint format types imports pytest numerics data coverage slowest bench-quick dist versions clean distclean
 
 help:
 	@echo 'make demo   train on real handwritten digits and write $(OUT)/report.html'
@@ -33,6 +33,7 @@ help:
 	@echo 'make bench-quick   the step of every recipe: launches, and times beside torch, in about two minutes'
 	@echo 'make coverage      lines and branches that the tests do not reach'
 	@echo 'make slowest       the tests that take longest'
+	@echo 'make versions TORCH=2.14.1   the tests with another torch, in an environment of its own'
 	@echo 'make dist   wheel and source archive in dist/, checked as a package index would'
 	@echo 'make clean  remove what these commands wrote, but not $(VENV) (make distclean: that too)'
 
@@ -97,6 +98,14 @@ dist: $(VENV)/installed-dev
 	$(BIN)/python -m build --no-isolation --outdir dist .
 	$(BIN)/python -m twine check --strict dist/*
 
+# Another torch than the lock file's; all else as it pins. From an index of processor builds: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL.
+TORCH ?= 2.14.1
+versions: VERSIONED := .venv-torch-$(TORCH)
+versions:
+	@mkdir -p $(VERSIONED)
+	@sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(VERSIONED)/constraints.txt
+	@$(MAKE) --no-print-directory VENV=$(VERSIONED) CONSTRAINTS=$(VERSIONED)/constraints.txt pytest
+
 # The frameworks bring much with them, and have an environment and a lock file of their own.
 integrations:
 	@$(MAKE) --no-print-directory VENV=$(FRAMEWORKS) CONSTRAINTS=constraints-integrations.txt trainers
@@ -136,4 +145,4 @@ clean:
 	find src tests docs examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean
-	rm -rf $(VENV) $(FRAMEWORKS)
+	rm -rf $(VENV) $(FRAMEWORKS) .venv-torch-*

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 import warnings
 from importlib import metadata
+from pathlib import Path
+
+import matplotlib
 
 project = "precond"
 author = "The precond authors"
@@ -20,6 +23,8 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 html_title = f"precond {version}"
 html_extra_path = ["evidence.html"]  # made by precond verify
 
@@ -35,9 +40,16 @@ napoleon_use_rtype = False
 napoleon_preprocess_types = False
 python_use_unqualified_type_names = True
 myst_heading_anchors = 3
-suppress_warnings = ["config.cache"]
+suppress_warnings = ["config.cache"]  # functions in sphinx_gallery_conf
+
+
+def _style(gallery_conf, example) -> None:
+    """Pictures without a background, in colors that are seen on white and on black."""
+    matplotlib.rc_file(Path(__file__).with_name("matplotlibrc"))
+
 
 sphinx_gallery_conf = {
+    "reset_modules": ("matplotlib", _style),
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
     "filename_pattern": r"\.py$",

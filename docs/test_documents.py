@@ -1,7 +1,13 @@
-"""The code of the documents runs, and what the migration page calls the same numbers is the same."""
+"""The code of the documents runs, what the migration page calls the same numbers is the same, and tutorials print what they show.
+
+``python docs/test_documents.py docs/tutorials/*.md`` runs these pages and writes what they print, and their pictures.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import re
 import sys
 import types
@@ -12,7 +18,7 @@ import torch
 
 import precond
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^(?:(?P<label>Before|After):\n\n)?```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -71,20 +77,29 @@ def _without_hashes(fence: re.Match) -> str:
     return fence[0].replace("#", "\0")
 
 
-def run(name: str, *codes: str) -> dict:
-    # A module of its own, so that dataclasses and pickling find it.
-    module = types.ModuleType(f"document_{abs(hash((name, codes)))}")
-    sys.modules[module.__name__] = module
+OPTIONAL = ("lightning", "accelerate", "transformers", "timm", "skorch", "sklearn", "matplotlib")
+
+
+@contextlib.contextmanager
+def module(name: str):
+    """A module of its own for a page's code, so that dataclasses and pickling find it; what needs a package that is absent is skipped."""
+    made = types.ModuleType(re.sub(r"\W", "_", f"document_{name}_{id(object())}"))
+    sys.modules[made.__name__] = made
     try:
-        for code in codes:
-            exec(compile(code, name, "exec"), module.__dict__)
+        yield made.__dict__
     except ModuleNotFoundError as error:
-        if error.name in ("lightning", "accelerate", "transformers", "timm", "skorch"):
+        if error.name in OPTIONAL:
             pytest.skip(f"{error.name} is not installed")
         raise
     finally:
-        del sys.modules[module.__name__]
-    return module.__dict__
+        del sys.modules[made.__name__]
+
+
+def run(name: str, *codes: str) -> dict:
+    with module(name) as names:
+        for code in codes:
+            exec(compile(code, name, "exec"), names)
+    return names
 
 
 MIGRATION = sections("docs/migration.md")
@@ -104,11 +119,13 @@ def test_migration(heading):
 
 
 def test_api_names_everything_public():
-    listed = set(re.findall(r"^   (\w+)$", (ROOT / "docs/api.rst").read_text(encoding="utf-8"), re.MULTILINE))
-    assert set(precond.__all__) - {"RECIPES"} <= listed
+    listed = set(re.findall(r"^   ([\w.]+)$", (ROOT / "docs/api.rst").read_text(encoding="utf-8"), re.MULTILINE))
+    classes = {f"optim.{name}" for name in precond.optim.__all__}
+    assert classes <= listed
+    assert {name for name in precond.__all__ if f"optim.{name}" not in classes} - {"RECIPES", "optim"} <= listed
 
 
-@pytest.mark.parametrize("page", ["capture", "curvature", "layers", "models", "neurons", "normalization"])
+@pytest.mark.parametrize("page", ["capture", "coordinates", "curvature", "layers", "models", "neurons", "normalization"])
 def test_page(page):
     run(page, *(code for blocks in sections(f"docs/{page}.md").values() for _, code in blocks))
 
@@ -124,3 +141,59 @@ def test_document(document):
     for heading, blocks in sections(document).items():
         for _, code in blocks:
             run(f"{document}: {heading}", code)
+
+
+# A block of code, and beneath it what it prints.
+SHOWN = re.compile(r"^```python\n(?P<code>.*?)^```$(?:\n\n^```text\n(?P<printed>.*?)^```$)?", re.DOTALL | re.MULTILINE)
+NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
+
+
+def executed(path: Path) -> list[str]:
+    """What each block of a page prints; the blocks of a page share their names."""
+    printed = []
+    with module(path.stem) as names:
+        for block in SHOWN.finditer(path.read_text(encoding="utf-8")):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile(block["code"], path.name, "exec"), names)
+            printed.append("".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines()))
+    return printed
+
+
+def write(path: Path) -> None:
+    """Put what a page's code prints beneath it. Pictures are written into the page's folder."""
+    path = path.resolve()
+    with contextlib.chdir(path.parent):
+        printed = iter(executed(path))
+
+    def shown(block: re.Match) -> str:
+        out = next(printed)
+        return f"```python\n{block['code']}```" + (f"\n\n```text\n{out}```" if out else "")
+
+    path.write_text(SHOWN.sub(shown, path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+TUTORIALS = sorted((ROOT / "docs/tutorials").glob("*.md"))
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=[path.stem for path in TUTORIALS])
+def test_tutorial(path, tmp_path, monkeypatch):
+    """The words that are shown, and the numbers within a fifth: other processors sum in other orders, and trainings part."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    blocks = list(SHOWN.finditer(path.read_text(encoding="utf-8")))
+    for block, printed in zip(blocks, executed(path), strict=True):
+        shown = block["printed"] or ""
+        assert NUMBER.sub("#", " ".join(printed.split())) == NUMBER.sub("#", " ".join(shown.split()))
+        for ours, theirs in zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True):
+            assert float(ours.replace(",", "")) == pytest.approx(float(theirs.replace(",", "")), rel=0.2, abs=0.02)
+
+
+def test_tutorials_say_where_to_go():
+    for path in TUTORIALS:
+        assert path.read_text(encoding="utf-8").count("\n## Where to go from here\n") == 1, path
+
+
+if __name__ == "__main__":
+    os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": str(ROOT / "docs/matplotlibrc"), "SOURCE_DATE_EPOCH": "0"}
+    for argument in sys.argv[1:]:
+        write(Path(argument))

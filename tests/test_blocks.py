@@ -20,7 +20,7 @@ from precond.optim.blocks import (
     together,
 )
 from precond.optim.inputs.roles import kind_of
-from precond.optim.optimizer.parameters import Owners
+from precond.optim.optimizer.owners import Owners
 from precond.optim.preconditioners import Split
 from precond.optim.preconditioners.split import over
 

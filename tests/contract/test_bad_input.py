@@ -120,6 +120,7 @@ STEPS = {
     ),
     "fewer groups": (L2(0.1), lambda m, o, b: o.load_state_dict(_with(o, lambda s: s["param_groups"].pop())), ValueError, "groups"),
     "no state dict": (L2(0.1), lambda m, o, b: o.load_state_dict({"a": 1}), ValueError, "is the file truncated"),
+    "a flattened state dict": (L2(0.1), lambda m, o, b: o.load_state_dict({"state.weight.step": 1.0}), ValueError, "is flattened"),
     "a bad option": (
         L2(0.1),
         lambda m, o, b: o.load_state_dict(_with(o, lambda s: s["param_groups"][0].update(betas=(0.9, 2.0)))),

@@ -98,3 +98,10 @@ def test_a_learning_rate_may_be_a_tensor_of_either(device, name, where):
 def test_compensated_16_bit_parameters(device):
     same, strayed = device.run(training.kahan)
     assert same and not strayed
+
+
+@pytest.mark.parametrize("recipe", ["bnp", "whitening", "auto"])
+def test_parameters_may_stand_on_the_device_in_the_forward_alone(device, recipe):
+    distance, count = device.run(training.offloaded, recipe)
+    assert distance <= 1e-4  # float32, of which roots take half the digits
+    assert not count.mixed and not count.scattered

@@ -344,3 +344,35 @@ def kahan() -> tuple[bool, list[str]]:
         ends.append(training.end)
         strayed += training.strayed
     return torch.equal(*ends), strayed
+
+
+def offloaded(recipe: str) -> tuple[float, Count]:
+    """How far a training ends from the CPU's, and what it did, where parameters stay on the CPU, and stand on the device in the forward alone.
+
+    So does FSDP2 with ``CPUOffloadPolicy``: gradients come to the CPU, here the twin's own, and inputs are seen on the device.
+    """
+    torch.manual_seed(0)
+    here = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    away, count = copy.deepcopy(here), Count()
+    for layer in (away[0], away[2]):
+        kept = dict(layer.named_parameters())
+
+        def put(module: nn.Module, args: Any, kept: dict[str, Tensor] = kept) -> None:
+            module._parameters.update({name: p.to("cuda") for name, p in kept.items()})  # type: ignore[misc]
+
+        layer.register_forward_pre_hook(put)
+        layer.register_forward_hook(lambda module, args, out, kept=kept: module._parameters.update(kept))
+    optimizers = [getattr(precond, recipe)(model, lr=0.01) for model in (here, away)]
+    for k in range(10):
+        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(k)) * 2 + 1
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        here(x).square().mean().backward()
+        with METER.into(count):
+            away(to_device(x))
+        for p, q in zip(here.parameters(), away.parameters(), strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        with METER.into(count):
+            for optimizer in optimizers:
+                optimizer.step()
+    return max(float((p - q).detach().abs().max()) for p, q in zip(here.parameters(), away.parameters(), strict=True)), count

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from precond.analysis.diagnostics.calibrated import Gain, Row, calibration, fit, summary
+from precond.analysis.diagnostics.calibrated import UNKNOWN, Gain, Row, calibration, fit, summary
 
 
 def planted(stuck, slope=0.5, noise=0.2, tasks=12, each=20):
@@ -18,7 +18,7 @@ def planted(stuck, slope=0.5, noise=0.2, tasks=12, each=20):
             x = draw.uniform(0, math.log(150))
             unit = 1.0 if stuck else x + math.log(2)
             y = (2.0 if stuck else 0.0) + slope * x + unit * draw.gauss(0, noise)
-            rows.append(Row(f"task {task}", "bnp", stuck, math.exp(x), math.exp(y)))
+            rows.append(Row(f"task {task}", f"{task}", "bnp", stuck, math.exp(x), math.exp(y)))
     return rows
 
 
@@ -47,6 +47,26 @@ def test_no_interval_goes_beyond_the_training():
 
 def test_cells_of_one_task_alone_are_not_judged():
     assert summary(planted(False, tasks=1), 150)["judged"] == 0
+
+
+def test_the_order_of_remedies_is_judged_in_each_setting():
+    def row(task, remedy, predicted, measured):
+        return Row(f"task {task}", f"setting {task}", remedy, False, predicted, measured)
+
+    rows = []
+    for task in range(30):
+        # bnp gains half of what is predicted, whitening nothing; in the last task it is the other way round.
+        last = task == 29
+        rows += [row(task, "bnp", 16.0, 1.0 if last else 4.0), row(task, "whitened", 16.0, 4.0 if last else 1.0)]
+    found = summary(rows, 150)
+    assert found["ordered"] == [29, 30] and found["best"] == [29, 30]
+    rows[-1] = row(29, "whitened", 16.0, 1.1)  # no difference that counts
+    assert summary(rows, 150)["ordered"] == [29, 29]
+
+
+def test_what_is_not_predicted_is_no_number_and_compares_with_none():
+    assert not UNKNOWN.known and not UNKNOWN.worth and UNKNOWN.as_dict() is None
+    assert f"{UNKNOWN:.3g}" == "nan" and not UNKNOWN > 1 and not UNKNOWN < 1 and str(UNKNOWN) == "steps: not predicted"
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_what_is_left_after_some_steps_is_that_of_the_flow():
     P = torch.diag(scale)
     P[0, 1:] = -mean / std
     for name, map_ in (("raw", torch.eye(6).double()), ("bnp", P)):
-        race = Race([part], lambda _, name=name: name, alone=False)
+        race = Race([part], name, alone=False)
         H = map_.T @ C @ map_
         z = torch.linalg.solve(map_, away)
         for t in (1.0, 7.0, 50.0):
@@ -71,7 +71,7 @@ def part(values, energies, s=1.0, name="a", **others):
 
 
 def race(parts, name, alone=False):
-    return Race(parts, lambda _: name, alone)
+    return Race(parts, name, alone)
 
 
 def test_the_speed_up_is_capped_by_what_no_remedy_changes():
@@ -148,5 +148,5 @@ def test_standardized_data_are_nothing_to_standardize():
     signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
     picture = Picture.of(Objective(nn.Linear(3, 1), nn.functional.mse_loss, [(signs, torch.randn(8, 1))]))
     assert picture.standardized is None
-    value, _ = predicted(picture, False, "whitened", 150)
+    value, _ = predicted(picture, base_of(None, nn.Linear(3, 1)), "whitened", 150)
     assert value == pytest.approx(1.0, abs=2e-3)  # the damping of the whitening is 1e-3

@@ -15,7 +15,7 @@ from precond.analysis.diagnostics import diagnose
 from precond.analysis.diagnostics.rates import fitted, lr_range, rate
 from precond.analysis.diagnostics.remedies import base_of, standardized
 from precond.analysis.diagnostics.short import Curve, compared, points, short_training
-from precond.analysis.diagnostics.trying import try_remedies, with_rates
+from precond.analysis.diagnostics.trying import _learned, try_remedies, with_rates
 from precond.lab.cli.main import main
 
 
@@ -115,7 +115,25 @@ def test_remedies_are_tried_against_what_is():
         and "momentum=0.5" in after.advice[0].code
     )
     assert optimizer.param_groups[0]["lr"] == 1e-5
+    # What pays is advised, the best first; what does not is no advice; nothing is both.
+    measured = [a.measured for a in after.advice if a.remedy is not None]
+    assert measured == sorted(measured, reverse=True) and min(measured) >= 1.2
+    assert len(tried) == 4 and {t.ratio >= 1.2 for t in tried[1:]} >= {True}
+    advised = {a.remedy.name for a in after.advice if a.remedy is not None}
+    assert advised == {c.name for c in after.considered if not c.why}
+    assert after.advice[0].promise == f"tried: {max(measured):.3g} times fewer steps"
     assert with_rates(found, objective).advice[0].tested
+
+
+def test_advice_that_does_not_hold_up_is_taken_back():
+    found = diagnose(spread(100.0))
+    (first, *rest) = (a for a in found.advice if a.remedy is not None)
+    other = next(c for c in found.considered if c.advice is not None and c.advice.what not in {a.what for a in (first, *rest)})
+    after = _learned(found, {first.remedy.name: first.tried(0.1, 0.8), other.name: other.advice.tried(0.2, 3.0)})
+    assert [a.what for a in after.advice if a.measured is not None] == [other.advice.what]
+    assert "lr=0.2" in after.advice[0].code and after.advice[0].promise == "tried: 3 times fewer steps"
+    why = {c.name: c.why for c in after.considered}
+    assert why[first.remedy.name] == "tried: 1.25 times more steps" and why[other.name] == ""
 
 
 def test_the_same_optimizer_again_has_its_groups_and_settings():

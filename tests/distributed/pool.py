@@ -34,19 +34,25 @@ def answer(pipe: Any) -> None:
             pipe.send((False, (type(error).__name__, str(error), traceback.format_exc())))
 
 
-def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
+def _serve(rank: int, world: int, store: str, pipe: Any, timeout: float) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+    )
     answer(pipe)
     dist.destroy_process_group()
 
 
 class Pool:
-    """The ranks; started anew where one of them does not answer."""
+    """The ranks; started anew where one of them does not answer.
 
-    def __init__(self, folder: Path, world: int = 2):
-        self.folder, self.world, self._started, self._ranks = folder, world, 0, []
+    Args:
+        timeout: of their process group, in seconds.
+    """
+
+    def __init__(self, folder: Path, world: int = 2, timeout: float = 60):
+        self.folder, self.world, self.timeout, self._started, self._ranks = folder, world, timeout, 0, []
 
     def _start(self) -> None:
         self._started += 1
@@ -54,9 +60,12 @@ class Pool:
         for rank in range(self.world):
             here, there = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, self.world, str(self.folder / f"store{self._started}"), there), daemon=True
+                target=_serve,
+                args=(rank, self.world, str(self.folder / f"store{self._started}"), there, self.timeout),
+                daemon=True,
             )
             process.start()
+            there.close()  # so that the end of the process is the end of the pipe
             self._ranks.append((process, here))
 
     def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -70,7 +79,10 @@ class Pool:
             if not pipe.poll(PATIENCE):
                 self.stop()
                 raise TimeoutError(f"{function.__name__}{args}: a rank does not answer")
-            good, value = pipe.recv()
+            try:
+                good, value = pipe.recv()
+            except EOFError:
+                good, value = False, ("Died", "the rank has ended", "")
             found.append(value if good else Failed(*value))
         if len({x.kind if isinstance(x, Failed) else None for x in found}) > 1:
             self.stop()  # the ranks stand at different collectives

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 
 from distributed.training import Setting, build, contents, fit
 from precond.optim.ranks import replicas
@@ -84,3 +90,35 @@ def by_one_alone(setting: Setting, consolidated: bool) -> str:
     again = optimizer.state_dict()["state"]  # of now, and together again
     steps = {int(entries["step"]) for entries in again.values()}
     return outcome if steps != {int(entries["step"]) for entries in whole["state"].values()} else "an old state"
+
+
+def meanwhile(setting: Setting, path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Saved by a thread (``dcp.async_save``) while training goes on: what comes of that, and of a twin that loads it."""
+    first, twin = build(setting, _rank()), build(setting, _rank())
+    fit(setting, *first, _rank())
+    fit(setting, *twin, _rank(), first=20)
+    model_state, optimizer_state = get_state_dict(*first)
+    group = dist.new_group(backend="gloo")  # the thread's collectives are not to meet those of steps
+    saving = dcp.async_save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path, process_group=group)
+    fit(setting, *first, _rank(), first=10)
+    saving.result()
+    load(twin, path)
+    fit(setting, *twin, _rank(), first=10)
+    return contents(*first), contents(*twin)
+
+
+def from_rank_0(setting: Setting, offload: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Whole tensors, which rank 0 alone has read, sent to all."""
+    first, twin = build(setting, _rank()), build(setting, _rank())
+    fit(setting, *first, _rank())
+    fit(setting, *twin, _rank(), first=20)
+    model_state, optimizer_state = get_state_dict(*first, options=StateDictOptions(full_state_dict=True, cpu_offload=offload))
+    if _rank():
+        assert not (offload and optimizer_state)
+        model_state, optimizer_state = {}, {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(twin[0], model_state, options=options)
+    set_optimizer_state_dict(*twin, optimizer_state, options=options)
+    fit(setting, *first, _rank(), first=10)
+    fit(setting, *twin, _rank(), first=10)
+    return contents(*first), contents(*twin)

@@ -88,6 +88,21 @@ def test_resuming_from_the_state_dict(ranks, optimizer, wrap):
         check([twin], first, within=0.0)
 
 
+@pytest.mark.parametrize(("optimizer", "wrap"), [("soap", "fsdp"), ("auto", "ddp"), ("adamw", "fsdp")])
+def test_training_goes_on_while_it_is_saved(ranks, tmp_path, optimizer, wrap):
+    for first, twin in ranks.run(saving.meanwhile, Setting(optimizer, wrap=wrap, steps=3), str(tmp_path / "saved")):
+        check([twin], first, within=0.0)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "wrap", "offload"),
+    [("soap", "fsdp", True), ("auto", "fsdp", False), ("kfac", "ddp", True), ("adamw", "fsdp", True)],
+)
+def test_what_rank_0_has_read_is_sent_to_all(ranks, optimizer, wrap, offload):
+    for first, twin in ranks.run(saving.from_rank_0, Setting(optimizer, wrap=wrap, steps=3), offload):
+        check([twin], first, within=0.0)
+
+
 @pytest.mark.parametrize("consolidated", [True, False])
 def test_a_rank_that_asks_for_state_alone_gets_it_or_an_error_soon(ranks, consolidated):
     found = ranks.run(saving.by_one_alone, Setting("soap", PARTS[2], wrap="ddp"), consolidated)

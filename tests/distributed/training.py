@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -164,8 +166,7 @@ def fit(setting: Setting, model: nn.Module, optimizer: PreconditionedGD, rank: i
         def backward(x=x, y=y, loss=loss) -> None:
             pieces = list(zip(x.chunk(setting.parts), y.chunk(setting.parts), strict=True))
             for i, (a, b) in enumerate(pieces):
-                local = rank is not None and setting.wrap == "ddp" and i < len(pieces) - 1
-                with model.no_sync() if local else nullcontext():
+                with _local(model) if rank is not None and i < len(pieces) - 1 else nullcontext():
                     loss(a, b).backward()
 
         value = loss().detach()
@@ -184,6 +185,18 @@ def fit(setting: Setting, model: nn.Module, optimizer: PreconditionedGD, rank: i
             value /= dist.get_world_size()
         losses.append(value.item())
     return losses
+
+
+@contextmanager
+def _local(model: nn.Module) -> Iterator[None]:
+    """A backward whose gradients wait for the next one's, with which they are reduced."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+        return
+    model.set_requires_gradient_sync(False)
+    yield
+    model.set_requires_gradient_sync(True)
 
 
 def _forget(optimizer: PreconditionedGD) -> None:
@@ -215,12 +228,20 @@ def full(t: Tensor) -> Tensor:
     return (t.full_tensor() if isinstance(t, DTensor) else t).clone()
 
 
-def fsdp(model: nn.Module) -> nn.Module:
+def fsdp(model: nn.Module, **options: Any) -> nn.Module:
     """Rows divided: 18 of the attention within a group, 3 of the head unevenly, 1 of the last layer to one rank alone."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for module in (model.conv, model.attention, model.head):
+        fully_shard(module, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def fsdp_inside(model: nn.Module) -> nn.Module:
+    """Groups of their own for a layer of one row, of which a rank holds nothing, and for a normalization layer."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in (model.last, model.norm):
         fully_shard(module, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    return model
 
 
 def fsdp_partly(model: nn.Module) -> nn.Module:
@@ -250,7 +271,15 @@ def _average(p: Tensor) -> None:
 
 WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "ddp": DistributedDataParallel,
+    "ddp, views": partial(DistributedDataParallel, gradient_as_bucket_view=True),
+    "ddp, static": partial(DistributedDataParallel, static_graph=True),
+    "ddp, static views": partial(DistributedDataParallel, static_graph=True, gradient_as_bucket_view=True),
+    "ddp, searching": partial(DistributedDataParallel, find_unused_parameters=True),
+    "replicate": lambda model: replicate(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),))),
     "fsdp": fsdp,
+    "fsdp, nested": lambda model: fsdp(fsdp_inside(model)),
+    "fsdp, kept": partial(fsdp, reshard_after_forward=False),
+    "fsdp, offloaded": partial(fsdp, offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "fsdp, partly": fsdp_partly,
     "hsdp, two parts": hsdp(1, 2),
     "hsdp, two copies": hsdp(2, 1),

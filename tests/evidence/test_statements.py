@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.func import hessian, jacrev
 
 from precond.algebra.maps import Dense
 from precond.algebra.spaces import Cotangent, Tangent
 from precond.analysis.curvature.neurons.form import NeuronHessian
 from precond.analysis.normalization import SampleScaling
-from precond.lab.evidence import chosen, measured, persample
+from precond.lab.evidence import chosen, measured, persample, recurrent
 from precond.optim.inputs.recurrent import RecurrentTap
 from precond.optim.preconditioners import BNP, RMS
 from precond.optim.regularizers import L2, SAM
@@ -48,6 +50,37 @@ def _at_first(seen, weight):
     return (seen.inputs(layer) if kind == "ih" else seen.states(layer, direction)).detach()[None, : int(seen.sizes[0])] + 0.1
 
 
+def _centered(x, *_, **__):
+    """Layer normalization without its division."""
+    return x - x.mean(-1, keepdim=True)
+
+
+def _sized(x, *_, **__):
+    """Layer normalization without its centering."""
+    return x / x.square().mean(-1, keepdim=True).sqrt()
+
+
+def _by_feature(x, *_, **__):
+    """Batch in place of layer normalization."""
+    return (x - x.mean(0)) / x.std(0).clamp_min(1e-6)
+
+
+def _each_time_alone(f):
+    """S without what couples times."""
+    return lambda *at: torch.diag(hessian(f)(*at).diagonal())
+
+
+def _flat(f):
+    """That nothing depends on what a row put out before."""
+    return lambda *at: torch.zeros_like(jacrev(f)(*at))
+
+
+def _rescaled(self, seen, weight, rows=RecurrentTap.rows):
+    """Features in other units than those that weights meet."""
+    found = rows(self, seen, weight)
+    return found * torch.logspace(0, 3, found.shape[-1], dtype=found.dtype)
+
+
 @pytest.mark.parametrize(
     ("name", "owner", "attribute", "broken"),
     [
@@ -67,6 +100,20 @@ def _at_first(seen, weight):
         ("sample-bnp", BNP, "damping_of", lambda self, square, activity: 100 * square),
         ("sample-bnp-affine", BNP, "damping_of", lambda self, square, activity: torch.ones_like(square)),
         ("sample-instance", BNP, "damping_of", lambda self, square, activity: 0.01 * square),
+        ("sample-hessian", NeuronHessian, "to_dense", lambda self: (self.H_e * self.s.abs()) @ self.H_e.T),
+        ("sample-columns", SampleScaling, "of", classmethod(lambda cls, norm, h: cls(torch.eye(16).double(), *(h.norm(dim=1)[None],) * 2))),
+        ("sample-sizes", nn.functional, "layer_norm", _centered),
+        ("sample-null", nn.functional, "layer_norm", _sized),
+        ("sample-front", nn.functional, "layer_norm", _sized),
+        ("sample-no-p", nn.functional, "layer_norm", _centered),
+        ("sample-one", Dense, "mv", lambda self, v: v),
+        ("sample-tanh", nn.functional, "layer_norm", _by_feature),
+        ("sample-batch", nn.functional, "batch_norm", lambda x, *_, **__: x),
+        ("sample-means", nn.functional, "layer_norm", _by_feature),
+        ("sample-centering-bias", BNP, "damping_of", lambda self, square, activity: 100 * square),
+        ("recurrent-x", recurrent, "hessian", _each_time_alone),
+        ("recurrent-h", recurrent, "jacrev", _flat),
+        ("recurrent-kappa", RecurrentTap, "rows", _rescaled),
         ("recurrent-bnp", RecurrentTap, "rows", lambda self, seen, weight: _at_first(seen, weight)),
         ("recurrent-whitening", RecurrentTap, "rows", lambda self, seen, weight: _at_first(seen, weight)),
     ],

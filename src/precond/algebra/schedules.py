@@ -17,7 +17,22 @@ from precond.algebra import checks
 
 
 class Schedule(ABC):
-    """A number as a function of the step (from 1; a tensor where the device counts) and the learning rate."""
+    """A number as a function of the step (from 1; a tensor where the device counts) and the learning rate.
+
+    Example:
+        >>> import precond
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Halving(precond.Schedule):  # value/2 after every ``steps`` steps
+        ...     value: float
+        ...     steps: int
+        ...
+        ...     def at(self, step, lr):
+        ...         return self.value * 0.5 ** (step // self.steps)
+        >>> regularizer = precond.SAM(Halving(0.1, 100))
+        >>> regularizer.rho.at(250, 1e-3)
+        0.025
+    """
 
     @abstractmethod
     def at(self, step: int | Tensor, lr: float | Tensor) -> float | Tensor:
@@ -26,7 +41,16 @@ class Schedule(ABC):
 
 @dataclasses.dataclass(frozen=True)
 class TimesLr(Schedule):
-    """factor·α. Plain preconditioned descent already follows L + (α/4)‖Pᵀg‖² (Barrett & Dherin, 2021); ``TimesLr(k / 4)`` is k times that."""
+    """factor·α. Plain preconditioned descent already follows L + (α/4)‖Pᵀg‖² (Barrett & Dherin, 2021); ``TimesLr(k / 4)`` is k times that.
+
+    Args:
+        factor: what multiplies α, ≥ 0.
+
+    Example:
+        >>> import precond
+        >>> precond.TimesLr(0.25).at(1, 0.5)
+        0.125
+    """
 
     factor: float
 
@@ -39,7 +63,17 @@ class TimesLr(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class Warmup(Schedule):
-    """From 0 linearly to ``value`` (a number or another schedule) over ``steps`` steps."""
+    """From 0 linearly to ``value`` (a number or another schedule) over ``steps`` steps.
+
+    Args:
+        value: what it rises to, ≥ 0.
+        steps: > 0, after how many steps it is there.
+
+    Example:
+        >>> import precond
+        >>> [precond.Warmup(0.5, 10).at(step, 1e-3) for step in (1, 5, 20)]
+        [0.05, 0.25, 0.5]
+    """
 
     value: float | Schedule
     steps: int

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from precond.algebra import vec
+from precond.algebra import collectives, vec
 from precond.algebra.vec import Vec
 
 
@@ -129,7 +129,7 @@ class Sums:
         for groups, index in self._parts.items():
             mine = reduce(numbers[index], 0)
             for group in groups:
-                dist.all_reduce(mine, op, group)
+                collectives.all_reduce(mine, "norms", group, op)
             out.append(mine)
         return reduce(torch.stack(out), 0)
 
@@ -148,7 +148,7 @@ class Sums:
         for groups, index in self._parts.items():
             for group in groups:
                 mine = sums[index]
-                dist.all_reduce(mine, group=group)
+                collectives.all_reduce(mine, "sums", group)
                 sums[index] = mine
         return list(sums)
 
@@ -160,7 +160,7 @@ class Sums:
         for groups, index in self._parts.items():
             for group in groups:
                 mine = both[:, index].contiguous()
-                dist.all_reduce(mine, group=group)
+                collectives.all_reduce(mine, "sums", group)
                 both[:, index] = mine
         return list(both[0] / both[1].clamp_min(1))
 

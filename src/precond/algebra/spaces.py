@@ -22,14 +22,44 @@ from precond.algebra.vec import Scalar, Vec
 
 @dataclass(frozen=True)
 class Cotangent:
-    """A term that lives where gradients live: it joins the gradient and is multiplied by M before it moves p."""
+    """A term that lives where gradients live: it joins the gradient and is multiplied by M before it moves p.
+
+    Attributes:
+        vec: one tensor for each parameter, of its shape.
+
+    Example:
+        >>> import torch, precond
+        >>> from precond.algebra.spaces import P
+        >>> P((True,)).raised((torch.tensor([2.0]),))  # what a penalty in p adds, ∇_p R = 2
+        Cotangent(vec=(tensor([2.]),))
+    """
 
     vec: Vec
 
 
 @dataclass(frozen=True)
 class Instead:
-    """A cotangent that stands in place of the loss gradient (SAM: the gradient at the perturbed point)."""
+    """A cotangent that stands in place of the loss gradient (SAM: the gradient at the perturbed point).
+
+    Attributes:
+        vec: the gradient to take, one tensor for each parameter, of its shape.
+
+    Example:
+        >>> import torch, precond
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Clipped(precond.Regularizer):  # no entry of the gradient is larger than ``most``
+        ...     most: float
+        ...     space: str = "p"
+        ...     scalars = ("most",)
+        ...
+        ...     def term(self, at):
+        ...         return precond.Instead(tuple(g.clamp(-c, c) for g, c in zip(at.g, at["most"])))
+        >>> p = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> optimizer = precond.sgd([p], lr=0.5, regularizers=[Clipped(1.0)])
+        >>> p.grad = torch.tensor([8.0, -0.5]); _ = optimizer.step(); p.tolist()
+        [0.5, 1.25]
+    """
 
     vec: Vec
 
@@ -41,6 +71,14 @@ class Tangent:
     Attributes:
         vec: its direction.
         scale: what multiplies it, one number or one per tensor: a displacement need not be formed to be added.
+
+    Example:
+        >>> import torch, precond
+        >>> from precond.algebra.spaces import Z
+        >>> Z(precond.Identity(), (True,)).raised((torch.tensor([2.0]),), 0.5)  # what a penalty in z adds, P ∇_z R = 0.5·2
+        Tangent(vec=(tensor([2.]),), scale=0.5)
+        >>> precond.Tangent((torch.tensor([2.0]),), 0.5).formed()
+        (tensor([1.]),)
     """
 
     vec: Vec
@@ -66,13 +104,46 @@ class Tangent:
 
 @dataclass(frozen=True)
 class Prox:
-    """A proximal step, p ← apply(p), after everything else has moved p."""
+    """A proximal step, p ← apply(p), after everything else has moved p.
+
+    Attributes:
+        apply: the parameters, one tensor each → where to put them, the same shapes.
+
+    Example:
+        >>> import torch, precond
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Box(precond.Regularizer):  # |p| ≤ ``side``
+        ...     side: float
+        ...     space: str = "p"
+        ...     scalars = ("side",)
+        ...
+        ...     def term(self, at):
+        ...         return precond.Prox(lambda p: tuple(t.clamp(-c, c) for t, c in zip(p, at["side"])))
+        >>> p = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> optimizer = precond.sgd([p], lr=0.5, regularizers=[Box(2.0)])
+        >>> p.grad = torch.tensor([8.0, -1.0]); _ = optimizer.step(); p.tolist()
+        [-2.0, 1.5]
+    """
 
     apply: Callable[[Vec], Vec]
 
 
 class Stage(IntEnum):
-    """What a :class:`Bend` looks at, in the order in which several act: the order of a list decides nothing."""
+    """What a :class:`Bend` looks at, in the order in which several act: the order of a list decides nothing.
+
+    Attributes:
+        ENTRIES: single entries of the step.
+        RADIUS: its part along p.
+        ROWS: the lengths of its rows.
+        DECAY: what shrinks p.
+        LENGTH: the length of the whole, which comes last.
+
+    Example:
+        >>> import precond
+        >>> precond.Cautious().stage < precond.Hyperball().stage
+        True
+    """
 
     ENTRIES = 0
     RADIUS = 1
@@ -97,6 +168,23 @@ class Bend:
         apply: the steps of all tensors, as others have bent them, and as M made them → the steps to take.
         stage: what it looks at.
         project: what acts on p last, as a :class:`Prox` does; None: nothing.
+
+    Example:
+        >>> import torch, precond
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Short(precond.Regularizer):  # ‖u‖ ≤ ``most`` for each tensor
+        ...     most: float
+        ...     space: str = "p"
+        ...     scalars = ("most",)
+        ...
+        ...     def term(self, at):
+        ...         shortened = lambda u, made: tuple(t / (t.norm() / c).clamp_min(1) for t, c in zip(u, at["most"]))
+        ...         return precond.Bend(shortened, precond.Stage.LENGTH)
+        >>> p = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> optimizer = precond.sgd([p], lr=0.5, regularizers=[Short(1.0)])
+        >>> p.grad = torch.tensor([6.0, 8.0]); _ = optimizer.step(); [round(x, 4) for x in p.tolist()]  # 1 − 0.5·(0.6, 0.8)
+        [0.7, 0.6]
     """
 
     apply: Callable[[Vec, Made], Vec]
@@ -114,6 +202,9 @@ class Space(ABC):
         map: the map from these coordinates to p, or what makes it when it is first asked for.
         takes_part: for each tensor, whether its coordinates belong to the penalty; the others are projected away.
         sums: sums over the entries of a vector, whoever holds them.
+
+    References:
+        Ye, eqs. (4), (9), (10).
     """
 
     def __init__(self, map: LinearMap | Callable[[], LinearMap], takes_part: tuple[bool, ...], sums: Sums = ALONE):

@@ -18,7 +18,8 @@ class Trainer(transformers.Trainer):
 
     SAM's gradient is taken over all of ``gradient_accumulation_steps``, before ``max_grad_norm`` clips.
     ``optimizer_cls_and_kwargs=(precond.optim.Auto, {"lr": 1e-2})`` gets the model with the Trainer's groups, so that layer inputs
-    can be observed. Everything else, and every other optimizer, is as in ``transformers``.
+    can be observed. Under ``DistributedDataParallel`` the processes divide the work on matrices. Everything else, and every other
+    optimizer, is as in ``transformers``.
     """
 
     optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None
@@ -54,6 +55,8 @@ class Trainer(transformers.Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         optimizer = inside(self.optimizer)
+        if optimizer is not None and isinstance(model, nn.parallel.DistributedDataParallel) and not optimizer.watches(model):
+            optimizer.watch(model)  # wrapped since the optimizer was made: from now on ranks divide the work on matrices
         if optimizer is None or not optimizer.probes:
             return super().training_step(model, inputs, num_items_in_batch)
         if self._micro is None or self._micro.optimizer is not optimizer:

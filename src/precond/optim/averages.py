@@ -21,6 +21,19 @@ class WeightAverage(ABC):
         where: which parameters are averaged; None: all.
         blend: λ.
         lead: c.
+
+    Example:
+        >>> import precond
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Last(precond.WeightAverage):  # e = x: no average at all
+        ...     def share(self, seen):
+        ...         return 1.0
+        >>> Last().share(7)
+        1.0
+
+    References:
+        Polyak & Juditsky (1992).
     """
 
     start: int = 1
@@ -49,6 +62,16 @@ class EMA(WeightAverage):
         blend: λ in [0, 1] of (1−λ)x + λe, the weights to evaluate at.
         where: which parameters are averaged; None: all.
 
+    Example:
+        >>> import torch, precond
+        >>> p = torch.nn.Parameter(torch.tensor([0.0]))
+        >>> optimizer = precond.sgd([p], lr=1.0, average=precond.EMA(0.5))
+        >>> for _ in range(3):
+        ...     p.grad = torch.tensor([-1.0]); _ = optimizer.step()
+        >>> with optimizer.averaged():
+        ...     print(round(p.item(), 4))  # of 1, 2, 3: s = 1, 1/2, 1/2
+        2.25
+
     References:
         Polyak & Juditsky (1992); Tarvainen & Valpola (2017) for the exponential form.
     """
@@ -75,6 +98,16 @@ class TailMean(WeightAverage):
         start: the first step whose weights count.
         blend: λ in [0, 1] of (1−λ)x + λe, the weights to evaluate at.
         where: which parameters are averaged; None: all.
+
+    Example:
+        >>> import torch, precond
+        >>> p = torch.nn.Parameter(torch.tensor([0.0]))
+        >>> optimizer = precond.sgd([p], lr=1.0, average=precond.TailMean(start=2))
+        >>> for _ in range(3):
+        ...     p.grad = torch.tensor([-1.0]); _ = optimizer.step()
+        >>> with optimizer.averaged():
+        ...     print(round(p.item(), 4))  # of 2 and 3
+        2.5
 
     References:
         Ruppert (1988); Polyak & Juditsky (1992); Izmailov et al. (2018), SWA; Jain et al. (2018) for tails.
@@ -104,6 +137,12 @@ class EMANesterov(WeightAverage):
         decay: γ in (0, 1).
         start: the first step whose weights count.
         where: which parameters; None: all.
+
+    Example:
+        >>> import precond
+        >>> average = precond.EMANesterov(lookahead=0.3, decay=0.99)
+        >>> round(average.lead, 6), average.share(0), round(average.share(1), 6)  # c = β(1−γ)/γ, and s
+        (0.00303, 1.0, 0.01)
 
     References:
         Nesterov (1983); EMA-Nesterov (2026, arXiv:2605.25395), Algorithm 1, with a constant β.

@@ -32,6 +32,20 @@ class Momentum:
         bias_correction: None means True for an EMA from zero and False otherwise; True elsewhere is a contradiction.
         of: ``"cotangent"``, or ``"tangent"`` as torch's RMSprop alone has it.
         dampening: τ ≥ 0, for ``"heavy_ball"`` and ``"nesterov"``; with τ = β they are averages.
+        kind: one of the rows above.
+
+    Raises:
+        ValueError: for a bias correction of what has no bias, or dampening of an EMA.
+
+    Example:
+        >>> import torch, precond
+        >>> p = torch.nn.Parameter(torch.tensor([0.0]))
+        >>> optimizer = precond.PreconditionedGD(
+        ...     [p], lr=1.0, preconditioner=precond.Fixed(), momentum=precond.Momentum(0.5, "heavy_ball"))
+        >>> for _ in range(2):  # m = 1, then 0.5 + 1
+        ...     p.grad = torch.tensor([1.0]); _ = optimizer.step()
+        >>> p.item()
+        -2.5
 
     References:
         Polyak (1964); Nesterov (1983) in the form of Sutskever et al. (2013); Kingma & Ba (2015).

@@ -26,7 +26,19 @@ __all__ = ["BNP", "SGD", "SOAP", "Adagrad", "Adam", "AdamW", "Auto", "Muon", "RM
 
 
 class Recipe(PreconditionedGD):
-    """An optimizer whose constructor is a recipe: ``class MyAdamW(Recipe, recipe=precond.adamw)``."""
+    """An optimizer whose constructor is a recipe: ``class MyAdamW(Recipe, recipe=precond.adamw)``.
+
+    Its arguments are those of the recipe.
+
+    Raises:
+        TypeError: where it is constructed itself: it names no recipe.
+
+    Example:
+        >>> import torch, precond
+        >>> class MyAdamW(precond.optim.Recipe, recipe=precond.adamw): ...
+        >>> MyAdamW(torch.nn.Linear(3, 2), lr=1e-3).param_groups[0]["weight_decay"]
+        0.01
+    """
 
     recipe: ClassVar[Callable[..., PreconditionedGD]]
 

@@ -9,7 +9,8 @@ from precond.algebra.maps.base import Identity, LinearMap, Scaled, Transposed
 from precond.algebra.maps.composite import BlockDiagonal, Product, block_diagonal, compose
 from precond.algebra.maps.dense import Dense, GramOnly, Kronecker
 from precond.algebra.maps.diagonal import Diagonal, InverseRoot
-from precond.algebra.maps.layers import Layout, RowMatrix, SideBySide, Sliced, Stacked, Standardizing
+from precond.algebra.maps.layers import RowMatrix, Sliced, Standardizing
+from precond.algebra.maps.layout import ExpertLayout, Layout, SideBySide
 from precond.algebra.maps.rotation import Orthogonal, Reflected, Rotation, completed
 from precond.algebra.maps.secant import Secant
 from precond.algebra.maps.spiked import Spiked
@@ -21,6 +22,7 @@ __all__ = [
     "BlockDiagonal",
     "Dense",
     "Diagonal",
+    "ExpertLayout",
     "GramOnly",
     "Identity",
     "InverseRoot",
@@ -37,7 +39,6 @@ __all__ = [
     "SideBySide",
     "Sliced",
     "Spiked",
-    "Stacked",
     "Standardizing",
     "SymmetricKronecker",
     "Tiled",

@@ -13,13 +13,40 @@ def augmented(v: Vec, inputs_first: bool = False, stacked: bool = False) -> Tens
     """[W b], shape (out, rest + 1), of a weight and a bias; W as a matrix where it is alone; of a weight (in, out) its transpose.
 
     Of ``stacked`` ones, (k, …), the matrices are side by side too.
+
+    Args:
+        v: (weight, bias) or (weight,); the weight (out, …), the bias (out,).
+        inputs_first: whether the weight is (in, out).
+        stacked: whether each has one dimension more at the front, (k, …).
+
+    Returns:
+        The matrix, (out, rest + 1) with a bias and (out, rest) without, or (k, …) of these.
+
+    Example:
+        >>> import torch
+        >>> augmented((torch.tensor([[1.0, 2.0]]), torch.tensor([9.0])))
+        tensor([[1., 2., 9.]])
     """
     W = v[0].mT if inputs_first else v[0].reshape(*v[0].shape[: 1 + stacked], -1)
     return W if len(v) == 1 else torch.cat([W, v[1][..., None]], -1)
 
 
 def parted(matrix: Tensor, like: Vec, inputs_first: bool = False) -> Vec:
-    """The inverse of :func:`augmented`."""
+    """The inverse of :func:`augmented`.
+
+    Args:
+        matrix: (out, rest + 1), (out, rest) of a weight alone, or (k, …) of these.
+        like: example (weight, bias) or (weight,), whose shapes are taken.
+        inputs_first: whether the weight is (in, out).
+
+    Returns:
+        (weight, bias), or (weight,).
+
+    Example:
+        >>> import torch
+        >>> parted(torch.tensor([[1.0, 2.0, 9.0]]), (torch.zeros(1, 2), torch.zeros(1)))
+        (tensor([[1., 2.]]), tensor([9.]))
+    """
     W = matrix if len(like) == 1 else matrix[..., :-1]
     W = (W.mT if inputs_first else W).reshape(like[0].shape)
     return (W,) if len(like) == 1 else (W, matrix[..., -1])
@@ -33,6 +60,13 @@ class Augmented(Piecewise):
         like: example (weight, bias) or (weight,).
         inputs_first: whether the weight is (in, out).
         stacked: whether it acts on tensors (k, …), matrices (k, out, rest + 1).
+
+    Example:
+        >>> import torch, precond
+        >>> layer = (torch.tensor([[1.0, 2.0]]), torch.tensor([1.0]))
+        >>> swap = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])  # of the first input and the bias
+        >>> Augmented(precond.Kronecker(None, swap), layer).mv((torch.tensor([[1.0, 2.0]]), torch.tensor([9.0])))
+        (tensor([[9., 2.]]), tensor([1.]))
     """
 
     like: Vec

@@ -22,6 +22,20 @@ class LinearMap(ABC):
             depends on the root (a 1-norm in z) is refused.
         diagonal: whether P acts entry by entry.
         like: an example of the vectors that P acts on, or None where the map takes any shape.
+
+    Example:
+        >>> import torch, precond
+        >>> class Reversed(precond.LinearMap):  # P z = z in the other order, which is its own transpose and inverse
+        ...     def mv(self, v):
+        ...         return tuple(t.flip(0) for t in v)
+        ...
+        ...     rmv = solve = rsolve = mv
+        >>> P = Reversed() @ precond.Diagonal((torch.tensor([1.0, 10.0]),))
+        >>> P.mv((torch.tensor([1.0, 1.0]),)), P.T.mv((torch.tensor([1.0, 1.0]),))
+        ((tensor([10.,  1.]),), (tensor([ 1., 10.]),))
+
+    References:
+        Ye, eqs. (4), (5).
     """
 
     root: bool = True
@@ -53,6 +67,13 @@ class LinearMap(ABC):
 
         Its root is P(I + δd̄PᵀP)^(−1/2) up to signs, or (BNP's arrow) another one in closed form that tends to P with δ.
         It bounds how far a penalty in z reaches along directions in which M is huge.
+
+        Args:
+            delta: δ ≥ 0.
+
+        Raises:
+            NotImplementedError: where the map has no such form, for δ > 0.
+            ValueError: where it needs ``like`` for it, and has none.
         """
         if delta == 0:
             return self
@@ -75,7 +96,11 @@ class LinearMap(ABC):
         return compose(self, other)
 
     def to_dense(self) -> Tensor:
-        """The matrix of P in the order of :func:`precond.algebra.vec.flatten`, shape (n, n)."""
+        """The matrix of P in the order of :func:`precond.algebra.vec.flatten`, shape (n, n).
+
+        Raises:
+            ValueError: where the map has no ``like``, or states no root.
+        """
         if self.like is None:
             raise ValueError(f"{type(self).__name__} takes vectors of any shape; give it `like` to make it dense")
         flat = vec.flatten(self.like)
@@ -85,7 +110,17 @@ class LinearMap(ABC):
 
 
 class Transposed(LinearMap):
-    """Pᵀ."""
+    """Pᵀ.
+
+    Args:
+        map: P.
+
+    Example:
+        >>> import torch, precond
+        >>> P = precond.Dense(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+        >>> Transposed(P).mv((torch.tensor([1.0, 0.0]),))
+        (tensor([1., 2.]),)
+    """
 
     def __init__(self, map: LinearMap):
         self.map, self.like, self.root, self.diagonal = map, map.like, map.root, map.diagonal
@@ -131,7 +166,17 @@ class Piecewise(LinearMap):
 
 
 class Identity(LinearMap):
-    """P = I."""
+    """P = I: gradient descent itself.
+
+    Args:
+        like: example of the vectors that it acts on, which :meth:`to_dense` needs; None: vectors of any shape.
+
+    Example:
+        >>> import torch, precond
+        >>> v = (torch.tensor([1.0, 2.0]),)
+        >>> precond.Identity().gram(v) is v
+        True
+    """
 
     diagonal = True
 
@@ -153,7 +198,18 @@ class Identity(LinearMap):
 
 
 class Scaled(LinearMap):
-    """P = s·Q with a number s > 0, or one for each of k tensors side by side, (k,); s itself or s² is given."""
+    """P = s·Q with a number s > 0, or one for each of k tensors side by side, (k,); s itself or s² is given.
+
+    Args:
+        map: Q.
+        s: the number, or the numbers (k,); None: √``square``.
+        square: s², where ``s`` is None: M is scaled by it without a root.
+
+    Example:
+        >>> import torch, precond
+        >>> precond.Scaled(precond.Identity(), 3.0).gram((torch.tensor([1.0]),))
+        (tensor([9.]),)
+    """
 
     def __init__(self, map: LinearMap, s: float | Tensor | None = None, square: float | Tensor = 1.0):
         self.map, self.square = map, square if s is None else s**2

@@ -12,7 +12,18 @@ from precond.algebra.vec import Scalar, Vec
 
 
 class Product(LinearMap):
-    """P = P₁P₂: p = P₁z₁, z₁ = P₂z₂."""
+    """P = P₁P₂: p = P₁z₁, z₁ = P₂z₂.
+
+    Args:
+        outer: P₁.
+        inner: P₂.
+
+    Example:
+        >>> import torch, precond
+        >>> P1, P2 = precond.Dense(torch.tensor([[0.0, 1.0], [1.0, 0.0]])), precond.Diagonal((torch.tensor([1.0, 3.0]),))
+        >>> precond.Product(P1, P2).mv((torch.tensor([1.0, 1.0]),))
+        (tensor([3., 1.]),)
+    """
 
     def __init__(self, outer: LinearMap, inner: LinearMap):
         self.outer, self.inner = outer, inner
@@ -50,6 +61,12 @@ class BlockDiagonal(Piecewise):
         blocks: pairs (positions, map).
         like: example of all tensors.
         rest: the map of the tensors at positions that none names, one that takes any shape; None: they are left as they are.
+
+    Example:
+        >>> import torch, precond
+        >>> P = precond.BlockDiagonal([([1], precond.Diagonal((torch.tensor([5.0]),)))])
+        >>> P.mv((torch.tensor([1.0]), torch.tensor([1.0])))
+        (tensor([1.]), tensor([5.]))
     """
 
     def __init__(
@@ -79,7 +96,18 @@ class BlockDiagonal(Piecewise):
 
 
 def compose(a: LinearMap, b: LinearMap) -> LinearMap:
-    """P = a b in the simplest form: identities vanish, diagonals and dense matrices are multiplied out."""
+    """P = a b in the simplest form: identities vanish, diagonals and dense matrices are multiplied out.
+
+    Args:
+        a: P₁, applied last.
+        b: P₂.
+
+    Example:
+        >>> import torch, precond
+        >>> D = precond.Diagonal((torch.tensor([2.0]),))
+        >>> compose(D, D).d, compose(D, precond.Identity()) is D
+        ((tensor([4.]),), True)
+    """
     if isinstance(a, Identity):
         return b
     if isinstance(b, Identity):
@@ -99,7 +127,21 @@ def compose(a: LinearMap, b: LinearMap) -> LinearMap:
 
 
 def block_diagonal(blocks: Sequence[tuple[Sequence[int], LinearMap]], like: Vec) -> LinearMap:
-    """A block-diagonal map, or its only block where that block covers everything in order."""
+    """A block-diagonal map, or its only block where that block covers everything in order.
+
+    Args:
+        blocks: pairs (positions, map).
+        like: example of all tensors.
+
+    Returns:
+        A :class:`BlockDiagonal`, or the map itself.
+
+    Example:
+        >>> import torch, precond
+        >>> D, like = precond.Diagonal((torch.tensor([2.0]),)), (torch.ones(1),)
+        >>> block_diagonal([((0,), D)], like) is D
+        True
+    """
     if len(blocks) == 1 and tuple(blocks[0][0]) == tuple(range(len(like))):
         return blocks[0][1]
     return BlockDiagonal(blocks, like)

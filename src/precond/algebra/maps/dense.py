@@ -16,7 +16,21 @@ from precond.algebra.vec import Vec
 
 
 class Dense(LinearMap):
-    """P as an explicit (n, n) matrix on all entries in order, row-major."""
+    """P as an explicit (n, n) matrix on all entries in order, row-major.
+
+    Args:
+        matrix: P, (n, n), for n entries in all.
+        like: example of the vectors that it acts on; None: whatever has n entries.
+
+    Raises:
+        ValueError: for a matrix that is not square, and, when it is applied, vectors of another number of entries.
+
+    Example:
+        >>> import torch, precond
+        >>> P = precond.Dense(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
+        >>> P.solve((torch.tensor([3.0]), torch.tensor([1.0])))  # two parameters of one entry each
+        (tensor([2.]), tensor([1.]))
+    """
 
     def __init__(self, matrix: Tensor, like: Vec | None = None):
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
@@ -64,7 +78,21 @@ class Dense(LinearMap):
 
 
 class GramOnly(LinearMap):
-    """A map known by M = P Pᵀ alone, a symmetric (n, n) matrix: what needs a root of it is refused."""
+    """A map known by M = P Pᵀ alone, a symmetric (n, n) matrix: what needs a root of it is refused.
+
+    Args:
+        gram: M, (n, n), on all entries in order, row-major.
+        like: example of the vectors that it acts on; None: whatever has n entries.
+
+    Raises:
+        ValueError: for a matrix that is not square, and where P itself, its transpose or its inverse is asked for.
+
+    Example:
+        >>> import torch, precond
+        >>> M = precond.GramOnly(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+        >>> M.gram((torch.tensor([1.0, 0.0]),)), M.root
+        ((tensor([2., 1.]),), False)
+    """
 
     root = False
 
@@ -95,6 +123,21 @@ class Kronecker(LinearMap):
     """P = A ⊗ B on one tensor W, seen row-major as a matrix (out, rest): P vec(W) = vec(A W Bᵀ).
 
     None stands for the identity on that side. Sides (k, n, n) act on k matrices side by side, W (k, out, …).
+
+    Args:
+        A: (out, out), or (k, out, out), or None.
+        B: (rest, rest), or (k, rest, rest), or None.
+        like: example (W,), which :meth:`damped` and :meth:`to_dense` need.
+
+    Example:
+        >>> import torch, precond
+        >>> A, B, W = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.diag(torch.tensor([1.0, 10.0])), torch.eye(2)
+        >>> P = precond.Kronecker(A, B, (W,))
+        >>> P.mv((W,))  # A W Bᵀ
+        (tensor([[ 0., 10.],
+                [ 1.,  0.]]),)
+        >>> torch.equal(P.to_dense(), torch.kron(A, B))
+        True
     """
 
     def __init__(self, A: Tensor | None, B: Tensor | None, like: Vec | None = None):

@@ -16,6 +16,9 @@ from precond.algebra.vec import Vec
 class Diagonal(LinearMap):
     """P = diag(d), d a tuple of tensors of the parameters' shapes.
 
+    Args:
+        d: one tensor for each of the parameters, of its shape.
+
     Example:
         >>> Diagonal((torch.tensor([2.0, 4.0]),)).gram((torch.tensor([1.0, 1.0]),))
         (tensor([ 4., 16.]),)
@@ -77,6 +80,15 @@ class InverseRoot(Diagonal):
         denominator: h, tensors of the parameters' shapes.
         holes: whether some h may be ∞.
         means: the mean over the finite entries of each tensor of a vector, where other processes hold some of them.
+
+    Example:
+        >>> import torch, precond
+        >>> P = precond.InverseRoot((torch.tensor([4.0, 0.25]),))
+        >>> P.mv((torch.ones(2),)), P.gram((torch.ones(2),))
+        ((tensor([0.5000, 2.0000]),), (tensor([0.2500, 4.0000]),))
+
+    References:
+        Ye, eqs. (6)–(8), for h = √r.
     """
 
     denominator: Vec = ()  # given, not computed and cached as a diagonal's

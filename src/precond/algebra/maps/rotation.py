@@ -21,6 +21,15 @@ class Reflected:
 
     Attributes:
         Z, Y: (…, n, r), of matrices side by side.
+
+    Example:
+        >>> import torch
+        >>> U = torch.tensor([[0.6], [0.8]], dtype=torch.float64)
+        >>> Q = Reflected.completing(U)
+        >>> whole = Q @ torch.eye(2, dtype=torch.float64)
+        >>> (whole.T @ whole).round(decimals=6), whole[:, 0].abs().round(decimals=6)
+        (tensor([[1., 0.],
+                [0., 1.]], dtype=torch.float64), tensor([0.6000, 0.8000], dtype=torch.float64))
     """
 
     Z: Tensor
@@ -48,6 +57,7 @@ class Reflected:
 
     @property
     def ndim(self) -> int:
+        """The number of dimensions, 2 or, of matrices side by side, more."""
         return self.Y.ndim
 
     def __matmul__(self, X: Tensor) -> Tensor:
@@ -67,7 +77,19 @@ Orthogonal = Tensor | Reflected
 
 
 def completed(U: Tensor) -> Orthogonal:
-    """A square orthogonal matrix itself; of n × r orthonormal columns, an orthogonal matrix of which they are the first."""
+    """A square orthogonal matrix itself; of n × r orthonormal columns, an orthogonal matrix of which they are the first.
+
+    Args:
+        U: (…, n, r) with orthonormal columns, r ≤ n.
+
+    Returns:
+        U where r = n, else a :class:`Reflected` (n, n); columns may have the other sign.
+
+    Example:
+        >>> import torch
+        >>> completed(torch.eye(3)).shape, type(completed(torch.eye(3)[:, :1])).__name__
+        (torch.Size([3, 3]), 'Reflected')
+    """
     return U if U.shape[-2] == U.shape[-1] else Reflected.completing(U)
 
 
@@ -85,6 +107,17 @@ class Rotation(LinearMap):
     """P = A ⊗ B with orthogonal A and B on one tensor W, seen row-major as a matrix (out, rest): W ↦ A W Bᵀ.
 
     None stands for the identity on that side. Sides of three dimensions act on k matrices side by side, W (k, out, …).
+
+    Args:
+        A: (out, out), (k, out, out), a :class:`Reflected`, or None.
+        B: (rest, rest), (k, rest, rest), a :class:`Reflected`, or None.
+        like: example (W,), which :meth:`to_dense` needs.
+
+    Example:
+        >>> import torch
+        >>> turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+        >>> Rotation(turn, None).mv((torch.tensor([[1.0], [2.0]]),))[0].T
+        tensor([[-2.,  1.]])
     """
 
     def __init__(self, A: Orthogonal | None, B: Orthogonal | None, like: Vec | None = None):

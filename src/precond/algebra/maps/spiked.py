@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from precond.algebra.maps.base import LinearMap
-from precond.algebra.maps.layers import Layout, beside_bias, mean_inverse
+from precond.algebra.maps.layers import beside_bias, mean_inverse
+from precond.algebra.maps.layout import Layout
 from precond.algebra.vec import Vec
 
 
@@ -23,6 +24,12 @@ class Spiked(LinearMap):
         rest: a > 0 (groups,), the eigenvalue of all that is orthogonal to them.
         like: example (weight, bias) or (weight,).
         layout: how the weight is seen as (groups, rows, n).
+
+    Example:
+        >>> import torch
+        >>> U, layer = torch.tensor([[[1.0], [0.0]]]), (torch.tensor([[1.0, 1.0]]),)
+        >>> Spiked(U, torch.tensor([[3.0]]), torch.tensor([2.0]), layer, Layout()).mv(layer)  # R = diag(3, 2)
+        (tensor([[3., 2.]]),)
     """
 
     like: Vec

@@ -21,6 +21,11 @@ class SymmetricKronecker(LinearMap):
     M vec(W) = vec(A W B) takes no root; P is symmetric, and taken by eigendecompositions only when asked for. None stands for the
     identity on that side. Sides (k, n, n) act on k matrices side by side, W (k, out, …).
 
+    Args:
+        A: (out, out), or (k, out, out), or None.
+        B: (rest, rest), or (k, rest, rest), or None.
+        like: example (W,), which :meth:`damped` and :meth:`to_dense` need.
+
     Example:
         >>> P = SymmetricKronecker(torch.diag(torch.tensor([4.0, 1.0])), None)
         >>> P.gram((torch.ones(2, 1),))[0].T, P.mv((torch.ones(2, 1),))[0].T
@@ -76,7 +81,20 @@ def _powered(values: Tensor, V: Tensor, power: float) -> Tensor:
 
 
 class Unrooted(LinearMap):
-    """The Gram matrix of a map, of which no root is stated: what needs one is refused."""
+    """The Gram matrix of a map, of which no root is stated: what needs one is refused.
+
+    Args:
+        map: a map whose M is meant.
+
+    Raises:
+        ValueError: where P itself, its transpose or its inverse is asked for.
+
+    Example:
+        >>> import torch, precond
+        >>> M = Unrooted(precond.Diagonal((torch.tensor([2.0]),)))
+        >>> M.gram((torch.tensor([1.0]),)), M.root
+        ((tensor([4.]),), False)
+    """
 
     root = False
 
@@ -102,6 +120,13 @@ class Tiled(Piecewise):
         tiles: (rows, columns, a map of one tensor of that shape), in the order of rows and then of columns.
         like: example of the tensor.
         stacked: whether it is several tensors side by side, (k, out, …).
+
+    Example:
+        >>> import torch, precond
+        >>> left, right = precond.Scaled(precond.Identity(), 1.0), precond.Scaled(precond.Identity(), 2.0)
+        >>> rows, W = slice(0, 1), (torch.tensor([[1.0, 1.0, 1.0]]),)
+        >>> Tiled([(rows, slice(0, 1), left), (rows, slice(1, 3), right)], W).mv(W)
+        (tensor([[1., 2., 2.]]),)
     """
 
     like: Vec

@@ -17,6 +17,13 @@ class Comparison:
     Attributes:
         predicted: from the spectrum.
         observed: from the trace.
+
+    Example:
+        >>> import precond
+        >>> predicted = precond.predict((1.0, 3.0))  # r = 1/2
+        >>> comparison = Comparison(predicted, precond.observed_rate([0.25**t for t in range(20)], minimum=0.0))
+        >>> comparison.agrees, round(comparison.ratio, 3)
+        (True, 1.0)
     """
 
     predicted: Prediction

@@ -13,6 +13,9 @@ from precond.analysis.curvature import Conditioning, Singular
 def optimal_lr(lam_min: float, lam_max: float) -> float:
     r"""α = 2/(λ_min + λ_max), the learning rate of the smallest rate r.
 
+    Args:
+        lam_min, lam_max: the ends of the spectrum of the Hessian, or of PᵀHP.
+
     Raises:
         ValueError: unless 0 < λ_min ≤ λ_max.
 
@@ -29,6 +32,9 @@ def optimal_lr(lam_min: float, lam_max: float) -> float:
 
 def rate(kappa: float) -> float:
     r"""r = (κ − 1)/(κ + 1), the factor per step at the best learning rate (Ye, eq. 3); 1 for κ = ∞.
+
+    Args:
+        kappa: κ ≥ 1, or ∞.
 
     Raises:
         ValueError: unless κ ≥ 1.
@@ -47,9 +53,22 @@ def rate(kappa: float) -> float:
 def steps(rate: float, tolerance: float) -> float:
     r"""ln(tolerance)/ln(r): steps in which the error shrinks by ``tolerance``; ∞ where r ≥ 1.
 
+    Args:
+        rate: r, the factor per step.
+        tolerance: in (0, 1).
+
+    Returns:
+        A number of steps, not rounded.
+
+    Raises:
+        ValueError: for a tolerance outside of (0, 1).
+
     Example:
         >>> round(steps(0.5, 1 / 8), 6)
         3.0
+
+    References:
+        Ye, Theorem 1.
     """
     checks.non_negative("steps", rate=rate)
     return steps_of(-math.log(rate) if rate > 0 else math.inf, tolerance)
@@ -120,6 +139,9 @@ def predict(conditioning: Conditioning | tuple[float, float], lr: float | None =
         lr: α; None: the best one, 2/(λ_min + λ_max), at which r = (κ − 1)/(κ + 1).
         positive: take the smallest *positive* eigenvalue for λ_min where directions are null, as in scale-invariant networks, whose
             steps never leave the other directions' complement.
+
+    Returns:
+        A :class:`Prediction`.
 
     Raises:
         CurvatureError: where κ (with ``positive``, κ₊) is refused: an indefinite or singular Hessian, an end that was not resolved.

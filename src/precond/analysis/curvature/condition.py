@@ -57,6 +57,9 @@ def condition_number(
         float64: compute in float64, with copies of all numbers: float32 cannot resolve λ_min to 1e-3 from κ ≈ 3e4 on.
         seed: of Lanczos' first vector.
 
+    Returns:
+        A :class:`Conditioning`, whose ``kappa`` and ``kappa_positive`` raise where they are not defined or not resolved.
+
     Raises:
         NotSymmetric: for a map that is not symmetric.
 

@@ -75,6 +75,9 @@ class SpectralDensity:
         Args:
             t: where, (m,).
             width: None: a fiftieth of the spectrum's range.
+
+        Raises:
+            ValueError: for a width that is not positive.
         """
         s = self._width if width is None else width
         if not s > 0:
@@ -155,6 +158,7 @@ def spectral_density(
 
     Raises:
         NotSymmetric: for a map that is not symmetric.
+        ValueError: for fewer than two probes or steps.
 
     Example:
         >>> density = spectral_density(torch.diag(torch.tensor([0.0, 0.0, 1.0, 3.0])))

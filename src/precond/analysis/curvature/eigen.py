@@ -101,6 +101,9 @@ def eigenvalues(
         deflate: a subspace whose eigenvalues are left out.
         seed: of the first vector.
 
+    Returns:
+        An :class:`Eigenvalues`, with vectors and error bounds.
+
     Raises:
         NotSymmetric: for a map that is not symmetric.
         ValueError: for more eigenvalues than there are.

@@ -98,6 +98,9 @@ def trace(map: Any, *, products: int = 96, method: Estimator = "auto", seed: int
             Hutch++.
         seed: of the random signs.
 
+    Returns:
+        An :class:`Estimate` of a number.
+
     Example:
         >>> trace(torch.diag(torch.tensor([1.0, 2.0, 4.0]))).value
         7.0
@@ -124,6 +127,9 @@ def diagonal(map: Any, *, products: int = 96, method: Estimator = "auto", seed: 
         products: how many to spend, ≥ 6; where that is as many as there are entries, all columns are taken.
         method: as in :func:`trace`.
         seed: of the random signs.
+
+    Returns:
+        An :class:`Estimate` of tensors of the parameters' shapes, with a standard error for each entry.
 
     Example:
         >>> diagonal(torch.diag(torch.tensor([1.0, 2.0]))).value

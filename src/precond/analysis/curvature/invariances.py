@@ -30,6 +30,15 @@ class Invariance:
         defect: ‖HX + (DX)ᵀg‖ / (‖H‖‖X‖), which is 0 too.
         curvature: ‖HX‖ / (‖H‖‖X‖), which is 0 where the loss is stationary as well.
         held: whether slope and defect are within the tolerance.
+
+    Example:
+        >>> import torch
+        >>> from precond.analysis.curvature import Objective
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1)).double()
+        >>> data = [(torch.randn(8, 2).double(), torch.randn(8, 1).double())]
+        >>> first = invariances(Objective(model, torch.nn.MSELoss(), data)).found[0]
+        >>> first.count, first.held, "0.weight" in first.where
+        (3, True, True)
     """
 
     kind: str
@@ -109,6 +118,9 @@ def invariances(objective: Objective, *, tol: float | None = None, seed: int = 0
 
     Returns:
         A subspace for ``deflate=``, whose ``str`` lists what was found and measured.
+
+    Raises:
+        ValueError: for a tolerance outside of (0, 1).
 
     Example:
         >>> torch.set_default_dtype(torch.float64)

@@ -119,6 +119,16 @@ def ekfac(
     Args:
         objective, fisher, sharing, samples, seed: as of :func:`kfac`; ``sharing`` decides the basis alone.
 
+    Example:
+        >>> import torch
+        >>> from precond.analysis.curvature import Objective
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> objective = Objective(model, lambda out, y: 0.5 * (out - y).square().mean(), [(x, torch.zeros(2, 1))])
+        >>> ekfac(objective).to_dense()  # one linear layer: exact
+        tensor([[0.5000, 0.0000],
+                [0.0000, 2.0000]])
+
     References:
         George, Laurent, Bouthillier, Ballas & Vincent (2018), Fast approximate natural gradient descent in a Kronecker-factored eigenbasis.
     """

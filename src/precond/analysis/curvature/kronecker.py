@@ -84,6 +84,12 @@ class Pair(Factor):
     Attributes:
         B: of a layer's outputs, (groups, rows, rows).
         A: of its inputs, (groups, n, n).
+
+    Example:
+        >>> import torch
+        >>> pair = Pair(torch.tensor([[[2.0]]]), torch.diag(torch.tensor([1.0, 3.0]))[None])
+        >>> pair.product(torch.ones(1, 1, 2)), pair.eigenvalues
+        (tensor([[[2., 6.]]]), tensor([[[2., 6.]]]))
     """
 
     B: Tensor
@@ -117,7 +123,18 @@ class Pair(Factor):
 
 @dataclass(frozen=True, eq=False)
 class InBasis(Factor):
-    """(U ⊗ V) diag(S) (U ⊗ V)ᵀ: X ↦ U (S ⊙ UᵀX V) Vᵀ."""
+    """(U ⊗ V) diag(S) (U ⊗ V)ᵀ: X ↦ U (S ⊙ UᵀX V) Vᵀ.
+
+    Attributes:
+        U: of a layer's outputs, (groups, rows, rows), orthogonal.
+        V: of its inputs, (groups, n, n), orthogonal.
+        S: eigenvalues, (groups, rows, n).
+
+    Example:
+        >>> import torch
+        >>> InBasis(torch.eye(1)[None], torch.eye(2)[None], torch.tensor([[[2.0, 6.0]]])).product(torch.ones(1, 1, 2))
+        tensor([[[2., 6.]]])
+    """
 
     U: Tensor
     V: Tensor

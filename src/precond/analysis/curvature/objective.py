@@ -108,7 +108,11 @@ class Objective:
 
     @cached_property
     def sizes(self) -> tuple[float, ...]:
-        """n_b."""
+        """n_b of each batch.
+
+        Raises:
+            ValueError: for a size that is not positive.
+        """
         sizes = []
         for i in range(len(self.batches)):
             batch = self._batch(i)
@@ -154,7 +158,11 @@ class Objective:
             yield
 
     def evaluate(self, index: int) -> Evaluation:
-        """Batch ``index`` forwarded; call it inside :meth:`measuring`."""
+        """Batch ``index`` forwarded; call it inside :meth:`measuring`.
+
+        Raises:
+            ValueError: for a forward that draws random numbers without a ``seed``, or a loss that is not one number.
+        """
         inputs, targets = batches.moved(self._batch(index), self.device, self.dtype)
         devices = [p.device for p in self.params]
         before = random_states(devices) if self.seed is None else []
@@ -179,7 +187,11 @@ class Objective:
         return total
 
     def gradient(self) -> Vec:
-        """∇L(p), aligned to ``params``; ``.grad`` is left alone."""
+        """∇L(p), aligned to ``params``; ``.grad`` is left alone.
+
+        Raises:
+            NoSecondDerivative: for a loss that does not depend on the parameters at all.
+        """
         total = vec.zeros_like(vec.map_(Tensor.detach, self.params))
         for i, w in enumerate(self.weights):
             with self.measuring(i):

@@ -67,6 +67,9 @@ def as_map(x: Any, caller: str = "as_map") -> LinearMap:
         x: what eigenvalues are asked of.
         caller: the name in error messages.
 
+    Returns:
+        A :class:`~precond.LinearMap`; a map is returned as it is.
+
     Raises:
         TypeError: for anything else.
         ValueError: for a matrix that is not square, or not real and floating-point.
@@ -111,6 +114,9 @@ def to_scipy(map: LinearMap) -> LinearOperator:
 
     Returns:
         An operator of shape (n, n) in the map's dtype, with ``matvec``, ``rmatvec`` and ``matmat``.
+
+    Raises:
+        ImportError: where SciPy is not installed.
 
     Example:
         >>> from scipy.sparse.linalg import eigsh

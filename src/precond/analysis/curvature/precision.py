@@ -18,6 +18,12 @@ from precond.analysis.curvature.objective import Objective
 def in_float64(map: LinearMap) -> LinearMap:
     """The same map in float64: curvatures by :meth:`Objective.double`, other maps on copies of their tensors.
 
+    Args:
+        map: any map; it stays as it is.
+
+    Returns:
+        A map of the same kind, whose products are float64.
+
     Example:
         >>> from precond.algebra.maps import Diagonal
         >>> in_float64(Diagonal((torch.ones(1),))).d

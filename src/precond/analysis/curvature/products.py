@@ -126,6 +126,16 @@ def hessian(objective: Objective, *, memory: float = 2**30) -> CurvatureMap:
     Raises:
         NoSecondDerivative: where the loss, a kernel or a custom function cannot be differentiated twice.
 
+    Example:
+        >>> import torch
+        >>> from precond.analysis.curvature import Objective
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> objective = Objective(model, lambda out, y: 0.5 * (out - y).square().mean(), [(x, torch.zeros(2, 1))])
+        >>> hessian(objective).to_dense()  # XXᵀ/N
+        tensor([[0.5000, 0.0000],
+                [0.0000, 2.0000]])
+
     References:
         Pearlmutter (1994), Fast exact multiplication by the Hessian.
     """
@@ -141,6 +151,19 @@ def gauss_newton(objective: Objective, *, memory: float = 2**30) -> CurvatureMap
     Args:
         objective: a mean loss whose model returns one tensor.
         memory: bytes of graphs to keep.
+
+    Raises:
+        NoSecondDerivative: where the loss cannot be differentiated twice in the outputs.
+
+    Example:
+        >>> import torch
+        >>> from precond.analysis.curvature import Objective
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> objective = Objective(model, lambda out, y: 0.5 * (out - y).square().mean(), [(x, torch.zeros(2, 1))])
+        >>> gauss_newton(objective).to_dense()  # the Hessian of a linear model: XXᵀ/N
+        tensor([[0.5000, 0.0000],
+                [0.0000, 2.0000]])
 
     References:
         Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient descent.

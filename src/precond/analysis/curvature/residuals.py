@@ -25,6 +25,15 @@ class Equation:
             (``grad``, ``hessian``, ``jvp``); it returns a number or a vector of numbers.
         points: (m, d).
         weight: w ≥ 0 of the mean square over the points.
+
+    Example:
+        >>> import torch
+        >>> from torch.func import grad
+        >>> def slope(u, x):  # u′ = 3
+        ...     return grad(lambda x: u(x).sum())(x) - 3
+        >>> equation = Equation(slope, points=torch.rand(4, 1))
+        >>> equation.residual(lambda x: 5 * x, equation.points[0])
+        tensor([2.])
     """
 
     residual: Callable[[Field, Tensor], Tensor]
@@ -122,6 +131,18 @@ def natural_steps(residuals: Residuals, damping: float = 1e-7, *, momentum: floa
 
     Yields:
         The loss, as long as steps make it smaller; it ends where, of ten dampings in a row, none does.
+
+    Raises:
+        ValueError: for a negative damping, or momentum outside of [0, 1).
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1)
+        >>> points = torch.linspace(0, 1, 5)[:, None]
+        >>> residuals = Residuals(model, [Equation(lambda u, x: u(x) - (2 * x + 1), points)])
+        >>> loss = next(natural_steps(residuals))  # linear least squares: one step
+        >>> loss < 1e-6, model.weight.data.round(decimals=2), model.bias.data.round(decimals=2)
+        (True, tensor([[2.]]), tensor([1.]))
 
     References:
         Müller & Zeinhofer (2023), Achieving high accuracy with PINNs via energy natural gradient descent; Goldshlager, Abrahamsen & Lin

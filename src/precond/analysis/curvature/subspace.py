@@ -39,6 +39,16 @@ class Span(Subspace):
     Args:
         vectors: aligned to the map's vectors.
         rtol: singular values below ``rtol`` times the largest count as zero.
+
+    Raises:
+        ValueError: for no vectors.
+
+    Example:
+        >>> import torch, precond
+        >>> null = Span([(torch.tensor([0.0, 1.0]),)])
+        >>> A = precond.Diagonal((torch.tensor([3.0, 0.0]),))
+        >>> null.dim, precond.condition_number(A, deflate=null).lam_min
+        (1, 3.0)
     """
 
     def __init__(self, vectors: Sequence[Vec], rtol: float | None = None):

@@ -45,6 +45,10 @@ class SymmetricMap(BlockMap):
 class Shifted(SymmetricMap):
     """A + s·I: an L2 penalty (s/2)‖p‖² that the loss does not contain.
 
+    Args:
+        map: A, symmetric.
+        s: the shift; negative ones are allowed.
+
     Example:
         >>> A = Diagonal((torch.tensor([1.0, 2.0]),))
         >>> Shifted(A, 0.5).mv((torch.ones(2),))

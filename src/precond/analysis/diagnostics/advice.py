@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from precond.analysis.diagnostics.calibrated import STUCK, Gain, calibration
+from precond.analysis.diagnostics.calibrated import STUCK, UNKNOWN, Gain, calibration
 from precond.analysis.diagnostics.gains import Picture, first_rate, predicted, steps
 from precond.analysis.diagnostics.numbers import number
 from precond.analysis.diagnostics.remedies import INPUTS, Base, Candidate
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from precond.analysis.diagnostics.diagnosis import Diagnosis
     from precond.analysis.diagnostics.layer import Layer
 
-_MORE = 1.2  # times as much must a costlier remedy promise
-_WITHIN = ("sgd", "adam", "adamw", "rmsprop", "adagrad")
+MORE = 1.2
+"""Times as many steps must a remedy save to be advised, and times as much a costlier one than a cheaper one."""
+_WITHIN = ("sgd", "bnp", "adam", "adamw", "rmsprop", "adagrad")
 """Optimizers that can be had in the coordinates of layer inputs."""
 
 
@@ -29,38 +30,49 @@ class Advice:
         what: in a few words.
         why: what was measured.
         code: the change, ready to run.
-        gain: what it is predicted to save, as an interval; None where no study says.
+        gain: what it is predicted to save, as an interval; ``UNKNOWN``, as a number NaN, where no study says.
         layers: that it is about, the one that gains most first.
-        effect: what it does, in words, where ``gain`` is None.
+        effect: what it does, in words, where ``gain`` is not known.
         remedy: how it is made, where it can be tried.
         lr: the learning rate in ``code``; None: there is none.
         tested: whether that rate comes from a range test.
+        measured: steps without it over steps with it, where both were trained here; None: they were not.
     """
 
     what: str
     why: str
     code: str
-    gain: Gain | None
+    gain: Gain
     layers: tuple[str, ...]
     effect: str = ""
     remedy: Candidate | None = field(default=None, repr=False)
     lr: float | None = None
     tested: bool = False
+    measured: float | None = None
 
     @property
     def promise(self) -> str:
-        """What it promises, in words."""
-        return self.effect if self.gain is None else str(self.gain)
+        """What it promises, or was seen to do, in words."""
+        if self.measured is not None:
+            return f"tried: {fewer(self.measured)}"
+        return str(self.gain) if self.gain.known else self.effect
 
     @property
     def rank(self) -> float:
-        """By which advice is ordered: the likely gain."""
-        return 1.0 if self.gain is None else self.gain.likely
+        """By which advice is ordered: what was measured, else the likely gain."""
+        if self.measured is not None:
+            return self.measured
+        return self.gain.likely if self.gain.known else 1.0
+
+    def tried(self, lr: float, measured: float | None = None) -> Advice:
+        """With a learning rate from a range test, and what was measured."""
+        assert self.remedy is not None
+        return replace(self, code=self.remedy.code(lr), lr=lr, tested=True, measured=measured)
 
     def as_dict(self) -> dict[str, object]:
         """Numbers and texts, for JSON."""
-        plain = {name: getattr(self, name) for name in ("what", "why", "code", "promise", "lr", "tested")}
-        return {**plain, "layers": list(self.layers), "gain": None if self.gain is None else vars(self.gain)}
+        plain = {name: getattr(self, name) for name in ("what", "why", "code", "promise", "lr", "tested", "measured")}
+        return {**plain, "layers": list(self.layers), "gain": self.gain.as_dict()}
 
 
 @dataclass(frozen=True)
@@ -69,13 +81,25 @@ class Considered:
 
     Attributes:
         name: of the remedy.
-        gain: what it is predicted to save; None where nothing can be said.
+        gain: what it is predicted to save; ``UNKNOWN`` where nothing can be said.
         why: nothing can be said, or it is no advice.
+        advice: that it would be; None where it cannot be made.
     """
 
     name: str
-    gain: Gain | None
+    gain: Gain
     why: str = ""
+    advice: Advice | None = field(default=None, repr=False)
+
+
+def fewer(ratio: float) -> str:
+    """A ratio of steps without and with something, in words.
+
+    Example:
+        >>> fewer(2.5), fewer(0.5)
+        ('2.5 times fewer steps', '2 times more steps')
+    """
+    return f"{ratio:.3g} times fewer steps" if ratio >= 1 else f"{1 / ratio:.3g} times more steps"
 
 
 def advise(
@@ -118,33 +142,38 @@ def _coordinates(found: Diagnosis, picture: Picture, base: Base, dim: int | None
     considered: list[Considered] = []
     best = 1.0
     for name in ("standardize", *INPUTS):
-        if name in INPUTS and base.family not in _WITHIN and not (base.family == "bnp" and name == "whitened"):
-            why = "the optimizer is in such coordinates already" if base.family in ("bnp", "whitening", "auto") else (
-                f"no composition of it with {base.label} is known to work")  # fmt: skip
-            considered.append(Considered(name, None, why))
+        if why := _unfit(base, name):
+            considered.append(Considered(name, UNKNOWN, why))
             continue
-        value, alone = predicted(picture, base.adaptive, name, calibration().steps)
+        value, alone = predicted(picture, base, name, calibration().steps)
         line = calibration().lines.get((name, picture.stuck >= STUCK))
         if math.isnan(value) or line is None:
             why = "the data are standardized already, or no tensor of numbers" if name == "standardize" else "not in the study"
-            considered.append(Considered(name, None, why))
+            considered.append(Considered(name, UNKNOWN, why))
             continue
         gain = line.gain(value, alone, calibration().steps)
-        enough = gain.worth and gain.likely >= _MORE * best
+        enough = gain.worth and gain.likely >= MORE * best
         why = "" if enough else "promises no more than cheaper advice" if gain.worth else "not a fifth of the steps"
-        considered.append(Considered(name, gain, why))
-        if not enough:
-            continue
-        best = gain.likely
         remedy = base.standardized(dim) if name == "standardize" else base.within(name)
         lr = first_rate(picture, base, name)
         layers = _reached(found, name)
-        advice.append(
-            Advice(
-                _WHAT[name], _because(found, layers, name), remedy.code(lr), gain, tuple(x.name for x in layers), "", remedy, lr
-            )
-        )
+        reached = tuple(x.name for x in layers)
+        one = Advice(_WHAT[name], _because(found, layers, name), remedy.code(lr), gain, reached, "", remedy, lr)
+        considered.append(Considered(name, gain, why, one))
+        if enough:
+            best = gain.likely
+            advice.append(one)
     return advice, considered
+
+
+def _unfit(base: Base, name: str) -> str:
+    """Why a remedy is none for what one trains with."""
+    if name not in INPUTS:
+        return ""
+    order = ("raw", *INPUTS)
+    if order.index(name) <= order.index(base.coordinates):
+        return "the optimizer is in such coordinates already"
+    return "" if base.family in _WITHIN else f"no composition of it with {base.label} is known to work"
 
 
 def _reached(found: Diagnosis, name: str) -> list[Layer]:
@@ -208,7 +237,7 @@ def _single_inputs(found: Diagnosis) -> list[Advice]:
         counts, totals, whys, names = zip(*cases, strict=True)
         effect = f"{sum(counts)} of {sum(totals)} inputs do nothing now; what they would save is not predicted"
         shown = " ".join(whys[:3]) + (f" Likewise in {len(whys) - 3} more layers." if len(whys) > 3 else "")
-        out.append(Advice(what, shown, code, None, names, effect))
+        out.append(Advice(what, shown, code, UNKNOWN, names, effect))
     return out
 
 
@@ -235,7 +264,7 @@ def _biases(found: Diagnosis) -> list[Advice]:
             "Give layers a bias: without one their inputs cannot be centered",
             f"{first.name!r} has no trained bias, and means up to {number(first.drivers.offset)} times the standard deviation: "
             f"κ = {number(first.kappa_now)}, and {number(first.kappa_biased)} if it were centered and scaled.{others}",
-            "bias=True  # and inputs=precond.BNP() in the optimizer", None, tuple(x.name for x in layers),
+            "bias=True  # and inputs=precond.BNP() in the optimizer", UNKNOWN, tuple(x.name for x in layers),
             "not predicted: it changes the model; try it",
         )
     ]  # fmt: skip
@@ -252,4 +281,4 @@ def _learning_rate(found: Diagnosis) -> list[Advice]:
         return []
     why = f"It is {number(found.lr)}; above {number(found.lr_limit)} steps grow along the steepest direction of the loss."
     code = f"for group in optimizer.param_groups: group['lr'] = {number(found.lr_limit / 2)}"
-    return [Advice("Lower the learning rate", why, code, None, (), "steps that do not grow", None, found.lr_limit / 2)]
+    return [Advice("Lower the learning rate", why, code, UNKNOWN, (), "steps that do not grow", None, found.lr_limit / 2)]

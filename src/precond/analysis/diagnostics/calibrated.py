@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from itertools import combinations
 from statistics import median
 from typing import Any
 
 _SHARE = 0.8  # of cells that an interval shall hold
+_APART = 1.2  # times as many steps: two remedies that differ by less are alike
 _WIDE = 20  # times the low end: no plan is made with such an interval
 _FILE = "calibration.json"
 
@@ -26,7 +28,7 @@ class Gain:
         picture: the ratio by the quadratic picture alone, before the study corrected it.
         alone: by κ of the layer that gains most, alone and after very many steps: no bound on a short training of a network.
 
-    As a number it is ``likely``: ``float(gain)``, ``f"{gain:.3g}"``, ``gain > 2``, ``sorted``.
+    As a number it is ``likely``: ``float(gain)``, ``f"{gain:.3g}"``, ``gain > 2``, ``sorted``; NaN where nothing is predicted (:data:`UNKNOWN`).
 
     Example:
         >>> gain = Gain(2.0, 3.0, 5.0, 200, 4.0, 900.0)
@@ -40,6 +42,15 @@ class Gain:
     steps: int
     picture: float
     alone: float
+
+    @property
+    def known(self) -> bool:
+        """Whether anything is predicted."""
+        return not math.isnan(self.likely)
+
+    def as_dict(self) -> dict[str, float] | None:
+        """Its numbers, for JSON; None where nothing is predicted."""
+        return vars(self) if self.known else None
 
     @property
     def worth(self) -> bool:
@@ -65,6 +76,8 @@ class Gain:
         return self.likely >= float(other)
 
     def __str__(self) -> str:
+        if not self.known:
+            return "steps: not predicted"
         if self.high < 1.1:
             return "steps: no fewer"
         high = _factor(self.high)
@@ -75,6 +88,10 @@ class Gain:
         if self.low > 0.8:
             return f"steps: as many, or up to {high} times fewer"
         return f"steps: from {_factor(1 / self.low)} times more to {high} times fewer; try it"
+
+
+UNKNOWN = Gain(math.nan, math.nan, math.nan, 0, math.nan, math.nan)
+"""That of what no study is about."""
 
 
 def _factor(x: float) -> str:
@@ -124,6 +141,9 @@ class Calibration:
         judged: how many of them had other tasks on their line.
         held: how many of these lay in the interval that the cells of the other tasks give.
         ahead: of those of which a gain of a fifth or more was likely, how many gained at all; and of how many.
+        ordered: of two remedies in one setting that differed by a fifth or more, how often the likely gains were in the right order; and of
+            how many pairs.
+        best: in how many settings the remedy of the largest likely gain was the best one; and of how many.
     """
 
     lines: Mapping[tuple[str, bool], Line]
@@ -132,6 +152,8 @@ class Calibration:
     judged: int
     held: int
     ahead: tuple[int, int]
+    ordered: tuple[int, int]
+    best: tuple[int, int]
 
     @property
     def sentence(self) -> str:
@@ -140,7 +162,9 @@ class Calibration:
         return (
             f"In a study of {self.cells} cells (small tasks, architectures, remedies at fitted rates; each task judged by the others), "
             f"{self.held} of {self.judged} measured ratios of steps ({share:.0f} %) lay in the predicted interval, which is made to "
-            f"hold 80 %; where a gain was likely, {self.ahead[0]} of {self.ahead[1]} trainings needed fewer steps."
+            f"hold 80 %; where a gain was likely, {self.ahead[0]} of {self.ahead[1]} trainings needed fewer steps. Of two remedies the better "
+            f"one had the larger likely gain in {self.ordered[0]} of {self.ordered[1]} pairs, and of all in {self.best[0]} of {self.best[1]} "
+            "settings."
         )
 
 
@@ -149,7 +173,8 @@ def calibration() -> Calibration:
     """What comes with the package."""
     found = json.loads(files("precond.analysis.diagnostics").joinpath(_FILE).read_text(encoding="utf-8"))
     lines = {(line.pop("remedy"), line.pop("stuck")): Line(**line) for line in found["lines"]}
-    return Calibration(lines, found["steps"], found["cells"], found["judged"], found["held"], tuple(found["ahead"]))
+    pairs = (tuple(found[name]) for name in ("ahead", "ordered", "best"))
+    return Calibration(lines, found["steps"], found["cells"], found["judged"], found["held"], *pairs)
 
 
 @dataclass(frozen=True)
@@ -158,12 +183,14 @@ class Row:
 
     Attributes:
         task: of the setting.
+        setting: task, architecture and optimizer: where remedies are compared.
         remedy, stuck: which line it belongs to: the remedy, and whether more than a quarter of the hidden units are saturated or dead, so
             that what layers receive tells little of what they will.
         predicted, measured: ratio of steps.
     """
 
     task: str
+    setting: str
     remedy: str
     stuck: bool
     predicted: float
@@ -194,6 +221,7 @@ def summary(rows: Sequence[Row], steps: int) -> dict[str, Any]:
     for row in rows:
         groups.setdefault((row.remedy, row.stuck), []).append(row)
     judged, held, ahead = 0, 0, []
+    likely: dict[str, list[tuple[float, float]]] = {}
     for members in groups.values():
         for row in members:
             if all(other.task == row.task for other in members):
@@ -201,12 +229,21 @@ def summary(rows: Sequence[Row], steps: int) -> dict[str, Any]:
             judged += 1
             gain = fit([other for other in members if other.task != row.task]).gain(row.predicted, 1.0, steps)
             held += gain.low <= row.measured <= gain.high
+            likely.setdefault(row.setting, []).append((gain.likely, row.measured))
             if gain.worth:
                 ahead.append(row.measured > 1)
     lines = [{"remedy": r, "stuck": s, **vars(fit(members))} for (r, s), members in sorted(groups.items())]
+    pairs = [
+        (a[0] - b[0]) * (a[1] - b[1]) > 0
+        for many in likely.values()
+        for a, b in combinations(many, 2)
+        if max(a[1], b[1]) > _APART * min(a[1], b[1])
+    ]
+    best = [max(many)[1] == max(measured for _, measured in many) for many in likely.values() if len(many) > 1]
     ratios = [math.exp(abs(math.log(row.measured / row.predicted))) for row in rows]
     return {
         "steps": steps, "cells": len(rows), "judged": judged, "held": held, "ahead": [sum(ahead), len(ahead)],
+        "ordered": [sum(pairs), len(pairs)], "best": [sum(best), len(best)],
         "median factor between the uncorrected picture and trainings": round(median(ratios), 3), "lines": lines,
     }  # fmt: skip
 

@@ -109,7 +109,7 @@ class Diagnosis:
         names = ("loss", "optimizer", "lr", "lam_max", "lr_limit", "matrix", "against", "share")
         plain = {name: getattr(self, name) for name in names}
         advice = [a.as_dict() for a in self.advice]
-        considered = [{"name": c.name, "gain": None if c.gain is None else vars(c.gain), "why": c.why} for c in self.considered]
+        considered = [{"name": c.name, "gain": c.gain.as_dict(), "why": c.why} for c in self.considered]
         texts = {name: list(getattr(self, name)) for name in ("notes", "undiagnosed")}
         return {**plain, "layers": [x.as_dict() for x in self.layers], "advice": advice, "considered": considered, **texts}
 
@@ -205,7 +205,7 @@ def _diagnosis(
         against=base.label, share=_share(objective, gathered),
     )  # fmt: skip
     dim = features(objective, gathered[0]) if gathered else None
-    advice, considered = advise(found, Picture.made(objective, gathered, g, P, **options), base, dim)
+    advice, considered = advise(found, Picture.made(objective, gathered, g, **options), base, dim)
     return replace(found, advice=advice, considered=considered)
 
 

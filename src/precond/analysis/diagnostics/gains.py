@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from precond.algebra.maps import LinearMap
 from precond.algebra.vec import Vec
 from precond.analysis.curvature import Objective
+from precond.analysis.diagnostics.calibrated import STUCK
 from precond.analysis.diagnostics.findings import units
 from precond.analysis.diagnostics.gathering import Gathered, gather
 from precond.analysis.diagnostics.pace import Part, Race, parts_of, speed_up
-from precond.analysis.diagnostics.preconditioner import preconditioner_of
 from precond.analysis.diagnostics.remedies import Base, standardized
 from precond.analysis.diagnostics.short import as_trained
 
@@ -27,7 +26,9 @@ class Picture:
 
     Attributes:
         parts: of the network.
-        standardized: the same on standardized data; None where they are no numbers, or standardized already.
+        standardized: the same on standardized data; None where they are no numbers, or standardized already. Standardized data are
+            the coordinates of :class:`precond.BNP` in the layers that receive them; where no layer does, or units are stuck, which
+            other data free, the picture is made anew.
         stuck: the share of hidden units that are saturated or dead: what they receive tells nothing of what they will.
         freed: that share on standardized data.
     """
@@ -38,26 +39,30 @@ class Picture:
     freed: float
 
     @staticmethod
-    def of(objective: Objective, optimizer: torch.optim.Optimizer | None = None, **options: Any) -> Picture:
-        """Of an objective, and an optimizer whose P is known."""
+    def of(objective: Objective, **options: Any) -> Picture:
+        """Of an objective."""
         with as_trained(objective) as seen:
             gathered, _ = gather(seen, **{**_DEFAULTS, **options})
-            P = None if optimizer is None else preconditioner_of(optimizer, seen)
-            return Picture.made(seen, gathered, seen.gradient(), P, **options)
+            return Picture.made(seen, gathered, seen.gradient(), **options)
 
     @staticmethod
-    def made(objective: Objective, gathered: Sequence[Gathered], g: Vec, P: LinearMap | None, **options: Any) -> Picture:
+    def made(objective: Objective, gathered: Sequence[Gathered], g: Vec, **options: Any) -> Picture:
         """Of what was gathered on an objective, and its gradient."""
-        parts = parts_of(objective, gathered, g, P)
-        other, freed = None, math.nan
-        # Also where a normalization comes first: one per example does not take the features' scales away.
+        parts, stuck = parts_of(objective, gathered, g), _stuck(gathered)
         inputs = objective.batches[0][0]
-        if gathered and isinstance(inputs, Tensor) and inputs.is_floating_point():
-            changed = standardized(objective, features(objective, gathered[0]))
-            if changed is not None:
-                again, _ = gather(changed, **{**_DEFAULTS, **options})
-                other, freed = parts_of(changed, again, changed.gradient()), _stuck(again)
-        return Picture(parts, other, _stuck(gathered), freed)
+        if not (gathered and isinstance(inputs, Tensor) and inputs.is_floating_point()):
+            return Picture(parts, None, stuck, math.nan)
+        # Also where a normalization comes first: one per example does not take the features' scales away.
+        changed = standardized(objective, features(objective, gathered[0]))
+        if changed is None:
+            return Picture(parts, None, stuck, math.nan)
+        direct = any(part.data for part in parts)
+        again = gather(changed, **{**_DEFAULTS, **options})[0] if stuck or not direct else gathered
+        if direct and stuck < STUCK:
+            other = [replace(p, blocks={**p.blocks, "raw": p.blocks["bnp"]}) if p.data else p for p in parts]
+        else:
+            other = parts_of(changed, again, changed.gradient())
+        return Picture(parts, other, stuck, _stuck(again))
 
 
 def _stuck(gathered: Iterable[Gathered]) -> float:
@@ -87,32 +92,28 @@ def steps(kappa: float) -> float:
     return 1.0 if kappa <= 1 else max(1.0, 1 / (math.log1p(2 / (kappa - 1))))
 
 
-def predicted(picture: Picture, adaptive: bool, remedy: str, horizon: int) -> tuple[float, float]:
+def predicted(picture: Picture, base: Base, remedy: str, horizon: int) -> tuple[float, float]:
     """The ratio of steps without and with a remedy by the picture of the whole network, and by κ of the layer that gains most.
+
+    An adaptive optimizer's diagonal P is on neither side: with a remedy it would be another one, which nobody knows yet.
 
     Args:
         picture: of the network.
-        adaptive: whether the optimizer gives each tensor a rate of its own.
+        base: what one trains with: in which coordinates of inputs it is, and whether each tensor has a rate of its own.
         remedy: ``"standardize"``, or the coordinates that layers get.
         horizon: steps of the training that is meant.
     """
-
-    def before(part: Part) -> str:
-        return "optimizer" if "optimizer" in part.blocks else "raw"
-
-    def after(part: Part) -> str:
-        return "raw" if remedy == "standardize" else remedy
-
+    before, after = base.coordinates, base.coordinates if remedy == "standardize" else remedy
     others = picture.standardized if remedy == "standardize" else picture.parts
     if others is None:
         return math.nan, math.nan
     with_it = {part.name: part for part in others}
     kappas = [
-        steps(_kappa(part, before(part))) / steps(min(_kappa(part, before(part)), _kappa(with_it[part.name], after(part))))
+        steps(_kappa(part, before)) / steps(min(_kappa(part, before), _kappa(with_it[part.name], after)))
         for part in picture.parts
         if part.name in with_it
     ]
-    races = Race(picture.parts, before, adaptive), Race(others, after, adaptive)
+    races = Race(picture.parts, before, base.adaptive), Race(others, after, base.adaptive)
     return speed_up(*races, horizon), max(kappas, default=1.0)
 
 
@@ -123,7 +124,7 @@ def first_rate(picture: Picture, base: Base, remedy: str) -> float:
     """
     if base.adaptive:
         return base.lr
-    name, parts = ("raw", picture.standardized) if remedy == "standardize" else (remedy, picture.parts)
+    name, parts = (base.coordinates, picture.standardized) if remedy == "standardize" else (remedy, picture.parts)
     chosen = [(part.s, part.blocks.get(name, part.blocks["raw"])) for part in parts or ()]
     largest = max((s * float(block.values.max()) for s, block in chosen), default=1.0)
     return (1 - float(base.options.get("momentum", 0.0))) / largest

@@ -217,7 +217,11 @@ class Monitor:
     # --- measuring ---------------------------------------------------------------------------------------------------------------
 
     def measure(self) -> dict[str, float]:
-        """The numbers as they are now."""
+        """The numbers as they are now, by name; a measurement that fails is left out.
+
+        Raises:
+            RuntimeError: before :meth:`attach`.
+        """
         if self._optimizer is None:
             raise RuntimeError("Monitor: it is not attached to an optimizer; call attach(optimizer) first")
         metrics: dict[str, float] = {}

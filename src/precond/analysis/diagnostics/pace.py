@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from precond.algebra.maps import LinearMap
 from precond.algebra.vec import Vec
 from precond.analysis.curvature import Objective
-from precond.analysis.diagnostics.conditioning import coordinates, gradient_rows, neurons_of, rank_of, restricted, shown_rows
+from precond.analysis.diagnostics.conditioning import coordinates, gradient_rows, rank_of
 from precond.analysis.diagnostics.gathering import Gathered
 
 # How far curvature is measured along the gradient: so much of the loss goes by the first order. Where a saturated loss is straight, farther.
@@ -52,22 +51,23 @@ class Part:
         blocks: by coordinates; ``"raw"`` is always there.
         s: its curvature over that of C.
         share: the number of layers that it stands for.
+        data: whether it receives the data themselves.
     """
 
     name: str
     blocks: Mapping[str, Block]
     s: float
     share: float = 1.0
+    data: bool = False
 
 
-def parts_of(objective: Objective, gathered: Sequence[Gathered], g: Vec, P: LinearMap | None = None) -> list[Part]:
+def parts_of(objective: Objective, gathered: Sequence[Gathered], g: Vec) -> list[Part]:
     """The network in parts.
 
     Args:
         objective: in the state in which the inputs were gathered.
         gathered: of its layers.
         g: its gradient.
-        P: the optimizer's.
     """
     place = {id(p): i for i, p in enumerate(objective.params)}
     loss, found, taken = objective.value(), [], set[int]()
@@ -75,14 +75,13 @@ def parts_of(objective: Objective, gathered: Sequence[Gathered], g: Vec, P: Line
         index = [place[id(seen.site.weight)], *([place[id(seen.site.bias)]] if seen.biased else [])]
         taken |= {*index, *(place[id(p)] for p in seen.alike if id(p) in place)}
         rows = gradient_rows(seen, tuple(g[i] for i in index))
-        neurons = None if P is None else neurons_of(restricted(P, index), seen, tuple(g[i] for i in index))
-        blocks = blocks_of(seen, rows, neurons)
+        blocks = blocks_of(seen, rows)
         if blocks is None:
             continue
         along = _curvature(objective, loss, {i: g[i] for i in index})
         # Of the neurons that this layer has in the objective, its bias is cut where it shares one with others (in_proj of attention).
         expected = sum(float((rows[k].double().cpu() @ R.T).square().sum()) for k, R in enumerate(_designs(seen)))
-        found.append(Part(seen.name, blocks, along / expected if expected > 0 else math.nan, seen.share))
+        found.append(Part(seen.name, blocks, along / expected if expected > 0 else math.nan, seen.share, seen.source == "data"))
     rest = [i for i in range(len(g)) if i not in taken]
     square = float(sum(g[i].double().square().sum() for i in rest))
     if square > 0:
@@ -97,25 +96,20 @@ def parts_of(objective: Objective, gathered: Sequence[Gathered], g: Vec, P: Line
     return [part if part.s > 0 else replace(part, s=usual) for part in found]
 
 
-def blocks_of(seen: Gathered, rows: Tensor, neurons: Callable[[int], list[Tensor]] | None = None) -> dict[str, Block] | None:
+def blocks_of(seen: Gathered, rows: Tensor) -> dict[str, Block] | None:
     """A layer's eigenvalues and energies by coordinates, of all its groups together; None where it has no gradient.
 
     Args:
         seen: what was gathered.
         rows: the gradient of its neurons, (groups, rows, n + 1), or n without a bias.
-        neurons: a group's number ↦ the optimizer's P of those that stand for all.
     """
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    shown = shown_rows(rows[..., int(seen.biased) :])
     for k, R in enumerate(_designs(seen)):
         G, rank = rows[k].double().cpu(), rank_of(R, seen.epsilon)
         if not rank:
             continue
         for name, transform in coordinates(seen, k).items():
             found.setdefault(name, []).append(energies(transform(R), transform(G), rank))
-        for row, own in zip(shown[k], neurons(k) if neurons is not None else (), strict=False):
-            values, shares = energies(R @ own, G[row : row + 1] @ own, rank)
-            found.setdefault("optimizer", []).append((values, shares * len(G) / len(shown[k])))
     blocks = {name: Block(*(torch.cat(column) for column in zip(*pairs, strict=True))) for name, pairs in found.items()}
     return blocks if blocks and float(blocks["raw"].energies.sum()) > 0 else None
 
@@ -164,10 +158,6 @@ def _original(objective: Objective, i: int) -> Tensor:
 # --- the race in the picture ---------------------------------------------------------------------------------------------------
 
 
-Choose = Callable[[Part], str]
-"""A part ↦ the name of its coordinates."""
-
-
 def speed_up(slow: Race, fast: Race, steps: int) -> float:
     """The ratio of steps without and with a remedy, to where the slower of both gets in ``steps``."""
     if not (slow.total > 0 and fast.total > 0):
@@ -182,12 +172,12 @@ class Race:
 
     Args:
         parts: of the network.
-        choose: in which coordinates each is.
+        name: of the coordinates; parts that do not have them are as they are.
         alone: each part at its own best rate, as adaptive methods come near to; otherwise one rate for all.
     """
 
-    def __init__(self, parts: Sequence[Part], choose: Choose, alone: bool):
-        chosen = [(part.s, part.share, part.blocks.get(choose(part), part.blocks["raw"])) for part in parts]
+    def __init__(self, parts: Sequence[Part], name: str, alone: bool):
+        chosen = [(part.s, part.share, part.blocks.get(name, part.blocks["raw"])) for part in parts]
         fastest = max((s * float(block.values.max()) for s, _, block in chosen), default=1.0)
         rates = [s * block.values / (s * float(block.values.max()) if alone else fastest) for s, _, block in chosen]
         self.E = torch.cat([share * block.energies / s for s, share, block in chosen]) if chosen else torch.zeros(1)

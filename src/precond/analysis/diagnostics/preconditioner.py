@@ -65,7 +65,22 @@ def preconditioner_of(
 
 
 def step_size(optimizer: torch.optim.Optimizer, params: Objective | Iterable[Tensor] | None = None) -> float:
-    """α, the largest learning rate of any of the parameters, which :func:`preconditioner_of` relates the others to."""
+    """α, the largest learning rate of any of the parameters, which :func:`preconditioner_of` relates the others to.
+
+    Args:
+        optimizer: as in :func:`preconditioner_of`.
+        params: as there.
+
+    Returns:
+        A number; ``lr_scale`` of routes is in it.
+
+    Example:
+        >>> import torch
+        >>> p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = torch.optim.SGD([{"params": [p], "lr": 0.1}, {"params": [q], "lr": 0.5}])
+        >>> step_size(optimizer), step_size(optimizer, [p])
+        (0.5, 0.1)
+    """
     wanted, _ = _aligned(optimizer, params)
     return max(_rates(optimizer, wanted), default=0.0)
 

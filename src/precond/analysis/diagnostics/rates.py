@@ -70,6 +70,9 @@ def lr_range(
         seed: of dropout.
         watch: called before each training, with words.
 
+    Returns:
+        A :class:`Range`.
+
     Raises:
         ValueError: where no rate makes the loss lower, or a number is not positive.
 

@@ -27,6 +27,9 @@ def register(*classes: type[torch.optim.Optimizer] | str, stateless: bool = Fals
         classes: of optimizers, or their names after that of the package that has them, ``"package.Class"``, which then need not be imported.
         stateless: whether P is known before the first step.
 
+    Returns:
+        A decorator, which returns the function as it is.
+
     Example:
         >>> import torch, precond
         >>> class SignSGD(torch.optim.SGD): ...

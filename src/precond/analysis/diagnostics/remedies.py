@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from inspect import signature
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from precond.optim.momentum import Momentum
 from precond.optim.optimizer import PreconditionedGD
 from precond.optim.preconditioners import BNP, Preconditioner, Whitening
 
-INPUTS: dict[str, Callable[[], Preconditioner]] = {"bnp": BNP, "whitened": Whitening}
+INPUTS: dict[str, type[Preconditioner]] = {"bnp": BNP, "whitened": Whitening}
 """Remedies that are coordinates of layer inputs, by the name of their coordinates."""
 
 # Of other classes the nearest of ours: what their P has in common.
@@ -79,12 +80,19 @@ class Base:
         options: what of its settings is carried over, where it is not the default.
         optimizer: the user's own, or None for gradient descent with momentum 0.9.
         names: of the model's parameters, by id.
+        inputs: what it has of layer inputs already.
     """
 
     family: str
     options: Mapping[str, Any]
     optimizer: torch.optim.Optimizer | None
     names: Mapping[int, str] = field(default_factory=dict)
+    inputs: Preconditioner | None = None
+
+    @property
+    def coordinates(self) -> str:
+        """In which coordinates of layer inputs it is now: ``"raw"``, ``"bnp"`` or ``"whitened"``."""
+        return next((name for name, kind in INPUTS.items() if isinstance(self.inputs, kind)), "raw")
 
     @property
     def adaptive(self) -> bool:
@@ -111,7 +119,10 @@ class Base:
         if optimizer is None:
             return Candidate("now", self.label, _sgd, "optimizer = torch.optim.SGD(model.parameters(), lr={lr}, momentum=0.9)")
         if isinstance(optimizer, PreconditionedGD) and self.label in recipes.RECIPES:
-            return Candidate("now", self.label, _recipe(self.label, self.options), _recipe_line(self.label, self.options))
+            options = dict(self.options)
+            if (inputs := self.inputs) is not None and "inputs" in signature(recipes.RECIPES[self.label]).parameters:
+                options["inputs"] = _Called(type(inputs).__name__, lambda: inputs)
+            return Candidate("now", self.label, _recipe(self.label, options), _recipe_line(self.label, options))
         if isinstance(optimizer, PreconditionedGD):
             return Candidate(
                 "now", self.label, _again(optimizer, self.names), "for group in optimizer.param_groups: group['lr'] = {lr}"
@@ -178,7 +189,18 @@ def base_of(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> Base:
     family = own or next((_FAMILIES[c.__name__] for c in type(optimizer).__mro__ if c.__name__ in _FAMILIES), "")
     group = max(optimizer.param_groups, key=lambda g: sum(p.numel() for p in g["params"]))
     options = {k: group[k] for k in _CARRIED.get(family, ()) if k in group and group[k] != _USUAL[family][k]}
-    return Base(family, options, optimizer, {id(p): n for n, p in model.named_parameters(remove_duplicate=False)})
+    names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
+    inputs = _of_inputs(optimizer.naming.build(group).preconditioner) if isinstance(optimizer, PreconditionedGD) else None
+    return Base(family, options, optimizer, names, inputs)
+
+
+def _of_inputs(preconditioner: Preconditioner) -> Preconditioner | None:
+    """What of it, or within it, standardizes or whitens layer inputs; whitening first, which is more."""
+    within = [preconditioner]
+    for each in within:
+        within += [part for f in fields(each) if isinstance(part := getattr(each, f.name), Preconditioner)]  # type: ignore[arg-type]
+    kinds = tuple(INPUTS.values())
+    return next((each for kind in reversed(kinds) for each in within if isinstance(each, kind)), None)
 
 
 @dataclass(frozen=True)

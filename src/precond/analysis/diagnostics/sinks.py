@@ -13,12 +13,21 @@ Sink = Callable[[Metrics, int], Any]
 
 
 class Jsonl:
-    """One line of JSON per measurement, ``{"step": 100, "loss": 0.31, …}``; what is not finite is ``null``.
+    r"""One line of JSON per measurement, ``{"step": 100, "loss": 0.31, …}``; what is not finite is ``null``.
 
     An existing file is continued: after a resumed run, the last line of a step counts.
 
     Args:
         path: the file; its folder is made.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> path = Path(tempfile.mkdtemp()) / "run" / "metrics.jsonl"
+        >>> sink = Jsonl(path)
+        >>> sink({"loss": 0.5, "lambda_max": float("nan")}, 100)
+        >>> sink.close(); path.read_text()
+        '{"step": 100, "loss": 0.5, "lambda_max": null}\n'
     """
 
     def __init__(self, path: str | Path):
@@ -50,6 +59,13 @@ class TensorBoard:
 
     Raises:
         ImportError: for a folder, where tensorboard is not installed.
+
+    Example:
+        >>> class Writer:  # in place of a SummaryWriter
+        ...     def add_scalar(self, name, value, step):
+        ...         print(name, value, step)
+        >>> TensorBoard(Writer())({"loss": 0.5}, 100)
+        precond/loss 0.5 100
     """
 
     def __init__(self, writer: Any, prefix: str = "precond/"):

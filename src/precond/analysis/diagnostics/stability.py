@@ -16,6 +16,12 @@ def stable_factor(optimizer: torch.optim.Optimizer) -> float:
     With momentum β of heavy-ball kind c = 1 + β, Nesterov's (1 + β)/(1 + 2β), both over 1 − τ with dampening τ; an average of gradients
     (Adam) is heavy ball with τ = β: (1 + β)/(1 − β). Of several groups, the smallest.
 
+    Args:
+        optimizer: :class:`~precond.PreconditionedGD`, or one of those that :func:`preconditioner_of` knows.
+
+    Returns:
+        c > 0.
+
     Example:
         >>> p = torch.nn.Parameter(torch.zeros(1))
         >>> [round(stable_factor(o), 2) for o in (torch.optim.SGD([p]), torch.optim.SGD([p], momentum=0.9), torch.optim.Adam([p]))]

@@ -40,8 +40,8 @@ def lines(found: Diagnosis, every: bool = False) -> Iterator[Line]:
         yield "", ""
         yield "Also considered:", "bold"
         for c in rest:
-            yield from _wrapped(f"   {_NAMES[c.name]}: {c.why}" + (f" ({c.gain})" if c.gain else ""), "", "     ")
-    if any(a.gain for a in found.advice):
+            yield from _wrapped(f"   {_NAMES[c.name]}: {c.why}" + (f" ({c.gain})" if c.gain.known else ""), "", "     ")
+    if any(a.gain.known for a in found.advice):
         yield "", ""
         yield from _wrapped(f"Gains are ratios of steps in a training of {calibration().steps} steps. {calibration().sentence}")
     if found.layers:

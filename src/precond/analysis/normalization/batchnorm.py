@@ -61,6 +61,15 @@ def collapse_affine(model: nn.Module) -> nn.Module:
     Returns:
         A copy whose normalizations have no γ and β where the next layers took them up; a warning names the others.
 
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(2), torch.nn.Linear(2, 1))
+        >>> _ = torch.nn.init.normal_(model[0].weight)
+        >>> collapsed, x = collapse_affine(model), torch.randn(4, 2)
+        >>> torch.testing.assert_close(collapsed(x), model(x))
+        >>> sum(p.numel() for p in model.parameters()), sum(p.numel() for p in collapsed.parameters())
+        (7, 3)
+
     References:
         Ye, eqs. 22–23.
     """

@@ -61,6 +61,18 @@ class Normalization(nn.Module, ABC):
     Args:
         dim: the dimension of the data (samples are dimension 0) whose entries are the features, all others are pooled: 1 for the channels
             of images, −1 for the features of a sequence; None: every entry of a sample is a feature of its own.
+
+    Raises:
+        ValueError: for dimension 0, the samples.
+
+    Example:
+        >>> import torch
+        >>> class Halved(Normalization):  # width 2, whatever the data
+        ...     @staticmethod
+        ...     def _of(found):
+        ...         return torch.zeros_like(found.mean), torch.full_like(found.mean, 2.0)
+        >>> Halved().fit(torch.tensor([[1.0], [5.0]])).transform(torch.tensor([[3.0]]))
+        tensor([[1.5000]])
     """
 
     offset: Tensor

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 from precond.algebra.maps import Dense
 from precond.analysis.convergence import predict
-from precond.analysis.curvature import Conditioning, Span, condition_number, hessian
+from precond.analysis.curvature import Conditioning, condition_number, hessian
 from precond.lab.evidence.problems import (
     Problem,
     half_square,
     logistic_regression,
     random,
-    relative,
     remembered,
     seeded,
     standardized,
@@ -32,7 +31,7 @@ _FALL = 1e-6
 
 
 @remembered
-def _at_minimum(name: str) -> tuple[Problem, Tensor]:
+def at_minimum(name: str) -> tuple[Problem, Tensor]:
     problem = {
         "logistic": lambda: logistic_regression(penalty=0.005),
         "network": tanh_network,
@@ -63,29 +62,29 @@ def _relu_network() -> Problem:
     raise RuntimeError("no network of 50 has two units that fire for different samples")
 
 
-def _errors(problem: Problem, p_star: Tensor, alpha: float, r: float, P: Tensor | None = None) -> Tensor:
+def errors_of(problem: Problem, p_star: Tensor, alpha: float, r: float, P: Tensor | None = None) -> Tensor:
     """‖z_t − z*‖ of a run of the library's optimizer from near p*, where the bound is attained: in the slowest directions."""
     P = torch.eye(len(p_star), dtype=torch.float64) if P is None else P
-    problem.set(p_star + P @ _slowest(P.T @ problem.hessian(p_star) @ P, 1e-4 * p_star.norm()))
-    steps = _steps(r)
+    problem.set(p_star + P @ slowest_directions(P.T @ problem.hessian(p_star) @ P, 1e-4 * p_star.norm()))
+    steps = steps_to_fall(r)
     moved = problem.iterates(PreconditionedGD(problem.model, alpha, preconditioner=Fixed(Dense(P))), steps) - p_star
     problem.set(p_star)
     return torch.linalg.solve(P, moved.T).norm(dim=0)
 
 
-def _slowest(H: Tensor, length: Tensor) -> Tensor:
+def slowest_directions(H: Tensor, length: Tensor) -> Tensor:
     """The sum of the eigenvectors of the smallest positive and of the largest eigenvalue."""
     lam, V = torch.linalg.eigh(H)
     lowest = int((lam > 1e-10 * lam[-1]).nonzero()[0])
     return length * (V[:, lowest] + V[:, -1]) / 2**0.5
 
 
-def _steps(r: float) -> int:
+def steps_to_fall(r: float) -> int:
     """Until errors have fallen as far as they should, an even number; of slow runs a part tells the rate."""
     return min(2 * math.ceil(math.log(_FALL) / math.log(r) / 2), 2000)
 
 
-def _rate(errors: Tensor) -> float:
+def slowest_rate(errors: Tensor) -> float:
     """The geometric mean over the last half of a run."""
     half = (len(errors) - 1) // 2
     return float((errors[-1] / errors[-1 - half]) ** (1 / half))
@@ -93,7 +92,7 @@ def _rate(errors: Tensor) -> float:
 
 def _ends(name: str) -> tuple[Problem, Tensor, Conditioning]:
     """A problem at its minimum with the ends of its spectrum as the library finds them."""
-    problem, p_star = _at_minimum(name)
+    problem, p_star = at_minimum(name)
     return problem, p_star, condition_number(hessian(problem.objective()), tol=1e-9)
 
 
@@ -104,7 +103,7 @@ def _rate_of_regression() -> Finding:
     problem, p_star, ends = _ends("logistic")
     best = predict(ends)
     r, kappa = best.rate, best.kappa
-    errors = _errors(problem, p_star, best.lr, r)
+    errors = errors_of(problem, p_star, best.lr, r)
     t = torch.arange(len(errors), dtype=torch.float64)
     figure = Plot(
         "steps",
@@ -118,7 +117,7 @@ def _rate_of_regression() -> Finding:
     return Finding(
         "contraction per step",
         r,
-        _rate(errors),
+        slowest_rate(errors),
         0.02 * (1 - r),
         on=f"logistic regression, breast cancer, κ = {kappa:.4g}",
         figure=figure,
@@ -129,7 +128,7 @@ def _rate_of_regression() -> Finding:
 def _rate_of_network() -> Finding:
     problem, p_star, ends = _ends("network")
     best = predict(ends)
-    measured = _rate(_errors(problem, p_star, best.lr, best.rate))
+    measured = slowest_rate(errors_of(problem, p_star, best.lr, best.rate))
     return Finding(
         "contraction per step",
         best.rate,
@@ -144,7 +143,7 @@ def _rates() -> Finding:
     problem, p_star, ends = _ends("logistic")
     alphas = [predict(ends).lr * s for s in (0.4, 0.6, 0.8, 0.9, 0.95, 1.0, 1.01, 1.02, 1.03)]
     predicted = [predict(ends, a).rate for a in alphas]
-    observed = [_rate(_errors(problem, p_star, a, r)) for a, r in zip(alphas, predicted, strict=True)]
+    observed = [slowest_rate(errors_of(problem, p_star, a, r)) for a, r in zip(alphas, predicted, strict=True)]
     off = max(abs(o - r) / (1 - r) for o, r in zip(observed, predicted, strict=True))
     figure = Plot(
         "α",
@@ -184,125 +183,11 @@ def _best_alpha() -> Finding:
     problem, p_star, ends = _ends("logistic")
     best = predict(ends).lr
     scales = [0.9 + 0.01 * i for i in range(11)] + [1 + 0.001 * i for i in range(1, 5)]
-    observed = {s: _rate(_errors(problem, p_star, s * best, predict(ends, s * best).rate)) for s in scales}
+    observed = {s: slowest_rate(errors_of(problem, p_star, s * best, predict(ends, s * best).rate)) for s in scales}
     return Finding(
         "fastest of 15 values, as a multiple of the predicted α",
         1.0,
         min(observed, key=lambda s: observed[s]),
         0.0051,
         on="logistic regression, breast cancer",
-    )
-
-
-@CHAPTER.statement("implicit", "(4), (5)", "GD in z, p = P z, is p ← p − αM∇L(p) with M = P Pᵀ.")
-def _implicit() -> Finding:
-    problem = tanh_network()
-    n, alpha, start = len(problem.p), 0.05, problem.p
-    P = torch.eye(n, dtype=torch.float64) + 0.5 * n**-0.5 * random(n, n, seed=2)
-    p = problem.iterates(PreconditionedGD(problem.model, alpha, preconditioner=Fixed(Dense(P))), 200)[-1]
-    z = torch.linalg.solve(P, start)
-    for _ in range(200):
-        z.requires_grad_()
-        (g,) = torch.autograd.grad(problem.at(P @ z), z)
-        z = (z - alpha * g).detach()
-    return Finding(
-        "distance after 200 steps, relative to the way",
-        0.0,
-        float((p - P @ z).norm() / (p - start).norm()),
-        1e-11,
-        on="tanh network, a full P, not symmetric",
-    )
-
-
-@CHAPTER.statement("hessian-z", "after (4)", "The Hessian in z is PᵀHP.")
-def _hessian_in_z() -> Finding:
-    problem = tanh_network()
-    n = len(problem.p)
-    P = torch.eye(n, dtype=torch.float64) + 0.5 * n**-0.5 * random(n, n, seed=2)
-    like = tuple(q.detach() for q in problem.model.parameters())
-    map_ = Dense(P, like)
-    measured = (map_.T @ hessian(problem.objective()) @ map_).to_dense()
-    explicit = torch.autograd.functional.hessian(lambda z: problem.at(P @ z), torch.linalg.solve(P, problem.p))
-    return Finding("error, relative", 0.0, relative(measured, explicit), 1e-11, on="tanh network at initialization, a full P")
-
-
-@CHAPTER.statement("spectra", "after (5)", "PᵀHP and MH have the same eigenvalues.")
-def _spectra() -> Finding:
-    problem, _ = _at_minimum("network")
-    n = len(problem.p)
-    P = torch.eye(n, dtype=torch.float64) + 0.5 * n**-0.5 * random(n, n, seed=2)
-    map_ = Dense(P, tuple(q.detach() for q in problem.model.parameters()))
-    H = hessian(problem.objective())
-    symmetric = torch.linalg.eigvalsh((map_.T @ H @ map_).to_dense())
-    product = torch.linalg.eigvals(P @ P.T @ problem.hessian(problem.p)).real.sort().values
-    return Finding(
-        "largest relative error of an eigenvalue",
-        0.0,
-        float(((product - symmetric) / symmetric).abs().max()),
-        1e-9,
-        on="tanh network at its minimum, a full P",
-    )
-
-
-@CHAPTER.statement(
-    "rate-preconditioned", "after (5)", "Preconditioned GD contracts by r_M = (κ_M − 1)/(κ_M + 1), κ_M = κ(PᵀHP), in z."
-)
-def _rate_preconditioned() -> Finding:
-    problem, p_star = _at_minimum("network")
-    n = len(p_star)
-    # Scaled to a unit diagonal, as Jacobi's preconditioner does, then mixed: neither diagonal nor symmetric.
-    H = problem.hessian(p_star)
-    P = torch.diag(H.diagonal().rsqrt()) @ (torch.eye(n, dtype=torch.float64) + 0.1 * n**-0.5 * random(n, n, seed=3))
-    map_ = Dense(P, tuple(q.detach() for q in problem.model.parameters()))
-    best = predict(condition_number(map_.T @ hessian(problem.objective()) @ map_, tol=1e-9))
-    measured = _rate(_errors(problem, p_star, best.lr, best.rate, P))
-    before = condition_number(hessian(problem.objective())).kappa
-    return Finding(
-        "contraction per step",
-        best.rate,
-        measured,
-        0.02 * (1 - best.rate),
-        on=f"tanh network, wine, κ from {before:.4g} to κ_M = {best.kappa:.4g}",
-    )
-
-
-def _scalings(problem: Problem) -> Span:
-    """Directions that change nothing: the weights into a ReLU grow as those out of it shrink."""
-    W, v = (q.detach() for q in problem.model.parameters())
-    found = []
-    for j in range(len(W)):
-        into, out = torch.zeros_like(W), torch.zeros_like(v)
-        into[j], out[:, j] = W[j], -v[:, j]
-        found.append((into, out))
-    return Span(found)
-
-
-@CHAPTER.statement(
-    "null-space",
-    "end of the theory",
-    "A positively scale-invariant network has a null direction for each of its ReLUs, so that λ_min = 0.",
-)
-def _null_space() -> Finding:
-    problem, _ = _at_minimum("scale-invariant")
-    ends = condition_number(hessian(problem.objective()), null_tol=1e-10, method="dense")
-    return Finding("null eigenvalues at a minimum", 2.0, float(ends.inertia.null), on="ReLU network 6–2–1 without biases, wine")
-
-
-@CHAPTER.statement("rate-positive", "end of the theory", "There the rate is that of the smallest positive eigenvalue.")
-def _rate_positive() -> Finding:
-    problem, p_star = _at_minimum("scale-invariant")
-    best = predict(condition_number(hessian(problem.objective()), deflate=_scalings(problem), tol=1e-9))
-    r = best.rate
-    problem.set(p_star + _slowest(problem.hessian(p_star), 1e-5 * p_star.norm()))
-    steps = _steps(r)
-    found = problem.iterates(PreconditionedGD(problem.model, best.lr, preconditioner=Fixed()), steps)
-    problem.set(p_star)
-    # GD ends in some point of the curve of minima; the gradient tells the way to it.
-    gradients = torch.stack([problem.gradient(p).norm() for p in found])
-    return Finding(
-        "contraction of the gradient per step",
-        r,
-        _rate(gradients),
-        0.02 * (1 - r),
-        on=f"ReLU network 6–2–1, κ₊ = {best.kappa:.4g}",
     )

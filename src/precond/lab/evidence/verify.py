@@ -8,20 +8,39 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from precond.analysis.curvature import CurvatureError
-from precond.lab.evidence import adaptive, batchnorm, descent, normalization, persample, recurrent, regularization
+from precond.lab.evidence import (
+    adaptive,
+    adaptive_methods,
+    batchnorm,
+    descent,
+    gradient_regularization,
+    normalization,
+    persample,
+    persample_conditioning,
+    preconditioned_descent,
+    recurrent,
+    regularization,
+)
 from precond.lab.evidence.problems import drawn
 from precond.lab.evidence.statement import Chapter, Entry, Finding, Statement
 
-CHAPTERS: tuple[Chapter, ...] = (
-    descent.CHAPTER,
-    adaptive.CHAPTER,
-    regularization.CHAPTER,
-    normalization.CHAPTER,
-    batchnorm.CHAPTER,
-    persample.CHAPTER,
-    recurrent.CHAPTER,
+CHAPTERS: tuple[Chapter, ...] = tuple(
+    module.CHAPTER
+    for module in (
+        descent,
+        preconditioned_descent,
+        adaptive,
+        adaptive_methods,
+        regularization,
+        gradient_regularization,
+        normalization,
+        batchnorm,
+        persample,
+        persample_conditioning,
+        recurrent,
+    )
 )
-"""A statement more is one function more in one of these."""
+"""A statement more is one function more in one of these; those of one title stand together."""
 
 
 @dataclass(frozen=True)

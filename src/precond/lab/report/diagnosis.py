@@ -82,7 +82,7 @@ def render_diagnosis(
         advice=found.advice[:_FIRST],
         more=found.advice[_FIRST:],
         considered=[(_REMEDIES[c.name], c) for c in found.considered if c.why],
-        right=calibration().sentence if any(c.gain for c in found.considered) else "",
+        right=calibration().sentence if any(c.gain.known for c in found.considered) else "",
         steps=calibration().steps,
         columns=[LABELS.get(name, name) for name in columns],
         rows=[(layer, _cells(layer, columns)) for layer in found.layers],

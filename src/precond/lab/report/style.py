@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,11 +71,27 @@ def svg(draw: Any, name: str, size: tuple[float, float] = (4.6, 3.0)) -> str:
     Returns:
         The element, without prologue and metadata, scaling with its container.
     """
+    return svg_panels(lambda panels: draw(panels[0]), name, size, 1)
+
+
+def svg_panels(
+    draw: Callable[[Sequence[Axes]], None], name: str, size: tuple[float, float], panels: int, background: str = "none"
+) -> str:
+    """The same with several axes side by side, which share the ordinate.
+
+    Args:
+        draw: called with the axes, from left to right.
+        name, size: as in :func:`svg`.
+        panels: how many.
+        background: a color for a picture that stands on pages of another color, dark ones too.
+    """
     with mpl.rc_context({**_SETTINGS, "svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
-        draw(figure.add_subplot())
+        draw(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
+        for axes in figure.axes:
+            axes.patch.set_visible(False)
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(file, format="svg", facecolor=background, metadata={"Date": None})
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     # Ids of groups (figure_1, axes_1, …) are not salted and would repeat over the page; nothing refers to them.
@@ -95,3 +112,9 @@ def log_axis(axis: Any) -> None:
 def thousands(axes: Axes) -> None:
     """An axis of counts: 12k for 12,000."""
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k" if abs(x) >= 10_000 else f"{x:,g}"))
+
+
+def svg_file(element: str) -> str:
+    """An SVG element as a file of its own."""
+    spaced = element if "xmlns=" in element else element.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{spaced}\n'

@@ -11,8 +11,7 @@ from matplotlib.axes import Axes
 from precond.lab.report import numbers
 from precond.lab.report.against import markdown_row
 from precond.lab.report.results import Results
-from precond.lab.report.style import log_axis, pen, svg
-from precond.lab.report.where import svg_file
+from precond.lab.report.style import log_axis, pen, svg, svg_file
 from precond.lab.workloads import Trial
 from precond.lab.workloads.transfer import DEPTHS, WIDTHS, best_rate, mean_losses, shape_name
 

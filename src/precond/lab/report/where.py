@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from precond.lab.report import numbers
 from precond.lab.report.against import markdown_row, ratios
 from precond.lab.report.results import Results
-from precond.lab.report.style import log_axis, pen, svg
+from precond.lab.report.style import log_axis, pen, svg, svg_file
 from precond.lab.workloads.where import Prediction
 
 ADVISED, GAINED = 1.2, 1.05
@@ -139,9 +139,3 @@ def where_figure(results: Results, predictions: Sequence[Prediction]) -> str:
         axes.legend(frameon=False, fontsize=8)
 
     return svg_file(svg(draw, "where", (6.4, 4.2)))
-
-
-def svg_file(element: str) -> str:
-    """An SVG element as a file of its own."""
-    spaced = element if "xmlns=" in element else element.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{spaced}\n'

@@ -16,8 +16,8 @@ from precond.analysis.curvature import Objective
 from precond.analysis.diagnostics.calibrated import STUCK, Row, summary
 from precond.analysis.diagnostics.gains import Picture, predicted
 from precond.analysis.diagnostics.rates import fitted
-from precond.analysis.diagnostics.remedies import Base, Candidate, base_of
-from precond.analysis.diagnostics.short import Curve, compared, one_step, points, short_training, trained_copy
+from precond.analysis.diagnostics.remedies import Candidate, base_of
+from precond.analysis.diagnostics.short import Curve, compared, points, short_training
 from precond.lab.workloads.calibration import BASES, Setting
 from precond.lab.workloads.files import write_atomically
 
@@ -26,7 +26,6 @@ HORIZONS = (50, 150)
 
 _AT = tuple(sorted({*range(0, 20, 2), *points(HORIZONS[-1], 30)}))
 _START = {"gd": -4, "adam": -5}  # 10^(k/2): where the search of rates begins
-_WARM = 10  # steps, at a rate that leaves the model where it is, by which Adam's P is known
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,8 @@ def cells(setting: Setting, base: str, folder: Path, watch: Callable[[str], None
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         objective = setting.make()
-        picture, own = _looked_at(objective, base)
+        picture, make = Picture.of(objective), BASES[base]
+        own = base_of(None if make is None else make(objective.model, 1e-3), objective.model)
         candidates = [own.now()]
         if setting.dim != "none":
             candidates.append(own.standardized(setting.dim))  # type: ignore[arg-type]
@@ -84,7 +84,7 @@ def cells(setting: Setting, base: str, folder: Path, watch: Callable[[str], None
     found = []
     for candidate in candidates[1:]:
         for horizon in HORIZONS:
-            value, kappa = predicted(picture, own.adaptive, candidate.name, horizon)
+            value, kappa = predicted(picture, own, candidate.name, horizon)
             measured, rates = compared(curves["now"], curves[candidate.name], horizon)
             found.append(
                 Cell(setting.task, setting.model, base, candidate.name, horizon, value, kappa, measured, rates, picture.stuck)
@@ -100,19 +100,6 @@ def _read(file: Path) -> dict[str, list[Curve]] | None:
     return {name: [Curve(c["lr"], steps, tuple(c["losses"]), c["why"]) for c in many] for name, many in found["curves"].items()}
 
 
-def _looked_at(objective: Objective, base: str) -> tuple[Picture, Base]:
-    """The picture before training, with the optimizer's P where it needs steps to be known."""
-    make = BASES[base]
-    if make is None:
-        return Picture.of(objective), base_of(None, objective.model)
-    with trained_copy(objective, 0) as mine:
-        optimizer = make(mine.model, 1e-9)
-        for step in range(_WARM):
-            one_step(mine, optimizer, step % len(mine.batches))
-        mine.model.eval()
-        return Picture.of(mine, optimizer), base_of(make(objective.model, 1e-3), objective.model)
-
-
 def _train(objective: Objective, candidate: Candidate, lr: float) -> Curve:
     prepared = objective if candidate.prepare is None else candidate.prepare(objective)
     return short_training(prepared, candidate.make, lr, HORIZONS[-1], at=_AT)
@@ -121,7 +108,7 @@ def _train(objective: Objective, candidate: Candidate, lr: float) -> Curve:
 def rows(found: Sequence[Cell]) -> list[Row]:
     """The cells of the longest horizon whose prediction exists, as the fit takes them."""
     return [
-        Row(c.task, c.remedy, c.stuck >= STUCK, c.predicted, c.measured)
+        Row(c.task, f"{c.task}, {c.model}, {c.base}", c.remedy, c.stuck >= STUCK, c.predicted, c.measured)
         for c in found
         if c.horizon == HORIZONS[-1] and math.isfinite(c.predicted)
     ]

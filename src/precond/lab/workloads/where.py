@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -224,7 +223,4 @@ def predictions(task: Task, samples: int = 512) -> list[Prediction]:
     # Remedies are told against what is trained in p; its rate says nothing about them.
     found = diagnose(loss, recipes.adamw(model, lr=1e-3, weight_decay=0.0))
     gains = {considered.name: considered.gain for considered in found.considered}
-    return [
-        Prediction(task.name, label, math.nan if (gain := gains.get(name)) is None else gain.likely, len(found.layers))
-        for label, name in REMEDIES.items()
-    ]
+    return [Prediction(task.name, label, gains[name].likely, len(found.layers)) for label, name in REMEDIES.items()]

@@ -18,16 +18,22 @@ from precond.optim.blocks.turns import is_due
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Leaves that one map acts on jointly, in this order."""
+    """Leaves that one map acts on jointly, in this order.
+
+    Attributes:
+        leaves: the parameters, one or several.
+    """
 
     leaves: tuple[Leaf, ...]
 
     @property
     def name(self) -> str:
+        """Its leaf's, or those of its first and last."""
         return self.leaves[0].name if len(self.leaves) == 1 else f"{self.leaves[0].name} … {self.leaves[-1].name}"
 
     @cached_property
     def params(self) -> Vec:
+        """The parameters themselves, each of its whole shape."""
         return tuple(leaf.param for leaf in self.leaves)
 
     @cached_property
@@ -82,6 +88,7 @@ class Block:
         return tuple(torch.full_like(p, fill, dtype=state_dtype(p.dtype), requires_grad=False) for p in self.tensors)
 
     def subset(self, index: Sequence[int]) -> Block:
+        """Of some of its leaves, by position."""
         return Block(tuple(self.leaves[i] for i in index))
 
     def due(self, step: int, every: float) -> tuple[bool, ...]:

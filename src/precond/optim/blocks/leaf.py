@@ -51,10 +51,12 @@ class Leaf:
 
     @property
     def shape(self) -> torch.Size:
+        """Of the whole parameter, whoever holds it."""
         return self.param.shape
 
     @property
     def ndim(self) -> int:
+        """The number of its dimensions."""
         return self.param.ndim
 
     @cached_property
@@ -135,17 +137,62 @@ def matches(rule: Rule | None, leaf: Leaf) -> bool:
 
 
 def is_decayed(leaf: Leaf) -> bool:
-    """Not a bias, a normalization layer's parameter or an embedding: what weight decay is usually meant for."""
+    """Whether a parameter is none of a bias, a normalization layer's parameter, an embedding: what weight decay is usually meant for.
+
+    Args:
+        leaf: the parameter with what is known of it.
+
+    Returns:
+        True where it is; a rule for ``where=`` and :class:`~precond.Route`.
+
+    Example:
+        >>> import torch, precond
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> weight = precond.Leaf("head.weight", layer.weight)
+        >>> bias = precond.Leaf("head.bias", layer.bias, kind="bias")
+        >>> [precond.is_decayed(leaf) for leaf in (weight, bias)]
+        [True, False]
+    """
     return leaf.kind == "weight"
 
 
 def is_matrix(leaf: Leaf) -> bool:
-    """A weight with at least two dimensions that is no embedding."""
+    """Whether a parameter is a weight with at least two dimensions that is no embedding.
+
+    Args:
+        leaf: the parameter with what is known of it.
+
+    Returns:
+        True where it is; a rule for ``where=`` and :class:`~precond.Route`.
+
+    Example:
+        >>> import torch, precond
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> weight = precond.Leaf("head.weight", layer.weight)
+        >>> bias = precond.Leaf("head.bias", layer.bias, kind="bias")
+        >>> [precond.is_matrix(leaf) for leaf in (weight, bias)]
+        [True, False]
+    """
     return leaf.kind == "weight" and leaf.ndim >= 2
 
 
 def is_hidden(leaf: Leaf) -> bool:
-    """A matrix between layers: not an embedding, and by its name not the layer that makes the outputs."""
+    """Whether a parameter is a matrix between layers: not an embedding, and by its name not the layer that makes the outputs.
+
+    Args:
+        leaf: the parameter with what is known of it.
+
+    Returns:
+        True where it is; a rule for ``where=`` and :class:`~precond.Route`.
+
+    Example:
+        >>> import torch, precond
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> weight = precond.Leaf("head.weight", layer.weight)
+        >>> bias = precond.Leaf("head.bias", layer.bias, kind="bias")
+        >>> precond.is_matrix(weight), precond.is_hidden(weight)  # "head" makes the outputs
+        (True, False)
+    """
     return is_matrix(leaf) and _OUTPUTS.isdisjoint(leaf.name.split("."))
 
 

@@ -21,6 +21,9 @@ class State(dict[str, Any]):
 
     ``"step"``, one count per leaf, is put in by the optimizer and counts the step in progress. Where the host is not to know whether
     a step is taken (it may be skipped unread, or replayed), ``"clock"`` counts on the device those that are.
+
+    Attributes:
+        block: whose tensors these are.
     """
 
     def __init__(self, block: Block, *args: Any, **kwargs: Any):

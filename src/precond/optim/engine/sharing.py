@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from precond.algebra import collectives
 from precond.algebra.maps import LinearMap
 from precond.algebra.maps.base import Piecewise
 from precond.algebra.vec import Scalar, Vec
@@ -231,7 +232,7 @@ class Shared(Cell):
         )
         centers = [_center(own.get(key), site, key[1], flags) for key, site in sites.items()]
         flat = torch.cat([flags, *(c.reshape(-1) for c in centers)])
-        dist.all_reduce(flat, group=self.exchange.group)
+        collectives.all_reduce(flat, "what is to be observed", self.exchange.group)
         told = flat[: len(sites)].tolist()  # the host decides by them what hooks do
         means = flat[len(sites) :].split([c.numel() for c in centers])
         return [
@@ -252,7 +253,7 @@ def whole_state(cell: Shared) -> Iterator[tuple[Leaf, str, Tensor]]:
             flat = torch.empty(sum(t.numel() for _, _, t in alike), dtype=dtype, device=device)
             if owner == cell.exchange.rank:
                 torch.cat([t.reshape(-1).to(device) for _, _, t in alike], out=flat)
-            dist.broadcast(flat, dist.get_global_rank(group, owner), group)
+            collectives.broadcast(flat, owner, "the state that it owns", group)
             for (leaf, key, t), found in zip(alike, flat.split([t.numel() for _, _, t in alike]), strict=True):
                 yield leaf, key, found.view(t.shape).to(t.device)
 

@@ -4,7 +4,6 @@ from precond.optim.inputs.experts import routed
 from precond.optim.inputs.kinds import Observed, Registration, register_layer
 from precond.optim.inputs.moments import Moments, Request, Rows, pool
 from precond.optim.inputs.observation import Inputs, Observation, observe
-from precond.optim.inputs.observer import Observer
 from precond.optim.inputs.onehot import OneHot
 from precond.optim.inputs.reading import Unreadable, plain
 from precond.optim.inputs.sites import Passed, Site, Survey, survey
@@ -15,7 +14,6 @@ __all__ = [
     "Moments",
     "Observation",
     "Observed",
-    "Observer",
     "OneHot",
     "Passed",
     "Registration",

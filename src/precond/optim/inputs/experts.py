@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from precond.algebra.maps import Layout, Stacked
+from precond.algebra.maps import ExpertLayout, Layout
 from precond.optim.inputs.moments import Request, Rows
 from precond.optim.inputs.reading import Unreadable, called_with, plain
 from precond.optim.inputs.taps import Tap, Weight
@@ -31,6 +31,12 @@ def routed(
         offsets: (E,), where the rows of each expert end, as ``torch.nn.functional.grouped_mm`` takes them.
         index: (N,) or (N, k), the experts of each row; numbers that are no expert's are passed by.
         experts: E, with ``index``.
+
+    Returns:
+        E tensors (rows of the expert, n), in the order of experts; one that sees nothing has (0, n).
+
+    Raises:
+        ValueError: for none of the three forms, or several.
 
     Example:
         >>> import torch
@@ -69,7 +75,7 @@ class HFExpertsTap(Tap):
         return [Weight(getattr(m, name), bias(name), slot=name) for name in ("gate_up_proj", "down_proj")]
 
     def layout(self, weight: Weight, request: Request) -> Layout:
-        return Stacked(weight.param.shape[0], self.module.is_transposed)
+        return ExpertLayout(weight.param.shape[0], self.module.is_transposed)
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Routed | None:
         m = self.module

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from precond.algebra import checks
-from precond.algebra.maps import Layout, Stacked
+from precond.algebra.maps import ExpertLayout, Layout
 from precond.optim.inputs.attention import AttentionTap
 from precond.optim.inputs.bilinear import BilinearTap
 from precond.optim.inputs.conv import ConvTap
@@ -35,6 +35,26 @@ class Observed:
         inputs: ``(module, *args, **kwargs)``, the module's call, ↦ what the weight is multiplied with: a tensor whose last dimension
             is the inputs'; with experts a tensor whose first dimension is theirs, or one tensor for each (:func:`routed` makes them).
             None: the one argument of the call that has this shape.
+
+    Raises:
+        ValueError: for axes of another form.
+
+    Example:
+        >>> import torch, precond
+        >>> class Twice(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.W = torch.nn.Parameter(torch.eye(2))
+        ...
+        ...     def forward(self, x):
+        ...         return (2 * x) @ self.W
+        >>> handle = precond.register_layer(Twice, precond.Observed("W", bias=None, axes="io", inputs=lambda layer, x: 2 * x))
+        >>> model = Twice()
+        >>> with precond.optim.inputs.observe(model) as observation:
+        ...     _ = model(torch.ones(3, 2))
+        ...     print(observation.collect()[model.W].mean)
+        tensor([[2., 2.]])
+        >>> handle.remove()
     """
 
     weight: str = "weight"
@@ -48,7 +68,7 @@ class Observed:
     def layout(self, weight: Tensor) -> Layout:
         """How the weight is seen as (groups, rows, n)."""
         transposed = self.axes.endswith("io")
-        return Stacked(weight.shape[0], transposed) if self.axes[0] == "e" else Layout(1, transposed)
+        return ExpertLayout(weight.shape[0], transposed) if self.axes[0] == "e" else Layout(1, transposed)
 
 
 class RegisteredTap(Tap):
@@ -87,7 +107,7 @@ class RegisteredTap(Tap):
     def rows(self, seen: Any, weight: Weight) -> Rows:
         layout, met = self.layout(weight, Request()), self._met(seen, weight)
         n = layout.inputs(weight.param.shape)
-        if not isinstance(layout, Stacked):
+        if not isinstance(layout, ExpertLayout):
             return _flat(met, n)[None]
         if len(met) != layout.groups:
             raise Unreadable(f"has {layout.groups} experts, for which `inputs` of its kind made {len(met)} tensors")
@@ -142,7 +162,11 @@ _KINDS: list[_Registered] = [
 
 
 class Registration:
-    """What :func:`register_layer` returns; :meth:`remove` takes it back."""
+    """What :func:`register_layer` returns; :meth:`remove` takes it back.
+
+    Args:
+        registered: the kind, with what is observed of it.
+    """
 
     def __init__(self, registered: _Registered):
         self._registered = registered
@@ -167,6 +191,10 @@ def register_layer(kind: Kind, *weights: Observed, tap: Callable[[nn.Module], Ta
 
     Returns:
         A handle with ``remove()``.
+
+    Raises:
+        TypeError: for a kind that is no class, name or predicate, or weights that are not :class:`Observed`.
+        ValueError: for both ``weights`` and ``tap``.
 
     Example:
         >>> import torch, precond
@@ -212,4 +240,4 @@ def inputs_first(module: nn.Module, param: Tensor) -> bool:
         layouts = [tap.layout(w, Request("covariance", "patch")) for w in tap.weights if w.param is param]
     except AttributeError:
         return False
-    return any(layout.transposed and not isinstance(layout, Stacked) for layout in layouts)
+    return any(layout.transposed and not isinstance(layout, ExpertLayout) for layout in layouts)

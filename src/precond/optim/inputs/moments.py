@@ -23,6 +23,11 @@ class Request:
     Attributes:
         kind: ``"moments"``, mean and variance of each feature, or ``"covariance"``, their full covariance.
         conv: one feature per input ``"channel"``, over batch and positions, or per ``"patch"`` entry, over batch and outputs.
+
+    Example:
+        >>> import precond
+        >>> precond.BNP().requests == {precond.optim.inputs.Request("moments", "channel")}
+        True
     """
 
     kind: Kind = "moments"
@@ -60,6 +65,12 @@ class Moments:
     def variance(self) -> Tensor:
         """σ², shape (groups, n)."""
         return variances(self.spread, self.mean)
+
+    def to(self, device: torch.device) -> Moments:
+        """The same on a device; counts stay on the host."""
+        if self.mean.device == device:
+            return self
+        return replace(self, mean=self.mean.to(device), spread=self.spread.to(device), absolute=self.absolute.to(device))
 
     def raw(self) -> tuple[Tensor, ...]:
         """(N, Σh, Σh² or Σhhᵀ, Σ|h − c|, examples) in float64, which add over batches and processes."""
@@ -128,7 +139,21 @@ def mixed(parts: Sequence[Moments]) -> Moments:
 
 
 def pool(parts: Sequence[Moments]) -> Moments:
-    """The moments of all samples together (law of total variance, in float64)."""
+    """The moments of all samples together (law of total variance, in float64).
+
+    Args:
+        parts: moments of the same features, from batches, calls or processes.
+
+    Returns:
+        Moments of the first part's dtype.
+
+    Example:
+        >>> import torch
+        >>> parts = [of_rows(torch.tensor([[[0.0], [2.0]]])), of_rows(torch.tensor([[[4.0]]]))]  # (groups, N, n)
+        >>> together = pool(parts)
+        >>> together.count.item(), together.mean.item(), round(together.variance.item(), 4)  # of 0, 2, 4
+        (3.0, 2.0, 2.6667)
+    """
     if len(parts) == 1:
         return parts[0]
     total = [sum(column[1:], column[0]) for column in zip(*(p.raw() for p in parts), strict=True)]

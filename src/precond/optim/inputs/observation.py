@@ -59,7 +59,11 @@ class Inputs:
 
     @property
     def covariance(self) -> Tensor:
-        """E[(h − μ)(h − μ)ᵀ], (groups, n, n), where a covariance was asked for."""
+        """E[(h − μ)(h − μ)ᵀ], (groups, n, n), where a covariance was asked for.
+
+        Raises:
+            ValueError: where only moments were asked for.
+        """
         if self.moments.spread.ndim == self.moments.mean.ndim:
             raise ValueError(f'{self.name}: only moments were asked for; ask observe() for "covariance"')
         return self.moments.spread
@@ -112,6 +116,21 @@ class Observation:
 
     A forward counts where its module trains and gradients are on; micro-batches add up, a forward that activation checkpointing repeats
     counts once. What is kept are sums, no inputs. Parameters are keys as they are in ``optimizer.state``.
+
+    Args:
+        model: whose layers are watched.
+        requests: what is wanted of them.
+        params: weights that are wanted; None: all.
+        synchronize: whether processes put together what they saw.
+
+    Example:
+        >>> import torch, precond
+        >>> model = torch.nn.Linear(1, 1)
+        >>> with precond.optim.inputs.observe(model, "moments") as observation:
+        ...     _ = model(torch.tensor([[1.0], [3.0]]))
+        ...     for inputs in observation:
+        ...         print(inputs.name, inputs.mean.item(), inputs.variance.item())
+        weight 2.0 1.0
     """
 
     def __init__(self, model: nn.Module, requests: tuple[Request, ...], params: tuple[Tensor, ...] | None, synchronize: bool):

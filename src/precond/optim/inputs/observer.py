@@ -113,9 +113,11 @@ class Observer:
                 self._separate(site)
             self._marks[site.name] = mark(site.weight)
             for key in keys:
-                found = tap.moments(call, weight, key[1], self.wanted[key])
+                center, there = self.wanted[key], _device(tap.module, site)
+                found = tap.moments(call, weight, key[1], None if center is None else center.to(there))
                 if found is None:
                     continue
+                found = found.to(site.weight.device)
                 if found.mean.shape != site.shape(key[1]):
                     raise Unreadable(f"has {site.shape(key[1])} features, but inputs have {tuple(found.mean.shape)}")
                 self._seen[key] = pool([self._seen[key], found]) if key in self._seen else found
@@ -187,6 +189,11 @@ class Observer:
     def close(self) -> None:
         """Remove the hooks."""
         remove(self._handles)
+
+
+def _device(module: nn.Module, site: Site) -> torch.device:
+    """Where a call's inputs are: an engine that offloads parameters has others in their place by then."""
+    return next((p.device for p in module.parameters(recurse=False)), site.weight.device)
 
 
 def why_unread(error: Exception) -> str:

@@ -22,6 +22,19 @@ class OneHot(Tap):
 
     No optimizer does this unless it is told to, ``precond.register_layer(torch.nn.Embedding, tap=precond.optim.inputs.OneHot)``: RMS, which
     has embeddings otherwise, divides by frequencies too, by those of gradients.
+
+    Args:
+        module: an ``nn.Embedding``.
+
+    Example:
+        >>> import torch, precond
+        >>> handle = precond.register_layer(torch.nn.Embedding, tap=precond.optim.inputs.OneHot)
+        >>> model = torch.nn.Embedding(3, 2)
+        >>> with precond.optim.inputs.observe(model, "moments") as observation:
+        ...     _ = model(torch.tensor([0, 0, 0, 2]))
+        ...     print(observation.collect()[model.weight].mean)  # frequencies of the tokens
+        tensor([[0.7500, 0.0000, 0.2500]])
+        >>> handle.remove()
     """
 
     @property

@@ -81,8 +81,19 @@ def plain(x: Any) -> Tensor | None:
 
     Jagged tensors become the rows of all their parts. The graph that made x stays with it.
 
+    Args:
+        x: what a layer was called with.
+
+    Returns:
+        The tensor, dense and strided, with its own dtype; None where it shows nothing.
+
     Raises:
         Unreadable: for what is no such tensor.
+
+    Example:
+        >>> import torch
+        >>> plain(torch.ones(2, 3)).shape, plain(torch.ones(0, 3)) is None
+        (torch.Size([2, 3]), True)
     """
     if not isinstance(x, Tensor):
         raise Unreadable(f"was given a {type(x).__name__}, not a tensor")

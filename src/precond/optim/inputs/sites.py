@@ -78,7 +78,23 @@ class Survey:
 
 
 def survey(modules: Iterable[tuple[str, nn.Module]]) -> Survey:
-    """Find the sites among named modules (of ``named_modules(remove_duplicate=False)`` or several such)."""
+    """Find the sites among named modules (of ``named_modules(remove_duplicate=False)`` or several such).
+
+    Args:
+        modules: pairs (name, module); the same module may come twice.
+
+    Returns:
+        The weights whose inputs can be observed, and those whose cannot, each with the reason.
+
+    Raises:
+        TypeError: for a model that FSDP1 has flattened.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU())
+        >>> [site.name for site in survey(model.named_modules(remove_duplicate=False)).sites]
+        ['0.weight']
+    """
     taps: dict[Tensor, list[tuple[str, Tap, Weight]]] = {}
     others: dict[Tensor, tuple[str, str, nn.Module]] = {}
     passed_by: list[Passed] = []

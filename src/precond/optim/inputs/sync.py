@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from precond.algebra import collectives
 from precond.algebra.vec import all_finite
 from precond.optim.inputs.moments import Moments, Request, mixed
 from precond.optim.inputs.observer import Observer, Seen
@@ -95,7 +96,7 @@ def _to_owners(
     ]
     flat = torch.cat([torch.tensor([float(not good)], dtype=torch.float64), *numbers]).to(device)
     every = flat.new_empty(size * len(flat))
-    dist.all_gather_single(every, flat, group)
+    collectives.all_gather(every, flat, "how many inputs it saw", group)
     table = every.cpu().view(size, -1)  # the host knows of how many samples statistics are
     counts = [row[1:].split(lengths) for row in table]
     shapes = [site.shape(request) for site, request, _ in keys]
@@ -109,7 +110,7 @@ def _to_owners(
     flat = torch.cat(sent) if sent else torch.empty(0, dtype=dtype, device=device)
     taken = flat.new_empty(sum(sizes[i] for of in takes for i in of))
     received, given = ([sum(sizes[i] for i in of) for of in each] for each in (takes, gives))
-    dist.all_to_all_single(taken, flat, received, given, group)
+    collectives.all_to_all(taken, flat, received, given, "statistics of inputs", group)
     pieces = iter(taken.split([sizes[i] for of in takes for i in of]))
     found: list[list[Moments]] = [[] for _ in keys]
     for r, of in enumerate(takes):
@@ -186,7 +187,7 @@ def _to_all(keys: Sequence[tuple[Site, Request]], seen: Seen) -> Seen:
         return {}
     known = torch.cat(numbers).to(sums[0].device)
     flat = torch.cat([known, *sums])
-    dist.all_reduce(flat)
+    collectives.all_reduce(flat, "statistics of inputs")
     counts, flat = flat[: len(known)].cpu(), flat[len(known) :]  # the host knows of how many samples statistics are
     out: Seen = {}
     at = start = 0

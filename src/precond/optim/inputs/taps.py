@@ -35,6 +35,32 @@ class Tap(ABC):
     """A module whose inputs are seen by a forward pre-hook.
 
     A call is read once (:meth:`read`), whatever is then asked of it.
+
+    Args:
+        module: the layer.
+
+    Example:
+        >>> import torch, precond
+        >>> from precond.optim.inputs import Tap, Weight
+        >>> class Shifted(torch.nn.Linear):  # W (x + 1) + b
+        ...     def forward(self, x):
+        ...         return super().forward(x + 1)
+        >>> class ShiftedTap(Tap):
+        ...     @property
+        ...     def weights(self):
+        ...         return [Weight(self.module.weight, self.module.bias)]
+        ...
+        ...     def read(self, args, kwargs):
+        ...         return args[0] + 1
+        ...
+        ...     def rows(self, seen, weight):
+        ...         return seen.reshape(1, -1, seen.shape[-1])
+        >>> handle, model = precond.register_layer(Shifted, tap=ShiftedTap), Shifted(1, 1)
+        >>> with precond.optim.inputs.observe(model, "moments") as observation:
+        ...     _ = model(torch.tensor([[1.0], [3.0]]))
+        ...     print(observation.collect()[model.weight].mean.item())
+        3.0
+        >>> handle.remove()
     """
 
     def __init__(self, module: nn.Module):

@@ -17,7 +17,7 @@ from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.sharing import Shared
 from precond.optim.optimizer import averaging
 from precond.optim.optimizer.naming import Naming
-from precond.optim.optimizer.parameters import Owners, in_place
+from precond.optim.optimizer.owners import Owners, in_place
 
 Kinds = tuple[list[bool], list[torch.dtype], list[int]]
 """Whether each parameter wants gradients, its dtype, and the number of its device, -1 on a processor: numbers are compared at once."""

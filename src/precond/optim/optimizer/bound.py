@@ -26,7 +26,8 @@ from precond.optim.optimizer.compatibility import check_precision
 from precond.optim.optimizer.interrupts import Uninterrupted
 from precond.optim.optimizer.listening import Listening
 from precond.optim.optimizer.naming import Naming
-from precond.optim.optimizer.parameters import Owners, in_place, to_groups
+from precond.optim.optimizer.owners import Owners, in_place
+from precond.optim.optimizer.parameters import to_groups
 from precond.optim.optimizer.probing import (
     Clearings,
     Probe,
@@ -228,6 +229,10 @@ class Bound(torch.optim.Optimizer):
         self.owners = Owners([model])
         self._bind()
         self._listen()
+
+    def watches(self, model: nn.Module) -> bool:
+        """Whether this very module is what it observes."""
+        return any(model is module for module in self.owners.alive())
 
     @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:

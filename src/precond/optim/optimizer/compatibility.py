@@ -92,6 +92,9 @@ def check_same(name: str, leaves: Sequence[Leaf], cells: Sequence[Cell], options
     what = {i: _kinds(each.preconditioner) for cell in cells for each in cell.cells for i in each.index}
     mine = [(leaf.name, tuple(leaf.shape), what.get(i, "frozen"), leaf.group) for i, leaf in enumerate(leaves)]
     plain = [[x for x in of if _is_plain(x)] for of in options]
+    for leaf in leaves:
+        if leaf.pieces is not None:
+            _check_backend(name, leaf, leaf.pieces.group)
     for group in dict.fromkeys(leaf.pieces.group for leaf in leaves if leaf.pieces is not None):
         everyone: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyone, (mine, plain), group)
@@ -106,6 +109,28 @@ def check_same(name: str, leaves: Sequence[Leaf], cells: Sequence[Cell], options
                 raise RuntimeError(
                     f"{name}: rank {rank} has other options than rank 0: {numbers!r}, not {everyone[0][1]!r}; give all ranks the same"
                 )
+
+
+def _check_backend(name: str, leaf: Leaf, group: dist.ProcessGroup) -> None:
+    """Raise ValueError where ranks cannot send each other tensors of the device that a parameter is on."""
+    device = leaf.tensor.device
+    try:
+        group._get_backend(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name}: {leaf.name!r} is on {device.type} (CPUOffloadPolicy?), and the ranks that share it have no backend for such tensors: "
+            "init_process_group('cpu:gloo,cuda:nccl') has one for each"
+        ) from error
+
+
+def check_in_place(name: str, params: Iterable[Tensor]) -> None:
+    """Raise TypeError for parts of parameters that stand in their place between forwards, which an optimizer would take for the whole."""
+    if any(hasattr(p, "_st_info") for p in params):
+        raise TypeError(
+            f"{name}: parameters of tensor parallelism were made local for DistributedDataParallel: their parts are no matrices, and others "
+            "stand in their place after each forward; copy the model by fully_shard, or by replicate, of torch.distributed, over the mesh "
+            "of copies instead"
+        )
 
 
 def _is_plain(x: Any) -> bool:

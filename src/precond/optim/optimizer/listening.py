@@ -14,9 +14,10 @@ from precond.algebra.sharding import local
 from precond.algebra.vec import all_finite
 from precond.optim.engine.cells import Cell
 from precond.optim.engine.sharing import owned_statistics
-from precond.optim.inputs import Observer, Request, Site
+from precond.optim.inputs import Request, Site
+from precond.optim.inputs.observer import Observer
 from precond.optim.inputs.sync import Heard, check_alike, synchronized
-from precond.optim.optimizer.parameters import Owners
+from precond.optim.optimizer.owners import Owners
 from precond.optim.optimizer.passes import Recorder
 from precond.optim.ranks.replicas import distributed
 

@@ -1,9 +1,8 @@
-"""What a user may pass as ``params``, made into parameter groups; and the leaves that groups hold."""
+"""What a user may pass as ``params``, made into parameter groups."""
 
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,13 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from precond.algebra import checks
-from precond.algebra.sharding import Shard
 from precond.optim.blocks import Leaf, is_decayed, is_hidden, is_matrix
-from precond.optim.blocks.turns import turns
-from precond.optim.inputs import Site, Survey, survey
-from precond.optim.inputs.kinds import inputs_first
 from precond.optim.inputs.paths import clean
-from precond.optim.inputs.roles import kind_of
+from precond.optim.optimizer.owners import Owners
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -141,11 +136,6 @@ def _check(params: Sequence[Tensor]) -> None:
             raise TypeError(f"params holds a parameter of layout {p.layout}; only dense (strided) parameters are supported")
 
 
-def in_place(leaf: Leaf) -> bool:
-    """Whether a leaf's module, where one is known, still holds its parameter. (Between passes FSDP2 puts others there.)"""
-    return leaf.module is None or leaf.module._parameters.get(leaf.attribute) is leaf.param or leaf.shard is not None
-
-
 class ModuleGroups(list[dict[str, Any]]):
     """Parameter groups that remember the module they come from, so that an optimizer can protect its second passes."""
 
@@ -154,121 +144,15 @@ class ModuleGroups(list[dict[str, Any]]):
         self.module = module
 
 
-class Owners:
-    """Which module owns a parameter, for the modules that were given; holds them weakly."""
-
-    def __init__(self, modules: Iterable[nn.Module] = (), known: Iterable[Leaf] = ()):
-        self.modules: list[weakref.ref[nn.Module]] = [weakref.ref(m) for m in modules]
-        # What is known of parameters whose module is not known any more.
-        self._known = {leaf.param: (leaf.layer, leaf.kind, leaf.inputs_first) for leaf in known}
-        self._survey: Survey | None = None
-
-    def add(self, modules: Iterable[nn.Module]) -> None:
-        """Know further modules."""
-        self.modules += [weakref.ref(m) for m in modules]
-        self._survey = None
-
-    def moved(self, leaves: Iterable[Leaf]) -> dict[Tensor, Tensor]:
-        """Parameter → the one that now stands where it stood, of the leaves that their modules do not hold any more.
-
-        ``to_empty`` and ``load_state_dict(assign=True)`` replace parameters; parametrizations move them, or make others of them.
-
-        Raises:
-            RuntimeError: where a parameter has gone, or what stands there is another thing.
-        """
-        self._survey = None
-        gone = [leaf for leaf in leaves if not in_place(leaf)]
-        held = {p for m in self.alive() for p in m.parameters()} if gone else set()
-        out: dict[Tensor, Tensor] = {}
-        for leaf in gone:
-            if leaf.param in held:
-                continue  # moved within the model, as by a parametrization of one tensor
-            assert leaf.module is not None
-            new = leaf.module._parameters.get(leaf.attribute)
-            if new is None or new.shape != leaf.shape or Shard.of(new) is not None:
-                raise RuntimeError(
-                    f"{leaf.name!r} is no parameter of the model any more, which was changed (weight_norm, a parametrization, "
-                    "fully_shard, another layer) after the optimizer was made: make the optimizer after such changes"
-                )
-            out[leaf.param] = new
-        return out
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Weak references cannot be copied, and the modules of a copied optimizer are not these.
-        return {"modules": [], "_known": self._known, "_survey": None}
-
-    @property
-    def names(self) -> bool:
-        """Whether names of parameters are a model's, not a user's."""
-        return bool(self.modules or self._known)
-
-    def alive(self) -> list[nn.Module]:
-        """The modules that still exist."""
-        return [m for ref in self.modules if (m := ref()) is not None]
-
-    def replicas(self) -> dict[Tensor, Any]:
-        """Of the parameters that DistributedDataParallel keeps alike, the group of processes that hold copies."""
-        out: dict[Tensor, Any] = {}
-        for module in (
-            m for root in self.alive() for m in root.modules() if isinstance(m, nn.parallel.DistributedDataParallel)
-        ):
-            for name, param in module.module.named_parameters():
-                if name not in module.parameters_to_ignore:
-                    out.setdefault(param, module.process_group)
-        return out
-
-    def survey(self) -> Survey:
-        """Where the inputs of the modules' layers can be observed; made once."""
-        if self._survey is None:
-            roots = enumerate(self.alive())
-            self._survey = survey(
-                (f"{number}:{clean(path)}" if number else clean(path), module)
-                for number, root in roots
-                for path, module in root.named_modules()
-            )
-        return self._survey
-
-    def leaves(self, param_groups: Sequence[Mapping[str, Any]], observed: bool = False) -> list[Leaf]:
-        """The leaves of parameter groups in order; where inputs are ``observed``, with the sites of their layers."""
-        owner: dict[Tensor, tuple[str, nn.Module, str]] = {}
-        shared: set[Tensor] = set()
-        for number, root in enumerate(self.alive()):
-            prefix = f"{number}:" if number else ""
-            for path, module in root.named_modules():
-                for attribute, param in module.named_parameters(recurse=False):
-                    found = owner.setdefault(param, (prefix + clean(path), module, attribute))
-                    if found[1] is not module:
-                        shared.add(param)
-        sites: dict[Tensor, list[Site]] = {}
-        for site in self.survey().sites if observed else ():
-            for param in (site.weight, site.bias):
-                if param is not None:
-                    sites.setdefault(param, []).append(site)
-        replicas = self.replicas()
-        leaves: list[Leaf] = []
-        turn = iter(turns([p for group in param_groups for p in group["params"]]))
-        for k, group in enumerate(param_groups):
-            names = group.get("param_names") or [None] * len(group["params"])
-            for name, param in zip(names, group["params"], strict=True):
-                path, module, attribute = owner.get(param, (None, None, ""))
-                name = name or f"param_{len(leaves)}"
-                layer = path if path is not None else name.rpartition(".")[0] or name
-                kind = kind_of(name, param, module)
-                turned = module is not None and inputs_first(module, param)
-                if module is None and param in self._known:
-                    layer, kind, turned = self._known[param]
-                seen = tuple(sites.get(param, ()))
-                more = next(turn), replicas.get(param), param in shared
-                leaves.append(Leaf(name, param, kind, layer, module, k, seen, turned, attribute, *more))
-        return leaves
-
-
 def decay_groups(model: nn.Module | Iterable[tuple[str, Tensor]], weight_decay: float) -> ModuleGroups:
     """Two parameter groups: weights with decay; biases, normalization parameters and embeddings without.
 
     Args:
         model: a module, or named parameters (then one-dimensional parameters are not decayed).
         weight_decay: of the first group; the second has 0.
+
+    Returns:
+        A list of groups for any optimizer; recipes given it know the module too. A group without parameters is left out.
 
     Example:
         >>> groups = decay_groups(torch.nn.Linear(3, 2), 0.1)
@@ -304,6 +188,12 @@ def role_groups(
         lr: of hidden matrices.
         embedding, output, vector: what multiplies it for the others.
         options: further options of all groups.
+
+    Returns:
+        A list of groups for any optimizer; recipes given it know the module too.
+
+    Raises:
+        ValueError: for a factor that is negative.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))

@@ -60,6 +60,20 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 
     Nested use is harmless. Meant for a second pass when the optimizer was given parameters only:
     ``while opt.probe(): with frozen_statistics(model): loss(model(x), y).backward()``.
+
+    Args:
+        model: whose buffers are put back.
+
+    Yields:
+        Nothing; the model's parameters and their gradients are left as they are.
+
+    Example:
+        >>> import torch, precond
+        >>> model = torch.nn.BatchNorm1d(1)
+        >>> with precond.frozen_statistics(model):
+        ...     _ = model(torch.tensor([[1.0], [3.0]]))
+        >>> model.running_mean.item(), model.num_batches_tracked.item()
+        (0.0, 0)
     """
     buffers = Buffers([model])
     try:

@@ -19,13 +19,15 @@ from precond.optim.checking.arguments import fitted, number
 from precond.optim.engine.cells import Choice, uncounted
 from precond.optim.engine.loop import Rules
 from precond.optim.momentum import Momentum
-from precond.optim.optimizer.compatibility import check_precision, check_same, check_shared, listed, validate
+from precond.optim.optimizer.compatibility import check_in_place, check_precision, check_same, check_shared, listed, validate
 from precond.optim.optimizer.explanation import Explanation, explain
 from precond.optim.optimizer.imitation import hand_through
 from precond.optim.optimizer.interrupts import Uninterrupted
 from precond.optim.optimizer.looking import map_in_force
 from precond.optim.optimizer.naming import Naming
-from precond.optim.optimizer.parameters import Owners, Params, to_groups
+from precond.optim.optimizer.owners import Owners
+from precond.optim.optimizer.parameters import Params, to_groups
+from precond.optim.optimizer.probing import place_gradients
 from precond.optim.optimizer.saving import Saving
 from precond.optim.preconditioners import Preconditioner
 from precond.optim.regularizers import Regularizer
@@ -58,6 +60,7 @@ class PreconditionedGD(Saving):
         capturable: on accelerators, steps may be captured in a CUDA graph: the device counts them, and all that formulas make of the
             count stays there. On processors it does nothing. Not for what observes inputs or asks for second gradients, which read
             counts of samples and random states on the host. See :attr:`program`.
+        naming: of a recipe: how it calls its numbers and its state; None: by the names of this class.
 
     Raises:
         TypeError, ValueError: for parameters and options that cannot work; the message names the remedy.
@@ -137,6 +140,7 @@ class PreconditionedGD(Saving):
         if momentum is not None and "betas" not in self.defaults:
             # OneCycleLR and CyclicLR look for it here, and write it into the groups.
             self.defaults.setdefault("momentum", momentum.beta)
+        check_in_place(name, (p for group in self.param_groups for p in group["params"]))
         self._bind()
         check_precision(self._bound.leaves, choice, rounding)
         check_same(name, self._bound.leaves, self._bound.cells, self._bound.options)
@@ -206,6 +210,8 @@ class PreconditionedGD(Saving):
                 self._settle()
         elif self._gradient_based is not None:
             self._check_probed()
+        self._check_company()
+        place_gradients(self._bound.leaves)
         before = [] if self._averaged is None else self._averaged.steps()
         with Uninterrupted():
             try:

@@ -26,6 +26,9 @@ Gradients = list[Tensor | None]
 class LossClosure:
     """A closure that returns the loss and calls no backward: what double backprop needs, and what every other method takes too.
 
+    Args:
+        f: makes a forward pass, and returns the loss, a tensor of one element with its graph.
+
     Example:
         >>> import torch, precond
         >>> p = torch.nn.Parameter(torch.tensor([1.0]))
@@ -159,6 +162,15 @@ def unscaled(gradients: Sequence[Tensor | None], scale: float | Tensor | None) -
         for i, g in zip(of, torch._foreach_div(list(of.values()), there[device]), strict=True):
             wide[i] = g
     return wide
+
+
+def place_gradients(leaves: Sequence[Leaf]) -> None:
+    """Gradients that are divided otherwise than their parameters become divided like them: where tensor parallelism divides sequences,
+    those of a normalization layer are sums over the ranks that are still to be taken. Every rank that holds a part must call it."""
+    for leaf in leaves:
+        g: Any = leaf.param.grad
+        if leaf.shard is not None and g is not None and g.placements != leaf.shard.param.placements:
+            leaf.param.grad = g.redistribute(placements=leaf.shard.param.placements)
 
 
 def take_gradients(leaves: Sequence[Leaf]) -> Gradients:

@@ -6,7 +6,7 @@ from typing import Any
 
 from precond.optim.optimizer import serialization
 from precond.optim.optimizer.interrupts import Uninterrupted
-from precond.optim.optimizer.parameters import Owners
+from precond.optim.optimizer.owners import Owners
 from precond.optim.optimizer.stepping import Stepping
 
 

@@ -26,10 +26,15 @@ from precond.optim.optimizer.probing import (
     exact_gradient,
     finite_loss,
     loss_gradient,
+    place_gradients,
     take_gradients,
     unscaled,
 )
-from precond.optim.ranks.replicas import averaged
+from precond.optim.ranks.replicas import averaged, check_joined, meet
+
+_WITHOUT_DATA = (
+    "A rank that has no data in a step goes forward and backward on an empty batch, x[:0], with a loss that is a sum"
+)
 
 
 class SecondGradients(Capturing):
@@ -125,6 +130,14 @@ class SecondGradients(Capturing):
         finally:
             restore_random_state(after)
 
+    def _check_company(self) -> None:
+        """Raise where the other ranks, whom this one steps for, would not come to this step."""
+        if self.shared or self._requests:
+            check_joined(self.naming.name, self.owners.alive())
+        if self.shared and all(leaf.param.grad is None for leaf in self._bound.leaves):
+            for shared in self.shared:
+                meet(shared.exchange.group, f"{self.naming.name}.step, where no parameter has a gradient", _WITHOUT_DATA)
+
     def _exact_gradient(self, closure: Callable[[], Any]) -> tuple[Any, list[Tensor | None]]:
         """The loss and the gradient's graph of this process; ``.grad`` is the mean over all, which no reducer of DDP sees."""
         with ExitStack() as stack:
@@ -147,6 +160,7 @@ class SecondGradients(Capturing):
     @torch.no_grad()
     def _next_probe(self, grad_scale: float | Tensor | None, recorder: Recorder | None) -> bool:
         with Uninterrupted():
+            place_gradients(self._bound.leaves)
             if self._pending is None:
                 self._settle()
                 with self._own_precision():

@@ -81,6 +81,11 @@ def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
         saved_groups: Sequence[Mapping[str, Any]] = state_dict["param_groups"]
         saved_state: Mapping[Any, Mapping[str, Any]] = state_dict["state"]
     except (KeyError, TypeError) as error:
+        if isinstance(state_dict, Mapping) and any(str(key).startswith("state.") for key in state_dict):
+            raise ValueError(
+                "load_state_dict: the state dict is flattened, which torch.distributed.checkpoint.state_dict undoes, but not together with "
+                "full_state_dict=True: leave out one of the two, when saving and when loading"
+            ) from error
         raise ValueError(
             "load_state_dict: expected a dict with 'state' and 'param_groups', as optimizer.state_dict() returns; "
             "is the file truncated, or a model's state dict?"

@@ -25,6 +25,15 @@ class AdaGrad(Preconditioner):
         initial: r₀ ≥ 0.
         lr_decay: η ≥ 0; M is divided by 1 + (t−1)η.
 
+    Example:
+        >>> import torch, precond
+        >>> p = torch.nn.Parameter(torch.tensor([0.0]))
+        >>> optimizer = precond.PreconditionedGD([p], lr=1.0, preconditioner=precond.AdaGrad(eps=0.0))
+        >>> for g in (3.0, 4.0):  # 3/√9 + 4/√25
+        ...     p.grad = torch.tensor([g]); _ = optimizer.step()
+        >>> round(p.item(), 4)
+        -1.8
+
     References:
         Ye, "Understanding Adaptive Learning Rate"; Duchi, Hazan & Singer (2011).
     """

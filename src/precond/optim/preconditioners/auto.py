@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from precond.algebra import checks
-from precond.algebra.maps import Stacked
+from precond.algebra.maps import ExpertLayout
 from precond.optim import blocks
 from precond.optim.blocks import Leaf
 from precond.optim.checking.arguments import settle
@@ -55,6 +55,17 @@ class Auto(Resolved):
         embeddings: what multiplies the learning rate of tables of embeddings.
         white: share of independent directions, > 0, from which inputs are standardized, not whitened; more than 1: never.
         measured: pairs (name of a weight, share of independent directions).
+
+    Raises:
+        TypeError: for ``measured`` that holds no pairs.
+        ValueError: for numbers out of range.
+
+    Example:
+        >>> import torch, precond
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2000, 4), torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+        >>> rows = precond.PreconditionedGD(model, preconditioner=precond.Auto()).explain().rows
+        >>> [row.preconditioner.split("(")[0] for row in rows if row.name.endswith("weight")]
+        ['BNP', 'Whitening', 'RMS']
     """
 
     max_inputs: int = 1024
@@ -132,7 +143,7 @@ class Auto(Resolved):
         if not observed:
             return self.polar, NOT_OBSERVED
         turned = weight.inputs_first and weight.ndim > 2
-        stacked = any(isinstance(site.layout(REQUESTS[0]), Stacked) for leaf in layer for site in leaf.sites)
+        stacked = any(isinstance(site.layout(REQUESTS[0]), ExpertLayout) for leaf in layer for site in leaf.sites)
         if turned or stacked or getattr(weight.module, "groups", 1) > 1:
             return self.bnp @ self.rms, "rows see different inputs"
         if min(rows, columns) > self.polar.max_dim:

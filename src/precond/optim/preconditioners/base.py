@@ -52,7 +52,12 @@ def strictest(preconditioners: Iterable[Preconditioner]) -> Needs:
 
 @dataclass(frozen=True)
 class Part:
-    """Leaves, by position, that one preconditioner acts on jointly."""
+    """Leaves, by position, that one preconditioner acts on jointly.
+
+    Attributes:
+        index: their positions among the leaves that :meth:`Preconditioner.partition` was given.
+        preconditioner: what acts on them.
+    """
 
     index: tuple[int, ...]
     preconditioner: Preconditioner
@@ -154,6 +159,28 @@ class Preconditioner(ABC):
         uses_momentum: its map is made of the momentum.
         momentum: an average of its own for the parameters that it acts on, in place of the optimizer's; None: the optimizer's.
         advised_damping: the damping of M that penalties in z take unless told otherwise (math: M_r = (M⁻¹ + δI)⁻¹).
+
+    Example:
+        >>> import torch, precond
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Largest(precond.Preconditioner):  # M = 1/max |g| of each tensor so far
+        ...     def init(self, block):
+        ...         return {"peak": tuple(torch.zeros((), dtype=p.dtype) for p in block.params)}
+        ...
+        ...     def observe(self, state, seen):
+        ...         for peak, g in zip(state["peak"], seen.gradient):
+        ...             torch.maximum(peak, g.abs().max(), out=peak)
+        ...
+        ...     def map(self, state):
+        ...         return precond.InverseRoot(tuple(x.expand_as(p) for x, p in zip(state["peak"], state.block.params)))
+        >>> p = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = precond.PreconditionedGD([p], lr=1.0, preconditioner=Largest())
+        >>> p.grad = torch.tensor([8.0, 2.0]); _ = optimizer.step(); p.tolist()
+        [-1.0, -0.25]
+
+    References:
+        Ye, eqs. (4), (5).
     """
 
     entrywise: bool = False

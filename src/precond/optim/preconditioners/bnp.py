@@ -40,6 +40,17 @@ class BNP(InputSide):
     Raises:
         TypeError: (with an optimizer) where parameters are given instead of a module, whose inputs can be observed.
 
+    Example:
+        >>> import torch, precond
+        >>> model = torch.nn.Linear(2, 1)
+        >>> _ = torch.nn.init.zeros_(model.weight), torch.nn.init.zeros_(model.bias)
+        >>> x = torch.tensor([[1.0, -100.0], [3.0, 100.0]])  # μ = (2, 0), σ = (1, 100)
+        >>> optimizer = precond.PreconditionedGD(model, lr=1.0, preconditioner=precond.BNP(decay=0.0, damping=0.0))
+        >>> (model(x).T @ torch.tensor([-0.5, 0.5])).sum().backward()  # g_w = (1, 100), g_b = 0
+        >>> _ = optimizer.step()
+        >>> [round(v, 4) for v in (*model.weight[0].tolist(), model.bias.item())]  # −g_w/σ², and μᵀg_w/σ²
+        [-1.0, -0.01, 2.0]
+
     References:
         Lange, Helfrich & Ye (2022), JMLR 23(72); Ye, eqs. (25)–(27).
     """

@@ -32,6 +32,21 @@ class Composition(Preconditioner):
     P₁ of its step, and forget at their own rates where P₁ moves. So what Adam divides and what it divides by have the same history
     in the same coordinates, and its step in z₁ is bounded as it always is; a momentum in p, mapped by the newest P₁, would meet
     entries of r that know nothing of it.
+
+    Args:
+        outer: what makes P₁.
+        inner: what makes P₂, from what it sees in z₁.
+
+    Example:
+        >>> import torch, precond
+        >>> p = torch.nn.Parameter(torch.tensor([0.0, 0.0]))
+        >>> P1 = precond.Fixed(precond.Diagonal((torch.tensor([1.0, 10.0]),)))
+        >>> optimizer = precond.PreconditionedGD([p], lr=1.0, preconditioner=P1 @ precond.RMS(decay=0.0, eps=0.0))
+        >>> p.grad = torch.tensor([3.0, -7.0]); _ = optimizer.step(); p.tolist()  # −P₁ sign(P₁ᵀg): P₁ is kept
+        [-1.0, 10.0]
+
+    References:
+        Ye, eq. (4), twice; docs/design.md, "The inner method of a composition", for what lives in z₁.
     """
 
     outer: Preconditioner

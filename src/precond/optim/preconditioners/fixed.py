@@ -16,6 +16,23 @@ class Fixed(Preconditioner):
     """P = a given map on all parameters in order (``Fixed(Dense(A))`` acts on their entries, row-major).
 
     ``Fixed(Identity())`` is plain gradient descent.
+
+    Args:
+        map_: P, of all parameters.
+
+    Raises:
+        TypeError: for what is no :class:`~precond.LinearMap`.
+
+    Example:
+        >>> import torch, precond
+        >>> p = torch.nn.Parameter(torch.tensor([0.0, 0.0]))
+        >>> P = precond.Dense(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
+        >>> optimizer = precond.PreconditionedGD([p], lr=1.0, preconditioner=precond.Fixed(P))
+        >>> p.grad = torch.tensor([0.0, 1.0]); _ = optimizer.step(); p.tolist()  # −P Pᵀg
+        [-1.0, -1.0]
+
+    References:
+        Ye, eqs. (4), (5).
     """
 
     map_: LinearMap = field(default_factory=Identity)

@@ -32,6 +32,16 @@ class OutputFactor(Stacked):
         damping: ε ≥ 0, relative to the largest eigenvalue.
         every: steps between roots, which are also taken at step 1; layers of other shapes, and of one where they are many, take turns.
         max_dim: layers of more outputs are left as they are.
+
+    Example:
+        >>> import torch, precond
+        >>> W = torch.nn.Parameter(torch.tensor([[0.0, 0.0], [0.0, 0.0]]))
+        >>> optimizer = precond.PreconditionedGD([W], lr=1.0, preconditioner=precond.OutputFactor(damping=0.0))
+        >>> W.grad = torch.tensor([[2.0, 0.0], [0.0, 1.0]]); _ = optimizer.step()
+        >>> torch.testing.assert_close(W.data, -torch.diag(torch.tensor([1.25, 2.5])))  # B/β = diag(1.6, 0.4)
+
+    References:
+        Martens & Grosse (2015), for B; taken from gradients as :func:`KFAC` says.
     """
 
     power: float = 1.0
@@ -100,6 +110,14 @@ def KFAC(
     Args:
         decay, damping, every: see :class:`~precond.Whitening`; with no outputs' factor it is FOOF (Benzing, 2022).
         output_damping, output_every: see :class:`OutputFactor`.
+
+    Returns:
+        The composition, a :class:`~precond.Preconditioner`.
+
+    Example:
+        >>> import precond
+        >>> precond.KFAC() == precond.Whitening(every=100, rank=None) @ precond.OutputFactor(every=10)
+        True
 
     References:
         Martens & Grosse (2015); Benzing (2022).

@@ -51,6 +51,16 @@ class Muon(Stacked):
             The reference engine, and float64 parameters, use the parameters' own in any case.
         momentum: the average of these parameters, in place of the optimizer's; None: the optimizer's.
 
+    Raises:
+        ValueError: for a hundred steps or more, or coefficients with which the iteration diverges.
+
+    Example:
+        >>> import torch, precond
+        >>> W = torch.nn.Parameter(torch.tensor([[0.0, 0.0], [0.0, 0.0]]))
+        >>> optimizer = precond.PreconditionedGD([W], lr=1.0, preconditioner=precond.Muon(root="eigh"))
+        >>> W.grad = torch.tensor([[3.0, 0.0], [0.0, -1.0]]); _ = optimizer.step()
+        >>> torch.testing.assert_close(W.data, torch.diag(torch.tensor([-1.0, 1.0])), atol=1e-5, rtol=0)  # −UVᵀ
+
     References:
         Jordan et al. (2024), Muon; Liu et al. (2025), Muon is scalable for LLM training; Carlson et al. (2015).
     """

@@ -45,6 +45,18 @@ class Orthogonalized(Preconditioner):
         by: the polar factor, its γ, and the average of these parameters; or :class:`~precond.Schatten`, γUΣˢVᵀ.
         where: which matrices; hidden ones by default.
 
+    Raises:
+        ValueError: for a preconditioner that is made of the momentum already, or has no inverse.
+
+    Example:
+        >>> import torch, precond
+        >>> W = torch.nn.Parameter(torch.tensor([[0.0, 0.0], [0.0, 0.0]]))
+        >>> P = precond.Orthogonalized(precond.RMS(decay=0.0, eps=0.0), precond.Muon("eigh"), where=None)
+        >>> optimizer = precond.PreconditionedGD([W], lr=1.0, preconditioner=P)
+        >>> W.grad = torch.tensor([[3.0, 4.0], [2.0, -5.0]]); _ = optimizer.step()
+        >>> expected = torch.tensor([[-1.0, -1.0], [-1.0, 1.0]]) / 2**0.5  # of the polar factor of sign(g)
+        >>> torch.testing.assert_close(W.data, expected, atol=1e-4, rtol=0)
+
     References:
         Records of modded-nanogpt (2026), pull requests 278 and 321, for SOAP followed by Muon; Jordan et al. (2024), Muon.
     """

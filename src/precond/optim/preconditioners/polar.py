@@ -61,6 +61,13 @@ class Polar(Stacked):
         others_decay, others_eps: of ``RMS``.
         momentum: the average of these parameters, in place of the optimizer's; None: the optimizer's.
 
+    Example:
+        >>> import torch, precond
+        >>> W = torch.nn.Parameter(torch.tensor([[0.0, 0.0], [0.0, 0.0]]))
+        >>> optimizer = precond.PreconditionedGD([W], lr=1.0, preconditioner=precond.Polar(damping=0.0))
+        >>> W.grad = torch.tensor([[3.0, 0.0], [0.0, -1.0]]); _ = optimizer.step()
+        >>> torch.testing.assert_close(W.data, torch.diag(torch.tensor([-1.0, 1.0])), atol=1e-4, rtol=0)  # −UVᵀ
+
     References:
         Jordan et al. (2024), Muon; Gupta, Koren & Singer (2018), Shampoo, with one side; Agarwal et al. (2020) for the length of steps.
     """

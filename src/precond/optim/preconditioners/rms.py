@@ -27,6 +27,9 @@ class RMS(Preconditioner):
             otherwise the first variance is zero.
         amsgrad: the running maximum of r in place of r.
 
+    Raises:
+        ValueError: for ``centered`` with another start, or with bias correction.
+
     Example:
         >>> import torch, precond
         >>> p = torch.nn.Parameter(torch.tensor([1.0, 1.0]))

@@ -25,6 +25,10 @@ class Route(Resolved):
             of a branch is multiplied by ``lr_scale``.
         otherwise: for parameters that satisfy no rule.
 
+    Raises:
+        TypeError: for branches of another form.
+        ValueError: for an ``lr_scale`` that is not positive.
+
     Example:
         >>> import precond
         >>> Route([(precond.is_matrix, precond.AdaGrad())], otherwise=precond.RMS()).states_root

@@ -42,6 +42,17 @@ class Schatten(Stacked):
         scale: γ of a matrix (A, B), as in :class:`~precond.Muon`.
         momentum: the average of these parameters, in place of the optimizer's; None: the optimizer's.
 
+    Raises:
+        ValueError: for a power outside of [0, 1].
+
+    Example:
+        >>> import torch, precond
+        >>> W = torch.nn.Parameter(torch.tensor([[0.0, 0.0], [0.0, 0.0]]))
+        >>> optimizer = precond.PreconditionedGD([W], lr=1.0, preconditioner=precond.Schatten(0.5))
+        >>> W.grad = torch.tensor([[4.0, 0.0], [0.0, 1.0]]); _ = optimizer.step()
+        >>> expected = -torch.diag(torch.tensor([2.0, 1.0])) * (2 / 5) ** 0.5  # Σ^½, as long as Muon's, √2
+        >>> torch.testing.assert_close(W.data, expected, atol=1e-4, rtol=0)
+
     References:
         Carlson, Cevher & Carin (2015), stochastic spectral descent; Bernstein & Newhouse (2024) for norms; Jordan et al. (2024), Muon.
     """

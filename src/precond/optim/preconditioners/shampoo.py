@@ -48,6 +48,17 @@ class Shampoo(Stacked):
             ``"adagrad"`` or ``"rms"``.
         graft_decay, graft_eps: ρ and ε of those.
 
+    Raises:
+        ValueError: for a power above 1, or one whose inverse is not whole with ``method="newton"``.
+
+    Example:
+        >>> import torch, precond
+        >>> W = torch.nn.Parameter(torch.tensor([[0.0, 0.0], [0.0, 0.0]]))
+        >>> optimizer = precond.PreconditionedGD([W], lr=1.0, preconditioner=precond.Shampoo(damping=0.0))
+        >>> W.grad = torch.tensor([[16.0, 0.0], [0.0, -1.0]]); _ = optimizer.step()
+        >>> expected = torch.diag(torch.tensor([-1.0, 1.0]))  # −L^(−1/4) G R^(−1/4), which is −UVᵀ of a first gradient
+        >>> torch.testing.assert_close(W.data, expected, atol=1e-4, rtol=0)
+
     References:
         Gupta, Koren & Singer (2018), Algorithm 1; Anil et al. (2020) for blocks, grafting and the iteration; Shi et al. (2023).
     """

@@ -53,6 +53,13 @@ class SOAP(Stacked):
             whose first columns they are, [U, U⊥]: the other coordinates stay near entries of the gradient. Nothing has n² entries then; a
             rotation takes 4nr operations a column in place of 2n². None: all eigenvectors.
 
+    Example:
+        >>> import torch, precond
+        >>> W = torch.nn.Parameter(torch.tensor([[0.0, 0.0], [0.0, 0.0]]))
+        >>> optimizer = precond.PreconditionedGD([W], lr=1.0, preconditioner=precond.SOAP(eps=0.0))
+        >>> W.grad = torch.tensor([[3.0, 0.0], [0.0, 4.0]]); _ = optimizer.step()
+        >>> torch.testing.assert_close(W.data, -torch.diag(torch.tensor([0.6, 0.8])))  # −G/‖G‖: the first step, before there are bases
+
     References:
         Vyas et al. (2025), SOAP; George et al. (2018), EKFAC; Anil et al. (2020) for one-sided factors.
     """

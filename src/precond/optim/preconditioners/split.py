@@ -18,7 +18,20 @@ from precond.optim.preconditioners.stacked import on
 
 @dataclass(frozen=True)
 class Split(Preconditioner):
-    """Parts of a block, each with its own preconditioner: what :func:`over` makes where a block joins several."""
+    """Parts of a block, each with its own preconditioner: what :func:`over` makes where a block joins several.
+
+    Args:
+        parts: positions of leaves in the block, and what acts on them.
+
+    Example:
+        >>> import precond
+        >>> split = Split((Part((0,), precond.AdaGrad()), Part((1, 2), precond.Whitening())))
+        >>> split.diagonal, split.needs
+        (False, 'row')
+
+    References:
+        docs/design.md, "Blocks of a composition".
+    """
 
     parts: tuple[Part, ...]
 

@@ -55,6 +55,20 @@ class Whitening(InputSide):
             between them directions in which inputs vary little are favored less. Scales are units, and divided out whatever p is. With
             ``root="cholesky"`` 1.
 
+    Raises:
+        TypeError: (with an optimizer) where parameters are given instead of a module, whose inputs can be observed.
+        ValueError: for a power outside of [0, 1], or other than 1 with ``root="cholesky"``.
+
+    Example:
+        >>> import torch, precond
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [1.0, 1.0], [1.0, -1.0]])  # E[hhᵀ] = [[1, ½], [½, 1]]
+        >>> whitening = precond.Whitening(damping=0.0, shrinkage=0.0, rank=None)
+        >>> optimizer = precond.PreconditionedGD(model, preconditioner=whitening)
+        >>> model(x).mean().backward(); _ = optimizer.step()  # the root is taken after the step
+        >>> P = precond.preconditioner_of(optimizer).to_dense()
+        >>> torch.testing.assert_close(P @ P.T @ torch.tensor([[1.0, 0.5], [0.5, 1.0]]), torch.eye(2), atol=1e-5, rtol=0)
+
     References:
         Desjardins et al. (2015); Ledoit & Wolf (2004) for shrinkage; Benzing (2022), FOOF; Ye, Theorem 3;
         Tipping & Bishop (1999), Probabilistic principal component analysis, for K of a rank.

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from precond.algebra import collectives
 from precond.algebra.sharding import divided
 
 
@@ -194,7 +195,14 @@ class Exchange:
         flat = [t.reshape(-1) for of in gives for t in of]
         sent = torch.cat(flat) if flat else example.new_empty(0)
         taken = example.new_empty(sum(map(sum, sizes)))
-        dist.all_to_all_single(taken, sent, [sum(n) for n in sizes], [sum(t.numel() for t in of) for of in gives], self.group)
+        collectives.all_to_all(
+            taken,
+            sent,
+            [sum(n) for n in sizes],
+            [sum(t.numel() for t in of) for of in gives],
+            "gradients and steps",
+            self.group,
+        )
         pieces = iter(taken.split([n for of in sizes for n in of]))
         return [[next(pieces).view(shape) for shape in of] for of in shapes]
 
@@ -207,7 +215,7 @@ class Exchange:
         if owned[self.rank]:
             torch.cat([wholes[i].reshape(-1) for i in owned[self.rank]], out=mine[: sum(sizes[self.rank])])
         every = example.new_empty(self.size * longest)
-        dist.all_gather_single(every, mine, self.group)
+        collectives.all_gather(every, mine, "steps", self.group)
         out = {}
         for r, of in enumerate(owned):
             starts = accumulate(sizes[r], initial=r * longest)

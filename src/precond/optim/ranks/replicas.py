@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from precond.algebra import collectives
 
 
 def distributed() -> bool:
@@ -21,14 +23,14 @@ def agreed(good: bool, device: torch.device) -> bool:
     if not distributed():
         return good
     votes = torch.tensor(float(good), device=device)
-    dist.all_reduce(votes, dist.ReduceOp.MIN)
+    collectives.all_reduce(votes, "whether a step is good", op=dist.ReduceOp.MIN)
     return bool(votes > 0)
 
 
 def largest(number: Tensor) -> Tensor:
     """The largest that a process has, which none reads."""
     if distributed():
-        dist.all_reduce(number, dist.ReduceOp.MAX)
+        collectives.all_reduce(number, "whether a step is good", op=dist.ReduceOp.MAX)
     return number
 
 
@@ -57,6 +59,15 @@ def meet(group: dist.ProcessGroup, what: str, remedy: str) -> None:
     _meetings[group.group_name] += 1
 
 
+def check_joined(name: str, modules: Sequence[nn.Module]) -> None:
+    """Raise RuntimeError within ``DistributedDataParallel.join()``, where ranks may stop before the others."""
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) and m._join_config.enable for m in modules):
+        raise RuntimeError(
+            f"{name}: within join() ranks stop stepping before others, who wait for what they own and see: leave join() out, and give ranks "
+            "that have no data left empty batches, x[:0], with a loss that is a sum"
+        )
+
+
 def averaged(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
     """The mean over all processes, in one call, of tensors shaped ``like`` others; None where no process has one."""
     if not distributed():
@@ -65,7 +76,7 @@ def averaged(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[T
     present = torch.tensor([t is not None for t in tensors], dtype=wide, device=like[0].device)
     parts = [torch.zeros_like(x) if t is None else t for t, x in zip(tensors, like, strict=True)]
     flat = torch.cat([present, *(t.detach().reshape(-1).to(wide) for t in parts)])
-    dist.all_reduce(flat)
+    collectives.all_reduce(flat, "gradients")
     present, *found = flat.split([len(parts), *(t.numel() for t in parts)])
     mean = [t.div_(dist.get_world_size()).view(x.shape).to(x.dtype) for t, x in zip(found, like, strict=True)]
     return [t if anyone else None for t, anyone in zip(mean, present.tolist(), strict=True)]

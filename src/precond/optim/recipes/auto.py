@@ -88,6 +88,9 @@ def auto(
         choice: other rules, or other settings of what is chosen from; None: ``Auto()``.
         maximize, regularizers, options: as in :func:`sgd`.
 
+    Returns:
+        A :class:`~precond.PreconditionedGD`, which is a ``torch.optim.Optimizer``.
+
     Warns:
         UserWarning: where the model has no layer that it knows, and RMS acts on all of it, or where all of it is frozen.
 
@@ -100,6 +103,9 @@ def auto(
         0.bias: Whitening, 8 inputs
         1.weight: RMS, scales and shifts
         1.bias: RMS, scales and shifts
+
+    References:
+        The rules are the project's own; docs/experiments.md has what they were measured on.
     """
     checks.fraction("auto", momentum=momentum)
     checks.non_negative("auto", weight_decay=weight_decay)

@@ -48,18 +48,28 @@ def bnp(
         weight_decay: decoupled: λ‖z‖² with λ = weight_decay/2.
         decay, damping, conv, width_scaling: see :class:`~precond.BNP`.
         regularizers, options: as in :func:`sgd`.
+        maximize: as in :func:`sgd`.
+
+    Returns:
+        A :class:`~precond.PreconditionedGD`, which is a ``torch.optim.Optimizer``.
+
+    Raises:
+        TypeError: where parameters are given instead of a module, whose inputs can be observed.
+
+    Example:
+        >>> import torch, precond
+        >>> x = torch.tensor([[-1.0, -100.0], [1.0, -100.0], [-1.0, 100.0], [1.0, 100.0]])
+        >>> y = x @ torch.tensor([[2.0], [0.5]]) + 3  # least squares with inputs that are badly scaled, but not correlated
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = precond.bnp(model, lr=1.0, damping=0.0)
+        >>> (0.5 * (model(x) - y).square().mean()).backward(); _ = optimizer.step()  # one step: M = H⁻¹
+        >>> [round(v, 2) for v in (*model.weight[0].tolist(), model.bias.item())]
+        [2.0, 0.5, 3.0]
     """
     checks.fraction("bnp", momentum=momentum, decay=decay)
     checks.non_negative("bnp", damping=damping, weight_decay=weight_decay)
-    defaults = {
-        "momentum": momentum,
-        "weight_decay": weight_decay,
-        "decay": decay,
-        "damping": damping,
-        "conv": conv,
-        "width_scaling": width_scaling,
-        "maximize": maximize,
-    }
+    of_map = {"decay": decay, "damping": damping, "conv": conv, "width_scaling": width_scaling}
+    defaults = {"momentum": momentum, "weight_decay": weight_decay, **of_map, "maximize": maximize}
     options.setdefault("statistics_from", "loss")  # P is not made of gradients
     return make("bnp", params, lr, _bnp, defaults, {}, {}, regularizers, options)
 
@@ -80,5 +90,21 @@ def whitening(
         params: the model, whose inputs are observed.
         inputs: the whitening; None: ``Whitening()``.
         lr, betas, eps, weight_decay, options: as in :func:`adamw`.
+
+    Returns:
+        A :class:`~precond.PreconditionedGD`, which is a ``torch.optim.Optimizer``.
+
+    Raises:
+        TypeError: where parameters are given instead of a module, whose inputs can be observed.
+
+    Example:
+        >>> import torch, precond
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.LayerNorm(4))
+        >>> optimizer = precond.whitening(model, lr=1e-3)
+        >>> [row.preconditioner.split("(")[0] for row in optimizer.explain().rows if row.name.endswith("weight")]
+        ['Whitening', 'RMS']
+
+    References:
+        Desjardins et al. (2015); Loshchilov & Hutter (2019); Ye, Theorem 3.
     """
     return adamw(params, lr, betas, eps, weight_decay, inputs=Whitening() if inputs is None else inputs, **options)

@@ -96,6 +96,21 @@ def muon(
             (:class:`~precond.Orthogonalized`).
         power: s in [0, 1] of U Σˢ Vᵀ in place of U Vᵀ (:class:`~precond.Schatten`); 0 is Muon.
         maximize, regularizers, options: as in :func:`sgd`.
+
+    Returns:
+        A :class:`~precond.PreconditionedGD`, which is a ``torch.optim.Optimizer``.
+
+    Example:
+        >>> import torch, precond
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4))
+        >>> for row in precond.muon(model, lr=1e-3).explain().rows:
+        ...     print(row.name, row.preconditioner.split("(")[0])
+        0.weight RMS
+        1.weight Muon
+        1.bias RMS
+
+    References:
+        Jordan et al. (2024), Muon; Liu et al. (2025), Muon is scalable for LLM training, for ``"match_rms_adamw"``.
     """
     checks.fraction("muon", momentum=momentum, **{"betas[0]": betas[0], "betas[1]": betas[1]})
     checks.non_negative("muon", weight_decay=weight_decay, adam_eps=adam_eps)
@@ -177,6 +192,16 @@ def soap(
         sides, drift, rank: see :class:`~precond.SOAP`.
         inputs: ``BNP()`` or ``Whitening()``: everything in the coordinates of layer inputs.
         maximize, regularizers, options: as in :func:`sgd`.
+
+    Returns:
+        A :class:`~precond.PreconditionedGD`, which is a ``torch.optim.Optimizer``.
+
+    Example:
+        >>> import torch, precond
+        >>> W = torch.nn.Parameter(torch.zeros(2, 2))
+        >>> optimizer = precond.soap([W], lr=1.0)
+        >>> W.grad = torch.tensor([[3.0, 0.0], [0.0, 4.0]]); _ = optimizer.step()
+        >>> torch.testing.assert_close(W.data, -torch.diag(torch.tensor([0.6, 0.8])))  # −G/‖G‖: a first step, before there are bases
     """
     checks.fraction("soap", **{"betas[0]": betas[0], "betas[1]": betas[1]})
     checks.non_negative("soap", eps=eps, weight_decay=weight_decay)
@@ -262,6 +287,18 @@ def shampoo(
         block_size, max_precond_dim, initial, matrix_eps, power, graft, method, sides: see :class:`~precond.Shampoo`.
         inputs: ``BNP()`` or ``Whitening()``: everything in the coordinates of layer inputs.
         maximize, regularizers, options: as in :func:`sgd`.
+
+    Returns:
+        A :class:`~precond.PreconditionedGD`, which is a ``torch.optim.Optimizer``.
+
+    Example:
+        >>> import torch, precond
+        >>> W = torch.nn.Parameter(torch.zeros(2, 2))
+        >>> optimizer = precond.shampoo(
+        ...     [W], 1.0, (0.0, 0.9), -1, weight_decay=0.0, precondition_frequency=1, matrix_eps=0.0, graft="none")
+        >>> W.grad = torch.tensor([[16.0, 0.0], [0.0, -1.0]]); _ = optimizer.step()
+        >>> expected = torch.diag(torch.tensor([-1.0, 1.0]))  # −L^(−1/4) G R^(−1/4), which is −UVᵀ of a first gradient
+        >>> torch.testing.assert_close(W.data, expected, atol=1e-4, rtol=0)
     """
     checks.fraction("shampoo", **{"betas[0]": betas[0], "betas[1]": betas[1]})
     checks.non_negative("shampoo", weight_decay=weight_decay, matrix_eps=matrix_eps)

@@ -53,6 +53,23 @@ def sgd(
         differentiable: raises.
         regularizers: further penalties.
         options: of :class:`~precond.PreconditionedGD`.
+
+    Returns:
+        A :class:`~precond.PreconditionedGD`, which is a ``torch.optim.Optimizer``.
+
+    Raises:
+        ValueError: for Nesterov's momentum without momentum or with dampening, and for numbers out of range.
+
+    Example:
+        >>> import torch, precond
+        >>> p, q = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
+        >>> for x, optimizer in ((p, precond.sgd([p], lr=0.01, momentum=0.9)), (q, torch.optim.SGD([q], lr=0.01, momentum=0.9))):
+        ...     for _ in range(3):
+        ...         optimizer.zero_grad(); (x**4).sum().backward(); _ = optimizer.step()
+        >>> torch.testing.assert_close(p, q)
+
+    References:
+        Ye, eq. (1); Polyak (1964) and Nesterov (1983) for momentum; Sutskever et al. (2013) for its form.
     """
     implementations("sgd", foreach, fused, differentiable)
     checks.fraction("sgd", momentum=momentum)
@@ -94,7 +111,27 @@ def adagrad(
     regularizers: Iterable[Regularizer] = (),
     **options: Any,
 ) -> PreconditionedGD:
-    """P = diag((√Σg² + ε)^(−1/2)): ``torch.optim.Adagrad``. Arguments as in :func:`sgd` and in torch."""
+    """P = diag((√Σg² + ε)^(−1/2)): ``torch.optim.Adagrad``.
+
+    Args:
+        params: see :class:`~precond.PreconditionedGD`.
+        lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize: as in torch; ``weight_decay`` is λ‖p‖² with λ = weight_decay/2.
+        foreach, fused, differentiable, regularizers, options: as in :func:`sgd`.
+
+    Returns:
+        A :class:`~precond.PreconditionedGD`, which is a ``torch.optim.Optimizer``.
+
+    Example:
+        >>> import torch, precond
+        >>> p, q = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
+        >>> for x, optimizer in ((p, precond.adagrad([p], lr=0.1)), (q, torch.optim.Adagrad([q], lr=0.1))):
+        ...     for _ in range(3):
+        ...         optimizer.zero_grad(); (x**4).sum().backward(); _ = optimizer.step()
+        >>> torch.testing.assert_close(p, q)
+
+    References:
+        Duchi, Hazan & Singer (2011); Ye, "Understanding Adaptive Learning Rate".
+    """
     implementations("adagrad", foreach, fused, differentiable)
     checks.non_negative(
         "adagrad", lr_decay=lr_decay, weight_decay=weight_decay, initial_accumulator_value=initial_accumulator_value, eps=eps
@@ -135,7 +172,30 @@ def rmsprop(
     regularizers: Iterable[Regularizer] = (),
     **options: Any,
 ) -> PreconditionedGD:
-    """P = diag((√r + ε)^(−1/2)), r ← αr + (1−α)g² from zero: ``torch.optim.RMSprop``. Arguments as in :func:`sgd` and in torch."""
+    """P = diag((√r + ε)^(−1/2)), r ← αr + (1−α)g² from zero: ``torch.optim.RMSprop``.
+
+    Args:
+        params: see :class:`~precond.PreconditionedGD`.
+        lr, alpha, eps, weight_decay, momentum, centered, maximize: as in torch; ``weight_decay`` is λ‖p‖² with λ = weight_decay/2, momentum one
+            of tangents.
+        capturable: see :class:`~precond.PreconditionedGD`.
+        foreach: accepted and ignored.
+        differentiable, regularizers, options: as in :func:`sgd`.
+
+    Returns:
+        A :class:`~precond.PreconditionedGD`, which is a ``torch.optim.Optimizer``.
+
+    Example:
+        >>> import torch, precond
+        >>> p, q = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
+        >>> for x, optimizer in ((p, precond.rmsprop([p], lr=0.1)), (q, torch.optim.RMSprop([q], lr=0.1))):
+        ...     for _ in range(3):
+        ...         optimizer.zero_grad(); (x**4).sum().backward(); _ = optimizer.step()
+        >>> torch.testing.assert_close(p, q)
+
+    References:
+        Tieleman & Hinton (2012); Ye, eq. (6).
+    """
     checks.fraction("rmsprop", alpha=alpha, momentum=momentum)
     checks.non_negative("rmsprop", eps=eps, weight_decay=weight_decay)
     defaults = {
@@ -193,9 +253,34 @@ def adam(
     With ``inputs=BNP()`` (or ``Whitening()``) it is Adam in the coordinates of the layers' standardized inputs, P₁P₂ with P₂
     adapting to P₁ᵀg: params must then be the model.
 
-    Arguments as in :func:`sgd` and in torch. ``weight_decay`` is λ‖p‖² with λ = weight_decay/2, which enters the statistics
-    as in torch. With SAM or GradientNorm the statistics are those of the regularized gradient, as when a SAM wrapper steps
-    Adam; in z the penalty is then taken with the P before the step (``statistics_from="lagged"``). Ye, eqs. (6)–(8), (10).
+    ``weight_decay`` is λ‖p‖² with λ = weight_decay/2, which enters the statistics as in torch. With SAM or GradientNorm the statistics are
+    those of the regularized gradient, as when a SAM wrapper steps Adam; in z the penalty is then taken with the P before the step
+    (``statistics_from="lagged"``).
+
+    Args:
+        params: see :class:`~precond.PreconditionedGD`.
+        lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.
+        decoupled_weight_decay: as in torch: λ‖z‖² in place of λ‖p‖², which makes it :func:`adamw`.
+        inputs: ``BNP()`` or ``Whitening()``: everything in the coordinates of layer inputs.
+        capturable: see :class:`~precond.PreconditionedGD`.
+        foreach, fused, differentiable, regularizers, options: as in :func:`sgd`.
+
+    Returns:
+        A :class:`~precond.PreconditionedGD`, which is a ``torch.optim.Optimizer``.
+
+    Raises:
+        ValueError: for one of ``betas`` as a tensor and the other as a number, and for numbers out of range.
+
+    Example:
+        >>> import torch, precond
+        >>> p, q = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
+        >>> for x, optimizer in ((p, precond.adam([p], lr=0.1, weight_decay=0.1)), (q, torch.optim.Adam([q], lr=0.1, weight_decay=0.1))):
+        ...     for _ in range(3):
+        ...         optimizer.zero_grad(); (x**4).sum().backward(); _ = optimizer.step()
+        >>> torch.testing.assert_close(p, q)
+
+    References:
+        Kingma & Ba (2015); Ye, eqs. (6)–(8), (10).
     """
     name = "adamw" if decoupled_weight_decay else "adam"
     if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
@@ -238,7 +323,26 @@ def adamw(
 ) -> PreconditionedGD:
     """Adam with λ‖z‖², λ = weight_decay/2, which is decoupled weight decay: ``torch.optim.AdamW``.
 
-    Arguments as in :func:`sgd` and in torch. Ye, eq. (9); Loshchilov & Hutter (2019).
+    Args:
+        params: see :class:`~precond.PreconditionedGD`.
+        lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.
+        inputs: ``BNP()`` or ``Whitening()``: everything in the coordinates of layer inputs.
+        capturable: see :class:`~precond.PreconditionedGD`.
+        foreach, fused, differentiable, regularizers, options: as in :func:`sgd`.
+
+    Returns:
+        A :class:`~precond.PreconditionedGD`, which is a ``torch.optim.Optimizer``.
+
+    Example:
+        >>> import torch, precond
+        >>> p, q = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
+        >>> for x, optimizer in ((p, precond.adamw([p], lr=0.1, weight_decay=0.1)), (q, torch.optim.AdamW([q], lr=0.1, weight_decay=0.1))):
+        ...     for _ in range(3):
+        ...         optimizer.zero_grad(); (x**4).sum().backward(); _ = optimizer.step()
+        >>> torch.testing.assert_close(p, q)
+
+    References:
+        Loshchilov & Hutter (2019); Ye, eq. (9).
     """
     return adam(
         params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable,

@@ -37,6 +37,8 @@ class At:
         sums: products and norms of vectors over all entries, whoever holds them.
         joint: the tensors that P takes jointly.
         leaves: what is known of each tensor.
+        values: a name of the regularizer's ↦ its value on each tensor: what ``at["lam"]`` asks.
+        make_space, make_map: make :attr:`space` and :attr:`map`, when they are first asked for.
     """
 
     def __init__(
@@ -115,6 +117,22 @@ class Regularizer(ABC):
         exact: whether it needs Hessian–vector products by double backprop.
         replaces_gradient: its term stands in place of the loss gradient, which need not be kept.
         takes_damping: whether M is damped inside the penalty.
+
+    Example:
+        >>> import torch, precond
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Drift(precond.Regularizer):  # λ Σ x, x the coordinates: a constant force
+        ...     lam: float
+        ...     space: str = "z"
+        ...
+        ...     def term(self, at):
+        ...         return at.space.raised(at.space.push(tuple(lam * torch.ones_like(t) for t, lam in zip(at.p, at["lam"]))))
+        >>> p = torch.nn.Parameter(torch.tensor([0.0]))
+        >>> P = precond.Fixed(precond.Diagonal((torch.tensor([2.0]),)))
+        >>> optimizer = precond.PreconditionedGD([p], lr=0.5, preconditioner=P, regularizers=[Drift(1.0)])
+        >>> p.grad = torch.tensor([0.0]); _ = optimizer.step(); p.item()  # −αPλ
+        -1.0
     """
 
     scalars: tuple[str, ...] = ("lam",)

@@ -34,6 +34,15 @@ class Cautious(Bending):
     Raises:
         ValueError: (with an optimizer) in z where P has no stated root or no inverse.
 
+    Example:
+        >>> import torch, precond
+        >>> p = torch.nn.Parameter(torch.tensor([0.0, 0.0]))
+        >>> optimizer = precond.sgd([p], lr=1.0, momentum=0.5, regularizers=[precond.Cautious()])
+        >>> p.grad = torch.tensor([4.0, 4.0]); _ = optimizer.step()
+        >>> p.grad = torch.tensor([1.0, -1.0]); _ = optimizer.step()
+        >>> p.tolist()  # m = (3, 1): the second ascends and waits, the first is doubled
+        [-10.0, -4.0]
+
     References:
         Liang, Chen, Liu & Liu (2024), Cautious optimizers, Algorithm 1.
     """
@@ -72,6 +81,15 @@ class CautiousL2(Bending):
 
     Raises:
         ValueError: (with an optimizer) in z where P has no stated root or no inverse.
+
+    Example:
+        >>> import torch, precond
+        >>> p = torch.nn.Parameter(torch.tensor([1.0, -1.0]))
+        >>> P = precond.Fixed(precond.Diagonal((torch.tensor([1.0, 1.0]),)))
+        >>> optimizer = precond.PreconditionedGD([p], lr=0.1, preconditioner=P, regularizers=[precond.CautiousL2(0.5)])
+        >>> p.grad = torch.tensor([1.0, 1.0]); _ = optimizer.step()
+        >>> [round(x, 4) for x in p.tolist()]  # the step shrinks the first weight alone, and so does the decay
+        [0.8, -1.1]
 
     References:
         Chen et al. (2025), Cautious weight decay, eq. (3).

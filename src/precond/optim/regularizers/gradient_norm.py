@@ -51,6 +51,20 @@ class GradientNorm(Regularizer):
         damping: δ of M inside the penalty, M_r = (M⁻¹ + δd̄I)⁻¹ with d̄ the mean of M⁻¹'s eigenvalues, block by block;
             None: what the preconditioner advises.
         where: which parameters take part in the norm; None: all.
+        method: how H d is taken, see above.
+
+    Raises:
+        ValueError: for q < 1; (with an optimizer) in z with q ≠ 2 where P has no stated root.
+
+    Example:
+        >>> import torch, precond
+        >>> p = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> P = precond.Fixed(precond.Diagonal((torch.tensor([2.0]),)))
+        >>> penalty = precond.GradientNorm(0.5, method="exact", damping=0.0)
+        >>> optimizer = precond.PreconditionedGD([p], lr=0.01, preconditioner=P, regularizers=[penalty])
+        >>> _ = optimizer.step(precond.LossClosure(lambda: 1.5 * (p**2).sum()))  # g = 3p, H = 3, M = 4
+        >>> round(p.item(), 4)  # 1 − αMg − 2αλMHMg = 1 − 0.12 − 0.01·4·3·4·3
+        -0.56
 
     References:
         Ye, eqs. (11), (12); Barrett & Dherin (2021); Zhao, Zhang & Hu (2022) for s = 1; Karakida et al. (2023) for finite

@@ -35,6 +35,15 @@ class L1(Regularizer):
     Raises:
         ValueError: (with an optimizer) in z where P has no stated root or no inverse; proximal in p where M is not diagonal.
 
+    Example:
+        >>> import torch, precond
+        >>> p = torch.nn.Parameter(torch.tensor([1.0, 0.01]))
+        >>> P = precond.Fixed(precond.Diagonal((torch.tensor([1.0, 1.0]),)))
+        >>> optimizer = precond.PreconditionedGD([p], lr=0.1, preconditioner=P, regularizers=[precond.L1(0.5, proximal=True)])
+        >>> p.grad = torch.tensor([1.0, 0.0]); _ = optimizer.step()
+        >>> [round(x, 4) for x in p.tolist()]  # soft threshold at 0.05: the second is 0 exactly
+        [0.85, 0.0]
+
     References:
         Tibshirani (1996); Daubechies, Defrise & De Mol (2004).
     """

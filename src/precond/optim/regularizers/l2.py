@@ -30,6 +30,15 @@ class L2(Regularizer):
         space: ``"z"`` or ``"p"``.
         where: which parameters are decayed; None: all.
 
+    Example:
+        >>> import torch, precond
+        >>> p = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> P = precond.Fixed(precond.Diagonal((torch.tensor([2.0]),)))
+        >>> optimizer = precond.PreconditionedGD([p], lr=0.1, preconditioner=P, regularizers=[precond.L2(0.5)])
+        >>> p.grad = torch.tensor([1.0]); _ = optimizer.step()
+        >>> round(p.item(), 4)  # 1 − 0.1·(4·1) − 2·0.1·0.5·1: M = 4 is not on the decay
+        0.5
+
     References:
         Ye, eqs. (9), (10); Loshchilov & Hutter (2019).
     """

@@ -35,6 +35,14 @@ class Hyperball(Bending):
     Raises:
         ValueError: (with an optimizer) in z where P has no inverse.
 
+    Example:
+        >>> import torch, precond
+        >>> W = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+        >>> optimizer = precond.sgd([W], lr=0.1, regularizers=[precond.Hyperball()])
+        >>> W.grad = torch.tensor([[1.0, 0.0]]); _ = optimizer.step()
+        >>> round(W.norm().item(), 4)  # the step had length 0.1·5
+        5.0
+
     References:
         Wen, Dang, Lyu, Ma & Liang (2026), Hyperball optimization, eq. (2); Karras et al. (2024) for magnitude-preserving training.
     """
@@ -92,6 +100,14 @@ class RadialBrake(Bending):
     Raises:
         ValueError: (with an optimizer) in z where P has no inverse.
 
+    Example:
+        >>> import torch, precond
+        >>> W = torch.nn.Parameter(torch.tensor([[1.0, 0.0]]))
+        >>> optimizer = precond.sgd([W], lr=1.0, regularizers=[precond.RadialBrake()])
+        >>> W.grad = torch.tensor([[-1.0, -1.0]]); _ = optimizer.step()
+        >>> W.tolist()  # along W it would grow
+        [[1.0, 1.0]]
+
     References:
         Heo et al. (2021), AdamP, for the projection; as a brake of growth alone in the records of modded-nanogpt (2026), pull request 294.
     """
@@ -130,6 +146,14 @@ class RowFloor(Bending):
 
     Raises:
         ValueError: (with an optimizer) in z where P has no stated root or no inverse; for a weight whose rows are divided among processes.
+
+    Example:
+        >>> import torch, precond
+        >>> W = torch.nn.Parameter(torch.tensor([[1.0], [1.0], [1.0]]))
+        >>> optimizer = precond.sgd([W], lr=1.0, regularizers=[precond.RowFloor(0.5)])
+        >>> W.grad = torch.tensor([[1.0], [0.25], [0.0]]); _ = optimizer.step()
+        >>> W.flatten().tolist()  # steps of 1, 0.25 lengthened to 0.5·1, and none
+        [0.0, 0.5, 1.0]
 
     References:
         You et al. (2017), LARS, for the ratio; row by row in the records of modded-nanogpt (2026), pull request 328.

@@ -32,6 +32,19 @@ class SAM(Regularizer):
         damping: δ of M inside the ball, as in :class:`~precond.GradientNorm`.
         where: which parameters are perturbed; None: all.
 
+    Raises:
+        ValueError: (with an optimizer) adaptive in z where P has no stated root or no inverse.
+
+    Example:
+        >>> import torch, precond
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> w = torch.nn.init.ones_(model.weight)
+        >>> P = precond.Fixed(precond.Diagonal((torch.tensor([[2.0]]),)))
+        >>> optimizer = precond.PreconditionedGD(model, lr=0.01, preconditioner=P, regularizers=[precond.SAM(0.5, damping=0.0)])
+        >>> _ = optimizer.step(precond.LossClosure(lambda: 1.5 * model(torch.ones(1, 1)).square().sum()))  # g = 3w, M = 4
+        >>> round(w.item(), 4)  # δ = ρMg/√(gMg) = 0.5·12/6 = 1: 1 − 0.01·4·3(1 + 1)
+        0.76
+
     References:
         Foret et al. (2021); Kwon et al. (2021) for adaptive; Möllenhoff & Khan (2023), whose bSAM uses the same M in the ascent
         and in the update; Ye, "Gradient Regularization".

@@ -57,6 +57,24 @@ def neuron_hessians(objective: Objective, layer: str, units: Sequence[int] | Non
         objective: the mean loss.
         layer: name of the layer.
         units: which neurons; None: all.
+
+    Returns:
+        A :class:`NeuronHessian` for each, in the order of ``units``.
+
+    Raises:
+        ValueError: for a layer or unit that does not exist, or batches in which the layer has different numbers of positions.
+        CoupledSamples: where the loss of a sample depends on another sample behind the layer.
+        CurvatureError: where the layer is applied to its own outputs, or its weight acts on the loss elsewhere as well.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 3)
+        >>> objective = Objective(model, torch.nn.MSELoss(), [(torch.ones(2, 1), torch.zeros(2, 3))])
+        >>> [neuron.unit for neuron in neuron_hessians(objective, "")], neuron_hessians(objective, "", [2])[0].s  # 2/(3N)
+        ([0, 1, 2], tensor([0.3333, 0.3333]))
+
+    References:
+        Ye, Theorem 3 (eqs. 16–17).
     """
     caller = "neuron_hessian"
     at = Layer(objective.model, layer, caller)

@@ -1,0 +1,60 @@
+"""The library's own collectives: torch's, with an error that says what it means where one fails."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+"""The ranks that come together; None: all."""
+
+
+def all_reduce(t: Tensor, what: str, group: Group = None, op: Any = dist.ReduceOp.SUM) -> None:
+    """t ← Σ over the ranks, or another operation; ``what`` says in an error what t is."""
+    with _named(what, group, t.device):
+        dist.all_reduce(t, op, group)
+
+
+def all_gather(out: Tensor, t: Tensor, what: str, group: Group = None) -> None:
+    """out ← the tensors of all ranks, one after the other; they are alike in shape."""
+    with _named(what, group, t.device):
+        dist.all_gather_single(out, t, group)
+
+
+def all_to_all(out: Tensor, t: Tensor, takes: Sequence[int], gives: Sequence[int], what: str, group: Group = None) -> None:
+    """out ← what each rank gives to this one; t is what this one gives, so many numbers to each."""
+    with _named(what, group, t.device):
+        dist.all_to_all_single(out, t, list(takes), list(gives), group)
+
+
+def broadcast(t: Tensor, owner: int, what: str, group: dist.ProcessGroup) -> None:
+    """t ← that of ``owner``, a rank in the group."""
+    with _named(what, group, t.device):
+        dist.broadcast(t, dist.get_global_rank(group, owner), group)
+
+
+@contextmanager
+def _named(what: str, group: Group, device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        ranks = dist.group.WORLD if group is None else group
+        assert ranks is not None
+        limit = getattr(getattr(ranks._get_backend(device), "options", None), "_timeout", None)
+        within = "" if limit is None else f", {limit.total_seconds():g} s"
+        raise RuntimeError(
+            f"rank {dist.get_rank(group)} of {ranks.size()} could not exchange {what} with the others: one of them has ended or raised an error "
+            f"of its own (see there), is later than the timeout of the process group{within}, or does not make the same steps. Start all ranks "
+            f"again from a checkpoint: this step may be half taken. ({_first_sentence(error)})"
+        ) from error
+
+
+def _first_sentence(error: Exception) -> str:
+    """Without the place in its source that gloo begins with."""
+    return re.sub(r"^\[\S*\] ", "", str(error)).split(". ")[0].split("\n")[0]
