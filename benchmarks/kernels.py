@@ -14,7 +14,6 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
-from harness import table
 from torch import nn
 
 import precond
@@ -61,7 +60,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="recipes and layers whose names hold this")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [["recipe", "layers", "ms, kernel", "ms, stacks", "ratio"]]
+    print("| recipe | layers | ms, kernel | ms, stacks | ratio |\n|---|---|---|---|---|")
     for name, make in RECIPES.items():
         for label, shapes in LAYERS.items():
             if options.only not in f"{name} {label}":
@@ -78,8 +77,7 @@ def main() -> None:
                 kernel()
             pairs = [(kernel(), stacks()) for _ in range(options.rounds)]
             a, b = (1e3 * statistics.fmean(t) for t in zip(*pairs, strict=True))
-            rows.append([name, label, f"{a:.2f}", f"{b:.2f}", f"{b / a:.2f}"])
-    print(table(rows))
+            print(f"| {name} | {label} | {a:.2f} | {b:.2f} | {b / a:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
