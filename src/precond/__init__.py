@@ -49,6 +49,7 @@ from precond.optim.preconditioners import (
     Schatten,
     Seen,
     Shampoo,
+    Stacked,
     Whitening,
 )
 from precond.optim.recipes import RECIPES, adagrad, adam, adamw, auto, bnp, muon, rmsprop, sgd, shampoo, soap, whitening
@@ -156,6 +157,7 @@ __all__ = [
     "Seen",
     "Shampoo",
     "Space",
+    "Stacked",
     "Stage",
     "Standardize",
     "Standardizing",

@@ -110,3 +110,117 @@ def test_members_of_a_stack_have_rates_and_signs_of_their_own(P):
         train(net, optimizer, data(5))
         ends.append(flat(net))
     assert (ends[0] - ends[1]).norm() <= TOLERANCE * (ends[1] - flat(model())).norm()
+
+
+def _root(L: torch.Tensor) -> torch.Tensor:
+    lam, V = torch.linalg.eigh(L)
+    lam = lam.clamp_min(0) + 1e-3 * lam.amax(-1, keepdim=True) + 1e-12
+    return (V * lam.pow(-0.25)[..., None, :]) @ V.mT
+
+
+class _Roots(precond.Preconditioner):
+    """Roots of each matrix's factor, renewed when it is a matrix's turn; where that is asked for is up to the classes below."""
+
+    def handles(self, block):
+        return block.leaves[0].ndim == 2
+
+    def init(self, block):
+        eye = torch.eye(block.params[0].shape[0], dtype=torch.float64)
+        return {"L": torch.zeros_like(eye), "root": eye}
+
+    def map(self, state):
+        return precond.Kronecker(state["root"], None, state.block.params)
+
+
+@dataclass(frozen=True)
+class InObserve(_Roots):
+    def observe(self, state, seen):
+        (g,) = seen.gradient
+        state["L"].lerp_(g @ g.mT, 0.1)
+        if state.block.due(state.steps[0], 5)[0]:
+            state["root"].copy_(_root(state["L"]))
+
+
+@dataclass(frozen=True)
+class InRefresh(_Roots):
+    def observe(self, state, seen):
+        (g,) = seen.gradient
+        state["L"].lerp_(g @ g.mT, 0.1)
+
+    def refresh(self, state):
+        if state.block.due(state.steps[0], 5)[0]:
+            state["root"].copy_(_root(state["L"]))
+
+
+@dataclass(frozen=True)
+class OnStacks(precond.Stacked, _Roots):
+    def observe(self, state, seen):
+        (g,) = seen.gradient
+        state["L"].lerp_(g @ g.mT, 0.1)
+
+    def refresh(self, state, carried=()):
+        for some in state.due(5):
+            part = state.span(some)
+            part["root"].copy_(_root(part["L"]))
+
+    def map(self, state):
+        return precond.Kronecker(state["root"], None, state.block.tensors)
+
+
+def _narrow() -> torch.nn.ParameterList:
+    torch.manual_seed(0)
+    return torch.nn.ParameterList([torch.nn.Parameter(torch.randn(24, 4, dtype=torch.float64)) for _ in range(12)])
+
+
+@pytest.mark.parametrize("P", [InObserve(), InRefresh(), OnStacks()], ids=lambda P: type(P).__name__)
+def test_turns_of_its_own_are_those_of_each_block_alone(P):
+    ends, renewed = [], []
+    for engine in ("auto", "loop"):
+        params = _narrow()
+        optimizer = PreconditionedGD(params, lr=1e-2, preconditioner=P, engine=engine)
+        found = []
+        for t in range(1, 13):
+            draw = torch.Generator().manual_seed(t)
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=draw, dtype=p.dtype)
+            before = [None if t == 1 else optimizer.state[p]["root"].clone() for p in params]
+            optimizer.step()
+            now = [optimizer.state[p]["root"] for p in params]
+            found.append(
+                [i for i, (a, b) in enumerate(zip(before, now, strict=True)) if a is not None and not torch.equal(a, b)]
+            )
+        ends.append(torch.cat([p.detach().flatten() for p in params]))
+        renewed.append(found)
+    assert renewed[0] == renewed[1]
+    assert len({tuple(some) for some in renewed[0] if some}) > 1  # in turns: else the comparison says nothing
+    torch.testing.assert_close(*ends, rtol=1e-10, atol=1e-12)
+
+
+def test_a_plain_class_that_takes_spans_is_told_what_to_ask():
+    @dataclass(frozen=True)
+    class Spans(_Roots):
+        def observe(self, state, seen):
+            state.span(slice(0, 1))
+
+    optimizer = PreconditionedGD(_narrow()[:1], lr=0.1, preconditioner=Spans())
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(24, 4, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"precond\.Stacked.*block\.due"):
+        optimizer.step()
+
+
+def _whose_turn(block) -> list[int]:
+    return block.turns
+
+
+def test_turns_asked_for_behind_a_helper_are_refused_where_they_differ():
+    @dataclass(frozen=True)
+    class Hidden(_Roots):
+        def observe(self, state, seen):
+            _whose_turn(state.block)
+
+    params = _narrow()
+    optimizer = PreconditionedGD(params, lr=0.1, preconditioner=Hidden())
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(TypeError, match="alone = True"):
+        optimizer.step()

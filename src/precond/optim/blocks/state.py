@@ -125,9 +125,17 @@ class State(dict[str, Any]):
         return self.span(slice(k, k + 1))
 
     def span(self, some: slice) -> State:
-        """The state of some members of a stack, one beside the other; the tensors are the same."""
+        """The state of some members of a stack, one beside the other; the tensors are the same.
+
+        Raises:
+            TypeError: of a block that stands alone.
+        """
         stack = self.block
-        assert isinstance(stack, Stack)
+        if not isinstance(stack, Stack):
+            raise TypeError(
+                "span and due are of stacks, which methods of precond.Stacked are given; this block stands alone: ask "
+                "state.block.due(state.steps[0], every)[0]"
+            )
         if some == slice(0, len(stack.members)):
             return self
         out, m = State(stack.span(some)), len(stack.leaves)
@@ -141,7 +149,13 @@ class State(dict[str, Any]):
         return out
 
     def due(self, every: float) -> list[slice]:
-        """The members of a stack for which the step in progress is one of a period's, as spans of them."""
+        """The members of a stack for which the step in progress is one of a period's, as spans of them.
+
+        Turns are spread over the period, so that no step does the work of all. The first step is none of them.
+
+        Raises:
+            TypeError: of a block that stands alone.
+        """
         return spans(self.block.due(self.steps[0], every))
 
     def until_renewed(self, every: float, ahead: int = 0) -> list[int]:

@@ -125,9 +125,11 @@ def _step(point: Point, rules: Rules, evidence: Evidence, measured: bool, verdic
     source = point.g if rules.statistics_from == "loss" else a
     alone = not evidence.observed and all(is_early) and a is source and rules.max_norm is None and not rules.plainly
     if not evidence.observed and not alone:
-        settled = not any(r.circular for r in regularizers) and not evidence.found
-        if rules.max_norm is not None and rules.norm_space == "p" and settled:
+        of_one_gradient = not any(r.circular for r in regularizers) and not evidence.found
+        known = of_one_gradient or (all(is_early) and source is a)
+        if rules.max_norm is not None and rules.norm_space == "p" and known:
             # As when torch.nn.utils.clip_grad_norm_ runs before the step: the statistics see the clipped gradient.
+            # (Clean gradients, where a perturbed one is descended, are no multiples of it, and stay as they are.)
             factor = _clip_factor(rules.max_norm, point.sums.norm(a))
             source, a = vec.scale(source, factor), vec.scale(a, factor)
         observe(point, source, verdict)

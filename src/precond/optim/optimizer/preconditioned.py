@@ -48,9 +48,10 @@ class PreconditionedGD(Saving):
             not, the step is as long as 1/ε: recipes therefore take one of the other two); ``"total"``: from the regularized one,
             allowed where no regularizer's cotangent depends on P; ``"lagged"``: likewise, and where one does, it is taken with the
             P before the step (for SAM and gradient norms in z).
-        max_norm: clip the assembled gradient to this norm, in ``norm_space``; None: do not. (In p, where nothing probes, the
-            statistics see the clipped gradient, as after ``clip_grad_norm_``.)
-        norm_space: ``"z"`` (√(aᵀMa)) or ``"p"`` (‖a‖).
+        max_norm: clip the gradient that is descended to this norm, in ``norm_space``; None: do not. With a second gradient that is the one
+            found at the other point. In p the statistics see it clipped too, as after ``clip_grad_norm_``, unless they are made of the
+            clean gradient and another is descended (``statistics_from="loss"`` with SAM).
+        norm_space: ``"z"`` (√(aᵀMa)) or ``"p"`` (‖a‖), which recipes take.
         nonfinite: inf or NaN in a gradient or the loss: ``"propagate"`` as torch.optim does, ``"raise"``
             FloatingPointError, or ``"skip"`` the step; with the last two nothing at all has changed.
         engine: ``"auto"``, ``"loop"`` (the readable reference), or ``"fused"`` (an error where no fused kernel fits).
@@ -217,8 +218,8 @@ class PreconditionedGD(Saving):
             try:
                 counting = uncounted(self._bound.cells) if captured else nullcontext()
                 with torch.no_grad(), self._own_precision(), counting:
-                    if not self._fuse(loss):
-                        self._finish(loss, graph)
+                    if not self._step_by_kernels(loss):
+                        self._step_by_loop(loss, graph)
                     if self._averaged is not None:
                         self._averaged.fold(before)
                     if self.naming.settle is not None and (settled := self.naming.settle(self)):

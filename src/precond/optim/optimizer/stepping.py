@@ -52,7 +52,7 @@ class Stepping(SecondGradients):
         cells = zip(kernels or (), self._bound.cells, strict=False)
         return bool(kernels) and all(k is not None or isinstance(cell.preconditioner, Stacked) for k, cell in cells)
 
-    def _fuse(self, loss: Any) -> bool:
+    def _step_by_kernels(self, loss: Any) -> bool:
         """Take a step without second gradients by fused kernels, and by the reference engine where a block has none.
 
         False where that is not the step, nothing having changed.
@@ -88,7 +88,7 @@ class Stepping(SecondGradients):
         self.last = Record(self, loss, skipped=verdict or False, scale=scale)
         return True
 
-    def _fuse_probed(self, point: Point, evidence: Evidence) -> bool:
+    def _step_probed_by_kernels(self, point: Point, evidence: Evidence) -> bool:
         """The same with the gradient that a probing regularizer has made; False where no kernels compute that."""
         kernels = self._kernels()
         if kernels is None or not evidence.found or point.cells != self._bound.cells:
@@ -106,7 +106,7 @@ class Stepping(SecondGradients):
             kernel(cell, p, fused.aligned(a[span], p), self._lr(cell.block.leaves[0]), False)
         return True
 
-    def _finish(self, loss: Any, graph: list[Tensor | None] | None) -> None:
+    def _step_by_loop(self, loss: Any, graph: list[Tensor | None] | None) -> None:
         """Take the step by the reference engine, or skip it."""
         pending, self._pending = self._pending, None
         scale = getattr(self, "grad_scale", None)
@@ -129,7 +129,7 @@ class Stepping(SecondGradients):
             self.last = Record(self, loss, gradients=count, skipped=True, scale=scale)
         elif point.cells:
             length = None
-            if not self._fuse_probed(point, evidence):
+            if not self._step_probed_by_kernels(point, evidence):
                 # Of a second gradient nothing is left from which the step could be made again.
                 lengths = loop.step(point, self.rules, evidence, measured=self._gradient_based is not None, verdict=verdict)
                 self._write_back(point, verdict)

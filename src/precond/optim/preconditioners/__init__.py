@@ -16,6 +16,7 @@ from precond.optim.preconditioners.schatten import Schatten
 from precond.optim.preconditioners.shampoo import Shampoo
 from precond.optim.preconditioners.soap import SOAP
 from precond.optim.preconditioners.split import Split
+from precond.optim.preconditioners.stacked import Stacked
 from precond.optim.preconditioners.whitening import Whitening
 
 __all__ = [
@@ -38,5 +39,6 @@ __all__ = [
     "Seen",
     "Shampoo",
     "Split",
+    "Stacked",
     "Whitening",
 ]

@@ -332,9 +332,10 @@ class Preconditioner(ABC):
         return Identity(), self.map(state)
 
     def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:  # noqa: B027
-        """Work after the step, such as new eigenbases; nothing by default.
+        """Work after the step, such as new eigenbases, which the next step finds; nothing by default.
 
-        One that takes ``state`` alone may return a LinearMap, which then carries the averages.
+        ``state.steps`` counts the step that was just taken. A class with one of its own is taken block by block, unless it derives from
+        :class:`precond.Stacked`. One that takes ``state`` alone may return a LinearMap, which then carries the averages.
 
         Args:
             carried: vectors in the coordinates of F, averages of cotangents, to be carried into its new ones in place.

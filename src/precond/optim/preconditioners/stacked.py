@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from types import CodeType
 from typing import Any
 
 import torch
@@ -23,7 +25,28 @@ from precond.optim.preconditioners.base import Needs, Preconditioner, Seen
 class Stacked(Preconditioner):
     """A preconditioner whose ``observe``, ``map`` and ``refresh`` take stacks of k blocks alike: their tensors are (k, …).
 
-    ``init`` makes the state of one block. Products are batched ones; numbers that differ among members are tensors (k,).
+    ``init`` makes the state of one block, k being absent. Products are batched ones; numbers that differ among members are tensors
+    (k,). A block alone comes as a stack of one. Members take turns in periodic work: ``state.due(every)`` says whose turn it is, as slices
+    of the stack, and ``state.span(some)`` is their state, the tensors being the same.
+
+    Example:
+        >>> import torch, precond
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class RowsAlike(precond.Stacked):  # M = 1/tr L on each matrix, L the mean of G Gᵀ
+        ...     def init(self, block):
+        ...         return {"trace": torch.zeros(())}
+        ...
+        ...     def observe(self, state, seen):
+        ...         state["trace"].lerp_(seen.gradient[0].square().sum((1, 2)), 0.5)  # (k,) of (k, A, B)
+        ...
+        ...     def map(self, state):
+        ...         return precond.InverseRoot(tuple(state["trace"].view(-1, 1, 1).expand_as(p) for p in state.block.tensors))
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(3, 3, bias=False) for _ in range(4)))
+        >>> optimizer = precond.PreconditionedGD(model, lr=0.1, preconditioner=RowsAlike())
+        >>> model(torch.ones(1, 3)).sum().backward()
+        >>> optimizer.step(), [layer.weight.grad.isfinite().all().item() for layer in model]
+        (None, [True, True, True, True])
     """
 
 
@@ -96,7 +119,24 @@ def stackable(preconditioner: Preconditioner) -> bool:
     if preconditioner.constituents:
         return all(map(stackable, preconditioner.constituents))
     own_refresh = type(preconditioner).refresh is not Preconditioner.refresh
-    return not (preconditioner.alone or own_refresh or preconditioner.requests)
+    return not (preconditioner.alone or own_refresh or preconditioner.requests or _asks_for_turns(type(preconditioner)))
+
+
+_TURNS = {"due", "turn", "turns", "until_renewed"}
+
+
+@cache
+def _asks_for_turns(kind: type) -> bool:
+    """Whether methods of a class ask whose turn it is: that differs among members, which ``torch.vmap`` takes by the same code."""
+    classes = [c for c in kind.__mro__ if issubclass(c, Preconditioner) and c is not Preconditioner]
+    functions = [inspect.unwrap(f) for c in classes for f in vars(c).values() if inspect.isfunction(f)]
+    return any(_names(f.__code__) & _TURNS for f in functions)
+
+
+def _names(code: CodeType) -> set[str]:
+    """The names in a function and in those within it."""
+    inside = [_names(c) for c in code.co_consts if isinstance(c, CodeType)]
+    return set(code.co_names).union(*inside)
 
 
 def takes_stacks(preconditioner: Preconditioner) -> bool:
@@ -180,7 +220,7 @@ def _member(state: State, values: Mapping[str, Any], params: Vec) -> State:
     """A state with the values of one member, in the terms of a block alone."""
     stack = state.block
     assert isinstance(stack, Stack)
-    block = _Member(stack.members[0].leaves, params)
+    block = _Member(stack.members[0].leaves, params, tuple(stack.turns))
     place = {leaf: p for leaf, p in zip(block.leaves, params, strict=True)}
     out = State(block)
     for key, value in values.items():
@@ -194,6 +234,7 @@ def _member(state: State, values: Mapping[str, Any], params: Vec) -> State:
 @dataclass(frozen=True, eq=False)
 class _Member(Block):
     values: Vec = ()
+    of_all: tuple[int, ...] = ()
 
     @cached_property
     def params(self) -> Vec:
@@ -202,6 +243,15 @@ class _Member(Block):
     @property
     def tensors(self) -> Vec:
         return self.values
+
+    @cached_property
+    def turns(self) -> list[int]:
+        if len(set(self.of_all)) > 1:
+            raise TypeError(
+                "blocks alike are taken side by side here, and their turns in periodic work differ: set `alone = True` in the "
+                "preconditioner, or derive it from precond.Stacked, whose state.due() says whose turn it is"
+            )
+        return list(self.of_all[:1])
 
 
 class _Elementary(TorchFunctionMode):
