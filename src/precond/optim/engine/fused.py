@@ -96,7 +96,8 @@ def _of_layer(cell: Cell, decay: Decay) -> Kernel | None:
 
 def _within(cell: Cell, decay: Decay) -> Kernel | None:
     """Adam's kernel in the coordinates of a map, where the cell's preconditioner is of that form, or None."""
-    found = None if decay.coupled or not cell.handled else cell.preconditioner.rms
+    unfit = decay.coupled or not cell.handled or cell.preconditioner.entrywise
+    found = None if unfit else cell.preconditioner.rms
     adam = None if found is None else entrywise(found, _momentum(cell), decay)
     return _Within(adam) if isinstance(adam, Adam) else None
 
