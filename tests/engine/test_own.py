@@ -10,8 +10,11 @@ import torch
 import precond
 from contract.table import flat
 from engine.test_stacks import TOLERANCE, data, model, train
-from precond import BNP, L2, RMS, SAM, Momentum, Muon, PreconditionedGD, Route
+from precond import BNP, L2, RMS, SAM, SOAP, Momentum, Muon, PreconditionedGD, Route
 from precond.optim.blocks import Stack
+from precond.optim.engine.cells import Choice
+from precond.optim.engine.fused import kernel
+from precond.optim.engine.loop import Rules
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,27 @@ def test_side_by_side_as_alone(name):
 def test_and_so_they_are(name):
     optimizer = PreconditionedGD(model(), lr=1e-3, preconditioner=OWN[name][0])
     assert max(len(cell.members) for cell in optimizer._bound.cells if isinstance(cell.block, Stack)) >= 6
+
+
+def test_adams_kernel_runs_in_the_coordinates_of_any_map():
+    optimizer = PreconditionedGD(model(), lr=1e-3, preconditioner=Rows() @ RMS(), momentum=Momentum(0.9))
+    cells = optimizer._bound.cells
+    assert all(kernel(cell, [Choice(cell.preconditioner, cell.momentum)], Rules()) for cell in cells)
+    assert any(len(cell.members) > 1 for cell in cells)
+
+
+@pytest.mark.parametrize("P", [SOAP(every=3), Rows() @ RMS()], ids=["SOAP", "rows, then Adam's"])
+def test_members_of_a_stack_have_rates_and_signs_of_their_own(P):
+    ends = []
+    for engine in ("auto", "loop"):
+        net = model()
+        params = list(net.parameters())
+        groups = [{"params": params[::2]}, {"params": params[1::2], "lr": 1e-2, "maximize": True}]
+        optimizer = PreconditionedGD(groups, lr=1e-3, preconditioner=P, momentum=Momentum(0.9), engine=engine)
+        assert engine == "loop" or any({leaf.group for leaf in cell.leaves} == {0, 1} for cell in optimizer._bound.cells)
+        train(net, optimizer, data(5))
+        ends.append(flat(net))
+    assert (ends[0] - ends[1]).norm() <= TOLERANCE * (ends[1] - flat(model())).norm()
 
 
 def _root(L: torch.Tensor) -> torch.Tensor:

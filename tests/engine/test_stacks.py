@@ -72,7 +72,7 @@ def train(net: nn.Module, optimizer, batches, change=None) -> None:
 @pytest.fixture
 def side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """No layer has a kernel of its own, as on an accelerator."""
-    monkeypatch.setattr(plan, "_has_kernel", lambda P, block: False)
+    monkeypatch.setattr(plan, "has_kernel", lambda P, block: False)
 
 
 def _missing(net: Repeated, t: int) -> None:

@@ -39,7 +39,7 @@ class Block:
     @cached_property
     def groups(self) -> dict[int, Leaf]:
         """A leaf of each parameter group."""
-        return {leaf.group: leaf for leaf in self.leaves}
+        return {leaf.group: leaf for leaf in self.all_leaves}
 
     @cached_property
     def derived(self) -> dict[Any, Any]:
@@ -68,10 +68,10 @@ class Block:
 
     @property
     def gradients(self) -> list[Tensor | None]:
-        """What ``.grad`` holds of them, or None."""
+        """What ``.grad`` holds of all leaves, or None."""
         if not self.sharded:
-            return [p.grad for p in self.params]
-        return [None if leaf.param.grad is None else leaf.local(leaf.param.grad) for leaf in self.leaves]
+            return [leaf.param.grad for leaf in self.all_leaves]
+        return [None if leaf.param.grad is None else leaf.local(leaf.param.grad) for leaf in self.all_leaves]
 
     @cached_property
     def sums(self) -> Sums:
@@ -99,6 +99,11 @@ class Block:
     def all_leaves(self) -> tuple[Leaf, ...]:
         """The leaves of all members of a stack; of a block alone its own."""
         return self.leaves
+
+    @property
+    def all_tensors(self) -> Vec:
+        """What this process holds of all leaves."""
+        return self.tensors
 
     @cached_property
     def turns(self) -> list[int]:
@@ -148,7 +153,6 @@ class Stack(Block):
 
     @property
     def all_tensors(self) -> Vec:
-        """What this process holds of all leaves."""
         return tuple(leaf.tensor.detach() for leaf in self.all_leaves)
 
     @property

@@ -9,8 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-AT_ONCE = 64 * 2**20
-"""Bytes that work on the matrices of one shape takes in one step, at most, unless one of them alone takes more."""
+from precond.optim.blocks.memory import AT_ONCE
 
 
 def turns(params: Sequence[Tensor]) -> list[int]:

@@ -12,34 +12,18 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from precond.algebra.maps import Identity
 from precond.algebra.vec import Scalar, Tensors
-from precond.optim.blocks import Stack
+from precond.optim.blocks import Block, Stack
 from precond.optim.engine.arrow import arrow
 from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.coordinates import adam_in_coordinates
-from precond.optim.engine.eigenbasis import soap
+from precond.optim.engine.entrywise import Adam, Decay, Kernel, entrywise
 from precond.optim.engine.loop import Rules
 from precond.optim.engine.polar import polar
 from precond.optim.momentum import Momentum
-from precond.optim.preconditioners import BNP, RMS, SOAP, AdaGrad, Composition, Fixed, Preconditioner, Whitening
+from precond.optim.preconditioners import BNP, RMS, Composition, Fixed, Polar, Preconditioner, Whitening
+from precond.optim.preconditioners.base import Seen as Evidence
 from precond.optim.regularizers import L2
-
-Kernel = Callable[..., None]
-"""(cell, parameters, gradients, lr, maximize): one step of the cell, whose count of steps is the step's own already.
-
-On accelerators also ``found_inf``, a tensor that is 1 where the step is not taken, or None.
-"""
-
-_FOREVER = 1e9  # a step count at which 1 − βᵗ is exactly 1
-
-
-@dataclass(frozen=True)
-class _Decay:
-    """The L2 terms of a configuration as torch's ``weight_decay``: before M and momentum, or past them."""
-
-    coupled: float = 0.0
-    decoupled: float = 0.0
 
 
 def kernel(cell: Cell, choices: Sequence[Choice], rules: Rules) -> Kernel | None:
@@ -50,21 +34,23 @@ def kernel(cell: Cell, choices: Sequence[Choice], rules: Rules) -> Kernel | None
             both: there is no kernel for that.
     """
     decay, *others = dict.fromkeys(_decay(choice, rules) for choice in choices)
-    plain = all(t.dtype in (torch.float32, torch.float64) and _dense(t) for t in cell.block.tensors)
-    if others or decay is None or rules.max_norm is not None or not plain or isinstance(cell.block, Stack):
+    plain = all(t.dtype in (torch.float32, torch.float64) and _dense(t) for t in cell.block.all_tensors)
+    if others or decay is None or rules.max_norm is not None or not plain:
         return None
     on_cpu = all(t.device.type == "cpu" for t in cell.block.tensors)
     if not on_cpu and not all(t.device.type in _get_fused_kernels_supported_devices() for t in cell.block.tensors):
         return None
-    if on_cpu and (found := _of_layer(cell, decay)) is not None:
+    if on_cpu and (found := _of_layer(cell, decay) or _within(cell, decay)) is not None:
         return found
+    if isinstance(cell.block, Stack):
+        return None
     P, momentum = cell.preconditioner, _momentum(cell)
     if not cell.handled:
         P = Fixed()
     if isinstance(P, Composition) and isinstance(P.outer, Fixed) and P.entrywise:
-        found = _entrywise(P.inner, momentum, decay)
+        found = entrywise(P.inner, momentum, decay)
         return None if found is None else _OfInner(found)
-    return _entrywise(P, momentum, decay)
+    return entrywise(P, momentum, decay)
 
 
 @dataclass(frozen=True)
@@ -77,42 +63,65 @@ class _OfInner:
         self.of(replace(cell, state=cell.state["inner"]), p, g, lr, maximize, found_inf)
 
 
-def _entrywise(P: Preconditioner, momentum: Momentum | None, decay: _Decay) -> Kernel | None:
-    match P, momentum:
-        case RMS(start="zero", bias_correction=True, centered=False), Momentum(kind="ema", start="zero", of="cotangent"):
-            if P.eps > 0 and momentum.corrected and not (decay.coupled and decay.decoupled):
-                return _Adam(P, momentum, decay)
-        case RMS(start="zero", bias_correction=False, centered=False, amsgrad=False), None:
-            if P.eps > 0 and not decay.decoupled:
-                return _RMSprop(P, decay)
-        case AdaGrad(), None:
-            if P.eps > 0 and not decay.decoupled:
-                return _Adagrad(P, decay)
-        case Fixed(map_=Identity()), None:
-            return _SGD(0.0, False, _Decay(coupled=decay.coupled + decay.decoupled))
-        case Fixed(map_=Identity()), Momentum(kind="heavy_ball" | "nesterov", of="cotangent", dampening=0.0):
-            return _SGD(momentum.beta, momentum.kind == "nesterov", decay)
-    return None
-
-
 def _momentum(cell: Cell) -> Momentum | None:
     """The momentum, where there is one to keep."""
     kept = cell.momentum
     return None if kept is not None and not kept.beta and kept.kind != "ema" else kept
 
 
-def _of_layer(cell: Cell, decay: _Decay) -> Kernel | None:
+def _maker(P: Preconditioner) -> Callable[[Cell, Momentum | None, float], Kernel | None] | None:
+    """What makes the kernel of one layer on a processor, for the few preconditioners whose kernels pay (``benchmarks/kernels.py``)."""
+    match P:
+        case BNP():
+            return lambda cell, momentum, decay: arrow(cell, P, momentum, decay)
+        case Composition(outer=BNP() | Whitening() as outer, inner=RMS() as inner):
+            return lambda cell, momentum, decay: adam_in_coordinates(cell, outer, inner, momentum, decay)
+        case Polar() | Composition(outer=BNP() | Whitening(), inner=Polar()):
+            return lambda cell, momentum, decay: polar(cell, P, momentum, decay)
+    return None
+
+
+def has_kernel(P: Preconditioner, block: Block) -> bool:
+    """Whether a layer may be stepped by a kernel of its own, where it is on a processor."""
+    return _maker(P) is not None and all(t.device.type == "cpu" for t in block.tensors)
+
+
+def _of_layer(cell: Cell, decay: Decay) -> Kernel | None:
     """The kernel of one layer on a processor, or None."""
-    P, momentum = cell.preconditioner, _momentum(cell)
-    if decay.coupled or not cell.handled:
+    make = _maker(cell.preconditioner)
+    if make is None or decay.coupled or not cell.handled or isinstance(cell.block, Stack):
         return None
-    if isinstance(P, BNP):
-        return arrow(cell, P, momentum, decay.decoupled)
-    if isinstance(P, Composition) and isinstance(P.outer, BNP | Whitening) and isinstance(P.inner, RMS):
-        return adam_in_coordinates(cell, P.outer, P.inner, momentum, decay.decoupled)
-    if isinstance(P, SOAP):
-        return soap(cell, P, momentum, decay.decoupled)
-    return polar(cell, P, momentum, decay.decoupled)
+    return make(cell, _momentum(cell), decay.decoupled)
+
+
+def _within(cell: Cell, decay: Decay) -> Kernel | None:
+    """Adam's kernel in the coordinates of a map, where the cell's preconditioner is of that form, or None."""
+    unfit = decay.coupled or not cell.handled or cell.preconditioner.entrywise
+    found = None if unfit else cell.preconditioner.rms
+    adam = None if found is None else entrywise(found, _momentum(cell), decay)
+    return _Within(adam) if isinstance(adam, Adam) else None
+
+
+@dataclass(frozen=True)
+class _Within:
+    """y = Fᵀg, u = m̂/(√r̂ + ε), p ← (1 − αλ)p − αF u, m and r averages of y and of y²."""
+
+    adam: Adam
+
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
+        lr, gradient = float(lr), cell.block.gathered(g)
+        if (found := cell.acting.coordinates(cell.state, Evidence(gradient, cell.inputs))) is None:
+            step, alpha = cell.taken(tuple(torch._foreach_neg(g) if maximize else g)), -lr
+        else:
+            F, state = found
+            y, m, given = F.rmv(gradient), cell.average["m"], {t.untyped_storage().data_ptr() for t in gradient}
+            y = tuple(t.clone() if t.untyped_storage().data_ptr() in given else t for t in aligned(y, m) or ())
+            self.adam.descend(y, m, state, list(cell.state["step"][: len(y)]), maximize)
+            step, alpha = cell.block.scattered(F.mv(y)), lr
+        if self.adam.decay.decoupled:
+            torch._foreach_mul_(p, 1 - lr * self.adam.decay.decoupled)
+        torch._foreach_add_(p, step, alpha=alpha)
+        cell.refresh()
 
 
 def aligned(gradients: Tensors, p: Tensors) -> Tensors | None:
@@ -132,7 +141,7 @@ def _dense(t: Tensor) -> bool:
     return torch.empty_like(t, device="meta").stride() == t.stride()
 
 
-def _decay(choice: Choice, rules: Rules) -> _Decay | None:
+def _decay(choice: Choice, rules: Rules) -> Decay | None:
     """The regularizers as weight decay; None where they are more than that."""
     coupled = decoupled = 0.0
     for r in choice.regularizers:
@@ -145,129 +154,4 @@ def _decay(choice: Choice, rules: Rules) -> _Decay | None:
     adaptive = not isinstance(choice.preconditioner, Fixed)
     if coupled and adaptive and rules.statistics_from != "total":
         return None
-    return _Decay(coupled, decoupled)
-
-
-def _counts(cell: Cell, p: Tensors) -> list[Tensor]:
-    """The number of the step in progress for each tensor, where the tensor is."""
-    if (clock := cell.state.get("clock")) is not None:
-        return list(clock)
-    steps = cell.state["step"]
-    if p[0].device.type == "cpu":
-        return list(steps)
-    of: dict[tuple[float, torch.device], Tensor] = {}
-    keys = [(t.item(), x.device) for t, x in zip(steps, p, strict=True)]
-    for t, device in keys:
-        if (t, device) not in of:
-            of[t, device] = torch.full((), t, dtype=torch.float32, device=device)
-    return [of[key] for key in keys]
-
-
-@dataclass(frozen=True)
-class _Adam:
-    P: RMS
-    momentum: Momentum
-    decay: _Decay
-
-    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
-        adam = torch._fused_adam_ if self.decay.coupled else torch._fused_adamw_
-        state = cell.state
-        adam(
-            p,
-            g,
-            cell.average["m"],
-            state["r"],
-            state["r_max"] if self.P.amsgrad else [],
-            _counts(cell, p),
-            lr=lr,
-            beta1=self.momentum.beta,
-            beta2=self.P.decay,
-            weight_decay=self.decay.coupled or self.decay.decoupled,
-            eps=self.P.eps,
-            amsgrad=self.P.amsgrad,
-            maximize=maximize,
-            found_inf=found_inf,
-        )
-
-
-@dataclass(frozen=True)
-class _RMSprop:
-    """Adam's kernel with β₁ = 0 and bias corrections that have died out; it runs in half the time of torch's RMSprop."""
-
-    P: RMS
-    decay: _Decay
-
-    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
-        state = cell.state
-        never = torch.full((), _FOREVER, device=p[0].device)
-        if self.decay.coupled or maximize:
-            # The kernel writes the decayed gradient where the momentum of Adam would be.
-            scratch = p[0].new_empty(max(t.numel() for t in p))
-            for pi, gi, ri in zip(p, g, state["r"], strict=True):
-                self._run([pi], [gi], [scratch[: pi.numel()].zero_().view(pi.shape)], [ri], [never], lr, maximize, found_inf)
-        else:
-            # With β₁ = 0 "m" becomes the gradient itself: writing it onto the gradient changes nothing.
-            self._run(p, g, g, state["r"], [never] * len(p), lr, maximize, found_inf)
-
-    def _run(self, p, g, m, r, step, lr: Scalar, maximize: bool, found_inf: Tensor | None) -> None:
-        torch._fused_adam_(
-            p,
-            g,
-            m,
-            r,
-            [],
-            step,
-            lr=lr,
-            beta1=0.0,
-            beta2=self.P.decay,
-            weight_decay=self.decay.coupled,
-            eps=self.P.eps,
-            amsgrad=False,
-            maximize=maximize,
-            found_inf=found_inf,
-        )
-
-
-@dataclass(frozen=True)
-class _Adagrad:
-    P: AdaGrad
-    decay: _Decay
-
-    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
-        state = cell.state
-        torch._fused_adagrad_(
-            p,
-            g,
-            state["r"],
-            _counts(cell, p),
-            lr=lr,
-            lr_decay=self.P.lr_decay,
-            weight_decay=self.decay.coupled,
-            eps=self.P.eps,
-            maximize=maximize,
-            found_inf=found_inf,
-        )
-
-
-@dataclass(frozen=True)
-class _SGD:
-    beta: float
-    nesterov: bool
-    decay: _Decay
-
-    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool, found_inf: Tensor | None = None) -> None:
-        if self.decay.decoupled:
-            torch._foreach_mul_(p, 1 - lr * self.decay.decoupled * (1.0 if found_inf is None else 1 - found_inf.double()))
-        torch._fused_sgd_(
-            p,
-            g,
-            list(cell.average["m"]) if self.beta else [],
-            weight_decay=self.decay.coupled,
-            momentum=self.beta,
-            lr=lr,
-            dampening=0.0,
-            nesterov=self.nesterov,
-            maximize=maximize,
-            is_first_step=False,
-            found_inf=found_inf,
-        )
+    return Decay(coupled, decoupled)

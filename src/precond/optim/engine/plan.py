@@ -13,16 +13,15 @@ from torch import Tensor
 from precond.algebra.sharding import local
 from precond.algebra.vec import Vec
 from precond.optim.blocks import COUNTS, Block, Leaf, Stack, State, state_dtype, within
+from precond.optim.blocks.memory import stacked
 from precond.optim.engine.cells import Cell, Choice, as_count, count_together
+from precond.optim.engine.fused import has_kernel
 from precond.optim.engine.sharing import Shared, at_owner
 from precond.optim.momentum import Momentum
-from precond.optim.preconditioners import BNP, RMS, SOAP, Composition, Fixed, Polar, Whitening
+from precond.optim.preconditioners import Fixed
 from precond.optim.preconditioners.base import Preconditioner, placed
 from precond.optim.preconditioners.stacked import stackable, takes_stacks
 from precond.optim.ranks.exchange import dealt
-
-SCRATCH = 64 * 2**20
-"""Bytes of the parameters of a stack, at most, unless one block alone has more: a step makes a few copies of them."""
 
 Existing = Mapping[Tensor, dict[str, Any]]
 """The optimizer's state: tensors by parameter and their names outside."""
@@ -272,7 +271,7 @@ class _Single:
         steps = tuple(as_count(existing.get(leaf.param, {}).get("step")) for leaf in block.leaves)
         for s in (state, average):
             _adopt(s, existing, steps, outside)
-        kernel = kernels and _has_kernel(P, block)
+        kernel = kernels and has_kernel(P, block)
         alone = not handled or block.sharded or kernel or P.entrywise or not stackable(P)
         if placement is not None and not placement.here:
             state, average = state.hollow(), average.hollow()
@@ -290,18 +289,6 @@ class _Single:
         return cls(unit, block, state, average, handled and not kernel and stackable(P) and takes_stacks(P), key, placement)
 
 
-def _has_kernel(P: Preconditioner, block: Block) -> bool:
-    """Whether a layer may be stepped by a kernel of its own, where it is on a processor."""
-    match P:
-        case BNP() | SOAP() | Polar():
-            found = True
-        case Composition(outer=BNP() | Whitening(), inner=RMS() | Polar()):
-            found = True
-        case _:
-            found = False
-    return found and all(t.device.type == "cpu" for t in block.tensors)
-
-
 def _alike(singles: Sequence[_Single]) -> Iterator[list[_Single]]:
     """Those that one stack may hold, in the order of their first ones, and no more than scratch memory is for."""
     sets: list[list[_Single]] = []
@@ -310,7 +297,7 @@ def _alike(singles: Sequence[_Single]) -> Iterator[list[_Single]]:
         same = by_key.setdefault(single.key, [])
         for found in same:
             first, size = found[0], sum(t.numel() * t.element_size() for t in single.block.tensors)
-            fits = (len(found) + 1) * size <= SCRATCH
+            fits = (len(found) + 1) * size <= stacked(first.block.tensors[0].device)
             if fits and first.unit.preconditioner == single.unit.preconditioner and first.unit.momentum == single.unit.momentum:
                 found.append(single)
                 break

@@ -19,7 +19,7 @@ from precond.algebra.vec import Scalar, Vec
 from precond.optim.blocks import Block, Gathered, Leaf, State
 from precond.optim.engine import fused
 from precond.optim.engine.cells import Cell, Choice
-from precond.optim.engine.fused import Kernel
+from precond.optim.engine.entrywise import Kernel
 from precond.optim.engine.loop import Rules
 from precond.optim.inputs import Request
 from precond.optim.inputs.sites import Site
@@ -186,7 +186,7 @@ class Shared(Cell):
         """The step of one cell: by its kernel, where it has one and needs not look at the parameters."""
         kernel, u = self._kernel(cell), None
         if kernel is not None and not cell.preconditioner.looks(max(cell.state.steps)):
-            u = [torch.zeros_like(t) for t in cell.block.tensors]
+            u = [torch.zeros_like(t) for t in cell.block.all_tensors]
             kernel(cell, u, fused.aligned(g, u), -1.0, False)
             self._settled.add(id(cell))
             return tuple(u)

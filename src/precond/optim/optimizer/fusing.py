@@ -12,7 +12,7 @@ from precond.algebra.vec import Scalar, Tensors
 from precond.optim.blocks import Leaf
 from precond.optim.engine import fused
 from precond.optim.engine.cells import Cell, Choice
-from precond.optim.engine.fused import Kernel
+from precond.optim.engine.entrywise import Kernel
 from precond.optim.engine.loop import Rules
 from precond.optim.regularizers import L2
 
@@ -35,7 +35,7 @@ def kernels_of(
     # Other penalties, and a bound on the gradient's norm, may look at all parameters.
     if rules.max_norm is not None or not all(isinstance(r, L2) for choice in plain for r in choice.regularizers):
         return None
-    return [fused.kernel(cell, [plain[leaf.group] for leaf in cell.block.leaves], rules) for cell in cells]
+    return [fused.kernel(cell, [plain[leaf.group] for leaf in cell.leaves], rules) for cell in cells]
 
 
 def _without(choice: Choice, second: int | None) -> Choice:
@@ -77,7 +77,11 @@ def divided(
             continue
         if not whole:
             cell = cell.restricted(tuple(i for i, x in enumerate(grads) if x is not None))
-        laid_out = fused.aligned(g, cell.block.tensors) if [x.dtype for x in g] == cell.block.dtypes else None
+        laid_out = (
+            fused.aligned(g, cell.block.all_tensors)
+            if [x.dtype for x in g] == [t.dtype for t in cell.block.all_tensors]
+            else None
+        )
         if laid_out is None:
             rest.append(cell)
         else:

@@ -12,7 +12,7 @@ from precond.algebra import vec
 from precond.algebra.vec import Vec
 from precond.optim.engine import fused, loop
 from precond.optim.engine.cells import count_step
-from precond.optim.engine.fused import Kernel
+from precond.optim.engine.entrywise import Kernel
 from precond.optim.engine.loop import Evidence
 from precond.optim.engine.point import Point
 from precond.optim.engine.verdict import Verdict, over
@@ -78,7 +78,7 @@ class Stepping(SecondGradients):
         if found and verdict is None and not self._agreed(vec.all_finite(found) and (loss is None or finite_loss(loss))):
             return False
         for kernel, cell, aligned in work:
-            leaf, p = cell.block.leaves[0], cell.block.tensors
+            leaf, p = cell.block.leaves[0], cell.block.all_tensors
             count_step(cell.state, verdict)
             found_inf = () if verdict is None else (verdict.found_inf(p[0].device),)
             kernel(cell, p, aligned, self._lr(leaf), self.param_groups[leaf.group]["maximize"], *found_inf)
@@ -101,7 +101,7 @@ class Stepping(SecondGradients):
         for cell in point.cells:
             count_step(cell.state)
         for kernel, (cell, span) in zip(kernels, point.spans, strict=True):
-            p = cell.block.tensors
+            p = cell.block.all_tensors
             assert kernel is not None
             kernel(cell, p, fused.aligned(a[span], p), self._lr(cell.block.leaves[0]), False)
         return True

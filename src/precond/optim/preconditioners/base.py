@@ -20,6 +20,7 @@ from precond.optim.inputs import Moments, Request
 
 if TYPE_CHECKING:
     from precond.optim.momentum import Momentum
+    from precond.optim.preconditioners.rms import RMS
 
 
 @dataclass(frozen=True)
@@ -309,6 +310,15 @@ class Preconditioner(ABC):
         """F N Nᵀ y: the step of an average y in the coordinates of F."""
         F, N = self.factors(state)
         return F.mv(N.gram(y))
+
+    @property
+    def rms(self) -> RMS | None:
+        """The preconditioner that it is in the coordinates of F, P = F·N with its N; None: none of that kind. It has Adam's kernel."""
+        return None
+
+    def coordinates(self, state: State, seen: Seen) -> tuple[LinearMap, State] | None:
+        """:meth:`observe` of all but :attr:`rms`; F, and the statistics of that. None, and nothing is observed: the step is another."""
+        return None
 
     def wanted(self, state: State) -> Iterable[tuple[str, Request, Tensor | None]]:
         """(site name, request, the mean that deviations are measured from) to observe before the next step; nothing by default."""

@@ -17,6 +17,7 @@ from precond.optim.blocks import Block, Leaf, State
 from precond.optim.inputs import Request
 from precond.optim.preconditioners.base import Needs, Part, Preconditioner, Seen, strictest
 from precond.optim.preconditioners.fixed import Fixed
+from precond.optim.preconditioners.rms import RMS
 from precond.optim.preconditioners.split import over
 from precond.optim.preconditioners.stacked import on
 
@@ -154,6 +155,15 @@ class Composition(Preconditioner):
         if self.uses_momentum or not self.inner.handles(state["inner"].block):
             return super().push(state, y)
         return self._outer(state).mv(on(state["inner"].block, self.inner).push(state["inner"], y))
+
+    @property
+    def rms(self) -> RMS | None:
+        return self.inner if isinstance(self.inner, RMS) else None
+
+    def coordinates(self, state: State, seen: Seen) -> tuple[LinearMap, State]:
+        if self.outer.handles(state["outer"].block):
+            on(state["outer"].block, self.outer).observe(state["outer"], seen)
+        return self._outer(state), state["inner"]
 
     def map(self, state: State) -> LinearMap:
         block = state["inner"].block

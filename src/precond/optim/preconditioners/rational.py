@@ -15,12 +15,9 @@ from torch import Tensor
 
 from precond.algebra.precision import rounding
 from precond.algebra.vec import Scalar
+from precond.optim.blocks.memory import JOINED
 from precond.optim.preconditioners.eigenbases import at_hand
 from precond.optim.preconditioners.roots import inverse_root
-
-SCRATCH = 2**19
-"""Bytes of the matrices that are joined, or inverted at once, about, unless one stack of them alone has more, or it is known how much a
-step takes anyway."""
 
 
 def renew(
@@ -31,7 +28,7 @@ def renew(
     method: str = "eigh",
     bases: Sequence[Tensor] = (),
     scale: Scalar = 1.0,
-    scratch: int = SCRATCH,
+    scratch: int = JOINED,
 ) -> None:
     """root ← (S/s + ε λ_max I)^(−power) of several stacks S (k, n, n), s the ``scale``; a root that fails stays.
 
@@ -74,7 +71,7 @@ def _in_bases(S: Tensor, Q: Tensor, power: float, damping: float, scale: Scalar)
     return (Q * (values**-power)[:, None]) @ Q.mT
 
 
-def inverse_roots_(A: Tensor, power: float, damping: float, scale: Scalar = 1.0, scratch: int = SCRATCH) -> Tensor:
+def inverse_roots_(A: Tensor, power: float, damping: float, scale: Scalar = 1.0, scratch: int = JOINED) -> Tensor:
     """(A/s + ε λ_max I)^(−power) of each, s the ``scale``, ε = ``damping`` or what is rounding in A; NaN where A is zero or not finite.
 
     λ_max is known from above, exactly where one eigenvalue stands out, and no worse than by a factor of n^(1/8). A is written over; with

@@ -125,6 +125,16 @@ class SOAP(Stacked):
         self.fold(state, seen.gradient[0])
         return rotated
 
+    @property
+    def rms(self) -> RMS:
+        return RMS(self.decay, self.eps)
+
+    def coordinates(self, state: State, seen: Seen) -> tuple[LinearMap, State] | None:
+        if (chosen := self.chosen(state)) is not None and not bool(chosen.all()):
+            return None
+        self.fold(state, seen.gradient[0])
+        return self.basis(state), state
+
     def program(self, block: Block, step: int) -> Hashable:
         # With a bound on the drift, refreshes look at one column after the other.
         if step <= max(self.every, WARM_UP) or self.drift is not None:
