@@ -196,4 +196,4 @@ def test_one_layer_without_a_kernel_leaves_the_others_theirs(recipe, how, monkey
         ends.append(flat(model))
         counts.append(list(asked))
     assert relative(*ends) <= 1e-9
-    assert max(counts[0]) < min(counts[1])
+    assert max(counts[0], default=0) < min(counts[1])  # none, where Adam's kernel runs in the coordinates of any map
