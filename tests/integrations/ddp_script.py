@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import integrations.conftest  # noqa: F401  # first: torchvision, where it does not fit
 from integrations.test_transformers import CLASSES, arguments, bert, data, inside
 from precond.integrations.transformers import Trainer
 
