@@ -78,6 +78,7 @@ def build(
     clean: bool = True,
     owners: dict[Tensor, int] | None = None,
     there: Callable[[Leaf], torch.device | None] = lambda leaf: None,
+    kernels: bool = True,
 ) -> tuple[list[Cell], Entries]:
     """Cells for the leaves at the positions ``live``, which want gradients, and their state entries (leaf, key, tensor).
 
@@ -90,6 +91,7 @@ def build(
         clean: statistics are of the clean gradient, whatever regularizers add to what is descended.
         owners: who owns which parameters' blocks; completed here.
         there: the device that counts a leaf's steps; None: the host does.
+        kernels: whether kernels may step cells: blocks that have one are not stacked then.
     """
 
     cells: list[Cell] = []
@@ -99,7 +101,7 @@ def build(
     found = units(leaves, live, choices, whole)
     placements = deal(found, leaves, {} if owners is None else owners)
     singles = [
-        _Single.of(unit, leaves, choices, existing, outside, clean, not plainly, placement, whole)
+        _Single.of(unit, leaves, choices, existing, outside, clean, kernels and not plainly, placement, whole)
         for unit, placement in zip(found, placements, strict=True)
     ]
     for alike in [[single] for single in singles] if plainly else _alike(singles):

@@ -23,6 +23,7 @@ from precond.optim.optimizer import serialization
 from precond.optim.optimizer.averaging import Averaged
 from precond.optim.optimizer.binding import Binding, bind, choices_of
 from precond.optim.optimizer.compatibility import check_precision
+from precond.optim.optimizer.fusing import fusible
 from precond.optim.optimizer.interrupts import Uninterrupted
 from precond.optim.optimizer.listening import Listening
 from precond.optim.optimizer.naming import Naming
@@ -108,6 +109,7 @@ class Bound(torch.optim.Optimizer):
             self._dealt,
             there,
             self.average,
+            lambda choices: fusible(choices, self.rules, self._gradient_based),
         )
 
     @property
