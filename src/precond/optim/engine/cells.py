@@ -18,10 +18,9 @@ from precond.algebra.vec import Scalar, Vec
 from precond.optim.blocks import COUNTS, Block, Leaf, Stack, State, counted_together, state_dtype, whole_numbers
 from precond.optim.engine.verdict import Verdict
 from precond.optim.inputs import Request
-from precond.optim.inputs.observer import Seen
+from precond.optim.inputs.observer import InputMoments
 from precond.optim.momentum import Momentum
-from precond.optim.preconditioners.base import Preconditioner
-from precond.optim.preconditioners.base import Seen as Evidence
+from precond.optim.preconditioners.base import Preconditioner, Seen
 from precond.optim.preconditioners.stacked import on
 from precond.optim.regularizers.base import Regularizer
 
@@ -52,7 +51,7 @@ class Cell:
     momentum: Momentum | None
     state: State
     average: State
-    inputs: Seen | None = None
+    inputs: InputMoments | None = None
     _views: dict[tuple[int, ...], Cell] = field(default_factory=dict, repr=False)
     _handled: tuple[Preconditioner, bool] | None = field(default=None, repr=False)
 
@@ -145,7 +144,7 @@ class Cell:
         if self.handled:
             gradient = self.block.gathered(gradient)
             momentum = self._clean_momentum(state, gradient)
-            self.acting.observe(state, Evidence(gradient, self.inputs, momentum, self._shown))
+            self.acting.observe(state, Seen(gradient, self.inputs, momentum, self._shown))
 
     @property
     def _shown(self) -> Callable[[], Vec] | None:
@@ -198,7 +197,7 @@ class Cell:
             return self.descent(g)
         P = self.acting
         if not self.preconditioner.uses_momentum:  # nothing keeps what the next call needs no more
-            seen = lambda: Evidence(self.block.gathered(g), self.inputs, None, self._shown)  # noqa: E731
+            seen = lambda: Seen(self.block.gathered(g), self.inputs, None, self._shown)  # noqa: E731
             return self.block.scattered(P.push(self.state, self._averaged(P.pull(self.state, seen()), "cotangent", fold=True)))
         gradient = self.block.gathered(g)
         # What was put side by side is memory of the step's own, and what is made of the momentum alone asks for no gradient.
@@ -213,7 +212,7 @@ class Cell:
                 if write
                 else self.momentum.current(self.average, gradient)
             )
-        return self.block.scattered(P.descend(self.state, Evidence(gradient, self.inputs, m, self._shown)))
+        return self.block.scattered(P.descend(self.state, Seen(gradient, self.inputs, m, self._shown)))
 
     def factors(self) -> tuple[LinearMap, LinearMap]:
         """(F, N) with P = F N, on the tensors of the block; the momentum of cotangents is kept in the coordinates of F."""

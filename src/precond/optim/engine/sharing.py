@@ -19,7 +19,7 @@ from precond.algebra.vec import Scalar, Vec
 from precond.optim.blocks import Block, Gathered, Leaf, State
 from precond.optim.engine import fused
 from precond.optim.engine.cells import Cell, Choice
-from precond.optim.engine.entrywise import Kernel
+from precond.optim.engine.kernels.entrywise import Kernel
 from precond.optim.engine.loop import Rules
 from precond.optim.inputs import Request
 from precond.optim.inputs.sites import Site

@@ -15,7 +15,7 @@ from precond.algebra.vec import Scalar
 from precond.optim.averages import WeightAverage
 from precond.optim.blocks import Leaf
 from precond.optim.engine.cells import Cell
-from precond.optim.engine.entrywise import Kernel
+from precond.optim.engine.kernels.entrywise import Kernel
 from precond.optim.engine.loop import Rules
 from precond.optim.engine.sharing import Shared
 from precond.optim.inputs import Request

@@ -12,7 +12,7 @@ from precond.algebra.vec import Scalar, Tensors
 from precond.optim.blocks import Leaf
 from precond.optim.engine import fused
 from precond.optim.engine.cells import Cell, Choice
-from precond.optim.engine.entrywise import Kernel
+from precond.optim.engine.kernels.entrywise import Kernel
 from precond.optim.engine.loop import Rules
 from precond.optim.regularizers import L2
 

@@ -15,7 +15,7 @@ from precond.algebra.sharding import local
 from precond.optim.blocks import Leaf
 from precond.optim.engine import loop
 from precond.optim.engine.cells import Cell
-from precond.optim.engine.loop import Evidence
+from precond.optim.engine.loop import ProbeResults
 from precond.optim.engine.point import Point, gather
 from precond.optim.optimizer.capturing import Capturing
 from precond.optim.optimizer.interrupts import Uninterrupted
@@ -192,7 +192,7 @@ class SecondGradients(Capturing):
             watch and not self._agreed(vec.all_finite(point.g))
         ):
             return Probe(
-                self._bound.leaves, modules, point, gradients, grad_scale, k, Evidence(), (), self._spare, refused=True
+                self._bound.leaves, modules, point, gradients, grad_scale, k, ProbeResults(), (), self._spare, refused=True
             )
         taken = unscaled(take_gradients(self._bound.leaves), grad_scale)
         clean: list[Tensor | None] | None = taken
@@ -203,7 +203,7 @@ class SecondGradients(Capturing):
         if observed:
             loop.observe(point, point.g)
         states = None if observed or regularizer.space == "p" else loop.ahead(point, self.rules)
-        evidence = Evidence(observed=observed)
+        evidence = ProbeResults(observed=observed)
         deltas = regularizer.probe(point.at(k, lambda: point.maps(states), memo=evidence.memo))
         if let_go:
             clean, point.g = None, ()
