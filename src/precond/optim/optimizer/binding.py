@@ -16,8 +16,8 @@ from precond.optim.engine import plan
 from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.sharing import Shared
 from precond.optim.optimizer import averaging
+from precond.optim.optimizer.models import Models, in_place
 from precond.optim.optimizer.naming import Naming
-from precond.optim.optimizer.owners import Owners, in_place
 
 Kinds = tuple[list[bool], list[torch.dtype], list[int]]
 """Whether each parameter wants gradients, its dtype, and the number of its device, -1 on a processor: numbers are compared at once."""
@@ -115,7 +115,7 @@ class Binding:
 
 def bind(
     groups: Sequence[Mapping[str, Any]],
-    owners: Owners,
+    models: Models,
     naming: Naming,
     observed: bool,
     rounding: str,
@@ -137,7 +137,7 @@ def bind(
         average: of the weights.
         fuses: whether kernels may step cells, of the choices in force.
     """
-    leaves = owners.leaves(groups, observed)
+    leaves = models.leaves(groups, observed)
     choices = choices_of(groups, naming)
     params = [leaf.param for leaf in leaves]
     frozen = {p for p in params if not p.requires_grad} if frozen is None else frozen
