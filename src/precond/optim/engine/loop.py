@@ -18,7 +18,7 @@ from precond.algebra.spaces import Bend, Cotangent, Instead, Made, Prox, Tangent
 from precond.algebra.vec import Scalar, Vec
 from precond.optim.blocks import State
 from precond.optim.checking import contracts
-from precond.optim.engine.cells import count_step
+from precond.optim.engine.counting import count_step
 from precond.optim.engine.point import Point
 from precond.optim.engine.verdict import Verdict
 from precond.optim.regularizers.base import At, Regularizer

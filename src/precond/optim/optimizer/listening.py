@@ -13,7 +13,7 @@ from torch import Tensor
 from precond.algebra.sharding import local
 from precond.algebra.vec import all_finite
 from precond.optim.engine.cells import Cell
-from precond.optim.engine.sharing import owned_statistics
+from precond.optim.engine.shared_state import owned_statistics
 from precond.optim.inputs import Request, Site
 from precond.optim.inputs.observer import Observer
 from precond.optim.inputs.sync import Heard, check_alike, synchronized

@@ -16,7 +16,8 @@ from precond.algebra.vec import is_captured
 from precond.optim.averages import WeightAverage
 from precond.optim.checking import contracts
 from precond.optim.checking.arguments import fitted, number
-from precond.optim.engine.cells import Choice, uncounted
+from precond.optim.engine.cells import Choice
+from precond.optim.engine.counting import uncounted
 from precond.optim.engine.loop import Rules
 from precond.optim.momentum import Momentum
 from precond.optim.optimizer.compatibility import check_in_place, check_precision, check_same, check_shared, listed, validate

@@ -11,7 +11,7 @@ from torch import Tensor
 from precond.algebra import vec
 from precond.algebra.vec import Vec
 from precond.optim.engine import fused, loop
-from precond.optim.engine.cells import count_step
+from precond.optim.engine.counting import count_step
 from precond.optim.engine.kernels.entrywise import Kernel
 from precond.optim.engine.loop import ProbeResults
 from precond.optim.engine.point import Point
