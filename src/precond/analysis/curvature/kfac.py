@@ -11,7 +11,7 @@ from torch import Tensor
 
 from precond.algebra import checks
 from precond.analysis.curvature.keeping import Batch
-from precond.analysis.curvature.kfac_passes import Known, Pass, add, like, moment, squared, turned
+from precond.analysis.curvature.kfac_passes import Known, Pass, add_to, extended_moment, in_basis, squared_entries, tensor_like
 from precond.analysis.curvature.kronecker import Factor, InBasis, LayerwiseMap, Pair, Place
 from precond.analysis.curvature.neurons.layer import Layer
 from precond.analysis.curvature.objective import Objective
@@ -83,21 +83,21 @@ def _kfac(objective: Objective, passes: _Passes, sharing: Sharing) -> LayerwiseM
             h = batch.inputs(name)
             if sharing == "reduce":
                 h = h[:, batch.arranged(name)].mean(2)  # (groups, N, T, n) over T
-            add(A, name, moment(h, layer.place))
+            add_to(A, name, extended_moment(h, layer.place))
             places[name] += h.shape[1]
         for back in batch.backward():
             for name in layers:
                 d = back(name)
                 if sharing == "reduce":
                     d = d[:, batch.arranged(name)].sum(2)
-                add(B, name, d.mT @ d)
+                add_to(B, name, d.mT @ d)
     for name, layer in layers.items():
         A[name] /= places[name]
         if name not in B:  # no backward pass at all
             groups, rows = layer.place.layout.groups, layer.layer.units // layer.place.layout.groups
             B[name] = torch.eye(rows, dtype=A[name].dtype, device=A[name].device).expand(groups, -1, -1)
     factors: dict[str, Factor] = {name: Pair(B[name], A[name]) for name in layers}
-    return LayerwiseMap({name: layer.place for name, layer in layers.items()}, factors, like(objective))
+    return LayerwiseMap({name: layer.place for name, layer in layers.items()}, factors, tensor_like(objective))
 
 
 def ekfac(
@@ -135,11 +135,11 @@ def ekfac(
     K = _kfac(objective, passes, sharing)
     S: dict[str, Tensor] = {}
     for batch in passes:
-        turned = {name: turned(batch.inputs(name), known.place, K.factors[name].basis[1]) for name, known in layers.items()}
+        turned = {name: in_basis(batch.inputs(name), known.place, K.factors[name].basis[1]) for name, known in layers.items()}
         for back in batch.backward():
             for name in layers:
                 d = back(name) @ K.factors[name].basis[0]
-                add(S, name, squared(d, turned[name], batch.arranged(name)))
+                add_to(S, name, squared_entries(d, turned[name], batch.arranged(name)))
     factors: dict[str, Factor] = {name: InBasis(*K.factors[name].basis, S[name]) for name in layers}
     return LayerwiseMap(K.places, factors, K.like)
 

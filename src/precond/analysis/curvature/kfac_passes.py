@@ -20,7 +20,7 @@ from precond.optim.inputs.moments import widened
 _ENTRIES = 2**24  # of samples' gradients that are held at once
 
 
-def moment(h: Tensor, place: Place) -> Tensor:
+def extended_moment(h: Tensor, place: Place) -> Tensor:
     """Σ ĥĥᵀ, (groups, n, n), with the bias's one where there is a bias: [[Σhhᵀ, Σh], [Σhᵀ, count]]."""
     if place.weight is None:
         return h.new_full((h.shape[0], 1, 1), h.shape[1])
@@ -34,14 +34,14 @@ def moment(h: Tensor, place: Place) -> Tensor:
     return out
 
 
-def turned(h: Tensor, place: Place, V: Tensor) -> Tensor:
+def in_basis(h: Tensor, place: Place, V: Tensor) -> Tensor:
     """ĥV of all places, (groups, places, n)."""
     if place.weight is None:
         return V.expand(-1, h.shape[1], -1)
     return h @ V if place.bias is None else torch.baddbmm(V[:, -1:], h, V[:, :-1])
 
 
-def squared(d: Tensor, h: Tensor, places: Tensor) -> Tensor:
+def squared_entries(d: Tensor, h: Tensor, places: Tensor) -> Tensor:
     """Σ_n (Σ_t δ_nt h_ntᵀ)² entry by entry, (groups, rows, n), of δ (groups, places, rows) and h (groups, places, n)."""
     if places.shape[1] == 1:
         return d.square().mT @ h.square()
@@ -160,11 +160,11 @@ def _joined(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def like(objective: Objective) -> Any:
+def tensor_like(objective: Objective) -> Any:
     return tuple(p.detach() for p in objective.params)
 
 
-def add(sums: dict[str, Tensor], name: str, x: Tensor) -> None:
+def add_to(sums: dict[str, Tensor], name: str, x: Tensor) -> None:
     if name in sums:
         sums[name] += x
     else:
