@@ -20,13 +20,13 @@ from precond.optim.blocks import (
     together,
 )
 from precond.optim.inputs.roles import kind_of
-from precond.optim.optimizer.owners import Owners
+from precond.optim.optimizer.models import Models
 from precond.optim.preconditioners import Split
 from precond.optim.preconditioners.split import over
 
 
 def leaves_of(module):
-    return Owners([module]).leaves(
+    return Models([module]).leaves(
         [{"params": list(module.parameters()), "param_names": [n for n, _ in module.named_parameters()]}]
     )
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import precond
 from contract.table import EVERY, closure, flat
 from precond.optim.blocks import Stack
 from precond.optim.engine import plan
@@ -136,3 +137,12 @@ def test_layers_alike_are_one_stack(side_by_side):
     sizes = sorted(len(cell.block.members) for cell in optimizer._bound.cells if isinstance(cell.block, Stack))
     assert sizes == [1, 1, 3, 6]  # of muon's matrices: the first, the head, the convolutions, and all (6, 6)
     assert optimizer.state[optimizer.param_groups[0]["params"][0]]
+
+
+@pytest.mark.parametrize("bound", [None, 1.0])
+def test_layers_whose_kernels_a_bound_rules_out_are_stacked(bound):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(6)))
+    optimizer = precond.auto(net, max_norm=bound)
+    sizes = [len(cell.block.members) for cell in optimizer._bound.cells if isinstance(cell.block, Stack)]
+    assert max(sizes, default=1) == (1 if bound is None else 6)

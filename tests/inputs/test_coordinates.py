@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from precond import BNP, RMS, Momentum, PreconditionedGD, Whitening, adam, adamw, whitening
-from precond.optim.engine.coordinates import AdamInCoordinates
-from precond.optim.engine.factors import SpikedFactor, WholeFactor
 from precond.optim.engine.fused import _OfInner
+from precond.optim.engine.kernels.adam_in_coordinates import AdamInCoordinates
+from precond.optim.engine.kernels.factors import SpikedFactor, WholeFactor
 
 ROOT = Whitening(root="cholesky", every=6, observe_steps=2)
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -83,7 +83,7 @@ def kernels(optimizer: PreconditionedGD) -> list[Any]:
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernel_takes_the_steps_of_the_reference_engine(name: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters, averages and statistics, with triangular roots cut into panels."""
-    monkeypatch.setattr("precond.optim.engine.factors._PANEL", 3)
+    monkeypatch.setattr("precond.optim.engine.kernels.factors._PANEL", 3)
     (inputs, options), taken, inside = CASES[name], [], AdamInCoordinates._step
 
     def spied(self: AdamInCoordinates, cell: Any, *rest: Any) -> None:
@@ -104,7 +104,7 @@ def test_the_kernel_takes_the_steps_of_the_reference_engine(name: str, bias: boo
 @pytest.mark.parametrize("fails", [False, True], ids=["", "where Cholesky fails"])
 def test_panels_are_those_of_a_triangular_root(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where K has no Cholesky factor its root is symmetric, whatever was asked for."""
-    monkeypatch.setattr("precond.optim.engine.factors._PANEL", 3)
+    monkeypatch.setattr("precond.optim.engine.kernels.factors._PANEL", 3)
     if fails:
         monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda K: (K, torch.ones(K.shape[:-2])))
     ours, theirs = (trained(lambda m, e=engine: whitening(m, 0.01, inputs=ROOT, engine=e)) for engine in ("fused", "loop"))

@@ -189,7 +189,7 @@ def test_a_layer_of_many_samples_takes_the_polar_factor_in_each_step(samples: in
 @pytest.fixture(params=["small", "large"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which of the two kernels steps the layers."""
-    monkeypatch.setattr("precond.optim.engine.polar._SMALL", 2**60 if request.param == "small" else 0)
+    monkeypatch.setattr("precond.optim.engine.kernels.polar._SMALL", 2**60 if request.param == "small" else 0)
     return request.param
 
 
@@ -245,7 +245,7 @@ def test_the_kernel_takes_the_steps_of_the_reference_engine(name: str, bias: boo
 
 @pytest.mark.parametrize("name", ["auto", "of rank 1", "both of rank 1"])
 def test_products_in_16_bits_are_near(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("precond.optim.engine.polar._SMALL", 0)
+    monkeypatch.setattr("precond.optim.engine.kernels.polar._SMALL", 0)
     monkeypatch.setattr("precond.algebra.precision.WIDE", 0)
     monkeypatch.setattr("precond.algebra.precision.multiplies_bfloat16", lambda: True)
     narrow, exact = trained(name, torch.float32, True, 4), trained(name, torch.float32, True, 4, engine="loop")

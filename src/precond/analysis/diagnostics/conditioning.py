@@ -13,7 +13,7 @@ from torch import Tensor
 
 from precond.algebra.maps import BlockDiagonal, LinearMap
 from precond.algebra.vec import Vec
-from precond.analysis.diagnostics.gathering import Gathered
+from precond.analysis.diagnostics.streaming import Gathered
 from precond.optim.inputs import Request
 from precond.optim.preconditioners import Whitening
 

@@ -26,13 +26,14 @@ from precond.analysis.diagnostics.advice import Advice, Considered, advise
 from precond.analysis.diagnostics.conditioning import neurons_of, restricted, spectra, with_bias
 from precond.analysis.diagnostics.findings import drivers, units
 from precond.analysis.diagnostics.gains import Picture, features
-from precond.analysis.diagnostics.gathering import Gathered, gather
+from precond.analysis.diagnostics.gathering import gather
 from precond.analysis.diagnostics.layer import Curvature, Layer
 from precond.analysis.diagnostics.preconditioner import preconditioner_of, step_size
 from precond.analysis.diagnostics.problem import as_objective
 from precond.analysis.diagnostics.remedies import Base, base_of
 from precond.analysis.diagnostics.short import as_trained, one_step, trained_copy
 from precond.analysis.diagnostics.stability import stable_factor
+from precond.analysis.diagnostics.streaming import Gathered
 
 Matrix = Literal["none", "hessian", "gauss_newton"]
 _MATRICES = {"hessian": hessian, "gauss_newton": gauss_newton}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from precond.analysis.diagnostics.conditioning import Spectra
-from precond.analysis.diagnostics.gathering import Gathered
+from precond.analysis.diagnostics.streaming import Gathered
 
 _CONSTANT = 8  # times the inputs' precision: a spread that is rounding
 _SATURATED = 0.9  # share of samples at the ends of tanh or sigmoid

@@ -14,10 +14,11 @@ from precond.algebra.vec import Vec
 from precond.analysis.curvature import Objective
 from precond.analysis.diagnostics.calibrated import STUCK
 from precond.analysis.diagnostics.findings import units
-from precond.analysis.diagnostics.gathering import Gathered, gather
+from precond.analysis.diagnostics.gathering import gather
 from precond.analysis.diagnostics.pace import Part, Race, parts_of, speed_up
 from precond.analysis.diagnostics.remedies import Base, standardized
 from precond.analysis.diagnostics.short import as_trained
+from precond.analysis.diagnostics.streaming import Gathered
 
 
 @dataclass(frozen=True)

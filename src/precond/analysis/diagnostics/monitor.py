@@ -18,12 +18,12 @@ from precond.algebra.maps import LinearMap
 from precond.algebra.vec import Vec
 from precond.analysis.curvature import Objective, hessian
 from precond.analysis.curvature.isolation import forked_random
-from precond.analysis.diagnostics.gathering import layer_of
 from precond.analysis.diagnostics.live import Top, kappa_of_moments, largest
 from precond.analysis.diagnostics.preconditioner import preconditioner_of, step_size
 from precond.analysis.diagnostics.registry import registered
 from precond.analysis.diagnostics.sinks import Sink, as_sink
 from precond.analysis.diagnostics.stability import stable_factor
+from precond.analysis.diagnostics.streaming import layer_of
 from precond.optim.inputs import Moments, Request, Site, Tap, Weight, pool, survey
 from precond.optim.inputs.hooks import remove
 from precond.optim.optimizer import PreconditionedGD

@@ -23,7 +23,7 @@ from torch import Tensor
 from precond.algebra.vec import Vec
 from precond.analysis.curvature import Objective
 from precond.analysis.diagnostics.conditioning import coordinates, gradient_rows, rank_of
-from precond.analysis.diagnostics.gathering import Gathered
+from precond.analysis.diagnostics.streaming import Gathered
 
 # How far curvature is measured along the gradient: so much of the loss goes by the first order. Where a saturated loss is straight, farther.
 _STEPS = (1e-2, 1e-1, 1.0)

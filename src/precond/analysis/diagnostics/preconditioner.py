@@ -156,7 +156,7 @@ def _rates(optimizer: torch.optim.Optimizer, wanted: Vec) -> list[float]:
     rate = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
     if isinstance(optimizer, PreconditionedGD):
         choices = [optimizer.naming.build(group) for group in optimizer.param_groups]
-        for leaf in optimizer.owners.leaves(optimizer.param_groups, optimizer.observes):
+        for leaf in optimizer.models.leaves(optimizer.param_groups, optimizer.observes):
             rate[id(leaf.param)] *= choices[leaf.group].preconditioner.lr_scale(leaf)
     return [rate[id(p)] for p in wanted]
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from precond.algebra import vec
@@ -16,12 +13,12 @@ from precond.algebra.maps import Identity, LinearMap
 from precond.algebra.maps.stacked import OfMembers
 from precond.algebra.vec import Scalar, Vec
 from precond.optim.blocks import COUNTS, Block, Leaf, Stack, State, counted_together, state_dtype, whole_numbers
+from precond.optim.engine.counting import count_step
 from precond.optim.engine.verdict import Verdict
 from precond.optim.inputs import Request
-from precond.optim.inputs.observer import Seen
+from precond.optim.inputs.observer import InputMoments
 from precond.optim.momentum import Momentum
-from precond.optim.preconditioners.base import Preconditioner
-from precond.optim.preconditioners.base import Seen as Evidence
+from precond.optim.preconditioners.base import Preconditioner, Seen
 from precond.optim.preconditioners.stacked import on
 from precond.optim.regularizers.base import Regularizer
 
@@ -52,7 +49,7 @@ class Cell:
     momentum: Momentum | None
     state: State
     average: State
-    inputs: Seen | None = None
+    inputs: InputMoments | None = None
     _views: dict[tuple[int, ...], Cell] = field(default_factory=dict, repr=False)
     _handled: tuple[Preconditioner, bool] | None = field(default=None, repr=False)
 
@@ -145,7 +142,7 @@ class Cell:
         if self.handled:
             gradient = self.block.gathered(gradient)
             momentum = self._clean_momentum(state, gradient)
-            self.acting.observe(state, Evidence(gradient, self.inputs, momentum, self._shown))
+            self.acting.observe(state, Seen(gradient, self.inputs, momentum, self._shown))
 
     @property
     def _shown(self) -> Callable[[], Vec] | None:
@@ -198,7 +195,7 @@ class Cell:
             return self.descent(g)
         P = self.acting
         if not self.preconditioner.uses_momentum:  # nothing keeps what the next call needs no more
-            seen = lambda: Evidence(self.block.gathered(g), self.inputs, None, self._shown)  # noqa: E731
+            seen = lambda: Seen(self.block.gathered(g), self.inputs, None, self._shown)  # noqa: E731
             return self.block.scattered(P.push(self.state, self._averaged(P.pull(self.state, seen()), "cotangent", fold=True)))
         gradient = self.block.gathered(g)
         # What was put side by side is memory of the step's own, and what is made of the momentum alone asks for no gradient.
@@ -213,7 +210,7 @@ class Cell:
                 if write
                 else self.momentum.current(self.average, gradient)
             )
-        return self.block.scattered(P.descend(self.state, Evidence(gradient, self.inputs, m, self._shown)))
+        return self.block.scattered(P.descend(self.state, Seen(gradient, self.inputs, m, self._shown)))
 
     def factors(self) -> tuple[LinearMap, LinearMap]:
         """(F, N) with P = F N, on the tensors of the block; the momentum of cotangents is kept in the coordinates of F."""
@@ -248,63 +245,3 @@ class Cell:
             return Identity(tuple(leaf.tensor for leaf in self.leaves))
         of_block = self.acting.map(state)
         return of_block if not isinstance(self.block, Stack) else OfMembers(of_block, self.block)
-
-
-def as_count(known: Any) -> Tensor:
-    """A count of steps, from one that is known; None: 0."""
-    # On the host, as torch keeps it: reading it never waits for a device. In float32, as torch has it, 2²⁴ + 1 would be 2²⁴.
-    return torch.as_tensor(0.0 if known is None else known, device="cpu", dtype=torch.float64)
-
-
-def count_together(states: Sequence[State], there: torch.device | None) -> None:
-    """Put the counts of a cell's leaves into one tensor, of which they are entries, and into one of a device, which is to count them.
-
-    The first of the states has all of them.
-    """
-    own = states[0]["step"]
-    base, known = torch.stack(own), {id(t): k for k, t in enumerate(own)}
-    # float32, as torch's fused kernels read it.
-    clock = None if there is None else base.to(there, torch.float32).unbind()
-    for state in states:
-        _put(state, known, base.unbind(), clock)
-
-
-def _put(state: State, known: dict[int, int], steps: Vec, clock: Vec | None) -> None:
-    index = [known[id(t)] for t in state["step"]]
-    for value in state.values():
-        if isinstance(value, State):
-            _put(value, known, steps, clock)
-    state["step"] = tuple(steps[k] for k in index)
-    if clock is not None:
-        state["clock"] = tuple(clock[k] for k in index)
-
-
-def count_step(state: State, verdict: Verdict | None = None) -> None:
-    """Count a step of each leaf, in place; on the device only if it is taken."""
-    count_on_host(state)
-    if (clock := state.get("clock")) is not None:
-        _add(clock, 1 if verdict is None else verdict.taken(clock[0].device))
-
-
-def count_on_host(state: State) -> None:
-    """The host's part of counting."""
-    _add(state["step"], 1)
-
-
-@contextmanager
-def uncounted(cells: Sequence[Cell]) -> Iterator[None]:
-    """What the host counts inside is forgotten at the end: a step that is captured has not happened."""
-    counts = [t for cell in cells for t in cell.state["step"]]
-    before = [t.clone() for t in counts]
-    try:
-        yield
-    finally:
-        torch._foreach_copy_(counts, before)
-
-
-def _add(counts: Vec, number: int | Tensor) -> None:
-    base = counts[0]._base
-    if base is not None and base.shape == (len(counts),):
-        base.add_(number)
-    else:
-        torch._foreach_add_(counts, number)

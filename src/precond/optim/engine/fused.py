@@ -14,15 +14,15 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from precond.algebra.vec import Scalar, Tensors
 from precond.optim.blocks import Block, Stack
-from precond.optim.engine.arrow import arrow
 from precond.optim.engine.cells import Cell, Choice
-from precond.optim.engine.coordinates import adam_in_coordinates
-from precond.optim.engine.entrywise import Adam, Decay, Kernel, entrywise
+from precond.optim.engine.kernels.adam_in_coordinates import adam_in_coordinates
+from precond.optim.engine.kernels.bnp import bnp_step
+from precond.optim.engine.kernels.entrywise import Adam, Decay, Kernel, entrywise
+from precond.optim.engine.kernels.polar import polar_step
 from precond.optim.engine.loop import Rules
-from precond.optim.engine.polar import polar
 from precond.optim.momentum import Momentum
 from precond.optim.preconditioners import BNP, RMS, Composition, Fixed, Polar, Preconditioner, Whitening
-from precond.optim.preconditioners.base import Seen as Evidence
+from precond.optim.preconditioners.base import Seen
 from precond.optim.regularizers import L2
 
 
@@ -73,11 +73,11 @@ def _maker(P: Preconditioner) -> Callable[[Cell, Momentum | None, float], Kernel
     """What makes the kernel of one layer on a processor, for the few preconditioners whose kernels pay (``benchmarks/kernels.py``)."""
     match P:
         case BNP():
-            return lambda cell, momentum, decay: arrow(cell, P, momentum, decay)
+            return lambda cell, momentum, decay: bnp_step(cell, P, momentum, decay)
         case Composition(outer=BNP() | Whitening() as outer, inner=RMS() as inner):
             return lambda cell, momentum, decay: adam_in_coordinates(cell, outer, inner, momentum, decay)
         case Polar() | Composition(outer=BNP() | Whitening(), inner=Polar()):
-            return lambda cell, momentum, decay: polar(cell, P, momentum, decay)
+            return lambda cell, momentum, decay: polar_step(cell, P, momentum, decay)
     return None
 
 
@@ -110,7 +110,7 @@ class _Within:
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         lr, gradient = float(lr), cell.block.gathered(g)
-        if (found := cell.acting.coordinates(cell.state, Evidence(gradient, cell.inputs))) is None:
+        if (found := cell.acting.coordinates(cell.state, Seen(gradient, cell.inputs))) is None:
             step, alpha = cell.taken(tuple(torch._foreach_neg(g) if maximize else g)), -lr
         else:
             F, state = found

@@ -18,7 +18,7 @@ from precond.algebra.spaces import Bend, Cotangent, Instead, Made, Prox, Tangent
 from precond.algebra.vec import Scalar, Vec
 from precond.optim.blocks import State
 from precond.optim.checking import contracts
-from precond.optim.engine.cells import count_step
+from precond.optim.engine.counting import count_step
 from precond.optim.engine.point import Point
 from precond.optim.engine.verdict import Verdict
 from precond.optim.regularizers.base import At, Regularizer
@@ -43,7 +43,7 @@ class Rules:
 
 
 @dataclass
-class Evidence:
+class ProbeResults:
     """What a step knows beside the gradient at p.
 
     Attributes:
@@ -83,7 +83,7 @@ def ahead(point: Point, rules: Rules) -> list[State]:
 
 
 def step(
-    point: Point, rules: Rules, evidence: Evidence, measured: bool = False, verdict: Verdict | None = None
+    point: Point, rules: Rules, evidence: ProbeResults, measured: bool = False, verdict: Verdict | None = None
 ) -> list[Tensor]:
     """Move the parameters' values ``point.p`` (in place) and commit all state.
 
@@ -101,7 +101,7 @@ def step(
         return _step(point, rules, evidence, measured, verdict)
 
 
-def _step(point: Point, rules: Rules, evidence: Evidence, measured: bool, verdict: Verdict | None) -> list[Tensor]:
+def _step(point: Point, rules: Rules, evidence: ProbeResults, measured: bool, verdict: Verdict | None) -> list[Tensor]:
     regularizers = point.choices[0].regularizers
     lagged = rules.statistics_from == "lagged"
     maps = cache(point.maps)  # after `observe`

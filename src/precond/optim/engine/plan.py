@@ -7,21 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from precond.algebra.sharding import local
 from precond.algebra.vec import Vec
-from precond.optim.blocks import COUNTS, Block, Leaf, Stack, State, state_dtype, within
+from precond.optim.blocks import COUNTS, Block, Leaf, Stack, State, within
 from precond.optim.blocks.memory import stacked
-from precond.optim.engine.cells import Cell, Choice, as_count, count_together
+from precond.optim.engine.cells import Cell, Choice
+from precond.optim.engine.counting import as_count, count_together
+from precond.optim.engine.dealing import Placement, Unit, Whole, deal, units
 from precond.optim.engine.fused import has_kernel
-from precond.optim.engine.sharing import Shared, at_owner
-from precond.optim.momentum import Momentum
-from precond.optim.preconditioners import Fixed
-from precond.optim.preconditioners.base import Preconditioner, placed
+from precond.optim.engine.sharing import Shared
 from precond.optim.preconditioners.stacked import stackable, takes_stacks
-from precond.optim.ranks.exchange import dealt
 
 Existing = Mapping[Tensor, dict[str, Any]]
 """The optimizer's state: tensors by parameter and their names outside."""
@@ -29,43 +26,6 @@ Existing = Mapping[Tensor, dict[str, Any]]
 
 Entries = list[tuple[Leaf, str, Tensor]]
 """(leaf, key, tensor) of state."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Leaves, by position, that one preconditioner acts on jointly, and their momentum."""
-
-    index: tuple[int, ...]
-    preconditioner: Preconditioner
-    momentum: Momentum | None
-
-
-def units(leaves: Sequence[Leaf], live: Sequence[int], choices: Sequence[Choice], whole: Whole | None = None) -> list[Unit]:
-    """The units of the leaves that want gradients; the numbers of each are those of its first leaf's group."""
-    chosen = [leaves[i] for i in live]
-    whole = Whole(leaves) if whole is None else whole
-    out = []
-    taken: set[int] = set()
-    idle: dict[tuple[int, Momentum | None], list[int]] = {}
-    # Numbers of a group may decide what is a block, a limit of length, say: each group takes its own plan's.
-    for group, choice in enumerate(choices):
-        for part in choice.preconditioner.partition(chosen):
-            if chosen[part.index[0]].group == group:
-                own = part.preconditioner.momentum
-                momentum = choice.momentum if own is None else own
-                if part.preconditioner.handles(whole.block(part.preconditioner, [chosen[i] for i in part.index])):
-                    out.append(Unit(tuple(live[i] for i in part.index), part.preconditioner, momentum))
-                else:
-                    idle.setdefault((group, momentum), []).extend(part.index)
-                if twice := taken.intersection(part.index):
-                    raise _disagree(chosen[min(twice)])
-                taken.update(part.index)
-    for (_, momentum), index in idle.items():  # what is left as it is goes together
-        for part in placed(Fixed(), chosen, sorted(index)):
-            out.append(Unit(tuple(live[i] for i in part.index), part.preconditioner, momentum))
-    if missed := set(range(len(chosen))) - taken:
-        raise _disagree(chosen[min(missed)])
-    return out
 
 
 def build(
@@ -78,6 +38,7 @@ def build(
     clean: bool = True,
     owners: dict[Tensor, int] | None = None,
     there: Callable[[Leaf], torch.device | None] = lambda leaf: None,
+    kernels: bool = True,
 ) -> tuple[list[Cell], Entries]:
     """Cells for the leaves at the positions ``live``, which want gradients, and their state entries (leaf, key, tensor).
 
@@ -90,6 +51,7 @@ def build(
         clean: statistics are of the clean gradient, whatever regularizers add to what is descended.
         owners: who owns which parameters' blocks; completed here.
         there: the device that counts a leaf's steps; None: the host does.
+        kernels: whether kernels may step cells: blocks that have one are not stacked then.
     """
 
     cells: list[Cell] = []
@@ -99,7 +61,7 @@ def build(
     found = units(leaves, live, choices, whole)
     placements = deal(found, leaves, {} if owners is None else owners)
     singles = [
-        _Single.of(unit, leaves, choices, existing, outside, clean, not plainly, placement, whole)
+        _Single.of(unit, leaves, choices, existing, outside, clean, kernels and not plainly, placement, whole)
         for unit, placement in zip(found, placements, strict=True)
     ]
     for alike in [[single] for single in singles] if plainly else _alike(singles):
@@ -130,99 +92,6 @@ def build(
         held = [leaves[i] for cell in inside for i in cell.index]
         cells.append(Shared.of(inside, ranks, held, plainly, contents=contents))
     return cells, entries
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a block is stepped that several ranks hold.
-
-    Attributes:
-        crew: what blocks have in common that are exchanged together: the ranks, the dtype and the device.
-        owner: the rank among them that steps it.
-        here: whether that is this one.
-    """
-
-    crew: Any
-    owner: int
-    here: bool
-
-
-def deal(found: Sequence[Unit], leaves: Sequence[Leaf], owners: dict[Tensor, int]) -> list[Placement | None]:
-    """Who steps each unit, None where every rank steps what it holds; ``owners`` learns of new ones.
-
-    Raises:
-        ValueError: where parameters that are stepped jointly are held by different ranks.
-        RuntimeError: where ranks shared them before and are not known any more.
-    """
-    crews: dict[Any, list[int]] = {}
-    keys: list[Any] = []
-    for k, unit in enumerate(found):
-        own = [leaves[i] for i in unit.index]
-        keys.append(_crew(unit.preconditioner, own))
-        if keys[-1] is None and (lost := [leaf for leaf in own if leaf.param in owners and leaf.pieces is None]):
-            raise RuntimeError(
-                f"the state of {lost[0].name!r} is divided among ranks, and the optimizer was copied or unpickled without its model: call "
-                "watch(model) with the wrapped model on every rank first"
-            )
-        if keys[-1] is not None:
-            crews.setdefault(keys[-1], []).append(k)
-    of: dict[int, Placement] = {}
-    for key, numbers in crews.items():
-        first = leaves[found[numbers[0]].index[0]].pieces
-        assert first is not None
-        size, me = len(first.boxes), dist.get_rank(first.group)
-        costs = {k: found[k].preconditioner.cost(Block(tuple(leaves[i] for i in found[k].index))) for k in numbers}
-        known = {k: owners[p] for k in numbers if (p := leaves[found[k].index[0]].param) in owners}
-        loads = [sum(costs[k] for k, owner in known.items() if owner == r) for r in range(size)]
-        new = [k for k in numbers if k not in known]
-        known |= dict(zip(new, dealt([costs[k] for k in new], size, loads), strict=True))
-        for k in numbers:
-            owners.update({leaves[i].param: known[k] for i in found[k].index})
-            of[k] = Placement(key, known[k], known[k] == me)
-    return [of.get(k) for k in range(len(found))]
-
-
-def _crew(P: Preconditioner, own: Sequence[Leaf]) -> Any:
-    """The ranks, the dtype and the device of a unit that one rank steps for all; None where each steps what it holds."""
-    if not P.dealt and (all(leaf.shard is None for leaf in own) or P.divisible(Block(tuple(own)))):
-        return None
-    pieces = [leaf.pieces for leaf in own]
-    if all(p is None for p in pieces) and not any(leaf.shard is not None for leaf in own):
-        return None
-    keys = {(p.ranks, state_dtype(leaf.param.dtype), leaf.param.device) for p, leaf in zip(pieces, own, strict=True) if p}
-    if not keys:
-        return None  # divided over a single rank
-    if len(keys) > 1 or None in pieces:
-        raise ValueError(
-            f"{type(P).__name__} acts jointly on {', '.join(repr(leaf.name) for leaf in own)}, which different ranks hold, or in different "
-            "dtypes: shard them on one mesh, or leave all of them out of sharding (ignored_params)"
-        )
-    return next(iter(keys))
-
-
-class Whole:
-    """Leaves as who steps them sees them: whole where one rank steps a block for all, else what this process holds."""
-
-    def __init__(self, leaves: Sequence[Leaf]):
-        self._leaves = leaves
-        self._zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        self._known: dict[Leaf, Leaf] = {}
-
-    def block(self, P: Preconditioner, own: Sequence[Leaf]) -> Block:
-        """The block of some leaves for a preconditioner."""
-        gathers = P.dealt or (any(leaf.shard is not None for leaf in own) and not P.divisible(Block(tuple(own))))
-        return Block(tuple(self._whole(leaf) if gathers and leaf.shard is not None else leaf for leaf in own))
-
-    def _whole(self, leaf: Leaf) -> Leaf:
-        if leaf not in self._known:
-            kind = leaf.param.dtype, leaf.param.device
-            if kind not in self._zeros:
-                sizes = [
-                    x.param.numel() for x in self._leaves if x.shard is not None and (x.param.dtype, x.param.device) == kind
-                ]
-                self._zeros[kind] = torch.zeros(max(sizes), dtype=kind[0], device=kind[1])
-            self._known[leaf] = at_owner(leaf, self._zeros[kind])
-        return self._known[leaf]
 
 
 @dataclass
@@ -340,13 +209,6 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
         ):
             return base
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
-
-
-def _disagree(leaf: Leaf) -> ValueError:
-    return ValueError(
-        f"the groups of {leaf.name!r} and of the rest of its layer differ in a number that decides what is stepped jointly "
-        "(max_dim, max_inputs); give both groups one value"
-    )
 
 
 def _adopt(

@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from precond.algebra import collectives
@@ -19,7 +18,7 @@ from precond.algebra.vec import Scalar, Vec
 from precond.optim.blocks import Block, Gathered, Leaf, State
 from precond.optim.engine import fused
 from precond.optim.engine.cells import Cell, Choice
-from precond.optim.engine.entrywise import Kernel
+from precond.optim.engine.kernels.entrywise import Kernel
 from precond.optim.engine.loop import Rules
 from precond.optim.inputs import Request
 from precond.optim.inputs.sites import Site
@@ -242,46 +241,6 @@ class Shared(Cell):
         ]
 
 
-def whole_state(cell: Shared) -> Iterator[tuple[Leaf, str, Tensor]]:
-    """(leaf, key, tensor) of the state of all cells, from their owners to every rank; every rank must call it."""
-    group = cell.exchange.group
-    for owner in range(cell.exchange.size):
-        entries = [entry for k, of in enumerate(cell.contents) if cell.owners[k] == owner for entry in of]
-        for dtype in dict.fromkeys(t.dtype for _, _, t in entries):
-            alike = [(leaf, key, t) for leaf, key, t in entries if t.dtype == dtype]
-            device = cell.block.leaves[0].param.device
-            flat = torch.empty(sum(t.numel() for _, _, t in alike), dtype=dtype, device=device)
-            if owner == cell.exchange.rank:
-                torch.cat([t.reshape(-1).to(device) for _, _, t in alike], out=flat)
-            collectives.broadcast(flat, owner, "the state that it owns", group)
-            for (leaf, key, t), found in zip(alike, flat.split([t.numel() for _, _, t in alike]), strict=True):
-                yield leaf, key, found.view(t.shape).to(t.device)
-
-
-def sites_of(cell: Cell) -> Iterator[tuple[Site, Request]]:
-    """The sites of a cell's layers and the requests that they answer."""
-    for request in sorted(cell.preconditioner.requests, key=repr):
-        yield from ((site, request) for leaf in cell.leaves for site in leaf.sites if site.answers(request))
-
-
-def owned_statistics(cells: Iterable[Cell]) -> dict[tuple[str, Request], tuple[dist.ProcessGroup, int]]:
-    """By site name and request: the ranks, and which of them alone needs the statistics of a layer's inputs."""
-    out: dict[tuple[str, Request], tuple[dist.ProcessGroup, int]] = {}
-    others = set()
-    for cell in cells:
-        for k, each in enumerate(cell.cells):
-            for site, request in sites_of(each) if each.handled else ():
-                key = site.name, request
-                owner = (cell.exchange.group, cell.owners[k]) if isinstance(cell, Shared) else None
-                if owner is None or out.setdefault(key, owner) != owner:
-                    others.add(key)
-    return {key: owner for key, owner in out.items() if key not in others}
-
-
-def _center(known: Tensor | None, site: Site, request: Request, like: Tensor) -> Tensor:
-    return like.new_zeros(site.shape(request)) if known is None else known.to(like)
-
-
 def _together(cells: Sequence[Cell]) -> Split:
     parts, start = [], 0
     for cell in cells:
@@ -319,3 +278,13 @@ def at_owner(leaf: Leaf, zeros: Tensor) -> Leaf:
         return leaf
     fields = {name: getattr(leaf, name) for name in leaf.__dataclass_fields__}
     return Gathered(**fields, zeros=zeros[: leaf.param.numel()].view(leaf.shape))
+
+
+def sites_of(cell: Cell) -> Iterator[tuple[Site, Request]]:
+    """The sites of a cell's layers and the requests that they answer."""
+    for request in sorted(cell.preconditioner.requests, key=repr):
+        yield from ((site, request) for leaf in cell.leaves for site in leaf.sites if site.answers(request))
+
+
+def _center(known: Tensor | None, site: Site, request: Request, like: Tensor) -> Tensor:
+    return like.new_zeros(site.shape(request)) if known is None else known.to(like)

@@ -19,7 +19,7 @@ from precond.optim.inputs.sites import Site
 from precond.optim.inputs.taps import Tap, Weight
 from precond.optim.inputs.watching import watching
 
-Seen = dict[tuple[str, Request], Moments]
+InputMoments = dict[tuple[str, Request], Moments]
 """By site name and request."""
 
 
@@ -55,7 +55,7 @@ class Observer:
         absent: how many contexts say that the forwards are another's.
     """
 
-    def __init__(self, sites: Sequence[Site], requests: Iterable[Request], seen: Seen | None = None):
+    def __init__(self, sites: Sequence[Site], requests: Iterable[Request], seen: InputMoments | None = None):
         self.sites, self.requests = tuple(sites), tuple(requests)
         self.enabled = True
         self.ready: Callable[[], None] = _nothing  # called before the first forward that counts
@@ -63,8 +63,8 @@ class Observer:
         self.wanted: dict[tuple[str, Request], Tensor | None] = {}
         self.unread: dict[str, str] = {}
         self.absent = 0
-        self._seen: Seen = {} if seen is None else seen  # since the last backward through the layer
-        self._earlier: Seen = {}  # before it: micro-batches, or a step that a scaler skipped
+        self._seen: InputMoments = {} if seen is None else seen  # since the last backward through the layer
+        self._earlier: InputMoments = {}  # before it: micro-batches, or a step that a scaler skipped
         self._marks: dict[str, Mark] = {}
         self._without_grad: dict[nn.Module, int] = {}
         by_module: dict[nn.Module, list[tuple[Site, Tap, Weight]]] = {}
@@ -141,7 +141,7 @@ class Observer:
         """The sites of weights that train, of which something is wanted."""
         return [site for site in self.sites if site.weight.requires_grad and self._keys(site)] if self.wanted else []
 
-    def collect(self) -> Seen:
+    def collect(self) -> InputMoments:
         """What was seen since :meth:`clear`."""
         both = {key: pool([self._earlier[key], self._seen[key]]) for key in self._earlier.keys() & self._seen.keys()}
         return {**self._earlier, **self._seen, **both}

@@ -12,7 +12,7 @@ from torch import Tensor
 from precond.algebra import collectives
 from precond.algebra.vec import all_finite
 from precond.optim.inputs.moments import Moments, Request, mixed
-from precond.optim.inputs.observer import Observer, Seen
+from precond.optim.inputs.observer import InputMoments, Observer
 from precond.optim.inputs.sites import Site
 
 
@@ -40,7 +40,7 @@ class Heard:
         finite: whether no rank has seen inf or NaN, as far as it looked.
     """
 
-    seen: Seen
+    seen: InputMoments
     called: frozenset[tuple[str, Request]]
     finite: bool
 
@@ -79,7 +79,7 @@ def synchronized(observer: Observer, owned: Owned = NOBODY, watch: Callable[[Mom
 
 
 def _to_owners(
-    keys: Sequence[tuple[Site, Request, int]], seen: Seen, group: dist.ProcessGroup, watch: Callable[[Moments], bool]
+    keys: Sequence[tuple[Site, Request, int]], seen: InputMoments, group: dist.ProcessGroup, watch: Callable[[Moments], bool]
 ) -> Heard:
     """Statistics at their owners: how many samples each rank saw goes to all, and what it saw of them to one, as triangles."""
     me, size = dist.get_rank(group), dist.get_world_size(group)
@@ -187,7 +187,7 @@ def unpack(flat: Tensor, n: int) -> Tensor:
     return S[..., :n, :n].contiguous()
 
 
-def _to_all(keys: Sequence[tuple[Site, Request]], seen: Seen) -> Seen:
+def _to_all(keys: Sequence[tuple[Site, Request]], seen: InputMoments) -> InputMoments:
     """Statistics of all ranks, the same on each."""
     numbers, sums, shapes = [], [], []
     for site, request in keys:
@@ -208,7 +208,7 @@ def _to_all(keys: Sequence[tuple[Site, Request]], seen: Seen) -> Seen:
     flat = torch.cat([known, *sums])
     collectives.all_reduce(flat, "statistics of inputs")
     counts, flat = flat[: len(known)].cpu(), flat[len(known) :]  # the host knows of how many samples statistics are
-    out: Seen = {}
+    out: InputMoments = {}
     at = start = 0
     for (site, request), sizes in zip(keys, shapes, strict=True):
         parts = []

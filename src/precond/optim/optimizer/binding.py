@@ -16,8 +16,8 @@ from precond.optim.engine import plan
 from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.sharing import Shared
 from precond.optim.optimizer import averaging
+from precond.optim.optimizer.models import Models, in_place
 from precond.optim.optimizer.naming import Naming
-from precond.optim.optimizer.owners import Owners, in_place
 
 Kinds = tuple[list[bool], list[torch.dtype], list[int]]
 """Whether each parameter wants gradients, its dtype, and the number of its device, -1 on a processor: numbers are compared at once."""
@@ -115,7 +115,7 @@ class Binding:
 
 def bind(
     groups: Sequence[Mapping[str, Any]],
-    owners: Owners,
+    models: Models,
     naming: Naming,
     observed: bool,
     rounding: str,
@@ -126,6 +126,7 @@ def bind(
     dealt: dict[Tensor, int] | None = None,
     there: Callable[[Leaf], torch.device | None] = lambda leaf: None,
     average: WeightAverage | None = None,
+    fuses: Callable[[Sequence[Choice]], bool] = lambda choices: True,
 ) -> Binding:
     """Cells for the parameters that want gradients; state that ``existing`` holds is taken over, in the parameters' dtype and place.
 
@@ -134,13 +135,14 @@ def bind(
         frozen: the parameters that want no gradients; None: those that require none now.
         there: the device that counts a leaf's steps; None: the host does.
         average: of the weights.
+        fuses: whether kernels may step cells, of the choices in force.
     """
-    leaves = owners.leaves(groups, observed)
+    leaves = models.leaves(groups, observed)
     choices = choices_of(groups, naming)
     params = [leaf.param for leaf in leaves]
     frozen = {p for p in params if not p.requires_grad} if frozen is None else frozen
     live = [i for i, p in enumerate(params) if p not in frozen]
-    cells, entries = plan.build(leaves, live, choices, existing, naming.outside, plainly, clean, dealt, there)
+    cells, entries = plan.build(leaves, live, choices, existing, naming.outside, plainly, clean, dealt, there, fuses(choices))
     if rounding == "kahan":
         entries += _residuals([leaves[i] for i in live], existing)
     entries += averaging.entries(average, [leaves[i] for i in live], existing)

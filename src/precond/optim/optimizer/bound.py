@@ -15,7 +15,7 @@ from precond.algebra.vec import Scalar
 from precond.optim.averages import WeightAverage
 from precond.optim.blocks import Leaf
 from precond.optim.engine.cells import Cell
-from precond.optim.engine.entrywise import Kernel
+from precond.optim.engine.kernels.entrywise import Kernel
 from precond.optim.engine.loop import Rules
 from precond.optim.engine.sharing import Shared
 from precond.optim.inputs import Request
@@ -23,10 +23,11 @@ from precond.optim.optimizer import serialization
 from precond.optim.optimizer.averaging import Averaged
 from precond.optim.optimizer.binding import Binding, bind, choices_of
 from precond.optim.optimizer.compatibility import check_precision
+from precond.optim.optimizer.fusing import fusible
 from precond.optim.optimizer.interrupts import Uninterrupted
 from precond.optim.optimizer.listening import Listening
+from precond.optim.optimizer.models import Models, in_place
 from precond.optim.optimizer.naming import Naming
-from precond.optim.optimizer.owners import Owners, in_place
 from precond.optim.optimizer.parameters import to_groups
 from precond.optim.optimizer.probing import (
     Clearings,
@@ -44,7 +45,7 @@ class Bound(torch.optim.Optimizer):
     nonfinite: str
     engine: str
     average: WeightAverage | None
-    owners: Owners
+    models: Models
     _bound: Binding
     _listening: Listening
     _clearings: Clearings
@@ -97,7 +98,7 @@ class Bound(torch.optim.Optimizer):
 
         return bind(
             groups,
-            self.owners,
+            self.models,
             self.naming,
             self.observes,
             self.rounding,
@@ -108,6 +109,7 @@ class Bound(torch.optim.Optimizer):
             self._dealt,
             there,
             self.average,
+            lambda choices: fusible(choices, self.rules, self._gradient_based),
         )
 
     @property
@@ -148,7 +150,7 @@ class Bound(torch.optim.Optimizer):
                     if changed:
                         self._follow_model()
                     check_precision(
-                        self.owners.leaves(self.param_groups), choices_of(self.param_groups, self.naming)[0], self.rounding
+                        self.models.leaves(self.param_groups), choices_of(self.param_groups, self.naming)[0], self.rounding
                     )
                     self._bind()
                     self._spare.clear()
@@ -172,7 +174,7 @@ class Bound(torch.optim.Optimizer):
 
     def _follow_model(self) -> None:
         """Parameters that stand in the place of others take over their state."""
-        new = self.owners.moved(self._bound.leaves)
+        new = self.models.moved(self._bound.leaves)
         for group in self.param_groups:
             group["params"] = [new.get(p, p) for p in group["params"]]
         for p, q in new.items():
@@ -187,18 +189,18 @@ class Bound(torch.optim.Optimizer):
         if not self._bound.leaves:  # called by torch.optim.Optimizer's constructor, on groups that are parsed already
             super().add_param_group(param_group)
             return
-        modules = self.owners.alive()
+        modules = self.models.alive()
         known = len(modules)
-        (group,) = to_groups([param_group], modules, self.param_groups, self.owners.names)
+        (group,) = to_groups([param_group], modules, self.param_groups, self.models.names)
         super().add_param_group(group)
         if "momentum" not in self.naming.defaults:
             group.pop("momentum", None)  # of the defaults, for schedulers alone
         try:
-            check_precision(self.owners.leaves([group]), choices_of(self.param_groups, self.naming)[-1], self.rounding)
+            check_precision(self.models.leaves([group]), choices_of(self.param_groups, self.naming)[-1], self.rounding)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        self.owners.add(modules[known:])
+        self.models.add(modules[known:])
         self._bind()
         self._listen()
 
@@ -210,7 +212,7 @@ class Bound(torch.optim.Optimizer):
     def _listen(self) -> None:
         """Put the hooks on the model that second passes and input statistics need."""
         recorded = self._devices if self._probing else None
-        self._listening.begin(self.owners, recorded, self._bound.cells, self._before_forward)
+        self._listening.begin(self.models, recorded, self._bound.cells, self._before_forward)
 
     def _before_forward(self) -> None:
         """What is frozen, thawed or converted between steps is followed before inputs are observed, as after a resume."""
@@ -224,15 +226,15 @@ class Bound(torch.optim.Optimizer):
             ValueError: where a parameter of the optimizer is not one of the model's.
         """
         theirs = set(model.parameters())
-        if alien := [leaf.name for leaf in self.owners.leaves(self.param_groups) if leaf.param not in theirs]:
+        if alien := [leaf.name for leaf in self.models.leaves(self.param_groups) if leaf.param not in theirs]:
             raise ValueError(f"watch: {alien[0]!r} is not a parameter of this model; copy model and optimizer together")
-        self.owners = Owners([model])
+        self.models = Models([model])
         self._bind()
         self._listen()
 
     def watches(self, model: nn.Module) -> bool:
         """Whether this very module is what it observes."""
-        return any(model is module for module in self.owners.alive())
+        return any(model is module for module in self.models.alive())
 
     @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:

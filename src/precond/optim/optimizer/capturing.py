@@ -9,7 +9,7 @@ import torch
 
 from precond.algebra import vec
 from precond.algebra.vec import Vec
-from precond.optim.engine.cells import count_on_host
+from precond.optim.engine.counting import count_on_host
 from precond.optim.engine.verdict import Verdict
 from precond.optim.optimizer.bound import Bound
 from precond.optim.ranks.replicas import largest

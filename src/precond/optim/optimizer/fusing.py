@@ -12,7 +12,7 @@ from precond.algebra.vec import Scalar, Tensors
 from precond.optim.blocks import Leaf
 from precond.optim.engine import fused
 from precond.optim.engine.cells import Cell, Choice
-from precond.optim.engine.entrywise import Kernel
+from precond.optim.engine.kernels.entrywise import Kernel
 from precond.optim.engine.loop import Rules
 from precond.optim.regularizers import L2
 
@@ -28,14 +28,20 @@ def kernels_of(
     Args:
         second: the number of the regularizer whose gradient is found by a second pass, or None.
     """
-    # With statistics of the regularized gradient the step after a probe is a plain step with that gradient.
-    if second is not None and rules.statistics_from == "loss":
+    if not fusible(choices, rules, second):
         return None
     plain = [_without(choice, second) for choice in choices]
-    # Other penalties, and a bound on the gradient's norm, may look at all parameters.
-    if rules.max_norm is not None or not all(isinstance(r, L2) for choice in plain for r in choice.regularizers):
-        return None
     return [fused.kernel(cell, [plain[leaf.group] for leaf in cell.leaves], rules) for cell in cells]
+
+
+def fusible(choices: Sequence[Choice], rules: Rules, second: int | None) -> bool:
+    """Whether cells can be stepped by themselves, as kernels do."""
+    # With statistics of the regularized gradient the step after a probe is a plain step with that gradient.
+    if second is not None and rules.statistics_from == "loss":
+        return False
+    # Other penalties, and a bound on the gradient's norm, may look at all parameters.
+    others = (r for choice in choices for r in _without(choice, second).regularizers if not isinstance(r, L2))
+    return not rules.plainly and rules.max_norm is None and next(others, None) is None
 
 
 def _without(choice: Choice, second: int | None) -> Choice:

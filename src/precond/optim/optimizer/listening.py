@@ -13,11 +13,11 @@ from torch import Tensor
 from precond.algebra.sharding import local
 from precond.algebra.vec import all_finite
 from precond.optim.engine.cells import Cell
-from precond.optim.engine.sharing import owned_statistics
+from precond.optim.engine.shared_state import owned_statistics
 from precond.optim.inputs import Request, Site
 from precond.optim.inputs.observer import Observer
 from precond.optim.inputs.sync import Heard, check_alike, synchronized
-from precond.optim.optimizer.owners import Owners
+from precond.optim.optimizer.models import Models
 from precond.optim.optimizer.passes import Recorder
 from precond.optim.ranks.replicas import distributed
 
@@ -41,7 +41,7 @@ class Listening:
 
     def begin(
         self,
-        owners: Owners,
+        models: Models,
         recorded: Iterable[torch.device] | None,
         cells: Sequence[Cell],
         ready: Callable[[], None],
@@ -54,11 +54,11 @@ class Listening:
         """
         seen = {} if self.observer is None else self.observer.collect()  # in this step, should the hooks be put on anew
         self.close()
-        modules = owners.alive()
+        modules = models.alive()
         if recorded is not None and modules:
             self.recorder = Recorder(modules, recorded)
         if self.requests:
-            found = owners.survey()
+            found = models.survey()
             self.unobserved = {p: passed.why for passed in found.passed_by for p in passed.params}
             trained = [passed for passed in found.passed_by if any(p.requires_grad for p in passed.params)]
             _warn({passed.name or "(the model)": passed.why for passed in trained}, stacklevel=6)

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from precond.algebra import checks
 from precond.optim.blocks import Leaf, is_decayed, is_hidden, is_matrix
 from precond.optim.inputs.paths import clean
-from precond.optim.optimizer.owners import Owners
+from precond.optim.optimizer.models import Models
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -159,9 +159,9 @@ def decay_groups(model: nn.Module | Iterable[tuple[str, Tensor]], weight_decay: 
         >>> [(g["weight_decay"], [name for name, _ in g["params"]]) for g in groups]
         [(0.1, ['weight']), (0.0, ['bias'])]
     """
-    owners = Owners([model] if isinstance(model, nn.Module) else [])
+    models = Models([model] if isinstance(model, nn.Module) else [])
     named = [(n, p) for n, p in _named(model, []) if n is not None]
-    leaves = owners.leaves([{"params": [p for _, p in named], "param_names": [n for n, _ in named]}])
+    leaves = models.leaves([{"params": [p for _, p in named], "param_names": [n for n, _ in named]}])
     split: dict[bool, list[tuple[str, Tensor]]] = {True: [], False: []}
     for leaf in leaves:
         split[is_decayed(leaf)].append((leaf.name, leaf.param))
@@ -203,9 +203,9 @@ def role_groups(
     scales = {"hidden": 1.0, "embedding": embedding, "output": output, "vector": vector}
     for role, scale in scales.items():
         checks.non_negative("role_groups", **{role: scale})
-    owners = Owners([model] if isinstance(model, nn.Module) else [])
+    models = Models([model] if isinstance(model, nn.Module) else [])
     named = [(n, p) for n, p in _named(model, []) if n is not None]
-    leaves = owners.leaves([{"params": [p for _, p in named], "param_names": [n for n, _ in named]}])
+    leaves = models.leaves([{"params": [p for _, p in named], "param_names": [n for n, _ in named]}])
     of_layer: dict[str, str] = {}
     for leaf in sorted(leaves, key=lambda leaf: -leaf.ndim):  # matrices decide for their biases
         of_layer.setdefault(leaf.layer, _role(leaf))

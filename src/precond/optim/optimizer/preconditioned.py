@@ -16,7 +16,8 @@ from precond.algebra.vec import is_captured
 from precond.optim.averages import WeightAverage
 from precond.optim.checking import contracts
 from precond.optim.checking.arguments import fitted, number
-from precond.optim.engine.cells import Choice, uncounted
+from precond.optim.engine.cells import Choice
+from precond.optim.engine.counting import uncounted
 from precond.optim.engine.loop import Rules
 from precond.optim.momentum import Momentum
 from precond.optim.optimizer.compatibility import check_in_place, check_precision, check_same, check_shared, listed, validate
@@ -24,8 +25,8 @@ from precond.optim.optimizer.explanation import Explanation, explain
 from precond.optim.optimizer.imitation import hand_through
 from precond.optim.optimizer.interrupts import Uninterrupted
 from precond.optim.optimizer.looking import map_in_force
+from precond.optim.optimizer.models import Models
 from precond.optim.optimizer.naming import Naming
-from precond.optim.optimizer.owners import Owners
 from precond.optim.optimizer.parameters import Params, to_groups
 from precond.optim.optimizer.probing import place_gradients
 from precond.optim.optimizer.saving import Saving
@@ -129,7 +130,7 @@ class PreconditionedGD(Saving):
         self._forget()
         modules: list[nn.Module] = []
         groups = to_groups(params, modules)
-        self.owners = Owners(modules)
+        self.models = Models(modules)
         if self._requests and not modules:
             raise TypeError(
                 f"{name} observes the inputs of layers: pass the model itself as params, not model.parameters(); groups may "
@@ -165,7 +166,7 @@ class PreconditionedGD(Saving):
         Second gradients need that, and replicas, which must agree on a skip, and what is captured, since the scaler would wait for the
         device. Trainers refuse to clip the gradients of an optimizer that says so; no scaler is at work while a closure runs.
         """
-        shared = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in self.owners.alive())
+        shared = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in self.models.alive())
         unread = any(group.get("capturable") for group in self.param_groups)
         divided = any(leaf.shard is not None for leaf in self._bound.leaves)
         return not self._closing and (self._probing or shared or divided or unread)

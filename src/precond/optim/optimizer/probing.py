@@ -15,7 +15,7 @@ from precond.algebra.sharding import local
 from precond.algebra.spaces import Tangent
 from precond.algebra.vec import Scalar, Vec
 from precond.optim.blocks import Leaf
-from precond.optim.engine.loop import Evidence
+from precond.optim.engine.loop import ProbeResults
 from precond.optim.engine.point import Point
 from precond.optim.optimizer.passes import Buffers, Random, Recorder, random_state, restore_random_state
 
@@ -205,7 +205,7 @@ class Probe:
         clean: Gradients | None,
         scale: float | Tensor | None,
         regularizer: int,
-        evidence: Evidence,
+        evidence: ProbeResults,
         deltas: Sequence[Tangent],
         spare: dict[Tensor, Tensor],
         refused: bool = False,
@@ -287,7 +287,7 @@ class Probe:
 
     def complete(
         self, scale: float | Tensor | None, signed: Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]
-    ) -> Evidence:
+    ) -> ProbeResults:
         """All gradients found, as vectors of the point; the last one is taken from ``.grad``."""
         last = unscaled([leaf.param.grad for leaf in self.leaves], scale)
         place = {leaf: i for i, leaf in enumerate(self.leaves)}

@@ -6,7 +6,7 @@ from typing import Any
 
 from precond.optim.optimizer import serialization
 from precond.optim.optimizer.interrupts import Uninterrupted
-from precond.optim.optimizer.owners import Owners
+from precond.optim.optimizer.models import Models
 from precond.optim.optimizer.stepping import Stepping
 
 
@@ -62,7 +62,7 @@ class Saving(Stepping):
             "_listening", "_warned", "_consolidated",
         }  # fmt: skip
         state = {k: v for k, v in self.__dict__.items() if k not in derived and "hook" not in k}
-        return {**state, "owners": Owners(known=self.owners.leaves(self.param_groups))}
+        return {**state, "models": Models(known=self.models.leaves(self.param_groups))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

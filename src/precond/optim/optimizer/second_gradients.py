@@ -15,7 +15,7 @@ from precond.algebra.sharding import local
 from precond.optim.blocks import Leaf
 from precond.optim.engine import loop
 from precond.optim.engine.cells import Cell
-from precond.optim.engine.loop import Evidence
+from precond.optim.engine.loop import ProbeResults
 from precond.optim.engine.point import Point, gather
 from precond.optim.optimizer.capturing import Capturing
 from precond.optim.optimizer.interrupts import Uninterrupted
@@ -133,7 +133,7 @@ class SecondGradients(Capturing):
     def _check_company(self) -> None:
         """Raise where the other ranks, whom this one steps for, would not come to this step."""
         if self.shared or self._requests:
-            check_joined(self.naming.name, self.owners.alive())
+            check_joined(self.naming.name, self.models.alive())
         if self.shared and all(leaf.param.grad is None for leaf in self._bound.leaves):
             for shared in self.shared:
                 meet(shared.exchange.group, f"{self.naming.name}.step, where no parameter has a gradient", _WITHOUT_DATA)
@@ -141,7 +141,7 @@ class SecondGradients(Capturing):
     def _exact_gradient(self, closure: Callable[[], Any]) -> tuple[Any, list[Tensor | None]]:
         """The loss and the gradient's graph of this process; ``.grad`` is the mean over all, which no reducer of DDP sees."""
         with ExitStack() as stack:
-            for module in self.owners.alive():
+            for module in self.models.alive():
                 if isinstance(module, nn.parallel.DistributedDataParallel):
                     stack.enter_context(module.no_sync())
             loss, graph = exact_gradient(self._bound.leaves, closure, self._regularizer_name)
@@ -174,7 +174,7 @@ class SecondGradients(Capturing):
         """Take the clean gradient and find where else gradients are wanted; None where there is no gradient at all."""
         if all(leaf.param.grad is None for leaf in self._bound.leaves):
             return None
-        modules = self.owners.alive()
+        modules = self.models.alive()
         if not modules and not self._warned:
             self._warned = True
             warnings.warn(
@@ -192,7 +192,7 @@ class SecondGradients(Capturing):
             watch and not self._agreed(vec.all_finite(point.g))
         ):
             return Probe(
-                self._bound.leaves, modules, point, gradients, grad_scale, k, Evidence(), (), self._spare, refused=True
+                self._bound.leaves, modules, point, gradients, grad_scale, k, ProbeResults(), (), self._spare, refused=True
             )
         taken = unscaled(take_gradients(self._bound.leaves), grad_scale)
         clean: list[Tensor | None] | None = taken
@@ -203,7 +203,7 @@ class SecondGradients(Capturing):
         if observed:
             loop.observe(point, point.g)
         states = None if observed or regularizer.space == "p" else loop.ahead(point, self.rules)
-        evidence = Evidence(observed=observed)
+        evidence = ProbeResults(observed=observed)
         deltas = regularizer.probe(point.at(k, lambda: point.maps(states), memo=evidence.memo))
         if let_go:
             clean, point.g = None, ()

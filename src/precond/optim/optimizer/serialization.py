@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from precond.algebra.sharding import copy_, divided
-from precond.optim.engine.sharing import Shared, whole_state
+from precond.optim.engine.shared_state import whole_state
+from precond.optim.engine.sharing import Shared
 from precond.optim.ranks.replicas import meet
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from torch import Tensor
 from precond.algebra import vec
 from precond.algebra.vec import Vec
 from precond.optim.engine import fused, loop
-from precond.optim.engine.cells import count_step
-from precond.optim.engine.entrywise import Kernel
-from precond.optim.engine.loop import Evidence
+from precond.optim.engine.counting import count_step
+from precond.optim.engine.kernels.entrywise import Kernel
+from precond.optim.engine.loop import ProbeResults
 from precond.optim.engine.point import Point
 from precond.optim.engine.verdict import Verdict, over
 from precond.optim.optimizer.averaging import Averaged
@@ -83,12 +83,12 @@ class Stepping(SecondGradients):
             found_inf = () if verdict is None else (verdict.found_inf(p[0].device),)
             kernel(cell, p, aligned, self._lr(leaf), self.param_groups[leaf.group]["maximize"], *found_inf)
         if point is not None:
-            loop.step(point, self.rules, Evidence(), verdict=verdict)
+            loop.step(point, self.rules, ProbeResults(), verdict=verdict)
             self._write_back(point, verdict)
         self.last = Record(self, loss, skipped=verdict or False, scale=scale)
         return True
 
-    def _step_probed_by_kernels(self, point: Point, evidence: Evidence) -> bool:
+    def _step_probed_by_kernels(self, point: Point, evidence: ProbeResults) -> bool:
         """The same with the gradient that a probing regularizer has made; False where no kernels compute that."""
         kernels = self._kernels()
         if kernels is None or not evidence.found or point.cells != self._bound.cells:
@@ -114,7 +114,7 @@ class Stepping(SecondGradients):
         good_products = True
         if pending is None:
             point = self._point(unscaled(self._given, scale))
-            evidence = Evidence(hessian=None if graph is None else self._hessian(point, graph))
+            evidence = ProbeResults(hessian=None if graph is None else self._hessian(point, graph))
             if graph is not None and self.nonfinite != "propagate":
                 good_products = self._products(point, evidence)
         else:
@@ -185,7 +185,7 @@ class Stepping(SecondGradients):
 
         return hessian
 
-    def _products(self, point: Point, evidence: Evidence) -> bool:
+    def _products(self, point: Point, evidence: ProbeResults) -> bool:
         """Take the product with the Hessian ahead of the step, which then finds it known; False where it holds inf or NaN."""
         known: list[Vec] = []
         hessian = evidence.hessian

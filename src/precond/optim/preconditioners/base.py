@@ -5,18 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from precond.algebra.maps import Diagonal, Identity, LinearMap
+from precond.algebra.maps import Identity, LinearMap
 from precond.algebra.vec import Vec
 from precond.optim import blocks
 from precond.optim.blocks import Block, Leaf, State
 from precond.optim.checking import contracts
 from precond.optim.inputs import Moments, Request
+from precond.optim.preconditioners.contract import CHECKS, SIGNATURES, carrying
 
 if TYPE_CHECKING:
     from precond.optim.momentum import Momentum
@@ -61,86 +61,6 @@ class Part:
 
     index: tuple[int, ...]
     preconditioner: Preconditioner
-
-
-def _check_init(self: Preconditioner, returned: Any, block: Block) -> None:
-    who = f"{type(self).__name__}.init"
-    what = "a dict of statistics: a tuple with one tensor for each parameter of the block, or one tensor"
-    if not isinstance(returned, dict):
-        raise TypeError(f"{who} returned {type(returned).__name__}; return {what}")
-    for key, value in returned.items():
-        tensors = value if isinstance(value, tuple) else (value,)
-        if not isinstance(value, State) and not all(isinstance(t, Tensor) for t in tensors):
-            got = f"a tuple with {value!r}" if isinstance(value, tuple) else f"{type(value).__name__} {value!r}"
-            raise TypeError(f"{who}: {key!r} is {got}; return {what} (torch.zeros(()) holds a number)")
-        if key in blocks.COUNTS:
-            raise ValueError(f"{who}: {key!r} is the optimizer's count of steps, state.steps; give it another name")
-        if isinstance(value, tuple) and len(value) != len(block.leaves):
-            raise ValueError(
-                f"{who}: {key!r} has {len(value)} tensors, the block {len(block.leaves)} parameters; return {what}"
-            )
-        if not isinstance(value, State):
-            for leaf, t in zip(block.leaves, tensors, strict=False):
-                on_host = key.partition(".")[0] in self.counts and t.device.type == "cpu"
-                if t.device != leaf.param.device and not on_host:
-                    raise ValueError(
-                        f"{who}: {key!r} is on {t.device}, {leaf.name!r} on {leaf.param.device}; make it with device=p.device"
-                    )
-
-
-def _check_observe(self: Preconditioner, returned: Any, state: State, seen: Seen) -> None:
-    if returned is not None:
-        raise TypeError(
-            f"{type(self).__name__}.observe returned {type(returned).__name__}; it writes into the tensors of state, in place "
-            "(r.lerp_(new, 0.1), r.copy_(new)), and returns nothing"
-        )
-
-
-def _check_map(self: Preconditioner, returned: Any, state: State) -> None:
-    who = f"{type(self).__name__}.map"
-    if not isinstance(returned, LinearMap):
-        raise TypeError(
-            f"{who} returned {type(returned).__name__}; return a LinearMap, such as InverseRoot(denominators) or Identity()"
-        )
-    if isinstance(returned, Diagonal) and returned.like is not None:
-        contracts.shapes(who, returned.like, state.block.tensors)
-
-
-def _check_refresh(self: Preconditioner, returned: Any, state: State, carried: Sequence[Vec] = ()) -> None:
-    if returned is not None:
-        raise TypeError(
-            f"{type(self).__name__}.refresh returned {type(returned).__name__}; return nothing: it writes into the tensors of state "
-            "in place. Where it takes state alone, it may return the LinearMap that carries the momentum along"
-        )
-
-
-def _carrying(refresh: Callable[..., LinearMap | None]) -> Callable[..., Any]:
-    """A ``refresh(self, state)`` that returns what carries averages along, as one that carries them."""
-
-    @wraps(refresh)
-    def call(self: Preconditioner, state: State, carried: Sequence[Vec] = ()) -> Any:
-        change = refresh(self, state)
-        if not isinstance(change, LinearMap):
-            return change
-        for average in carried:
-            for kept, moved in zip(average, change.mv(average), strict=True):
-                kept.copy_(moved)
-        return None
-
-    return call
-
-
-_CHECKS: dict[str, Callable[..., None]] = {
-    "init": _check_init,
-    "observe": _check_observe,
-    "map": _check_map,
-    "refresh": _check_refresh,
-}
-_SIGNATURES = {
-    "init": "init(self, block), which returns a dict of tensors, the statistics",
-    "observe": "observe(self, state, seen), which writes what was seen into state's tensors",
-    "map": "map(self, state), which returns P, a LinearMap",
-}
 
 
 class Preconditioner(ABC):
@@ -197,11 +117,11 @@ class Preconditioner(ABC):
         super().__init_subclass__(**more)
         own = cls.__dict__.get("refresh")
         if own is not None and len(signature(own).parameters) == 2:
-            cls.refresh = _carrying(own)  # type: ignore[method-assign]
-        contracts.checked(cls, _CHECKS)
+            cls.refresh = carrying(own)  # type: ignore[method-assign]
+        contracts.checked(cls, CHECKS)
 
     def __new__(cls, *args: Any, **more: Any) -> Preconditioner:
-        contracts.whole(cls, _SIGNATURES)
+        contracts.whole(cls, SIGNATURES)
         return super().__new__(cls)
 
     @property

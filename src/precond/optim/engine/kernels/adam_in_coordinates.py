@@ -12,8 +12,8 @@ from precond.algebra.precision import in_16_bits
 from precond.algebra.vec import Scalar, Tensors
 from precond.optim.blocks import State
 from precond.optim.engine.cells import Cell
-from precond.optim.engine.factors import Factor, Factors
-from precond.optim.engine.layer import Kept, layer_of
+from precond.optim.engine.kernels.factors import Factor, Factors
+from precond.optim.engine.kernels.layer import CachedOnStatistics, layer_of
 from precond.optim.momentum import Momentum
 from precond.optim.preconditioners import BNP, RMS, Whitening
 from precond.optim.preconditioners.base import Seen
@@ -58,7 +58,7 @@ class AdamInCoordinates:
     _narrow: bool = True
 
     def __post_init__(self) -> None:
-        self._kept, self._factors = Kept(self.P, self._make), Factors(self._narrow)
+        self._kept, self._factors = CachedOnStatistics(self.P, self._make), Factors(self._narrow)
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         if not self.groups:

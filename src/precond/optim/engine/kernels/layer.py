@@ -10,7 +10,7 @@ from torch import Tensor
 
 from precond.algebra.maps import Layout
 from precond.optim.blocks import Block, State
-from precond.optim.engine.factors import Last, root_version
+from precond.optim.engine.kernels.factors import Cached, root_version
 from precond.optim.preconditioners.input_side import InputSide
 
 Made = TypeVar("Made")
@@ -35,7 +35,7 @@ def is_plain(P: InputSide, block: Block) -> bool:
 
 
 @dataclass
-class Kept(Generic[Made]):
+class CachedOnStatistics(Generic[Made]):
     """What a kernel makes of (state, μ, σ, β) of a layer; made again where the statistics have changed, whichever engine did it.
 
     It is None where P is the identity yet.
@@ -43,7 +43,7 @@ class Kept(Generic[Made]):
 
     P: InputSide
     make: Callable[[State, Tensor, Tensor, float | Tensor], Made]
-    _last: Last[Made | None] = field(default_factory=Last, init=False, repr=False)
+    _last: Cached[Made | None] = field(default_factory=Cached, init=False, repr=False)
 
     def __call__(self, state: State) -> Made | None:
         return self._last((state["mean"]._version, root_version(state)), lambda: self._new(state))

@@ -11,8 +11,8 @@ from precond.algebra.maps import parted
 from precond.algebra.vec import Tensors, Vec
 from precond.optim.blocks import State
 from precond.optim.engine.cells import Cell
-from precond.optim.engine.factors import root
-from precond.optim.engine.polar.step import PolarStep
+from precond.optim.engine.kernels.factors import root
+from precond.optim.engine.kernels.polar.step import PolarStep
 from precond.optim.preconditioners.muon import normalized
 
 

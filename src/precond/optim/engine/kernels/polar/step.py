@@ -13,7 +13,7 @@ from precond.algebra.maps import augmented
 from precond.algebra.vec import Scalar, Tensors
 from precond.optim.blocks import State
 from precond.optim.engine.cells import Cell
-from precond.optim.engine.layer import Kept
+from precond.optim.engine.kernels.layer import CachedOnStatistics
 from precond.optim.momentum import Momentum
 from precond.optim.preconditioners import BNP, Polar, Whitening
 from precond.optim.preconditioners.base import Seen
@@ -41,11 +41,11 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
     momentum: Momentum
     decay: float
     _seen: int = field(default=-1, init=False, repr=False)
-    _kept: Kept[Outer] | None = field(default=None, init=False, repr=False)
+    _kept: CachedOnStatistics[Outer] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.outer is not None:
-            self._kept = Kept(self.outer, self._make)
+            self._kept = CachedOnStatistics(self.outer, self._make)
 
     @abstractmethod
     def _make(self, outer: State, mean: Tensor, std: Tensor, beta: float | Tensor) -> Outer:

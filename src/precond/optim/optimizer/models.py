@@ -24,7 +24,7 @@ def in_place(leaf: Leaf) -> bool:
     return leaf.module is None or leaf.module._parameters.get(leaf.attribute) is leaf.param or leaf.shard is not None
 
 
-class Owners:
+class Models:
     """Which module owns a parameter, for the modules that were given; holds them weakly."""
 
     def __init__(self, modules: Iterable[nn.Module] = (), known: Iterable[Leaf] = ()):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from precond.algebra.precision import in_16_bits
 from precond.optim.engine.cells import Cell
-from precond.optim.engine.layer import is_plain
-from precond.optim.engine.polar.large import LargeStep
-from precond.optim.engine.polar.small import SmallStep
-from precond.optim.engine.polar.step import PolarStep
+from precond.optim.engine.kernels.layer import is_plain
+from precond.optim.engine.kernels.polar.large import LargeStep
+from precond.optim.engine.kernels.polar.small import SmallStep
+from precond.optim.engine.kernels.polar.step import PolarStep
 from precond.optim.momentum import Momentum
 from precond.optim.preconditioners import BNP, Composition, Polar, Preconditioner, Whitening
 from precond.optim.preconditioners.polar_roots import root_of
@@ -16,7 +16,7 @@ _SMALL = 2**20  # AB² up to which an operation's own cost is more than what it 
 __all__ = ["PolarStep", "polar"]
 
 
-def polar(cell: Cell, P: Preconditioner, momentum: Momentum | None, decay: float) -> PolarStep | None:
+def polar_step(cell: Cell, P: Preconditioner, momentum: Momentum | None, decay: float) -> PolarStep | None:
     """The kernel of a contiguous layer, alone or behind BNP or Whitening; or None."""
     outer, inner = (P.outer, P.inner) if isinstance(P, Composition) else (None, P)
     if not isinstance(inner, Polar) or momentum is None or momentum.of != "cotangent":

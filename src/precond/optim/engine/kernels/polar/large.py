@@ -10,8 +10,8 @@ from torch import Tensor
 from precond.algebra.vec import Tensors
 from precond.optim.blocks import State
 from precond.optim.engine.cells import Cell
-from precond.optim.engine.factors import Factor, Factors, Last, SpikedFactor, WholeFactor, dot
-from precond.optim.engine.polar.step import PolarStep
+from precond.optim.engine.kernels.factors import Cached, Factor, Factors, SpikedFactor, WholeFactor, dot
+from precond.optim.engine.kernels.polar.step import PolarStep
 from precond.optim.preconditioners.kronecker import fold
 from precond.optim.preconditioners.muon import normalized
 from precond.optim.preconditioners.polar_roots import root_of
@@ -60,7 +60,7 @@ class _Average:
 
 
 @dataclass(frozen=True)
-class _Few:
+class _InSubspace:
     """R and Q = L^(−1/2) of a tall layer, which are aI and cI but for the directions N, and for the bias.
 
     Attributes:
@@ -91,9 +91,9 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
     """
 
     halves: bool = True
-    _left: Last[Factor] = field(default_factory=Last, init=False, repr=False)
-    _right: Last[tuple[Tensor, Tensor, Tensor]] = field(default_factory=Last, init=False, repr=False)
-    _few: Last[_Few] = field(default_factory=Last, init=False, repr=False)
+    _left: Cached[Factor] = field(default_factory=Cached, init=False, repr=False)
+    _right: Cached[tuple[Tensor, Tensor, Tensor]] = field(default_factory=Cached, init=False, repr=False)
+    _in_subspace: Cached[_InSubspace] = field(default_factory=Cached, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -193,7 +193,7 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
         """The same where R and L^(−1/2) differ from multiples of the identity in a few directions, which are all that is multiplied."""
         X, bias = m.X, m.bias
         R = None if P1 is None else P1.R
-        M = self._few((_version(state), R), lambda: self._make_few(state, R, X.shape[1]))
+        M = self._in_subspace((_version(state), R), lambda: self._make_in_subspace(state, R, X.shape[1]))
         T = X @ M.N
         k, square = T.shape[1], dot(X, X)
         few = T if bias is None else torch.cat([T, bias[:, None]], 1)
@@ -220,7 +220,7 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
         RQ = Q[:n] if R is None else R.left(Q[:n])
         return Q, RQ, self._narrow(RQ[:, :n])
 
-    def _make_few(self, state: State, R: Factor | None, n: int) -> _Few:
+    def _make_in_subspace(self, state: State, R: Factor | None, n: int) -> _InSubspace:
         V, s, c = state["basis"], state["leading"], float(state["rest"])
         assert R is None or isinstance(R, SpikedFactor)
         N = torch.linalg.qr(V[:n] if R is None else torch.cat([R.U, V[:n]], 1)).Q
@@ -229,10 +229,10 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
         on_N = torch.cat([N.T @ V[:n], V[n:]])  # V in the coordinates of [N, bias]
         Q = c * eye + (on_N * (s - c)) @ on_N.T
         if R is None:
-            return _Few(N, Q, Q, 1.0, c)
+            return _InSubspace(N, Q, Q, 1.0, c)
         U = N.T @ R.U
         eye[:k, :k] = R.a * (eye[:k, :k] - (U * R.once) @ U.T)
-        return _Few(N, eye @ Q, eye @ Q @ eye, R.a, c)
+        return _InSubspace(N, eye @ Q, eye @ Q @ eye, R.a, c)
 
     def _narrow(self, A: Tensor) -> Tensor:
         """In the precision of products."""

@@ -10,13 +10,13 @@ from torch import Tensor
 from precond.algebra.vec import Scalar, Tensors
 from precond.optim.blocks import State
 from precond.optim.engine.cells import Cell
-from precond.optim.engine.layer import Kept, is_plain
+from precond.optim.engine.kernels.layer import CachedOnStatistics, is_plain
 from precond.optim.momentum import Momentum
 from precond.optim.preconditioners import BNP
 
 
 @dataclass
-class Arrow:
+class BNPStep:
     r"""W ← W − α dW, b ← b − α db with dW = (g_W − g_b μᵀ)/σ̃², db = β²g_b − dW μ (Ye, eqs. 25–27), expanded.
 
     With s = 1/σ̃²: W ← W − α g_W∘s + α g_b(μ∘s)ᵀ and dW μ = g_W(μ∘s) − g_b Σμ²s. The vectors are kept until inputs are observed again.
@@ -27,7 +27,7 @@ class Arrow:
     decay: float
 
     def __post_init__(self) -> None:
-        self._kept = Kept(self.P, _vectors)
+        self._kept = CachedOnStatistics(self.P, _vectors)
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         if cell.inputs:
@@ -61,8 +61,8 @@ def _vectors(state: State, mean: Tensor, std: Tensor, beta: float | Tensor) -> t
     return s, shifted, torch.dot(mean.view(-1), shifted) + (beta if isinstance(beta, float) else beta.view(())) ** 2
 
 
-def arrow(cell: Cell, P: BNP, momentum: Momentum | None, decay: float) -> Arrow | None:
+def bnp_step(cell: Cell, P: BNP, momentum: Momentum | None, decay: float) -> BNPStep | None:
     """The kernel of a plain layer, or None."""
     if momentum is not None and (momentum.kind != "heavy_ball" or momentum.of != "cotangent" or momentum.dampening):
         return None
-    return Arrow(P, momentum, decay) if is_plain(P, cell.block) else None
+    return BNPStep(P, momentum, decay) if is_plain(P, cell.block) else None

@@ -19,7 +19,7 @@ Made = TypeVar("Made")
 
 
 @dataclass
-class Last(Generic[Made]):
+class Cached(Generic[Made]):
     """What was made last, until that of which it was made is another."""
 
     _of: Any = None
@@ -139,7 +139,7 @@ class Factors:
     """
 
     narrow: bool
-    _last: Last[Sequence[Factor]] = field(default_factory=Last, init=False, repr=False)
+    _last: Cached[Sequence[Factor]] = field(default_factory=Cached, init=False, repr=False)
 
     def __call__(self, state: Mapping[str, Tensor]) -> Sequence[Factor]:
         dtype = torch.bfloat16 if self.narrow else state["mean"].dtype

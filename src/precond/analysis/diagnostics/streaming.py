@@ -1,0 +1,208 @@
+"""Rows of the inputs of a layer, folded as they come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from precond.analysis.curvature import Objective
+from precond.analysis.diagnostics.source import source_of
+from precond.optim.inputs import Moments, Request, Rows, Site, Tap, Weight, pool
+from precond.optim.inputs.observer import why_unread
+
+_PATCH, _CHANNEL = Request(conv="patch"), Request(conv="channel")
+
+
+def layer_of(site: Site) -> str:
+    """The name of a layer: its weight's without ``.weight``; of a model that is itself the layer, ``"(the model)"``."""
+    return site.name.removesuffix(".weight") if site.name != "weight" else "(the model)"
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """What a layer receives.
+
+    Attributes:
+        site: the weight and its bias.
+        biased: whether a bias that is trained goes with it.
+        recentered: whether its outputs go straight into a batch or instance normalization, which takes any constant out of them.
+        source: what the inputs come from: ``"data"``, or an operation such as ``"relu"``.
+        n: number of inputs of a neuron (entries of a patch for a convolution).
+        count: number of inputs seen: examples, or examples and positions.
+        used: how many of them R is made of.
+        R: factors with RᵀR the mean of ĥĥᵀ, ĥ = [1; h], one per group, (rows, n + 1) each, float64.
+        low: smallest value of each input, (groups, n); likewise
+        high: the largest,
+        zeros: and the share of zeros,
+        edges: and the share at the ends of tanh or sigmoid (0 elsewhere).
+        channel: moments of each channel, where a convolution's inputs have several entries of one.
+        epsilon: of the dtype of the inputs.
+        alike: weights of layers that were left out and that this one stands for, with others of its kind: at other depths of a stack.
+        share: the number of layers it stands for, itself included; a fraction where several stand for some.
+    """
+
+    site: Site
+    biased: bool
+    recentered: bool
+    source: str
+    n: int
+    count: int
+    used: int
+    R: tuple[Tensor, ...]
+    low: Tensor
+    high: Tensor
+    zeros: Tensor
+    edges: Tensor
+    channel: Moments | None
+    epsilon: float
+    alike: tuple[Tensor, ...] = ()
+    share: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """The layer: the weight's name without ``.weight``."""
+        return layer_of(self.site)
+
+    @property
+    def kernel(self) -> int:
+        """Entries of a patch per channel; 1 for other layers."""
+        return self.site.layout(_CHANNEL).repeat
+
+
+class Stream:
+    """Inputs of one site as they come."""
+
+    def __init__(self, site: Site, samples: int, objective: Objective):
+        self._site, self._samples, self._batches = site, samples, len(objective.batches)
+        self._generator = torch.Generator().manual_seed(0)
+        self._share: float | None = None
+        self._pending: list[tuple[Tensor, ...]] = []
+        self._channel: Moments | None = None
+        self._parts: list[_Part] = []
+        self.count = self._used = 0
+        self._source, self._epsilon = "data", torch.finfo(torch.float32).eps
+        self.unread = ""
+
+    def see(self, tap: Tap, weight: Weight, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook."""
+        try:
+            call = tap.read(args, kwargs)
+            if call is not None:
+                self._take(tap, weight, call)
+        except Exception as error:  # the forward is the user's
+            self.unread = why_unread(error)
+
+    def _take(self, tap: Tap, weight: Weight, call: Any) -> None:
+        if not self.count:
+            origin = tap.origin(call, weight)
+            self._source = origin if isinstance(origin, str) else source_of(origin)
+            self._epsilon = self._epsilon if isinstance(origin, str) else torch.finfo(origin.dtype).eps
+        with torch.no_grad():
+            for rows in tap.pieces(call, weight):
+                self._pending.append(tuple(self._drawn(part) for part in _by_parts(rows)))
+            if tap.layout(weight, _CHANNEL).repeat > 1:
+                seen = tap.moments(call, weight, _CHANNEL, None)
+                self._channel = seen if self._channel is None or seen is None else pool([self._channel, seen])
+
+    def _drawn(self, rows: Tensor) -> Tensor:
+        """A share of the rows, (groups, k, n), that makes about as many in all as wanted."""
+        N = rows.shape[1]
+        self.count += N
+        if self._share is None:
+            return rows.detach().cpu()  # of the first batch how many there will be is not known yet
+        return self._thinned(rows.detach().cpu())
+
+    def _thinned(self, rows: Tensor) -> Tensor:
+        N = rows.shape[1]
+        k = min(N, max(1, round(N * (self._share or 1.0))))
+        return rows if k == N else rows[:, torch.randperm(N, generator=self._generator)[:k].sort().values]
+
+    def end(self) -> None:
+        """A batch is over: fold its rows."""
+        if not self._pending:
+            return
+        if self._share is None:
+            groups = len(self._pending[0])
+            self._share = min(1.0, groups * self._samples / (self.count * self._batches))
+            self._pending = [tuple(self._thinned(rows) for rows in parts) for parts in self._pending]
+        for k, column in enumerate(zip(*self._pending, strict=True)):
+            if k == len(self._parts):
+                self._parts.append(_Part(self._source, column[0].double()))
+            self._parts[k].fold(torch.cat(column, dim=1).double())
+        self._used += sum(max(part.shape[1] for part in parts) for parts in self._pending)
+        self._pending = []
+
+    def gathered(self, biased: bool, recentered: bool) -> Gathered:
+        """All of it."""
+        parts = self._parts
+        if not all(bool(part.low.isfinite().all() and part.high.isfinite().all()) for part in parts):
+            raise ValueError(
+                f"diagnose: what {self._site.name} receives holds inf or NaN; look for divergence (a checkpoint before, a lower "
+                "learning rate) or bad data"
+            )
+        return Gathered(
+            site=self._site,
+            biased=biased,
+            recentered=recentered,
+            source=self._source,
+            n=parts[0].low.shape[-1],
+            count=self.count // len(parts),
+            used=self._used,
+            R=tuple(R for part in parts for R in part.factors()),
+            low=torch.cat([part.low for part in parts]),
+            high=torch.cat([part.high for part in parts]),
+            zeros=torch.cat([part.zeros / max(part.rows, 1) for part in parts]),
+            edges=torch.cat([part.edges / max(part.rows, 1) for part in parts]),
+            channel=self._channel,
+            epsilon=self._epsilon,
+        )
+
+
+class _Part:
+    """Groups of rows that come in the same numbers: R and what is counted, input by input; zeros of what saw nothing."""
+
+    def __init__(self, source: str, like: Tensor):
+        self._source = source
+        self.rows = 0
+        groups, _, n = like.shape
+        self.zeros, self.edges, self.low, self.high = (like.new_zeros(groups, n) for _ in range(4))
+        self.R = like.new_zeros(groups, 1, n + 1)
+
+    def fold(self, x: Tensor) -> None:
+        """Rows of a batch, (groups, k, n)."""
+        if not x.shape[1]:
+            return
+        extended = torch.cat([torch.ones_like(x[..., :1]), x], dim=-1)
+        zeros, edges = (x == 0).sum(1).double(), _at_edges(x, self._source).sum(1).double()
+        low, high = x.amin(1), x.amax(1)
+        self.zeros, self.edges = self.zeros + zeros, self.edges + edges
+        if not self.rows:
+            self.low, self.high = low, high
+        else:
+            extended = torch.cat([self.R, extended], dim=1)
+            self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        # Only the triangle of long matrices is kept; short ones wait.
+        n = extended.shape[-1]
+        self.R = torch.linalg.qr(extended, mode="r").R if extended.shape[1] > n else extended
+        self.rows += x.shape[1]
+
+    def factors(self) -> Tensor:
+        """R/√N of each group."""
+        return torch.linalg.qr(self.R, mode="r").R / max(self.rows, 1) ** 0.5
+
+
+def _at_edges(x: Tensor, source: str) -> Tensor:
+    match source:
+        case "tanh" | "hardtanh":
+            return x.abs() >= 0.99
+        case "sigmoid" | "hardsigmoid":
+            return (x <= 0.01) | (x >= 0.99)
+    return torch.zeros_like(x, dtype=torch.bool)
+
+
+def _by_parts(rows: Rows) -> tuple[Tensor, ...]:
+    """(groups, N, n) for each number N that groups come in."""
+    return (rows,) if isinstance(rows, Tensor) else tuple(x[None] for x in rows)
