@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+import precond
 from distributed.training import Setting, build, contents, fit
 from precond.optim.ranks import replicas
 
@@ -122,3 +124,20 @@ def from_rank_0(setting: Setting, offload: bool) -> tuple[dict[str, Any], dict[s
     fit(setting, *first, _rank(), first=10)
     fit(setting, *twin, _rank(), first=10)
     return contents(*first), contents(*twin)
+
+
+def of_layers_alike(recipe: str) -> dict[str, Any]:
+    """Parameters and all state after some steps of a net whose layers are stacked, as every rank is told of them."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(*(nn.Linear(6, 6) for _ in range(6))).double()
+    if dist.is_initialized():
+        model = nn.parallel.DistributedDataParallel(model)
+    optimizer = getattr(precond, recipe)(model, lr=1e-2)
+    for t in range(4):
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
+        if dist.is_initialized():
+            x = x.chunk(dist.get_world_size())[dist.get_rank()]
+        optimizer.zero_grad()
+        (model(x) - x.sin()).square().mean().backward()
+        optimizer.step()
+    return contents(model, optimizer)

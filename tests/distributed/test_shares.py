@@ -122,3 +122,12 @@ def test_a_rank_that_asks_for_state_alone_gets_it_or_an_error_soon(ranks, consol
     )
     assert expected in found[0]
     assert found[1] == "nothing asked"
+
+
+@pytest.mark.parametrize("recipe", ["soap", "shampoo", "muon", "whitening"])
+def test_all_ranks_are_told_what_one_process_would_keep_of_layers_alike(ranks, recipe):
+    alone = saving.of_layers_alike(recipe)
+    for found in ranks.run(saving.of_layers_alike, recipe):
+        assert found["state"].keys() == alone["state"].keys()
+        for name, t in alone["state"].items():
+            torch.testing.assert_close(found["state"][name], t, rtol=1e-6, atol=1e-9)

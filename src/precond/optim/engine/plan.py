@@ -86,6 +86,8 @@ def build(
         if first.placement is None:
             cells.append(cell)
         else:
+            # An owner's stack has them key by key, the others know of them block by block: one order, in which they are sent.
+            own = sorted(own, key=lambda entry: (entry[0].name, entry[1]))
             shared.setdefault(first.placement.crew, []).append((cell, first.placement.owner, own))
     for together in shared.values():
         inside, ranks, contents = zip(*together, strict=True)
