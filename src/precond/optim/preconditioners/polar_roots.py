@@ -119,11 +119,13 @@ class Leading(Root):
         return U, both[:, :r], both[:, r]
 
     def directions(self, state: Mapping[str, Tensor], L: Tensor, damping: float) -> Tensor:
-        # Roots 1/√(λ + ελ₁) say how much of each λ + ελ₁ is damping: λ₁ has the least of them.
-        s, a = state["leading"].square(), state["rest"].square()
-        n = L.shape[-1]
-        small = s.sum(-1) + (n - s.shape[-1]) * a
-        return n - damping / (1 + damping) * small / s.amin(-1)
+        # The roots are 1/√(λ + ελ₁), with a damping that is never below rounding; what is no more than rounding is no direction.
+        s, a, n = state["leading"].square(), state["rest"].square(), L.shape[-1]
+        zero = rounding(n, L.dtype)
+        least = max(damping, zero)
+        damped = (1 + least) * s.amin(-1, keepdim=True) / torch.cat([s, a[..., None]], -1)  # (λ + ελ₁)/λ₁
+        shares = (damped - least - zero).clamp_min(0) / damped
+        return shares[..., :-1].sum(-1) + (n - s.shape[-1]) * shares[..., -1]
 
     def times(self, state: Mapping[str, Tensor], X: Tensor) -> Tensor:
         U, s, a = state["basis"], state["leading"], state["rest"]
