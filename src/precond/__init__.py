@@ -28,9 +28,9 @@ from precond.optim.blocks import Block, Leaf, State, is_decayed, is_hidden, is_m
 from precond.optim.inputs import Observed, register_layer, routed
 from precond.optim.momentum import Momentum
 from precond.optim.optimizer import PreconditionedGD
+from precond.optim.optimizer.closures import LossClosure
 from precond.optim.optimizer.parameters import decay_groups, role_groups
 from precond.optim.optimizer.passes import frozen_statistics
-from precond.optim.optimizer.probing import LossClosure
 from precond.optim.preconditioners import (
     BNP,
     KFAC,

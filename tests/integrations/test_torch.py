@@ -12,7 +12,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, up
 import precond
 from integrations.table import RECIPES, batches, check_same, check_state, loop, loss_fn, net, windows
 from precond.integrations import MicroBatches
-from precond.optim.optimizer.probing import LossClosure
+from precond.optim.optimizer.closures import LossClosure
 
 RECIPES = {**RECIPES, "whitening, SAM in z": lambda p: precond.whitening(p, lr=0.01, regularizers=[precond.SAM(0.05)])}
 each = pytest.mark.parametrize("recipe", RECIPES)

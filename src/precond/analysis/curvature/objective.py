@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -18,6 +17,7 @@ from precond.algebra.vec import Vec
 from precond.analysis.curvature import batches
 from precond.analysis.curvature.errors import NoSecondDerivative
 from precond.analysis.curvature.isolation import Mode, isolated, random_states
+from precond.analysis.curvature.selection import chosen_parameters, parameters_named
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Objective:
                 raise ValueError(f"Objective: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
         self.model, self.loss_fn, self.batches = model, loss_fn, batches.kept(data)
         self.reduction, self.mode, self.seed, self._size = reduction, mode, seed, size
-        self.names, self.params = _selected(model, params)
+        self.names, self.params = chosen_parameters(model, params)
         self.dtype: torch.dtype | None = None
         self._twins: dict[int, Tensor] = {}
         self._tensors: tuple[Tensor, ...] = ()
@@ -145,7 +145,7 @@ class Objective:
         """
         known = dict(zip(self.names, self.params, strict=True))
         other = copy.copy(self)
-        chosen = _chosen(known, params)
+        chosen = parameters_named(known, params)
         other.names, other.params = tuple(chosen), tuple(chosen.values())
         return other
 
@@ -264,40 +264,3 @@ def _twin(t: Tensor) -> Tensor:
 def _dropouts(model: nn.Module) -> str:
     active = [name for name, m in model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
     return f", {type(model.get_submodule(active[0])).__name__} {active[0]!r}" if active else ""
-
-
-def _selected(model: nn.Module, params: Iterable[Tensor | str] | Tensor | str | None) -> tuple[tuple[str, ...], Vec]:
-    named: dict[str, Tensor] = dict(model.named_parameters())
-    if params is None:
-        chosen = {name: p for name, p in named.items() if p.requires_grad and (p.is_floating_point() or p.is_complex())}
-        if not chosen:
-            raise ValueError(
-                f"Objective: {type(model).__name__} has no parameter that requires a gradient; call requires_grad_() on some"
-            )
-    else:
-        chosen = _chosen(named, params)
-    for name, p in chosen.items():
-        if not p.requires_grad:
-            raise ValueError(
-                f"Objective: parameter {name!r} does not require a gradient; call requires_grad_() on it or leave it out"
-            )
-        if p.is_complex():
-            raise ValueError(
-                f"Objective: parameter {name!r} is complex; curvature is defined here for real parameters, leave it out"
-            )
-    return tuple(chosen), tuple(chosen.values())
-
-
-def _chosen(named: Mapping[str, Tensor], params: Iterable[Tensor | str] | Tensor | str) -> dict[str, Tensor]:
-    """Those of some parameters that are meant, in the order in which they are named."""
-    names = {id(p): name for name, p in named.items()}
-    chosen: dict[str, Tensor] = {}
-    for i, wanted in enumerate([params] if isinstance(params, Tensor | str) else params):
-        found = [n for n in named if fnmatchcase(n, wanted)] if isinstance(wanted, str) else [names.get(id(wanted), "")]
-        if not found or found == [""]:
-            what = repr(wanted) if isinstance(wanted, str) else f"a tensor of shape {tuple(wanted.shape)}"
-            raise ValueError(f"Objective: params[{i}] is {what}, which is no parameter of the model; it has {', '.join(named)}")
-        chosen |= {name: named[name] for name in found}
-    if not chosen:
-        raise ValueError("Objective: params is empty; give parameters or names, or None for all")
-    return chosen

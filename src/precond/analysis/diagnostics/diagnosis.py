@@ -34,6 +34,7 @@ from precond.analysis.diagnostics.remedies import Base, base_of
 from precond.analysis.diagnostics.short import as_trained, one_step, trained_copy
 from precond.analysis.diagnostics.stability import stable_factor
 from precond.analysis.diagnostics.streaming import Gathered
+from precond.analysis.diagnostics.undiagnosed import covered_share, uncovered
 
 Matrix = Literal["none", "hessian", "gauss_newton"]
 _MATRICES = {"hessian": hessian, "gauss_newton": gauss_newton}
@@ -197,7 +198,7 @@ def _diagnosis(
     gathered, undiagnosed = gather(objective, **options)
     if not gathered and not undiagnosed:
         undiagnosed = ["the model has no layer of a kind whose inputs are diagnosed"]
-    undiagnosed += _others(objective, gathered, undiagnosed)
+    undiagnosed += uncovered(objective, gathered, undiagnosed)
     notes = list(undiagnosed)
     base = base_of(optimizer, objective.model)
     P = None if optimizer is None else _known(objective, optimizer, base, notes)
@@ -212,7 +213,7 @@ def _diagnosis(
     found = Diagnosis(
         tuple(layers), (), tuple(notes), objective.value(), None if optimizer is None else type(optimizer).__name__,
         None if optimizer is None else step_size(optimizer, objective), lam_max, limit, curvature, tuple(undiagnosed),
-        against=base.label, share=_share(objective, gathered),
+        against=base.label, share=covered_share(objective, gathered),
     )  # fmt: skip
     dim = features(objective, gathered[0]) if gathered else None
     advice, considered = advise(found, Picture.made(objective, gathered, g, **options), base, dim)
@@ -250,29 +251,6 @@ def _after_steps(objective: Objective, base: Base) -> LinearMap | None:
             return preconditioner_of(copied, mine)
         except (RuntimeError, ValueError, TypeError):
             return None
-
-
-def _others(objective: Objective, gathered: Iterable[Gathered], known: Iterable[str]) -> list[str]:
-    """A line about trained parameters of no layer whose inputs could be diagnosed, where they are many and no other line names them."""
-    met = {id(p) for seen in gathered for p in (seen.site.weight, seen.site.bias, *seen.alike) if p is not None}
-    left = {name: p.numel() for name, p in zip(objective.names, objective.params, strict=True) if id(p) not in met}
-    named = {word.removesuffix(";") for line in known for word in line.split()}
-    left = {name: n for name, n in left.items() if not named & {name, name.rpartition(".")[0]}}
-    share = sum(left.values()) / sum(p.numel() for p in objective.params)
-    if share < _MANY:
-        return []
-    largest = sorted(left, key=lambda name: -left[name])
-    return [
-        f"{', '.join(largest[:3])}{', …' if len(largest) > 3 else ''}, {100 * share:.0f} % of the parameters, belong to no layer whose "
-        "inputs are diagnosed, such as embeddings and scales"
-    ]
-
-
-def _share(objective: Objective, gathered: Iterable[Gathered]) -> float:
-    """Of the entries in layers that were seen, or that others stand for."""
-    own = {id(p): p.numel() for p in objective.params}
-    met = {id(p) for seen in gathered for p in (seen.site.weight, seen.site.bias, *seen.alike) if p is not None}
-    return sum(n for key, n in own.items() if key in met) / sum(own.values())
 
 
 def _layer(objective: Objective, seen: Gathered, P: LinearMap | None, g: Vec, curvature: Matrix, notes: list[str]) -> Layer:

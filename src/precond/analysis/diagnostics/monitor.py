@@ -6,12 +6,11 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from precond.algebra import checks, vec
 from precond.algebra.maps import LinearMap
@@ -20,11 +19,12 @@ from precond.analysis.curvature import Objective, hessian
 from precond.analysis.curvature.isolation import forked_random
 from precond.analysis.diagnostics.live import Top, kappa_of_moments, largest
 from precond.analysis.diagnostics.preconditioner import preconditioner_of, step_size
+from precond.analysis.diagnostics.recording import record_inputs, wait_for, widened_copy
 from precond.analysis.diagnostics.registry import registered
 from precond.analysis.diagnostics.sinks import Sink, as_sink
 from precond.analysis.diagnostics.stability import stable_factor
 from precond.analysis.diagnostics.streaming import layer_of
-from precond.optim.inputs import Moments, Request, Site, Tap, Weight, pool, survey
+from precond.optim.inputs import Moments, Request, Site, survey
 from precond.optim.inputs.hooks import remove
 from precond.optim.optimizer import PreconditionedGD
 
@@ -59,6 +59,7 @@ class Monitor:
         TypeError, ValueError: for numbers out of range, or something that is no sink.
 
     Example:
+        >>> from torch import nn
         >>> model = nn.Linear(2, 1, bias=False)
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
         >>> objective = Objective(model, lambda out, y: 0.5 * (out - y).square().mean(), [(x, torch.zeros(2, 1))])
@@ -187,7 +188,7 @@ class Monitor:
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if self._due:
-            _wait(self.objective.device)
+            wait_for(self.objective.device)
         now = time.perf_counter()
         if self._began is not None:
             self._train_seconds += now - self._began
@@ -259,7 +260,7 @@ class Monitor:
         cold = self._vector is None
         if self._vector is None:
             generator = torch.Generator().manual_seed(0)
-            self._vector = vec.map_(lambda p: torch.randn(p.shape, generator=generator).to(_wide(p)), self._parameters())
+            self._vector = vec.map_(lambda p: torch.randn(p.shape, generator=generator).to(widened_copy(p)), self._parameters())
         top = largest(P.T @ hessian(self.objective) @ P, self._vector, max(self.products, _COLD) if cold else self.products)
         if not math.isfinite(top.value):
             self._vector = None
@@ -274,11 +275,11 @@ class Monitor:
         sites = [site for site in survey(objective.model.named_modules()).sites if id(site.weight) in trained]
         seen: dict[Site, Moments] = {}
         handles = [
-            tap.module.register_forward_pre_hook(partial(_see, seen, site, tap, weight), with_kwargs=True)
+            tap.module.register_forward_pre_hook(partial(record_inputs, seen, site, tap, weight), with_kwargs=True)
             for site in sites
             for tap, weight in site.taps
         ]
-        loss, g = 0.0, vec.map_(_wide, vec.zeros_like(self._parameters()))
+        loss, g = 0.0, vec.map_(widened_copy, vec.zeros_like(self._parameters()))
         try:
             for index, weight in enumerate(objective.weights):
                 with objective.measuring(index):
@@ -290,31 +291,3 @@ class Monitor:
         biased = {site: site.bias is not None and id(site.bias) in trained for site in seen}
         kappas = {f"inputs/{layer_of(site)}": kappa_of_moments(m, biased[site]) for site, m in seen.items()}
         return loss, g, kappas
-
-
-def _see(
-    seen: dict[Site, Moments],
-    site: Site,
-    tap: Tap,
-    weight: Weight,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
-    """A forward pre-hook: the moments of what a layer receives, where they can be read."""
-    with torch.no_grad(), suppress(Exception):
-        call = tap.read(args, kwargs)
-        found = None if call is None else tap.moments(call, weight, _MOMENTS, None)
-        if found is not None:
-            seen[site] = pool([seen[site], found]) if site in seen else found
-
-
-def _wide(t: Tensor) -> Tensor:
-    """In float32 at least: what optimizers keep for 16-bit parameters."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
-def _wait(device: torch.device) -> None:
-    """Until an accelerator has done what it was given, so that time is counted where it was spent."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -12,7 +12,7 @@ from precond.analysis.diagnostics import preconditioner_of
 from precond.lab.evidence.problems import Problem, random, relative, tanh_network
 from precond.lab.evidence.statement import Chapter, Finding
 from precond.optim.optimizer import PreconditionedGD
-from precond.optim.optimizer.probing import LossClosure
+from precond.optim.optimizer.closures import LossClosure
 from precond.optim.preconditioners import Fixed, Preconditioner
 from precond.optim.recipes import adamw
 from precond.optim.regularizers import L2, Regularizer

@@ -167,10 +167,8 @@ def is_matrix(leaf: Leaf) -> bool:
 
     Example:
         >>> import torch, precond
-        >>> layer = torch.nn.Linear(3, 2)
-        >>> weight = precond.Leaf("head.weight", layer.weight)
-        >>> bias = precond.Leaf("head.bias", layer.bias, kind="bias")
-        >>> [precond.is_matrix(leaf) for leaf in (weight, bias)]
+        >>> leaves = [precond.Leaf("W", torch.zeros(2, 3)), precond.Leaf("b", torch.zeros(2), kind="bias")]
+        >>> list(map(precond.is_matrix, leaves))
         [True, False]
     """
     return leaf.kind == "weight" and leaf.ndim >= 2
@@ -187,10 +185,8 @@ def is_hidden(leaf: Leaf) -> bool:
 
     Example:
         >>> import torch, precond
-        >>> layer = torch.nn.Linear(3, 2)
-        >>> weight = precond.Leaf("head.weight", layer.weight)
-        >>> bias = precond.Leaf("head.bias", layer.bias, kind="bias")
-        >>> precond.is_matrix(weight), precond.is_hidden(weight)  # "head" makes the outputs
+        >>> W = torch.zeros(2, 3)
+        >>> precond.is_hidden(precond.Leaf("body.weight", W)), precond.is_hidden(precond.Leaf("head.weight", W))
         (True, False)
     """
     return is_matrix(leaf) and _OUTPUTS.isdisjoint(leaf.name.split("."))

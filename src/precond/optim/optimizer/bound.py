@@ -22,6 +22,7 @@ from precond.optim.inputs import Request
 from precond.optim.optimizer import serialization
 from precond.optim.optimizer.averaging import Averaged
 from precond.optim.optimizer.binding import Binding, bind, choices_of
+from precond.optim.optimizer.closures import Clearings
 from precond.optim.optimizer.compatibility import check_precision
 from precond.optim.optimizer.fusing import fusible
 from precond.optim.optimizer.interrupts import Uninterrupted
@@ -29,10 +30,7 @@ from precond.optim.optimizer.listening import Listening
 from precond.optim.optimizer.models import Models, in_place
 from precond.optim.optimizer.naming import Naming
 from precond.optim.optimizer.parameters import to_groups
-from precond.optim.optimizer.probing import (
-    Clearings,
-    Probe,
-)
+from precond.optim.optimizer.probing import Probe
 from precond.optim.ranks.replicas import agreed
 
 
@@ -97,20 +95,9 @@ class Bound(torch.optim.Optimizer):
             return device if asked and device.type not in ("cpu", "meta") else None
 
         return bind(
-            groups,
-            self.models,
-            self.naming,
-            self.observes,
-            self.rounding,
-            self.rules.plainly,
-            clean,
-            existing,
-            frozen,
-            self._dealt,
-            there,
-            self.average,
-            lambda choices: fusible(choices, self.rules, self._gradient_based),
-        )
+            groups, self.models, self.naming, self.observes, self.rounding, self.rules.plainly, clean, existing, frozen, self._dealt, there,
+            self.average, lambda choices: fusible(choices, self.rules, self._gradient_based),
+        )  # fmt: skip
 
     @property
     def _may_skip_unread(self) -> bool:

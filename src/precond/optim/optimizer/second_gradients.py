@@ -18,18 +18,10 @@ from precond.optim.engine.cells import Cell
 from precond.optim.engine.loop import ProbeResults
 from precond.optim.engine.point import Point, gather
 from precond.optim.optimizer.capturing import Capturing
+from precond.optim.optimizer.closures import check_repeatable, exact_gradient, finite_loss, loss_gradient
 from precond.optim.optimizer.interrupts import Uninterrupted
 from precond.optim.optimizer.passes import Random, Recorder, random_state, restore_random_state
-from precond.optim.optimizer.probing import (
-    Probe,
-    check_repeatable,
-    exact_gradient,
-    finite_loss,
-    loss_gradient,
-    place_gradients,
-    take_gradients,
-    unscaled,
-)
+from precond.optim.optimizer.probing import Probe, place_gradients, take_gradients, unscaled
 from precond.optim.ranks.replicas import averaged, check_joined, meet
 
 _WITHOUT_DATA = (

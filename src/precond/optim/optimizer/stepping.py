@@ -18,15 +18,11 @@ from precond.optim.engine.point import Point
 from precond.optim.engine.verdict import Verdict, over
 from precond.optim.optimizer.averaging import Averaged
 from precond.optim.optimizer.binding import Binding
+from precond.optim.optimizer.closures import Clearings, finite_loss
 from precond.optim.optimizer.fusing import alike, divided, kernels_of
 from precond.optim.optimizer.listening import Listening
 from precond.optim.optimizer.looking import measure
-from precond.optim.optimizer.probing import (
-    Clearings,
-    Probe,
-    finite_loss,
-    unscaled,
-)
+from precond.optim.optimizer.probing import Probe, unscaled
 from precond.optim.optimizer.record import Record
 from precond.optim.optimizer.second_gradients import SecondGradients
 from precond.optim.preconditioners.stacked import Stacked

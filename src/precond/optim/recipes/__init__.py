@@ -8,10 +8,12 @@ Parameter groups and state dicts go under torch's names, and load into torch's c
 from collections.abc import Callable
 
 from precond.optim.optimizer import PreconditionedGD
+from precond.optim.recipes.adam import adam, adamw
 from precond.optim.recipes.auto import auto
 from precond.optim.recipes.input_side import bnp, whitening
-from precond.optim.recipes.matrices import muon, shampoo, soap
-from precond.optim.recipes.torch_named import adagrad, adam, adamw, rmsprop, sgd
+from precond.optim.recipes.matrices import muon, soap
+from precond.optim.recipes.shampoo import shampoo
+from precond.optim.recipes.torch_named import adagrad, rmsprop, sgd
 
 RECIPES: dict[str, Callable[..., PreconditionedGD]] = {
     "sgd": sgd,

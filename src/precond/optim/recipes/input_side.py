@@ -14,8 +14,8 @@ from precond.optim.momentum import Momentum
 from precond.optim.optimizer import PreconditionedGD
 from precond.optim.optimizer.parameters import Params
 from precond.optim.preconditioners import BNP, Preconditioner, Whitening
+from precond.optim.recipes.adam import adamw
 from precond.optim.recipes.making import make
-from precond.optim.recipes.torch_named import adamw
 from precond.optim.regularizers import L2, Regularizer
 
 

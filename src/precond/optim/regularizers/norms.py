@@ -94,11 +94,10 @@ class RadialBrake(Bending):
 
     Args:
         strength: κ in [0, 1]; with 1 a step lengthens p to second order alone.
-        space: ``"p"``, where each tensor has its length, or ``"z"``, where each block that P takes jointly has.
-        where: which parameters; matrices by default.
+        space, where: as in :class:`Hyperball`.
 
     Raises:
-        ValueError: (with an optimizer) in z where P has no inverse.
+        ValueError: as there.
 
     Example:
         >>> import torch, precond

@@ -131,19 +131,14 @@ def _clicks() -> Tensors:
         score = score + 0.3 * a[:, 0] + sum(((a * b).sum(1) for b in hidden[i + 1 :]), torch.zeros(n)) * 0.3
     clicked = (torch.rand(n, generator=g) < torch.sigmoid(2 * score)).float()[:, None]
     inputs = torch.cat([numbers, torch.stack(codes, 1).float()], 1)
-    return Tensors(
-        "clicks",
+    about = (
         "Clicks by 4 numbers and fields of 50, 120, 300, 8 and 800 values with Zipf's frequencies: products of the fields' hidden vectors "
-        "(seed 85).",
-        in_parts(Part(inputs, clicked), (12_000, 1000, 1000)),
-        partial(ClickNet, 4, fields),
-        F.binary_cross_entropy_with_logits,
-        None,
-        256,
-        512,
-        "products of embeddings of 8 and an MLP of width 48 above (DLRM)",
-        "sigmoid cross entropy",
+        "(seed 85)."
     )
+    parts, model = in_parts(Part(inputs, clicked), (12_000, 1000, 1000)), partial(ClickNet, 4, fields)
+    net = "products of embeddings of 8 and an MLP of width 48 above (DLRM)"
+    loss = F.binary_cross_entropy_with_logits
+    return Tensors("clicks", about, parts, model, loss, None, 256, 512, net, "sigmoid cross entropy")
 
 
 MEMBERS = (

@@ -84,19 +84,12 @@ def _series() -> Tensors:
     seen = lorenz(78, 1536, length + ahead)
     series = ((seen - seen.mean()) / seen.std()).float()[:, :, None]
     parts = in_parts(Part(series[:, :length], series[:, ahead:]), (1024, 256, 256))
-    return Tensors(
-        "Lorenz",
+    about = (
         f"Trajectories of Lorenz's system (seed 78), of which the first coordinate is seen every 0.04; the target is its value {ahead} "
-        "places later.",
-        parts,
-        partial(SeriesGRU, 48, 1),
-        F.mse_loss,
-        None,
-        32,
-        128,
-        "GRU of width 48, one layer, 32 places",
-        "mean squared error",
+        "places later."
     )
+    net, model = "GRU of width 48, one layer, 32 places", partial(SeriesGRU, 48, 1)
+    return Tensors("Lorenz", about, parts, model, F.mse_loss, None, 32, 128, net, "mean squared error")
 
 
 MEMBERS = (

@@ -140,19 +140,12 @@ def _embedded_regression() -> Tensors:
 @cache
 def _embedded_classes() -> Tensors:
     parts = in_parts(_mixed(73, (6, 25, 60, 400), 5, 6), (3072, 512, 512))
-    return Tensors(
-        "mixed-classes",
+    about = (
         "5 standardized numbers with heavy tails and categories of 6, 25, 60 and 400 values with Zipf's frequencies; 6 classes by "
-        "their effects and products (seed 73).",
-        parts,
-        partial(Tabular, 5, (6, 25, 60, 400), 80, 1, 6),
-        F.cross_entropy,
-        "accuracy",
-        64,
-        512,
-        "embeddings of 8, residual MLP of width 80 with 1 block",
-        "cross entropy",
+        "their effects and products (seed 73)."
     )
+    net, model = "embeddings of 8, residual MLP of width 80 with 1 block", partial(Tabular, 5, (6, 25, 60, 400), 80, 1, 6)
+    return Tensors("mixed-classes", about, parts, model, F.cross_entropy, "accuracy", 64, 512, net, "cross entropy")
 
 
 MEMBERS = (
