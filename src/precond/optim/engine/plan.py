@@ -157,7 +157,9 @@ class _Single:
             tuple(_structure(state)),
             tuple(_structure(average)),
         )
-        return cls(unit, block, state, average, handled and not kernel and stackable(P) and takes_stacks(P), key, placement)
+        # Means over the entries of a stack are of what this process holds: what others hold parts of stays a block.
+        stacks = handled and not kernel and not block.sharded and stackable(P) and takes_stacks(P)
+        return cls(unit, block, state, average, stacks, key, placement)
 
 
 def _alike(singles: Sequence[_Single]) -> Iterator[list[_Single]]:
