@@ -39,7 +39,6 @@ from precond.analysis.diagnostics.undiagnosed import covered_share, uncovered
 Matrix = Literal["none", "hessian", "gauss_newton"]
 _MATRICES = {"hessian": hessian, "gauss_newton": gauss_newton}
 _WARM, _STILL = 10, 1e-12  # steps of an optimizer that has made none, and their rate
-_MANY = 0.05  # of the parameters
 _HEAT = 48  # inputs of a layer of which the correlation is kept
 
 

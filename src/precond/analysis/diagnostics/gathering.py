@@ -19,7 +19,7 @@ from precond.analysis.diagnostics.streaming import Gathered, Stream, layer_of
 from precond.optim.inputs import Request, Site, survey
 from precond.optim.inputs.hooks import remove
 
-_PATCH, _CHANNEL = Request(conv="patch"), Request(conv="channel")
+_PATCH = Request(conv="patch")
 
 
 def gather(objective: Objective, samples: int, max_inputs: int, layers: int | None = None) -> tuple[list[Gathered], list[str]]:

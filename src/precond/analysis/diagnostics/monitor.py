@@ -24,11 +24,10 @@ from precond.analysis.diagnostics.registry import registered
 from precond.analysis.diagnostics.sinks import Sink, as_sink
 from precond.analysis.diagnostics.stability import stable_factor
 from precond.analysis.diagnostics.streaming import layer_of
-from precond.optim.inputs import Moments, Request, Site, survey
+from precond.optim.inputs import Moments, Site, survey
 from precond.optim.inputs.hooks import remove
 from precond.optim.optimizer import PreconditionedGD
 
-_MOMENTS = Request()
 _COLD = 10  # products of the first measurement, which has no vector to start from
 
 

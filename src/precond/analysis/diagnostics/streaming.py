@@ -13,7 +13,7 @@ from precond.analysis.diagnostics.source import source_of
 from precond.optim.inputs import Moments, Request, Rows, Site, Tap, Weight, pool
 from precond.optim.inputs.observer import why_unread
 
-_PATCH, _CHANNEL = Request(conv="patch"), Request(conv="channel")
+_CHANNEL = Request(conv="channel")
 
 
 def layer_of(site: Site) -> str:

@@ -61,7 +61,7 @@ def build(
     found = units(leaves, live, choices, whole)
     placements = deal(found, leaves, {} if owners is None else owners)
     singles = [
-        _Single.of(unit, leaves, choices, existing, outside, clean, kernels and not plainly, placement, whole)
+        _Single.of(unit, leaves, choices, existing, outside, clean, kernels, placement, whole)
         for unit, placement in zip(found, placements, strict=True)
     ]
     for alike in [[single] for single in singles] if plainly else _alike(singles):
@@ -143,11 +143,12 @@ class _Single:
         for s in (state, average):
             _adopt(s, existing, steps, outside)
         kernel = kernels and has_kernel(P, block)
-        alone = not handled or block.sharded or kernel or P.entrywise or not stackable(P)
+        # Means over the entries of a stack are of what this process holds: what others hold parts of stays a block.
+        apart = not handled or block.sharded or kernel or not stackable(P)
         if placement is not None and not placement.here:
             state, average = state.hollow(), average.hollow()
         key = (
-            id(block) if alone else None,
+            id(block) if apart or P.entrywise else None,
             placement,
             tuple((tuple(leaf.shape), leaf.param.dtype, leaf.param.device) for leaf in block.leaves),
             # Members of a stack are at one step, and have or have not a gradient together.
@@ -157,9 +158,7 @@ class _Single:
             tuple(_structure(state)),
             tuple(_structure(average)),
         )
-        # Means over the entries of a stack are of what this process holds: what others hold parts of stays a block.
-        stacks = handled and not kernel and not block.sharded and stackable(P) and takes_stacks(P)
-        return cls(unit, block, state, average, stacks, key, placement)
+        return cls(unit, block, state, average, not apart and takes_stacks(P), key, placement)
 
 
 def _alike(singles: Sequence[_Single]) -> Iterator[list[_Single]]:

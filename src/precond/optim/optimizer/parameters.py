@@ -144,6 +144,13 @@ class ModuleGroups(list[dict[str, Any]]):
         self.module = module
 
 
+def _leaves_of(model: nn.Module | Iterable[tuple[str, Tensor]]) -> list[Leaf]:
+    """Of a model, or of named parameters."""
+    models = Models([model] if isinstance(model, nn.Module) else [])
+    named = [(n, p) for n, p in _named(model, []) if n is not None]
+    return models.leaves([{"params": [p for _, p in named], "param_names": [n for n, _ in named]}])
+
+
 def decay_groups(model: nn.Module | Iterable[tuple[str, Tensor]], weight_decay: float) -> ModuleGroups:
     """Two parameter groups: weights with decay; biases, normalization parameters and embeddings without.
 
@@ -159,9 +166,7 @@ def decay_groups(model: nn.Module | Iterable[tuple[str, Tensor]], weight_decay: 
         >>> [(g["weight_decay"], [name for name, _ in g["params"]]) for g in groups]
         [(0.1, ['weight']), (0.0, ['bias'])]
     """
-    models = Models([model] if isinstance(model, nn.Module) else [])
-    named = [(n, p) for n, p in _named(model, []) if n is not None]
-    leaves = models.leaves([{"params": [p for _, p in named], "param_names": [n for n, _ in named]}])
+    leaves = _leaves_of(model)
     split: dict[bool, list[tuple[str, Tensor]]] = {True: [], False: []}
     for leaf in leaves:
         split[is_decayed(leaf)].append((leaf.name, leaf.param))
@@ -203,9 +208,7 @@ def role_groups(
     scales = {"hidden": 1.0, "embedding": embedding, "output": output, "vector": vector}
     for role, scale in scales.items():
         checks.non_negative("role_groups", **{role: scale})
-    models = Models([model] if isinstance(model, nn.Module) else [])
-    named = [(n, p) for n, p in _named(model, []) if n is not None]
-    leaves = models.leaves([{"params": [p for _, p in named], "param_names": [n for n, _ in named]}])
+    leaves = _leaves_of(model)
     of_layer: dict[str, str] = {}
     for leaf in sorted(leaves, key=lambda leaf: -leaf.ndim):  # matrices decide for their biases
         of_layer.setdefault(leaf.layer, _role(leaf))

@@ -15,9 +15,9 @@ from precond.algebra.vec import Scalar, Vec
 from precond.optim.blocks import Leaf
 from precond.optim.engine.loop import ProbeResults
 from precond.optim.engine.point import Point
+from precond.optim.optimizer.closures import Gradients
 from precond.optim.optimizer.passes import Buffers, Random, Recorder, random_state, restore_random_state
 
-Gradients = list[Tensor | None]
 """One per leaf of the optimizer; None where there is none."""
 
 
