@@ -41,8 +41,8 @@ def _in_losses(results: Results) -> Plain:
         "Learning rates: the final loss of trials, times that of the best one",
         "At twice and at half the rate of the lowest final loss of each task, and with one rate for all tasks of a family, the one with "
         "the lowest mean of these ratios: geometric means, medians in parentheses, and in how many tasks the loss is at most 10 % higher. A "
-        "trial that diverged counts as 100 times the best. Only rates that were tried count; of one seed. A loss that goes to 0 has no scale: one such "
-        "task may be most of a mean.",
+        "trial that diverged counts as 100 times the best. Only rates that were tried count; of one seed. A loss that goes to 0 has no "
+        "scale: one such task may be most of a mean.",
         ["entrant", "at twice the rate", "at half the rate", "one rate for each family", "rates chosen"],
         rows,
     )
