@@ -142,6 +142,10 @@ def test_tables() -> None:
     assert rows["Both targets"]["ref"] == ["1", "1", "5 of 5"] * 2
     families = [table for heading, table in found.items() if heading.startswith("Families")]
     assert [list(table.rows[0]) for table in families] == [["nets (1)", "1 / 1", "0.5 / 0.5"], ["nets (1)", "1 / 1", "2 / 2"]]
+    # Training: 80 and 40, 80 and 30; validation: 40 and 80, 80 and 30.
+    profiles = [[list(row[1:]) for row in table.rows] for heading, table in found.items() if heading.startswith("Profiles")]
+    assert profiles[0] == [["0 of 2"] * 3 + ["1 of 2", "2 of 2"], ["2 of 2"] * 5]
+    assert profiles[1] == [["1 of 2"] * 4 + ["2 of 2"], ["1 of 2"] * 3 + ["2 of 2"] * 2]
     # Trials at 0.01, 0.02, 0.04: of ref 2, 1, 1.05; of fast in task two 3, diverged, 2.
     rates = rows["Learning rates"]
     assert rates["ref"] == ["1.05 (1.05), 2 of 2", "2 (2), 0 of 2", "1 (1), 2 of 2", "0.02 to 0.02"]

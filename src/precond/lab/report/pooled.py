@@ -13,7 +13,7 @@ from precond.lab.report.pairs import Pair, Part, has_part, pairs, retargeted
 from precond.lab.report.plain import Plain, mean, reference
 from precond.lab.report.rates import rates
 from precond.lab.report.results import Results, TaskResults
-from precond.lab.report.summary import table
+from precond.lab.report.summary import profile, table
 
 _PARTS: dict[Part, str] = {"train": "training", "validation": "validation"}
 
@@ -29,6 +29,7 @@ def pooled(results: Results) -> list[Plain]:
     if "validation" in parts:
         found.append(_ends(results))
     found += [_pairs(results, part) for part in parts]
+    found += [_profiles(results, part) for part in parts]
     return [*found, *rates(results)]
 
 
@@ -120,6 +121,25 @@ def _pairs(results: Results, part: Part) -> Plain:
         ["pair", "steps", "seconds", "faster / slower", "Wilcoxon p", "sign test p"],
         rows,
     )  # fmt: skip
+
+
+_FACTORS = (1.0, 1.25, 1.5, 2.0, 4.0)
+
+
+def _profiles(results: Results, part: Part) -> Plain:
+    """Performance profiles (Dolan & Moré, 2002) of steps, at some ratios."""
+    found = profile(retargeted(results, part), "step")
+    rows = [
+        [label, *(f"{sum(x <= factor for x in ratios)} of {len(ratios)}" for factor in _FACTORS)]
+        for label, ratios in found.items()
+    ]
+    return Plain(
+        f"Profiles: steps to the {_PARTS[part]} target, times the least of any entrant",
+        "In how many tasks an entrant took at most so many times the steps of the one that took the least (Dolan & Moré, 2002); a target "
+        "that most of its seeds missed counts in none.",
+        ["entrant", *(f"≤ {numbers.short(factor)}" for factor in _FACTORS)],
+        rows,
+    )
 
 
 def _p(value: float) -> str:
