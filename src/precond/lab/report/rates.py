@@ -62,8 +62,9 @@ def _in_steps(results: Results) -> Plain:
             ratios = [r for task, entry in searches if (r := _off(task, entry, factor)) is not None]
             reached = f", {sum(r.reached for r in ratios)} of {len(ratios)}" if ratios else ""
             cells.append(f"{geometric_mean(ratios)}{reached}")
-        units = [str(geometric_mean([r for task, e in searches if (r := _of_unit(task, e, f))])) for f in (0.5, 1.0, 2.0)]
-        rows.append([label, *cells, " / ".join(units)])
+        units = [geometric_mean([r for task, e in searches if (r := _of_unit(task, e, f))]) for f in (0.5, 1.0, 2.0)]
+        known = any(math.isfinite(unit.value) for unit in units)
+        rows.append([label, *cells, " / ".join(map(str, units)) if known else numbers.NONE])
     return Plain(
         f"Steps beside the best learning rate: to the lowest loss in the best trial of {ref}",
         f"At half and at twice the rate that was chosen, that of the fewest steps ({ref}'s is that of its lowest final loss): times the steps "
