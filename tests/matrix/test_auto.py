@@ -227,3 +227,29 @@ def test_nothing_is_told_that_was_not_seen():
     assert "gradient noise" not in str(second.explain()) and "samples per input" in str(second.explain())
     with pytest.raises(TypeError, match="seen must be triples"):
         Auto(seen=(("white.weight", 1.0),))
+
+
+def test_what_is_kept_of_gradients_is_bounded():
+    """Where one layer has no gradient for long nothing is decided, and no more is kept than is needed."""
+
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(300, 40), nn.Linear(300, 4)
+
+        def forward(self, x, idle=False):
+            return self.idle(x) if idle else self.used(x)
+
+    torch.manual_seed(0)
+    model = Wide()
+    optimizer = precond.auto(model)
+    looking = optimizer.naming.settle
+    for t in range(20):
+        optimizer.zero_grad()
+        x = torch.randn(8, 300)
+        (model(x).square().mean() + (model(x, idle=True).square().mean() if t == 0 else 0)).backward()
+        optimizer.step()
+    assert optimizer.param_groups[0]["measured"] is None
+    kept = looking._gradients["used.weight"]
+    assert len(kept) == 7 and all(g.numel() == 4000 for g in kept)  # each third of 12,000
+    assert len(looking._gradients["idle.weight"]) == 1

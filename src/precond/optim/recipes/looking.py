@@ -65,9 +65,12 @@ class Looking:
     def _note(self, leaf: Leaf) -> None:
         g = leaf.param.grad
         # Ranks that hold parts see other entries each, and would tell different numbers.
-        if g is not None and leaf.ndim > 1 and leaf.shard is None and not g.is_sparse:
+        if g is None or leaf.ndim < 2 or leaf.shard is not None or g.is_sparse:
+            return
+        kept = self._gradients.setdefault(leaf.name, [])
+        if len(kept) < MEASURED_AFTER:  # others may have no gradient for long
             entries = g.detach().reshape(-1)
-            self._gradients.setdefault(leaf.name, []).append(entries[:: max(1, -(-len(entries) // SAMPLED))].float().clone())
+            kept.append(entries[:: max(1, -(-len(entries) // SAMPLED))].float().clone())
 
 
 def _noise(gradients: list[Tensor]) -> float | None:
