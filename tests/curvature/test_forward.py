@@ -74,7 +74,12 @@ def masked() -> nn.Module:
 
 
 def convolutions() -> nn.Module:
-    layers = [nn.Conv1d(4, 4, 3, groups=2, padding="same"), nn.ReLU(inplace=True), nn.ConvTranspose1d(4, 3, 2, bias=False), nn.GELU()]
+    layers = [
+        nn.Conv1d(4, 4, 3, groups=2, padding="same"),
+        nn.ReLU(inplace=True),
+        nn.ConvTranspose1d(4, 3, 2, bias=False),
+        nn.GELU(),
+    ]
     return nn.Sequential(nn.Unflatten(1, (4, 1)), *layers, nn.MaxPool1d(2), nn.Flatten(), nn.LayerNorm(3), nn.Linear(3, 3))
 
 
@@ -142,7 +147,7 @@ def test_the_first_gauss_newton_product_is_a_later_one(name):
 
 
 def test_graphs_that_grow_beyond_the_memory_are_forwarded_again():
-    model, objective = problem("mlp")
+    _, objective = problem("mlp")
     J = jacobian(objective)
     v = tuple(torch.ones_like(p) for p in objective.params)
     J.mv(v)

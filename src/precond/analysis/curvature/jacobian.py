@@ -2,13 +2,15 @@ r"""The Jacobian of a model's outputs as a map from parameters to outputs, and b
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from precond.algebra import vec
 from precond.algebra.maps import LinearMap, Transposed
 from precond.algebra.vec import Vec
-from precond.analysis.curvature.keeping import Kept, differentiable
+from precond.analysis.curvature.keeping import Kept
 from precond.analysis.curvature.objective import Objective
 from precond.analysis.curvature.products import OutputJacobian
 from precond.analysis.curvature.symmetric import Block, BlockMap, dense, length
@@ -68,7 +70,7 @@ class Rectangular(Kept, BlockMap):
                         f"{type(self).__name__}: the vector has shape {tuple(t.shape[extra:])} for batch {i}, which makes "
                         f"{tuple(image.shape)}; align vectors to map.images"
                     )
-                part = self._applied(i, lambda graph, t=t.detach().to(image.dtype): product(graph, (t,)))
+                part = self._applied(i, partial(product, u=(t.detach().to(image.dtype),)))
                 total = vec.add(total, part) if total else part
         return total
 
