@@ -22,21 +22,20 @@ _ENTRIES = 2**24  # of samples' gradients that are held at once
 _BLOCK = 256  # from about which width on the smaller products of a symmetric one pay
 
 
-def gram(parts: list[Tensor]) -> Tensor:
-    """Σ hhᵀ over all places, (groups, n, n), of parts (groups, images, places in each, n)."""
-    total = None
-    for h in parts:
-        groups, images, places, n = h.shape
-        if images > 1 and places >= n:  # products of each image, without a copy of what is no more than a view
-            found = h.new_zeros(groups, n, n)
-            for image in h.unbind(1):
-                found.baddbmm_(image.mT, image)
-        else:
-            found = h.new_empty(groups, n, n)
-            _fill(found, h.flatten(1, 2))
-        total = found if total is None else total + found
-    assert total is not None
-    return total
+def gram(parts: list[Tensor], out: Tensor | None = None) -> Tensor:
+    """Σ hhᵀ over all places, (groups, n, n), of parts (groups, images, places in each, n); into ``out`` where it is given."""
+    first, *others = parts
+    groups, images, places, n = first.shape
+    out = first.new_empty(groups, n, n) if out is None else out
+    if images > 1 and places >= n:  # products of each image, without a copy of what is no more than a view
+        out.zero_()
+        for image in first.unbind(1):
+            out.baddbmm_(image.mT, image)
+    else:
+        _fill(out, first.flatten(1, 2))
+    for part in others:
+        out += gram([part])
+    return out
 
 
 def _fill(out: Tensor, h: Tensor) -> None:
@@ -61,7 +60,7 @@ def extended_moment(parts: list[Tensor], place: Place) -> Tensor:
         return gram(parts)
     n = parts[0].shape[-1]
     out = parts[0].new_empty(parts[0].shape[0], n + 1, n + 1)
-    out[:, :n, :n] = gram(parts)
+    gram(parts, out[:, :n, :n])
     out[:, :n, n] = out[:, n, :n] = sum(h.sum((1, 2)) for h in parts)
     out[:, n, n] = count
     return out
