@@ -187,9 +187,11 @@ def choices_of(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[Choi
         for r, first in zip(choice.regularizers, choices[0].regularizers, strict=True):
             for f in fields(r):  # type: ignore[arg-type]
                 if f.name not in r.scalars and getattr(r, f.name) != getattr(first, f.name):
+                    scalars = " and ".join(r.scalars) or "nothing"
+                    left_out = f"{r.scalars[0]}=0" if r.scalars else "where="
                     raise ValueError(
-                        f"{naming.name}: groups may differ in {' and '.join(r.scalars)} of {type(r).__name__}, not in "
-                        f"{f.name}; give all groups one value, or leave parameters out by {r.scalars[0]}=0"
+                        f"{naming.name}: groups may differ in {scalars} of {type(r).__name__}, not in {f.name}; give all groups one "
+                        f"value, or leave parameters out by {left_out}"
                     )
     return choices
 
