@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ Rows = Tensor | Sequence[Tensor]
 """Samples of features: (groups, N, n), or for each group its own (N, n)."""
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What a preconditioner wants to know of a layer's inputs.
 
     Attributes:
@@ -95,7 +94,7 @@ class Moments:
         """Of several layers, one after the other; of one that saw nothing (None) the count is 0."""
         some = next(p for p in parts if p is not None)
         if len(parts) == 1:
-            return replace(some, examples=some.examples[None])
+            return cls(some.count, some.mean, some.spread, some.absolute, some.examples[None])
         each = [some._of_none() if p is None else p for p in parts]
         tensors = {name: torch.cat([getattr(p, name) for p in each]) for name in ("count", "mean", "spread", "absolute")}
         return cls(**tensors, examples=torch.stack([p.examples for p in each]))
