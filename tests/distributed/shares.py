@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
@@ -155,6 +155,23 @@ def counted_bytes() -> Iterator[Counter[str]]:
 
 
 ABOUT_INPUTS = {"statistics of inputs", "how many inputs it saw", "what is to be observed"}
+
+
+def unequal(sizes: Sequence[int], parts: int = 1) -> list[Tensor]:
+    """Whitening on batches of which each rank has so many samples, in some micro-batches; in float64, and all in one process where no group is."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 10)).double()
+    model: nn.Module = DistributedDataParallel(plain) if dist.is_initialized() else plain
+    optimizer = whitening(model, lr=0.01, eps=1e-3)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    for k in range(6):
+        x = torch.randn(sum(sizes), 16, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+        mine = x.split(list(sizes))[dist.get_rank()] if dist.is_initialized() else x
+        optimizer.zero_grad()
+        for part in mine.tensor_split(parts):
+            (world * model(part).square().sum() / sum(sizes)).backward()
+        optimizer.step()
+    return [p.detach() for p in plain.parameters()]
 
 
 def bytes_per_step(recipe: str, wrap: str, n: int = 8, width: int = 32, steps: int = 4) -> tuple[list[dict[str, int]], int]:
