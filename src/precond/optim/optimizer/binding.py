@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from types import NoneType
 from typing import Any, Literal
 
 import torch
@@ -196,9 +197,11 @@ def choices_of(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[Choi
         for r, first in zip(choice.regularizers, choices[0].regularizers, strict=True):
             for f in fields(r):  # type: ignore[arg-type]
                 if f.name not in r.scalars and getattr(r, f.name) != getattr(first, f.name):
+                    scalars = " and ".join(r.scalars) or "nothing"
+                    left_out = f"{r.scalars[0]}=0" if r.scalars else "where="
                     raise ValueError(
-                        f"{naming.name}: groups may differ in {' and '.join(r.scalars)} of {type(r).__name__}, not in "
-                        f"{f.name}; give all groups one value, or leave parameters out by {r.scalars[0]}=0"
+                        f"{naming.name}: groups may differ in {scalars} of {type(r).__name__}, not in {f.name}; give all groups one "
+                        f"value, or leave parameters out by {left_out}"
                     )
     return choices
 
@@ -210,8 +213,15 @@ def read_kinds(params: Sequence[Tensor]) -> Kinds:
 
 def read_options(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[tuple[Any, ...]]:
     """The options of groups; of tensors also their versions, since they may be changed in place."""
-    found = [[group.get(k) for k in naming.defaults] for group in groups]
-    return [tuple((x, x._version) if isinstance(x, Tensor) else x for x in options) for options in found]
+    found = [tuple(map(group.get, naming.defaults)) for group in groups]
+    return [options if _NUMBERS.issuperset(map(type, options)) else tuple(map(_versioned, options)) for options in found]
+
+
+_NUMBERS = {float, int, bool, str, NoneType}
+
+
+def _versioned(option: Any) -> Any:
+    return (option, option._version) if isinstance(option, Tensor) else option
 
 
 def _structure(options: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
