@@ -64,6 +64,16 @@ class Binding:
         """The cells that step blocks, also those of other ranks."""
         return [each for cell in self.cells for each in cell.cells]
 
+    @cached_property
+    def here(self) -> list[Cell]:
+        """What this process steps by itself, where nothing looks at all of a step."""
+        return [each for cell in self.cells for each in cell.here]
+
+    @property
+    def in_place(self) -> list[Shared]:
+        """The cells that ranks share, and whose owners step parameters in place."""
+        return [cell for cell in self.shared if cell.in_place]
+
     @property
     def shared(self) -> list[Shared]:
         """The cells that ranks step for each other."""
