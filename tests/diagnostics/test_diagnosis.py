@@ -293,7 +293,7 @@ def test_a_constant_has_no_spread_whatever_its_size(dtype, value):
     x = torch.randn(3000, 4, dtype=there)
     x[:, 2] = value
     x[::2, 2] = torch.nextafter(x[::2, 2], torch.full((), math.inf, dtype=there)) if dtype != torch.float64 else value
-    objective = objective_of(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).to(there), x, batches=2)
+    objective = objective_of(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).to(there), x, batches=60)
     if there is not dtype:
         objective = objective.double()
     layer = diagnose(objective, curvature="none").layers[0]

@@ -73,7 +73,6 @@ class Gathered:
         """Entries of a patch per channel; 1 for other layers."""
         return self.site.layout(_CHANNEL).repeat
 
-
     @property
     def constant(self) -> Tensor:
         """Which inputs never change by more than rounding, (groups, n); those that are always 0 among them."""
