@@ -132,6 +132,16 @@ def test_page(page):
     run(page, *(code for blocks in sections(f"docs/{page}.md").values() for _, code in blocks))
 
 
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
+def test_example(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    run(path.name, path.read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs/trainers").iterdir()))
 def test_trainer(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
