@@ -46,6 +46,12 @@ class Block:
         """What others have made of it, by keys of their own: it stays as it is, and what is asked for in each step is made once."""
         return {}
 
+    def kept(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``derived`` has, made where it is asked for first."""
+        if key not in self.derived:
+            self.derived[key] = make()
+        return self.derived[key]
+
     @cached_property
     def sharded(self) -> bool:
         """Whether other processes hold parts of it."""
@@ -54,7 +60,11 @@ class Block:
     @property
     def tensors(self) -> Vec:
         """What this process holds of the parameters: the tensors that are stepped."""
-        return tuple(leaf.tensor for leaf in self.leaves)
+        return self.params if self._holds_params else tuple(leaf.tensor for leaf in self.leaves)
+
+    @cached_property
+    def _holds_params(self) -> bool:
+        return all(type(leaf) is Leaf and leaf.shard is None for leaf in self.leaves)
 
     @property
     def known(self) -> bool:
@@ -134,8 +144,8 @@ class Stack(Block):
     def name(self) -> str:
         return ", ".join(member.name for member in self.members)
 
-    @property
-    def all_leaves(self) -> tuple[Leaf, ...]:
+    @cached_property
+    def all_leaves(self) -> tuple[Leaf, ...]:  # type: ignore[override]
         return tuple(leaf for member in self.members for leaf in member.leaves)
 
     @cached_property

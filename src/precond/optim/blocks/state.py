@@ -164,11 +164,17 @@ class State(dict[str, Any]):
         return [next_renewal(t, every, turn) - t for turn in self.block.turns]
 
     def as_stack(self) -> State:
-        """The state of a block alone, as that of a stack of one; the tensors are the same."""
+        """The state of a block alone, as that of a stack of one; the tensors are the same.
+
+        While these are not replaced it is one object, so that what is made of it is kept with it.
+        """
+        return self.kept("as stack", None, lambda: self._as_stack().seal()) if self._sealed else self._as_stack()
+
+    def _as_stack(self) -> State:
         out = State(Stack.of([self.block]))
         for key, value in self.items():
             if isinstance(value, State):
-                out[key] = value.as_stack()
+                out[key] = value._as_stack()
             elif key in COUNTS:
                 out[key] = value
             else:

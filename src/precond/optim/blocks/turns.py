@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ def is_due(step: float, every: float, turn: int) -> bool:
     return (int(step) + int(every * phase(turn))) % int(every) == 0
 
 
+@lru_cache(1024)  # layers of one turn ask for the same in each step
 def next_renewal(step: float, every: float, turn: int = 0) -> int:
     """The first step from this one on at which is due what is due at steps 1, 2, 4, 8, … and then every so many.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from types import NoneType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from precond.algebra.sharding import divided
 from precond.optim.averages import WeightAverage
 from precond.optim.blocks import Leaf, whole_numbers
 from precond.optim.engine import plan
@@ -80,8 +82,13 @@ class Binding:
         return {leaf.param for leaf, wants in zip(self.leaves, self.kinds[0], strict=True) if not wants}
 
     def converted(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether parameters were frozen, thawed, converted or moved since."""
-        return self.kinds != read_kinds([p for group in groups for p in group["params"]])
+        """Whether parameters were frozen, thawed, converted or moved since, or others put in their places."""
+        params = [p for group in groups for p in group["params"]]
+        return self.kinds != read_kinds(params) or bool(self.replaced(params)) or len(params) != len(self.leaves)
+
+    def replaced(self, params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+        """Parameter → the one that stands in its place in the groups, as a trainer that shards the model puts it there."""
+        return {leaf.param: p for leaf, p in zip(self.leaves, params, strict=False) if leaf.param is not p}
 
     @cached_property
     def _housed(self) -> list[Leaf]:
@@ -151,6 +158,24 @@ def bind(
     return Binding(leaves, choices, cells, entries, read_options(groups, naming), kinds)
 
 
+def hand_over(state: MutableMapping[Tensor, Any], new: Mapping[Tensor, Tensor]) -> None:
+    """Parameters that stand in the places of others take over their state, where they are held as those were.
+
+    Raises:
+        RuntimeError: where they were sharded after a step.
+    """
+    alike = {p: p.shape == q.shape and divided(p) == divided(q) for p, q in new.items()}
+    if late := [p for p in new if not alike[p] and state.get(p, {}).get("step")]:
+        raise RuntimeError(
+            f"a parameter of shape {tuple(late[0].shape)} was sharded or replaced after it had been stepped, and its state does not fit what "
+            "stands there now: shard the model before the first step, and load a checkpoint after that"
+        )
+    for p, q in new.items():
+        known = state.pop(p, None)
+        if known is not None and alike[p]:
+            state[q] = known
+
+
 def choices_of(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[Choice]:
     """The strategies of groups.
 
@@ -178,8 +203,15 @@ def read_kinds(params: Sequence[Tensor]) -> Kinds:
 
 def read_options(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[tuple[Any, ...]]:
     """The options of groups; of tensors also their versions, since they may be changed in place."""
-    found = [[group.get(k) for k in naming.defaults] for group in groups]
-    return [tuple((x, x._version) if isinstance(x, Tensor) else x for x in options) for options in found]
+    found = [tuple(map(group.get, naming.defaults)) for group in groups]
+    return [options if _NUMBERS.issuperset(map(type, options)) else tuple(map(_versioned, options)) for options in found]
+
+
+_NUMBERS = {float, int, bool, str, NoneType}
+
+
+def _versioned(option: Any) -> Any:
+    return (option, option._version) if isinstance(option, Tensor) else option
 
 
 def _structure(options: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

@@ -19,9 +19,10 @@ from precond.optim.engine.kernels.entrywise import Kernel
 from precond.optim.engine.loop import Rules
 from precond.optim.engine.sharing import Shared
 from precond.optim.inputs import Request
+from precond.optim.inputs.observer import Observer
 from precond.optim.optimizer import serialization
 from precond.optim.optimizer.averaging import Averaged
-from precond.optim.optimizer.binding import Binding, bind, choices_of
+from precond.optim.optimizer.binding import Binding, bind, choices_of, hand_over
 from precond.optim.optimizer.closures import Clearings
 from precond.optim.optimizer.compatibility import check_precision
 from precond.optim.optimizer.fusing import fusible
@@ -133,9 +134,10 @@ class Bound(torch.optim.Optimizer):
             case "broken":
                 with Uninterrupted():
                     before = self._bound
-                    changed = not all(map(in_place, before.leaves))
+                    given = before.replaced([p for group in self.param_groups for p in group["params"]])
+                    changed = bool(given) or not all(map(in_place, before.leaves))
                     if changed:
-                        self._follow_model()
+                        self._follow_model(given)
                     check_precision(
                         self.models.leaves(self.param_groups), choices_of(self.param_groups, self.naming)[0], self.rounding
                     )
@@ -159,14 +161,16 @@ class Bound(torch.optim.Optimizer):
         if self._bound.divided:
             self._bind()
 
-    def _follow_model(self) -> None:
-        """Parameters that stand in the place of others take over their state."""
-        new = self.models.moved(self._bound.leaves)
+    def _follow_model(self, given: Mapping[Tensor, Tensor]) -> None:
+        """Parameters that stand in the place of others take over their state.
+
+        Args:
+            given: those that a trainer has put into the groups, by what was there.
+        """
+        new = self.models.moved([leaf for leaf in self._bound.leaves if leaf.param not in given])
         for group in self.param_groups:
             group["params"] = [new.get(p, p) for p in group["params"]]
-        for p, q in new.items():
-            if p in self.state:
-                self.state[q] = self.state.pop(p)
+        hand_over(self.state, {**given, **new})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its ``"params"`` may be a module. State is made at once."""
@@ -201,8 +205,13 @@ class Bound(torch.optim.Optimizer):
         recorded = self._devices if self._probing else None
         self._listening.begin(self.models, recorded, self._bound.cells, self._before_forward)
 
-    def _before_forward(self) -> None:
-        """What is frozen, thawed or converted between steps is followed before inputs are observed, as after a resume."""
+    def _before_forward(self) -> Observer | None:
+        """What has changed between steps is followed before inputs are observed, as after a resume; returns who observes them."""
+        self._follow_replaced()
+        return self._listening.observer
+
+    def _follow_replaced(self) -> None:
+        """Follow the groups where parameters were frozen, thawed, converted, or others put in their places."""
         if self._pending is None and self._bound.converted(self.param_groups):
             self._follow_groups()
 

@@ -22,7 +22,7 @@ from precond.optim.optimizer.closures import check_repeatable, exact_gradient, f
 from precond.optim.optimizer.interrupts import Uninterrupted
 from precond.optim.optimizer.passes import Random, Recorder, random_state, restore_random_state
 from precond.optim.optimizer.probing import Probe, place_gradients, take_gradients, unscaled
-from precond.optim.ranks.replicas import averaged, check_joined, meet
+from precond.optim.ranks.replicas import averaged, check_joined, meet, started
 
 _WITHOUT_DATA = (
     "A rank that has no data in a step goes forward and backward on an empty batch, x[:0], with a loss that is a sum"
@@ -124,7 +124,7 @@ class SecondGradients(Capturing):
 
     def _check_company(self) -> None:
         """Raise where the other ranks, whom this one steps for, would not come to this step."""
-        if self.shared or self._requests:
+        if (self.shared or self._requests) and started():
             check_joined(self.naming.name, self.models.alive())
         if self.shared and all(leaf.param.grad is None for leaf in self._bound.leaves):
             for shared in self.shared:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from precond.algebra import checks
 from precond.optim.blocks import Block, State, state_dtype
 from precond.optim.checking.arguments import settle
 from precond.optim.inputs import Moments, Request
+from precond.optim.inputs.moments import Conv
 from precond.optim.preconditioners.input_side import InputSide, LayerPart, key_of
 
+_REQUESTS = {conv: Request("moments", conv) for conv in get_args(Conv)}
 _DENSE = 20  # steps that are all observed
 _ENOUGH = 32  # examples in a batch for each step up to the next one that is observed
 
@@ -57,7 +59,7 @@ class BNP(InputSide):
 
     decay: float = 0.99
     damping: float = 0.01
-    conv: Literal["channel", "patch"] = "channel"
+    conv: Conv = "channel"
     width_scaling: bool = False
     every: int = 16
 
@@ -69,19 +71,19 @@ class BNP(InputSide):
 
     @property
     def request(self) -> Request:
-        return Request("moments", self.conv)
+        return _REQUESTS[self.conv]
 
-    def _interval(self, step: float, examples: Tensor) -> Tensor:
+    def _intervals(self, step: float, examples: Tensor) -> list[float]:
         """k, at a step of layers that see so many examples."""
-        k = (examples // _ENOUGH).clamp(1, self.every)
-        return torch.ones_like(k) if self.decay == 0 or step <= _DENSE else k
+        dense = self.decay == 0 or step <= _DENSE
+        return [1 if dense else min(max(n // _ENOUGH, 1), self.every) for n in examples.tolist()]
 
     def wants(self, state: State, part: LayerPart) -> list[bool]:
         step = min(state.steps) + 1
-        return [bool((step % self._interval(step, state[key_of("examples", part)]) == 0).any())] * len(state.block.turns)
+        return [any(step % k == 0 for k in self._intervals(step, state[key_of("examples", part)]))] * len(state.block.turns)
 
     def rate(self, step: float, new: Moments) -> Tensor:
-        return self.decay ** self._interval(step, new.examples)
+        return torch.tensor([self.decay**k for k in self._intervals(step, new.examples)], dtype=new.examples.dtype)
 
     def fresh(self, part: LayerPart, block: Block) -> dict[str, Tensor]:
         weight = block.leaves[part.weight].param

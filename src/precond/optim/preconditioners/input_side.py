@@ -99,16 +99,14 @@ class InputSide(Stacked):
 
     def parts(self, block: Block) -> list[LayerPart]:
         """The observed weights of a block."""
-        known = block.derived
-        if (key := self.request) not in known:
-            known[key] = self._parts(block)
-        return known[key]
-
-    def _parts(self, block: Block) -> list[LayerPart]:
-        parts = self._weights(block)
-        return [replace(p, held=self.held(p, block)) for p in parts] if block.sharded else parts
+        if not block.sharded:
+            return self._weights(block)
+        return block.kept(("held", self.request), lambda: [replace(p, held=self.held(p, block)) for p in self._weights(block)])
 
     def _weights(self, block: Block) -> list[LayerPart]:
+        return block.kept(self.request, lambda: self._observed(block))
+
+    def _observed(self, block: Block) -> list[LayerPart]:
         place = {leaf.param: i for i, leaf in enumerate(block.leaves)}
         every = dict.fromkeys(s for leaf in block.leaves for s in leaf.sites)
         sites = [s for s in every if s.weight in place and s.answers(self.request)]

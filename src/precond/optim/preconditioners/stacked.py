@@ -49,6 +49,11 @@ class Stacked(Preconditioner):
         (None, [True, True, True, True])
     """
 
+    @cached_property
+    def singly(self) -> Preconditioner:
+        """The same on a block alone."""
+        return _Singly(self)
+
 
 @dataclass(frozen=True)
 class Each(Stacked):
@@ -147,7 +152,7 @@ def takes_stacks(preconditioner: Preconditioner) -> bool:
 def on(block: Block, preconditioner: Preconditioner) -> Preconditioner:
     """A preconditioner's methods as a block, or a stack of blocks, takes them."""
     if not isinstance(block, Stack):
-        return _Singly(preconditioner) if isinstance(preconditioner, Stacked) else preconditioner
+        return preconditioner.singly if isinstance(preconditioner, Stacked) else preconditioner
     itself = isinstance(preconditioner, Stacked) or preconditioner.entrywise or preconditioner.constituents
     return preconditioner if itself else Each(preconditioner)
 

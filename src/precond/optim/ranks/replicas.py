@@ -15,7 +15,12 @@ from precond.algebra import collectives
 
 def distributed() -> bool:
     """Whether several processes train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return started() and dist.get_world_size() > 1
+
+
+def started() -> bool:
+    """Whether processes may be in contact, without which no wrapper of theirs exists."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def agreed(good: bool, device: torch.device) -> bool:

@@ -13,6 +13,7 @@ from precond.algebra.maps import augmented
 from precond.algebra.vec import Scalar, Tensors
 from precond.optim.blocks import State
 from precond.optim.engine.cells import Cell
+from precond.optim.engine.kernels.factors import Cached
 from precond.optim.engine.kernels.layer import CachedOnStatistics
 from precond.optim.momentum import Momentum
 from precond.optim.preconditioners import BNP, Polar, Whitening
@@ -42,6 +43,7 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
     decay: float
     _seen: int = field(default=-1, init=False, repr=False)
     _kept: CachedOnStatistics[Outer] | None = field(default=None, init=False, repr=False)
+    _length: Cached[float] = field(default_factory=Cached, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.outer is not None:
@@ -99,7 +101,9 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
         lr = float(lr)
         if self.decay:
             torch._foreach_mul_(p, 1 - lr * self.decay)
-        self._move(p, P1, d, -lr * self.P.step_length(state, shape).item() / norm if norm > 0 else 0.0)
+        made_of = state["rank"]._version, state["length"]._version
+        length = self._length(made_of, lambda: self.P.step_length(state, shape).item())
+        self._move(p, P1, d, -lr * length / norm if norm > 0 else 0.0)
         if self.outer is not None:
             on(cell.block, self.outer).refresh(cell.state["outer"])
 
