@@ -186,7 +186,8 @@ def write(path: Path) -> None:
 
 # A quantity that was measured: a ratio, a share, a time, memory.
 FIGURE = re.compile(
-    r"\d (?:times|ms|µs|seconds?|minutes|MiB|GiB)\b|\d ?%|×\s?\d|\d of (?:its|AdamW's|\d+ (?:cases|tasks|seeds))\b|\b0\.\d+ of (?:its|the|AdamW's)\s"
+    r"\d (?:times|ms|µs|seconds?|minutes|MiB|GiB)\b|\d ?%|×\s?\d|\d of (?:its|AdamW's|\d+ (?:cases|tasks|seeds))\b"
+    r"|\b0\.\d+ of (?:its|the|AdamW's)\s"
 )
 COMMAND = re.compile(
     r"\b(?:python (?:benchmarks|tests|docs)/|precond (?:bench|compare|verify|diagnose|train|logistic|lr-range)\b|pytest |make )"
