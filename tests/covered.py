@@ -1,6 +1,6 @@
 """Writes what the tests reach into ``docs/reliability.md``, folder by folder, from what ``coverage json`` wrote.
 
-python tests/covered.py coverage.json [--with "tests/contract tests/peers"]
+python tests/covered.py coverage.json [--of optim --with "tests/contract tests/peers"]
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def folder(file: str) -> str:
     return "/".join(inside[:2]) or "precond"
 
 
-def table(report: dict[str, Any]) -> str:
-    """Rows of folders, and of all."""
+def table(report: dict[str, Any], of: str = "") -> str:
+    """Rows of the folders of a wing, or of all, and their sum."""
     found: dict[str, list[int]] = defaultdict(lambda: [0] * len(COUNTS))
     for file, entry in report["files"].items():
-        for name in (folder(file), "all"):
+        for name in (folder(file), "all") if folder(file).startswith(of) else ():
             found[name] = [a + entry["summary"][key] for a, key in zip(found[name], COUNTS, strict=True)]
     rows = ["| folder | lines | reached | branches | reached |", "|---|---|---|---|---|"]
     for name, (lines, reached, branches, taken) in sorted(found.items(), key=lambda row: (row[0] == "all", row[0])):
@@ -42,9 +42,10 @@ def _share(part: int, whole: int) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("report", type=Path)
+    parser.add_argument("--of", default="", help="a wing: optim")
     parser.add_argument("--with", dest="tests", default="", help="the tests that were run, where these are not all")
     arguments = parser.parse_args()
-    said = f"Of `{arguments.tests}` alone.\n\n" if arguments.tests else ""
-    made = f"{said}{table(json.loads(arguments.report.read_text(encoding='utf-8')))}\n"
+    said = f"What `{arguments.tests}` reach; the other tests were not run for it.\n\n" if arguments.tests else ""
+    made = f"{said}{table(json.loads(arguments.report.read_text(encoding='utf-8')), arguments.of)}\n"
     PAGE.write_text(PLACE.sub(lambda m: f"{m[1]}\n{made}\n{m[2]}", PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     print(made)
