@@ -76,6 +76,15 @@ def one_of(owner: str, name: str, value: Any, choices: Iterable[Any]) -> None:
     choices = list(choices)
     if any(isinstance(value, type(c)) and value == c for c in choices):
         return
-    near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = nearest(str(value), map(str, choices))
     raise ValueError(f"{owner}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
+
+
+def nearest(value: str, choices: Iterable[str], cutoff: float = 0.5) -> str:
+    """The end of a message: which of the choices may have been meant; nothing where none is near.
+
+    Args:
+        cutoff: the least ratio of letters in common (``difflib``).
+    """
+    near = difflib.get_close_matches(value, list(choices), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]!r}?" if near else ""

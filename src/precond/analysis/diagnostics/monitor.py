@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from torch import Tensor
 from precond.algebra import checks, vec
 from precond.algebra.maps import LinearMap
 from precond.algebra.vec import Vec
+from precond.algebra.warning import warn
 from precond.analysis.curvature import Objective, hessian
 from precond.analysis.curvature.isolation import forked_random
 from precond.analysis.diagnostics.live import Top, kappa_of_moments, largest
@@ -208,10 +208,7 @@ class Monitor:
         except Exception as error:
             if what not in self._warned:
                 self._warned.add(what)
-                warnings.warn(
-                    f"Monitor: {what} failed at step {self.step}, training goes on: {type(error).__name__}: {error}",
-                    stacklevel=6,
-                )
+                warn(f"Monitor: {what} failed at step {self.step}, training goes on: {type(error).__name__}: {error}")
             return None
 
     # --- measuring ---------------------------------------------------------------------------------------------------------------

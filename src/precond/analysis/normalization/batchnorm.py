@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import operator
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from precond.algebra.warning import warn
 from precond.analysis.normalization import folding
 from precond.analysis.normalization.norms import NORMS, Features, gamma_beta, own_forward, without_affine
 
@@ -135,7 +135,7 @@ def _replaced(
             _set(model, target, layer)
         model = _set(model, name, rest(bn))
     if stay:
-        warnings.warn(f"{caller}: left in place: {'; '.join(stay)}", UserWarning, stacklevel=3)
+        warn(f"{caller}: left in place: {'; '.join(stay)}")
     return model
 
 

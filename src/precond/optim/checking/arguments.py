@@ -8,7 +8,7 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
 
@@ -20,10 +20,14 @@ Given = ParamSpec("Given")
 Made = TypeVar("Made")
 
 
-def checked(function: Callable[Given, Made]) -> Callable[Given, Made]:
+def checked(function: Callable[Given, Made], further: Sequence[str] = (), silent: Sequence[str] = ()) -> Callable[Given, Made]:
     """Check each call's arguments against the annotations (``params``, which is looked at elsewhere, excepted).
 
     Numbers of other kinds (NumPy's, fractions) go in as Python's, iterables as tuples.
+
+    Args:
+        further: names that its ``**options`` may have.
+        silent: such names that are none of a user's business.
 
     Example:
         >>> @checked
@@ -39,9 +43,16 @@ def checked(function: Callable[Given, Made]) -> Callable[Given, Made]:
     signature = inspect.signature(function)
     named = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD and p.name != "params"]
     owner = function.__name__
+    options = list(dict.fromkeys([*signature.parameters, *further]))
+    if kind := next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None):
+        options.remove(kind)
 
     @functools.wraps(function)
     def call(*args: Given.args, **kwargs: Given.kwargs) -> Made:
+        for name in kwargs.keys() - {*options, *silent}:
+            near = checks.nearest(name, options)
+            its = f"{near} Its" if near else "; its"
+            raise TypeError(f"{owner} has no option {name!r}{its} options are {', '.join(options[1:])}")
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:

@@ -173,6 +173,7 @@ class Bound(torch.optim.Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"add_param_group: expected a dict with 'params', got {type(param_group).__name__}")
         checks.learning_rate(self.naming.name, param_group.get("lr", 0.0))
+        self.naming.check_keys(param_group)
         if not self._bound.leaves:  # called by torch.optim.Optimizer's constructor, on groups that are parsed already
             super().add_param_group(param_group)
             return

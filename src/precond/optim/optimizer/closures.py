@@ -45,6 +45,11 @@ class Clearings:
     count: int = 0
 
 
+def version_of(g: Tensor | None) -> tuple[Tensor | None, int]:
+    """A gradient, and how often it was written."""
+    return g, -1 if g is None else g._version
+
+
 Made = Literal["none", "added", "anew"]
 """What a closure did to the gradients: nothing, it added to those that were there, or it made new ones."""
 
@@ -63,13 +68,13 @@ def loss_gradient(leaves: Sequence[Leaf], closure: Callable[[], Any], clearings:
         loss.backward()
         return loss.detach(), "anew"
     cleared = clearings.count
-    before = [(leaf.param.grad, _version(leaf.param.grad)) for leaf in leaves]
+    before = [version_of(leaf.param.grad) for leaf in leaves]
     with torch.enable_grad():
         loss = closure()
     if loss is not None:
         _check_loss(loss)
     same = [leaf.param.grad is g for leaf, (g, _) in zip(leaves, before, strict=True)]
-    if all(s and _version(g) == v for s, (g, v) in zip(same, before, strict=True)):
+    if all(s and version_of(g)[1] == v for s, (g, v) in zip(same, before, strict=True)):
         return loss, "none"
     added = clearings.count == cleared and any(s and g is not None for s, (g, _) in zip(same, before, strict=True))
     return loss, "added" if added else "anew"
@@ -112,10 +117,6 @@ def exact_gradient(leaves: Sequence[Leaf], closure: Any, regularizer: str) -> tu
     for leaf, g in zip(leaves, graph, strict=True):
         leaf.param.grad = None if g is None else g.detach()
     return loss.detach(), graph
-
-
-def _version(g: Tensor | None) -> int:
-    return -1 if g is None else g._version
 
 
 def _check_loss(loss: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from precond.algebra import checks
 from precond.algebra.sharding import flattened
-from precond.optim.blocks import Leaf
+from precond.algebra.warning import warn
+from precond.optim.blocks import Leaf, matches
 from precond.optim.checking import contracts
 from precond.optim.engine.cells import Cell, Choice
 from precond.optim.momentum import Momentum
@@ -65,6 +67,30 @@ def listed(name: str, regularizers: Any) -> tuple[Regularizer, ...]:
     for r in out:
         contracts.instance(name, "each of regularizers", r, Regularizer, "one, such as precond.L2(1e-4)")
     return out
+
+
+def check_patterns(name: str, leaves: Sequence[Leaf], choices: Iterable[Choice]) -> None:
+    """Warn of patterns for names, of a rule, that no parameter's name fits."""
+    names = [leaf.name for leaf in leaves]
+    patterns = dict.fromkeys(p for choice in choices for p in _patterns((choice.preconditioner, *choice.regularizers)))
+    for pattern in patterns:
+        if not any(matches(pattern, leaf) for leaf in leaves):
+            near = (
+                checks.nearest(pattern, names)
+                or f"; the parameters are {', '.join(names[:6])}{', …' if len(names) > 6 else ''}"
+            )
+            warn(f"{name}: the pattern {pattern!r} fits no parameter's name{near}")
+
+
+def _patterns(choice: Any) -> Iterator[str]:
+    """Of the rules within a strategy."""
+    if isinstance(choice, tuple | list):
+        for item in choice:
+            yield from _patterns(item)
+    elif isinstance(choice, Preconditioner | Regularizer) and is_dataclass(choice):
+        rules = [choice.where] if hasattr(choice, "where") else [branch[0] for branch in getattr(choice, "branches", ())]
+        yield from (rule for rule in rules if isinstance(rule, str))
+        yield from _patterns([getattr(choice, f.name) for f in fields(choice)])
 
 
 def check_precision(leaves: Sequence[Leaf], choice: Choice, rounding: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from precond.algebra.sharding import local
 from precond.algebra.vec import all_finite
+from precond.algebra.warning import warn
 from precond.optim.engine.cells import Cell
 from precond.optim.engine.shared_state import owned_statistics
 from precond.optim.inputs import Request, Site
@@ -61,7 +61,7 @@ class Listening:
             found = models.survey()
             self.unobserved = {p: passed.why for passed in found.passed_by for p in passed.params}
             trained = [passed for passed in found.passed_by if any(p.requires_grad for p in passed.params)]
-            _warn({passed.name or "(the model)": passed.why for passed in trained}, stacklevel=6)
+            _warn({passed.name or "(the model)": passed.why for passed in trained})
             self.observer = Observer(found.sites, self.requests, seen)
             of = weakref.WeakMethod(ready)
             self.observer.ready = lambda: None if (call := of()) is None else call()
@@ -121,13 +121,12 @@ class Listening:
                 else:
                     self.unobserved[site.weight] = "was not called"
         if new and not seen and not unread and not self._told:
-            warnings.warn(
+            warn(
                 "no layer inputs were observed since the last step: was the model compiled and called before the optimizer was "
-                "made, are its layers in eval() mode, or called by their forward() or by functions? Such layers keep their gradient",
-                stacklevel=8,
+                "made, are its layers in eval() mode, or called by their forward() or by functions? Such layers keep their gradient"
             )
         else:
-            _warn(new, stacklevel=8)
+            _warn(new)
         self._told |= new.keys()
 
     @contextmanager
@@ -208,7 +207,7 @@ class Listening:
 _UNSEEN = "was not called as a layer that trains: it is in eval() mode, or called by its forward() or by a function"
 
 
-def _warn(reasons: Mapping[str, str], stacklevel: int) -> None:
+def _warn(reasons: Mapping[str, str]) -> None:
     if not reasons:
         return
     alike: dict[str, list[str]] = {}
@@ -217,7 +216,7 @@ def _warn(reasons: Mapping[str, str], stacklevel: int) -> None:
     texts = []
     for why, (first, *others) in alike.items():
         texts.append(f"{first} (likewise {', '.join(others)}) {why}" if others else f"{first} {why}")
-    warnings.warn(f"no input statistics for some layers, which keep their gradient: {'; '.join(texts)}", stacklevel=stacklevel)
+    warn(f"no input statistics for some layers, which keep their gradient: {'; '.join(texts)}")
 
 
 def _has_gradient(p: Tensor) -> bool:

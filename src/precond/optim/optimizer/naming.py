@@ -7,8 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from precond.algebra import checks
 from precond.algebra.schedules import numbers, replaced
+from precond.algebra.warning import warn
 from precond.optim.engine.cells import Choice
+
+_OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+_RATES = {"learning_rate", "learningrate", "learning-rate", "lr_rate", "step_size"}
+_NEAR = 0.8
+"""Letters in common, as a ratio, from which on a key is taken for a misspelling: "weight_dacay" has 0.92, "base_momentum" 0.76."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,18 @@ class Naming:
             for key in self.defaults:
                 if key == "momentum" or re.fullmatch(r"momentum(_\d+)?\.beta", key):
                     group[key] = beta
+
+    def check_keys(self, group: Mapping[str, Any]) -> None:
+        """Warn of keys of a group that are nearly an option's; others are a user's own."""
+        known = ["params", "param_names", "lr", "maximize", "name", *self.defaults]
+        for key in group:
+            if not isinstance(key, str) or key in known or key in _OF_SCHEDULERS:
+                continue
+            meant = "; did you mean 'lr'?" if key.lower() in _RATES else checks.nearest(key.lower(), known, cutoff=_NEAR)
+            if meant:
+                warn(
+                    f"{self.name}: a parameter group has the key {key!r}, which is none of its options and does nothing{meant}"
+                )
 
     def outside(self, key: str) -> str:
         """The name of a state tensor in a state dict."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from precond.algebra import checks
+from precond.algebra.warning import warn
 from precond.optim.blocks import Leaf, is_decayed, is_hidden, is_matrix
 from precond.optim.inputs.paths import clean
 from precond.optim.optimizer.models import Models
@@ -101,10 +101,9 @@ def _named(params: Any, modules: list[nn.Module]) -> list[tuple[str | None, Tens
         if not isinstance(param, Tensor):
             raise TypeError(f"params must hold tensors, got {type(param).__name__}; pass model.parameters() or the model")
         if param in seen:
-            warnings.warn(
+            warn(
                 f"a group of params holds the same parameter twice (shape {tuple(param.shape)}): it is taken once "
-                "(torch.optim steps it twice)",
-                stacklevel=7,
+                "(torch.optim steps it twice)"
             )
             continue
         seen.add(param)

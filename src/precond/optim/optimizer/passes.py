@@ -91,6 +91,7 @@ class Recorder:
     def __init__(self, modules: Iterable[nn.Module], devices: Iterable[torch.device]):
         self.devices = list(devices)
         self.random: Random | None = None
+        self.forwards = 0  # of whole models, since it was armed; of one that is never called itself none are counted
         self.absent = 0  # how many contexts say that the forwards are another's
         self._armed = True
         roots = list(modules)
@@ -102,11 +103,12 @@ class Recorder:
 
     def arm(self) -> None:
         """Forget the last note and wait for the next first forward."""
-        self.random, self._armed = None, True
+        self.random, self._armed, self.forwards = None, True, 0
 
     def note_root(self, module: nn.Module, args: Any) -> None:
         """Called before a forward of a whole model, whose parts need not be listened to then."""
-        if self._of_parts and _trains(module):
+        if _trains(module):
+            self.forwards += not self.absent
             remove(self._of_parts)
             self._of_parts.clear()
         self.note(module, args)

@@ -20,7 +20,15 @@ from precond.optim.engine.cells import Choice
 from precond.optim.engine.counting import uncounted
 from precond.optim.engine.loop import Rules
 from precond.optim.momentum import Momentum
-from precond.optim.optimizer.compatibility import check_in_place, check_precision, check_same, check_shared, listed, validate
+from precond.optim.optimizer.compatibility import (
+    check_in_place,
+    check_patterns,
+    check_precision,
+    check_same,
+    check_shared,
+    listed,
+    validate,
+)
 from precond.optim.optimizer.explanation import Explanation, explain
 from precond.optim.optimizer.imitation import hand_through
 from precond.optim.optimizer.interrupts import Uninterrupted
@@ -155,6 +163,7 @@ class PreconditionedGD(Saving):
                 f"{self._regularizer_name}(method='exact') differentiates twice, which FSDP's sharded parameters do not allow; "
                 "use method='forward' or 'central'"
             )
+        check_patterns(name, self._bound.leaves, self._bound.choices)
         self._listen()
         if engine == "fused" and not self._fused_everywhere():
             raise ValueError(f"{name}: engine='fused' has no kernel for this configuration; use engine='auto' or 'loop'")

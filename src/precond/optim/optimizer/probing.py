@@ -15,7 +15,7 @@ from precond.algebra.vec import Scalar, Vec
 from precond.optim.blocks import Leaf
 from precond.optim.engine.loop import ProbeResults
 from precond.optim.engine.point import Point
-from precond.optim.optimizer.closures import Gradients
+from precond.optim.optimizer.closures import Gradients, version_of
 from precond.optim.optimizer.passes import Buffers, Random, Recorder, random_state, restore_random_state
 
 """One per leaf of the optimizer; None where there is none."""
@@ -72,6 +72,7 @@ class Probe:
         evidence: what the step will know.
         moved: whether the parameters stand at p + δ.
         refused: whether a gradient held inf or NaN, so that nothing was probed.
+        forwards: of the model in the clean pass, 0 where they were not counted.
 
     ``spare`` holds a buffer per parameter for its value while it is away; it is kept from step to step.
     """
@@ -88,10 +89,11 @@ class Probe:
         deltas: Sequence[Tangent],
         spare: dict[Tensor, Tensor],
         refused: bool = False,
+        forwards: int = 0,
     ):
         self.leaves, self.modules = leaves, modules
         self.point, self.clean, self.scale, self.regularizer = point, clean, scale, regularizer
-        self.evidence, self.refused = evidence, refused
+        self.evidence, self.refused, self.forwards = evidence, refused, forwards
         self.moved = False
         self.asked = 0
         self._deltas, self._spare = list(deltas), spare
@@ -99,6 +101,8 @@ class Probe:
         self._saved: Vec = ()
         self._buffers: Buffers | None = None
         self._after: Random | None = None
+        self._before = 0  # forwards counted when the pass began
+        self._left: tuple[list[tuple[Tensor | None, int]], int] | None = None  # .grad and the clearings, when it was complete
 
     def move(self, recorder: Recorder | None) -> bool:
         """Go to the next point; False (with the random state as after the clean pass) where none is left."""
@@ -126,7 +130,49 @@ class Probe:
             if self._after is None:
                 self._after = random_state(recorder.devices)
             restore_random_state(recorder.random)
+        self._before = 0 if recorder is None else recorder.forwards
         return True
+
+    def check_pass(self, recorder: Recorder | None) -> None:
+        """Raise RuntimeError where a pass at the probed point, which is over, made no gradient, or went over more than the clean pass."""
+        if all(leaf.param.grad is None for leaf in self.leaves):
+            raise RuntimeError(
+                "probe: no parameter has a gradient at the probed point: call backward() in the loop, "
+                "`while opt.probe(): loss_fn(...).backward()`, and zero_grad() not after it; the parameters are back where they were"
+            )
+        if recorder is not None and 0 < self.forwards < recorder.forwards - self._before:
+            raise RuntimeError(
+                f"probe: the model was called {recorder.forwards - self._before} times at the probed point, and {self.forwards} times in the "
+                "pass before: both passes go over the same micro-batches. Where an exception left the loop, or a pass is tried again, call "
+                "restore() before the next forward; the parameters are back where they were, zero_grad() is up to you"
+            )
+
+    def note_complete(self, clearings: int) -> None:
+        """Remember what ``.grad`` holds when no further gradient is wanted."""
+        if self._left is None:
+            self._left = ([version_of(leaf.param.grad) for leaf in self.leaves], clearings)
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError where ``.grad`` has changed since the probe was complete."""
+        if self._left is not None and any(
+            leaf.param.grad is not g or version_of(g)[1] != version
+            for leaf, (g, version) in zip(self.leaves, self._left[0], strict=True)
+        ):
+            raise RuntimeError(
+                "probe: this step's probe was completed already, and .grad has changed since: run all micro-batches in each pass, "
+                "`backward of all; while opt.probe(): backward of all; opt.step()` (docs/migration.md, From gradient accumulation); "
+                "where a batch is given up without its step, call restore() before the next"
+            )
+
+    def check_left(self, clearings: int) -> None:
+        """Raise RuntimeError where the gradient at the last probed point is no more."""
+        if self.refused or self._left is None:
+            return
+        if self._left[1] != clearings or all(leaf.param.grad is None for leaf in self.leaves):
+            raise RuntimeError(
+                "step: zero_grad() was called between the loop of probe() and step(), which needs the gradient found there: call "
+                "zero_grad() before the step's first backward()"
+            )
 
     def collect(self, good: Callable[[Gradients], bool]) -> None:
         """The parameters go back; the gradient found is kept, the last one in ``.grad`` until the step.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from precond.algebra import vec
 from precond.algebra.sharding import local
+from precond.algebra.warning import warn
 from precond.optim.blocks import Leaf
 from precond.optim.engine import loop
 from precond.optim.engine.cells import Cell
@@ -51,13 +51,18 @@ class SecondGradients(Capturing):
     def probe(self, grad_scale: float | Tensor | None = None) -> bool:
         """Ask for another gradient: ``loss.backward(); while opt.probe(): loss_fn(...).backward()``; then ``opt.step()``.
 
-        Takes the gradients out of ``.grad``, sets ``.grad`` to None and moves the parameters to the next probed point.
+        Takes the gradients out of ``.grad``, sets ``.grad`` to None and moves the parameters to the next probed point. Both passes go over
+        the same micro-batches. Where an exception leaves the loop and training goes on, call :meth:`restore` before the next batch.
 
         Args:
             grad_scale: the factor by which the losses are scaled, ``scaler.get_scale()``.
 
         Returns:
             True while another gradient is wanted; then False, the parameters being as before, bit for bit.
+
+        Raises:
+            RuntimeError: where a pass left no gradient, or called the model more often than the pass before; and where the probe was
+                complete and ``.grad`` has changed since, as in a loop of its own for each micro-batch.
         """
         if not self._probing:
             return False
@@ -156,24 +161,39 @@ class SecondGradients(Capturing):
             if self._pending is None:
                 self._settle()
                 with self._own_precision():
-                    self._pending = self._first_probe(grad_scale)
+                    self._pending = self._first_probe(grad_scale, 0 if recorder is None else recorder.forwards)
                 self._listening.pause()
             elif self._pending.moved:
+                self._held(lambda pending: pending.check_pass(recorder))
                 self._pending.collect(self._good if self._watches(self._pending.scale) else lambda g: True)
-            return self._pending is not None and self._pending.move(recorder)
+            else:
+                self._pending.check_unchanged()
+            if self._pending is None:
+                return False
+            if not (moved := self._pending.move(recorder)):
+                self._pending.note_complete(self._clearings.count)
+            return moved
 
-    def _first_probe(self, grad_scale: float | Tensor | None) -> Probe | None:
+    def _held(self, check: Callable[[Probe], None]) -> None:
+        """Check what is under way; where the check raises, as if it had never been."""
+        assert self._pending is not None
+        try:
+            check(self._pending)
+        except RuntimeError:
+            self.restore()
+            raise
+
+    def _first_probe(self, grad_scale: float | Tensor | None, forwards: int) -> Probe | None:
         """Take the clean gradient and find where else gradients are wanted; None where there is no gradient at all."""
         if all(leaf.param.grad is None for leaf in self._bound.leaves):
             return None
         modules = self.models.alive()
         if not modules and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 "the optimizer was given parameters, not a model: a second pass moves BatchNorm's running statistics again "
                 "and, without a closure, draws other dropout masks; pass the model as params, or wrap the second pass in "
-                "precond.frozen_statistics(model)",
-                stacklevel=7,
+                "precond.frozen_statistics(model)"
             )
         k = self._gradient_based or 0
         regularizer = self._bound.choices[0].regularizers[k]
@@ -199,7 +219,7 @@ class SecondGradients(Capturing):
         deltas = regularizer.probe(point.at(k, lambda: point.maps(states), memo=evidence.memo))
         if let_go:
             clean, point.g = None, ()
-        return Probe(self._bound.leaves, modules, point, clean, grad_scale, k, evidence, deltas, self._spare)
+        return Probe(self._bound.leaves, modules, point, clean, grad_scale, k, evidence, deltas, self._spare, forwards=forwards)
 
     @property
     def _regularizer_name(self) -> str:
@@ -210,6 +230,8 @@ class SecondGradients(Capturing):
         if pending is not None and pending.moved and self._next_probe(None, self._listening.recorder):
             self.restore()
             raise RuntimeError(f"{self._regularizer_name} wants another gradient: call probe() until it returns False")
+        if pending is not None:
+            self._held(lambda it: it.check_left(self._clearings.count))
         if pending is None and any(leaf.param.grad is not None for leaf in self._bound.leaves):
             how = (
                 "pass a closure to step(), or call `while opt.probe(): loss_fn(...).backward()` between backward() and step()"

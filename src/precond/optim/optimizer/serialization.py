@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from precond.algebra.sharding import copy_, divided
+from precond.algebra.warning import warn
 from precond.optim.engine.shared_state import whole_state
 from precond.optim.engine.sharing import Shared
 from precond.optim.ranks.replicas import meet
@@ -148,10 +148,9 @@ def _match(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[s
         ours = {n: p for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)}
         new, gone = sorted(ours.keys() - saved.keys()), sorted(saved.keys() - ours.keys())
         if new or gone:
-            warnings.warn(
+            warn(
                 "load_state_dict: parameters do not match by name; "
-                f"start fresh: {', '.join(new) or 'none'}; ignored: {', '.join(gone) or 'none'}",
-                stacklevel=4,
+                f"start fresh: {', '.join(new) or 'none'}; ignored: {', '.join(gone) or 'none'}"
             )
         return {ours[n]: saved[n] for n in ours if n in saved}
     for k, (g, s) in enumerate(zip(groups, saved_groups, strict=True)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -15,6 +14,7 @@ from precond.algebra.maps import LinearMap, SymmetricKronecker, Unrooted
 from precond.algebra.maps.eigen import eigenpairs
 from precond.algebra.precision import in_16_bits, rounding
 from precond.algebra.vec import Vec
+from precond.algebra.warning import warn
 from precond.optim.blocks import Block, Leaf, State, state_dtype
 from precond.optim.checking.arguments import settle
 from precond.optim.preconditioners.base import Part, Seen
@@ -157,9 +157,8 @@ class Muon(Stacked):
         try:
             values, V = eigenpairs(gram)
         except torch.linalg.LinAlgError:
-            warnings.warn(
-                "a Gram matrix of momentum has no eigenvalues that converge: Newton–Schulz takes the root, and training goes on",
-                stacklevel=2,
+            warn(
+                "a Gram matrix of momentum has no eigenvalues that converge: Newton–Schulz takes the root, and training goes on"
             )
             return polynomial(gram, self.coefficients, int(self.steps))
         least = values.amax(-1, keepdim=True) * max(self.eps**2, rounding(gram.shape[-1], gram.dtype))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from precond.algebra.maps.eigen import eigh, in_general_position, leading_pairs
 from precond.algebra.precision import rounding
 from precond.algebra.vec import all_finite
+from precond.algebra.warning import warn
 
 
 def decomposed(S: Tensor, by: Callable[[Tensor], tuple[Tensor, Tensor]] = eigh) -> tuple[Tensor, Tensor] | None:
@@ -131,4 +131,4 @@ def largest_eigenvalue(S: Tensor, steps: int = 32) -> Tensor:
 def kept(S: Tensor) -> None:
     """Say that a decomposition failed (Python shows a warning of one place once)."""
     what = "holds inf or NaN" if not bool(S.isfinite().all()) else "has no eigenvalues that converge"
-    warnings.warn(f"a statistic of gradients {what}: the basis or root before is kept, and training goes on", stacklevel=4)
+    warn(f"a statistic of gradients {what}: the basis or root before is kept, and training goes on")

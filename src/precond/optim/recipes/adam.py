@@ -10,13 +10,12 @@ from torch import Tensor
 
 from precond.algebra import checks
 from precond.algebra.schedules import numbers
-from precond.optim.checking.arguments import checked
 from precond.optim.engine.cells import Choice
 from precond.optim.momentum import Momentum
 from precond.optim.optimizer import PreconditionedGD
 from precond.optim.optimizer.parameters import Params
 from precond.optim.preconditioners import RMS, Preconditioner
-from precond.optim.recipes.making import after, implementations, make
+from precond.optim.recipes.making import after, implementations, make, recipe
 from precond.optim.regularizers import L2, Regularizer
 
 _ADAM_STATE = {"m": "exp_avg", "r": "exp_avg_sq", "r_max": "max_exp_avg_sq"}
@@ -40,7 +39,7 @@ class _Adam:
         return Choice(after(self.inputs, P, group), Momentum(beta1), (L2(group["weight_decay"] / 2, space=space),))
 
 
-@checked
+@recipe
 def adam(
     params: Params,
     lr: float | Tensor = 1e-3,
@@ -114,7 +113,7 @@ def adam(
     return make(name, params, lr, _Adam(decoupled_weight_decay, inputs), defaults, state, unsupported, regularizers, options)
 
 
-@checked
+@recipe
 def adamw(
     params: Params,
     lr: float | Tensor = 1e-3,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,14 +10,14 @@ from torch import Tensor
 
 from precond.algebra import checks
 from precond.algebra.schedules import numbers, replaced
-from precond.optim.checking.arguments import checked
+from precond.algebra.warning import warn
 from precond.optim.engine.cells import Choice
 from precond.optim.momentum import Momentum
 from precond.optim.optimizer import PreconditionedGD
 from precond.optim.optimizer.parameters import Params
 from precond.optim.preconditioners import Auto
 from precond.optim.recipes.looking import Looking
-from precond.optim.recipes.making import make
+from precond.optim.recipes.making import make, recipe
 from precond.optim.regularizers import L2, Regularizer
 
 
@@ -40,7 +39,7 @@ class _Auto:
         return Choice(choice, Momentum(beta), (L2(group["weight_decay"] / 2, space="z"),))
 
 
-@checked
+@recipe
 def auto(
     params: Params,
     lr: float | Tensor = 2e-2,
@@ -94,9 +93,7 @@ def auto(
     optimizer = make("auto", params, lr, _Auto(choice), defaults, {}, {}, regularizers, options, settle=Looking())
     acting = {row.preconditioner for row in optimizer.explain().rows} - {"none (frozen)"}
     if not acting:
-        warnings.warn(
-            "auto: all parameters are frozen (requires_grad=False); nothing is trained until some are thawed", stacklevel=2
-        )
+        warn("auto: all parameters are frozen (requires_grad=False); nothing is trained until some are thawed")
     elif all(what.startswith("RMS") for what in acting):
-        warnings.warn("auto: the model has no layer that it knows; RMS acts on all of it", stacklevel=2)
+        warn("auto: the model has no layer that it knows; RMS acts on all of it")
     return optimizer

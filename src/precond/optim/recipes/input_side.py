@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
 
 from precond.algebra import checks
-from precond.optim.checking.arguments import checked
 from precond.optim.engine.cells import Choice
 from precond.optim.momentum import Momentum
 from precond.optim.optimizer import PreconditionedGD
 from precond.optim.optimizer.parameters import Params
 from precond.optim.preconditioners import BNP, Preconditioner, Whitening
 from precond.optim.recipes.adam import adamw
-from precond.optim.recipes.making import make
+from precond.optim.recipes.making import make, recipe
 from precond.optim.regularizers import L2, Regularizer
 
 
@@ -25,7 +25,7 @@ def _bnp(group: Mapping[str, Any]) -> Choice:
     return Choice(P, momentum, (L2(group["weight_decay"] / 2, space="z"),))
 
 
-@checked
+@recipe
 def bnp(
     params: Params,
     lr: float | Tensor = 0.1,
@@ -74,7 +74,7 @@ def bnp(
     return make("bnp", params, lr, _bnp, defaults, {}, {}, regularizers, options)
 
 
-@checked
+@partial(recipe, of=adamw)
 def whitening(
     params: Params,
     lr: float | Tensor = 1e-3,

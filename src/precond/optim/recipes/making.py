@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from inspect import signature
+from typing import Any, ParamSpec
 
 from torch import Tensor
 
 from precond.algebra.schedules import numbers, replaced
+from precond.optim.checking.arguments import checked
 from precond.optim.engine.cells import Choice
 from precond.optim.optimizer import PreconditionedGD
 from precond.optim.optimizer.compatibility import listed
@@ -16,6 +18,25 @@ from precond.optim.optimizer.naming import Naming
 from precond.optim.optimizer.parameters import Params
 from precond.optim.preconditioners import Preconditioner
 from precond.optim.regularizers import Regularizer
+
+Given = ParamSpec("Given")
+_OWN = ("self", "params", "lr", "preconditioner", "regularizers", "momentum", "naming")
+_OPTIONS = tuple(name for name in signature(PreconditionedGD.__init__).parameters if name not in _OWN)
+"""Of :class:`PreconditionedGD`, that every recipe takes."""
+
+
+def recipe(
+    function: Callable[Given, PreconditionedGD], of: Callable[..., PreconditionedGD] | None = None
+) -> Callable[Given, PreconditionedGD]:
+    """A function that makes an optimizer: its arguments are checked, and its further options are those of :class:`PreconditionedGD`.
+
+    ``made`` too, the object to make where a class makes one.
+
+    Args:
+        of: the recipe that it is made of, whose options it takes too.
+    """
+    more = () if of is None else (name for name in signature(of).parameters if name not in ("params", "options"))
+    return checked(function, further=(*more, *_OPTIONS), silent=("made",))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from torch import Tensor
 from precond.algebra import checks
 from precond.algebra.schedules import numbers, replaced
 from precond.optim.blocks import Rule, is_hidden
-from precond.optim.checking.arguments import checked
 from precond.optim.engine.cells import Choice
 from precond.optim.momentum import Momentum
 from precond.optim.optimizer import PreconditionedGD
@@ -20,7 +19,7 @@ from precond.optim.preconditioners import RMS, SOAP, Muon, Orthogonalized, Preco
 from precond.optim.preconditioners.kronecker import Sides
 from precond.optim.preconditioners.muon import Scale
 from precond.optim.preconditioners.newton_schulz import JORDAN
-from precond.optim.recipes.making import after, make
+from precond.optim.recipes.making import after, make, recipe
 from precond.optim.regularizers import L2, Regularizer
 
 
@@ -56,7 +55,7 @@ class _Muon:
         )
 
 
-@checked
+@recipe
 def muon(
     params: Params,
     lr: float | Tensor = 1e-3,
@@ -159,7 +158,7 @@ class _SOAP:
         return Choice(after(self.inputs, P, group), Momentum(beta1), (L2(group["weight_decay"] / 2, space="z"),))
 
 
-@checked
+@recipe
 def soap(
     params: Params,
     lr: float | Tensor = 3e-3,

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from precond.algebra import checks
 from precond.algebra.schedules import numbers
-from precond.optim.checking.arguments import checked
 from precond.optim.engine.cells import Choice
 from precond.optim.momentum import Momentum
 from precond.optim.optimizer import PreconditionedGD
 from precond.optim.optimizer.parameters import Params
 from precond.optim.preconditioners import Preconditioner, Shampoo
 from precond.optim.preconditioners.kronecker import Sides
-from precond.optim.recipes.making import after, make
+from precond.optim.recipes.making import after, make, recipe
 from precond.optim.regularizers import L2, Regularizer
 
 
@@ -48,7 +47,7 @@ class _Shampoo:
         return Choice(after(self.inputs, P, group), Momentum(beta1), (L2(group["weight_decay"] / 2, space="z"),))
 
 
-@checked
+@recipe
 def shampoo(
     params: Params,
     lr: float | Tensor = 1e-3,

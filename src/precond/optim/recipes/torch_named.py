@@ -8,13 +8,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from precond.algebra import checks
-from precond.optim.checking.arguments import checked
 from precond.optim.engine.cells import Choice
 from precond.optim.momentum import Momentum
 from precond.optim.optimizer import PreconditionedGD
 from precond.optim.optimizer.parameters import Params
 from precond.optim.preconditioners import RMS, AdaGrad, Fixed
-from precond.optim.recipes.making import implementations, make
+from precond.optim.recipes.making import implementations, make, recipe
 from precond.optim.regularizers import L2, Regularizer
 
 
@@ -24,7 +23,7 @@ def _sgd(group: Mapping[str, Any]) -> Choice:
     return Choice(Fixed(), momentum, (L2(group["weight_decay"] / 2, space="p"),))
 
 
-@checked
+@recipe
 def sgd(
     params: Params,
     lr: float | Tensor = 1e-3,
@@ -91,7 +90,7 @@ def _adagrad(group: Mapping[str, Any]) -> Choice:
     return Choice(P, None, (L2(group["weight_decay"] / 2, space="p"),))
 
 
-@checked
+@recipe
 def adagrad(
     params: Params,
     lr: float | Tensor = 1e-2,
@@ -151,7 +150,7 @@ def _rmsprop(group: Mapping[str, Any]) -> Choice:
     return Choice(P, momentum, (L2(group["weight_decay"] / 2, space="p"),))
 
 
-@checked
+@recipe
 def rmsprop(
     params: Params,
     lr: float | Tensor = 1e-2,
