@@ -12,6 +12,7 @@ from torch import nn
 import precond
 from contract.table import EVERY, OWN, TWINS, batches, closure, flat, net, snapshot, train
 from precond import RMS, SAM, PreconditionedGD
+from precond.optim.recipes import RECIPES
 
 each = pytest.mark.parametrize("name", EVERY)
 
@@ -249,3 +250,38 @@ def test_odd_shapes():
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert params[1].item() < 1 and params[2].item() < 1
+
+
+@pytest.mark.parametrize("theirs", RECIPES)
+@pytest.mark.parametrize("ours", RECIPES)
+def test_state_of_another_recipe(ours, theirs):
+    """Refused, whatever the two have in common; nothing is half loaded."""
+
+    def started(name, momentum):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+        more = {"momentum": 0.9} if momentum and name in ("sgd", "rmsprop", "bnp") else {}
+        optimizer = RECIPES[name](model, lr=0.1, **more)
+        model(torch.randn(5, 4)).square().mean().backward()
+        optimizer.step()
+        return optimizer
+
+    for momentum in (True, False):
+        mine, other = started(ours, True), started(theirs, momentum).state_dict()
+        before, groups = snapshot(mine), [{k: v for k, v in g.items() if k != "params"} for g in mine.param_groups]
+        if ours == theirs and momentum:
+            mine.load_state_dict(other)
+        elif ours != theirs and not (theirs == "sgd" and not momentum):  # which keeps nothing
+            with pytest.raises(ValueError, match=r"by another recipe|another recipe's"):
+                mine.load_state_dict(other)
+            assert all(torch.equal(a, b) for a, b in zip(before, snapshot(mine), strict=True))
+            assert groups == [{k: v for k, v in g.items() if k != "params"} for g in mine.param_groups]
+
+
+def test_state_of_torchs_adamw_in_soap():
+    model = nn.Linear(4, 3)
+    theirs = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 4)).sum().backward()
+    theirs.step()
+    with pytest.raises(ValueError, match=r"the state of 'weight' lacks 'left'.*which soap keeps"):
+        precond.soap(model).load_state_dict(theirs.state_dict())

@@ -19,7 +19,7 @@ from precond.optim.engine.loop import Rules
 from precond.optim.engine.sharing import Shared
 from precond.optim.optimizer import averaging
 from precond.optim.optimizer.fusing import fusible
-from precond.optim.optimizer.models import Models, in_place
+from precond.optim.optimizer.models import Home, Models, in_place
 from precond.optim.optimizer.naming import Naming
 
 Kinds = tuple[list[bool], list[torch.dtype], list[int]]
@@ -36,6 +36,7 @@ class Binding:
     Attributes:
         entries: (leaf, key, tensor) of all state.
         options: the groups' options when it was made.
+        homes: of the modules that own the leaves.
         kinds: of all leaves, as they were then.
     """
 
@@ -44,6 +45,7 @@ class Binding:
     cells: list[Cell] = field(default_factory=list)
     entries: list[tuple[Leaf, str, Tensor]] = field(default_factory=list)
     options: list[tuple[Any, ...]] = field(default_factory=list)
+    homes: list[Home] = field(default_factory=list)
     kinds: Kinds = ([], [], [])
 
     @property
@@ -95,7 +97,13 @@ class Binding:
     def converted(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether parameters were frozen, thawed, converted or moved since, or others put in their places."""
         params = [p for group in groups for p in group["params"]]
-        return self.kinds != read_kinds(params) or bool(self.replaced(params)) or len(params) != len(self.leaves)
+        changed = self.kinds != read_kinds(params) or bool(self.replaced(params)) or len(params) != len(self.leaves)
+        return changed or not self.housed
+
+    @property
+    def housed(self) -> bool:
+        """Whether the model's modules are where they were."""
+        return all(children.get(name) is module for children, name, module in self.homes)
 
     def replaced(self, params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
         """Parameter → the one that stands in its place in the groups, as a trainer that shards the model puts it there."""
@@ -179,7 +187,7 @@ def bind(
     entries += averaging.entries(setup.average, [leaves[i] for i in live], existing)
     _, dtypes, devices = read_kinds(params)
     kinds = [p not in frozen for p in params], dtypes, devices
-    return Binding(leaves, choices, cells, entries, read_options(groups, naming), kinds)
+    return Binding(leaves, choices, cells, entries, read_options(groups, naming), setup.models.homes(leaves), kinds)
 
 
 def hand_over(state: MutableMapping[Tensor, Any], new: Mapping[Tensor, Tensor]) -> None:

@@ -131,7 +131,7 @@ class Bound(torch.optim.Optimizer):
                 with Uninterrupted():
                     before = self._bound
                     given = before.replaced([p for group in self.param_groups for p in group["params"]])
-                    changed = bool(given) or not all(map(in_place, before.leaves))
+                    changed = bool(given) or not before.housed or not all(map(in_place, before.leaves))
                     if changed:
                         self._follow_model(given)
                     check_precision(

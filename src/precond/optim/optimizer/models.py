@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
 
 from precond.algebra.sharding import Shard, parts_of
+from precond.algebra.warning import warn
 from precond.optim.blocks import Leaf
 from precond.optim.blocks.turns import turns
 from precond.optim.inputs import Site, Survey, survey
@@ -17,6 +19,10 @@ from precond.optim.inputs.paths import clean
 from precond.optim.inputs.roles import kind_of
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+
+Home = tuple[dict[str, nn.Module | None], str, nn.Module]
+"""The children of a module, what it calls one of them, and that one."""
 
 
 def in_place(leaf: Leaf) -> bool:
@@ -32,6 +38,7 @@ class Models:
         # What is known of parameters whose module is not known any more.
         self._known = {leaf.param: (leaf.layer, leaf.kind, leaf.inputs_first) for leaf in known}
         self._survey: Survey | None = None
+        self._paths: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], str]] = weakref.WeakKeyDictionary()
 
     def add(self, modules: Iterable[nn.Module]) -> None:
         """Know further modules."""
@@ -41,15 +48,20 @@ class Models:
     def moved(self, leaves: Iterable[Leaf]) -> dict[Tensor, Tensor]:
         """Parameter → the one that now stands where it stood, of the leaves that their modules do not hold any more.
 
-        ``to_empty`` and ``load_state_dict(assign=True)`` replace parameters; parametrizations move them, or make others of them.
+        ``to_empty`` and ``load_state_dict(assign=True)`` replace parameters; parametrizations move them, or make others of them. A user may
+        put another layer in the place of one.
 
         Raises:
-            RuntimeError: where a parameter has gone, or what stands there is another thing.
+            RuntimeError: where a parameter has gone, or what stands in its module is another thing.
+
+        Warns:
+            UserWarning: where another layer, or none, is in the place of one, and has no such parameter.
         """
         self._survey = None
-        gone = [leaf for leaf in leaves if not in_place(leaf)]
+        leaves = list(leaves)
+        out, lost = self._of_other_layers(leaves)
+        gone = [leaf for leaf in leaves if not in_place(leaf) and leaf.param not in out and leaf.name not in lost]
         held = {p for m in self.alive() for p in m.parameters()} if gone else set()
-        out: dict[Tensor, Tensor] = {}
         for leaf in gone:
             if leaf.param in held:
                 continue  # moved within the model, as by a parametrization of one tensor
@@ -61,11 +73,54 @@ class Models:
                     "fully_shard, another layer) after the optimizer was made: make the optimizer after such changes"
                 )
             out[leaf.param] = new
+        if lost:
+            are = "is no longer the parameter" if len(lost) == 1 else "are no longer the parameters"
+            warn(
+                f"{', '.join(map(repr, lost))} of the model {are} that the optimizer steps: another layer, or none, was put "
+                "there, and what it holds is not trained; make the optimizer after such changes, or give it the new parameters "
+                "by add_param_group"
+            )
         return out
+
+    def _of_other_layers(self, leaves: Iterable[Leaf]) -> tuple[dict[Tensor, Tensor], list[str]]:
+        """Of the leaves whose modules are in their models no more: parameter → the one of the module in that place; the names without one."""
+        out: dict[Tensor, Tensor] = {}
+        lost: list[str] = []
+        held = {root: set(root.modules()) for root in self.alive()}
+        for leaf in leaves:
+            ref, path = self._paths.get(leaf.module, (None, "")) if leaf.module is not None else (None, "")
+            root = None if ref is None else ref()
+            if root is None or leaf.module in held[root]:
+                continue
+            new = None
+            with suppress(AttributeError):
+                new = root.get_submodule(path)._parameters.get(leaf.attribute)
+            if new is leaf.param or any(leaf.param is p for p in root.parameters()):
+                continue  # the other layer has it
+            if new is None or new.shape != leaf.shape or Shard.of(new) is not None:
+                lost.append(leaf.name)
+            else:
+                out[leaf.param] = new
+        return out, lost
+
+    def homes(self, leaves: Iterable[Leaf]) -> list[Home]:
+        """Where the modules are that own leaves, and those around them."""
+        found: dict[tuple[int, str], Home] = {}
+        for owner in {leaf.module for leaf in leaves if leaf.module is not None}:
+            ref, path = self._paths.get(owner, (None, ""))
+            module = None if ref is None else ref()
+            for name in path.split(".") if path else ():
+                if module is None:
+                    break
+                child = module._modules.get(name)
+                if child is not None:
+                    found[id(module), name] = (module._modules, name, child)
+                module = child
+        return list(found.values())
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be copied, and the modules of a copied optimizer are not these.
-        return {"modules": [], "_known": self._known, "_survey": None}
+        return {"modules": [], "_known": self._known, "_survey": None, "_paths": weakref.WeakKeyDictionary()}
 
     @property
     def names(self) -> bool:
@@ -110,6 +165,7 @@ class Models:
         for number, root in enumerate(self.alive()):
             prefix = f"{number}:" if number else ""
             for path, module in root.named_modules():
+                self._paths[module] = weakref.ref(root), path
                 for attribute, there in module.named_parameters(recurse=False):
                     param = parts.get(there, there)
                     found = owner.setdefault(param, (prefix + clean(path), module, attribute))

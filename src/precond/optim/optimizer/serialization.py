@@ -171,6 +171,12 @@ def _fit(recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str
             f"load_state_dict: the state of {name!r} has {', '.join(map(repr, alien))}, which {recipe} does not keep "
             f"(it keeps {', '.join(map(repr, sorted(mine)))}); was it saved by another recipe, or with other options?"
         )
+    missing = sorted(mine.keys() - theirs.keys() - OPTIONAL - {"step", "clock"})
+    if missing and theirs.keys() - {"step"}:
+        raise ValueError(
+            f"load_state_dict: the state of {name!r} lacks {', '.join(map(repr, missing))}, which {recipe} keeps (it has "
+            f"{', '.join(map(repr, sorted(theirs)))}); was it saved by another recipe, or with other options?"
+        )
     out = []
     for key, target in mine.items():
         if key in theirs:
