@@ -35,6 +35,7 @@ from precond.analysis.diagnostics.short import as_trained, one_step, trained_cop
 from precond.analysis.diagnostics.stability import stable_factor
 from precond.analysis.diagnostics.streaming import Gathered
 from precond.analysis.diagnostics.undiagnosed import covered_share, uncovered
+from precond.optim.checking.arguments import shown
 
 Matrix = Literal["none", "hessian", "gauss_newton"]
 _MATRICES = {"hessian": hessian, "gauss_newton": gauss_newton}
@@ -187,6 +188,8 @@ def diagnose(
     """
     checks.one_of("diagnose", "curvature", curvature, ("none", "hessian", "gauss_newton"))
     checks.positive("diagnose", samples=samples, max_inputs=max_inputs, layers=layers, examples=examples)
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"diagnose: optimizer must be an optimizer of the model, or None, got {shown(optimizer)}")
     with as_trained(as_objective(objective, data, loss_fn, examples)) as seen:
         return _diagnosis(seen, optimizer, curvature, {"samples": samples, "max_inputs": max_inputs, "layers": layers})
 

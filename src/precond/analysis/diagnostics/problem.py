@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from precond.analysis.curvature import Objective
 from precond.analysis.curvature.batches import moved, size
 from precond.analysis.curvature.forward import carried_along
 from precond.analysis.curvature.objective import Evaluation
+from precond.optim.checking.arguments import shown
 
 
 class Inside(Objective):
@@ -75,6 +77,12 @@ def as_objective(
         raise TypeError(
             "diagnose: a model needs data=, a loader or a list of batches, or give precond.Objective(model, loss, data)"
         )
+    if isinstance(data, str) or not isinstance(data, Iterable):
+        raise TypeError(f"diagnose: data must be a loader or a list of batches, got {shown(data)}")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(
+            f"diagnose: loss_fn must be a function of (outputs, targets), got {shown(loss_fn)}; give nn.functional.mse_loss, say"
+        )
     pair = isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
     batches = first_batches([data] if pair else data, examples)
     if not batches:
@@ -86,7 +94,27 @@ def as_objective(
         return Objective(model, loss_fn, batches)
     if callable(getattr(model, "training_step", None)):
         return Inside(model, _lightning, batches)
+    _check_call(model, batches[0])
     return Inside(model, _own_loss, batches)
+
+
+def _check_call(model: nn.Module, batch: Any) -> None:
+    """Raise TypeError where a model that is to return its loss does not take a batch."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # of a model that is no Python
+        return
+    args, kwargs = (
+        ((), batch) if isinstance(batch, Mapping) else (tuple(batch) if isinstance(batch, tuple | list) else (batch,), {})
+    )
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        what = f"a dict of {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else f"{len(args)} parts"
+        raise TypeError(
+            f"diagnose: {type(model).__name__} does not take a batch of data, {what}, to return its loss ({error}): give loss_fn=, a "
+            "function of (outputs, targets)"
+        ) from None
 
 
 def first_batches(data: Iterable[Any], examples: int) -> list[Any]:

@@ -110,7 +110,7 @@ def fitted(owner: str, name: str, value: Any, hint: Any) -> Any:
     if origin is not Callable and (kind is not None or (not classes and isinstance(value, str))):
         return value
     wanted = "function of a leaf or a pattern such as '*.weight'" if origin is Callable else (*classes, str)[0].__name__
-    raise TypeError(f"{owner}: {name} must be a {wanted}, got {_shown(value)}")
+    raise TypeError(f"{owner}: {name} must be a {wanted}, got {shown(value)}")
 
 
 def settle(choice: Any) -> None:
@@ -131,7 +131,7 @@ def number(owner: str, name: str, value: Any, whole: bool = False) -> Any:
             raise ValueError(f"{owner}: {name} must be a finite number, got {value!r}")
         return value if name == "lr" or not value.ndim else value.reshape(())
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{owner}: {name} must be a {'whole ' if whole else ''}number, got {_shown(value)}")
+        raise TypeError(f"{owner}: {name} must be a {'whole ' if whole else ''}number, got {shown(value)}")
     if value != value:
         raise ValueError(f"{owner}: {name} must be a finite number, got {value!r}")
     if whole and value % 1:
@@ -146,12 +146,12 @@ def flag(owner: str, name: str, value: Any) -> bool:
     """True or False; 1 and 0 too, and NumPy's, but no other thing that merely counts as true."""
     if (isinstance(value, Integral) or type(value).__name__ in ("bool", "bool_")) and value in (0, 1):
         return bool(value)
-    raise TypeError(f"{owner}: {name} must be True or False, got {_shown(value)}")
+    raise TypeError(f"{owner}: {name} must be True or False, got {shown(value)}")
 
 
 def _numbers(owner: str, name: str, value: Any, inside: tuple[Any, ...]) -> tuple[Any, ...]:
     if not isinstance(value, tuple | list):
-        raise TypeError(f"{owner}: {name} must be a tuple of {len(inside)} numbers, got {_shown(value)}")
+        raise TypeError(f"{owner}: {name} must be a tuple of {len(inside)} numbers, got {shown(value)}")
     if len(value) != len(inside):
         raise ValueError(f"{owner}: {name} must hold {len(inside)} numbers, got {value!r}")
     return tuple(
@@ -161,18 +161,21 @@ def _numbers(owner: str, name: str, value: Any, inside: tuple[Any, ...]) -> tupl
 
 def _all(owner: str, name: str, value: Any, kind: type) -> tuple[Any, ...]:
     if isinstance(value, kind):
-        raise TypeError(f"{owner}: {name} must be a list, got {_shown(value)}; write [{type(value).__name__}(…)]")
+        raise TypeError(f"{owner}: {name} must be a list, got {shown(value)}; write [{type(value).__name__}(…)]")
     try:
         items = tuple(value)
     except TypeError:
-        raise TypeError(f"{owner}: {name} must be a list of {kind.__name__}s, got {_shown(value)}") from None
+        raise TypeError(f"{owner}: {name} must be a list of {kind.__name__}s, got {shown(value)}") from None
     for item in items:
         if not isinstance(item, kind):
-            raise TypeError(f"{owner}: {name} must hold {kind.__name__}s such as precond.L2(1e-4), got {_shown(item)}")
+            raise TypeError(f"{owner}: {name} must hold {kind.__name__}s such as precond.L2(1e-4), got {shown(item)}")
     return items
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in a message, with its type; of a tensor its shape."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, type):
         return f"the class {value.__name__}; write {value.__name__}()"
     return f"{value!r} of type {type(value).__name__}"

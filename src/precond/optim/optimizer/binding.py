@@ -37,6 +37,7 @@ class Binding:
         entries: (leaf, key, tensor) of all state.
         options: the groups' options when it was made.
         homes: of the modules that own the leaves.
+        shapes: of all leaves, as they were then.
         kinds: of all leaves, as they were then.
     """
 
@@ -46,6 +47,7 @@ class Binding:
     entries: list[tuple[Leaf, str, Tensor]] = field(default_factory=list)
     options: list[tuple[Any, ...]] = field(default_factory=list)
     homes: list[Home] = field(default_factory=list)
+    shapes: list[torch.Size] = field(default_factory=list)
     kinds: Kinds = ([], [], [])
 
     @property
@@ -115,7 +117,19 @@ class Binding:
         return [leaf for leaf in self.leaves if leaf.module is not None]
 
     def follow(self, groups: Sequence[Mapping[str, Any]], naming: Naming) -> Following:
-        """Take over numbers that have changed in the groups."""
+        """Take over numbers that have changed in the groups.
+
+        Raises:
+            TypeError, ValueError: for numbers that cannot be.
+            RuntimeError: where a parameter has another shape.
+        """
+        naming.check_numbers(groups)
+        if [leaf.param.shape for leaf in self.leaves] != self.shapes:
+            leaf, before = next((leaf, s) for leaf, s in zip(self.leaves, self.shapes, strict=True) if leaf.param.shape != s)
+            raise RuntimeError(
+                f"{naming.name}: {leaf.name!r} has the shape {tuple(leaf.param.shape)}, and had {tuple(before)} when the optimizer was made, "
+                "which its state fits: make the optimizer after such changes"
+            )
         options = read_options(groups, naming)
         if self.converted(groups) or not all(map(in_place, self._housed)):
             return "broken"
@@ -187,7 +201,16 @@ def bind(
     entries += averaging.entries(setup.average, [leaves[i] for i in live], existing)
     _, dtypes, devices = read_kinds(params)
     kinds = [p not in frozen for p in params], dtypes, devices
-    return Binding(leaves, choices, cells, entries, read_options(groups, naming), setup.models.homes(leaves), kinds)
+    return Binding(
+        leaves,
+        choices,
+        cells,
+        entries,
+        read_options(groups, naming),
+        setup.models.homes(leaves),
+        [p.shape for p in params],
+        kinds,
+    )
 
 
 def hand_over(state: MutableMapping[Tensor, Any], new: Mapping[Tensor, Tensor]) -> None:
@@ -214,7 +237,7 @@ def choices_of(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[Choi
     Raises:
         ValueError: for numbers out of range, and where groups differ in what a penalty is, not in its weight alone.
     """
-    choices = [naming.build(g) for g in groups]
+    choices = naming.choices(list(groups))
     for choice in choices[1:]:
         for r, first in zip(choice.regularizers, choices[0].regularizers, strict=True):
             for f in fields(r):  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from precond.optim.blocks import Leaf
+from precond.optim.checking.arguments import number, shown
 
 Gradients = list[Tensor | None]
 
@@ -31,6 +32,7 @@ class LossClosure:
     """
 
     def __init__(self, f: Callable[[], Tensor]):
+        check_closure("LossClosure: f", f)
         self.f = f
 
     def __call__(self) -> Tensor:
@@ -78,6 +80,28 @@ def loss_gradient(leaves: Sequence[Leaf], closure: Callable[[], Any], clearings:
         return loss, "none"
     added = clearings.count == cleared and any(s and g is not None for s, (g, _) in zip(same, before, strict=True))
     return loss, "added" if added else "anew"
+
+
+def check_closure(what: str, closure: Any) -> None:
+    """Raise TypeError for a closure that cannot be called."""
+    if not callable(closure):
+        loss = isinstance(closure, Tensor)
+        remedy = "call loss.backward() and then step(), or give a function that returns the loss" if loss else "give a function"
+        raise TypeError(f"{what} must be a function without arguments, got {shown(closure)}; {remedy}")
+
+
+def check_scale(grad_scale: Any) -> None:
+    """Raise TypeError or ValueError for a factor of losses that is none; on accelerators it is not read."""
+    if callable(grad_scale):
+        raise TypeError(
+            f"probe: grad_scale must be a number, got {shown(grad_scale)}; probe takes no closure: give it to step, or write "
+            "`while opt.probe(): loss_fn(...).backward()`"
+        )
+    if grad_scale is not None:
+        scale = number("probe", "grad_scale", grad_scale)
+        read = not isinstance(scale, Tensor) or scale.device.type == "cpu"
+        if read and not (scale > 0 and math.isfinite(scale)):
+            raise ValueError(f"probe: grad_scale must be a positive number, got {scale!r}; give scaler.get_scale()")
 
 
 def check_repeatable(loss: Any, made: Made, regularizer: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from precond.algebra import checks
 from precond.algebra.schedules import numbers, replaced
 from precond.algebra.warning import warn
+from precond.optim.checking.arguments import flag, number, shown
 from precond.optim.engine.cells import Choice
 
 _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
@@ -77,6 +78,44 @@ class Naming:
                 warn(
                     f"{self.name}: a parameter group has the key {key!r}, which is none of its options and does nothing{meant}"
                 )
+
+    def choices(self, groups: Sequence[Mapping[str, Any]]) -> list[Choice]:
+        """The strategies of groups.
+
+        Raises:
+            TypeError, ValueError: naming a group's key and value that cannot be.
+        """
+        self.check_numbers(groups)
+        return [self._choice(k, group) for k, group in enumerate(groups)]
+
+    def _choice(self, k: int, group: Mapping[str, Any]) -> Choice:
+        try:
+            return self.build(group)
+        except (KeyError, TypeError, ValueError) as error:
+            if missing := [key for key in self.defaults if key not in group]:
+                raise ValueError(f"{self.name}: parameter group {k} lacks {missing[0]!r}; put it back") from error
+            wrong = next(filter(lambda key: self._mends(group, key), self.defaults), None)
+            if wrong is None or str(error).startswith(f"{self.name}:"):
+                raise
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{self.name}: {wrong!r} of parameter group {k} cannot be {shown(group[wrong])} ({error})") from error
+
+    def _mends(self, group: Mapping[str, Any], key: str) -> bool:
+        """Whether a group would do with the usual value of an option."""
+        try:
+            self.build({**group, key: self.defaults[key]})
+        except (KeyError, TypeError, ValueError):
+            return False
+        return True
+
+    def check_numbers(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Raise TypeError or ValueError where what every optimizer has in its groups is not of its type."""
+        for k, group in enumerate(groups):
+            lr = group["lr"]
+            if type(lr) is not float or lr != lr:
+                number(self.name, f"lr of parameter group {k}", lr)
+            if group["maximize"] is not False:
+                flag(self.name, f"maximize of parameter group {k}", group["maximize"])
 
     def outside(self, key: str) -> str:
         """The name of a state tensor in a state dict."""

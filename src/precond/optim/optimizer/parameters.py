@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from precond.algebra import checks
 from precond.algebra.warning import warn
 from precond.optim.blocks import Leaf, is_decayed, is_hidden, is_matrix
+from precond.optim.checking.arguments import shown
 from precond.optim.inputs.paths import clean
 from precond.optim.optimizer.models import Models
 
@@ -43,7 +44,7 @@ def to_groups(
         raise TypeError("params must be a module, an iterable of parameters or of groups, got one tensor; pass [tensor]")
     elif isinstance(params, Mapping):
         raise TypeError("params got a mapping; a group is passed in a list, [{'params': ...}], a state dict not at all")
-    items = list(params)
+    items = list(_several(params))
     if not items:
         raise ValueError("params is empty: there is nothing to optimize; pass model.parameters() or the model")
     if not isinstance(items[0], Mapping):
@@ -51,8 +52,11 @@ def to_groups(
     groups: list[dict[str, Any]] = []
     told: set[bool] = set()  # whether the user named parameters
     for item in items:
-        if not isinstance(item, Mapping) or "params" not in item:
+        if not isinstance(item, Mapping):
             raise TypeError(f"params mixes groups with other things: expected a dict with 'params', got {type(item).__name__}")
+        if "params" not in item:
+            keys = ", ".join(map(repr, item)) or "nothing"
+            raise TypeError(f"params: a group must have 'params', its parameters; this one has {keys}")
         pairs = _named(item["params"], modules)
         groups.append({**item, "params": [(name or known.get(p), p) for name, p in pairs]})
         if not isinstance(item["params"], nn.Module):
@@ -94,7 +98,7 @@ def _named(params: Any, modules: list[nn.Module]) -> list[tuple[str | None, Tens
     elif isinstance(params, set):
         raise TypeError("params is a set, whose order changes between runs; pass a list")
     seen: set[Tensor] = set()
-    for item in params:
+    for item in _several(params):
         name, param = item if isinstance(item, tuple) else (None, item)
         if isinstance(param, nn.Module):
             raise TypeError("params holds a module among parameters; pass the module itself, or {'params': module} as a group")
@@ -110,6 +114,14 @@ def _named(params: Any, modules: list[nn.Module]) -> list[tuple[str | None, Tens
         if param.is_floating_point() or param.is_complex() or param.requires_grad:
             pairs.append((None if name is None else clean(name), param))
     return pairs
+
+
+def _several(params: Any) -> Iterable[Any]:
+    if isinstance(params, type) or not isinstance(params, Iterable):
+        raise TypeError(
+            f"params must be a module, or an iterable of parameters or groups, got {shown(params)}; pass the model, or model.parameters()"
+        )
+    return params
 
 
 def _check(params: Sequence[Tensor]) -> None:
@@ -143,10 +155,15 @@ class ModuleGroups(list[dict[str, Any]]):
         self.module = module
 
 
-def _leaves_of(model: nn.Module | Iterable[tuple[str, Tensor]]) -> list[Leaf]:
+def _leaves_of(owner: str, model: nn.Module | Iterable[tuple[str, Tensor]]) -> list[Leaf]:
     """Of a model, or of named parameters."""
+    pairs = _named(model, [])
+    if any(name is None for name, _ in pairs):
+        raise TypeError(
+            f"{owner}: model must be a module or named parameters; of these the names are not known: pass the model itself"
+        )
     models = Models([model] if isinstance(model, nn.Module) else [])
-    named = [(n, p) for n, p in _named(model, []) if n is not None]
+    named = [(n, p) for n, p in pairs if n is not None]
     return models.leaves([{"params": [p for _, p in named], "param_names": [n for n, _ in named]}])
 
 
@@ -160,12 +177,17 @@ def decay_groups(model: nn.Module | Iterable[tuple[str, Tensor]], weight_decay: 
     Returns:
         A list of groups for any optimizer; recipes given it know the module too. A group without parameters is left out.
 
+    Raises:
+        TypeError: for parameters without names.
+        ValueError: for a decay that is negative.
+
     Example:
         >>> groups = decay_groups(torch.nn.Linear(3, 2), 0.1)
         >>> [(g["weight_decay"], [name for name, _ in g["params"]]) for g in groups]
         [(0.1, ['weight']), (0.0, ['bias'])]
     """
-    leaves = _leaves_of(model)
+    checks.non_negative("decay_groups", weight_decay=weight_decay)
+    leaves = _leaves_of("decay_groups", model)
     split: dict[bool, list[tuple[str, Tensor]]] = {True: [], False: []}
     for leaf in leaves:
         split[is_decayed(leaf)].append((leaf.name, leaf.param))
@@ -197,7 +219,8 @@ def role_groups(
         A list of groups for any optimizer; recipes given it know the module too.
 
     Raises:
-        ValueError: for a factor that is negative.
+        TypeError: for parameters without names.
+        ValueError: for a rate or factor that is negative.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
@@ -207,7 +230,8 @@ def role_groups(
     scales = {"hidden": 1.0, "embedding": embedding, "output": output, "vector": vector}
     for role, scale in scales.items():
         checks.non_negative("role_groups", **{role: scale})
-    leaves = _leaves_of(model)
+    checks.learning_rate("role_groups", lr)
+    leaves = _leaves_of("role_groups", model)
     of_layer: dict[str, str] = {}
     for leaf in sorted(leaves, key=lambda leaf: -leaf.ndim):  # matrices decide for their biases
         of_layer.setdefault(leaf.layer, _role(leaf))

@@ -44,6 +44,7 @@ class Saving(Stepping):
             ValueError: where it does not fit; the message names the parameter. Parameters are matched by name where both
                 sides know names (a warning says what did not match), else by position.
         """
+        serialization.check_mapping(state_dict)
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)

@@ -18,7 +18,14 @@ from precond.optim.engine.cells import Cell
 from precond.optim.engine.loop import ProbeResults
 from precond.optim.engine.point import Point, gather
 from precond.optim.optimizer.capturing import Capturing
-from precond.optim.optimizer.closures import check_repeatable, exact_gradient, finite_loss, loss_gradient
+from precond.optim.optimizer.closures import (
+    check_closure,
+    check_repeatable,
+    check_scale,
+    exact_gradient,
+    finite_loss,
+    loss_gradient,
+)
 from precond.optim.optimizer.interrupts import Uninterrupted
 from precond.optim.optimizer.passes import Random, Recorder, random_state, restore_random_state
 from precond.optim.optimizer.probing import Probe, place_gradients, take_gradients, unscaled
@@ -61,9 +68,11 @@ class SecondGradients(Capturing):
             True while another gradient is wanted; then False, the parameters being as before, bit for bit.
 
         Raises:
+            TypeError, ValueError: for a scale that is no positive number.
             RuntimeError: where a pass left no gradient, or called the model more often than the pass before; and where the probe was
                 complete and ``.grad`` has changed since, as in a loop of its own for each micro-batch.
         """
+        check_scale(grad_scale)
         if not self._probing:
             return False
         self._check_training("probe")
@@ -81,6 +90,7 @@ class SecondGradients(Capturing):
 
     def _gradients(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
         """The clean pass, and the probes with the random state forked around them; the loss and the gradient's graph."""
+        check_closure("step: closure", closure)
         if self.probing:
             self.restore()
         # A probe that is complete is this step's, unless the closure makes another gradient.

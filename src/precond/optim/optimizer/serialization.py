@@ -12,6 +12,7 @@ from torch import Tensor
 
 from precond.algebra.sharding import copy_, divided
 from precond.algebra.warning import warn
+from precond.optim.checking.arguments import shown
 from precond.optim.engine.shared_state import whole_state
 from precond.optim.engine.sharing import Shared
 from precond.optim.ranks.replicas import meet
@@ -81,14 +82,19 @@ def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
     try:
         saved_groups: Sequence[Mapping[str, Any]] = state_dict["param_groups"]
         saved_state: Mapping[Any, Mapping[str, Any]] = state_dict["state"]
+        if not isinstance(saved_state, Mapping):
+            raise TypeError
+        for group in saved_groups:
+            list(group["params"])
     except (KeyError, TypeError) as error:
-        if isinstance(state_dict, Mapping) and any(str(key).startswith("state.") for key in state_dict):
+        check_mapping(state_dict)
+        if any(str(key).startswith("state.") for key in state_dict):
             raise ValueError(
                 "load_state_dict: the state dict is flattened, which torch.distributed.checkpoint.state_dict undoes, but not together with "
                 "full_state_dict=True: leave out one of the two, when saving and when loading"
             ) from error
         raise ValueError(
-            "load_state_dict: expected a dict with 'state' and 'param_groups', as optimizer.state_dict() returns; "
+            "load_state_dict: expected a dict with 'state' and 'param_groups' (dicts with 'params'), as optimizer.state_dict() returns; "
             "is the file truncated, or a model's state dict?"
         ) from error
     groups = optimizer.param_groups
@@ -135,6 +141,15 @@ def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
     for param, key in identity.items():
         if frozen and param in frozen and key in saved_state:  # its state waits until it is thawed
             optimizer.state[param] = {k: deepcopy(v) for k, v in saved_state[key].items() if k != FROZEN}
+
+
+def check_mapping(state_dict: Any) -> None:
+    """Raise TypeError where something is no dict."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"load_state_dict: state_dict must be a dict, as optimizer.state_dict() returns, got {shown(state_dict)}; "
+            "read a file by torch.load"
+        )
 
 
 def _was_frozen(saved_state: Mapping[Any, Mapping[str, Any]], key: Any) -> bool:
