@@ -18,7 +18,7 @@ images, labels = load_digits(return_X_y=True)
 x, y = torch.as_tensor(images, dtype=torch.float32) / 16, torch.as_tensor(labels)
 batches = [(x[i : i + 64], y[i : i + 64]) for i in range(0, 1792, 64)]
 torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 objective = precond.Objective(model, nn.functional.cross_entropy, batches)
 
 recipes = {
@@ -30,13 +30,13 @@ recipes = {
 }
 figure, axis = plt.subplots(figsize=(7, 4))
 for color, (name, make) in enumerate(recipes.items()):
-    found = lr_range(objective, make, steps=20, ramp_steps=60)
+    found = lr_range(objective, make, steps=10, ramp_steps=30)
     stable = [curve for curve in found.curves if curve.final < 2.3]
     axis.loglog(
         [curve.lr for curve in stable], [curve.final for curve in stable], "o-", markersize=4, color=f"C{color}", label=name
     )
     axis.plot(found.lr, found.best.final, "o", markersize=10, color=f"C{color}")
-    print(f"{name:10} lr {found.lr:.2g}: loss {found.best.final:.3f} after 20 steps")
-axis.set(xlabel="learning rate", ylabel="loss after 20 steps")
+    print(f"{name:10} lr {found.lr:.2g}: loss {found.best.final:.3f} after 10 steps")
+axis.set(xlabel="learning rate", ylabel="loss after 10 steps")
 axis.legend()
 plt.show()

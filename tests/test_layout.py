@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pickle
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import torch
 
 import precond
 from precond._moved import MOVED
@@ -74,3 +79,29 @@ def test_every_public_name_is_there() -> None:
     assert set(precond.__all__) <= set(dir(precond))
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         precond.nothing  # noqa: B018
+
+
+def private_names(tree: ast.AST) -> Iterator[str]:
+    """Names of torch with a part that begins with an underscore, as a module writes them."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            full = ast.unparse(node)
+            if re.fullmatch(r"torch(\.\w+)*\._[a-zA-Z]\w*|torch(\.\w+)*\._[a-zA-Z]\w*(\.\w+)+", full):
+                yield full
+        elif isinstance(node, ast.ImportFrom) and re.fullmatch(r"torch(\.\w+)*", node.module or ""):
+            yield from (full for name in node.names if "._" in (full := f"{node.module}.{name.name}"))
+
+
+def test_what_is_private_in_torch_is_in_the_table_of_versions() -> None:
+    table = (ROOT.parents[1] / "docs/reliability.md").read_text(encoding="utf-8").partition("## Versions of torch")[2]
+    rows = set(re.findall(r"`(torch\.[\w.*]+)`", table))
+    used = {name for path in ROOT.rglob("*.py") for name in private_names(ast.parse(path.read_text(encoding="utf-8")))}
+    whole = {name for name in used if not any(other.startswith(f"{name}.") for other in used)}  # no parts of longer ones
+    unlisted = {name for name in whole if not any(fnmatch(name, row) for row in rows)}
+    assert not unlisted
+    assert not {row for row in rows if not any(fnmatch(name, row) for name in whole)}
+    for name in whole:
+        value: object = torch
+        for part in name.split(".")[1:]:
+            value = getattr(value, part, None) or importlib.import_module(f"{value.__name__}.{part}")  # type: ignore[attr-defined]
+        assert value is not None, name

@@ -268,7 +268,7 @@ def verbs(P, matrix, like):
     before = [t.clone() for t in v]
     for found, expected in {
         P.mv: matrix @ flat, P.rmv: matrix.T @ flat, P.gram: matrix @ matrix.T @ flat,
-        P.solve: inverse @ flat, P.rsolve: inverse.T @ flat,
+        P.solve: inverse @ flat, P.rsolve: inverse.T @ flat, P.gram_solve: inverse.T @ inverse @ flat,
     }.items():  # fmt: skip
         out = found(v)
         close(out, expected)
@@ -388,9 +388,11 @@ def test_a_map_known_by_its_gram_matrix_alone():
     P = GramOnly(M, LIKE)
     v = vector(LIKE)
     close(P.gram(v), M @ vec.flatten(v))
+    close(P.gram_solve(v), torch.linalg.solve(M, vec.flatten(v)))
     close(P.damped(0.3).gram(v), of_blocks(FULL, 0.3, [ALL], root=False) @ vec.flatten(v))
     Q = LAYER["standardizing"][0] @ P
     close(Q.gram(v), LAYER["standardizing"][1] @ M @ LAYER["standardizing"][1].T @ vec.flatten(v))
+    close(Q.gram_solve(Q.gram(v)), vec.flatten(v))
     assert not P.root and not Q.root and not P.T.root and not BlockDiagonal([((0, 1), P)]).root
     for refused in (P.mv, P.rmv, P.solve, P.rsolve, P.T.gram, Q.mv):
         with pytest.raises(ValueError, match=r"states M = P Pᵀ and no root P"):

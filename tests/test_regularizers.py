@@ -137,6 +137,10 @@ def test_values_for_logging(penalty, expected):
     assert float(penalty.value(evaluated(penalty))) == pytest.approx(float(expected))
 
 
+def test_the_length_of_z_is_known_by_the_metric_alone():
+    assert float(L2(0.3, "z").value(evaluated(L2(0.3, "z"), root=False))) == pytest.approx(float(0.3 * z.square().sum()))
+
+
 def test_ties_of_the_largest_entry_share_the_subgradient():
     penalty = GradientNorm(0.3, "p", 1, math.inf)
     at = evaluated(penalty)

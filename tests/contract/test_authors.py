@@ -114,6 +114,7 @@ CHOICES = {
     "one penalty": ({"regularizers": Penalty()}, "put it in brackets"),
     "no list": ({"regularizers": 0.1}, r"such as \[precond.L2\(1e-4\)\]"),
     "no space": ({"regularizers": [Spaceless()]}, "Spaceless lacks 'space'; give it a field"),
+    "scalars: a word": (lambda: {"regularizers": [own(Penalty, scalars="lam")()]}, r"scalars is 'lam'; .*\('lam',\)"),
     "no term": (lambda: {"regularizers": [own(precond.Regularizer)()]}, r"lacks term\(self, at\), which returns"),
 }
 
@@ -164,3 +165,18 @@ def test_choices(name):
 def test_what_is_right_passes():
     step(Rows(), regularizers=[Penalty(), probing(lambda at: ())()])()
     step(RMS() @ Rows(), regularizers=[Penalty(space="p")], momentum=Momentum())()
+
+
+def test_a_penalty_without_a_number_acts_where_it_says():
+    p, q = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    numberless = own(Penalty, scalars=(), where="first", term=lambda self, at: at.space.raised(at.space.project(at.p)))
+    optimizer = precond.sgd([("first", p), ("second", q)], lr=0.5, regularizers=[numberless()])
+    p.grad, q.grad = torch.zeros(2), torch.zeros(2)
+    optimizer.step()
+    assert p.tolist() == [0.5, 0.5] and q.tolist() == [1.0, 1.0]  # p − ½·p where it acts
+
+
+def test_groups_of_a_penalty_without_a_number_say_how_to_leave_some_out():
+    groups = [{"params": [nn.Parameter(torch.ones(2))]}, {"params": [nn.Parameter(torch.ones(2))], "mine.lam": 0.2}]
+    with pytest.raises(ValueError, match=r"differ in nothing of Mine, not in lam.*by where="):
+        precond.sgd(groups, lr=0.1, regularizers=[own(Penalty, scalars=())()])

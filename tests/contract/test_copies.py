@@ -28,27 +28,30 @@ def through_a_file(x):
 HOW = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x)), "torch.save": through_a_file}
 
 
-@pytest.mark.parametrize("how", HOW)
 @each
-def test_a_copy_goes_on_by_itself(name, how):
+def test_copies_go_on_by_themselves(name):
     model = net()
     optimizer = EVERY[name](model)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
     train(model, optimizer, batches(3), lambda t: scheduler.step())
-    before = flat(model)
-    model2, optimizer2, scheduler2 = HOW[how]((model, optimizer, scheduler))
-    if optimizer2.observes:
-        closure(model2, optimizer2, batches(1)[0])()
-        with pytest.raises(RuntimeError, match="call watch"):
-            optimizer2.step() if not optimizer2._probing else optimizer2.probe()
-        model2.load_state_dict(model.state_dict())
-    if optimizer2.observes or optimizer2._probing:
-        optimizer2.watch(model2)
-    train(model2, optimizer2, batches(3, seed=2), lambda t: scheduler2.step())
-    assert torch.equal(flat(model), before)
+    before, ends, rates = flat(model), {}, set()
+    for how, copied in HOW.items():
+        model2, optimizer2, scheduler2 = copied((model, optimizer, scheduler))
+        if optimizer2.observes:
+            closure(model2, optimizer2, batches(1)[0])()
+            with pytest.raises(RuntimeError, match="call watch"):
+                optimizer2.step() if not optimizer2._probing else optimizer2.probe()
+            model2.load_state_dict(model.state_dict())
+        if optimizer2.observes or optimizer2._probing:
+            optimizer2.watch(model2)
+        train(model2, optimizer2, batches(3, seed=2), lambda t, scheduler=scheduler2: scheduler.step())
+        assert torch.equal(flat(model), before), how
+        ends[how] = flat(model2)
+        rates.add(optimizer2.param_groups[0]["lr"])
     train(model, optimizer, batches(3, seed=2), lambda t: scheduler.step())
-    assert torch.equal(flat(model), flat(model2)) and not torch.equal(flat(model), before)
-    assert optimizer.param_groups[0]["lr"] == optimizer2.param_groups[0]["lr"]
+    assert not torch.equal(flat(model), before)
+    assert {how: torch.equal(flat(model), end) for how, end in ends.items()} == dict.fromkeys(HOW, True)
+    assert rates == {optimizer.param_groups[0]["lr"]}
 
 
 class Table(nn.Module):

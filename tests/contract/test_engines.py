@@ -26,7 +26,7 @@ def test_auto_is_loop(name, gaps):
     for engine in ("auto", "loop"):
         model = net()
         optimizer = EVERY[name](model, engine=engine)
-        for t, batch in enumerate(batches(10)):
+        for t, batch in enumerate(batches(8)):
             torch.manual_seed(t)
             run = closure(model, optimizer, batch)
 

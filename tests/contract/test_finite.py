@@ -36,7 +36,7 @@ INPUTS = {
 }
 
 
-def run(make, penalties, inputs, steps=24):
+def run(make, penalties, inputs, steps=16):
     """The largest loss and parameter of a small MLP with what makes gradients vanish: dropout, BatchNorm, ReLU. None: refused."""
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -17,7 +17,7 @@ from precond.analysis.curvature import Objective
 
 FROZEN = {"a layer": "head", "a bias": "head.bias", "a weight": "head.weight"}
 SCHEDULED = {name: OWN[name] for name in OWN if "cholesky" in name or "olar" in name or name.startswith("auto,")}
-RESUMED = ("after freezing", "while frozen", "after thawing")
+RESUMED = {5: "after freezing", 7: "while frozen", 8: "after thawing"}
 
 
 def set_frozen(model, which, on):
@@ -26,42 +26,19 @@ def set_frozen(model, which, on):
             p.requires_grad_(not on)
 
 
-def frozen_and_thawed(make, which, resumed=None, before=False):
-    """Five steps, three with something frozen, four more; ``before``: frozen before the state is loaded, not after."""
+def stepped(model, optimizer, which, start, saved=None):
+    """Steps up to the twelfth, something being frozen from the fifth on and thawed before the eighth; ``saved`` is called at three moments."""
     data = batches(12)
-    model = net()
-    optimizer = make(model)
-
-    def steps(span):
-        for t in span:
-            torch.manual_seed(100 + t)
-            optimizer.step(closure(model, optimizer, data[t]))
-
-    def resume(frozen):
-        file = io.BytesIO()
-        torch.save((model.state_dict(), optimizer.state_dict()), file)
-        file.seek(0)
-        weights, state = torch.load(file, weights_only=True)
-        new = net()
-        new.load_state_dict(weights)
-        set_frozen(new, which, frozen and before)
-        other = make(new, lr=9.0)
-        other.load_state_dict(state)
-        set_frozen(new, which, frozen)
-        return new, other
-
-    steps(range(5))
-    set_frozen(model, which, True)
-    if resumed == "after freezing":
-        model, optimizer = resume(True)
-    steps(range(5, 7))
-    if resumed == "while frozen":
-        model, optimizer = resume(True)
-    steps(range(7, 8))
-    set_frozen(model, which, False)
-    if resumed == "after thawing":
-        model, optimizer = resume(False)
-    steps(range(8, 12))
+    for t in range(start, 12):
+        if t in (5, 8):
+            set_frozen(model, which, t == 5)
+        if saved is not None and t in RESUMED:
+            file = io.BytesIO()
+            torch.save((model.state_dict(), optimizer.state_dict()), file)
+            file.seek(0)
+            saved[t] = torch.load(file, weights_only=True)
+        torch.manual_seed(100 + t)
+        optimizer.step(closure(model, optimizer, data[t]))
     return flat(model)
 
 
@@ -69,9 +46,17 @@ def frozen_and_thawed(make, which, resumed=None, before=False):
 @pytest.mark.parametrize("name", [*precond.RECIPES, *SCHEDULED])
 def test_resume_through_freezing(name, which):
     make = {**precond.RECIPES, **SCHEDULED}[name]
-    never = frozen_and_thawed(make, which)
-    for resumed, before in zip(RESUMED, (False, which == "a weight", False), strict=True):
-        assert torch.equal(frozen_and_thawed(make, which, resumed, before), never), resumed
+    model, saved = net(), {}
+    never = stepped(model, make(model), which, 0, saved)
+    for start, resumed in RESUMED.items():
+        weights, state = saved[start]
+        model, frozen = net(), start < 8
+        model.load_state_dict(weights)
+        set_frozen(model, which, frozen and start == 7 and which == "a weight")  # before the state is loaded, or after
+        optimizer = make(model, lr=9.0)
+        optimizer.load_state_dict(state)
+        set_frozen(model, which, frozen)
+        assert torch.equal(stepped(model, optimizer, which, start), never), resumed
 
 
 @pytest.mark.parametrize("name", precond.RECIPES)

@@ -22,6 +22,7 @@ from device.pretended import move, on_cpu, to_device
 from device.twins import Loss, Twins
 
 WARM_UP = 8  # steps in which a method may look at what was seen first
+RATE = 0.003
 
 WARM, STEPS = 8, 14
 Make = Callable[..., torch.optim.Optimizer]
@@ -111,16 +112,23 @@ def _cpu(model: nn.Module, optimizer: torch.optim.Optimizer, data: Sequence[Batc
     return flat(model)
 
 
-@cache
 def followed(name: str) -> Followed:
     """A configuration of the contract's table, on its net."""
+    return _trained(name)[0]
+
+
+@cache
+def _trained(name: str) -> tuple[Followed, Any, Any, Tensor]:
+    """How it went; the model and the optimizer after :data:`WARM` steps, on the host; the parameters at the end."""
     data = batches(STEPS)
     twins = Twins(net())
     training = Training(twins, EVERY[name](twins.model))
-    count, warm = training.steps(data[:WARM]), training.steps(data[WARM:], WARM)
+    count = training.steps(data[:WARM])
+    saved = _on_host(twins.model.state_dict()), copy.deepcopy(_on_host(training.optimizer.state_dict()))
+    warm = training.steps(data[WARM:], WARM)
     model = net()
     end = _cpu(model, EVERY[name](model), data)
-    return Followed(relative(training.end, end), training.strayed, count.plus(warm), warm)
+    return Followed(relative(training.end, end), training.strayed, count.plus(warm), warm), *saved, training.end
 
 
 class Spread(nn.Module):
@@ -157,19 +165,13 @@ def spread(name: str) -> Followed:
 
 def resumed(name: str) -> tuple[bool, list[str]]:
     """Whether a training that was saved to the host and loaded goes on as if never stopped, and what strayed."""
-    data = batches(12)
-    whole = Twins(net())
-    uninterrupted = Training(whole, EVERY[name](whole.model))
-    uninterrupted.steps(data)
-    first = Twins(net())
-    training = Training(first, EVERY[name](first.model))
-    training.steps(data[:7])
-    second = Twins(net())
-    second.model.load_state_dict(first.model.state_dict())
-    successor = Training(second, EVERY[name](second.model, lr=99.0))
-    successor.optimizer.load_state_dict(_on_host(training.optimizer.state_dict()))
-    successor.steps(data[7:], 7)
-    return torch.equal(uninterrupted.end, successor.end), successor.strayed
+    _, model, optimizer, end = _trained(name)
+    twins = Twins(net())
+    twins.model.load_state_dict(model)
+    successor = Training(twins, EVERY[name](twins.model, lr=99.0))
+    successor.optimizer.load_state_dict(optimizer)
+    successor.steps(batches(STEPS)[WARM:], WARM)
+    return torch.equal(end, successor.end), successor.strayed
 
 
 def _on_host(x: Any) -> Any:
@@ -195,28 +197,31 @@ def _scripted(make: Make, steps: int, before_step: Callable[[Any, int], None], s
 
 
 @cache
+def _unscaled(name: str) -> Tensor:
+    """Where steps of a rate that is a number end."""
+    return _scripted(lambda m: EVERY[name](m, lr=RATE), WARM_UP + 2, lambda o, t: None)[0]
+
+
+@cache
 def scaled(name: str) -> tuple[float, bool, int]:
-    """As ``GradScaler.step`` hands its tensors over: distance from the unscaled, whether an overflow changed nothing, waits."""
+    """As ``GradScaler.step`` hands its tensors over: distance from the unscaled, whether an overflow then changed nothing, waits."""
+    before: list[Tensor] = []
 
     def scaler(optimizer: Any, t: int) -> None:
-        optimizer.grad_scale, optimizer.found_inf = to_device(torch.tensor(1024.0)), to_device(torch.tensor(0.0))
+        overflow = t == WARM_UP + 2
+        optimizer.grad_scale, optimizer.found_inf = to_device(torch.tensor(1024.0)), to_device(torch.tensor(float(overflow)))
+        if overflow:
+            before.append(torch.cat([on_cpu(p).flatten() for group in optimizer.param_groups for p in group["params"]]))
 
-    def overflow(optimizer: Any, t: int) -> None:
-        scaler(optimizer, t)
-        optimizer.found_inf = to_device(torch.tensor(float(t == WARM_UP + 2)))
-
-    plain, _, _ = _scripted(EVERY[name], WARM_UP + 2, lambda o, t: None)
-    ours, count, _ = _scripted(EVERY[name], WARM_UP + 2, scaler, 1024.0)
-    skipped, _, _ = _scripted(EVERY[name], WARM_UP + 3, overflow, 1024.0)
-    return relative(ours, plain), torch.equal(skipped, ours), count.reads.total()
+    ours, count, _ = _scripted(lambda m: EVERY[name](m, lr=RATE), WARM_UP + 3, scaler, 1024.0)
+    return relative(ours, _unscaled(name)), torch.equal(ours, before[0]), count.reads.total()
 
 
 def tensor_lr(name: str, device: str) -> tuple[float, int]:
     """A rate that is a tensor, of the device or of the host: distance from the number's, and waits."""
-    rate = to_device(torch.tensor(0.003, dtype=torch.float64), device)
-    plain, _, _ = _scripted(lambda m: EVERY[name](m, lr=0.003), WARM_UP + 2, lambda o, t: None)
+    rate = to_device(torch.tensor(RATE, dtype=torch.float64), device)
     ours, count, _ = _scripted(lambda m: EVERY[name](m, lr=rate), WARM_UP + 2, lambda o, t: None)
-    return relative(ours, plain), count.reads.total()
+    return relative(ours, _unscaled(name)), count.reads.total()
 
 
 @dataclass

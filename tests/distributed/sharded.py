@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed.training import Setting, build, contents, fit, full
+from distributed.training import WRAPS, Setting, build, contents, fit, full
 from inputs import kinds
 from precond import (
     BNP,
@@ -44,6 +45,33 @@ def shapes(setting: Setting) -> dict[str, Any]:
     for name, p in model.named_parameters():
         for key, t in {"": p, **optimizer.state[p]}.items():
             out[f"{name} {key}"] = (isinstance(t, DTensor), tuple(t.to_local().shape if isinstance(t, DTensor) else t.shape))
+    return out
+
+
+def sharded_later(setting: Setting, steps: int = 0) -> dict[str, Any]:
+    """A training whose trainer shards the model after the optimizer was made, and puts the new parameters into its groups."""
+    rank = dist.get_rank()
+    model, optimizer = build(setting, None)
+    if steps:
+        fit(replace(setting, steps=steps), model, optimizer, None)
+    names = {p: name for name, p in model.named_parameters()}
+    model = WRAPS[setting.wrap](model)
+    for group in optimizer.param_groups:
+        group["params"] = [model.get_parameter(names[p]) for p in group["params"]]
+    losses = fit(setting, model, optimizer, rank)
+    return {"losses": losses, **contents(model, optimizer)}
+
+
+def frozen_between_steps() -> list[list[str]]:
+    """Whose layers are known, before and after a parameter is frozen, which is followed within the next forward."""
+    model = fully_shard(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2)), mesh=_mesh())
+    optimizer, out = whitening(model), []
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(4, 4)).square().mean().backward()
+        optimizer.step()
+        out.append([f"{leaf.name} {leaf.kind}" for leaf in optimizer._bound.leaves if leaf.module is not None])
+        model[0].bias.requires_grad_(False)
     return out
 
 

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from distributed import agreement, sharded
 from distributed.pool import Failed
 from distributed.test_ddp import check
-from distributed.training import OPTIMIZERS, Setting
+from distributed.training import OPTIMIZERS, Setting, train
 from precond import Muon
 from precond.optim.inputs import survey
 from precond.optim.optimizer.compatibility import check_shared
@@ -40,6 +40,24 @@ def test_parameters_that_are_whole_on_some_ranks_count_once(ranks, optimizer, wr
 @pytest.mark.parametrize("optimizer", ["SAM", "gradient norm, central"])
 def test_probes_without_closure(ranks, optimizer):
     check(ranks, Setting(optimizer, wrap="fsdp", how="probe", parts=2))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "BNP", "auto", "soap, SAM"])
+def test_a_trainer_that_shards_after_the_optimizer_was_made(ranks, optimizer):
+    """It puts the new parameters into the groups: the optimizer follows, in the midst of a forward too."""
+    setting = Setting(optimizer, wrap="fsdp")
+    check_equal(ranks.run(sharded.sharded_later, setting)[0], train(setting), rtol=1e-6, atol=1e-8)
+
+
+def test_sharding_after_a_step_is_refused(ranks):
+    for found in ranks.outcomes(sharded.sharded_later, Setting("soap", wrap="fsdp"), 1):
+        assert isinstance(found, Failed) and found.kind == "RuntimeError"
+        assert "shard the model before the first step" in found.message
+
+
+def test_layers_stay_known_when_the_model_changes_between_steps(ranks):
+    for before, after in ranks.run(sharded.frozen_between_steps):
+        assert before == after and "1.weight norm" in after and len(after) == 6
 
 
 def test_parameters_and_their_state_are_divided_and_statistics_are_not(ranks):

@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import integrations.conftest  # noqa: F401  # first: torchvision, where it does not fit
+import precond
 from integrations.test_transformers import CLASSES, arguments, bert, data, inside
 from precond.integrations.transformers import Trainer
+
+RESUMED = ["adamw", "auto", "soap", "SAM in z"]
 
 
 def trainer(folder: Path, recipe: str, **options: Any) -> Any:
@@ -24,6 +28,21 @@ def trainer(folder: Path, recipe: str, **options: Any) -> Any:
 def kept(optimizer: Any) -> int:
     """Numbers of the state that this process keeps."""
     return sum(t.numel() for entries in optimizer.state.values() for t in entries.values())
+
+
+def gpt2() -> Any:
+    torch.manual_seed(1)
+    config = transformers.GPT2Config(
+        vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+def texts(count: int) -> list[dict[str, torch.Tensor]]:
+    """Rows of different numbers of tokens that count."""
+    rows = [row["input_ids"] for row in data(count)]
+    return [{"input_ids": x, "labels": x.masked_fill(torch.arange(len(x)) < k % 4, -100)} for k, x in enumerate(rows)]
 
 
 def run(folder: Path, recipe: str) -> dict[str, Any]:
@@ -39,9 +58,39 @@ def run(folder: Path, recipe: str) -> dict[str, Any]:
     }
 
 
+JOINT = {
+    "a classifier, as set": (bert, data, {}),
+    "a classifier": (bert, data, {"average_tokens_across_devices": False}),
+    "a language model": (gpt2, texts, {}),
+}
+"""Model, rows and options: the Trainer multiplies losses by the number of processes unless told not to, which is right where the model divides
+by the number of tokens of all processes, as language models do."""
+TWIN = {
+    "torch's AdamW": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.01}),
+    "adamw": (precond.AdamW, {"lr": 0.01, "weight_decay": 0.01}),
+}
+
+
+def joint(folder: Path, kind: str, recipe: str, processes: int) -> dict[str, torch.Tensor]:
+    """Parameters after four steps of four rows for each of two micro-batches, whatever the number of processes; in float64."""
+    make, rows, options = JOINT[kind]
+    model = make().double()
+    options = {
+        "per_device_train_batch_size": 4 // processes,
+        "gradient_accumulation_steps": 2,
+        "ddp_find_unused_parameters": True,
+        **options,
+    }
+    cls, more = {**CLASSES, **TWIN}[recipe]
+    Trainer(model, arguments(folder, **options), train_dataset=rows(32), optimizer_cls_and_kwargs=(cls, dict(more))).train()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    base = Path(sys.argv[1])
     for name in sys.argv[2:]:
-        folder = Path(sys.argv[1]) / name
-        torch.save(run(folder, name), Path(sys.argv[1]) / f"{name}{dist.get_rank()}.pt")
+        found = run(base / name, name) if name in RESUMED else {}
+        found |= {kind: joint(base / name, kind, name, 2) for kind in JOINT}
+        torch.save(found, base / f"{name}{dist.get_rank()}.pt")
     dist.destroy_process_group()

@@ -11,6 +11,7 @@ from torch import nn
 import precond
 from contract.table import flat
 from precond import Auto, Whitening
+from precond.optim.recipes.looking import Looking
 
 GENERATOR = torch.Generator().manual_seed(3)
 MIX = torch.randn(6, 6, generator=GENERATOR, dtype=torch.float64)
@@ -167,3 +168,88 @@ def test_layers_of_one_shape_decide_together():
     measured = optimizer.param_groups[0]["measured"]
     assert measured["white.weight"] == measured["mixed.weight"] < 0.8
     assert acting(optimizer)["white.weight"] == "Whitening"
+
+
+def test_what_is_told_is_the_noise_of_the_first_gradients_and_the_samples_of_each_input():
+    """Against dense gradients of the first steps, and an effective number of samples made from the weights of the average."""
+    model = net()
+    optimizer = precond.auto(model, choice=Auto(whitening=Whitening(decay=0.5, observe_steps=8)))
+    gradients: dict[str, list] = {}
+    for t in range(7):
+        steps(model, optimizer, t, t + 1)
+        for name, p in model.named_parameters():
+            gradients.setdefault(name, []).append(p.grad.flatten().clone())
+    seen = optimizer.param_groups[0]["seen"]
+    assert set(seen) == set(optimizer.param_groups[0]["measured"]) == {"white.weight", "mixed.weight", "head.weight"}
+    for name, (samples, noise) in seen.items():
+        G = torch.stack(gradients[name])
+        spread = G.var(0).sum()
+        assert noise == pytest.approx(float(spread / (G.mean(0).square().sum() - spread / 7)), rel=0.06)  # two digits
+        weights = torch.zeros(0)
+        for t in range(1, 8):  # an average of all until it forgets
+            gain = max(0.5, 1 / t)
+            weights = torch.cat([weights * (1 - gain), torch.tensor([gain])])
+        assert samples == pytest.approx(float(200 / weights.square().sum()) / 6, rel=0.006)  # three digits
+        why = {row.name: row.why for row in optimizer.explain().rows}[name]
+        assert why.endswith(f"(not decisive: {samples:g} samples per input, gradient noise {noise:g})")
+
+
+def test_what_is_told_changes_no_step(monkeypatch):
+    def trained():
+        model = net()
+        optimizer = precond.auto(model)
+        steps(model, optimizer, 0, 20, size=32)
+        return model, optimizer
+
+    told, optimizer = trained()
+    monkeypatch.setattr(Looking, "_note", lambda self, leaf: None)
+    monkeypatch.setattr(Whitening, "samples_per_input", lambda self, state: dict.fromkeys(self.independent(state), 1.0))
+    untold, other = trained()
+    assert optimizer.param_groups[0]["seen"] != other.param_groups[0]["seen"]
+    assert torch.equal(flat(told), flat(untold)) and acting(optimizer) == acting(other)
+    mine, theirs = (o.state_dict()["state"] for o in (optimizer, other))
+    assert mine.keys() == theirs.keys()
+    for p in mine:
+        assert mine[p].keys() == theirs[p].keys() and all(torch.equal(mine[p][k], theirs[p][k]) for k in mine[p])
+
+
+def test_nothing_is_told_that_was_not_seen():
+    model = net()
+    first = precond.auto(model)
+    steps(model, first, 0, 5)
+    second = precond.auto(model)
+    saved = first.state_dict()
+    for group in saved["param_groups"]:
+        del group["seen"]  # of an earlier version
+    second.load_state_dict(saved)
+    steps(model, second, 5, 8)
+    assert all(noise is None and samples > 0 for samples, noise in second.param_groups[0]["seen"].values())
+    assert "gradient noise" not in str(second.explain()) and "samples per input" in str(second.explain())
+    with pytest.raises(TypeError, match="seen must be triples"):
+        Auto(seen=(("white.weight", 1.0),))
+
+
+def test_what_is_kept_of_gradients_is_bounded():
+    """Where one layer has no gradient for long nothing is decided, and no more is kept than is needed."""
+
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(300, 40), nn.Linear(300, 4)
+
+        def forward(self, x, idle=False):
+            return self.idle(x) if idle else self.used(x)
+
+    torch.manual_seed(0)
+    model = Wide()
+    optimizer = precond.auto(model)
+    looking = optimizer.naming.settle
+    for t in range(20):
+        optimizer.zero_grad()
+        x = torch.randn(8, 300)
+        (model(x).square().mean() + (model(x, idle=True).square().mean() if t == 0 else 0)).backward()
+        optimizer.step()
+    assert optimizer.param_groups[0]["measured"] is None
+    kept = looking._gradients["used.weight"]
+    assert len(kept) == 7 and all(g.numel() == 4000 for g in kept)  # each third of 12,000
+    assert len(looking._gradients["idle.weight"]) == 1

@@ -142,13 +142,44 @@ def test_tables() -> None:
     assert rows["Both targets"]["ref"] == ["1", "1", "5 of 5"] * 2
     families = [table for heading, table in found.items() if heading.startswith("Families")]
     assert [list(table.rows[0]) for table in families] == [["nets (1)", "1 / 1", "0.5 / 0.5"], ["nets (1)", "1 / 1", "2 / 2"]]
+    # Training: 80 and 40, 80 and 30; validation: 40 and 80, 80 and 30.
+    profiles = [[list(row[1:]) for row in table.rows] for heading, table in found.items() if heading.startswith("Profiles")]
+    assert profiles[0] == [["0 of 2"] * 3 + ["1 of 2", "2 of 2"], ["2 of 2"] * 5]
+    assert profiles[1] == [["1 of 2"] * 4 + ["2 of 2"], ["1 of 2"] * 3 + ["2 of 2"] * 2]
     # Trials at 0.01, 0.02, 0.04: of ref 2, 1, 1.05; of fast in task two 3, diverged, 2.
     rates = rows["Learning rates"]
-    assert rates["ref"] == ["1.05, 2 of 2", "2, 0 of 2", "1, 2 of 2", "0.02 to 0.02"]
-    assert rates["fast"] == ["1.05, 1 of 1", "14.1, 0 of 2", "1, 2 of 2", "0.02 to 0.04"]
+    assert rates["ref"] == ["1.05 (1.05), 2 of 2", "2 (2), 0 of 2", "1 (1), 2 of 2", "0.02 to 0.02"]
+    assert rates["fast"] == ["1.05 (1.05), 1 of 1", "14.1 (51), 0 of 2", "1 (1), 2 of 2", "0.02 to 0.04"]
     page = render(results(ONE, TWO))
     for heading, table in found.items():
         assert heading in page
         assert len({line.count("|") for line in table.markdown().splitlines() if line.startswith("|")}) == 1
     assert "Validation target" in page
     assert pooled(results(ONE)) == [] and pooled(results(replace(ONE, reference=None), replace(TWO, reference=None))) == []
+
+
+def test_steps_beside_the_best_rate_are_told_in_its_own_and_in_the_references() -> None:
+    def found(trials: dict[str, tuple[Trial, ...]], lr: float = 0.02) -> TaskResults:
+        made = {label: entry(label, run(8, 0), lr=lr if label == "fast" else 0.02) for label in trials}
+        return task("one", None, *(replace(made[label], search=trials[label]) for label in trials))
+
+    def trials(*steps: int | None) -> tuple[Trial, ...]:
+        return tuple(Trial(0.01 * 2**i, 1.0, n) for i, n in enumerate(steps))
+
+    # Trainings have 100 steps. In the second task the fast one's rate is the highest that was tried.
+    one = found({"ref": trials(None, 80, None), "fast": trials(40, 20, None)})
+    two = found({"ref": trials(None, 40, 60), "fast": trials(60, 40, 10)}, lr=0.04)
+    (table,) = [t for t in pooled(results(one, replace(two, name="two"))) if t.heading.startswith("Steps beside")]
+    rows = {row[0]: list(row[1:]) for row in table.rows}
+    # 40/20 and 40/10; 100/20 at least. In units of 80 and 40 steps: 40 and 40, 20 and 10, 100 at least.
+    assert rows["fast"] == ["2.83, 2 of 2", "> 5, 0 of 1", "0.707 / 0.25 / > 1.25"]
+    # 100/80 and 100/40 at least; 100/80 at least and 60/40.
+    assert rows["ref"] == ["> 1.77, 0 of 2", "> 1.37, 1 of 2", "> 1.77 / 1 / > 1.37"]
+    # Of results whose reference has no steps, what is not known is left out.
+    old = replace(one, entries=(entry("ref", run(8, 0)), one.entries[1]))
+    (table,) = [t for t in pooled(results(old, replace(old, name="two"))) if t.heading.startswith("Steps beside")]
+    assert list(table.rows[0])[1:] == ["–", "–", "–"] and list(table.rows[1])[1:] == [
+        "2, 2 of 2",
+        "> 5, 0 of 2",
+        "–",
+    ]

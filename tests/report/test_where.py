@@ -12,6 +12,7 @@ from precond.lab.report.signs import probabilities
 from precond.lab.report.transfer import rates, searches, shared_rate, spread, transfer_figure, transfer_markdown
 from precond.lab.report.where import ADVISED, outcomes, where_figure, where_markdown
 from precond.lab.workloads import Curve, Outcome, Trial
+from precond.lab.workloads.measured import Measured
 from precond.lab.workloads.transfer import shape_name
 from precond.lab.workloads.where import Prediction
 
@@ -67,17 +68,26 @@ def test_a_sign_is_right_where_a_gain_was_predicted_and_there_or_neither() -> No
 def test_a_rule_for_signs_learns_from_other_data_alone() -> None:
     linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
     generator = torch.Generator().manual_seed(0)
-    X = torch.randn(40, 2, generator=generator)
+    X = torch.randn(40, 2, generator=generator) * torch.tensor([1.0, 30.0])
     gained = (X[:, 0] + 0.5 * torch.randn(40, generator=generator) > 0.3).tolist()
     groups = ["a"] * 15 + ["b"] * 15 + ["c"] * 10
     found = probabilities(X.tolist(), gained, groups)
-    others = linear_model.LogisticRegression(C=1.0, tol=1e-10).fit(X[15:].double().numpy(), gained[15:])
-    assert found[:15] == pytest.approx(
-        others.predict_proba(X[:15].double().numpy())[:, 1].tolist(), rel=1e-3
-    )  # lbfgs stops early
+    X = X.double()
+    Z = (X - X[15:].mean(0)) / X[15:].std(0, correction=0)  # units of the other groups
+    others = linear_model.LogisticRegression(C=1.0, tol=1e-10).fit(Z[15:].numpy(), gained[15:])
+    assert found[:15] == pytest.approx(others.predict_proba(Z[:15].numpy())[:, 1].tolist(), rel=1e-3)  # lbfgs stops early
     # What was measured on its own data changes nothing.
     assert probabilities(X.tolist(), [not g for g in gained[:15]] + gained[15:], groups)[:15] == pytest.approx(found[:15])
     assert probabilities([[1.0]], [True], ["a"]) == [0.5]
+
+
+def test_both_rules_are_told_where_numbers_were_taken() -> None:
+    text = where_markdown(RESULTS, PREDICTIONS)
+    assert "right in" in text and "With what is measured besides" not in text
+    numbers = [Measured(float(i), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0) for i in range(4)]
+    told = [replace(p, measured=m) for p, m in zip(PREDICTIONS, numbers, strict=True)]
+    assert [one.numbers for one in outcomes(RESULTS, told)] == numbers
+    assert "With what is measured besides (kappa, gain, independent," in where_markdown(RESULTS, told)
 
 
 def test_figures_are_files_of_their_own() -> None:

@@ -10,6 +10,7 @@ import precond
 from precond.analysis.curvature import Objective
 from precond.analysis.diagnostics import diagnose
 from precond.lab.workloads import LogUniform, Trial
+from precond.lab.workloads.measured import measured
 from precond.lab.workloads.transfer import DEPTHS, TRIALS, WIDTHS, Tower, best_rate, transfer_tasks
 from precond.lab.workloads.where import BASE, REMEDIES, predictions, where_tasks
 
@@ -42,6 +43,7 @@ def test_predictions_are_those_of_diagnose_and_are_made_before_training() -> Non
     for one, name in zip(once, REMEDIES.values(), strict=True):
         assert one.gain == gains[name].likely and one.layers == len(found.layers) == 3  # type: ignore[union-attr]
         assert one.traits == (1.0, 0.0, 0.0)
+        assert one.measured == measured(found, model, nn.functional.cross_entropy, (part.inputs[:512], part.targets[:512]), 64)
 
 
 def test_rates_over_widths_and_depths() -> None:

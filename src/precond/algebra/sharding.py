@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,18 @@ def copy_(target: Tensor, value: Tensor) -> None:
 
         value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)  # type: ignore[attr-defined]
     target.copy_(value)
+
+
+def parts_of(modules: Iterable[nn.Module]) -> dict[Tensor, Tensor]:
+    """What stands in a module → the parameter itself, where FSDP2 has put a whole tensor in its place, as it does within passes."""
+    loaded = sys.modules.get("torch.distributed.fsdp")
+    states = {m._get_fsdp_state() for m in modules if loaded is not None and isinstance(m, loaded.FSDPModule)}
+    out: dict[Tensor, Tensor] = {}
+    for each in (each for state in states for group in state._fsdp_param_groups for each in group.fsdp_params):
+        there = each._module_info.module._parameters[each._module_info.param_name]
+        if there is not None and there is not each.sharded_param:
+            out[there] = each.sharded_param
+    return out
 
 
 def flattened(module: nn.Module) -> bool:

@@ -15,7 +15,8 @@ from precond.algebra.vec import Scalar, Vec
 class LinearMap(ABC):
     """A linear map P on the space of a tuple of tensors.
 
-    ``mv`` is P z, ``rmv`` Pᵀg, ``solve`` P⁻¹p, ``rsolve`` P⁻ᵀy, ``gram`` P Pᵀ g; ``P.T`` and ``P @ Q`` are maps again.
+    ``mv`` is P z, ``rmv`` Pᵀg, ``solve`` P⁻¹p, ``rsolve`` P⁻ᵀy, ``gram`` P Pᵀ g, ``gram_solve`` its inverse;
+    ``P.T`` and ``P @ Q`` are maps again.
 
     Attributes:
         root: whether P itself is stated. Where only M = P Pᵀ is known, P is one of many roots, and whatever
@@ -61,6 +62,10 @@ class LinearMap(ABC):
     def gram(self, v: Vec) -> Vec:
         """P Pᵀ v = M v."""
         return self.mv(self.rmv(v))
+
+    def gram_solve(self, v: Vec) -> Vec:
+        """P⁻ᵀ P⁻¹ v = M⁻¹ v, which is known also where M alone is stated."""
+        return self.rsolve(self.solve(v))
 
     def damped(self, delta: float) -> LinearMap:
         r"""The map whose Gram matrix is (M⁻¹ + δ·d̄·I)⁻¹, d̄ the mean of M⁻¹'s eigenvalues.
@@ -164,6 +169,9 @@ class Piecewise(LinearMap):
     def gram(self, v: Vec) -> Vec:
         return self._each("gram", v)
 
+    def gram_solve(self, v: Vec) -> Vec:
+        return self._each("gram_solve", v)
+
 
 class Identity(LinearMap):
     """P = I: gradient descent itself.
@@ -186,7 +194,7 @@ class Identity(LinearMap):
     def mv(self, v: Vec) -> Vec:
         return v
 
-    rmv = solve = rsolve = gram = mv
+    rmv = solve = rsolve = gram = gram_solve = mv
 
     def damped(self, delta: float) -> LinearMap:
         # (1 + δ)⁻¹ I: kept, so that one rule holds for all maps.
@@ -241,6 +249,9 @@ class Scaled(LinearMap):
 
     def gram(self, v: Vec) -> Vec:
         return self._times(self.map.gram(v), self.square)
+
+    def gram_solve(self, v: Vec) -> Vec:
+        return self._times(self.map.gram_solve(v), 1 / self.square)
 
     def damped(self, delta: float) -> LinearMap:
         return Scaled(self.map.damped(delta), square=self.square)

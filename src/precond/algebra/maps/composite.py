@@ -45,6 +45,9 @@ class Product(LinearMap):
     def gram(self, v: Vec) -> Vec:
         return self.outer.mv(self.inner.gram(self.outer.rmv(v)))
 
+    def gram_solve(self, v: Vec) -> Vec:
+        return self.outer.rsolve(self.inner.gram_solve(self.outer.solve(v)))
+
     def damped(self, delta: float) -> LinearMap:
         # In the coordinates of the outer map: there the entries live whose tiny denominators the damping is for.
         return self if delta == 0 else self.outer @ self.inner.damped(delta)

@@ -109,6 +109,9 @@ class GramOnly(LinearMap):
     def gram(self, v: Vec) -> Vec:
         return self._gram.mv(v)
 
+    def gram_solve(self, v: Vec) -> Vec:
+        return self._gram.solve(v)
+
     def damped(self, delta: float) -> LinearMap:
         if delta == 0:
             return self

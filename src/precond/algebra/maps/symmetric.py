@@ -109,6 +109,9 @@ class Unrooted(LinearMap):
     def gram(self, v: Vec) -> Vec:
         return self.map.gram(v)
 
+    def gram_solve(self, v: Vec) -> Vec:
+        return self.map.gram_solve(v)
+
     def damped(self, delta: float) -> LinearMap:
         return self if delta == 0 else Unrooted(self.map.damped(delta))
 

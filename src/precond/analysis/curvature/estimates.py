@@ -30,7 +30,7 @@ class Estimate(Generic[T]):
         error: standard error, from the scatter of the random probes; 0 where exact.
         exact: whether it is computed from all columns.
         products: matrix–vector products used.
-        probes: how many random vectors scatter.
+        probes: how many random vectors scatter; 0 where exact.
     """
 
     value: T
@@ -93,7 +93,7 @@ def trace(map: Any, *, products: int = 96, method: Estimator = "auto", seed: int
 
     Args:
         map: a symmetric map, a matrix, or a SciPy ``LinearOperator``.
-        products: how many to spend, ≥ 6; where that is as many as there are entries, all columns are taken.
+        products: how many to spend, ≥ 6 (12 of ``"exchanged"``); where that is as many as there are entries, all columns are taken.
         method: ``"exact"`` (n products), ``"hutchinson"``, ``"hutch++"``, ``"exchanged"`` (XTrace), or ``"auto"``: exact up to 512 entries, else
             Hutch++.
         seed: of the random signs.
@@ -108,11 +108,8 @@ def trace(map: Any, *, products: int = 96, method: Estimator = "auto", seed: int
     References:
         Hutchinson (1990); Meyer, Musco, Musco & Woodruff (2021), Hutch++; Epperly, Tropp & Webber (2024), XTrace.
     """
-    found = _diagonal(map, products, method, seed, "trace")
-    each = found.known.sum() + found.scatter.sum(1)
-    error = float(each.std()) / len(each) ** 0.5 if not found.exact else 0.0
-    value, error = found.trace or (float(each.mean()), error)
-    return Estimate(value, error, found.exact, found.products, len(each))
+    found = _found(map, products, method, seed, "trace")
+    return Estimate(*found.trace, found.probes == 0, found.products, found.probes)
 
 
 def diagonal(map: Any, *, products: int = 96, method: Estimator = "auto", seed: int = 0) -> Estimate[Vec]:
@@ -124,7 +121,7 @@ def diagonal(map: Any, *, products: int = 96, method: Estimator = "auto", seed: 
 
     Args:
         map: a symmetric map, a matrix, or a SciPy ``LinearOperator``.
-        products: how many to spend, ≥ 6; where that is as many as there are entries, all columns are taken.
+        products: how many to spend, ≥ 6 (12 of ``"exchanged"``); where that is as many as there are entries, all columns are taken.
         method: as in :func:`trace`.
         seed: of the random signs.
 
@@ -138,27 +135,35 @@ def diagonal(map: Any, *, products: int = 96, method: Estimator = "auto", seed: 
     References:
         Bekas, Kokiopoulou & Saad (2007); Baston & Nakatsukasa (2022) for the form with a sketch; Epperly, Tropp & Webber (2024), XDiag.
     """
-    found = _diagonal(map, products, method, seed, "diagonal")
-    mean = found.known + found.scatter.mean(0)
-    error = found.scatter.std(0) / len(found.scatter) ** 0.5 if not found.exact else torch.zeros_like(mean)
+    found = _found(map, products, method, seed, "diagonal")
     flat = working(found.like)
-    value, bars = (unflatten(x.to(flat), found.like) for x in (mean, error))
-    return Estimate(value, bars, found.exact, found.products, len(found.scatter))
+    value, error = (unflatten(x.to(flat), found.like) for x in found.diagonal)
+    return Estimate(value, error, found.probes == 0, found.products, found.probes)
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """diag A = ``known``, (n,), + the mean of the rows of ``scatter``, (k, n), one a probe; the trace and its error where they are others."""
+class _Found:
+    """(value, standard error) of the trace and of the diagonal, (n,), from so many probes; 0 where it is exact."""
 
-    known: Tensor
-    scatter: Tensor
-    exact: bool
+    trace: tuple[float, float]
+    diagonal: tuple[Tensor, Tensor]
+    probes: int
     products: int
     like: Vec
-    trace: tuple[float, float] | None = None
 
 
-def _diagonal(map: Any, products: int, method: Estimator, seed: int, caller: str) -> _Parts:
+def _scattered(known: Tensor, scatter: Tensor, products: int, like: Vec) -> _Found:
+    r"""From diag A = ``known``, (n,), + the mean of d = v ⊙ Rv, the rows of ``scatter``, over vectors v of random signs.
+
+    Var vᵀRv = 2Σ_{i≠j} R_ij² = 2 Σ_i Var d_i of a symmetric R. The right side is the better estimate: where one eigenvalue is all, it is off
+    as the mean is, and not as its square.
+    """
+    m = len(scatter)
+    mean, variance = known + scatter.mean(0), scatter.var(0) / m
+    return _Found((float(mean.sum()), math.sqrt(2 * float(variance.sum()))), (mean, variance.sqrt()), m, products, like)
+
+
+def _found(map: Any, products: int, method: Estimator, seed: int, caller: str) -> _Found:
     if method not in get_args(Estimator):
         raise ValueError(f"{caller}: method must be one of {', '.join(get_args(Estimator))}, got {method!r}")
     if not (isinstance(products, int) and products >= 6):
@@ -174,16 +179,21 @@ def _diagonal(map: Any, products: int, method: Estimator, seed: int, caller: str
             units = torch.nn.functional.one_hot(rows, n).to(flat)
             parts.append(apply(units)[torch.arange(len(rows)), rows])
         known = torch.cat(parts).double()
-        return _Parts(known, known.new_zeros(1, n), True, n, like)
+        return _Found((float(known.sum()), 0.0), (known, torch.zeros_like(known)), 0, n, like)
     generator = torch.Generator().manual_seed(seed)
     signs = lambda k: (2.0 * torch.randint(0, 2, (k, n), generator=generator) - 1).to(flat)  # noqa: E731
     if method == "hutchinson":
         V = signs(products)
-        return _Parts(flat.double() * 0, (V * apply(V)).double(), False, products, like)
+        return _scattered(flat.double() * 0, (V * apply(V)).double(), products, like)
     if method == "exchanged":
         m = products // 2
-        value, error, diagonals = exchanged(signs(m), apply)
-        return _Parts(flat.double() * 0, diagonals, False, 2 * m, like, (value, error))
+        if m < 6:
+            raise ValueError(
+                f"{caller}: products must be at least 12 with method='exchanged', got {products}: of fewer than six probes the jackknife "
+                "knows too little; give more, or method='hutch++'"
+            )
+        value, error, diagonals, errors = exchanged(signs(m), apply)
+        return _Found((value, error), (diagonals.mean(0), errors), m, 2 * m, like)
     k = products // 3
     Q = torch.linalg.qr(apply(signs(k)).T).Q.T
     AQ = apply(Q)
@@ -192,4 +202,4 @@ def _diagonal(map: Any, products: int, method: Estimator, seed: int, caller: str
     V = signs(products - 2 * k)
     inside = V - (V @ Q.T) @ Q
     out = apply(inside)
-    return _Parts(known, (V * (out - (out @ Q.T) @ Q)).double(), False, products, like)
+    return _scattered(known, (V * (out - (out @ Q.T) @ Q)).double(), products, like)

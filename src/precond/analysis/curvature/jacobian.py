@@ -2,13 +2,15 @@ r"""The Jacobian of a model's outputs as a map from parameters to outputs, and b
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from precond.algebra import vec
 from precond.algebra.maps import LinearMap, Transposed
 from precond.algebra.vec import Vec
-from precond.analysis.curvature.keeping import Kept, differentiable
+from precond.analysis.curvature.keeping import Kept
 from precond.analysis.curvature.objective import Objective
 from precond.analysis.curvature.products import OutputJacobian
 from precond.analysis.curvature.symmetric import Block, BlockMap, dense, length
@@ -28,7 +30,7 @@ class Rectangular(Kept, BlockMap):
 
     def mv(self, v: Vec) -> Vec:
         x = self._aligned(v, 0)
-        return self._out(lambda graph: graph.forward(x))
+        return self._out(lambda graph: graph.forward(x), x)
 
     def mm(self, block: Block) -> Block:
         x = self._aligned(block, 1)
@@ -49,11 +51,9 @@ class Rectangular(Kept, BlockMap):
         wide = length(self.like) > length(self.images)
         return dense(self.T).T if wide else dense(self)
 
-    def _out(self, product) -> Vec:
+    def _out(self, product, along: Vec | None = None) -> Vec:
         with torch.inference_mode(False):
-            return tuple(
-                part for i in range(len(self.objective.batches)) for part in differentiable(lambda i=i: product(self._graph(i)))
-            )
+            return tuple(part for i in range(len(self.objective.batches)) for part in self._applied(i, product, along))
 
     def _back(self, u: Vec, extra: int, product) -> Vec:
         count = len(self.objective.batches)
@@ -64,13 +64,13 @@ class Rectangular(Kept, BlockMap):
         with torch.inference_mode(False):
             total: Vec = ()
             for i, t in enumerate(u):
-                graph = self._graph(i)
-                if t.shape[extra:] != graph.image.shape:
+                image = self._graph(i).image
+                if t.shape[extra:] != image.shape:
                     raise ValueError(
                         f"{type(self).__name__}: the vector has shape {tuple(t.shape[extra:])} for batch {i}, which makes "
-                        f"{tuple(graph.image.shape)}; align vectors to map.images"
+                        f"{tuple(image.shape)}; align vectors to map.images"
                     )
-                part = product(graph, (t.detach().to(graph.image.dtype),))
+                part = self._applied(i, partial(product, u=(t.detach().to(image.dtype),)))
                 total = vec.add(total, part) if total else part
         return total
 

@@ -36,7 +36,8 @@ class Batch:
 class Graph(Protocol):
     """What is kept of one batch."""
 
-    size: GraphSize
+    @property
+    def size(self) -> GraphSize: ...
 
 
 class Kept:
@@ -55,20 +56,39 @@ class Kept:
         self._graphs: dict[int, Any] = {}
         self._stamp: tuple[Any, ...] = ()
         self._one_by_one = False
+        self._dual: bool | None = None  # whether dual numbers passed through the model; None: not tried
 
     def on(self, objective: Objective) -> Any:
         """The same for another objective."""
         return type(self)(objective, self._kind, self._memory)
 
-    def _graph(self, index: int) -> Any:
+    def _applied(self, index: int, product: Callable[[Any], Vec], along: Vec | None = None) -> Vec:
+        """What ``product`` makes of the graph of a batch; where that is made anew, along a vector if dual numbers pass through the model."""
+        try:
+            return differentiable(lambda: product(self._graph(index, along)))
+        except Exception:
+            # An operation without a forward derivative, a checkpoint, …: if it is something else, passes without them raise it again.
+            if not self._dual:
+                raise
+            self._dual = False
+            self._graphs.clear()
+        return differentiable(lambda: product(self._graph(index)))
+
+    def _graph(self, index: int, along: Vec | None = None) -> Any:
         stamp = self.objective.stamp()
         if stamp != self._stamp:
             self._graphs.clear()
             self._stamp = stamp
+        while self._graphs and sum(g.size.bytes for g in self._graphs.values()) > self._memory:
+            self._graphs.popitem()  # graphs grow when what is made of them is differentiated
         if index in self._graphs:
             return self._graphs[index]
+        if self._dual is False:
+            along = None
+        elif along is not None:
+            self._dual = True
         with self.objective.measuring(index):
-            at = self.objective.evaluate(index)
+            at = self.objective.evaluate(index, along)
             if not torch.isfinite(at.loss):
                 raise ValueError(
                     f"the loss of batch {index} is {at.loss.item()}; curvature needs finite losses, look for divergence or bad data"

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from precond.algebra import checks
 from precond.analysis.curvature.keeping import Batch
-from precond.analysis.curvature.kfac_passes import Known, Pass, add_to, extended_moment, in_basis, squared_entries, tensor_like
+from precond.analysis.curvature.kfac_passes import (
+    Known,
+    Pass,
+    add_to,
+    extended_moment,
+    gram,
+    in_basis,
+    joined,
+    squared_entries,
+    tensor_like,
+)
 from precond.analysis.curvature.kronecker import Factor, InBasis, LayerwiseMap, Pair, Place
 from precond.analysis.curvature.neurons.layer import Layer
 from precond.analysis.curvature.objective import Objective
@@ -82,15 +92,15 @@ def _kfac(objective: Objective, passes: _Passes, sharing: Sharing) -> LayerwiseM
         for name, layer in layers.items():
             h = batch.inputs(name)
             if sharing == "reduce":
-                h = h[:, batch.arranged(name)].mean(2)  # (groups, N, T, n) over T
+                h = [joined(h)[:, batch.arranged(name)].mean(2)[:, None]]  # (groups, N, T, n) over T
             add_to(A, name, extended_moment(h, layer.place))
-            places[name] += h.shape[1]
+            places[name] += sum(part.shape[1] * part.shape[2] for part in h)
         for back in batch.backward():
             for name in layers:
                 d = back(name)
                 if sharing == "reduce":
-                    d = d[:, batch.arranged(name)].sum(2)
-                add_to(B, name, d.mT @ d)
+                    d = [joined(d)[:, batch.arranged(name)].sum(2)[:, None]]
+                add_to(B, name, gram(d))
     for name, layer in layers.items():
         A[name] /= places[name]
         if name not in B:  # no backward pass at all
@@ -135,10 +145,12 @@ def ekfac(
     K = _kfac(objective, passes, sharing)
     S: dict[str, Tensor] = {}
     for batch in passes:
-        turned = {name: in_basis(batch.inputs(name), known.place, K.factors[name].basis[1]) for name, known in layers.items()}
+        turned = {
+            name: in_basis(joined(batch.inputs(name)), known.place, K.factors[name].basis[1]) for name, known in layers.items()
+        }
         for back in batch.backward():
             for name in layers:
-                d = back(name) @ K.factors[name].basis[0]
+                d = joined(back(name)) @ K.factors[name].basis[0]
                 add_to(S, name, squared_entries(d, turned[name], batch.arranged(name)))
     factors: dict[str, Factor] = {name: InBasis(*K.factors[name].basis, S[name]) for name in layers}
     return LayerwiseMap(K.places, factors, K.like)
@@ -182,7 +194,7 @@ class _Passes:
     def _made(self, index: int) -> Pass:
         o = self.objective
         with ExitStack() as stack:
-            calls = {name: stack.enter_context(known.layer.perturbed()) for name, known in self.layers.items()}
+            calls = {name: stack.enter_context(known.layer.watched()) for name, known in self.layers.items()}
             at = o.evaluate(index)
         for name, seen in calls.items():
             if not seen:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,6 +16,7 @@ from precond.algebra import checks, vec
 from precond.algebra.vec import Vec
 from precond.analysis.curvature import batches
 from precond.analysis.curvature.errors import NoSecondDerivative
+from precond.analysis.curvature.forward import carried_along
 from precond.analysis.curvature.isolation import Mode, isolated, random_states
 from precond.analysis.curvature.selection import chosen_parameters, parameters_named
 
@@ -30,6 +31,8 @@ class Evaluation:
         outputs: what the model returned.
         loss: ℓ_b, as the loss function gave it.
         loss_fn: the loss function.
+        again: the state in which it was forwarded, for passes that come later.
+        along: (v, J v), how the outputs change along a vector, where one was given.
     """
 
     inputs: Any
@@ -37,6 +40,8 @@ class Evaluation:
     outputs: Any
     loss: Tensor
     loss_fn: Callable[[Any, Any], Tensor]
+    again: Callable[[], AbstractContextManager[None]]
+    along: tuple[Vec, Tensor] | None = None
 
     def relossed(self, outputs: Tensor) -> Tensor:
         """ℓ_b as a function of the outputs alone."""
@@ -106,6 +111,12 @@ class Objective:
         """Where the first parameter is; batches are moved there."""
         return self.params[0].device
 
+    @property
+    def originals(self) -> Vec:
+        """The model's own parameters that :attr:`params` are, or are the copies of (:meth:`double`)."""
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        return tuple(own[name] for name in self.names)
+
     @cached_property
     def sizes(self) -> tuple[float, ...]:
         """n_b of each batch.
@@ -170,8 +181,12 @@ class Objective:
         with isolated(self.model, self.mode, [p.device for p in self.params], seed, self._twins, loss):
             yield
 
-    def evaluate(self, index: int) -> Evaluation:
+    def evaluate(self, index: int, along: Vec | None = None) -> Evaluation:
         """Batch ``index`` forwarded; call it inside :meth:`measuring`.
+
+        Args:
+            index: b.
+            along: a vector aligned to ``params`` whose image under the Jacobian of the outputs is wanted as well.
 
         Raises:
             ValueError: for a forward that draws random numbers without a ``seed``, or a loss that is not one number.
@@ -179,7 +194,11 @@ class Objective:
         inputs, targets = batches.moved(self._batch(index), self.device, self.dtype)
         devices = [p.device for p in self.params]
         before = random_states(devices) if self.seed is None else []
-        outputs = _call(self.model, inputs)
+        forward, image = partial(_call, self.model, inputs), None
+        if along is None:
+            outputs = forward()
+        else:
+            outputs, image = carried_along(forward, self.model, self.params, along)
         loss = self.loss_fn(outputs, targets)
         if self.seed is None and not all(map(torch.equal, before, random_states(devices))):
             raise ValueError(
@@ -189,7 +208,8 @@ class Objective:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"Objective: loss_fn must return one number, got {found}; use reduction='mean' in the loss")
-        return Evaluation(inputs, targets, outputs, loss.reshape(()), self.loss_fn)
+        known = None if along is None or image is None else (along, image)
+        return Evaluation(inputs, targets, outputs, loss.reshape(()), self.loss_fn, partial(self.measuring, index), known)
 
     def value(self) -> float:
         """L(p)."""

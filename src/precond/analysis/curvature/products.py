@@ -2,13 +2,15 @@ r"""The Hessian and the Gauss–Newton matrix of an objective as maps, by double
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from precond.algebra import vec
 from precond.algebra.vec import Vec
 from precond.analysis.curvature.errors import NoSecondDerivative
-from precond.analysis.curvature.graph import size_of
+from precond.analysis.curvature.graph import GraphSize, size_of
 from precond.analysis.curvature.keeping import LINEAR, Batch, Kept, differentiable, pulled_back
 from precond.analysis.curvature.objective import Evaluation, Objective
 from precond.analysis.curvature.symmetric import Block, SymmetricMap
@@ -34,29 +36,44 @@ class _Hessian:
 
 
 class OutputJacobian:
-    """J = ∂f/∂p of the outputs f in a batch. J v is the graph of u ↦ Jᵀu, pulled back by v.
+    """J = ∂f/∂p of the outputs f in a batch. J v is the graph of u ↦ Jᵀu, pulled back by v; the first one may come with the outputs.
 
     Attributes:
         f: the outputs.
-        size: of the graph that is kept.
     """
 
     def __init__(self, at: Evaluation, batch: Batch, params: Vec):
         self.params = params
         if not isinstance(at.outputs, Tensor):
             raise TypeError(f"the model must return one tensor, got {type(at.outputs).__name__}; wrap it in a module that does")
-        self.f = at.outputs
-        self._u = torch.zeros_like(self.f, requires_grad=True)
-        back = differentiable(
-            lambda: torch.autograd.grad(self.f, params, self._u, create_graph=True, allow_unused=True), self.f
-        )
-        self._rows = [i for i, t in enumerate(back) if t is not None]
-        self._back = tuple(back[i] for i in self._rows)
-        self.size = size_of(self._back)
+        self.f, self._again, self._along = at.outputs, at.again, at.along
+        differentiable(lambda: None, self.f)
+        self._forwarded = size_of((self.f,))
+
+    @cached_property
+    def _transposed(self) -> tuple[Tensor, dict[int, Tensor]]:
+        """u, and Jᵀu as a graph: parts by the number of their parameter."""
+        u = torch.zeros_like(self.f, requires_grad=True)
+        with self._again():
+            back = torch.autograd.grad(self.f, self.params, u, create_graph=True, allow_unused=True)
+        return u, {i: t for i, t in enumerate(back) if t is not None}
+
+    @property
+    def size(self) -> GraphSize:
+        """Of the graph that is kept."""
+        return self._whole if "_transposed" in vars(self) else self._forwarded
+
+    @cached_property
+    def _whole(self) -> GraphSize:
+        return size_of((self.f, *self._transposed[1].values()))
 
     def forward(self, v: Vec, batched: bool = False) -> Vec:
         """J v."""
-        return pulled_back(self._back, (self._u,), tuple(v[i] for i in self._rows), batched)
+        along, self._along = self._along, None
+        if along is not None and along[0] is v:
+            return (along[1],)
+        u, back = self._transposed
+        return pulled_back(tuple(back.values()), (u,), tuple(v[i] for i in back), batched)
 
     def backward(self, u: Vec, batched: bool = False) -> Vec:
         """Jᵀu."""
@@ -72,7 +89,6 @@ class _GaussNewton(OutputJacobian):
         loss = at.relossed(self._at) * batch.weight
         (slope,) = differentiable(lambda: torch.autograd.grad(loss, self._at, create_graph=True), loss)
         self._slope = (slope,)
-        self.size = size_of((loss, slope, *self._back))
         if not slope.requires_grad:
             raise NoSecondDerivative(LINEAR)
 
@@ -100,14 +116,22 @@ class CurvatureMap(Kept, SymmetricMap):
         x = self._aligned(block, 1)
         return self._sum(lambda graph: self._each(graph, graph.product, x))
 
-    def _sum(self, product) -> Vec:
+    def _sum(self, product, along: Vec | None = None) -> Vec:
         """Σ_b A_b v, in the parameters' dtype."""
         with torch.inference_mode(False):
             total: Vec = ()
             for index in range(len(self.objective.batches)):
-                part = differentiable(lambda index=index: product(self._graph(index)))
+                part = self._applied(index, product, along)
                 total = vec.add(total, part) if total else part
         return total
+
+
+class ThroughOutputs(CurvatureMap):
+    """A matrix Σ_b J_bᵀA_bJ_b, whose first product takes J_b v from the forward pass that makes the graph."""
+
+    def mv(self, v: Vec) -> Vec:
+        x = self._aligned(v, 0)
+        return self._sum(lambda graph: graph.product(x), x)
 
 
 def hessian(objective: Objective, *, memory: float = 2**30) -> CurvatureMap:
@@ -168,4 +192,4 @@ def gauss_newton(objective: Objective, *, memory: float = 2**30) -> CurvatureMap
     References:
         Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient descent.
     """
-    return CurvatureMap(objective, _GaussNewton, memory)
+    return ThroughOutputs(objective, _GaussNewton, memory)

@@ -12,7 +12,7 @@ from precond.analysis.curvature.jacobian import Rectangular
 from precond.analysis.curvature.keeping import Batch
 from precond.analysis.curvature.objective import Evaluation, Objective
 from precond.analysis.curvature.outputs import Fisher, checked, slopes
-from precond.analysis.curvature.products import CurvatureMap, OutputJacobian
+from precond.analysis.curvature.products import CurvatureMap, OutputJacobian, ThroughOutputs
 
 
 class _Root(OutputJacobian):
@@ -108,4 +108,4 @@ def fisher(
         perspectives on the natural gradient method.
     """
     checked("fisher", kind, samples, name="kind")
-    return CurvatureMap(objective, partial(_Root, kind, samples, seed, "fisher"), memory)
+    return ThroughOutputs(objective, partial(_Root, kind, samples, seed, "fisher"), memory)

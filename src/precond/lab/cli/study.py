@@ -118,12 +118,14 @@ class Study:
             trials = tuple[Trial, ...]()
             lr = contender.lr if isinstance(contender.lr, float) and contender.lr_from == "given" else None
             if contender.lr_from == "searched":
-                trials, lowest = self._search(task, contender, slug, title, goal, folder, watcher)
+                trials, curves = self._search(task, contender, slug, title, goal, folder, watcher)
                 lr = best(trials)
                 watcher.spared(task.search.most - len(trials))
                 watcher.chosen(self._prefix(task), contender.entrant, trials, lr)
-                if contender.label == task.reference and task.search.aim == "steps":
-                    goal = lowest[lr]
+                if contender.label == task.reference and task.search.aim == "steps" and lr in curves:
+                    goal = min(curves[lr].values())
+                    # Chosen by its loss; its steps are there to be compared with.
+                    trials = tuple(replace(t, steps=_first(curves.get(t.lr, {}), goal)) for t in trials)
             runs = []
             for seed in task.seeds:
                 plan = replace(task.plan, lr=lr, seed=seed)
@@ -153,10 +155,10 @@ class Study:
         goal: float | None,
         folder: Folder,
         watcher: Watcher,
-    ) -> tuple[tuple[Trial, ...], dict[float, float]]:
-        """The trials, and by their rates the lowest losses on their curves, NaN where they did not finish."""
+    ) -> tuple[tuple[Trial, ...], dict[float, dict[int, float]]]:
+        """The trials, and by the rates of those that finished their losses by steps done."""
         by_training = task.search.judge == "training"
-        lowest: dict[float, float] = {}
+        curves: dict[float, dict[int, float]] = {}
 
         def tried(number: int, lr: float) -> Trial:
             plan = replace(
@@ -165,18 +167,14 @@ class Study:
             )  # fmt: skip
             job = Job(contender, plan, f"{slug}-search-{number:02d}", f"{title}, trial lr {lr:g}", task.metric, True)
             outcome = self._train(task, job, folder, watcher)
-            lowest[lr] = math.nan
             if outcome.status != "finished":
                 return Trial(lr, math.nan)
             losses = outcome.curve.train_loss if by_training else outcome.curve.validation_loss
-            lowest[lr] = min(losses)
-            reached = (
-                None if goal is None else next((n for n, x in zip(outcome.curve.step, losses, strict=True) if x <= goal), None)
-            )
-            return Trial(lr, losses[-1], reached)
+            curves[lr] = dict(zip(outcome.curve.step, losses, strict=True))
+            return Trial(lr, losses[-1], _first(curves[lr], goal))
 
         assert isinstance(contender.lr, LogUniform)
-        return task.search.run(contender.lr, tried), lowest
+        return task.search.run(contender.lr, tried), curves
 
     def _prefix(self, task: Task) -> str:
         return f"{task.name}: " if len(self.tasks) > 1 else ""
@@ -240,6 +238,11 @@ class Study:
             plan = replace(job.plan, steps=2, warmup=0, evaluations=1, test=False)
             train(job.contender.workload(), job.contender.entrant, plan)
             self._warm.add(job.contender.label)
+
+
+def _first(losses: dict[int, float], goal: float | None) -> int | None:
+    """Steps to the first loss that meets the goal."""
+    return None if goal is None else next((step for step, loss in losses.items() if loss <= goal), None)
 
 
 def folder_name(task: Task) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from precond.lab.report import numbers
 from precond.lab.report.against import Ratio, overall, ratios
 from precond.lab.report.figures import WORK_LABELS
+from precond.lab.report.plain import reference
 from precond.lab.report.results import Results, TaskResults
 from precond.lab.report.style import Pen
 from precond.lab.report.summary import Row, Spread, Work, table
@@ -99,9 +100,9 @@ def matrices(results: Results, pens: Mapping[str, Pen]) -> list[Matrix]:
     metrics = {task.metric for task in results.tasks} - {None}
     clock = WORK_LABELS[results.clock][:1].upper() + WORK_LABELS[results.clock][1:]
     found = []
-    if reference := _reference(results):
-        found.append(matrix(f"Steps to target, times those of {reference}", _RATIO, against("step")))
-        found.append(matrix(f"{clock} to target, times those of {reference}", _RATIO, against(results.clock)))
+    if ref := reference(results):
+        found.append(matrix(f"Steps to target, times those of {ref}", _RATIO, against("step")))
+        found.append(matrix(f"{clock} to target, times those of {ref}", _RATIO, against(results.clock)))
     if metrics:
         found.append(matrix(f"Test {' or '.join(sorted(map(str, metrics)))}", _OVER, by_row(tested), least=False))
     if any(task.target.part == "train" for task in results.tasks):
@@ -135,11 +136,7 @@ def against(results: Results, pens: Mapping[str, Pen]) -> Against | None:
         )
         for i, one in enumerate(found)
     ]
-    return Against(_reference(results), rows)
-
-
-def _reference(results: Results) -> str:
-    return " or ".join(dict.fromkeys(task.reference for task in results.tasks if task.reference))
+    return Against(reference(results), rows)
 
 
 def _value(ratio: Ratio) -> float:

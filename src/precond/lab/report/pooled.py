@@ -4,36 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from precond.lab.report import numbers
-from precond.lab.report.against import Overall, markdown_row, overall
+from precond.lab.report.against import Overall, overall
 from precond.lab.report.pairs import Pair, Part, has_part, pairs, retargeted
-from precond.lab.report.results import Entry, Results, TaskResults
-from precond.lab.report.summary import table
+from precond.lab.report.plain import Plain, mean, reference
+from precond.lab.report.rates import rates
+from precond.lab.report.results import Results, TaskResults
+from precond.lab.report.summary import profile, table
 
 _PARTS: dict[Part, str] = {"train": "training", "validation": "validation"}
-
-
-@dataclass(frozen=True)
-class Plain:
-    """A table of texts; the first column names its rows.
-
-    Attributes:
-        heading, note: above and below it.
-        columns, rows: texts.
-    """
-
-    heading: str
-    note: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def markdown(self) -> str:
-        """With its heading and note."""
-        lines = [markdown_row(self.columns), f"|---|{'---:|' * (len(self.columns) - 1)}", *map(markdown_row, self.rows)]
-        return "\n".join([f"## {self.heading}\n", *lines, f"\n{self.note}\n"])
 
 
 def pooled(results: Results) -> list[Plain]:
@@ -47,9 +29,8 @@ def pooled(results: Results) -> list[Plain]:
     if "validation" in parts:
         found.append(_ends(results))
     found += [_pairs(results, part) for part in parts]
-    if any(entry.search for task in results.tasks for entry in task.entries):
-        found.append(_rates(results))
-    return found
+    found += [_profiles(results, part) for part in parts]
+    return [*found, *rates(results)]
 
 
 def _targets(results: Results, parts: Sequence[Part]) -> Plain:
@@ -66,7 +47,7 @@ def _targets(results: Results, parts: Sequence[Part]) -> Plain:
         rows.append(cells)
     heads = [f"{_PARTS[part]} target: {what}" for part in parts for what in ("steps", "seconds", "trainings that reached it")]
     return Plain(
-        f"Both targets, times the work of {_reference(results)}",
+        f"Both targets, times the work of {reference(results)}",
         "Geometric means over tasks of the ratios of medians over seeds; > is a lower bound: where most seeds of a task missed its target, "
         "the work of the whole training counts. Targets are the lowest losses on the reference's curves, medians over seeds, so that it "
         "misses them with some of its own.",
@@ -86,7 +67,7 @@ def _families(results: Results, part: Part) -> Plain:
         cells = (f"{means[label].steps} / {means[label].seconds}" if label in means else numbers.NONE for label in labels)
         rows.append([f"{family} ({len(of_family.tasks)})", *cells])
     return Plain(
-        f"Families: steps / seconds to the {_PARTS[part]} target, times those of {_reference(results)}",
+        f"Families: steps / seconds to the {_PARTS[part]} target, times those of {reference(results)}",
         "Geometric means over the tasks of a family, whose number is in parentheses.",
         ["family", *labels],
         rows,
@@ -105,11 +86,11 @@ def _ends(results: Results) -> Plain:
             found = {task.name: _over(task, label, of) for task in aimed.tasks}
             kept = {name: x for name, x in found.items() if math.isfinite(x) and x > 0}
             worst = max(kept, key=lambda name: kept[name], default="")
-            cells += [_mean(kept.values()), f"{numbers.short(kept[worst])} ({worst})" if worst else numbers.NONE]
+            cells += [mean(kept.values()), f"{numbers.short(kept[worst])} ({worst})" if worst else numbers.NONE]
         rows.append(cells)
     heads = [f"{what}: {which}" for what in of_runs for which in ("geometric mean", "largest (task)")]
     return Plain(
-        f"Validation loss, times the best of {_reference(results)}",
+        f"Validation loss, times the best of {reference(results)}",
         "Of each task the median over seeds, at the best evaluation of a curve and at the last one; above 1 is worse.",
         ["entrant", *heads],
         rows,
@@ -142,68 +123,24 @@ def _pairs(results: Results, part: Part) -> Plain:
     )  # fmt: skip
 
 
-def _rates(results: Results) -> Plain:
-    labels = list(dict.fromkeys(entry.label for task in results.tasks for entry in task.entries))
-    families = list(dict.fromkeys(task.family or "all" for task in results.tasks))
-    rows = []
-    for label in labels:
-        searches = [(task.family or "all", entry) for task in results.tasks for entry in task.entries if entry.label == label]
-        twice, half = (_neighbors([entry for _, entry in searches], factor) for factor in (2.0, 0.5))
-        shared = []
-        for family in families:
-            shared += _with_one_rate([_losses(entry) for kind, entry in searches if kind == family])
-        cells = [f"{_mean(found)}, {sum(x <= 1.1 for x in found)} of {len(found)}" for found in (twice, half, shared)]
-        rates = [entry.lr for _, entry in searches]
-        rows.append([label, *cells, f"{numbers.short(min(rates))} to {numbers.short(max(rates))}"])
+_FACTORS = (1.0, 1.25, 1.5, 2.0, 4.0)
+
+
+def _profiles(results: Results, part: Part) -> Plain:
+    """Performance profiles (Dolan & Moré, 2002) of steps, at some ratios."""
+    found = profile(retargeted(results, part), "step")
+    rows = [
+        [label, *(f"{sum(x <= factor for x in ratios)} of {len(ratios)}" for factor in _FACTORS)]
+        for label, ratios in found.items()
+    ]
     return Plain(
-        "Learning rates: the final loss of trials, times that of the best one",
-        "At twice and at half the rate of the lowest final loss of each task, and with one rate for all tasks of a family, the one with the "
-        "lowest mean of these ratios: geometric means, and in how many tasks the loss is at most 10 % higher. A trial that diverged counts "
-        "as 100 times the best. Only rates that were tried count; of one seed.",
-        ["entrant", "at twice the rate", "at half the rate", "one rate for each family", "rates chosen"],
+        f"Profiles: steps to the {_PARTS[part]} target, times the least of any entrant",
+        "In how many tasks an entrant took at most so many times the steps of the one that took the least (Dolan & Moré, 2002); a target "
+        "that most of its seeds missed counts in none.",
+        ["entrant", *(f"≤ {numbers.short(factor)}" for factor in _FACTORS)],
         rows,
-    )  # fmt: skip
-
-
-_DIVERGED = 100.0
-
-
-def _losses(entry: Entry) -> dict[float, float]:
-    """Rate ↦ final loss over the lowest, of all trials; empty where none has a loss above 0."""
-    lowest = min((t.loss for t in entry.search if math.isfinite(t.loss)), default=math.nan)
-    if not lowest > 0:
-        return {}
-    return {t.lr: t.loss / lowest if math.isfinite(t.loss) else _DIVERGED for t in entry.search}
-
-
-def _neighbors(entries: Iterable[Entry], factor: float) -> list[float]:
-    """Of each search the ratio at ``factor`` times its best rate, where that was tried (rates have four digits)."""
-    found = []
-    for ratios in map(_losses, entries):
-        if ratios:
-            wanted = factor * min(ratios, key=lambda lr: ratios[lr])
-            found += [x for lr, x in ratios.items() if abs(lr / wanted - 1) < 2e-3]
-    return found
-
-
-def _with_one_rate(searches: Sequence[dict[float, float]]) -> list[float]:
-    """Of each the ratio at the rate that all tried with the lowest geometric mean."""
-    kept = [ratios for ratios in searches if ratios]
-    common = set.intersection(*(set(ratios) for ratios in kept)) if kept else set()
-    if not common:
-        return []
-    rate = min(sorted(common), key=lambda lr: sum(math.log(ratios[lr]) for ratios in kept))
-    return [ratios[rate] for ratios in kept]
-
-
-def _mean(values: Iterable[float]) -> str:
-    found = list(values)
-    return numbers.short(math.exp(statistics.fmean(map(math.log, found)))) if found else numbers.NONE
+    )
 
 
 def _p(value: float) -> str:
     return numbers.NONE if math.isnan(value) else f"{value:.2g}"
-
-
-def _reference(results: Results) -> str:
-    return " or ".join(dict.fromkeys(task.reference for task in results.tasks if task.reference))

@@ -17,19 +17,26 @@ _RIDGE = 1.0  # of the coefficients but the constant: LogisticRegression's own d
 def probabilities(features: Sequence[Sequence[float]], gained: Sequence[bool], groups: Sequence[str]) -> list[float]:
     """Of a gain in each cell, by a logistic regression on the cells of all other groups; 1/2 where there are none.
 
+    Features are in units of their standard deviations in these, so that the ridge takes all alike.
+
     Args:
         features: of each cell, known before training.
         gained: whether there was a gain.
         groups: the data of each cell; a cell is never judged by what was measured on its own.
     """
-    X = torch.tensor([[1.0, *row] for row in features], dtype=torch.float64)
+    X = torch.tensor([tuple(row) for row in features], dtype=torch.float64)
     y = torch.tensor([float(g) for g in gained], dtype=torch.float64)
     found = [math.nan] * len(groups)
     for group in set(groups):
         own = torch.tensor([g == group for g in groups])
-        w = _fitted(X[~own], y[~own])
+        if own.all():
+            found = [0.5 if g == group else p for g, p in zip(groups, found, strict=True)]
+            continue
+        std, mean = torch.std_mean(X[~own], 0, correction=0)
+        Z = torch.cat([torch.ones_like(y)[:, None], (X - mean) / std.clamp_min(1e-9)], 1)
+        w = _fitted(Z[~own], y[~own])
         for i in own.nonzero().flatten().tolist():
-            found[i] = float(torch.sigmoid(X[i] @ w))
+            found[i] = float(torch.sigmoid(Z[i] @ w))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 
 from matplotlib.axes import Axes
 
@@ -13,6 +13,7 @@ from precond.lab.report.against import markdown_row, ratios
 from precond.lab.report.results import Results
 from precond.lab.report.signs import CERTAIN, probabilities
 from precond.lab.report.style import log_axis, pen, svg, svg_file
+from precond.lab.workloads.measured import Measured
 from precond.lab.workloads.where import Prediction
 
 ADVISED, GAINED = 1.2, 1.05
@@ -31,7 +32,7 @@ class Outcome:
         predicted: gain before training.
         measured: steps of the base to its own lowest loss over those of the remedy.
         bound: whether the remedy did not reach that loss, so that its gain is less than ``measured``.
-        traits: what else was known before training.
+        traits, numbers: what else was known before training.
     """
 
     cell: str
@@ -40,6 +41,7 @@ class Outcome:
     measured: float
     bound: bool
     traits: tuple[float, ...] = ()
+    numbers: Measured | None = None
 
     @property
     def advised(self) -> bool:
@@ -61,7 +63,7 @@ def outcomes(results: Results, predictions: Sequence[Prediction]) -> list[Outcom
     """Predictions beside what came of them; left out is what nothing was predicted of, and cells whose base has no target."""
     found = {task.name: ratios(task, "step") for task in results.tasks}
     return [
-        Outcome(p.task, p.label, p.gain, 1 / ratio.value, not ratio.reached, p.traits)
+        Outcome(p.task, p.label, p.gain, 1 / ratio.value, not ratio.reached, p.traits, p.measured)
         for p in predictions
         if (ratio := found.get(p.task, {}).get(p.label)) is not None and not math.isnan(p.gain)
     ]
@@ -83,7 +85,7 @@ def where_markdown(results: Results, predictions: Sequence[Prediction]) -> str:
         f"A gain is predicted where the predicted ratio of steps is at least {ADVISED}; there was one where the remedy reached AdamW's lowest "
         f"training loss in at most 1/{GAINED} of its steps. < is an upper bound: that loss was not reached. Means count bounds as they stand.\n",
     ]
-    parts += [_rule(found)]
+    parts += [_rules(found)]
     for heading, rows in (("Misses", [one for one in found if not one.right]), ("All", found)):
         cells = (
             (one.cell, one.label, numbers.short(one.predicted), ("< " if one.bound else "") + numbers.short(one.measured),
@@ -99,21 +101,29 @@ def where_markdown(results: Results, predictions: Sequence[Prediction]) -> str:
     return "\n".join(parts)
 
 
-def _rule(found: Sequence[Outcome]) -> str:
-    """How right a rule is that learns the sign from the cells of other data."""
+def _rules(found: Sequence[Outcome]) -> str:
+    """How right rules are that learn the sign from the cells of other data."""
     labels = list(dict.fromkeys(one.label for one in found))
-    features = [(math.log(one.predicted), float(labels.index(one.label)), *one.traits) for one in found]
+    first = [(math.log(one.predicted), float(labels.index(one.label)), *one.traits) for one in found]
+    lines = [
+        "## Rules that learn from other data\n",
+        "The sign by a logistic regression, each data set judged by the cells of the others.\n",
+        f"- On the predicted ratio, the remedy, and whether the model has batch or other normalization and the inputs variance 1: "
+        f"{_judged(first, found)}",
+    ]
+    if all(one.numbers for one in found):
+        names = [f.name for f in fields(Measured)]
+        second = [(*row, *astuple(one.numbers)) for row, one in zip(first, found, strict=True) if one.numbers]
+        lines.append(f"- With what is measured besides ({', '.join(names)}): {_judged(second, found)}")
+    return "\n".join(lines) + "\n"
+
+
+def _judged(features: Sequence[tuple[float, ...]], found: Sequence[Outcome]) -> str:
     data = [one.cell.split(":")[0].split(",")[0] for one in found]
     chances = probabilities(features, [one.gained for one in found], data)
     right = [(p > 0.5) == one.gained for p, one in zip(chances, found, strict=True)]
-    certain = [max(p, 1 - p) >= CERTAIN for p in chances]
-    kept = [ok for ok, sure in zip(right, certain, strict=True) if sure]
-    return (
-        "## A rule that learns from other data\n\n"
-        "The sign by a logistic regression on the predicted ratio, the remedy, and whether the model has batch or other normalization and the "
-        f"inputs variance 1, each data set judged by the cells of the others: right in {_share(right)}. "
-        f"Where its probability is at least {CERTAIN}: right in {_share(kept)}; it abstains in the others.\n"
-    )
+    kept = [ok for ok, p in zip(right, chances, strict=True) if max(p, 1 - p) >= CERTAIN]
+    return f"right in {_share(right)}. Where its probability is at least {CERTAIN}: right in {_share(kept)}; it abstains in the others."
 
 
 def _share(right: Sequence[bool]) -> str:

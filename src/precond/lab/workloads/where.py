@@ -15,6 +15,7 @@ from precond.analysis.curvature import Objective
 from precond.analysis.diagnostics import diagnose
 from precond.lab.workloads.catalog import load_data
 from precond.lab.workloads.data import Part
+from precond.lab.workloads.measured import Measured, measured
 from precond.lab.workloads.models import Activation, Architecture, Normalization
 from precond.lab.workloads.networks import VisionTransformer
 from precond.lab.workloads.pool import POOL
@@ -60,6 +61,7 @@ class Prediction:
         gain: likely ratio of steps without and with it; NaN where ``diagnose`` says nothing.
         layers: how many were looked at.
         traits: 1 or 0 for each of: the model has batch normalization; it has another one; most of the inputs' features have variance 1.
+        measured: further numbers; None where they were not taken.
     """
 
     task: str
@@ -67,6 +69,7 @@ class Prediction:
     gain: float
     layers: int
     traits: tuple[float, ...] = ()
+    measured: Measured | None = None
 
 
 @dataclass(frozen=True)
@@ -225,8 +228,12 @@ def predictions(task: Task, samples: int = 512) -> list[Prediction]:
     # Remedies are told against what is trained in p; its rate says nothing about them.
     found = diagnose(loss, recipes.adamw(model, lr=1e-3, weight_decay=0.0))
     gains = {considered.name: considered.gain for considered in found.considered}
-    known = traits(model, part.inputs)
-    return [Prediction(task.name, label, gains[name].likely, len(found.layers), known) for label, name in REMEDIES.items()]
+    known, data = traits(model, part.inputs), (part.inputs[:samples], part.targets[:samples])
+    with isolated(task.search_seed):
+        numbers = measured(found, model.train(), workload.loss_fn, data, workload.batch_size)
+    return [
+        Prediction(task.name, label, gains[name].likely, len(found.layers), known, numbers) for label, name in REMEDIES.items()
+    ]
 
 
 def traits(model: nn.Module, inputs: Tensor) -> tuple[float, ...]:

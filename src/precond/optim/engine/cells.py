@@ -76,6 +76,11 @@ class Cell:
         return (self,)
 
     @property
+    def here(self) -> Sequence[Cell]:
+        """The cells that this process steps by themselves: itself, or what it owns of those that it holds."""
+        return (self,)
+
+    @property
     def joint(self) -> list[int]:
         """How many of its leaves P takes jointly, block after block."""
         size = 1 if self.preconditioner.diagonal else len(self.block.leaves)

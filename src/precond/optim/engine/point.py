@@ -90,7 +90,7 @@ class Point:
 
         takes_part = tuple(
             matches(mine[leaf.group].where, leaf)
-            and not all(_is_zero(getattr(mine[leaf.group], name)) for name in first.scalars)
+            and not (first.scalars and all(_is_zero(getattr(mine[leaf.group], name)) for name in first.scalars))
             for leaf in self.leaves
         )
 

@@ -76,6 +76,10 @@ class ConvTap(Tap):
         return of_columns(x.transpose(0, 1).reshape(groups, x.shape[1] // groups, -1), center, len(x))
 
     def rows(self, seen: Images, weight: Weight) -> Tensor:
+        return self.patches(seen, weight).flatten(1, 2)
+
+    def patches(self, seen: Images, weight: Weight) -> Tensor:
+        """The rows as a view, (groups, images, places in each, n)."""
         m = self.module
         x = widened(seen.x.detach())
         channels = x.shape[1] // m.groups
@@ -85,7 +89,7 @@ class ConvTap(Tap):
             if any(around):
                 x = F.pad(x, around, mode="constant" if m.padding_mode == "zeros" else m.padding_mode)
             y = F.unfold(x, m.kernel_size, m.dilation, 0, m.stride)
-            return y.view(y.shape[0], m.groups, n, -1).permute(1, 0, 3, 2).flatten(1, 2)
+            return y.view(y.shape[0], m.groups, n, -1).permute(1, 0, 3, 2)
         # Elsewhere a convolution with one unit kernel per patch entry lists the patches, whatever the stride, dilation and padding.
         units = torch.eye(n, dtype=x.dtype, device=x.device).reshape(n, channels, *m.weight.shape[2:])
         if m.transposed:
@@ -98,4 +102,4 @@ class ConvTap(Tap):
             if m.padding_mode != "zeros":
                 x, padding = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode), 0
             y = _CONV[x.ndim](x, kernel, None, m.stride, padding, m.dilation, m.groups)
-        return y.flatten(2).reshape(y.shape[0], m.groups, n, -1).permute(1, 0, 3, 2).flatten(1, 2)
+        return y.flatten(2).reshape(y.shape[0], m.groups, n, -1).permute(1, 0, 3, 2)

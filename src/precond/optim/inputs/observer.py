@@ -58,7 +58,7 @@ class Observer:
     def __init__(self, sites: Sequence[Site], requests: Iterable[Request], seen: InputMoments | None = None):
         self.sites, self.requests = tuple(sites), tuple(requests)
         self.enabled = True
-        self.ready: Callable[[], None] = _nothing  # called before the first forward that counts
+        self.ready: Callable[[], Observer | None] = _nothing  # called before the first forward that counts: who observes it
         self._first = True
         self.wanted: dict[tuple[str, Request], Tensor | None] = {}
         self.unread: dict[str, str] = {}
@@ -79,7 +79,9 @@ class Observer:
         """Called before each forward of a watched module."""
         if self._first and self.enabled and not self.absent and watching():
             self._first = False
-            self.ready()
+            if (now := self.ready()) is not self and now is not None:  # the model was found changed
+                now._first = False
+                return now.see(module, args, kwargs)
         if not self.wanted or self.absent:
             return
         work = self._work.get(module)  # None in a shallow copy, such as nn.DataParallel's replicas

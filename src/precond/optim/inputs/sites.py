@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -75,6 +75,16 @@ class Survey:
 
     sites: tuple[Site, ...]
     passed_by: tuple[Passed, ...]
+
+    def of(self, known: Mapping[Tensor, Tensor]) -> Survey:
+        """The same with parameters in place of what stood in the modules for them."""
+        if not known:
+            return self
+        own = lambda t: known.get(t, t)  # noqa: E731
+        return Survey(
+            tuple(replace(s, weight=own(s.weight), bias=None if s.bias is None else own(s.bias)) for s in self.sites),
+            tuple(replace(passed, params=tuple(map(own, passed.params))) for passed in self.passed_by),
+        )
 
 
 def survey(modules: Iterable[tuple[str, nn.Module]]) -> Survey:

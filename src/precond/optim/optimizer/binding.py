@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
@@ -10,12 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from precond.algebra.sharding import divided
 from precond.optim.averages import WeightAverage
 from precond.optim.blocks import Leaf, whole_numbers
 from precond.optim.engine import plan
 from precond.optim.engine.cells import Cell, Choice
+from precond.optim.engine.loop import Rules
 from precond.optim.engine.sharing import Shared
 from precond.optim.optimizer import averaging
+from precond.optim.optimizer.fusing import fusible
 from precond.optim.optimizer.models import Models, in_place
 from precond.optim.optimizer.naming import Naming
 
@@ -63,6 +66,16 @@ class Binding:
         """The cells that step blocks, also those of other ranks."""
         return [each for cell in self.cells for each in cell.cells]
 
+    @cached_property
+    def here(self) -> list[Cell]:
+        """What this process steps by itself, where nothing looks at all of a step."""
+        return [each for cell in self.cells for each in cell.here]
+
+    @property
+    def in_place(self) -> list[Shared]:
+        """The cells that ranks share, and whose owners step parameters in place."""
+        return [cell for cell in self.shared if cell.in_place]
+
     @property
     def shared(self) -> list[Shared]:
         """The cells that ranks step for each other."""
@@ -80,8 +93,13 @@ class Binding:
         return {leaf.param for leaf, wants in zip(self.leaves, self.kinds[0], strict=True) if not wants}
 
     def converted(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether parameters were frozen, thawed, converted or moved since."""
-        return self.kinds != read_kinds([p for group in groups for p in group["params"]])
+        """Whether parameters were frozen, thawed, converted or moved since, or others put in their places."""
+        params = [p for group in groups for p in group["params"]]
+        return self.kinds != read_kinds(params) or bool(self.replaced(params)) or len(params) != len(self.leaves)
+
+    def replaced(self, params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+        """Parameter → the one that stands in its place in the groups, as a trainer that shards the model puts it there."""
+        return {leaf.param: p for leaf, p in zip(self.leaves, params, strict=False) if leaf.param is not p}
 
     @cached_property
     def _housed(self) -> list[Leaf]:
@@ -113,42 +131,73 @@ class Binding:
         return "renumbered"
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What an optimizer was made with.
+
+    Attributes:
+        average: of the weights.
+        observes: whether it observes the inputs of layers.
+        second: the number of the regularizer that wants a second gradient, or None.
+    """
+
+    models: Models
+    naming: Naming
+    rules: Rules
+    rounding: str
+    average: WeightAverage | None
+    observes: bool
+    second: int | None
+
+
 def bind(
+    setup: Setup,
     groups: Sequence[Mapping[str, Any]],
-    models: Models,
-    naming: Naming,
-    observed: bool,
-    rounding: str,
-    plainly: bool,
-    clean: bool,
     existing: Mapping[Tensor, dict[str, Any]],
-    frozen: Container[Tensor] | None = None,
-    dealt: dict[Tensor, int] | None = None,
-    there: Callable[[Leaf], torch.device | None] = lambda leaf: None,
-    average: WeightAverage | None = None,
-    fuses: Callable[[Sequence[Choice]], bool] = lambda choices: True,
+    frozen: Container[Tensor] | None,
+    owners: dict[Tensor, int],
+    counting: Callable[[Leaf], torch.device | None],
 ) -> Binding:
     """Cells for the parameters that want gradients; state that ``existing`` holds is taken over, in the parameters' dtype and place.
 
     Args:
-        dealt: which rank owns which parameters' blocks, where ranks share them; completed here.
         frozen: the parameters that want no gradients; None: those that require none now.
-        there: the device that counts a leaf's steps; None: the host does.
-        average: of the weights.
-        fuses: whether kernels may step cells, of the choices in force.
+        owners: which rank owns which parameters' blocks, where ranks share them; completed here.
+        counting: the device that counts a leaf's steps; None: the host does.
     """
-    leaves = models.leaves(groups, observed)
-    choices = choices_of(groups, naming)
+    rules, naming = setup.rules, setup.naming
+    leaves, choices = setup.models.leaves(groups, setup.observes), choices_of(groups, naming)
     params = [leaf.param for leaf in leaves]
     frozen = {p for p in params if not p.requires_grad} if frozen is None else frozen
     live = [i for i, p in enumerate(params) if p not in frozen]
-    cells, entries = plan.build(leaves, live, choices, existing, naming.outside, plainly, clean, dealt, there, fuses(choices))
-    if rounding == "kahan":
+    cells, entries = plan.build(
+        leaves, live, choices, existing, naming.outside, rules.plainly, rules.statistics_from == "loss", owners, counting,
+        fusible(choices, rules, setup.second),
+    )  # fmt: skip
+    if setup.rounding == "kahan":
         entries += _residuals([leaves[i] for i in live], existing)
-    entries += averaging.entries(average, [leaves[i] for i in live], existing)
+    entries += averaging.entries(setup.average, [leaves[i] for i in live], existing)
     _, dtypes, devices = read_kinds(params)
     kinds = [p not in frozen for p in params], dtypes, devices
     return Binding(leaves, choices, cells, entries, read_options(groups, naming), kinds)
+
+
+def hand_over(state: MutableMapping[Tensor, Any], new: Mapping[Tensor, Tensor]) -> None:
+    """Parameters that stand in the places of others take over their state, where they are held as those were.
+
+    Raises:
+        RuntimeError: where they were sharded after a step.
+    """
+    alike = {p: p.shape == q.shape and divided(p) == divided(q) for p, q in new.items()}
+    if late := [p for p in new if not alike[p] and state.get(p, {}).get("step")]:
+        raise RuntimeError(
+            f"a parameter of shape {tuple(late[0].shape)} was sharded or replaced after it had been stepped, and its state does not fit what "
+            "stands there now: shard the model before the first step, and load a checkpoint after that"
+        )
+    for p, q in new.items():
+        known = state.pop(p, None)
+        if known is not None and alike[p]:
+            state[q] = known
 
 
 def choices_of(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[Choice]:
@@ -162,9 +211,11 @@ def choices_of(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[Choi
         for r, first in zip(choice.regularizers, choices[0].regularizers, strict=True):
             for f in fields(r):  # type: ignore[arg-type]
                 if f.name not in r.scalars and getattr(r, f.name) != getattr(first, f.name):
+                    scalars = " and ".join(r.scalars) or "nothing"
+                    left_out = f"{r.scalars[0]}=0" if r.scalars else "where="
                     raise ValueError(
-                        f"{naming.name}: groups may differ in {' and '.join(r.scalars)} of {type(r).__name__}, not in "
-                        f"{f.name}; give all groups one value, or leave parameters out by {r.scalars[0]}=0"
+                        f"{naming.name}: groups may differ in {scalars} of {type(r).__name__}, not in {f.name}; give all groups one "
+                        f"value, or leave parameters out by {left_out}"
                     )
     return choices
 

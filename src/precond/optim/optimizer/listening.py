@@ -44,13 +44,13 @@ class Listening:
         models: Models,
         recorded: Iterable[torch.device] | None,
         cells: Sequence[Cell],
-        ready: Callable[[], None],
+        ready: Callable[[], Observer | None],
     ) -> None:
         """Put the hooks on the models.
 
         Args:
             recorded: the devices whose random state second passes want, or None.
-            ready: a method, held weakly, to call before the first observed forward of a step.
+            ready: a method, held weakly, to call before the first observed forward of a step; it returns who observes it.
         """
         seen = {} if self.observer is None else self.observer.collect()  # in this step, should the hooks be put on anew
         self.close()

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from precond.algebra.sharding import Shard
+from precond.algebra.sharding import Shard, parts_of
 from precond.optim.blocks import Leaf
 from precond.optim.blocks.turns import turns
 from precond.optim.inputs import Site, Survey, survey
@@ -95,17 +95,23 @@ class Models:
                 (f"{number}:{clean(path)}" if number else clean(path), module)
                 for number, root in roots
                 for path, module in root.named_modules()
-            )
+            ).of(self._parts())
         return self._survey
+
+    def _parts(self) -> dict[Tensor, Tensor]:
+        """What stands in the modules → the parameter, where these are not the same."""
+        return parts_of(m for root in self.alive() for m in root.modules())
 
     def leaves(self, param_groups: Sequence[Mapping[str, Any]], observed: bool = False) -> list[Leaf]:
         """The leaves of parameter groups in order; where inputs are ``observed``, with the sites of their layers."""
         owner: dict[Tensor, tuple[str, nn.Module, str]] = {}
         shared: set[Tensor] = set()
+        parts = self._parts()
         for number, root in enumerate(self.alive()):
             prefix = f"{number}:" if number else ""
             for path, module in root.named_modules():
-                for attribute, param in module.named_parameters(recurse=False):
+                for attribute, there in module.named_parameters(recurse=False):
+                    param = parts.get(there, there)
                     found = owner.setdefault(param, (prefix + clean(path), module, attribute))
                     if found[1] is not module:
                         shared.add(param)

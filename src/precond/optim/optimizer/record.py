@@ -62,20 +62,34 @@ class Record:
 
     @property
     def penalty(self) -> float:
-        """Σ λR over the regularizers, at the parameters after the step."""
+        """Σ λR over the regularizers, at the parameters after the step; NaN where one of them does not say its ``value``.
+
+        Raises:
+            ValueError, RuntimeError: in z, where P has no root or no inverse that its value needs.
+        """
         return self._get("penalty")
 
     @property
     def update_ratio(self) -> float:
-        """‖Δp‖/‖p‖, Δp without proximal steps, p after the step."""
+        """‖Δp‖/‖p‖, Δp without proximal steps, p after the step.
+
+        Made again from what the step left: by the map that was renewed after it, and with the terms of penalties at p after it.
+        NaN where a fused kernel without momentum descended a second gradient, which leaves nothing of Δp; ``engine="loop"`` keeps it.
+        """
         return self._get("update_ratio")
 
     def as_dict(self) -> dict[str, Any]:
-        """All numbers by name, for a logger."""
+        """All numbers by name, for a logger; NaN where asking for one raises."""
         loss = float(self.loss.detach() if isinstance(self.loss, Tensor) else self.loss) if self.loss is not None else None
         costly = ("grad_norm", "preconditioned_grad_norm", "penalty", "update_ratio")
         plain = {"loss": loss, "gradients": self.gradients, "skipped": self.skipped}
-        return {**plain, **{name: getattr(self, name) for name in costly}}
+        return {**plain, **{name: self._number_or_nan(name) for name in costly}}
+
+    def _number_or_nan(self, name: str) -> float:
+        try:
+            return getattr(self, name)
+        except (ValueError, RuntimeError):
+            return float("nan")
 
     def __repr__(self) -> str:
         return f"Record({', '.join(f'{k}={v!r}' for k, v in self.as_dict().items())})"

@@ -23,6 +23,7 @@ class Saving(Stepping):
             RuntimeError: where ranks own state and the others do not come.
         """
         self._check_settled("state_dict")
+        self._follow_replaced()
         if self._consolidated is not None:
             return self._consolidated
         return serialization.started(serialization.whole(super().state_dict(), self), self)
@@ -48,6 +49,7 @@ class Saving(Stepping):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         self.restore()
+        self._follow_replaced()
         with Uninterrupted():
             serialization.load(self, state_dict)
             self._listening.again(self._bound.cells)

@@ -48,7 +48,7 @@ class Auto(Resolved):
 
     ``measured`` is what :func:`precond.auto` finds in its first steps of the inputs of layers: the share of independent directions,
     n/tr(K²) for n inputs of correlations K, 1 for white inputs and 1/n where all are one. From ``white`` on only scales are left to
-    even out, and the layer takes ``bnp @ polar``.
+    even out, and the layer takes ``bnp @ polar``. ``seen`` is told and decides nothing: trainings did not show that it should.
 
     Args:
         max_inputs: more inputs than this are standardized, not whitened.
@@ -56,9 +56,10 @@ class Auto(Resolved):
         embeddings: what multiplies the learning rate of tables of embeddings.
         white: share of independent directions, > 0, from which inputs are standardized, not whitened; more than 1: never.
         measured: pairs (name of a weight, share of independent directions).
+        seen: triples (name of a weight, samples behind its correlations per input, tr Σ/‖G‖² of its first gradients or None).
 
     Raises:
-        TypeError: for ``measured`` that holds no pairs.
+        TypeError: for ``measured`` that holds no pairs, or ``seen`` that holds no triples.
         ValueError: for numbers out of range.
 
     Example:
@@ -78,6 +79,7 @@ class Auto(Resolved):
     embeddings: float = 5.0
     white: float = 0.8
     measured: Sequence[tuple[str, float]] = ()
+    seen: Sequence[tuple[str, float, float | None]] = ()
 
     uses_momentum = True
 
@@ -89,6 +91,13 @@ class Auto(Resolved):
             raise TypeError(
                 f"Auto: measured must be pairs (name of a weight, share of independent directions), got {self.measured!r}"
             ) from None
+        try:
+            seen = tuple((str(name), float(n), None if noise is None else float(noise)) for name, n, noise in self.seen)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"Auto: seen must be triples (name of a weight, samples per input, noise or None), got {self.seen!r}"
+            ) from None
+        object.__setattr__(self, "seen", seen)
         checks.whole("Auto", max_inputs=self.max_inputs)
         checks.positive("Auto", embeddings=self.embeddings, white=self.white)
 
@@ -154,9 +163,19 @@ class Auto(Resolved):
             return self.bnp @ self.polar, f"{columns:,} inputs are too many to whiten"
         share = dict(self.measured).get(weight.name)
         known = "" if share is None else f", {share:.2f} of their directions independent"
+        told = self._told(weight.name)
         if share is not None and share >= self.white:
-            return self.bnp @ self.polar, f"{columns:,} inputs{known}: white but for scales"
-        return self.whitening @ self.polar, f"{columns:,} inputs{known}"
+            return self.bnp @ self.polar, f"{columns:,} inputs{known}: white but for scales{told}"
+        return self.whitening @ self.polar, f"{columns:,} inputs{known}{told}"
+
+    def _told(self, name: str) -> str:
+        """What decides nothing."""
+        found = next((numbers for known, *numbers in self.seen if known == name), None)
+        if found is None:
+            return ""
+        samples, noise = found
+        noisy = "" if noise is None else f", gradient noise {'≥ ' if noise >= 100 else ''}{noise:g}"
+        return f" (not decisive: {samples:g} samples per input{noisy})"
 
     def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
         return [Part(c.index, c.preconditioner) for c in self.chosen(leaves)]

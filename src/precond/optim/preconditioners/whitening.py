@@ -197,3 +197,15 @@ class Whitening(InputSide):
             shares = (n / squares.clamp_min(n)).view(len(members), -1).mean(1).cpu().tolist()
             out |= {member.leaves[part.weight].name: s for member, s in zip(members, shares, strict=True)}
         return out
+
+    def samples_per_input(self, state: State) -> dict[str, float]:
+        """The effective number of samples behind the correlations of each weight's inputs over that of inputs; the least of its groups."""
+        members = state.block.members if isinstance(state.block, Stack) else (state.block,)
+        out: dict[str, float] = {}
+        for part in self.parts(state.block):
+            mine = self._of(part, state)
+            if self.known(mine):
+                n = mine["mean"].shape[-1]
+                found = (1 / (n * mine["noise"])).view(len(members), -1).amin(1).tolist()
+                out |= {member.leaves[part.weight].name: x for member, x in zip(members, found, strict=True)}
+        return out

@@ -7,18 +7,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from precond.algebra import checks
 from precond.algebra.schedules import numbers, replaced
-from precond.optim.blocks import Stack
 from precond.optim.checking.arguments import checked
 from precond.optim.engine.cells import Choice
 from precond.optim.momentum import Momentum
 from precond.optim.optimizer import PreconditionedGD
 from precond.optim.optimizer.parameters import Params
-from precond.optim.preconditioners import Auto, Composition, Whitening
+from precond.optim.preconditioners import Auto
+from precond.optim.recipes.looking import Looking
 from precond.optim.recipes.making import make
 from precond.optim.regularizers import L2, Regularizer
 
@@ -36,30 +35,9 @@ class _Auto:
             choice = replace(choice, muon=replace(choice.muon, momentum=choice.polar.momentum))
         if group["measured"] is not None:
             choice = replace(choice, measured=tuple(group["measured"].items()))
+        if group["seen"] is not None:
+            choice = replace(choice, seen=tuple((name, *numbers) for name, numbers in group["seen"].items()))
         return Choice(choice, Momentum(beta), (L2(group["weight_decay"] / 2, space="z"),))
-
-
-MEASURED_AFTER = 7
-"""Steps after which the inputs of layers are looked at, once: the next is the last that may read from a device."""
-
-
-def _measured(optimizer: PreconditionedGD) -> dict[str, Any] | None:
-    """What the inputs of whitened layers have shown, by the names of their weights, when all of them have made so many steps."""
-    if any(group["measured"] is not None or group["capturable"] for group in optimizer.param_groups):
-        return None  # a captured step is one program for all steps
-    shares: dict[str, float] = {}
-    shapes: dict[str, torch.Size] = {}
-    for cell in optimizer.cells:
-        P = cell.preconditioner
-        if isinstance(P, Composition) and isinstance(P.outer, Whitening):
-            if min(cell.state.steps) < MEASURED_AFTER:
-                return None
-            outer = cell.state["outer"]
-            shapes |= {leaf.name: leaf.shape for leaf in cell.leaves}
-            shares |= P.outer.independent(outer if isinstance(cell.block, Stack) else outer.as_stack())
-    # Layers of one shape decide together, by the least: they are stepped side by side.
-    least = {shape: min(s for name, s in shares.items() if shapes[name] == shape) for shape in map(shapes.get, shares)}
-    return {"measured": {name: round(least[shapes[name]], 3) for name in shares}} if shares else None
 
 
 @checked
@@ -77,8 +55,9 @@ def auto(
     """A preconditioner for each layer, chosen by what it is: whitened inputs and polar steps for most, Adam for what is no layer.
 
     After the first steps layers whose inputs turn out to be white are no longer whitened; that is decided once, and the state dict
-    keeps it. ``optimizer.explain()`` says what was chosen and why. See :class:`~precond.Auto` for the rules and :class:`~precond.Polar` for the
-    length of steps: twice the learning rate is about the most that a layer's outputs change in a step, whatever its width.
+    keeps it. ``optimizer.explain()`` says what was chosen and why, and what else was seen. See :class:`~precond.Auto` for the rules and
+    :class:`~precond.Polar` for the length of steps: twice the learning rate is about the most that a layer's outputs change in a step,
+    whatever its width.
 
     Args:
         params: the model, whose inputs are observed.
@@ -110,8 +89,9 @@ def auto(
     checks.fraction("auto", momentum=momentum)
     checks.non_negative("auto", weight_decay=weight_decay)
     choice = Auto() if choice is None else choice
-    defaults = {"weight_decay": weight_decay, "momentum": momentum, "maximize": maximize, "measured": None, **numbers(choice)}
-    optimizer = make("auto", params, lr, _Auto(choice), defaults, {}, {}, regularizers, options, settle=_measured)
+    defaults = {"weight_decay": weight_decay, "momentum": momentum, "maximize": maximize, "measured": None, "seen": None}
+    defaults |= numbers(choice)
+    optimizer = make("auto", params, lr, _Auto(choice), defaults, {}, {}, regularizers, options, settle=Looking())
     acting = {row.preconditioner for row in optimizer.explain().rows} - {"none (frozen)"}
     if not acting:
         warnings.warn(

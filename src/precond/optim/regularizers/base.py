@@ -112,7 +112,8 @@ class Regularizer(ABC):
     A new one is one file: a frozen dataclass with ``term`` and, if it needs gradients elsewhere, ``probe``.
 
     Attributes:
-        scalars: names of the fields that may differ per tensor (λ, ρ); they may be numbers or schedules.
+        scalars: names of the fields that may differ per tensor (λ, ρ); they may be numbers or schedules. A tensor on which all are
+            0 takes no part.
         probes: whether it needs gradients at other points.
         exact: whether it needs Hessian–vector products by double backprop.
         replaces_gradient: its term stands in place of the loss gradient, which need not be kept.
@@ -147,6 +148,10 @@ class Regularizer(ABC):
 
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
+        if isinstance(cls.scalars, str):
+            raise TypeError(
+                f"{cls.__name__}: scalars is {cls.scalars!r}; make it a tuple of names, ({cls.scalars!r},), () for none"
+            )
         contracts.checked(cls, _CHECKS)
 
     def __new__(cls, *args: Any, **more: Any) -> Regularizer:
@@ -189,7 +194,7 @@ class Regularizer(ABC):
         return [0.0] * len(at.p)
 
     def value(self, at: At) -> Tensor | float:
-        """λR(p), for logging."""
+        """λR(p), for logging; NaN says that a class does not tell it."""
         return float("nan")
 
 

@@ -73,5 +73,8 @@ class L2(Regularizer):
         return [2 * x if self.joins_gradient else 0.0 for x in at["lam"]]
 
     def value(self, at: At) -> Tensor | float:
+        """λ‖z‖² = λ pᵀM⁻¹p, which asks for no root; where M is singular, over what it reaches."""
+        if self._uniform(at):
+            return at.sums.dot(vec.scale(at.p, at["lam"]), at.space.map.gram_solve(at.p))
         z = at.space.solve(at.p)
         return at.sums.dot(vec.scale(z, at["lam"]), z)

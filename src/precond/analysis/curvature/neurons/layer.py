@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from precond.algebra import checks
 from precond.optim.inputs.conv import ConvTap
@@ -36,6 +37,22 @@ class Call:
     def input(self) -> Tensor:
         """The tensor that it was called with."""
         return self.args[0] if self.args else next(iter(self.kwargs.values()))
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A forward of the layer, to which its output's derivatives come back.
+
+    Attributes:
+        args, kwargs: what it was called with.
+        output: of the shape of what it returned, without values.
+        edge: where that stands in the graph, whatever is done to it in place.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+    edge: GradientEdge
 
 
 class Layer:
@@ -99,12 +116,30 @@ class Layer:
         finally:
             handle.remove()
 
+    @contextmanager
+    def watched(self) -> Iterator[list[Edge]]:
+        """Collects the calls inside, each with the place of its output in the graph; nothing is added."""
+        calls: list[Edge] = []
+
+        def hook(module, args, kwargs, out):
+            calls.append(Edge(args, kwargs, out.new_empty(out.shape, device="meta"), get_gradient_edge(out)))
+
+        handle = self.module.register_forward_hook(hook, with_kwargs=True)
+        try:
+            yield calls
+        finally:
+            handle.remove()
+
     def rows(self, a: Tensor) -> Tensor:
         """Pre-activations, or derivatives by them, as (places, units)."""
+        return self.rows_apart(a).reshape(-1, self.units)
+
+    def rows_apart(self, a: Tensor) -> Tensor:
+        """The same as a view, (images, places in each, units); of a linear layer as of one image."""
         if not self.conv:
-            return a.reshape(-1, self.units)
+            return a.reshape(1, -1, self.units)
         a = a if a.ndim == self.module.weight.ndim else a[None]
-        return a.flatten(2).transpose(1, 2).reshape(-1, self.units)
+        return a.flatten(2).transpose(1, 2)
 
     def back(self, rows: Tensor, like: Tensor) -> Tensor:
         """The inverse of :meth:`rows`; a leading dimension of several is kept."""
@@ -124,9 +159,14 @@ class Layer:
         """The weight, or a gradient of it, as (groups, units of a group, n)."""
         return self.tap.layout(self.tap.weights[0], Request("covariance")).view(weight)
 
-    def inputs(self, call: Call) -> Tensor:
+    def inputs(self, call: Call | Edge) -> Tensor:
         """What the weight meets at each place, (groups, places, n)."""
-        return self.tap.rows(self.tap.read(call.args, call.kwargs), self.tap.weights[0]).detach()
+        return self.inputs_apart(call).flatten(1, 2)
+
+    def inputs_apart(self, call: Call | Edge) -> Tensor:
+        """The same, (groups, images, places in each, n); of a linear layer as of one image, of a convolution a view."""
+        seen, weight = self.tap.read(call.args, call.kwargs), self.tap.weights[0]
+        return self.tap.patches(seen, weight) if self.conv else self.tap.rows(seen, weight).detach()[:, None]
 
 
 def arrangements(lead: tuple[int, ...], samples: int) -> Iterator[Tensor]:
