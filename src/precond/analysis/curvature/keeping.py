@@ -36,7 +36,8 @@ class Batch:
 class Graph(Protocol):
     """What is kept of one batch."""
 
-    size: GraphSize
+    @property
+    def size(self) -> GraphSize: ...
 
 
 class Kept:

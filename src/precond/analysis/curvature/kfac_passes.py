@@ -180,7 +180,7 @@ class Pass:
         by_edge = iter(
             differentiable(lambda: torch.autograd.grad(self.f, self._edges, cotangent, retain_graph=again, allow_unused=True))
         )
-        out = {}
+        out: dict[str, list[Tensor]] = {}
         for name, known in self.layers.items():
             out[name] = []
             for call in self.calls[name]:

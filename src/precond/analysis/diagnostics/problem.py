@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from precond.algebra.vec import Vec
 from precond.analysis.curvature import Objective
 from precond.analysis.curvature.batches import moved, size
+from precond.analysis.curvature.forward import NoForwardDerivative
 from precond.analysis.curvature.objective import Evaluation
 
 
@@ -30,12 +33,14 @@ class Inside(Objective):
         """Of a batch, in the model's present mode."""
         return self._loss_of(self.model, inputs, index)
 
-    def evaluate(self, index: int) -> Evaluation:
+    def evaluate(self, index: int, along: Vec | None = None) -> Evaluation:
+        if along is not None:
+            raise NoForwardDerivative("the loss is all that the model returns")
         inputs, _ = moved(self._batch(index), self.device, self.dtype)
         loss = self.loss_of(inputs, index)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(f"diagnose: the model's loss must be one number, got {_shown(loss)}")
-        return Evaluation(inputs, (), loss.reshape(()), loss.reshape(()), self.loss_fn)
+        return Evaluation(inputs, (), loss.reshape(()), loss.reshape(()), self.loss_fn, partial(self.measuring, index))
 
 
 def as_objective(

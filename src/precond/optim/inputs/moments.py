@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ Rows = Tensor | Sequence[Tensor]
 """Samples of features: (groups, N, n), or for each group its own (N, n)."""
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What a preconditioner wants to know of a layer's inputs.
 
     Attributes:

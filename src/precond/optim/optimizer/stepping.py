@@ -81,9 +81,9 @@ class Stepping(SecondGradients):
         verdict = self._verdict(found, loss) if unread else None
         if found and verdict is None and not self._agreed(vec.all_finite(found) and (loss is None or finite_loss(loss))):
             return False
+        count_step([cell.state for _, cell, _ in work], verdict)
         for kernel, cell, aligned in work:
             leaf, p = cell.block.leaves[0], cell.block.all_tensors
-            count_step(cell.state, verdict)
             found_inf = () if verdict is None else (verdict.found_inf(p[0].device),)
             kernel(cell, p, aligned, self._lr(leaf), self.param_groups[leaf.group]["maximize"], *found_inf)
         if point is not None:
@@ -104,8 +104,7 @@ class Stepping(SecondGradients):
         ((k, found),) = evidence.found.items()
         at = point.at(k, point.maps, found=found, memo=evidence.memo)
         a = loop.assemble(point.g, [point.choices[0].regularizers[k].term(at)])
-        for cell in point.cells:
-            count_step(cell.state)
+        count_step([cell.state for cell in point.cells])
         for kernel, (cell, span) in zip(kernels, point.spans, strict=True):
             p = cell.block.all_tensors
             assert kernel is not None
