@@ -211,9 +211,7 @@ class Shared(Cell):
         found = cell.exchange.deliver(p, p)
         theirs = [i for k, span in enumerate(cell._spans) if cell.owners[k] != cell.exchange.rank for i in span]
         vec.copy_(tuple(p[i] for i in theirs), tuple(found[i] for i in theirs))
-        for k, owner in enumerate(cell.owners):
-            if owner != cell.exchange.rank:
-                count_on_host(cell.inside[k].state)
+        count_on_host([cell.inside[k].state for k, owner in enumerate(cell.owners) if owner != cell.exchange.rank])
 
     def _stepped_by_owner(self, cell: Cell, g: Vec) -> Vec:
         """The step of one cell: by its kernel, where it has one and needs not look at the parameters."""

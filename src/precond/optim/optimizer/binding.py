@@ -15,8 +15,10 @@ from precond.optim.averages import WeightAverage
 from precond.optim.blocks import Leaf, whole_numbers
 from precond.optim.engine import plan
 from precond.optim.engine.cells import Cell, Choice
+from precond.optim.engine.loop import Rules
 from precond.optim.engine.sharing import Shared
 from precond.optim.optimizer import averaging
+from precond.optim.optimizer.fusing import fusible
 from precond.optim.optimizer.models import Models, in_place
 from precond.optim.optimizer.naming import Naming
 
@@ -129,39 +131,52 @@ class Binding:
         return "renumbered"
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What an optimizer was made with.
+
+    Attributes:
+        average: of the weights.
+        observes: whether it observes the inputs of layers.
+        second: the number of the regularizer that wants a second gradient, or None.
+    """
+
+    models: Models
+    naming: Naming
+    rules: Rules
+    rounding: str
+    average: WeightAverage | None
+    observes: bool
+    second: int | None
+
+
 def bind(
+    setup: Setup,
     groups: Sequence[Mapping[str, Any]],
-    models: Models,
-    naming: Naming,
-    observed: bool,
-    rounding: str,
-    plainly: bool,
-    clean: bool,
     existing: Mapping[Tensor, dict[str, Any]],
-    frozen: Container[Tensor] | None = None,
-    dealt: dict[Tensor, int] | None = None,
-    there: Callable[[Leaf], torch.device | None] = lambda leaf: None,
-    average: WeightAverage | None = None,
-    fuses: Callable[[Sequence[Choice]], bool] = lambda choices: True,
+    frozen: Container[Tensor] | None,
+    owners: dict[Tensor, int],
+    counting: Callable[[Leaf], torch.device | None],
 ) -> Binding:
     """Cells for the parameters that want gradients; state that ``existing`` holds is taken over, in the parameters' dtype and place.
 
     Args:
-        dealt: which rank owns which parameters' blocks, where ranks share them; completed here.
         frozen: the parameters that want no gradients; None: those that require none now.
-        there: the device that counts a leaf's steps; None: the host does.
-        average: of the weights.
-        fuses: whether kernels may step cells, of the choices in force.
+        owners: which rank owns which parameters' blocks, where ranks share them; completed here.
+        counting: the device that counts a leaf's steps; None: the host does.
     """
-    leaves = models.leaves(groups, observed)
-    choices = choices_of(groups, naming)
+    rules, naming = setup.rules, setup.naming
+    leaves, choices = setup.models.leaves(groups, setup.observes), choices_of(groups, naming)
     params = [leaf.param for leaf in leaves]
     frozen = {p for p in params if not p.requires_grad} if frozen is None else frozen
     live = [i for i, p in enumerate(params) if p not in frozen]
-    cells, entries = plan.build(leaves, live, choices, existing, naming.outside, plainly, clean, dealt, there, fuses(choices))
-    if rounding == "kahan":
+    cells, entries = plan.build(
+        leaves, live, choices, existing, naming.outside, rules.plainly, rules.statistics_from == "loss", owners, counting,
+        fusible(choices, rules, setup.second),
+    )  # fmt: skip
+    if setup.rounding == "kahan":
         entries += _residuals([leaves[i] for i in live], existing)
-    entries += averaging.entries(average, [leaves[i] for i in live], existing)
+    entries += averaging.entries(setup.average, [leaves[i] for i in live], existing)
     _, dtypes, devices = read_kinds(params)
     kinds = [p not in frozen for p in params], dtypes, devices
     return Binding(leaves, choices, cells, entries, read_options(groups, naming), kinds)

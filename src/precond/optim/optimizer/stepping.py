@@ -60,8 +60,8 @@ class Stepping(SecondGradients):
         kernels = self._kernels()
         if kernels is None or self._gradient_based is not None:
             return False
-        unread = self._skips_unread()
-        if not unread and getattr(self, "found_inf", None) is not None:
+        on_device = self._skips_on_device()
+        if not on_device and getattr(self, "found_inf", None) is not None:
             return False
         if not self._listening.collect(self._bound.cells, self.nonfinite != "propagate"):
             return False
@@ -78,7 +78,7 @@ class Stepping(SecondGradients):
             # Where others step some of it, each looks at all of it: they must come to one answer.
             mine = (*(x for _, _, g in work for x in g), *(() if point is None else point.g))
             found = tuple(g for g in given if g is not None) if in_place else mine
-        verdict = self._verdict(found, loss) if unread else None
+        verdict = self._verdict(found, loss) if on_device else None
         if found and verdict is None and not self._agreed(vec.all_finite(found) and (loss is None or finite_loss(loss))):
             return False
         count_step([cell.state for _, cell, _ in work], verdict)
@@ -129,7 +129,7 @@ class Stepping(SecondGradients):
             if not pending.refused:
                 evidence = pending.complete(scale, self._signed)
         count = 1 + (pending.asked if pending is not None else 0)
-        verdict = self._verdict(point.g if self.nonfinite == "skip" else (), loss) if self._skips_unread() else None
+        verdict = self._verdict(point.g if self.nonfinite == "skip" else (), loss) if self._skips_on_device() else None
         if verdict is None and self._skip(point, pending, loss, good_inputs, good_products):
             self.last = Record(self, loss, gradients=count, skipped=True, scale=scale)
         elif point.cells:
@@ -230,7 +230,7 @@ class Stepping(SecondGradients):
         self._consolidated: dict[str, Any] | None = None
         self._spare: dict[Tensor, Tensor] = {}
         self._clearings = Clearings()
-        self._closing = self._evaluating = self._told = False
+        self._closing = self._evaluating = self._scaled = False
         self._averaged: Averaged | None = None
         self._listening = Listening(self._requests)
         self._warned = False
