@@ -85,7 +85,8 @@ data: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) -m fashion_mnist
 
 coverage: $(VENV)/installed-test $(VENV)/installed-dev
-	$(BIN)/python -m pytest -q -n $(WORKERS) --cov --cov-report=term-missing
+	$(BIN)/python -m pytest -q -n $(WORKERS) --cov --cov-report=term-missing --cov-report=json
+	$(BIN)/python tests/covered.py coverage.json
 
 slowest: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -n $(WORKERS) --durations=40

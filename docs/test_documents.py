@@ -184,6 +184,37 @@ def write(path: Path) -> None:
     path.write_text(SHOWN.sub(shown, path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
+# A quantity that was measured: a ratio, a share, a time, memory.
+FIGURE = re.compile(
+    r"\d (?:times|ms|µs|seconds?|minutes|MiB|GiB)\b|\d ?%|×\s?\d|\d of (?:its|AdamW's|\d+ (?:cases|tasks|seeds))\b"
+    r"|\b0\.\d+ of (?:its|the|AdamW's)\s"
+)
+COMMAND = re.compile(
+    r"\b(?:python (?:benchmarks|tests|docs)/|precond (?:bench|compare|verify|diagnose|train|logistic|lr-range)\b|pytest |make )"
+)
+ONE_OFF = "one-off figures"
+
+
+def prose(page: str) -> str:
+    return re.sub(r"(?ms)^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"))
+
+
+def test_a_figure_in_the_readme_has_its_source_beside_it():
+    items = re.split(r"\n\n|\n(?=- )", prose("README.md"))
+    claims = [item for item in items if FIGURE.search(item)]
+    assert len(claims) >= 4
+    assert [item for item in claims if not COMMAND.search(item) and not re.search(r"\]\(docs/[\w-]+\.md", item)] == []
+
+
+MEASURED = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", MEASURED)
+def test_a_page_with_figures_names_commands_or_says_that_none_makes_them(page):
+    text = prose(page)
+    assert not FIGURE.search(text) or COMMAND.search((ROOT / page).read_text(encoding="utf-8")) or ONE_OFF in text
+
+
 TUTORIALS = sorted((ROOT / "docs/tutorials").glob("*.md"))
 
 

@@ -21,7 +21,7 @@ from precond.lab.report import load_results
 # Dropout, batch statistics, a second gradient per step, a search and two seeds: everything that a resumption must bring back.
 ARGS = [
     "compare", "digits", "--recipes", "adam,adamw+SAM(0.01,space='z')", "--widths", "16", "--normalization", "batch",
-    "--dropout", "0.2", "--steps", "120", "--evaluations", "4", "--lr-range", "1e-3,1e-2", "--trials", "2", "--seeds", "0,1",
+    "--dropout", "0.2", "--steps", "60", "--evaluations", "4", "--lr-range", "1e-3,1e-2", "--trials", "2", "--seeds", "0,1",
     "--checkpoint-seconds", "0.02",
 ]  # fmt: skip
 _COMMAND = "import sys; from precond.lab.cli.main import main; sys.exit(main(sys.argv[1:]))"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,9 @@ class Process:
 
     def stop(self) -> None:
         if self._process is not None:
+            with contextlib.suppress(OSError):
+                self._pipe.send(None)  # it ends by itself, as coverage wants it to, where it hears
+                self._process.join(5)
             self._process.kill()
             self._process.join()
             self._pipe.close()

@@ -56,8 +56,9 @@ def _jackknife(without: Tensor) -> Tensor:
 
 
 def _diagonals_left_out(q: Tensor, a: Tensor, W: Tensor, S: Tensor, r: Tensor) -> Tensor:
-    r"""XDiag without probe i, (m, n), less what all of them have in common: the mean over j ≠ i by j on the complement of s_i and s_j.
+    r"""XDiag without probe i, (m, n), less what all of them have in common.
 
+    It is the mean over j ≠ i of the estimates by j on the complement of s_i and s_j.
     Of the projection Π_ij on their span −diag(QΠ_ijQᵀA) + ω_j ⊙ QΠ_ijQᵀAω_j is left, where QᵀAω_j = R e_j is orthogonal to s_i; q = QS, a = AQS,
     r_j = s_jᵀR e_j.
     """

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from precond.algebra.vec import Vec
 from precond.analysis.curvature import Objective
 from precond.analysis.curvature.batches import moved, size
-from precond.analysis.curvature.forward import NoForwardDerivative
+from precond.analysis.curvature.forward import carried_along
 from precond.analysis.curvature.objective import Evaluation
 
 
@@ -34,13 +34,17 @@ class Inside(Objective):
         return self._loss_of(self.model, inputs, index)
 
     def evaluate(self, index: int, along: Vec | None = None) -> Evaluation:
-        if along is not None:
-            raise NoForwardDerivative("the loss is all that the model returns")
         inputs, _ = moved(self._batch(index), self.device, self.dtype)
-        loss = self.loss_of(inputs, index)
+        forward, image = partial(self.loss_of, inputs, index), None
+        if along is None:
+            loss = forward()
+        else:
+            loss, image = carried_along(forward, self.model, self.params, along)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(f"diagnose: the model's loss must be one number, got {_shown(loss)}")
-        return Evaluation(inputs, (), loss.reshape(()), loss.reshape(()), self.loss_fn, partial(self.measuring, index))
+        loss = loss.reshape(())
+        known = None if along is None or image is None else (along, image.reshape(()))
+        return Evaluation(inputs, (), loss, loss, self.loss_fn, partial(self.measuring, index), known)
 
 
 def as_objective(

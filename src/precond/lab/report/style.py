@@ -114,7 +114,15 @@ def thousands(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k" if abs(x) >= 10_000 else f"{x:,g}"))
 
 
+# On dark pages a file of its own is dark, as a whole: it is read by itself wherever the two disagree.
+_DARK = {"#ffffff": "#131416", _INK: "#e4e7eb", _GRAY: "#9aa5b1", _RULE: "#323f4b"}
+_WHERE_DARK = "".join(
+    f'[style*="{what}: {light}"]{{{what}: {dark} !important}}' for light, dark in _DARK.items() for what in ("fill", "stroke")
+)
+
+
 def svg_file(element: str) -> str:
-    """An SVG element as a file of its own."""
+    """An SVG element as a file of its own, dark where the reader's pages are."""
+    element = element.replace("</style>", f"@media (prefers-color-scheme: dark){{{_WHERE_DARK}}}</style>", 1)
     spaced = element if "xmlns=" in element else element.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
     return f'<?xml version="1.0" encoding="utf-8"?>\n{spaced}\n'

@@ -145,7 +145,7 @@ class Stack(Block):
         return ", ".join(member.name for member in self.members)
 
     @cached_property
-    def all_leaves(self) -> tuple[Leaf, ...]:  # type: ignore[override]
+    def all_leaves(self) -> tuple[Leaf, ...]:
         return tuple(leaf for member in self.members for leaf in member.leaves)
 
     @cached_property

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from types import NoneType
 from typing import Any, Literal
 
 import torch
@@ -16,8 +15,10 @@ from precond.optim.averages import WeightAverage
 from precond.optim.blocks import Leaf, whole_numbers
 from precond.optim.engine import plan
 from precond.optim.engine.cells import Cell, Choice
+from precond.optim.engine.loop import Rules
 from precond.optim.engine.sharing import Shared
 from precond.optim.optimizer import averaging
+from precond.optim.optimizer.fusing import fusible
 from precond.optim.optimizer.models import Models, in_place
 from precond.optim.optimizer.naming import Naming
 
@@ -64,6 +65,16 @@ class Binding:
     def blocks(self) -> list[Cell]:
         """The cells that step blocks, also those of other ranks."""
         return [each for cell in self.cells for each in cell.cells]
+
+    @cached_property
+    def here(self) -> list[Cell]:
+        """What this process steps by itself, where nothing looks at all of a step."""
+        return [each for cell in self.cells for each in cell.here]
+
+    @property
+    def in_place(self) -> list[Shared]:
+        """The cells that ranks share, and whose owners step parameters in place."""
+        return [cell for cell in self.shared if cell.in_place]
 
     @property
     def shared(self) -> list[Shared]:
@@ -120,39 +131,52 @@ class Binding:
         return "renumbered"
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What an optimizer was made with.
+
+    Attributes:
+        average: of the weights.
+        observes: whether it observes the inputs of layers.
+        second: the number of the regularizer that wants a second gradient, or None.
+    """
+
+    models: Models
+    naming: Naming
+    rules: Rules
+    rounding: str
+    average: WeightAverage | None
+    observes: bool
+    second: int | None
+
+
 def bind(
+    setup: Setup,
     groups: Sequence[Mapping[str, Any]],
-    models: Models,
-    naming: Naming,
-    observed: bool,
-    rounding: str,
-    plainly: bool,
-    clean: bool,
     existing: Mapping[Tensor, dict[str, Any]],
-    frozen: Container[Tensor] | None = None,
-    dealt: dict[Tensor, int] | None = None,
-    there: Callable[[Leaf], torch.device | None] = lambda leaf: None,
-    average: WeightAverage | None = None,
-    fuses: Callable[[Sequence[Choice]], bool] = lambda choices: True,
+    frozen: Container[Tensor] | None,
+    owners: dict[Tensor, int],
+    counting: Callable[[Leaf], torch.device | None],
 ) -> Binding:
     """Cells for the parameters that want gradients; state that ``existing`` holds is taken over, in the parameters' dtype and place.
 
     Args:
-        dealt: which rank owns which parameters' blocks, where ranks share them; completed here.
         frozen: the parameters that want no gradients; None: those that require none now.
-        there: the device that counts a leaf's steps; None: the host does.
-        average: of the weights.
-        fuses: whether kernels may step cells, of the choices in force.
+        owners: which rank owns which parameters' blocks, where ranks share them; completed here.
+        counting: the device that counts a leaf's steps; None: the host does.
     """
-    leaves = models.leaves(groups, observed)
-    choices = choices_of(groups, naming)
+    rules, naming = setup.rules, setup.naming
+    leaves, choices = setup.models.leaves(groups, setup.observes), choices_of(groups, naming)
     params = [leaf.param for leaf in leaves]
     frozen = {p for p in params if not p.requires_grad} if frozen is None else frozen
     live = [i for i, p in enumerate(params) if p not in frozen]
-    cells, entries = plan.build(leaves, live, choices, existing, naming.outside, plainly, clean, dealt, there, fuses(choices))
-    if rounding == "kahan":
+    cells, entries = plan.build(
+        leaves, live, choices, existing, naming.outside, rules.plainly, rules.statistics_from == "loss", owners, counting,
+        fusible(choices, rules, setup.second),
+    )  # fmt: skip
+    if setup.rounding == "kahan":
         entries += _residuals([leaves[i] for i in live], existing)
-    entries += averaging.entries(average, [leaves[i] for i in live], existing)
+    entries += averaging.entries(setup.average, [leaves[i] for i in live], existing)
     _, dtypes, devices = read_kinds(params)
     kinds = [p not in frozen for p in params], dtypes, devices
     return Binding(leaves, choices, cells, entries, read_options(groups, naming), kinds)
@@ -204,14 +228,12 @@ def read_kinds(params: Sequence[Tensor]) -> Kinds:
 def read_options(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[tuple[Any, ...]]:
     """The options of groups; of tensors also their versions, since they may be changed in place."""
     found = [tuple(map(group.get, naming.defaults)) for group in groups]
-    return [options if _NUMBERS.issuperset(map(type, options)) else tuple(map(_versioned, options)) for options in found]
-
-
-_NUMBERS = {float, int, bool, str, NoneType}
-
-
-def _versioned(option: Any) -> Any:
-    return (option, option._version) if isinstance(option, Tensor) else option
+    return [
+        tuple((x, x._version) if isinstance(x, Tensor) else x for x in options)
+        if any(issubclass(kind, Tensor) for kind in set(map(type, options)))
+        else options
+        for options in found
+    ]
 
 
 def _structure(options: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

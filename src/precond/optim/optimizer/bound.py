@@ -22,10 +22,9 @@ from precond.optim.inputs import Request
 from precond.optim.inputs.observer import Observer
 from precond.optim.optimizer import serialization
 from precond.optim.optimizer.averaging import Averaged
-from precond.optim.optimizer.binding import Binding, bind, choices_of, hand_over
+from precond.optim.optimizer.binding import Binding, Setup, bind, choices_of, hand_over
 from precond.optim.optimizer.closures import Clearings
 from precond.optim.optimizer.compatibility import check_precision
-from precond.optim.optimizer.fusing import fusible
 from precond.optim.optimizer.interrupts import Uninterrupted
 from precond.optim.optimizer.listening import Listening
 from precond.optim.optimizer.models import Models, in_place
@@ -45,23 +44,23 @@ class Bound(torch.optim.Optimizer):
     engine: str
     average: WeightAverage | None
     models: Models
-    _bound: Binding
-    _listening: Listening
-    _clearings: Clearings
-    _averaged: Averaged | None
-    _kernels_of: tuple[list[Kernel | None] | None] | None
-    _pending: Probe | None
-    _consolidated: dict[str, Any] | None
-    _spare: dict[Tensor, Tensor]
-    _dealt: dict[Tensor, int]
-    _requests: frozenset[Request]
-    _timeless: bool
-    _gradient_based: int | None
-    _probing: bool
-    _closing: bool
-    _evaluating: bool
-    _told: bool
-    _warned: bool
+    _bound: Binding  # what the groups came to when they were last read
+    _listening: Listening  # the hooks on the model, and what layers received
+    _clearings: Clearings  # how often gradients were cleared
+    _averaged: Averaged | None  # the average of the weights, as it stands
+    _kernels_of: tuple[list[Kernel | None] | None] | None  # those of the cells; None: not chosen yet
+    _pending: Probe | None  # what is under way between the first gradient and the step
+    _consolidated: dict[str, Any] | None  # the state dict of all ranks, until the next step
+    _spare: dict[Tensor, Tensor]  # memory for parameters while they are at a probed point
+    _dealt: dict[Tensor, int]  # which rank owns a parameter's block
+    _requests: frozenset[Request]  # the statistics of inputs that preconditioners ask for
+    _timeless: bool  # whether the number of a step decides nothing about its work
+    _gradient_based: int | None  # which regularizer wants a second gradient, or a product with the Hessian
+    _probing: bool  # whether it wants a gradient at another point
+    _closing: bool  # within a closure
+    _evaluating: bool  # within ``averaged()``
+    _scaled: bool  # whether a scaler has handed over what it found
+    _warned: bool  # that a second pass sees no model
 
     def _bind(self) -> None:
         """Make cells and state for the parameters that want gradients, keeping the state that exists."""
@@ -89,25 +88,22 @@ class Bound(torch.optim.Optimizer):
         frozen: set[Tensor] | None = None,
     ) -> Binding:
         """What groups come to, with the state that exists; nothing of the optimizer's own changes."""
-        clean = self.rules.statistics_from == "loss"
 
-        def there(leaf: Leaf) -> torch.device | None:
-            device, asked = leaf.param.device, groups[leaf.group].get("capturable") or self._may_skip_unread
+        def counting(leaf: Leaf) -> torch.device | None:
+            device, asked = leaf.param.device, groups[leaf.group].get("capturable") or self._may_skip_on_device
             return device if asked and device.type not in ("cpu", "meta") else None
 
-        return bind(
-            groups, self.models, self.naming, self.observes, self.rounding, self.rules.plainly, clean, existing, frozen, self._dealt, there,
-            self.average, lambda choices: fusible(choices, self.rules, self._gradient_based),
-        )  # fmt: skip
+        setup = Setup(self.models, self.naming, self.rules, self.rounding, self.average, self.observes, self._gradient_based)
+        return bind(setup, groups, existing, frozen, self._dealt, counting)
 
     @property
-    def _may_skip_unread(self) -> bool:
+    def _may_skip_on_device(self) -> bool:
         """Whether a step may be skipped without the host's knowing: accelerators count their steps then.
 
         Where the number of a step decides what it does, and where it takes statistics of inputs, whose samples the host counts, second
         gradients, an average of the weights, or where ranks step for each other, the host must know.
         """
-        skips = self.nonfinite == "skip" or (self._told and self.nonfinite == "propagate")
+        skips = self.nonfinite == "skip" or (self._scaled and self.nonfinite == "propagate")
         return (
             skips
             and self._timeless

@@ -58,14 +58,12 @@ class Capturing(Bound):
 
     def replayed(self) -> None:
         """Tell the host that a CUDA graph has repeated a captured step: :attr:`program` is then that of the next one."""
-        for cell in self._bound.cells:
-            if any(leaf.param.grad is not None for leaf in cell.leaves):
-                count_on_host(cell.state)
+        count_on_host([c.state for c in self._bound.cells if any(leaf.param.grad is not None for leaf in c.leaves)])
 
-    def _skips_unread(self) -> bool:
+    def _skips_on_device(self) -> bool:
         """Whether inf and NaN are to decide about this step without the host's knowing."""
         asked = getattr(self, "found_inf", None) is not None or self.nonfinite == "skip"
-        return asked and self._may_skip_unread and all("clock" in cell.state for cell in self._bound.cells)
+        return asked and self._may_skip_on_device and all("clock" in cell.state for cell in self._bound.cells)
 
     def _verdict(self, gradients: Vec, loss: Any) -> Verdict:
         """Whether the step is taken, which no host reads: the scaler's finding, and that of the gradients and the loss given."""

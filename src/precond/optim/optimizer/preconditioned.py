@@ -167,9 +167,9 @@ class PreconditionedGD(Saving):
         device. Trainers refuse to clip the gradients of an optimizer that says so; no scaler is at work while a closure runs.
         """
         shared = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in self.models.alive())
-        unread = any(group.get("capturable") for group in self.param_groups)
+        captured = any(group.get("capturable") for group in self.param_groups)
         divided = any(leaf.shard is not None for leaf in self._bound.leaves)
-        return not self._closing and (self._probing or shared or divided or unread)
+        return not self._closing and (self._probing or shared or divided or captured)
 
     @torch._disable_dynamo  # under torch.compile the graph breaks here: a step reads its numbers and looks at its model
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -192,9 +192,9 @@ class PreconditionedGD(Saving):
         self._check_training("step")
         self._consolidated = None
         self._follow_groups()
-        if not self._told and getattr(self, "found_inf", None) is not None:
-            self._told = True
-            if self._may_skip_unread:
+        if not self._scaled and getattr(self, "found_inf", None) is not None:
+            self._scaled = True
+            if self._may_skip_on_device:
                 self._bind()  # from now on devices count, which alone know of skips
         first = self._bound.leaves[0].param
         captured = is_captured(first)

@@ -83,9 +83,9 @@ class Record:
         loss = float(self.loss.detach() if isinstance(self.loss, Tensor) else self.loss) if self.loss is not None else None
         costly = ("grad_norm", "preconditioned_grad_norm", "penalty", "update_ratio")
         plain = {"loss": loss, "gradients": self.gradients, "skipped": self.skipped}
-        return {**plain, **{name: self._told(name) for name in costly}}
+        return {**plain, **{name: self._number_or_nan(name) for name in costly}}
 
-    def _told(self, name: str) -> float:
+    def _number_or_nan(self, name: str) -> float:
         try:
             return getattr(self, name)
         except (ValueError, RuntimeError):
