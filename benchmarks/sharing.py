@@ -4,7 +4,9 @@
 
 Seconds are those of processors in ``step()``, of 23 steps after the first: of the rank that spends most, the share of what as many processes
 spend at the same time that each do all the work; the median of some rounds. ``thread`` is the thread that steps; ``process`` has besides
-gloo's, which move what is sent through sockets. Bytes are what the rank that gives most gives to collectives, counted at each call.
+gloo's, which move what is sent through sockets. Of the thread's, ``statistics`` is what goes into the others' input statistics, ``exchange``
+what goes into gradients, steps and parameters that are sent, and the rest is work on matrices. Bytes are what the rank that gives most gives
+to collectives, counted at each call.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import math
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,16 +29,23 @@ from distributed.pool import Pool
 LAYERS = 16
 
 
-def spent(pool: Pool, recipe: str, wrap: str, width: int, rounds: int) -> tuple[float, float]:
-    """(process, thread): of the rank that spends most, the share of one that does all the work; NaN of no rounds."""
-    if not rounds:
-        return math.nan, math.nan
-    found = []
+PARTS = ("process", "thread", "statistics", "exchange")
+
+
+def spent(pool: Pool, recipe: str, wraps: Sequence[str], width: int, rounds: int) -> dict[str, list[float]]:
+    """By wrapper, of each part: of the rank that spends most, the share of one that does all the work; NaN of no rounds."""
+    found: dict[str, list[list[float]]] = {wrap: [] for wrap in wraps}
     for _ in range(rounds):
-        alone, divided = (pool.run(shares.seconds, recipe, how, LAYERS, width) for how in ("alone", wrap))
-        found.append([max(part[i] for part in divided) * pool.world / sum(one[i] for one in alone) for i in (0, 1)])
-    process, thread = (statistics.median(part) for part in zip(*found, strict=True))
-    return process, thread
+        alone, *divided = (pool.run(shares.seconds, recipe, how, LAYERS, width) for how in ("alone", *wraps))
+        for wrap, ranks in zip(wraps, divided, strict=True):
+            whole = {"process": sum(one["process"] for one in alone), "thread": sum(one["thread"] for one in alone)}
+            most = max(ranks, key=lambda part: part["process"])
+            found[wrap].append([most.get(part, 0.0) * pool.world / whole.get(part, whole["thread"]) for part in PARTS])
+    none = [math.nan] * len(PARTS)
+    return {
+        wrap: [statistics.median(column) for column in zip(*rows, strict=True)] if rows else none
+        for wrap, rows in found.items()
+    }
 
 
 def sent(pool: Pool, recipe: str, wrap: str, width: int) -> tuple[float, float]:
@@ -55,7 +65,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(
-        "| recipe | wrapper | ranks | process | thread | bytes / gradients | input statistics / gradients |\n|---|---|---|---|---|---|---|"
+        "| recipe | wrapper | ranks | process | thread | statistics | exchange | bytes / gradients | input statistics / gradients |\n"
+        "|---|---|---|---|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as folder:
         pools = [Pool(Path(folder) / str(n), n) for n in (2, 4)]
@@ -63,11 +74,9 @@ def main() -> None:
             for pool in pools:
                 pool.folder.mkdir()
             for recipe in options.recipes.split(","):
-                for wrap in options.wraps.split(","):
-                    for pool in pools:
-                        process, thread = spent(pool, recipe, wrap, options.width, options.rounds)
-                        total, inputs = sent(pool, recipe, wrap, options.width)
-                        row = f"{process:.2f} | {thread:.2f} | {total:.2f} | {inputs:.2f}"
+                for pool in pools:
+                    for wrap, parts in spent(pool, recipe, options.wraps.split(","), options.width, options.rounds).items():
+                        row = " | ".join(f"{x:.2f}" for x in (*parts, *sent(pool, recipe, wrap, options.width)))
                         print(f"| {recipe} | {wrap} | {pool.world} | {row} |", flush=True)
         finally:
             for pool in pools:

@@ -89,7 +89,7 @@ def test_intervals_hold_as_often_as_they_say(name, method, products):
     found = [trace(A, products=products, method=method, seed=seed) for seed in range(REPETITIONS)]
     for confidence in (0.8, 0.95):
         held = sum(low <= truth <= high for low, high in (e.interval(confidence) for e in found))
-        # Three standard errors of a share of 300. The scatter of vᵀAv in place of this one's error holds 85 % of them at 1/i² from 12 products.
+        # Three standard errors of a share of 300. By the scatter of vᵀAv 88 % of 400 held at 1/i² from 12 products.
         least = confidence - 3 * (confidence * (1 - confidence) / REPETITIONS) ** 0.5
         assert held >= least * REPETITIONS
     spread, said = float(torch.tensor([e.value for e in found]).std()), sum(e.error for e in found) / REPETITIONS

@@ -284,6 +284,28 @@ def test_constant_features_and_a_missing_bias_are_named():
     assert "Standardize" in advice[0].what
 
 
+@pytest.mark.parametrize("value", [1e-3, 0.1, 1.0, 3.3, 100.0, 1e4, 123456.7, 1e8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, "float32, measured in float64"])
+def test_a_constant_has_no_spread_whatever_its_size(dtype, value):
+    """In a matrix of 3,000 rows a column's rounding, left by a factorization, is 1e-14 of its size in float64: none of it is a direction."""
+    there = dtype if isinstance(dtype, torch.dtype) else torch.float32
+    torch.manual_seed(0)
+    x = torch.randn(3000, 4, dtype=there)
+    x[:, 2] = value
+    x[::2, 2] = torch.nextafter(x[::2, 2], torch.full((), math.inf, dtype=there)) if dtype != torch.float64 else value
+    objective = objective_of(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).to(there), x, batches=60)
+    if there is not dtype:
+        objective = objective.double()
+    layer = diagnose(objective, curvature="none").layers[0]
+    others = torch.cat([x[:, :2], x[:, 3:]], dim=1).double()
+    assert layer.spectra.rank == 4 and layer.units.constant == 1
+    assert layer.drivers.spread == pytest.approx(float(others.std(0).max() / others.std(0).min()), rel=1e-6)
+    # The constant stands for the bias beside it: [1, c] is one direction, of length √(1 + c²).
+    assert layer.spectra.kappa("bnp") == pytest.approx(kappa(extended((others - others.mean(0)) / others.std(0))), rel=0.02)
+    c = torch.full((3000, 1), math.sqrt(1 + value**2), dtype=torch.float64)
+    assert layer.spectra.kappa("raw") == pytest.approx(kappa(torch.cat([c, others], dim=1)), rel=1e-4)
+
+
 def test_a_learning_rate_beyond_stability_is_named():
     model, x = mlp(), torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
     objective = objective_of(model, x)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -18,7 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from precond import PreconditionedGD, auto, muon, shampoo, soap, whitening
 from precond.algebra import collectives
+from precond.optim.engine.sharing import Shared
 from precond.optim.optimizer import listening
+from precond.optim.ranks.exchange import Exchange
 
 RECIPES: dict[str, Callable[[nn.Module], PreconditionedGD]] = {
     "soap": lambda m: soap(m, eps=1e-3),
@@ -58,18 +60,54 @@ def _ready(recipe: str, wrap: str, n: int, width: int, steps: int) -> Iterator[A
         yield optimizer
 
 
-def seconds(recipe: str, wrap: str = "ddp", n: int = 16, width: int = 256, steps: int = 24) -> tuple[float, float]:
-    """Of processors in ``step()``, after a first one: of this process, whose threads also move what is sent, and of this thread alone."""
-    process = thread = 0.0
+def seconds(recipe: str, wrap: str = "ddp", n: int = 16, width: int = 256, steps: int = 24) -> dict[str, float]:
+    """Of processors in ``step()``, after a first one: of this process, whose threads also move what is sent, and of this thread alone.
+
+    Of the thread's, those for the others' ``statistics`` of inputs, and for the ``exchange`` of gradients, steps and parameters: what it puts
+    together and takes apart, and its part of the collectives.
+    """
+    spent: Counter[str] = Counter()
     # Alone also means without the others' inputs.
     heard = mock.patch.object(listening, "distributed", lambda: False) if wrap == "alone" else nullcontext()
-    with heard:
+    with (
+        heard,
+        _timed(spent, {listening: "synchronized", Shared: "wanted"}, "statistics"),
+        _timed(spent, {Exchange: "collect"}, "exchange"),
+        _timed(spent, {Exchange: "deliver", Shared: "spread"}, "exchange"),
+    ):
         for k, optimizer in enumerate(_ready(recipe, wrap, n, width, steps)):
+            if k == 1:
+                spent.clear()
             start = time.process_time(), time.thread_time()
             optimizer.step()
             if k:
-                process, thread = process + time.process_time() - start[0], thread + time.thread_time() - start[1]
-    return process, thread
+                spent["process"] += time.process_time() - start[0]
+                spent["thread"] += time.thread_time() - start[1]
+    return dict(spent)
+
+
+@contextmanager
+def _timed(spent: Counter[str], functions: Mapping[Any, str], what: str) -> Iterator[None]:
+    """Count the seconds of this thread in some functions, once where one calls another."""
+    inside: list[str] = []
+
+    def timing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.thread_time()
+            inside.append(what)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                inside.pop()
+                if not inside:
+                    spent[what] += time.thread_time() - start
+
+        return call
+
+    with ExitStack() as patches:
+        for where, name in functions.items():
+            patches.enter_context(mock.patch.object(where, name, timing(getattr(where, name))))
+        yield
 
 
 _ROOTS = ("linalg_eigh", "_linalg_eigh", "linalg_qr", "geqrf", "ormqr", "linalg_cholesky_ex", "cholesky", "_linalg_svd")
@@ -155,6 +193,23 @@ def counted_bytes() -> Iterator[Counter[str]]:
 
 
 ABOUT_INPUTS = {"statistics of inputs", "how many inputs it saw", "what is to be observed"}
+
+
+def unequal(sizes: Sequence[int], parts: int = 1) -> list[Tensor]:
+    """Whitening, in float64, on batches of which each rank has so many samples, in micro-batches; all in one process where no group is."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 10)).double()
+    model: nn.Module = DistributedDataParallel(plain) if dist.is_initialized() else plain
+    optimizer = whitening(model, lr=0.01, eps=1e-3)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    for k in range(6):
+        x = torch.randn(sum(sizes), 16, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+        mine = x.split(list(sizes))[dist.get_rank()] if dist.is_initialized() else x
+        optimizer.zero_grad()
+        for part in mine.tensor_split(parts):
+            (world * model(part).square().sum() / sum(sizes)).backward()
+        optimizer.step()
+    return [p.detach() for p in plain.parameters()]
 
 
 def bytes_per_step(recipe: str, wrap: str, n: int = 8, width: int = 32, steps: int = 4) -> tuple[list[dict[str, int]], int]:

@@ -77,6 +77,28 @@ def test_statistics_of_inputs_are_a_quarter_of_all_to_everyone(ranks, four, reci
             assert 0 < max(about) <= everyone / 4
 
 
+@pytest.mark.parametrize("recipe", ["whitening", "auto"])
+def test_samples_are_sent_where_they_are_fewer_than_half_the_features(ranks, four, recipe):
+    """And keep steps that observe within 2.2 / world of the gradients: each rank has 32 samples."""
+    n, width = 8, 256
+    for pool in (ranks, four):
+        for steps, total in pool.run(shares.bytes_per_step, recipe, "ddp", n, width):
+            about = max(sum(given.get(what, 0) for what in shares.ABOUT_INPUTS) for given in steps)
+            told = n * 8 * (width + 4)  # means known before, counts
+            assert 0 < about <= n * 4 * (32 + 2) * width * (1 - 1 / pool.world) + told
+            assert max(sum(given.values()) for given in steps) <= 2.2 * total / pool.world
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("sizes", [(3, 5), (3, 20), (20, 3), (0, 4), (4, 0), (20, 30)], ids=str)
+def test_samples_of_some_ranks_and_covariances_of_others(ranks, sizes, parts):
+    alone = shares.unequal(sizes)
+    first, second = ranks.run(shares.unequal, sizes, parts)
+    for p, q, r in zip(alone, first, second, strict=True):
+        assert torch.equal(q, r)
+        torch.testing.assert_close(q, p, rtol=0, atol=1e-10)
+
+
 # --- saving -----------------------------------------------------------------------------------------------------------------
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from distributed.launching import torchrun
 from distributed.training import Setting, train
 
 torch.set_num_threads(1)
@@ -19,11 +17,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("torchrun")
-    script = Path(__file__).with_name("train_script.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(Path(__file__).with_name("train_script.py"), 2, folder, [str(folder)])
     return folder
 
 
@@ -47,10 +41,7 @@ def programs() -> list[tuple[str, int, str]]:
 def test_programs_of_the_documentation(tmp_path, name, processes, code):
     script = tmp_path / f"{name}.py"
     script.write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(script, processes, tmp_path)
 
 
 def test_there_are_programs():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from integrations.processes import torchrun
+from distributed.launching import torchrun
 from integrations.table import RECIPES
 
 pytest.importorskip("accelerate", reason="Accelerate is not installed: make integrations")
@@ -19,7 +19,9 @@ EACH = [*TWIN, *RECIPES]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return torchrun("fsdp_script.py", tmp_path_factory.mktemp("accelerate"), EACH)
+    folder = tmp_path_factory.mktemp("accelerate")
+    torchrun(Path(__file__).with_name("fsdp_script.py"), 2, folder, [str(folder), *EACH])
+    return folder
 
 
 @pytest.mark.parametrize("recipe", EACH)

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from distributed.launching import torchrun
+
 pytest.importorskip("transformers", reason="transformers is not installed: make integrations")
 pytest.importorskip("accelerate", reason="Accelerate is not installed: make integrations")
 
 from integrations.ddp_script import JOINT, RESUMED, TWIN, joint, kept, trainer
-from integrations.processes import torchrun
 from integrations.test_transformers import inside
 
 EACH = list(dict.fromkeys([*TWIN, *RESUMED, "muon", "whitening"]))
@@ -19,7 +20,9 @@ EACH = list(dict.fromkeys([*TWIN, *RESUMED, "muon", "whitening"]))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return torchrun("ddp_script.py", tmp_path_factory.mktemp("trainer"), EACH)
+    folder = tmp_path_factory.mktemp("trainer")
+    torchrun(Path(__file__).with_name("ddp_script.py"), 2, folder, [str(folder), *EACH])
+    return folder
 
 
 @pytest.mark.parametrize("recipe", RESUMED)

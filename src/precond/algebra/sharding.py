@@ -38,6 +38,8 @@ def local(t: Tensor) -> Tensor:
 
 def gathered(args: Any) -> tuple[Any, bool]:
     """Arguments of a call with DTensors made whole, by all who hold them, and whether this process speaks for them: the first one does."""
+    if not (dist.is_available() and dist.is_initialized()):  # and so no DTensor
+        return args, True
     speaks = True
 
     def whole(x: Any) -> Any:

@@ -155,8 +155,8 @@ class _Found:
 def _scattered(known: Tensor, scatter: Tensor, products: int, like: Vec) -> _Found:
     r"""From diag A = ``known``, (n,), + the mean of d = v ⊙ Rv, the rows of ``scatter``, over vectors v of random signs.
 
-    Var vᵀRv = 2Σ_{i≠j} R_ij² = 2 Σ_i Var d_i of a symmetric R. The right side is the better estimate: where one eigenvalue is all, it is as
-    often off as the mean is, and not as the mean's square.
+    Var vᵀRv = 2Σ_{i≠j} R_ij² = 2 Σ_i Var d_i of a symmetric R. The right side is the better estimate: where one eigenvalue is all, it is off
+    as the mean is, and not as its square.
     """
     m = len(scatter)
     mean, variance = known + scatter.mean(0), scatter.var(0) / m

@@ -111,6 +111,12 @@ class Objective:
         """Where the first parameter is; batches are moved there."""
         return self.params[0].device
 
+    @property
+    def originals(self) -> Vec:
+        """The model's own parameters that :attr:`params` are, or are the copies of (:meth:`double`)."""
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        return tuple(own[name] for name in self.names)
+
     @cached_property
     def sizes(self) -> tuple[float, ...]:
         """n_b of each batch.

@@ -159,11 +159,13 @@ class Calibration:
     def sentence(self) -> str:
         """How right it was."""
         share = 100 * self.held / max(self.judged, 1)
+        chance = 100 * (_SHARE * (1 - _SHARE) / max(self.judged, 1)) ** 0.5
         return (
             f"In a study of {self.cells} cells (small tasks, architectures, remedies at fitted rates; each task judged by the others), "
             f"{self.held} of {self.judged} measured ratios of steps ({share:.0f} %) lay in the predicted interval, which is made to "
-            f"hold 80 %; where a gain was likely, {self.ahead[0]} of {self.ahead[1]} trainings needed fewer steps. Of two remedies the better "
-            f"one had the larger likely gain in {self.ordered[0]} of {self.ordered[1]} pairs, and of all in {self.best[0]} of {self.best[1]} "
+            f"hold {100 * _SHARE:.0f} % (± {chance:.0f} of so many cells by chance); where a gain was likely, {self.ahead[0]} of "
+            f"{self.ahead[1]} trainings needed fewer steps. Of two remedies the better one had the larger likely gain in "
+            f"{self.ordered[0]} of {self.ordered[1]} pairs, and of all in {self.best[0]} of {self.best[1]} "
             "settings."
         )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from precond.algebra.maps import BlockDiagonal, LinearMap
 from precond.algebra.vec import Vec
-from precond.analysis.diagnostics.streaming import Gathered
+from precond.analysis.diagnostics.streaming import ROUNDINGS, Gathered
 from precond.optim.inputs import Request
 from precond.optim.preconditioners import Whitening
 
@@ -89,17 +89,18 @@ def centers(layer: Gathered, k: int) -> tuple[Tensor, Tensor]:
 
     A standard deviation that is rounding error of a constant is 0.
     """
-    R = layer.R[k]
+    R, constant = layer.R[k], layer.constant[k]
     if layer.channel is not None and len(layer.channel.mean) == len(layer.R):
         mean, variance = (
             t[k].double().cpu().repeat_interleave(layer.kernel) for t in (layer.channel.mean, layer.channel.spread)
         )
+        constant = constant.view(-1, layer.kernel).all(1).repeat_interleave(layer.kernel)
     else:
         mean, variance = R[0, 1:] / R[0, 0], R[1:, 1:].square().sum(0)
     if not layer.biased:
         return mean, (variance + mean.square()).sqrt()
     std = variance.sqrt()
-    return mean, torch.where(std > 8 * layer.epsilon * mean.abs(), std, 0.0)
+    return mean, torch.where((std > ROUNDINGS * layer.epsilon * mean.abs()) & ~constant, std, 0.0)
 
 
 def _arrow(R: Tensor, mean: Tensor, std: Tensor, biased: bool) -> Tensor:

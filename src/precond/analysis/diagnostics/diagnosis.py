@@ -253,7 +253,7 @@ def _after_steps(objective: Objective, base: Base) -> LinearMap | None:
 
 
 def _layer(objective: Objective, seen: Gathered, P: LinearMap | None, g: Vec, curvature: Matrix, notes: list[str]) -> Layer:
-    place = {id(p): i for i, p in enumerate(objective.params)}
+    place = {id(p): i for i, p in enumerate(objective.originals)}
     bias = place[id(seen.site.bias)] if seen.biased else None
     index = [place[id(seen.site.weight)], *([] if bias is None else [bias])]
     own = None if P is None else restricted(P, index)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from precond.analysis.diagnostics.conditioning import Spectra
-from precond.analysis.diagnostics.streaming import Gathered
+from precond.analysis.diagnostics.streaming import ROUNDINGS, Gathered
 
-_CONSTANT = 8  # times the inputs' precision: a spread that is rounding
 _SATURATED = 0.9  # share of samples at the ends of tanh or sigmoid
 _RARE = 0.99  # share of samples in which an input is 0
 
@@ -48,7 +47,7 @@ def drivers(layer: Gathered, k: int, found: Spectra) -> Drivers:
     """Of a group of a layer."""
     R = layer.R[k]
     mean, std = R[0, 1:] / R[0, 0], torch.linalg.vector_norm(R[1:, 1:], dim=0)
-    live = std > _CONSTANT * layer.epsilon * mean.abs()
+    live = (std > ROUNDINGS * layer.epsilon * mean.abs()) & ~layer.constant[k]
     scale = std[live]
     offset = float((mean[live].abs() / scale).max()) if live.any() else math.nan
     spread = float(scale.max() / scale.min()) if live.any() else math.nan
@@ -98,6 +97,6 @@ def units(layer: Gathered) -> Units:
     size = torch.maximum(low.abs(), high.abs())
     dead = (size == 0).all(1)
     saturated = (channels(layer.edges) >= _SATURATED).all(1) & ~dead
-    constant = ((high - low) <= _CONSTANT * layer.epsilon * size).all(1) & ~dead & ~saturated
+    constant = channels(layer.constant).all(1) & ~dead & ~saturated
     rare = (channels(layer.zeros) >= _RARE).all(1) & ~dead & ~constant & ~saturated
     return Units(len(dead), *(int(t.sum()) for t in (dead, constant, saturated, rare)))

@@ -35,7 +35,7 @@ def gather(objective: Objective, samples: int, max_inputs: int, layers: int | No
         layers: at most so many; of stacks some at equal distances.
     """
     found = survey(objective.model.named_modules())
-    trained = {id(p) for p in objective.params}
+    trained = {id(p) for p in objective.originals}
     sites = [site for site in found.sites if id(site.weight) in trained]
     others = [passed for passed in found.passed_by if any(id(p) in trained for p in passed.params)]
     notes = [f"{passed.name or 'the model'} {passed.why}; its inputs are not diagnosed" for passed in others]

@@ -270,7 +270,7 @@ class Monitor:
     def _pass(self) -> tuple[float, Vec, dict[str, float]]:
         """L, ∇L and κ of what layers receive, in one pass."""
         objective = self.objective
-        trained = {id(p) for p in objective.params}
+        trained = {id(p) for p in objective.originals}
         sites = [site for site in survey(objective.model.named_modules()).sites if id(site.weight) in trained]
         seen: dict[Site, Moments] = {}
         handles = [

@@ -69,7 +69,7 @@ def parts_of(objective: Objective, gathered: Sequence[Gathered], g: Vec) -> list
         gathered: of its layers.
         g: its gradient.
     """
-    place = {id(p): i for i, p in enumerate(objective.params)}
+    place = {id(p): i for i, p in enumerate(objective.originals)}
     loss, found, taken = objective.value(), [], set[int]()
     for seen in gathered:
         index = [place[id(seen.site.weight)], *([place[id(seen.site.bias)]] if seen.biased else [])]

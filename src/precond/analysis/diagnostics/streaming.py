@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from precond.analysis.curvature import Objective
+from precond.analysis.curvature.batches import tensors
 from precond.analysis.diagnostics.source import source_of
 from precond.optim.inputs import Moments, Request, Rows, Site, Tap, Weight, pool
 from precond.optim.inputs.observer import why_unread
 
 _CHANNEL = Request(conv="channel")
+ROUNDINGS = 8  # times the inputs' precision: a spread that is rounding
 
 
 def layer_of(site: Site) -> str:
@@ -39,7 +41,7 @@ class Gathered:
         zeros: and the share of zeros,
         edges: and the share at the ends of tanh or sigmoid (0 elsewhere).
         channel: moments of each channel, where a convolution's inputs have several entries of one.
-        epsilon: of the dtype of the inputs.
+        epsilon: of the dtype of the inputs; of data, of that in which they came, before they were taken to float64.
         alike: weights of layers that were left out and that this one stands for, with others of its kind: at other depths of a stack.
         share: the number of layers it stands for, itself included; a fraction where several stand for some.
     """
@@ -71,6 +73,11 @@ class Gathered:
         """Entries of a patch per channel; 1 for other layers."""
         return self.site.layout(_CHANNEL).repeat
 
+    @property
+    def constant(self) -> Tensor:
+        """Which inputs never change by more than rounding, (groups, n); those that are always 0 among them."""
+        return (self.high - self.low) <= ROUNDINGS * self.epsilon * torch.maximum(self.low.abs(), self.high.abs())
+
 
 class Stream:
     """Inputs of one site as they come."""
@@ -84,6 +91,8 @@ class Stream:
         self._parts: list[_Part] = []
         self.count = self._used = 0
         self._source, self._epsilon = "data", torch.finfo(torch.float32).eps
+        data = [t.dtype for t in tensors(objective.batches[0]) if t.is_floating_point()]
+        self._given = max((torch.finfo(dtype).eps for dtype in data), default=0.0)
         self.unread = ""
 
     def see(self, tap: Tap, weight: Weight, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -100,6 +109,8 @@ class Stream:
             origin = tap.origin(call, weight)
             self._source = origin if isinstance(origin, str) else source_of(origin)
             self._epsilon = self._epsilon if isinstance(origin, str) else torch.finfo(origin.dtype).eps
+            if self._source == "data":
+                self._epsilon = max(self._epsilon, self._given)
         with torch.no_grad():
             for rows in tap.pieces(call, weight):
                 self._pending.append(tuple(self._drawn(part) for part in _by_parts(rows)))
@@ -143,7 +154,7 @@ class Stream:
                 f"diagnose: what {self._site.name} receives holds inf or NaN; look for divergence (a checkpoint before, a lower "
                 "learning rate) or bad data"
             )
-        return Gathered(
+        found = Gathered(
             site=self._site,
             biased=biased,
             recentered=recentered,
@@ -159,10 +170,16 @@ class Stream:
             channel=self._channel,
             epsilon=self._epsilon,
         )
+        for R, constant in zip(found.R, found.constant, strict=True):
+            R[1:, 1:][:, constant] = 0  # what is left of it is rounding of the inputs
+        return found
 
 
 class _Part:
-    """Groups of rows that come in the same numbers: R and what is counted, input by input; zeros of what saw nothing."""
+    """Groups of rows that come in the same numbers: R and what is counted, input by input; zeros of what saw nothing.
+
+    R is folded of [1; h − c], c the first row: what is constant is exactly 0 then, however many rows there are.
+    """
 
     def __init__(self, source: str, like: Tensor):
         self._source = source
@@ -170,12 +187,15 @@ class _Part:
         groups, _, n = like.shape
         self.zeros, self.edges, self.low, self.high = (like.new_zeros(groups, n) for _ in range(4))
         self.R = like.new_zeros(groups, 1, n + 1)
+        self._first = like.new_zeros(groups, 1, n)
 
     def fold(self, x: Tensor) -> None:
         """Rows of a batch, (groups, k, n)."""
         if not x.shape[1]:
             return
-        extended = torch.cat([torch.ones_like(x[..., :1]), x], dim=-1)
+        if not self.rows:
+            self._first = x[:, :1].clone()
+        extended = torch.cat([torch.ones_like(x[..., :1]), x - self._first], dim=-1)
         zeros, edges = (x == 0).sum(1).double(), _at_edges(x, self._source).sum(1).double()
         low, high = x.amin(1), x.amax(1)
         self.zeros, self.edges = self.zeros + zeros, self.edges + edges
@@ -190,8 +210,10 @@ class _Part:
         self.rows += x.shape[1]
 
     def factors(self) -> Tensor:
-        """R/√N of each group."""
-        return torch.linalg.qr(self.R, mode="r").R / max(self.rows, 1) ** 0.5
+        """R/√N of each group, of [1; h]: R̃ + R̃[:, 0] cᵀ, and only the first entry of R̃[:, 0] is not 0."""
+        R = torch.linalg.qr(self.R, mode="r").R / max(self.rows, 1) ** 0.5
+        R[:, :1, 1:] += R[:, :1, :1] * self._first
+        return R
 
 
 def _at_edges(x: Tensor, source: str) -> Tensor:

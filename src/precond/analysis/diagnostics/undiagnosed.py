@@ -15,7 +15,7 @@ _MANY = 0.05  # of the parameters
 def uncovered(objective: Objective, gathered: Iterable[Gathered], known: Iterable[str]) -> list[str]:
     """A line about trained parameters of no layer whose inputs could be diagnosed, where they are many and no other line names them."""
     met = {id(p) for seen in gathered for p in (seen.site.weight, seen.site.bias, *seen.alike) if p is not None}
-    left = {name: p.numel() for name, p in zip(objective.names, objective.params, strict=True) if id(p) not in met}
+    left = {name: p.numel() for name, p in zip(objective.names, objective.originals, strict=True) if id(p) not in met}
     named = {word.removesuffix(";") for line in known for word in line.split()}
     left = {name: n for name, n in left.items() if not named & {name, name.rpartition(".")[0]}}
     share = sum(left.values()) / sum(p.numel() for p in objective.params)
@@ -30,6 +30,6 @@ def uncovered(objective: Objective, gathered: Iterable[Gathered], known: Iterabl
 
 def covered_share(objective: Objective, gathered: Iterable[Gathered]) -> float:
     """Of the entries in layers that were seen, or that others stand for."""
-    own = {id(p): p.numel() for p in objective.params}
+    own = {id(p): p.numel() for p in objective.originals}
     met = {id(p) for seen in gathered for p in (seen.site.weight, seen.site.bias, *seen.alike) if p is not None}
     return sum(n for key, n in own.items() if key in met) / sum(own.values())

@@ -13,8 +13,6 @@ from precond.algebra.maps import Identity, LinearMap
 from precond.algebra.maps.stacked import OfMembers
 from precond.algebra.vec import Scalar, Vec
 from precond.optim.blocks import COUNTS, Block, Leaf, Stack, State, counted_together, state_dtype, whole_numbers
-from precond.optim.engine.counting import count_step
-from precond.optim.engine.verdict import Verdict
 from precond.optim.inputs import Request
 from precond.optim.inputs.observer import InputMoments
 from precond.optim.momentum import Momentum
@@ -78,6 +76,11 @@ class Cell:
         return (self,)
 
     @property
+    def here(self) -> Sequence[Cell]:
+        """The cells that this process steps by themselves: itself, or what it owns of those that it holds."""
+        return (self,)
+
+    @property
     def joint(self) -> list[int]:
         """How many of its leaves P takes jointly, block after block."""
         size = 1 if self.preconditioner.diagonal else len(self.block.leaves)
@@ -95,7 +98,9 @@ class Cell:
 
     def wanted(self) -> Iterable[tuple[str, Request, Tensor | None]]:
         """What is to be observed of layer inputs before the next step: see :meth:`Preconditioner.wanted`."""
-        return self.acting.wanted(self.state) if self.handled else ()
+        if not self.handled or self.preconditioner.idle(min(self.state.steps) + 1, self.block.turns):
+            return ()
+        return self.acting.wanted(self.state)
 
     @property
     def handled(self) -> bool:
@@ -182,13 +187,8 @@ class Cell:
         y = self._averaged(y, "cotangent", fold)
         return self.block.scattered(self._averaged(F.mv(N.gram(y)), "tangent", fold))
 
-    def advance(self, g: Vec, verdict: Verdict | None = None) -> Vec:
-        """:meth:`observe` and :meth:`descent` of a gradient to which nothing is added, and the step counted, if it is taken."""
-        count_step(self.state, verdict)
-        return self.taken(g)
-
     def taken(self, g: Vec) -> Vec:
-        """:meth:`advance` where the step is counted already."""
+        """:meth:`observe` and :meth:`descent` of a gradient to which nothing is added, in a step that is counted already."""
         plain = self.momentum is None or (self.keeps_cotangents and "clean" not in self.average)
         if not self.handled or not plain:
             self.observe(self.state, g)

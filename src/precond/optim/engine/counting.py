@@ -46,16 +46,20 @@ def _put(state: State, known: dict[int, int], steps: Vec, clock: Vec | None) -> 
         state["clock"] = tuple(clock[k] for k in index)
 
 
-def count_step(state: State, verdict: Verdict | None = None) -> None:
-    """Count a step of each leaf, in place; on the device only if it is taken."""
-    count_on_host(state)
-    if (clock := state.get("clock")) is not None:
-        _add(clock, 1 if verdict is None else verdict.taken(clock[0].device))
+def count_step(states: Sequence[State], verdict: Verdict | None = None) -> None:
+    """Count a step of each leaf of some cells, in place; on devices only if it is taken."""
+    count_on_host(states)
+    clocks: dict[torch.device, list[Vec]] = {}
+    for state in states:
+        if (clock := state.get("clock")) is not None:
+            clocks.setdefault(clock[0].device, []).append(clock)
+    for device, of in clocks.items():
+        _add(of, 1 if verdict is None else verdict.taken(device))
 
 
-def count_on_host(state: State) -> None:
+def count_on_host(states: Sequence[State]) -> None:
     """The host's part of counting."""
-    _add(state["step"], 1)
+    _add([state["step"] for state in states], 1)
 
 
 @contextmanager
@@ -69,9 +73,10 @@ def uncounted(cells: Sequence[Cell]) -> Iterator[None]:
         torch._foreach_copy_(counts, before)
 
 
-def _add(counts: Vec, number: int | Tensor) -> None:
-    base = counts[0]._base
-    if base is not None and base.shape == (len(counts),):
-        base.add_(number)
-    else:
-        torch._foreach_add_(counts, number)
+def _add(counts: Sequence[Vec], number: int | Tensor) -> None:
+    together: list[Tensor] = []
+    for of in counts:
+        base = of[0]._base
+        together += [base] if base is not None and base.shape == (len(of),) else of
+    if together:
+        torch._foreach_add_(together, number)

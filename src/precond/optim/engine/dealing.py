@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from precond.optim.blocks import Block, Leaf, state_dtype
+from precond.optim.blocks import Block, Gathered, Leaf, state_dtype
 from precond.optim.engine.cells import Choice
-from precond.optim.engine.sharing import at_owner
 from precond.optim.momentum import Momentum
 from precond.optim.preconditioners import Fixed
 from precond.optim.preconditioners.base import Preconditioner, placed
@@ -145,8 +144,20 @@ class Whole:
                     x.param.numel() for x in self._leaves if x.shard is not None and (x.param.dtype, x.param.device) == kind
                 ]
                 self._zeros[kind] = torch.zeros(max(sizes), dtype=kind[0], device=kind[1])
-            self._known[leaf] = at_owner(leaf, self._zeros[kind])
+            self._known[leaf] = _at_owner(leaf, self._zeros[kind])
         return self._known[leaf]
+
+
+def _at_owner(leaf: Leaf, zeros: Tensor) -> Leaf:
+    """A leaf as its owner steps it: whole.
+
+    Args:
+        zeros: memory of its size, of which nothing is written.
+    """
+    if leaf.shard is None:
+        return leaf
+    fields = {name: getattr(leaf, name) for name in leaf.__dataclass_fields__}
+    return Gathered(**fields, zeros=zeros[: leaf.param.numel()].view(leaf.shape))
 
 
 def _disagree(leaf: Leaf) -> ValueError:

@@ -61,8 +61,8 @@ class ProbeResults:
 
 def observe(point: Point, gradient: Vec, verdict: Verdict | None = None) -> None:
     """Commit a gradient to the statistics, and count the step."""
+    count_step([cell.state for cell in point.cells], verdict)
     for cell, span in point.spans:
-        count_step(cell.state, verdict)
         cell.observe(cell.state, gradient[span])
 
 
@@ -146,9 +146,9 @@ def _step(point: Point, rules: Rules, evidence: ProbeResults, measured: bool, ve
     lengths: list[Tensor] = []
     least = bounds(point, ats, regularizers) if rules.statistics_from == "loss" else []
     # One after the other: memory for one cell's step will do, unless something looks at all of them.
-    each = (
-        (span, cell.advance(a[span], verdict) if alone else cell.descent(a[span], least[span])) for cell, span in point.spans
-    )
+    if alone:
+        count_step([cell.state for cell in point.cells], verdict)
+    each = ((span, cell.taken(a[span]) if alone else cell.descent(a[span], least[span])) for cell, span in point.spans)
     for span, u in bent(each, a, terms):
         lr = point.lr[span]
         contracts.shapes("the step P Pᵀg", u, point.p[span])

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precond.algebra import collectives
+from precond.algebra import collectives, vec
 from precond.algebra.maps import LinearMap
-from precond.algebra.maps.base import Piecewise
 from precond.algebra.vec import Scalar, Vec
-from precond.optim.blocks import Block, Gathered, Leaf, State
+from precond.optim.blocks import Block, Gathered, Leaf, State, state_dtype
 from precond.optim.engine import fused
+from precond.optim.engine.carried import Carried
 from precond.optim.engine.cells import Cell, Choice
+from precond.optim.engine.counting import count_on_host
 from precond.optim.engine.kernels.entrywise import Kernel
 from precond.optim.engine.loop import Rules
 from precond.optim.inputs import Request
@@ -85,6 +86,16 @@ class Shared(Cell):
     def cells(self) -> Sequence[Cell]:
         return self.inside
 
+    @cached_property
+    def in_place(self) -> bool:
+        """Whether owners may step their parameters as one process does, and send them: all ranks hold them whole, in their own precision."""
+        plain = all(leaf.shard is None and leaf.param.dtype == state_dtype(leaf.param.dtype) for leaf in self.block.leaves)
+        return plain and self.exchange.copied and not self.plainly
+
+    @property
+    def here(self) -> Sequence[Cell]:
+        return [self.inside[k] for k in self.mine] if self.in_place else (self,)
+
     @property
     def joint(self) -> list[int]:
         return [n for cell in self.inside for n in cell.joint]
@@ -93,6 +104,11 @@ class Shared(Cell):
     def mine(self) -> list[int]:
         """The numbers of the cells that this rank owns."""
         return [k for k, owner in enumerate(self.owners) if owner == self.exchange.rank]
+
+    @cached_property
+    def _sites(self) -> list[list[tuple[tuple[str, Request], Site]]]:
+        """Of each cell the sites of its layers, by name and request."""
+        return [[((site.name, request), site) for site, request in sites_of(cell)] for cell in self.inside]
 
     @cached_property
     def _spans(self) -> list[range]:
@@ -181,6 +197,22 @@ class Shared(Cell):
             own = {k: self._stepped_by_owner(self.inside[k], whole[k]) for k in self.mine}
         return self.scatter(own, g)
 
+    def spread(self, has: Sequence[bool]) -> None:
+        """After each owner has stepped its cells in place: their parameters to all ranks, which count the step.
+
+        Args:
+            has: of each leaf, whether it has a gradient.
+        """
+        if not any(has):
+            return
+        cell = self.taking(has)
+        assert isinstance(cell, Shared)
+        p = dict(enumerate(leaf.tensor.detach() for leaf in cell.block.leaves))
+        found = cell.exchange.deliver(p, p)
+        theirs = [i for k, span in enumerate(cell._spans) if cell.owners[k] != cell.exchange.rank for i in span]
+        vec.copy_(tuple(p[i] for i in theirs), tuple(found[i] for i in theirs))
+        count_on_host([cell.inside[k].state for k, owner in enumerate(cell.owners) if owner != cell.exchange.rank])
+
     def _stepped_by_owner(self, cell: Cell, g: Vec) -> Vec:
         """The step of one cell: by its kernel, where it has one and needs not look at the parameters."""
         kernel, u = self._kernel(cell), None
@@ -214,16 +246,12 @@ class Shared(Cell):
         """What owners want to be observed, told to all ranks."""
         step = max(self.state.steps) + 1
         turns = {leaf.turn for leaf in self.block.leaves}
-        asking = [cell for cell in self.inside if cell.handled and not cell.preconditioner.idle(step, turns)]
-        sites = {(site.name, request): site for cell in asking for site, request in sites_of(cell)}
+        asking = [k for k, cell in enumerate(self.inside) if cell.handled and not cell.preconditioner.idle(step, turns)]
+        sites = {key: site for k in asking for key, site in self._sites[k]}
         if not sites:
             return []
-        own = {
-            (name, request): center
-            for k in self.mine
-            if self.inside[k] in asking
-            for name, request, center in self.inside[k].wanted()
-        }
+        mine = set(self.mine)
+        own = {(name, request): c for k in asking if k in mine for name, request, c in self.inside[k].wanted()}
         like = self.block.leaves[0].tensor
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         flags = torch.tensor(
@@ -247,37 +275,6 @@ def _together(cells: Sequence[Cell]) -> Split:
         parts.append(Part(tuple(range(start, start + len(cell.index))), cell.preconditioner))
         start += len(cell.index)
     return Split(tuple(parts))
-
-
-class Carried(Piecewise):
-    """P of shared cells: vectors go to owners, who have the maps, and come back. Every rank must call it."""
-
-    def __init__(self, cell: Shared, maps: Mapping[int, LinearMap]):
-        self.cell, self.maps, self.like = cell, maps, cell.block.tensors
-        self.root = cell.preconditioner.states_root
-        self.diagonal = cell.preconditioner.diagonal
-
-    def _each(self, method: str, v: Vec) -> Vec:
-        whole = self.cell.gather(v)
-        return self.cell.scatter({k: getattr(m, method)(whole[k]) for k, m in self.maps.items()}, v)
-
-    def damped(self, delta: float) -> LinearMap:
-        return Carried(self.cell, {k: m.damped(delta) for k, m in self.maps.items()})
-
-    def bounded(self, t: Scalar) -> LinearMap:
-        return Carried(self.cell, {k: m.bounded(t) for k, m in self.maps.items()})
-
-
-def at_owner(leaf: Leaf, zeros: Tensor) -> Leaf:
-    """A leaf as its owner steps it: whole.
-
-    Args:
-        zeros: memory of its size, of which nothing is written.
-    """
-    if leaf.shard is None:
-        return leaf
-    fields = {name: getattr(leaf, name) for name in leaf.__dataclass_fields__}
-    return Gathered(**fields, zeros=zeros[: leaf.param.numel()].view(leaf.shape))
 
 
 def sites_of(cell: Cell) -> Iterator[tuple[Site, Request]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ Rows = Tensor | Sequence[Tensor]
 """Samples of features: (groups, N, n), or for each group its own (N, n)."""
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What a preconditioner wants to know of a layer's inputs.
 
     Attributes:
@@ -95,7 +94,7 @@ class Moments:
         """Of several layers, one after the other; of one that saw nothing (None) the count is 0."""
         some = next(p for p in parts if p is not None)
         if len(parts) == 1:
-            return replace(some, examples=some.examples[None])
+            return cls(some.count, some.mean, some.spread, some.absolute, some.examples[None])
         each = [some._of_none() if p is None else p for p in parts]
         tensors = {name: torch.cat([getattr(p, name) for p in each]) for name in ("count", "mean", "spread", "absolute")}
         return cls(**tensors, examples=torch.stack([p.examples for p in each]))
@@ -111,31 +110,30 @@ class Moments:
             torch.where(_fit(finite, new), new, old, out=new)
 
 
-def mixed(parts: Sequence[Moments]) -> Moments:
-    """The same as :func:`pool` about the common mean, in the parts' own precision: no difference of large numbers, and fewer passes."""
-    if len(parts) == 1:
-        return parts[0]
-    total = sum((m.count.double() for m in parts[1:]), parts[0].count.double())
-    first = parts[0]
-    share = [by_group(m.count.double() / total.clamp_min(1), m.mean) for m in parts]
-    mean = first.mean * share[0]
-    for m, w in zip(parts[1:], share[1:], strict=True):
-        mean = mean + m.mean * w
-    spread, absolute = torch.zeros_like(first.spread), first.absolute
-    for m, w in zip(parts, share, strict=True):
-        delta = m.mean - mean
-        if m.spread.ndim == mean.ndim:
-            spread += (m.spread + delta.square()) * w
-        else:
-            if isinstance(w, Tensor):
-                spread.addcmul_(m.spread, w[..., None])
-            else:
-                spread.add_(m.spread, alpha=w)
-            spread.baddbmm_((delta * w)[..., :, None], delta[..., None, :])
-    for m in parts[1:]:
-        absolute = absolute + m.absolute
-    examples = sum((m.examples.double() for m in parts[1:]), first.examples.double())
-    return Moments(total.to(mean.dtype), mean, spread, absolute, examples.to(mean.dtype))
+class OfRows(Moments):
+    """Of so few samples that they take less room than their covariance, which is made when it is asked for.
+
+    Attributes:
+        rows: h − μ of each sample, shape (groups, N, n), 2N ≤ n.
+    """
+
+    rows: Tensor
+
+    def __init__(self, count: Tensor, mean: Tensor, rows: Tensor, absolute: Tensor, examples: Tensor):
+        self.__dict__.update(count=count, mean=mean, rows=rows, absolute=absolute, examples=examples)
+
+    @cached_property
+    def spread(self) -> Tensor:
+        return _gram(self.rows)
+
+    @cached_property
+    def variance(self) -> Tensor:
+        return self.rows.square().mean(1)
+
+    def to(self, device: torch.device) -> Moments:
+        if self.mean.device == device:
+            return self
+        return OfRows(self.count, self.mean.to(device), self.rows.to(device), self.absolute.to(device), self.examples)
 
 
 def pool(parts: Sequence[Moments]) -> Moments:
@@ -202,19 +200,20 @@ def _moments(x: Tensor, samples: int, center: Tensor | None, examples: int | Non
     mean, spread, absolute = on(x, samples, None if center is None else center.unsqueeze(samples), full)
     count = torch.full((x.shape[0],), float(x.shape[samples]), dtype=x.dtype)
     of = count[0] if examples is None else torch.full((), float(examples), dtype=x.dtype)
-    return Moments(count, mean, spread, absolute, of)
+    if full and 2 * x.shape[1] <= x.shape[2]:
+        return OfRows(count, mean, spread, absolute, of)
+    return Moments(count, mean, _gram(spread) if full else spread, absolute, of)
 
 
 def _on_processor(x: Tensor, samples: int, center: Tensor | None, full: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean, spread, Σ|h − c|) in as few passes over memory as it takes."""
+    """(mean, spread, Σ|h − c|) in as few passes over memory as it takes; in place of a ``full`` covariance h − μ."""
     # About the mean known so far, or the batch's own: one pass about zero cancels where |μ| ≫ σ.
     shift = x.mean(samples, keepdim=True) if center is None else center
     d = x - shift
     mean = d.mean(samples)
     if full:
         absolute = (x if center is None else d).abs().sum(samples)
-        d.sub_(mean.unsqueeze(samples))
-        spread = _gram(d)
+        spread = d.sub_(mean.unsqueeze(samples))
     else:
         size = d.abs_()  # in place: memory that was never touched costs more than the arithmetic
         absolute = (x.abs() if center is None else size).sum(samples)
@@ -227,7 +226,7 @@ def _on_accelerator(x: Tensor, samples: int, center: Tensor | None, full: bool) 
     absolute = torch.linalg.vector_norm(x if center is None else x - center, 1, samples)
     if full:
         mean = x.mean(samples, keepdim=True)
-        return mean.squeeze(samples), _gram(x - mean), absolute
+        return mean.squeeze(samples), x - mean, absolute
     spread, mean = torch.var_mean(x, samples, correction=0)
     return mean, spread, absolute
 

@@ -195,7 +195,7 @@ class Observer:
 
 def _device(module: nn.Module, site: Site) -> torch.device:
     """Where a call's inputs are: an engine that offloads parameters has others in their place by then."""
-    return next((p.device for p in module.parameters(recurse=False)), site.weight.device)
+    return next((p.device for p in module._parameters.values() if p is not None), site.weight.device)
 
 
 def why_unread(error: Exception) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from precond.algebra import collectives
 from precond.algebra.vec import all_finite
-from precond.optim.inputs.moments import Moments, Request, mixed
+from precond.optim.inputs.moments import Moments, OfRows, Request
 from precond.optim.inputs.observer import InputMoments, Observer
 from precond.optim.inputs.sites import Site
 
@@ -87,71 +87,135 @@ def _to_owners(
     device = keys[0][0].weight.device
     wide = any(site.weight.dtype == torch.float64 for site, _, _ in keys)
     dtype = torch.float64 if wide else torch.float32
-    lengths = [site.shape(request)[0] + 1 for site, request, _ in keys]
+    lengths = [site.shape(request)[0] + 2 for site, request, _ in keys]
     good = all_finite(tuple(m.variance for m in mine if m is not None and watch(m)))
     zeros = torch.zeros(max(lengths), dtype=torch.float64)
     numbers = [
-        zeros[:n] if m is None else torch.cat([m.count.double(), m.examples.double()[None]])
+        zeros[:n]
+        if m is None
+        else torch.cat([m.count.double(), m.examples.double()[None], zeros.new_full((1,), _sent_rows(m))])
         for m, n in zip(mine, lengths, strict=True)
     ]
     flat = torch.cat([torch.tensor([float(not good)], dtype=torch.float64), *numbers]).to(device)
     every = flat.new_empty(size * len(flat))
     collectives.all_gather(every, flat, "how many inputs it saw", group)
     table = every.cpu().view(size, -1)  # the host knows of how many samples statistics are
-    counts = [row[1:].split(lengths) for row in table]
+    told = [[_Told(t[:-2], t[-2], int(t[-1])) for t in row[1:].split(lengths)] for row in table]
     shapes = [site.shape(request) for site, request, _ in keys]
     sizes = [
-        g * (2 * n + (packed_size(n) if request.kind == "covariance" else n))
-        for (_, request, _), (g, n) in zip(keys, shapes, strict=True)
+        [_sizes(shape, request, t.rows) for (_, request, _), shape, t in zip(keys, shapes, row, strict=True)] for row in told
     ]
     gives = [[i for i, (_, _, owner) in enumerate(keys) if owner == r != me and mine[i] is not None] for r in range(size)]
-    takes = [[i for i, (_, _, owner) in enumerate(keys) if owner == me != r and counts[r][i][:-1].any()] for r in range(size)]
+    takes = [[i for i, (_, _, owner) in enumerate(keys) if owner == me != r and told[r][i].any] for r in range(size)]
     sent = [t.reshape(-1).to(dtype) for of in gives for i in of for t in _parts(mine[i])]
     flat = torch.cat(sent) if sent else torch.empty(0, dtype=dtype, device=device)
-    taken = flat.new_empty(sum(sizes[i] for of in takes for i in of))
-    received, given = ([sum(sizes[i] for i in of) for of in each] for each in (takes, gives))
-    collectives.all_to_all(taken, flat, received, given, "statistics of inputs", group)
-    pieces = iter(taken.split([sizes[i] for of in takes for i in of]))
-    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in keys]
+    received = [sum(sum(sizes[r][i]) for i in of) for r, of in enumerate(takes)]
+    taken = flat.new_empty(sum(received))
+    collectives.all_to_all(
+        taken, flat, received, [sum(sum(sizes[me][i]) for i in of) for of in gives], "statistics of inputs", group
+    )
+    pieces = iter(taken.split([n for r, of in enumerate(takes) for i in of for n in sizes[r][i]]))
+    found: list[list[tuple[_Told, tuple[Tensor, Tensor, Tensor]]]] = [[] for _ in keys]
     for r, of in enumerate(takes):
         for i in of:
-            found[i].append((next(pieces), counts[r][i]))
+            found[i].append((told[r][i], (next(pieces), next(pieces), next(pieces))))
     out = {}
     for i, (site, request, owner) in enumerate(keys):
         own = mine[i] if owner == me else None
-        parts = [m for m in (own, _together(found[i], shapes[i], request) if found[i] else None) if m is not None]
-        if parts:
-            out[site.name, request] = mixed(parts)
-    called = {(s.name, request) for i, (s, request, _) in enumerate(keys) if any(row[i][:-1].any() for row in counts)}
+        if found[i]:
+            out[site.name, request] = _together(own, found[i], shapes[i], request)
+        elif own is not None:
+            out[site.name, request] = own
+    called = {(s.name, request) for i, (s, request, _) in enumerate(keys) if any(row[i].any for row in told)}
     return Heard(out, frozenset(called), not bool(table[:, 0].any()))
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a rank tells all of what it has seen of a layer.
+
+    Attributes:
+        count, examples: as of :class:`Moments`.
+        rows: how many samples it sends in place of their covariance, which takes more room; 0 where it sends that.
+    """
+
+    count: Tensor
+    examples: Tensor
+    rows: int
+
+    @property
+    def any(self) -> bool:
+        return bool(self.count.any())
+
+
+def _sent_rows(m: Moments) -> int:
+    return m.rows.shape[1] if isinstance(m, OfRows) else 0
+
+
+def _sizes(shape: tuple[int, int], request: Request, rows: int) -> tuple[int, int, int]:
+    """How many numbers are sent of a mean, a spread and deviations."""
+    groups, n = shape
+    spread = n if request.kind != "covariance" else rows * n if rows else packed_size(n)
+    return groups * n, groups * spread, groups * n
 
 
 def _parts(m: Moments | None) -> tuple[Tensor, ...]:
     assert m is not None
+    if isinstance(m, OfRows):
+        return m.mean, m.rows, m.absolute
     return m.mean, pack(m.spread) if m.spread.ndim > m.mean.ndim else m.spread, m.absolute
 
 
-def _together(parts: Sequence[tuple[Tensor, Tensor]], shape: tuple[int, int], request: Request) -> Moments:
-    """What other ranks have seen, (flat, numbers of samples) of each, about their common mean; triangles are added as they came."""
-    groups, n = shape
-    counts = torch.stack([numbers for _, numbers in parts])
-    total = counts.sum(0)
-    share = (counts[:, :-1] / total[:-1].clamp_min(1)).to(parts[0][0])[..., None]  # (ranks, groups, 1)
-    split = [flat.split([groups * n, len(flat) - 2 * groups * n, groups * n]) for flat, _ in parts]
-    means = torch.stack([mean.view(groups, n) for mean, _, _ in split])
+def _together(
+    own: Moments | None, parts: Sequence[tuple[_Told, tuple[Tensor, Tensor, Tensor]]], shape: tuple[int, int], request: Request
+) -> Moments:
+    """What this rank and others have seen, about their common mean, in the parts' own precision: no difference of large numbers.
+
+    Rows are put one after the other for one product, triangles are added as they came.
+    """
+    mine = [] if own is None else [_Told(own.count.double(), own.examples.double(), _sent_rows(own))]
+    told = [*mine, *(t for t, _ in parts)]
+    like = parts[0][1][0]
+    counts = torch.stack([t.count for t in told])
+    total, examples = counts.sum(0), sum((t.examples for t in told[1:]), told[0].examples)
+    share = (counts / total.clamp_min(1)).to(like)[..., None]  # (ranks, groups, 1)
+    means = torch.stack([*(() if own is None else (own.mean,)), *(t.view(shape) for _, (t, _, _) in parts)])
     mean = (share * means).sum(0)
-    spread = split[0][1].view(groups, -1) * share[0]
-    for (_, other, _), w in zip(split[1:], share[1:], strict=True):
-        spread.addcmul_(other.view(groups, -1), w)
     away = means - mean
-    if request.kind == "covariance":
-        spread = unpack(spread, n)
-        if len(parts) > 1:
-            spread.baddbmm_((share * away).permute(1, 2, 0), away.transpose(0, 1))
-    elif len(parts) > 1:
-        spread += (share * away.square()).sum(0)
-    absolute = sum((absolute for _, _, absolute in split[1:]), split[0][2]).view(groups, n)
-    return Moments(total[:-1].to(mean.dtype), mean, spread, absolute, total[-1].to(mean.dtype))
+    absolute = sum((t.view(shape) for _, (_, _, t) in parts), torch.zeros_like(mean) if own is None else own.absolute)
+    spreads = [
+        *(() if own is None else ((own.rows if isinstance(own, OfRows) else own.spread),)),
+        *(t for _, (_, t, _) in parts),
+    ]
+    if request.kind != "covariance":
+        spread = sum(w * (t.view(shape) + a.square()) for w, t, a in zip(share, spreads, away, strict=True))
+    else:
+        spread = _covariance(share, away, spreads, [t.rows for t in told], own is not None, total.to(like))
+    return Moments(total.to(mean.dtype), mean, spread, absolute, examples.to(mean.dtype))
+
+
+def _covariance(
+    share: Tensor, away: Tensor, spreads: Sequence[Tensor], rows: Sequence[int], first: bool, total: Tensor
+) -> Tensor:
+    """Σ share·(spread + away awayᵀ) of ranks, of which each has sent rows or a triangle; the ``first`` one may have the matrix itself."""
+    _, groups, n = away.shape
+    spread = away.new_zeros(groups, n, n)
+    triangles = [k for k, of in enumerate(rows) if not of and not (first and k == 0)]
+    if triangles:
+        one, *others = triangles
+        flat = spreads[one].view(groups, -1) * share[one]
+        for k in others:
+            flat.addcmul_(spreads[k].view(groups, -1), share[k])
+        spread = unpack(flat, n)
+    if first and not rows[0]:
+        spread.addcmul_(spreads[0], share[0, ..., None])
+    if whole := [k for k, of in enumerate(rows) if not of]:
+        spread.baddbmm_((share[whole] * away[whole]).permute(1, 2, 0), away[whole].transpose(0, 1))
+    if few := [k for k, of in enumerate(rows) if of]:
+        scale = total.clamp_min(1).rsqrt()[:, None, None]
+        D = torch.cat([(spreads[k].view(groups, rows[k], n) + away[k, :, None]) * scale for k in few], 1)
+        spread.baddbmm_(D.mT, D)
+    return spread
 
 
 def packed_size(n: int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from types import NoneType
 from typing import Any, Literal
 
 import torch
@@ -66,6 +65,16 @@ class Binding:
     def blocks(self) -> list[Cell]:
         """The cells that step blocks, also those of other ranks."""
         return [each for cell in self.cells for each in cell.cells]
+
+    @cached_property
+    def here(self) -> list[Cell]:
+        """What this process steps by itself, where nothing looks at all of a step."""
+        return [each for cell in self.cells for each in cell.here]
+
+    @property
+    def in_place(self) -> list[Shared]:
+        """The cells that ranks share, and whose owners step parameters in place."""
+        return [cell for cell in self.shared if cell.in_place]
 
     @property
     def shared(self) -> list[Shared]:
@@ -219,14 +228,12 @@ def read_kinds(params: Sequence[Tensor]) -> Kinds:
 def read_options(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[tuple[Any, ...]]:
     """The options of groups; of tensors also their versions, since they may be changed in place."""
     found = [tuple(map(group.get, naming.defaults)) for group in groups]
-    return [options if _NUMBERS.issuperset(map(type, options)) else tuple(map(_versioned, options)) for options in found]
-
-
-_NUMBERS = {float, int, bool, str, NoneType}
-
-
-def _versioned(option: Any) -> Any:
-    return (option, option._version) if isinstance(option, Tensor) else option
+    return [
+        tuple((x, x._version) if isinstance(x, Tensor) else x for x in options)
+        if any(issubclass(kind, Tensor) for kind in set(map(type, options)))
+        else options
+        for options in found
+    ]
 
 
 def _structure(options: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

@@ -58,9 +58,7 @@ class Capturing(Bound):
 
     def replayed(self) -> None:
         """Tell the host that a CUDA graph has repeated a captured step: :attr:`program` is then that of the next one."""
-        for cell in self._bound.cells:
-            if any(leaf.param.grad is not None for leaf in cell.leaves):
-                count_on_host(cell.state)
+        count_on_host([c.state for c in self._bound.cells if any(leaf.param.grad is not None for leaf in c.leaves)])
 
     def _skips_on_device(self) -> bool:
         """Whether inf and NaN are to decide about this step without the host's knowing."""

@@ -15,7 +15,7 @@ from precond.algebra.vec import all_finite
 from precond.optim.engine.cells import Cell
 from precond.optim.engine.shared_state import owned_statistics
 from precond.optim.inputs import Request, Site
-from precond.optim.inputs.observer import Observer
+from precond.optim.inputs.observer import InputMoments, Observer
 from precond.optim.inputs.sync import Heard, check_alike, synchronized
 from precond.optim.optimizer.models import Models
 from precond.optim.optimizer.passes import Recorder
@@ -90,12 +90,21 @@ class Listening:
             heard = synchronized(self.observer, owned_statistics(cells) if self.observer.wanted else {}, looks)
         else:
             seen = self.observer.collect()
+            if not seen and not self.observer.wanted:
+                self._hand(cells, seen)
+                return True
             # An input that is not finite is so in its own variance.
             heard = Heard(seen, frozenset(seen), all_finite(tuple(m.variance for m in seen.values() if looks(m))))
-        for each in (each for cell in cells for each in cell.cells):
-            each.inputs = heard.seen
-        self._tell(heard.called, self.observer.expected, self.observer.unread)
+        self._hand(cells, heard.seen)
+        if self.unobserved or self.observer.unread or not heard.called.issuperset(self.observer.wanted):
+            self._tell(heard.called, self.observer.expected, self.observer.unread)
         return heard.finite
+
+    @staticmethod
+    def _hand(cells: Sequence[Cell], seen: InputMoments) -> None:
+        for cell in cells:
+            for each in cell.cells:
+                each.inputs = seen
 
     def _tell(self, seen: frozenset[tuple[str, Request]], expected: Sequence[Site], unread: Mapping[str, str]) -> None:
         """Say once of each layer that it should have been seen, has a gradient, and was not seen; or not read."""

@@ -35,18 +35,22 @@ class Stepping(SecondGradients):
     last: Record
 
     def _kernels(self) -> list[Kernel | None] | None:
-        """The fused kernel of each cell, or None where it has none; None altogether where they are not to be used."""
+        """The fused kernel of each cell stepped here, or None where it has none; None altogether where they are not to be used."""
         if self._kernels_of is None:
             fuses = self.engine != "loop"
             bound = self._bound
-            self._kernels_of = (kernels_of(bound.cells, bound.choices, self.rules, self._gradient_based) if fuses else None,)
+            self._kernels_of = (kernels_of(bound.here, bound.choices, self.rules, self._gradient_based) if fuses else None,)
         return self._kernels_of[0]
 
     def _fused_everywhere(self) -> bool:
         """Whether no cell takes a step by its map alone."""
         kernels = self._kernels()
-        cells = zip(kernels or (), self._bound.cells, strict=False)
-        return bool(kernels) and all(k is not None or isinstance(cell.preconditioner, Stacked) for k, cell in cells)
+        cells = zip(kernels or (), self._bound.here, strict=False)
+        return (
+            bool(kernels)
+            and not self._bound.in_place
+            and all(k is not None or isinstance(cell.preconditioner, Stacked) for k, cell in cells)
+        )
 
     def _step_by_kernels(self, loss: Any) -> bool:
         """Take a step without second gradients by fused kernels, and by the reference engine where a block has none.
@@ -63,39 +67,44 @@ class Stepping(SecondGradients):
             return False
         scale = getattr(self, "grad_scale", None)
         gradients = None if scale is None else unscaled(self._given, scale)
-        work, rest = divided(kernels, self._bound.cells, self._lr, self.param_groups, gradients)
-        if rest and not work:
+        work, rest = divided(kernels, self._bound.here, self._lr, self.param_groups, gradients)
+        in_place = self._bound.in_place
+        if rest and not work and not in_place:
             return False
-        point = self._point(self._given if gradients is None else gradients, rest) if rest else None
-        found = (
-            (*(x for _, _, g in work for x in g), *(() if point is None else point.g)) if self.nonfinite != "propagate" else ()
-        )
+        given = self._given if gradients is None else gradients
+        point = self._point(given, rest) if rest else None
+        found: Vec = ()
+        if self.nonfinite != "propagate":
+            # Where others step some of it, each looks at all of it: they must come to one answer.
+            mine = (*(x for _, _, g in work for x in g), *(() if point is None else point.g))
+            found = tuple(g for g in given if g is not None) if in_place else mine
         verdict = self._verdict(found, loss) if on_device else None
         if found and verdict is None and not self._agreed(vec.all_finite(found) and (loss is None or finite_loss(loss))):
             return False
+        count_step([cell.state for _, cell, _ in work], verdict)
         for kernel, cell, aligned in work:
             leaf, p = cell.block.leaves[0], cell.block.all_tensors
-            count_step(cell.state, verdict)
             found_inf = () if verdict is None else (verdict.found_inf(p[0].device),)
             kernel(cell, p, aligned, self._lr(leaf), self.param_groups[leaf.group]["maximize"], *found_inf)
         if point is not None:
             loop.step(point, self.rules, ProbeResults(), verdict=verdict)
             self._write_back(point, verdict)
+        for shared in in_place:
+            shared.spread([given[i] is not None for i in shared.index])
         self.last = Record(self, loss, skipped=verdict or False, scale=scale)
         return True
 
     def _step_probed_by_kernels(self, point: Point, evidence: ProbeResults) -> bool:
         """The same with the gradient that a probing regularizer has made; False where no kernels compute that."""
         kernels = self._kernels()
-        if kernels is None or not evidence.found or point.cells != self._bound.cells:
+        if kernels is None or not evidence.found or self._bound.in_place or point.cells != self._bound.cells:
             return False
         if None in kernels or not all(alike(cell, self._lr, self.param_groups) for cell in point.cells):
             return False
         ((k, found),) = evidence.found.items()
         at = point.at(k, point.maps, found=found, memo=evidence.memo)
         a = loop.assemble(point.g, [point.choices[0].regularizers[k].term(at)])
-        for cell in point.cells:
-            count_step(cell.state)
+        count_step([cell.state for cell in point.cells])
         for kernel, (cell, span) in zip(kernels, point.spans, strict=True):
             p = cell.block.all_tensors
             assert kernel is not None

@@ -134,6 +134,11 @@ class Preconditioner(ABC):
         return ()
 
     @property
+    def singly(self) -> Preconditioner:
+        """The same on a block that stands alone."""
+        return self
+
+    @property
     def needs(self) -> Needs:
         """What one process must hold whole where parameters are divided among several."""
         return "entry" if self.entrywise else "block"

@@ -99,12 +99,15 @@ class InputSide(Stacked):
 
     def parts(self, block: Block) -> list[LayerPart]:
         """The observed weights of a block."""
-        if not block.sharded:
-            return self._weights(block)
-        return block.kept(("held", self.request), lambda: [replace(p, held=self.held(p, block)) for p in self._weights(block)])
+        known = block.derived.get(self.request)
+        return block.kept(self.request, lambda: self._parts(block)) if known is None else known
+
+    def _parts(self, block: Block) -> list[LayerPart]:
+        parts = self._weights(block)
+        return [replace(p, held=self.held(p, block)) for p in parts] if block.sharded else parts
 
     def _weights(self, block: Block) -> list[LayerPart]:
-        return block.kept(self.request, lambda: self._observed(block))
+        return block.kept(("weights", self.request), lambda: self._observed(block))
 
     def _observed(self, block: Block) -> list[LayerPart]:
         place = {leaf.param: i for i, leaf in enumerate(block.leaves)}
@@ -166,9 +169,9 @@ class InputSide(Stacked):
         for part in self.parts(state.block):
             if not any(wants := self.wants(state, part)):
                 continue
-            mine, sites = self._of(part, state), self._sites(part, state.block)
-            known = self.damping > 0 and greatest(mine["count"]) > 0
-            centers = mine["mean"].unflatten(0, (len(sites), -1)).unbind(0) if known else [None] * len(sites)
+            sites = self._sites(part, state.block)
+            known = self.damping > 0 and greatest(state[key_of("count", part)]) > 0
+            centers = state[key_of("mean", part)].unbind(0) if known else [None] * len(sites)
             each = zip(sites, centers, wants, strict=True)
             out += [(site.name, self.request, center) for site, center, wanted in each if wanted]
         return out
@@ -199,15 +202,16 @@ class InputSide(Stacked):
         ρ_t = min(ρ, 1 − N_t/ΣN): pooled at first, so that one sample does not count like many. A group that saw nothing, such as
         an expert that no token was routed to, stays as it is.
         """
-        count, N = mine["count"], new.count
-        decay = torch.as_tensor(decay, dtype=N.dtype)
-        decay = decay.repeat_interleave(len(N) // decay.numel()) if decay.ndim else decay.expand_as(N)
-        weight = torch.where(N > 0, torch.maximum(N / (count + N), 1 - decay), 0.0)  # 1 − ρ_t
+        count, N, total = mine["count"], new.count, mine["count"] + new.count
+        layers = torch.as_tensor(decay, dtype=N.dtype).view(-1).tolist()
+        decays = [x for x in layers for _ in range(len(N) // len(layers))]
+        each = zip(N.tolist(), total.tolist(), decays, strict=True)
+        weight = torch.tensor([max(n / t, 1 - x) if n else 0.0 for n, t, x in each], dtype=N.dtype)  # 1 − ρ_t
         gain = by_group(weight, new.mean)
         delta = new.mean - mine["mean"]
         mine["activity"].copy_(self.active(mine, new, delta, gain))
         # With ρ = 0 the statistics are those of the newest batch, and so is the number of samples behind them.
-        count.copy_(torch.where((decay == 0) & (N > 0), N, count + N))
+        count.copy_(total if all(decays) else torch.where((torch.tensor(decays) == 0) & (N > 0), N, total))
         if "noise" in mine:  # 1/N of a mean with these weights
             mine["noise"].mul_((1 - weight) ** 2).add_(weight**2 / N.clamp_min(1))
         for name, latest in (("size", N), ("examples", new.examples)):
@@ -263,9 +267,13 @@ class InputSide(Stacked):
             return only
         return Sliced([(p.weight, p.bias, p.rows, m) for p, m in maps], like)
 
-    @staticmethod
-    def _of(part: LayerPart, state: State) -> dict[str, Tensor]:
+    @classmethod
+    def _of(cls, part: LayerPart, state: State) -> dict[str, Tensor]:
         """The statistics of a part, of all members' groups one after the other."""
+        return state.kept(f"part {part.number}", None, lambda: cls._flat(part, state))
+
+    @staticmethod
+    def _flat(part: LayerPart, state: State) -> dict[str, Tensor]:
         suffix = f".{part.number}" if part.number else ""
         mine = {
             k.removesuffix(suffix): v

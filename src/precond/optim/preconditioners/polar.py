@@ -159,7 +159,7 @@ class Polar(Stacked):
         whole, away = root_of(state).whole, state.until_renewed(self.every)
         return [
             1.0 if whole and self.exact(N, shape) else 0.0 if until else 1 - self.decay
-            for N, until in zip(state["size"].reshape(-1).tolist(), away, strict=True)
+            for N, until in zip(_each(state["size"]), away, strict=True)
         ]
 
     @staticmethod
@@ -263,3 +263,8 @@ class Polar(Stacked):
         matrix = self.matrix(state.block, like)
         s = torch.where(state["norm"] > 0, self.step_length(state, matrix.shape[-2:]) / state["norm"], 0.0)
         return Augmented(Scaled(root_of(state).map(state, matrix), s.sqrt()), like, self.is_turned(state.block), stacked)
+
+
+def _each(numbers: Tensor) -> list[float]:
+    """The number of each member of a stack; of a layer alone its own."""
+    return numbers.tolist() if numbers.ndim else [numbers.item()]

@@ -51,7 +51,6 @@ class Stacked(Preconditioner):
 
     @cached_property
     def singly(self) -> Preconditioner:
-        """The same on a block alone."""
         return _Singly(self)
 
 
@@ -152,7 +151,7 @@ def takes_stacks(preconditioner: Preconditioner) -> bool:
 def on(block: Block, preconditioner: Preconditioner) -> Preconditioner:
     """A preconditioner's methods as a block, or a stack of blocks, takes them."""
     if not isinstance(block, Stack):
-        return preconditioner.singly if isinstance(preconditioner, Stacked) else preconditioner
+        return preconditioner.singly
     itself = isinstance(preconditioner, Stacked) or preconditioner.entrywise or preconditioner.constituents
     return preconditioner if itself else Each(preconditioner)
 
