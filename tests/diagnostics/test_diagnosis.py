@@ -209,7 +209,7 @@ def test_a_p_that_mixes_neurons_is_left_out_with_a_note():
     objective = objective_of(model, x)
     mixing = PreconditionedGD(model, preconditioner=precond.Fixed(precond.Dense(torch.randn(14, 14).double())))
     found = diagnose(objective, mixing)
-    assert "optimizer" not in found.columns and "mixes neurons" in found.notes[0]
+    assert "optimizer" not in found.columns and "P mixes neurons" in found.notes[0] and "gauss_newton" in found.notes[0]
 
 
 def test_the_matrix_of_a_layer():

@@ -49,7 +49,7 @@ REASONS = {
     "never.weight": "was not called",
     "sparse.weight": "was given a sparse tensor",
     "parametrized.parametrizations.weight.original1": "is parametrized",
-    "own": "is in a Table, a kind of layer that is not known",
+    "own": "is a parameter that Table has beside its layers",
 }
 UNUSED = {"never.weight"}  # it has no gradient
 
