@@ -146,3 +146,24 @@ def test_layers_whose_kernels_a_bound_rules_out_are_stacked(bound):
     optimizer = precond.auto(net, max_norm=bound)
     sizes = [len(cell.block.members) for cell in optimizer._bound.cells if isinstance(cell.block, Stack)]
     assert max(sizes, default=1) == (1 if bound is None else 6)
+
+
+@pytest.mark.parametrize("inside, enough", [(False, 8), (True, 4)])
+def test_small_layers_alike_that_have_kernels_are_one_stack_where_they_are_enough(inside, enough):
+    def run(count: int, width: int, engine: str) -> tuple[list[int], torch.Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(*(nn.Linear(width, width) for _ in range(count))).double()
+        options = {"lr": 1e-3, "engine": engine}
+        optimizer = precond.adamw(net, inputs=precond.BNP(), **options) if inside else precond.bnp(net, momentum=0.9, **options)
+        x = torch.randn(16, width, generator=torch.Generator().manual_seed(1)).double()
+        for _ in range(5):
+            optimizer.zero_grad()
+            (net(x) - 1).square().mean().backward()
+            optimizer.step()
+        members = [len(cell.members) for cell in optimizer.cells if isinstance(cell.block, Stack)]
+        return members, torch.cat([p.detach().flatten() for p in net.parameters()])
+
+    (members, together), (_, reference) = run(enough, 6, "auto"), run(enough, 6, "loop")
+    assert members == [enough]
+    torch.testing.assert_close(together, reference, atol=TOLERANCE, rtol=0)
+    assert run(enough - 1, 6, "auto")[0] == [] and run(enough, 96, "auto")[0] == []

@@ -3,6 +3,7 @@ r"""Trace and diagonal of a symmetric map from products, with error bars."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Generic, Literal, TypeVar, get_args
@@ -137,16 +138,16 @@ def diagonal(map: Any, *, products: int = 96, method: Estimator = "auto", seed: 
     """
     found = _found(map, products, method, seed, "diagonal")
     flat = working(found.like)
-    value, error = (unflatten(x.to(flat), found.like) for x in found.diagonal)
+    value, error = (unflatten(x.to(flat), found.like) for x in found.diagonal())
     return Estimate(value, error, found.probes == 0, found.products, found.probes)
 
 
 @dataclass(frozen=True)
 class _Found:
-    """(value, standard error) of the trace and of the diagonal, (n,), from so many probes; 0 where it is exact."""
+    """(value, standard error) of the trace and, when called, of the diagonal, (n,), from so many probes; 0 where it is exact."""
 
     trace: tuple[float, float]
-    diagonal: tuple[Tensor, Tensor]
+    diagonal: Callable[[], tuple[Tensor, Tensor]]
     probes: int
     products: int
     like: Vec
@@ -160,7 +161,7 @@ def _scattered(known: Tensor, scatter: Tensor, products: int, like: Vec) -> _Fou
     """
     m = len(scatter)
     mean, variance = known + scatter.mean(0), scatter.var(0) / m
-    return _Found((float(mean.sum()), math.sqrt(2 * float(variance.sum()))), (mean, variance.sqrt()), m, products, like)
+    return _Found((float(mean.sum()), math.sqrt(2 * float(variance.sum()))), lambda: (mean, variance.sqrt()), m, products, like)
 
 
 def _found(map: Any, products: int, method: Estimator, seed: int, caller: str) -> _Found:
@@ -179,7 +180,7 @@ def _found(map: Any, products: int, method: Estimator, seed: int, caller: str) -
             units = torch.nn.functional.one_hot(rows, n).to(flat)
             parts.append(apply(units)[torch.arange(len(rows)), rows])
         known = torch.cat(parts).double()
-        return _Found((float(known.sum()), 0.0), (known, torch.zeros_like(known)), 0, n, like)
+        return _Found((float(known.sum()), 0.0), lambda: (known, torch.zeros_like(known)), 0, n, like)
     generator = torch.Generator().manual_seed(seed)
     signs = lambda k: (2.0 * torch.randint(0, 2, (k, n), generator=generator) - 1).to(flat)  # noqa: E731
     if method == "hutchinson":
@@ -192,8 +193,13 @@ def _found(map: Any, products: int, method: Estimator, seed: int, caller: str) -
                 f"{caller}: products must be at least 12 with method='exchanged', got {products}: of fewer than six probes the jackknife "
                 "knows too little; give more, or method='hutch++'"
             )
-        value, error, diagonals, errors = exchanged(signs(m), apply)
-        return _Found((value, error), (diagonals.mean(0), errors), m, 2 * m, like)
+        value, error, diagonals = exchanged(signs(m), apply)
+
+        def mean() -> tuple[Tensor, Tensor]:
+            found, errors = diagonals()
+            return found.mean(0), errors
+
+        return _Found((value, error), mean, m, 2 * m, like)
     k = products // 3
     Q = torch.linalg.qr(apply(signs(k)).T).Q.T
     AQ = apply(Q)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 
-def exchanged(probes: Tensor, apply: Callable[[Tensor], Tensor]) -> tuple[float, float, Tensor, Tensor]:
-    r"""(XTrace, its standard error, XDiag of each probe (m, n), standard errors (n,) of their mean) of a symmetric A.
+def exchanged(probes: Tensor, apply: Callable[[Tensor], Tensor]) -> tuple[float, float, Callable[[], tuple[Tensor, Tensor]]]:
+    r"""(XTrace, its standard error, a function that makes XDiag of each probe (m, n) and standard errors (n,) of their mean) of a symmetric A.
 
     With Q_i an orthonormal basis of A(Ω without ω_i) and P_i = Q_iQ_iᵀ they are the means over the probes ω_i of
     tr Q_iᵀAQ_i + ω_iᵀ(I − P_i)A(I − P_i)ω_i and diag(P_iA) + ω_i ⊙ (I − P_i)Aω_i. One factorization AΩ = QR serves all, since
@@ -40,16 +40,14 @@ def exchanged(probes: Tensor, apply: Callable[[Tensor], Tensor]) -> tuple[float,
     T, C = Q.T @ AQ, Q.T @ W.T
     each, more = _left_out(T, C, R, S, (W * Y).sum(1))
     without = (more.sum(1) - more.diagonal()) / (len(W) - 1)  # the estimate without probe i
-    # diag(P_iA) = Σ_k (Q − Q s_i s_iᵀ)_k ⊙ (AQ)_k, and QᵀAω_i = R e_i.
-    projected = Q @ (R - S * (S * R).sum(0))
-    q, a = Q @ S, AQ @ S
-    diagonals = (Q * AQ).sum(1) - (q * a).T + W * (Y - projected.T)
-    return (
-        float(each.mean()),
-        float(_jackknife(without)),
-        diagonals,
-        _jackknife(_diagonals_left_out(q, a, W, S, (S * R).sum(0))),
-    )
+
+    def diagonals() -> tuple[Tensor, Tensor]:
+        # diag(P_iA) = Σ_k (Q − Q s_i s_iᵀ)_k ⊙ (AQ)_k, and QᵀAω_i = R e_i.
+        q, a, r = Q @ S, AQ @ S, (S * R).sum(0)
+        found = (Q * AQ).sum(1) - (q * a).T + W * (Y - (Q @ (R - S * r)).T)
+        return found, _jackknife(_diagonals_left_out(q, a, W, S, r))
+
+    return float(each.mean()), float(_jackknife(without)), diagonals
 
 
 def _jackknife(without: Tensor) -> Tensor:

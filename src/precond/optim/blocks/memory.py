@@ -10,6 +10,9 @@ STACKED = 64 * 2**20
 CACHED = 2**18
 """The same on a processor, about a core's cache: of what is larger, memory costs more than calls."""
 
+ONE_CALL = 2**15
+"""Bytes of a layer on a processor up to which calls cost more than memory, so that several alike take one together."""
+
 AT_ONCE = 64 * 2**20
 """Bytes that periodic work on the matrices of one shape takes in one step, at most, unless one of them alone takes more."""
 

@@ -78,5 +78,8 @@ def _add(counts: Sequence[Vec], number: int | Tensor) -> None:
     for of in counts:
         base = of[0]._base
         together += [base] if base is not None and base.shape == (len(of),) else of
-    if together:
+    if isinstance(number, Tensor):
+        for count in together:  # one by one: captured, the operation on many at once goes on with the number of its first run
+            count.add_(number)
+    elif together:
         torch._foreach_add_(together, number)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ from precond.optim.blocks.memory import stacked
 from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.counting import as_count, count_together
 from precond.optim.engine.dealing import Placement, Unit, Whole, deal, units
-from precond.optim.engine.fused import has_kernel
+from precond.optim.engine.fused import has_kernel, stacked_from
 from precond.optim.engine.sharing import Shared
 from precond.optim.preconditioners.stacked import stackable, takes_stacks
 
@@ -103,6 +105,7 @@ class _Single:
     Attributes:
         stacks: whether its methods take stacks, also one of a single block.
         placement: who steps it, where ranks share it.
+        enough: how many alike make a stack; fewer are stepped by the kernel of each.
     """
 
     unit: Unit
@@ -112,6 +115,7 @@ class _Single:
     stacks: bool
     key: tuple[Any, ...]
     placement: Placement | None = None
+    enough: float = 0
 
     @property
     def elsewhere(self) -> bool:
@@ -142,9 +146,9 @@ class _Single:
         steps = tuple(as_count(existing.get(leaf.param, {}).get("step")) for leaf in block.leaves)
         for s in (state, average):
             _adopt(s, existing, steps, outside)
-        kernel = kernels and has_kernel(P, block)
+        enough = stacked_from(P, block) if kernels and has_kernel(P, block) else 0
         # Means over the entries of a stack are of what this process holds: what others hold parts of stays a block.
-        apart = not handled or block.sharded or kernel or not stackable(P)
+        apart = not handled or block.sharded or enough == math.inf or not stackable(P)
         if placement is not None and not placement.here:
             state, average = state.hollow(), average.hollow()
         key = (
@@ -158,14 +162,18 @@ class _Single:
             tuple(_structure(state)),
             tuple(_structure(average)),
         )
-        return cls(unit, block, state, average, not apart and takes_stacks(P), key, placement)
+        return cls(unit, block, state, average, not (apart or enough) and takes_stacks(P), key, placement, enough)
 
 
 def _alike(singles: Sequence[_Single]) -> Iterator[list[_Single]]:
     """Those that one stack may hold, in the order of their first ones, and no more than scratch memory is for."""
     sets: list[list[_Single]] = []
     by_key: dict[tuple[Any, ...], list[list[_Single]]] = {}
+    counted = Counter(single.key for single in singles)
     for single in singles:
+        if counted[single.key] < single.enough:
+            sets.append([single])
+            continue
         same = by_key.setdefault(single.key, [])
         for found in same:
             first, size = found[0], sum(t.numel() * t.element_size() for t in single.block.tensors)
