@@ -245,6 +245,16 @@ def test_bad_scales_are_named_first():
     assert first.gain.alone > 1e4 and first.gain.likely > 1.2 and first.gain.high <= first.gain.steps
 
 
+@pytest.mark.parametrize("recipe", ["whitening", "bnp", "auto", "adamw"])
+def test_raw_features_are_standardized_first_whatever_the_optimizer(recipe):
+    """Coordinates of inputs do not undo at once that first outputs are as large as raw features are."""
+    x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 3, 8) + 100
+    model = mlp()
+    found = diagnose(objective_of(model, x), getattr(precond, recipe)(model))
+    assert "Standardize the data" in found.advice[0].what
+    assert "such intervals held" in str(found) and "In a study" not in str(found)
+
+
 def test_large_means_are_named_first():
     x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0)) + 500
     found = diagnose(objective_of(mlp(), x))

@@ -83,6 +83,7 @@ def test_explain_says_of_every_weight_whether_it_is_observed(recipe):
     assert any(kind in rows["seen.weight"].preconditioner for kind in ("BNP", "Whitening"))
     assert rows["frozen.weight"].preconditioner == "none (frozen)"
     text = "\n".join(said)
+    assert "are stepped without them" in text
     for name, why in REASONS.items():
         owner = name.split(".")[0] if "parametrized" in name else name
         assert text.count(f"'{owner}'") == (name not in UNUSED), (name, text)

@@ -198,7 +198,7 @@ def _because(found: Diagnosis, layers: list[Layer], name: str) -> str:
         far = number(data[0].drivers.offset)
         return f"{data[0].name!r} has no bias that takes up the means of the data, up to {far} times their standard deviation."
     if not layers:
-        return "A normalization takes some of it out of the data, and not that the scales of their features differ."
+        return "A normalization takes a mean or a scale out of the data, and leaves that the scales of their features differ."
     then = layers[0].spectra.kappa("bnp" if name == "standardize" else name)
     more = "" if len(layers) == 1 else f" {len(layers) - 1} more layers gain."
     return f"{_reason(layers[0])} It would be {number(then)}.{more}"
