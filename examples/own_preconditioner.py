@@ -33,7 +33,7 @@ class RowRMS(precond.Preconditioner):
     eps: float = 1e-8
 
     def init(self, block):
-        return {"r": tuple(_row_means(torch.zeros_like(p)) for p in block.params)}
+        return {"r": tuple(_row_means(z) for z in block.zeros())}
 
     def observe(self, state, seen):
         for r, g in zip(state["r"], seen.gradient, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from importlib.metadata import requires
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
@@ -75,3 +75,9 @@ def test_version_and_commands_where_all_is_there(capsys: pytest.CaptureFixture[s
     assert not entry.absent()
     assert entry.main(["report", "/nonexistent"]) == 2
     assert "there is no /nonexistent" in capsys.readouterr().err
+
+
+def test_the_module_is_the_command():
+    ask = [sys.executable, "-m", "precond.lab.cli", "--version"]
+    found = subprocess.run(ask, capture_output=True, text=True, timeout=120)
+    assert (found.returncode, found.stdout) == (0, f"precond {version('precond')}\n"), found.stderr

@@ -82,6 +82,10 @@ AT_ONCE = {
     "init: nothing": (lambda: own(P, init=lambda self, b: None)(), "init returned NoneType; return a dict"),
     "init: too many": (lambda: own(P, init=lambda self, b: {"r": (torch.zeros(2),) * 3})(), "3 tensors, the block 1"),
     "init: device": (lambda: own(P, init=lambda self, b: {"r": torch.zeros(2, device="meta")})(), "device=p.device"),
+    "init: dtype": (
+        lambda: own(P, init=lambda self, b: {"r": torch.zeros(2, dtype=torch.bfloat16)})(),
+        r"Mine.init: 'r' is torch.bfloat16, gradients of '.*' come in torch.float32; make it of block.zeros\(\)",
+    ),
     "init: step": (lambda: own(P, init=lambda self, b: {"step": torch.zeros(())})(), "another name"),
     "no methods": (lambda: own(Preconditioner)(), r"lacks init\(self, block\).*map\(self, state\), which returns P"),
     "a class": (lambda: Rows, r"pass an object of it, Rows\(...\)"),

@@ -87,4 +87,5 @@ def test_the_study_that_comes_along():
     found = calibration()
     assert found.cells >= 40 and found.judged >= 40
     assert {name for name, _ in found.lines} == {"standardize", "bnp", "whitened"}
-    assert f"{found.held} of {found.judged}" in found.sentence
+    assert f"{found.held} of {found.judged}" in found.sentence and f"{found.held} of {found.judged}" in found.short
+    assert len(f"{found.short} More: docs/diagnostics.md, Gains.") <= 2 * 80

@@ -209,7 +209,7 @@ def test_a_p_that_mixes_neurons_is_left_out_with_a_note():
     objective = objective_of(model, x)
     mixing = PreconditionedGD(model, preconditioner=precond.Fixed(precond.Dense(torch.randn(14, 14).double())))
     found = diagnose(objective, mixing)
-    assert "optimizer" not in found.columns and "mixes neurons" in found.notes[0]
+    assert "optimizer" not in found.columns and "P mixes neurons" in found.notes[0] and "gauss_newton" in found.notes[0]
 
 
 def test_the_matrix_of_a_layer():
@@ -243,6 +243,16 @@ def test_bad_scales_are_named_first():
     assert "Standardize the data" in first.what and "from scales" in first.why and first.layers == ("0",)
     # κ alone promises a million; what is told stays below what a training of that length can show.
     assert first.gain.alone > 1e4 and first.gain.likely > 1.2 and first.gain.high <= first.gain.steps
+
+
+@pytest.mark.parametrize("recipe", ["whitening", "bnp", "auto", "adamw"])
+def test_raw_features_are_standardized_first_whatever_the_optimizer(recipe):
+    """Coordinates of inputs do not undo at once that first outputs are as large as raw features are."""
+    x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 3, 8) + 100
+    model = mlp()
+    found = diagnose(objective_of(model, x), getattr(precond, recipe)(model))
+    assert "Standardize the data" in found.advice[0].what
+    assert "such intervals held" in str(found) and "In a study" not in str(found)
 
 
 def test_large_means_are_named_first():

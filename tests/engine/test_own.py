@@ -25,7 +25,7 @@ class TensorRMS(precond.Preconditioner):
     eps: float = 1e-8
 
     def init(self, block):
-        return {"r": tuple(torch.zeros((), dtype=p.dtype) for p in block.params)}
+        return {"r": tuple(z.new_zeros(()) for z in block.zeros())}
 
     def observe(self, state, seen):
         for r, g in zip(state["r"], seen.gradient, strict=True):

@@ -227,7 +227,7 @@ def test_what_is_not_observed_is_said():
     model = made()
     with observe(model, params=[model.head.weight, model.odd]) as inputs:
         assert list(inputs.weights.values()) == ["head.weight"]
-        assert "is in a Net, a kind of layer that is not known" in inputs.unobserved[model.odd]
+        assert "is a parameter that Net has beside its layers" in inputs.unobserved[model.odd]
         model(data(3, 4)).sum().backward()
         assert list(inputs.collect()) == [model.head.weight]
     biased = observe(model, params=[model.head.bias])

@@ -49,7 +49,7 @@ REASONS = {
     "never.weight": "was not called",
     "sparse.weight": "was given a sparse tensor",
     "parametrized.parametrizations.weight.original1": "is parametrized",
-    "own": "is in a Table, a kind of layer that is not known",
+    "own": "is a parameter that Table has beside its layers",
 }
 UNUSED = {"never.weight"}  # it has no gradient
 
@@ -83,6 +83,7 @@ def test_explain_says_of_every_weight_whether_it_is_observed(recipe):
     assert any(kind in rows["seen.weight"].preconditioner for kind in ("BNP", "Whitening"))
     assert rows["frozen.weight"].preconditioner == "none (frozen)"
     text = "\n".join(said)
+    assert "are stepped without them" in text
     for name, why in REASONS.items():
         owner = name.split(".")[0] if "parametrized" in name else name
         assert text.count(f"'{owner}'") == (name not in UNUSED), (name, text)

@@ -151,6 +151,10 @@ def _coordinates(found: Diagnosis, picture: Picture, base: Base, dim: int | None
             why = "the data are standardized already, or no tensor of numbers" if name == "standardize" else "not in the study"
             considered.append(Considered(name, UNKNOWN, why))
             continue
+        if name == "standardize" and picture.stuck < STUCK and max(value, alone) < MORE:
+            # Such as of data whose means and scale a normalization takes out again.
+            considered.append(Considered(name, UNKNOWN, "it changes neither κ of a layer nor the pace of the whole"))
+            continue
         gain = line.gain(value, alone, calibration().steps)
         enough = gain.worth and gain.likely >= MORE * best
         why = "" if enough else "promises no more than cheaper advice" if gain.worth else "not a fifth of the steps"
@@ -188,11 +192,13 @@ def _reached(found: Diagnosis, name: str) -> list[Layer]:
 
 
 def _because(found: Diagnosis, layers: list[Layer], name: str) -> str:
-    if not layers and (data := [layer for layer in found.layers if layer.source == "data" and not layer.biased]):
+    if not layers and (
+        data := [layer for layer in found.layers if layer.source == "data" and not math.isnan(layer.kappa_biased)]
+    ):
         far = number(data[0].drivers.offset)
         return f"{data[0].name!r} has no bias that takes up the means of the data, up to {far} times their standard deviation."
     if not layers:
-        return "The data come through a normalization, which leaves the scales of their features as they are."
+        return "A normalization takes a mean or a scale out of the data, and leaves that the scales of their features differ."
     then = layers[0].spectra.kappa("bnp" if name == "standardize" else name)
     more = "" if len(layers) == 1 else f" {len(layers) - 1} more layers gain."
     return f"{_reason(layers[0])} It would be {number(then)}.{more}"
@@ -207,7 +213,10 @@ def _reason(layer: Layer) -> str:
             f"×{number(d.means)} from means that are large beside the standard deviation (up to {number(d.offset)} times)"
         )
     if d.scales >= 2:
-        parts.append(f"×{number(d.scales)} from scales (standard deviations differ up to {number(d.spread)}-fold)")
+        apart = f"standard deviations differ up to {number(d.spread)}-fold"
+        if d.aside > 2 * d.spread:
+            apart = f"standard deviations are up to {number(d.aside)} times from the bias's 1"
+        parts.append(f"×{number(d.scales)} from scales ({apart})")
     if d.correlation >= 2:
         parts.append(f"×{number(d.correlation)} from correlation")
     order = {"means": d.means, "scales": d.scales, "correlation": d.correlation}

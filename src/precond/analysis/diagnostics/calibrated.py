@@ -156,6 +156,11 @@ class Calibration:
     best: tuple[int, int]
 
     @property
+    def short(self) -> str:
+        """The same in a line."""
+        return f"Gains: ratios of steps in {self.steps} steps; {self.held} of {self.judged} such intervals held."
+
+    @property
     def sentence(self) -> str:
         """How right it was."""
         share = 100 * self.held / max(self.judged, 1)

@@ -59,20 +59,15 @@ def spectra(layer: Gathered, neurons: Callable[[int], list[Tensor]] | None) -> t
     worst, k = max(shown, key=lambda pair: pair[0].kappa("raw"))
     maps = [] if neurons is None else neurons(k)
     if maps:
-        R = _design(layer, k)
+        R = layer.design(k)
         values = sorted((_values(R @ P, worst.rank) for P in maps), key=lambda v: float(v[0] / v[-1]))
         worst.values["optimizer"] = values[len(values) // 2]
     return k, worst
 
 
-def _design(layer: Gathered, k: int) -> Tensor:
-    """R, without its first column where no bias is trained."""
-    return layer.R[k] if layer.biased else layer.R[k][:, 1:]
-
-
 def _group(layer: Gathered, k: int) -> Spectra:
-    R = _design(layer, k)
-    rank = rank_of(R, layer.epsilon)
+    R = layer.design(k)
+    rank = directions(layer, k)
     mean, std = centers(layer, k)
     one, zero = torch.ones_like(std), torch.zeros_like(mean)
     scale = torch.where(std > 0, std, 1.0)
@@ -129,7 +124,7 @@ def coordinates(layer: Gathered, k: int) -> dict[str, Callable[[Tensor], Tensor]
     scale = torch.where(std > 0, std, 1.0)
     first = int(layer.biased)
     center = mean if layer.biased else torch.zeros_like(mean)
-    R = _arrow(_design(layer, k), center, torch.ones_like(mean), layer.biased)[:, first:]
+    R = _arrow(layer.R[k][:, 1 - first :], center, torch.ones_like(mean), layer.biased)[:, first:]
     # Inputs that are always 0 or, behind a bias, the same have no direction to whiten; 1 in their place leaves them alone.
     diagonal = Whitening().damping * layer.R[k][:, 1:].square().sum(0)
     L = torch.linalg.cholesky(R.T @ R + torch.diag(torch.where(diagonal > 0, diagonal, 1.0)))
@@ -152,10 +147,14 @@ def gradient_rows(layer: Gathered, g: Vec) -> Tensor:
     return torch.cat([layout.column(g[1][layer.site.rows]), W], dim=-1) if len(g) > 1 else W
 
 
-def rank_of(R: Tensor, epsilon: float) -> int:
-    """The number of directions that extended inputs show, whatever their scales."""
+def directions(layer: Gathered, k: int) -> int:
+    """The number of directions that extended inputs of a group show in its outputs, whatever their scales.
+
+    Of centered ones it is one less than of those with a 1: what is rounding is told on inputs as they came.
+    """
+    R = layer.R[k] if layer.recentered else layer.design(k)
     lengths = torch.linalg.vector_norm(R, dim=0)
-    return _rank(R[:, lengths > 0] / lengths[lengths > 0], epsilon)
+    return max(_rank(R[:, lengths > 0] / lengths[lengths > 0], layer.epsilon) - int(layer.recentered), 0)
 
 
 def _whitened(layer: Gathered, k: int, rank: int) -> Tensor:
@@ -166,8 +165,10 @@ def _whitened(layer: Gathered, k: int, rank: int) -> Tensor:
     live = square > 0
     H, square = H[:, live], square[live]
     L = torch.linalg.cholesky(H.T @ H + torch.diag(Whitening().damping * square))
-    values = torch.linalg.svdvals(torch.linalg.solve_triangular(L, H.T, upper=False)).square()
-    if layer.biased:
+    # Whitening knows its layer's inputs, and not what is behind the layer.
+    shown = R[1:, 1:][:, live] if layer.recentered else H
+    values = torch.linalg.svdvals(torch.linalg.solve_triangular(L, shown.T, upper=False)).square()
+    if layer.biased and not layer.recentered:
         values = torch.cat([values, values.new_ones(1)])
     return values.sort(descending=True).values[:rank]
 

@@ -205,7 +205,12 @@ def _diagnosis(
     base = base_of(optimizer, objective.model)
     P = None if optimizer is None else _known(objective, optimizer, base, notes)
     g = objective.gradient()
-    layers = [_layer(objective, seen, P, g, curvature, notes) for seen in gathered]
+    layers = [_layer(objective, seen, P, g, curvature) for seen in gathered]
+    if P is not None and (mixed := [layer.name for layer in layers if math.isnan(layer.spectra.kappa("optimizer"))]):
+        notes.append(
+            f"κ with the optimizer's P is left out for {', '.join(mixed[:3])}{', …' if len(mixed) > 3 else ''}: P mixes neurons there, as maps "
+            "of matrices do, or is too large to be taken apart; curvature='gauss_newton' tells κ of such a layer's whole block in z"
+        )
     lam_max = limit = None
     if curvature != "none":
         A = _MATRICES[curvature](objective)
@@ -255,14 +260,12 @@ def _after_steps(objective: Objective, base: Base) -> LinearMap | None:
             return None
 
 
-def _layer(objective: Objective, seen: Gathered, P: LinearMap | None, g: Vec, curvature: Matrix, notes: list[str]) -> Layer:
+def _layer(objective: Objective, seen: Gathered, P: LinearMap | None, g: Vec, curvature: Matrix) -> Layer:
     place = {id(p): i for i, p in enumerate(objective.originals)}
     bias = place[id(seen.site.bias)] if seen.biased else None
     index = [place[id(seen.site.weight)], *([] if bias is None else [bias])]
     own = None if P is None else restricted(P, index)
     neurons = None if own is None else neurons_of(own, seen, tuple(g[i] for i in index))
-    if own is not None and neurons is None:
-        notes.append(f"the optimizer's P mixes neurons of {seen.name}, or is too large there: κ with it is left out")
     k, found = spectra(seen, neurons)
     block = None
     if curvature != "none":

@@ -25,6 +25,7 @@ class Drivers:
         correlation: κ(standardized): what neither means nor scales explain.
         offset: the largest |μ|/σ of an input.
         spread: the ratio of the largest and the smallest σ.
+        aside: how many times a σ is larger or smaller than 1, which stands beside the inputs for the bias; 1 where there is none.
     """
 
     means: float
@@ -32,6 +33,7 @@ class Drivers:
     correlation: float
     offset: float
     spread: float
+    aside: float = 1.0
 
     @property
     def main(self) -> str:
@@ -55,7 +57,8 @@ def drivers(layer: Gathered, k: int, found: Spectra) -> Drivers:
     if not layer.biased:
         return Drivers(math.nan, raw / bnp, bnp, offset, spread)
     centered = found.kappa("centered")
-    return Drivers(raw / centered, centered / bnp, bnp, offset, spread)
+    aside = float(torch.maximum(scale, 1 / scale).max()) if live.any() and not layer.recentered else 1.0
+    return Drivers(raw / centered, centered / bnp, bnp, offset, spread, aside)
 
 
 @dataclass(frozen=True)

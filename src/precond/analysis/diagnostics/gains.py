@@ -28,8 +28,8 @@ class Picture:
     Attributes:
         parts: of the network.
         standardized: the same on standardized data; None where they are no numbers, or standardized already. Standardized data are
-            the coordinates of :class:`precond.BNP` in the layers that receive them; where no layer with a bias does, or units are stuck,
-            which other data free, the picture is made anew.
+            the coordinates of :class:`precond.BNP` in the layers that receive them; where no layer with a bias does, where a normalization
+            behind such a layer takes scales or means out again, or units are stuck, which other data free, the picture is made anew.
         stuck: the share of hidden units that are saturated or dead: what they receive tells nothing of what they will.
         freed: that share on standardized data.
         start: the loss before training over that on standardized data, from which training starts there.
@@ -59,7 +59,7 @@ class Picture:
         changed = standardized(objective, features(objective, gathered[0]))
         if changed is None:
             return Picture(parts, None, stuck, math.nan)
-        direct = any(part.data for part in parts)
+        direct = any(part.data for part in parts) and not any(seen.source == "data" and seen.rescaled for seen in gathered)
         again = gather(changed, **{**_DEFAULTS, **options})[0] if stuck or not direct else gathered
         if direct and stuck < STUCK:
             other = [replace(p, blocks={**p.blocks, "raw": p.blocks["bnp"]}) if p.data else p for p in parts]

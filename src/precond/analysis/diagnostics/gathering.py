@@ -74,7 +74,8 @@ def gather(objective: Objective, samples: int, max_inputs: int, layers: int | No
             what = "some of its inputs" if streams[site].count else "its inputs"
             notes.append(f"{site.name} {why}; {what} are not diagnosed")
     biases = {site: site.bias is not None and id(site.bias) in trained for site in sites}
-    made = [streams[site].gathered(biases[site], site in outputs.recentered) for site in sites if streams[site].count]
+    seen = [site for site in sites if streams[site].count]
+    made = [streams[site].gathered(biases[site], site in outputs.recentered, site in outputs.rescaled) for site in seen]
     return [replace(seen, alike=chosen[seen.site][0], share=chosen[seen.site][1]) for seen in made], notes
 
 
@@ -101,14 +102,18 @@ def _spread_over_kinds(sites: Sequence[Site], most: int | None) -> dict[Site, tu
     return {site: shown[site] for site in sites if site in shown}
 
 
+_RECENTER = nn.modules.batchnorm._NormBase
+_RESCALE = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
 class _Outputs:
-    """Which sites' outputs a normalization takes as they are, that subtracts their mean over the batch or the image."""
+    """Which sites' outputs a normalization takes as they are; and one that subtracts their mean over the batch or the image."""
 
     def __init__(self, model: nn.Module, sites: Iterable[Site]):
-        self.recentered: set[Site] = set()
+        self.recentered, self.rescaled = set[Site](), set[Site]()
         self._made: dict[int, tuple[Tensor, Site]] = {}  # the tensor, lest another has its number
         self.handles = [tap.module.register_forward_hook(partial(self._note, site)) for site in sites for tap, _ in site.taps]
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        norms = [m for m in model.modules() if isinstance(m, (_RECENTER, *_RESCALE))]
         self.handles += [m.register_forward_pre_hook(self._take) for m in norms]
 
     def _note(self, site: Site, module: nn.Module, args: Any, output: Any) -> None:
@@ -117,7 +122,10 @@ class _Outputs:
 
     def _take(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and id(args[0]) in self._made:
-            self.recentered.add(self._made[id(args[0])][1])
+            site = self._made[id(args[0])][1]
+            self.rescaled.add(site)
+            if isinstance(module, _RECENTER):
+                self.recentered.add(site)
 
     def clear(self) -> None:
         """The forward is over."""

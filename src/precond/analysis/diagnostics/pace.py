@@ -22,7 +22,7 @@ from torch import Tensor
 
 from precond.algebra.vec import Vec
 from precond.analysis.curvature import Objective
-from precond.analysis.diagnostics.conditioning import coordinates, gradient_rows, rank_of
+from precond.analysis.diagnostics.conditioning import coordinates, directions, gradient_rows
 from precond.analysis.diagnostics.streaming import Gathered
 
 # How far curvature is measured along the gradient: so much of the loss goes by the first order. Where a saturated loss is straight, farther.
@@ -51,7 +51,7 @@ class Part:
         blocks: by coordinates; ``"raw"`` is always there.
         s: its curvature over that of C.
         share: the number of layers that it stands for.
-        data: whether it receives the data themselves, with a bias that takes up their means.
+        data: whether it receives the data themselves, with a bias that takes up their means, and shows their scale.
     """
 
     name: str
@@ -59,6 +59,11 @@ class Part:
     s: float
     share: float = 1.0
     data: bool = False
+
+    @property
+    def largest(self) -> float:
+        """The largest eigenvalue as inputs are."""
+        return float(self.blocks["raw"].values.max())
 
 
 def parts_of(objective: Objective, gathered: Sequence[Gathered], g: Vec) -> list[Part]:
@@ -87,7 +92,7 @@ def parts_of(objective: Objective, gathered: Sequence[Gathered], g: Vec) -> list
                 blocks,
                 along / expected if expected > 0 else math.nan,
                 seen.share,
-                seen.source == "data" and seen.biased,
+                seen.source == "data" and seen.biased and not seen.rescaled,
             )
         )
     rest = [i for i in range(len(g)) if i not in taken]
@@ -96,12 +101,16 @@ def parts_of(objective: Objective, gathered: Sequence[Gathered], g: Vec) -> list
         one = torch.ones(1, dtype=torch.float64)
         along = _curvature(objective, loss, {i: g[i] for i in rest})
         found.append(Part("", {"raw": Block(one, square * one)}, along / square))
-    known = [part.s for part in found if part.s > 0]
+    known = [part for part in found if part.s > 0]
     if not known:
         return []
-    # Along a direction of no or negative curvature the picture says nothing: what other layers have is put there.
-    usual = sorted(known)[len(known) // 2]
-    return [part if part.s > 0 else replace(part, s=usual) for part in found]
+    # Along a direction of no or negative curvature the picture says nothing: what other layers have is put there. Behind a normalization
+    # that is curvature itself, s·C, since the scale of inputs is taken out.
+    usual, bent = (
+        sorted(of)[len(known) // 2] for of in ([part.s for part in known], [part.s * part.largest for part in known])
+    )
+    free = {seen.name for seen in gathered if seen.rescaled}
+    return [part if part.s > 0 else replace(part, s=bent / part.largest if part.name in free else usual) for part in found]
 
 
 def blocks_of(seen: Gathered, rows: Tensor) -> dict[str, Block] | None:
@@ -113,7 +122,7 @@ def blocks_of(seen: Gathered, rows: Tensor) -> dict[str, Block] | None:
     """
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for k, R in enumerate(_designs(seen)):
-        G, rank = rows[k].double().cpu(), rank_of(R, seen.epsilon)
+        G, rank = rows[k].double().cpu(), directions(seen, k)
         if not rank:
             continue
         for name, transform in coordinates(seen, k).items():
@@ -130,7 +139,7 @@ def energies(R: Tensor, G: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _designs(seen: Gathered) -> list[Tensor]:
-    return [R if seen.biased else R[:, 1:] for R in seen.R]
+    return [seen.design(k) for k in range(len(seen.R))]
 
 
 def _curvature(objective: Objective, loss: float, along: Mapping[int, Tensor]) -> float:

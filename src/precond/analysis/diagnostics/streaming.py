@@ -31,6 +31,7 @@ class Gathered:
         site: the weight and its bias.
         biased: whether a bias that is trained goes with it.
         recentered: whether its outputs go straight into a batch or instance normalization, which takes any constant out of them.
+        rescaled: whether they go straight into any normalization, which takes a common scale out of them.
         source: what the inputs come from: ``"data"``, or an operation such as ``"relu"``.
         n: number of inputs of a neuron (entries of a patch for a convolution).
         count: number of inputs seen: examples, or examples and positions.
@@ -49,6 +50,7 @@ class Gathered:
     site: Site
     biased: bool
     recentered: bool
+    rescaled: bool
     source: str
     n: int
     count: int
@@ -67,6 +69,14 @@ class Gathered:
     def name(self) -> str:
         """The layer: the weight's name without ``.weight``."""
         return layer_of(self.site)
+
+    def design(self, k: int) -> Tensor:
+        """RᵀR is the mean of ĥĥᵀ of a group as its outputs show it; without the column of 1 where no bias is trained.
+
+        What takes the mean of outputs out takes that of inputs out, w·μ, and the bias with it: the rows of R below the first are those
+        of centered inputs, and of 1 nothing is left.
+        """
+        return self.R[k][int(self.recentered) :, int(not self.biased) :]
 
     @property
     def kernel(self) -> int:
@@ -146,7 +156,7 @@ class Stream:
         self._used += sum(max(part.shape[1] for part in parts) for parts in self._pending)
         self._pending = []
 
-    def gathered(self, biased: bool, recentered: bool) -> Gathered:
+    def gathered(self, biased: bool, recentered: bool, rescaled: bool) -> Gathered:
         """All of it."""
         parts = self._parts
         if not all(bool(part.low.isfinite().all() and part.high.isfinite().all()) for part in parts):
@@ -158,6 +168,7 @@ class Stream:
             site=self._site,
             biased=biased,
             recentered=recentered,
+            rescaled=rescaled,
             source=self._source,
             n=parts[0].low.shape[-1],
             count=self.count // len(parts),

@@ -43,7 +43,7 @@ def lines(found: Diagnosis, every: bool = False) -> Iterator[Line]:
             yield from _wrapped(f"   {_NAMES[c.name]}: {c.why}" + (f" ({c.gain})" if c.gain.known else ""), "", "     ")
     if any(a.gain.known for a in found.advice):
         yield "", ""
-        yield from _wrapped(f"Gains are ratios of steps in a training of {calibration().steps} steps. {calibration().sentence}")
+        yield from _wrapped(f"{calibration().short} More: docs/diagnostics.md, Gains.")
     if found.layers:
         yield "", ""
         yield from _layers(found, every)

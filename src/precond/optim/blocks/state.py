@@ -151,7 +151,8 @@ class State(dict[str, Any]):
     def due(self, every: float) -> list[slice]:
         """The members of a stack for which the step in progress is one of a period's, as spans of them.
 
-        Turns are spread over the period, so that no step does the work of all. The first step is none of them.
+        Turns are spread over the period, so that no step does the work of all; small matrices of one shape share one, and which is whose follows
+        from shapes and their order within one optimizer. The first step is none of them.
 
         Raises:
             TypeError: of a block that stands alone.

@@ -177,7 +177,10 @@ def _is_matrix(param: Tensor, path: str, name: str, module: nn.Module) -> bool:
 
 
 def _of_no_kind(param: Tensor, path: str, name: str, module: nn.Module) -> Passed:
-    what = f"is in a {type(module).__name__}, a kind of layer that is not known (precond.register_layer)"
+    kind = type(module).__name__
+    what = f"is in a {kind}, a kind of layer that is not known (precond.register_layer)"
+    if any(True for _ in module.children()):
+        what = f"is a parameter that {kind} has beside its layers, not the weight of one that is known (precond.register_layer)"
     return Passed(f"{path}.{name}".lstrip("."), what, (param,))
 
 

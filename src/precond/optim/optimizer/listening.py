@@ -123,7 +123,7 @@ class Listening:
         if new and not seen and not unread and not self._told:
             warn(
                 "no layer inputs were observed since the last step: was the model compiled and called before the optimizer was "
-                "made, are its layers in eval() mode, or called by their forward() or by functions? Such layers keep their gradient"
+                f"made, are its layers in eval() mode, or called by their forward() or by functions? Such layers {_WITHOUT}"
             )
         else:
             _warn(new)
@@ -204,6 +204,7 @@ class Listening:
         self.recorder = self.observer = None
 
 
+_WITHOUT = "are stepped without them, by what is composed with them (Adam, say) or else by their gradient"
 _UNSEEN = "was not called as a layer that trains: it is in eval() mode, or called by its forward() or by a function"
 
 
@@ -216,7 +217,7 @@ def _warn(reasons: Mapping[str, str]) -> None:
     texts = []
     for why, (first, *others) in alike.items():
         texts.append(f"{first} (likewise {', '.join(others)}) {why}" if others else f"{first} {why}")
-    warn(f"no input statistics for some layers, which keep their gradient: {'; '.join(texts)}")
+    warn(f"no input statistics for some layers, which {_WITHOUT}: {'; '.join(texts)}")
 
 
 def _has_gradient(p: Tensor) -> bool:

@@ -243,6 +243,9 @@ class PreconditionedGD(Saving):
     def map(self, params: Iterable[Tensor] | None = None) -> LinearMap:
         """The P in force, aligned to ``params`` (default: all parameters in order).
 
+        After a step it is the next one's, but for what the next gradient adds to the statistics: roots and bases that were renewed behind the
+        last step are the new ones, of which that step knew nothing.
+
         Frozen parameters, and those that have had no gradient yet (with what is stepped jointly with them), are left as they are,
         P = I: nothing has moved them, and what their first gradient will make of P is not known.
 

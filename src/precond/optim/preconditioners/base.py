@@ -86,7 +86,7 @@ class Preconditioner(ABC):
         >>> @dataclass(frozen=True)
         ... class Largest(precond.Preconditioner):  # M = 1/max |g| of each tensor so far
         ...     def init(self, block):
-        ...         return {"peak": tuple(torch.zeros((), dtype=p.dtype) for p in block.params)}
+        ...         return {"peak": tuple(z.new_zeros(()) for z in block.zeros())}
         ...
         ...     def observe(self, state, seen):
         ...         for peak, g in zip(state["peak"], seen.gradient):

@@ -44,6 +44,13 @@ def _check_init(self: Preconditioner, returned: Any, block: Block) -> None:
                     raise ValueError(
                         f"{who}: {key!r} is on {t.device}, {leaf.name!r} on {leaf.param.device}; make it with device=p.device"
                     )
+                # A map's dtype is its statistics': narrower ones cannot take a gradient in.
+                wide = blocks.state_dtype(leaf.param.dtype)
+                if t.is_floating_point() and not on_host and t.element_size() < wide.itemsize:
+                    raise ValueError(
+                        f"{who}: {key!r} is {t.dtype}, gradients of {leaf.name!r} come in {wide}; make it of block.zeros(), which has "
+                        "their dtype and device: z.new_zeros(shape) for z in block.zeros()"
+                    )
 
 
 def _check_observe(self: Preconditioner, returned: Any, state: State, seen: Seen) -> None:

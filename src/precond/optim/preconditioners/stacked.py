@@ -35,7 +35,7 @@ class Stacked(Preconditioner):
         >>> @dataclass(frozen=True)
         ... class RowsAlike(precond.Stacked):  # M = 1/tr L on each matrix, L the mean of G Gᵀ
         ...     def init(self, block):
-        ...         return {"trace": torch.zeros(())}
+        ...         return {"trace": block.zeros()[0].new_zeros(())}
         ...
         ...     def observe(self, state, seen):
         ...         state["trace"].lerp_(seen.gradient[0].square().sum((1, 2)), 0.5)  # (k,) of (k, A, B)

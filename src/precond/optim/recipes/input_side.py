@@ -42,6 +42,9 @@ def bnp(
 ) -> PreconditionedGD:
     """Gradient descent in the coordinates of standardized layer inputs (Lange, Helfrich & Ye, 2022; Ye, eqs. 25–27).
 
+    Raw features want standardizing all the same: the first outputs are as large as they are, and gradients of such a loss far too long for
+    the default rate.
+
     Args:
         params: the model, whose inputs are observed.
         lr, momentum: as in :func:`sgd`.
@@ -85,6 +88,9 @@ def whitening(
     **options: Any,
 ) -> PreconditionedGD:
     """AdamW in the coordinates of whitened layer inputs: ``adamw(..., inputs=Whitening())``.
+
+    Raw features want standardizing all the same: the first outputs are as large as they are, and steps of about ``lr`` in whitened
+    coordinates, which change outputs by about as much, undo that late at the default rate.
 
     Args:
         params: the model, whose inputs are observed.

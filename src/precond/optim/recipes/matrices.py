@@ -84,7 +84,8 @@ def muon(
 
     Args:
         params: best the model: names and layers then tell embeddings and outputs from hidden matrices.
-        lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps: as in torch.optim.Muon.
+        lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps: as in torch.optim.Muon. Its learning rate of 1e-3 is slow in
+            short trainings of small models, slower than AdamW; begin a search at 1e-2.
         adjust_lr_fn: γ, see :class:`~precond.Muon`; None is ``"original"``, as in torch. With ``"match_rms_adamw"`` steps are as
             long as AdamW's and one learning rate serves all; with ``"original"`` Adam wants ``adam_lr_scale`` of about 0.02.
         where: which parameters are orthogonalized.

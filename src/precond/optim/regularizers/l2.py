@@ -22,8 +22,8 @@ from precond.optim.regularizers.base import At, Regularizer, uniform
 class L2(Regularizer):
     r"""λ‖z‖² or λ‖p‖².
 
-    In z the step is p ← p − αM g − 2αλp for every invertible P: decoupled weight decay (Ye, eq. 9; torch's
-    ``weight_decay`` is 2λ). In p it is p ← p − αM(g + 2λp) (eq. 10).
+    In z the step is p ← p − αM g − 2αλp for every invertible P: decoupled weight decay (Ye, eq. 9).
+    The gradient of λ‖z‖² is 2λz: torch's ``weight_decay`` w is the penalty (w/2)‖·‖², so that λ = w/2. In p it is p ← p − αM(g + 2λp) (eq. 10).
 
     Args:
         lam: λ ≥ 0.
