@@ -97,6 +97,8 @@ def rows(v: Version) -> Mapping[tuple[str, str, int], Callable[[], Step]]:
         "whitening": lambda m: p.whitening(m, lr=1e-4),
         "whitening, Cholesky": t.cholesky,
         "auto": lambda m: p.auto(m, lr=1e-4),
+        "soap": lambda m: p.soap(m, lr=1e-4),
+        "shampoo": lambda m: p.shampoo(m, lr=1e-4),
     }
     for label, (build, x, y) in data.items():
         for name, make in makers.items():

@@ -95,6 +95,7 @@ def main() -> None:
             rows.append([name, "BNP", f"{1e3 * times['BNP']:.2f}", other, f"{times['BNP'] / times[other]:.2f}"])
     for name, build, x, y in (
         ("MLP 784-300-100-10", mlp, images, labels),
+        ("conv net", convnet, images, labels),
         ("transformer 2×128", Transformer, characters[:, :-1], characters[:, 1:]),
     ):
         steps = {

@@ -17,6 +17,7 @@ from precond.optim.blocks import (
     is_matrix,
     join,
     matches,
+    spans,
     together,
 )
 from precond.optim.inputs.roles import kind_of
@@ -237,3 +238,10 @@ def test_a_block_knows_its_leaves():
     assert [t.shape for t in block.zeros()] == [p.shape for p in NET.parameters()]
     low = Block((leaf(dtype=torch.bfloat16), leaf(dtype=torch.float64)))
     assert [t.dtype for t in low.zeros(0.5)] == [torch.float32, torch.float64] and float(low.zeros(0.5)[0][0]) == 0.5
+
+
+def test_spans_are_runs_of_true_in_pieces_of_a_length():
+    chosen = [True] * 5 + [False] + [True] * 2
+    assert spans(chosen) == [slice(0, 5), slice(6, 8)]
+    assert spans(chosen, 2) == [slice(0, 2), slice(2, 4), slice(4, 5), slice(6, 8)]
+    assert spans([False], 2) == []

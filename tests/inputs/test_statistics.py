@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from inputs.layers import data
 from precond import BNP, PreconditionedGD, Whitening
+from precond.optim.inputs.moments import Moments, covariance
 
 torch.set_num_threads(1)
 
@@ -281,3 +282,34 @@ def test_a_batch_of_enough_samples_replaces_the_average(size):
     torch.testing.assert_close(state["covariance"][0], square - torch.outer(mean, mean), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(state["noise"].item(), rho**2 / 16 + (1 - rho) ** 2 / size)
     assert state["size"].item() == size and state["count"].item() == (size if size >= 8 else 16 + size)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (2, 3), (2, 9)], ids=str)
+def test_layers_side_by_side_have_their_own_covariances(sizes):
+    """Of few samples of many features the rows are kept, of others the covariance."""
+    batches = [
+        torch.randn(1, n, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(n + k)) for k, n in enumerate(sizes)
+    ]
+    joined = Moments.joined([covariance(x) for x in batches])
+    for k, x in enumerate(batches):
+        torch.testing.assert_close(joined.spread[k], torch.cov(x[0].T, correction=0), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(joined.mean[k], x[0].mean(0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("root", ["symmetric", "cholesky"])
+def test_roots_of_a_stack_may_be_taken_a_few_at_a_time(root, monkeypatch):
+    """As an accelerator does where a refresh would need more memory than a step."""
+
+    def roots(many: int) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5))).double()
+        monkeypatch.setattr(Whitening, "_at_once", lambda self, state: many)
+        optimizer = PreconditionedGD(model, lr=1e-3, preconditioner=Whitening(root=root, every=2))
+        for _ in range(4):
+            model(torch.randn(20, 4, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+        return [optimizer.state[layer.weight]["factor"].clone() for layer in model]
+
+    for whole, pieces in zip(roots(5), roots(2), strict=True):
+        torch.testing.assert_close(pieces, whole, rtol=1e-9, atol=1e-9)
+        assert not torch.equal(whole[0], torch.eye(4, dtype=torch.float64))

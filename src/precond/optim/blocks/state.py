@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -223,11 +224,11 @@ def counted_together(counts: Sequence[Tensor]) -> Tensor:
     return base if base is not None and base.shape == (len(counts),) else torch.stack(list(counts))
 
 
-def spans(chosen: Sequence[bool]) -> list[slice]:
-    """Where runs of True stand."""
+def spans(chosen: Sequence[bool], longest: float = math.inf) -> list[slice]:
+    """Where runs of True stand, those longer than the ``longest`` in pieces."""
     out: list[slice] = []
     for k, c in enumerate(chosen):
-        if c and out and out[-1].stop == k:
+        if c and out and out[-1].stop == k and k - out[-1].start < longest:
             out[-1] = slice(out[-1].start, k + 1)
         elif c:
             out.append(slice(k, k + 1))

@@ -96,8 +96,13 @@ class Moments:
         if len(parts) == 1:
             return cls(some.count, some.mean, some.spread, some.absolute, some.examples[None])
         each = [some._of_none() if p is None else p for p in parts]
-        tensors = {name: torch.cat([getattr(p, name) for p in each]) for name in ("count", "mean", "spread", "absolute")}
-        return cls(**tensors, examples=torch.stack([p.examples for p in each]))
+        tensors = {name: torch.cat([getattr(p, name) for p in each]) for name in ("count", "mean", "absolute")}
+        rows = [p.rows for p in each if isinstance(p, OfRows)]
+        if len(rows) == len(each) and len({x.shape[1:] for x in rows}) == 1:
+            spread = _gram(torch.cat(rows))
+        else:
+            spread = torch.cat([p.spread for p in each])
+        return cls(**tensors, spread=spread, examples=torch.stack([p.examples for p in each]))
 
     def _of_none(self) -> Moments:
         """Of no samples, in these shapes."""
@@ -111,7 +116,7 @@ class Moments:
 
 
 class OfRows(Moments):
-    """Of so few samples that they take less room than their covariance, which is made when it is asked for.
+    """Of so few samples that they take less room than their covariance, which is made each time it is asked for.
 
     Attributes:
         rows: h − μ of each sample, shape (groups, N, n), 2N ≤ n.
@@ -122,7 +127,7 @@ class OfRows(Moments):
     def __init__(self, count: Tensor, mean: Tensor, rows: Tensor, absolute: Tensor, examples: Tensor):
         self.__dict__.update(count=count, mean=mean, rows=rows, absolute=absolute, examples=examples)
 
-    @cached_property
+    @property
     def spread(self) -> Tensor:
         return _gram(self.rows)
 

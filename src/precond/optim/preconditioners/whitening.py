@@ -19,6 +19,7 @@ from precond.optim.checking.arguments import settle
 from precond.optim.inputs import Moments, Request
 from precond.optim.inputs.moments import by_group, greatest, least, variances
 from precond.optim.preconditioners.correlation import Correlation, Leading, Root, Whole
+from precond.optim.preconditioners.eigenbases import at_hand
 from precond.optim.preconditioners.input_side import InputSide, LayerPart, key_of
 
 _REQUEST = Request("covariance", "patch")
@@ -170,7 +171,7 @@ class Whitening(InputSide):
         return greatest(mine["count"]) >= 2  # one sample has no covariance
 
     def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:
-        for some in spans([k == 0 for k in state.until_renewed(self.every)]):
+        for some in spans([k == 0 for k in state.until_renewed(self.every)], self._at_once(state)):
             due = state.span(some)
             for part in self.parts(state.block):
                 if self.known(mine := self._of(part, due)):
@@ -178,6 +179,16 @@ class Whitening(InputSide):
                     mean = None if part.bias is not None else mine["mean"]  # with no bias to center with, E[hhᵀ]
                     shrunk = 1 + self.shrinkage * std.shape[-1] * by_group(mine["noise"], std)  # 1/(1 − γ)
                     self.root_of(mine).renew(mine, Correlation(mine["covariance"], mean, std, shrunk))
+
+    def _at_once(self, state: State) -> float:
+        """Of how many members whole roots are taken at once: an accelerator is to have no more memory for them than for a step.
+
+        A root takes four matrices of its size or more, a step about four copies of the weights.
+        """
+        whole = [t for part in self.parts(state.block) if (t := state.get(key_of("factor", part))) is not None]
+        if not whole or at_hand(whole[0]):
+            return math.inf
+        return max(1, len(state.block.turns) * sum(t.numel() for t in state.block.tensors) // sum(t.numel() for t in whole))
 
     def independent(self, state: State) -> dict[str, float]:
         """The share of independent directions in the inputs of each weight, by its name: n/tr(K²), K their correlations, (n, n).
