@@ -13,3 +13,4 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 collect_ignore = [
     f"src/precond/integrations/{framework}.py" for framework in ("lightning", "transformers") if find_spec(framework) is None
 ]
+collect_ignore_glob = ["tests/*/*_script.py"]  # programs that tests start in processes of their own
