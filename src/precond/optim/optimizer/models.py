@@ -120,7 +120,11 @@ class Models:
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be copied, and the modules of a copied optimizer are not these.
-        return {"modules": [], "_known": self._known, "_survey": None, "_paths": weakref.WeakKeyDictionary()}
+        return {"_known": self._known}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.__dict__.update(state)
 
     @property
     def names(self) -> bool:
