@@ -145,7 +145,7 @@ class _Within:
 def aligned(gradients: Tensors, p: Tensors) -> Tensors | None:
     """Gradients laid out in memory as the parameters are: the kernels walk along all tensors side by side. None for sparse ones."""
     try:
-        if [x.stride() for x in gradients] == [y.stride() for y in p]:
+        if list(map(Tensor.stride, gradients)) == list(map(Tensor.stride, p)):
             return gradients
     except RuntimeError:  # of some layouts that have no strides
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -21,6 +22,8 @@ from precond.optim.optimizer import averaging
 from precond.optim.optimizer.fusing import fusible
 from precond.optim.optimizer.models import Home, Models, in_place
 from precond.optim.optimizer.naming import Naming
+
+_shape, _wants, _dtype = map(operator.attrgetter, ("shape", "requires_grad", "dtype"))
 
 Kinds = tuple[list[bool], list[torch.dtype], list[int]]
 """Whether each parameter wants gradients, its dtype, and the number of its device, -1 on a processor: numbers are compared at once."""
@@ -99,17 +102,27 @@ class Binding:
     def converted(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether parameters were frozen, thawed, converted or moved since, or others put in their places."""
         params = [p for group in groups for p in group["params"]]
-        changed = self.kinds != read_kinds(params) or bool(self.replaced(params)) or len(params) != len(self.leaves)
-        return changed or not self.housed
+        same = len(params) == len(self.leaves) and all(map(operator.is_, params, self._params))
+        return not same or self.kinds != read_kinds(params) or not self.housed
 
     @property
     def housed(self) -> bool:
         """Whether the model's modules are where they were."""
-        return all(children.get(name) is module for children, name, module in self.homes)
+        children, names, modules = self._homes
+        return list(map(dict.get, children, names)) == modules
+
+    @cached_property
+    def _homes(self) -> tuple[list[dict[str, Any]], list[str], list[Any]]:
+        """``homes`` by columns: asked for in each step."""
+        return [c for c, _, _ in self.homes], [name for _, name, _ in self.homes], [module for _, _, module in self.homes]
 
     def replaced(self, params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
         """Parameter → the one that stands in its place in the groups, as a trainer that shards the model puts it there."""
         return {leaf.param: p for leaf, p in zip(self.leaves, params, strict=False) if leaf.param is not p}
+
+    @cached_property
+    def _params(self) -> list[Tensor]:
+        return [leaf.param for leaf in self.leaves]
 
     @cached_property
     def _housed(self) -> list[Leaf]:
@@ -124,7 +137,7 @@ class Binding:
             RuntimeError: where a parameter has another shape.
         """
         naming.check_numbers(groups)
-        if [leaf.param.shape for leaf in self.leaves] != self.shapes:
+        if list(map(_shape, self._params)) != self.shapes:  # a kernel would write beyond its state
             leaf, before = next((leaf, s) for leaf, s in zip(self.leaves, self.shapes, strict=True) if leaf.param.shape != s)
             raise RuntimeError(
                 f"{naming.name}: {leaf.name!r} has the shape {tuple(leaf.param.shape)}, and had {tuple(before)} when the optimizer was made, "
@@ -201,16 +214,8 @@ def bind(
     entries += averaging.entries(setup.average, [leaves[i] for i in live], existing)
     _, dtypes, devices = read_kinds(params)
     kinds = [p not in frozen for p in params], dtypes, devices
-    return Binding(
-        leaves,
-        choices,
-        cells,
-        entries,
-        read_options(groups, naming),
-        setup.models.homes(leaves),
-        [p.shape for p in params],
-        kinds,
-    )
+    homes, shapes = setup.models.homes(leaves), [p.shape for p in params]
+    return Binding(leaves, choices, cells, entries, read_options(groups, naming), homes, shapes, kinds)
 
 
 def hand_over(state: MutableMapping[Tensor, Any], new: Mapping[Tensor, Tensor]) -> None:
@@ -253,7 +258,7 @@ def choices_of(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[Choi
 
 def read_kinds(params: Sequence[Tensor]) -> Kinds:
     """Of each parameter what decides where its state is, and in what dtype; a model may be converted at any time."""
-    return [p.requires_grad for p in params], [p.dtype for p in params], [p.get_device() for p in params]
+    return list(map(_wants, params)), list(map(_dtype, params)), [p.get_device() for p in params]
 
 
 def read_options(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[tuple[Any, ...]]:

@@ -47,8 +47,10 @@ def place_gradients(leaves: Sequence[Leaf]) -> None:
     """Gradients that are divided otherwise than their parameters become divided like them: where tensor parallelism divides sequences,
     those of a normalization layer are sums over the ranks that are still to be taken. Every rank that holds a part must call it."""
     for leaf in leaves:
+        if leaf.shard is None:
+            continue
         g: Any = leaf.param.grad
-        if leaf.shard is not None and g is not None and g.placements != leaf.shard.param.placements:
+        if g is not None and g.placements != leaf.shard.param.placements:
             leaf.param.grad = g.redistribute(placements=leaf.shard.param.placements)
 
 
