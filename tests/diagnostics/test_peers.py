@@ -25,7 +25,10 @@ def library(name: str) -> Any:
 
 def gradients(shapes, step: int, dtype: torch.dtype) -> list[Tensor]:
     make = torch.Generator().manual_seed(step)
-    scales = [torch.logspace(-1, 1, s[0], dtype=torch.float64).reshape(-1, *[1] * (len(s) - 1)) for s in shapes]
+    scales = [
+        torch.logspace(-1, 1, *s[:1] or (1,), dtype=torch.float64).reshape([-1, *[1] * (len(s) - 1)] if s else [])
+        for s in shapes
+    ]
     return [(torch.randn(s, generator=make, dtype=torch.float64) * c).to(dtype) for s, c in zip(shapes, scales, strict=True)]
 
 

@@ -32,13 +32,13 @@ def preconditioner_of(
 
     Args:
         optimizer: :class:`PreconditionedGD`, or SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta, Muon of
-            torch.optim, one of pytorch-optimizer, heavyball or schedulefree that :mod:`precond.analysis.diagnostics.peers`
-            knows, or of a class made known by :func:`register`.
+            torch.optim, one of pytorch-optimizer, heavyball, schedulefree or distributed_shampoo that
+            :mod:`precond.analysis.diagnostics.peers` knows, or of a class made known by :func:`register`.
         params: what P is aligned with: an objective's parameters, or these; None: all of the optimizer's that require a
             gradient, in order.
 
     Raises:
-        RuntimeError: before the first step, where P depends on gradients.
+        RuntimeError: before the first step, where P depends on gradients; where it depends on the last one, which is gone.
         TypeError: for an optimizer whose P is not known.
         ValueError: for parameters that are not the optimizer's.
 
