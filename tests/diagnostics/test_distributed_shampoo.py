@@ -12,6 +12,7 @@ from torch import nn
 
 import precond
 from diagnostics.test_peers import LR, SHAPES, check, gradients, run
+from precond.analysis.curvature import Objective, condition_number, gauss_newton
 
 
 def library() -> Any:
@@ -73,12 +74,13 @@ META: dict[str, dict[str, Any]] = {
     "grafted, none yet": {"config": "RootInvShampoo", "grafting": "Adam", "precondition_frequency": 9},
     "eigendecomposed": {"config": "EigendecomposedShampoo"},
     "eigendecomposed, shifted afterwards": {"config": "EigendecomposedShampoo", "amortized": afterwards},
-    "eigendecomposed, pseudoinverse": {"config": "EigendecomposedShampoo", "amortized": pseudo, "epsilon": 0.0},
+    "eigendecomposed, pseudoinverse": {"config": "EigendecomposedShampoo", "amortized": pseudo, "epsilon": 0.0,
+                                        "max_preconditioner_dim": 12, "precondition_frequency": 3},
     "eigendecomposed KL": {"config": "EigendecomposedKLShampoo"},
     "eigenvalue-corrected": {"config": "EigenvalueCorrectedShampoo"},
     "eigenvalue-corrected, biased": {"config": "EigenvalueCorrectedShampoo", "use_bias_correction": False},
     "eigenvalue-corrected, undamped sum": {"config": "EigenvalueCorrectedShampoo", "of": {"drop_weighting_factor_on_gsquare": True}},
-    "eigenvalue-corrected, some sides": {"config": "EigenvalueCorrectedShampoo", "of": {"ignored_basis_change_dims": {1: [0], 2: [1]},
+    "eigenvalue-corrected, some sides": {"config": "EigenvalueCorrectedShampoo", "of": {"ignored_basis_change_dims": {1: [0], 2: [0]},
                                                                                      "inverse_exponent_override": {2: 0.4}}},
     "eigenvalue-corrected, old bases": {"config": "EigenvalueCorrectedShampoo", "precondition_frequency": 3},
     "eigenvalue-corrected, grafted": {"config": "EigenvalueCorrectedShampoo", "grafting": "Adam"},
@@ -200,11 +202,11 @@ def positive(n: int, seed: int) -> torch.Tensor:
 
 
 BLOCKS = {(0, 0): (2, 2), (0, 2): (2, 1), (2, 0): (1, 2), (2, 2): (1, 1)}
-"""Of a matrix (3, 3) in blocks of 2, where each begins, and its shape: a side of 1 has a factor of its own, as blocks have no merged sides."""
+"""Of a matrix (3, 3) in blocks of 2: where each begins, and its shape."""
 
 
 def test_roots_of_four_blocks_by_hand():
-    """vec of each block's A X B, one entry of X after the other; each block's length is that of Adam's step of its mean."""
+    """The image A X B of one entry of a block after the other; each block's step is as long as Adam's."""
     make, state, want = torch.Generator().manual_seed(1), [], torch.zeros(3, 3, 3, 3, dtype=torch.float64)
     for seed, ((i, j), (rows, columns)) in enumerate(BLOCKS.items()):
         A, B = positive(rows, seed), positive(columns, seed + 10)
@@ -237,3 +239,46 @@ def test_a_process_that_keeps_only_its_blocks_is_named():
     optimizer = by_hand((2, 2), [], "SGD", distributed_config=type("DDPDistributedConfig", (), {})())
     with pytest.raises(TypeError, match="with distributed_config='DDPDistributedConfig' the step is not known"):
         precond.preconditioner_of(optimizer)
+
+
+def test_what_is_grafted_on_itself_is_named():
+    optimizer = by_hand((2, 2), [{"adagrad": torch.ones(2, 2)}], "Adam", grafting="Adam")
+    with pytest.raises(TypeError, match="with grafting_config='AdamPreconditionerConfig' the step is not known"):
+        precond.preconditioner_of(optimizer)
+
+
+def test_a_version_that_keeps_something_else_is_named():
+    kept = SimpleNamespace(factor_matrices=(torch.eye(2),), roots=(2,))
+    with pytest.raises(TypeError, match="DistributedShampoo has no 'inv_factor_matrices' in its groups"):
+        precond.preconditioner_of(by_hand((2,), [{"shampoo": kept}], "RootInvShampoo"))
+
+
+def test_an_empty_tensor():
+    assert precond.preconditioner_of(by_hand((3, 0), [], "SGD")).gram((torch.ones(3, 0),))[0].shape == (3, 0)
+
+
+def test_kappa_is_told_in_both_precisions():
+    """Of a least-squares problem, cut into blocks of 2, against dense matrices."""
+    make = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(40, n, generator=make) * torch.logspace(0, 1, n) for n in (3, 3))
+    model = torch.nn.Linear(3, 3, bias=False).double()
+    state = [
+        {
+            "shampoo": SimpleNamespace(
+                factor_matrices=(A, B), inv_factor_matrices=(A.float(), B.float()), use_symmetric_packing=False
+            ),
+            "filtered_grad": A,
+        }
+        for A, B in ((positive(rows, 1), positive(columns, 2)) for rows, columns in BLOCKS.values())
+    ]
+    optimizer = by_hand((3, 3), state, "RootInvShampoo")
+    optimizer.param_groups[0]["params"][0] = model.weight
+    optimizer.state[model.weight] = optimizer.state.pop(next(iter(optimizer.state)))
+    objective = Objective(model, torch.nn.functional.mse_loss, [(x.double(), y.double())])
+    P, G = precond.preconditioner_of(optimizer, objective), gauss_newton(objective)
+    dense = P.to_dense()
+    # Of ‖x w − y‖²/3 per row: 2/3 of the inputs' second moments, for each of 3 outputs.
+    H = torch.kron(torch.eye(3).double(), 2 / 3 * (x.double().T @ x.double()) / 40)
+    want = torch.linalg.cond(dense.T @ H @ dense)
+    for float64 in (False, True):
+        torch.testing.assert_close(condition_number(P.T @ G @ P, float64=float64).kappa, float(want), rtol=1e-6, atol=0)

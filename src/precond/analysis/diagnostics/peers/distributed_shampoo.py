@@ -80,7 +80,7 @@ def merged(shape: Sequence[int], most: float, dimensions: float) -> tuple[int, .
 
 def boxes(shape: Sequence[int], most: float) -> Iterator[Box]:
     """A tensor's blocks of at most some size along each dimension, the last dimension's first."""
-    for starts in product(*(range(0, n, int(min(n, most))) for n in shape if n)):
+    for starts in product(*(range(0, n, max(1, int(min(n, most)))) for n in shape)):
         yield tuple(slice(a, int(min(a + most, n))) for a, n in zip(starts, shape, strict=True))
 
 
@@ -90,23 +90,26 @@ def _statistics(block: Options) -> Iterator[Tensor]:
     if "shampoo" in block:
         kept = vars(block["shampoo"])
         yield from kept["factor_matrices"]
-        yield from (kept[key] for key in ("corrected_eigenvalues",) if key in kept)
+        if "corrected_eigenvalues" in kept:
+            yield kept["corrected_eigenvalues"]
 
 
 def _grafted(W: Tensor, g: Tensor | None, block: Options, group: Options, step: float) -> LinearMap:
     """M of a block, times ‖D m‖/‖M m‖ with the grafted method's D and the mean gradient m; D itself before the first roots."""
-    own = _of(W, block, group, "preconditioner_config", step)
     if group["grafting_config"] is None:
-        return own
-    other = _of(W, block, group, "grafting_config", step)
+        return _of(W, block, group, "preconditioner_config", step)
+    name, on = (type(group[option]).__name__ for option in ("grafting_config", "preconditioner_config"))
+    if name not in _DIAGONAL or on in _DIAGONAL:  # two of a kind keep their state in one place
+        only({"grafting_config": name}, grafting_config=f"None, or one of {', '.join(_DIAGONAL)} upon a Kronecker product")
+    own, other = (_of(W, block, group, option, step) for option in ("preconditioner_config", "grafting_config"))
     if step < group["start_preconditioning_step"]:
         return other
     m = (_mean(W, g, block, group),)
     (theirs,), (ours,) = other.gram(m), own.gram(m)
     ratio = float(theirs.norm() / (ours.norm() + 1e-16))  # as it is added there
-    return (
-        Scaled(own, square=ratio) if ratio > 0 else InverseRoot((torch.full_like(W, torch.inf),))
-    )  # a block that is not moved
+    if ratio == 0:  # a block that is not moved
+        return InverseRoot((torch.full_like(W, torch.inf),))
+    return Scaled(own, square=ratio)
 
 
 def _mean(W: Tensor, g: Tensor | None, block: Options, group: Options) -> Tensor:
@@ -149,16 +152,17 @@ def _adagrad(W: Tensor, block: Options, group: Options, config: Any, step: float
 
 def _root_inverse(W: Tensor, block: Options, group: Options, config: Any, step: float) -> LinearMap:
     """M = A₁ ⊗ A₂ ⊗ …, of each dimension with an exponent but 0 the root of the inverse that is kept."""
-    kept = block["shampoo"]
-    return _kronecker(W, config, [eigh(_square(wide(A), kept.use_symmetric_packing)) for A in kept.inv_factor_matrices])
+    kept = vars(block["shampoo"])
+    return _kronecker(W, config, [eigh(_square(wide(A), kept["use_symmetric_packing"])) for A in kept["inv_factor_matrices"]])
 
 
 def _eigendecomposed(W: Tensor, block: Options, group: Options, config: Any, step: float) -> LinearMap:
     """The same from the eigenvalues λ that are kept, λ^(−exponent) those of the root of the inverse."""
-    kept, powers = block["shampoo"], [e for e in _exponents(W.ndim, config) if e]
-    pairs = zip(map(wide, kept.factor_matrices_eigenvalues), map(wide, kept.factor_matrices_eigenvectors), powers, strict=True)
+    kept, powers = vars(block["shampoo"]), [e for e in _exponents(W.ndim, config) if e]
+    values, vectors = (map(wide, kept[f"factor_matrices_eigen{what}"]) for what in ("values", "vectors"))
     deficient = config.amortized_computation_config.rank_deficient_stability_config
-    return _kronecker(W, config, [(_inverse_power(values, e, group["epsilon"], deficient), Q) for values, Q, e in pairs])
+    roots = [(_inverse_power(v, e, group["epsilon"], deficient), Q) for v, Q, e in zip(values, vectors, powers, strict=True)]
+    return _kronecker(W, config, roots)
 
 
 def _inverse_power(values: Tensor, e: float, epsilon: float, deficient: Any) -> Tensor:
@@ -197,20 +201,24 @@ def _square(t: Tensor, packed: bool) -> Tensor:
 
 def _eigenvalue_corrected(W: Tensor, block: Options, group: Options, config: Any, step: float) -> LinearMap:
     """M = Q diag(1/(r̂ᵉ + ε)) Qᵀ, r a mean of squares along Q, the Kronecker product of the eigenbases, e = ½ unless overridden."""
-    kept = block["shampoo"]
-    bases = iter(Q.detach().to(W.dtype) for Q in kept.factor_matrices_eigenvectors)
+    kept = vars(block["shampoo"])
+    bases = iter(Q.detach().to(W.dtype) for Q in kept["factor_matrices_eigenvectors"])
     left = config.ignored_basis_change_dims.get(W.ndim, [])
     corrected = group["use_bias_correction"] and not config.drop_weighting_factor_on_gsquare
-    r = kept.corrected_eigenvalues.detach().to(W.dtype) / (_correction(group["betas"][1], step) if corrected else 1.0)
+    r = kept["corrected_eigenvalues"].detach().to(W.dtype) / (_correction(group["betas"][1], step) if corrected else 1.0)
     h = r.pow(config.inverse_exponent_override.get(W.ndim, 0.5)) + group["epsilon"]
     return rotated([None if d in left else next(bases) for d in range(W.ndim)], h, W, W.shape)
 
 
-_METHODS: dict[str, Callable[[Tensor, Options, Options, Any, float], LinearMap]] = {
+_Method = Callable[[Tensor, Options, Options, Any, float], LinearMap]
+_DIAGONAL: dict[str, _Method] = {
     "SGDPreconditionerConfig": _identity,
     "AdaGradPreconditionerConfig": _adagrad,
     "RMSpropPreconditionerConfig": _adagrad,
     "AdamPreconditionerConfig": _adagrad,
+}
+_METHODS: dict[str, _Method] = {
+    **_DIAGONAL,
     "RootInvShampooPreconditionerConfig": _root_inverse,
     "RootInvKLShampooPreconditionerConfig": _root_inverse,
     "EigendecomposedShampooPreconditionerConfig": _eigendecomposed,
