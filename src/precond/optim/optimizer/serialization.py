@@ -197,7 +197,9 @@ def _fit(
             f"load_state_dict: the state of {name!r} has {', '.join(map(repr, alien))}, which {recipe} does not keep "
             f"(it keeps {', '.join(map(repr, sorted(mine)))}); was it saved by another recipe, or with other options?"
         )
-    missing = sorted(needed - theirs.keys())
+    # Version 0.1 did not count the directions that Polar's mean has: all of them.
+    uncounted = {key: key.removesuffix("rank") + "gram" for key in mine.keys() - theirs.keys() if key.split(".")[-1] == "rank"}
+    missing = sorted(needed - theirs.keys() - uncounted.keys())
     if missing and theirs.keys() - {"step"}:
         raise ValueError(
             f"load_state_dict: the state of {name!r} lacks {', '.join(map(repr, missing))}, which {recipe} keeps (it has "
@@ -218,6 +220,8 @@ def _fit(
         elif key == "step" and theirs:
             # torch.optim.SGD counts no steps: a buffer that exists has been started.
             out.append((target, torch.ones(())))
+        elif key in uncounted and theirs:
+            out.append((target, torch.full((), float(mine[uncounted[key]].shape[-1]))))
     return out
 
 
