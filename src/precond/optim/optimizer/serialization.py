@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +118,14 @@ def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
     for leaf, key, tensor in bound.entries:
         known.setdefault(leaf.param, {})[key] = tensor
         names[leaf.param] = leaf.name
+    # The map of Muon is made of the momentum in each step, so that a state without it, torch's, is whole.
+    of_momentum = {
+        leaf.param
+        for cell in bound.cells
+        for inside in cell.cells
+        for leaf in inside.leaves
+        if inside.preconditioner.uses_momentum and inside.preconditioner.timeless
+    }
     elsewhere = {id(t) for shared in bound.shared for leaf, key, t in shared.elsewhere}
     for shared in bound.shared:
         for leaf, key, tensor in shared.elsewhere:
@@ -126,7 +134,8 @@ def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
     for param, mine in known.items():
         theirs = saved_state.get(identity.get(param), {})
         theirs = {optimizer.naming.inside(k): v for k, v in theirs.items() if isinstance(v, Tensor | int | float)}
-        copies += _fit(optimizer.naming.name, names[param], mine, theirs)
+        needed = set() if param in of_momentum else mine.keys() - OPTIONAL - {"step", "clock"}
+        copies += _fit(optimizer.naming.name, names[param], mine, theirs, needed)
     with torch.no_grad():
         for target, value in copies:
             if id(target) not in elsewhere:
@@ -177,8 +186,10 @@ def _match(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[s
     return {p: i for g, s in zip(groups, saved_groups, strict=True) for p, i in zip(g["params"], s["params"], strict=True)}
 
 
-def _fit(recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
-    """(target, value) pairs of one parameter; ValueError where they do not fit."""
+def _fit(
+    recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Any], needed: Set[str]
+) -> list[tuple[Tensor, Tensor]]:
+    """(target, value) pairs of one parameter; ValueError where they do not fit, or lack what is ``needed`` of a state that was begun."""
     # "clean": kept once, where statistics now are of what is descended.
     alien = sorted(theirs.keys() - mine.keys() - OPTIONAL - {"clean"})
     if alien:
@@ -186,7 +197,9 @@ def _fit(recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str
             f"load_state_dict: the state of {name!r} has {', '.join(map(repr, alien))}, which {recipe} does not keep "
             f"(it keeps {', '.join(map(repr, sorted(mine)))}); was it saved by another recipe, or with other options?"
         )
-    missing = sorted(mine.keys() - theirs.keys() - OPTIONAL - {"step", "clock"})
+    # Version 0.1 did not count the directions that Polar's mean has: all of them.
+    uncounted = {key: key.removesuffix("rank") + "gram" for key in mine.keys() - theirs.keys() if key.split(".")[-1] == "rank"}
+    missing = sorted(needed - theirs.keys() - uncounted.keys())
     if missing and theirs.keys() - {"step"}:
         raise ValueError(
             f"load_state_dict: the state of {name!r} lacks {', '.join(map(repr, missing))}, which {recipe} keeps (it has "
@@ -207,6 +220,8 @@ def _fit(recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str
         elif key == "step" and theirs:
             # torch.optim.SGD counts no steps: a buffer that exists has been started.
             out.append((target, torch.ones(())))
+        elif key in uncounted and theirs:
+            out.append((target, torch.full((), float(mine[uncounted[key]].shape[-1]))))
     return out
 
 
