@@ -116,7 +116,13 @@ def _links_from_the_root(app, doctree) -> None:
             link["refdomain"], link["reftarget"], link["reftargetid"] = "doc", page, None
 
 
+def _told_in_the_docstring(app, what, name, obj, skip, options) -> bool | None:
+    """Fields of named tuples are described with the class."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
 def setup(app) -> None:
+    app.connect("autodoc-skip-member", _told_in_the_docstring)
     app.connect("doctree-read", _links_from_the_root)
     # Before napoleon, whose priority is 500.
     app.connect("autodoc-process-docstring", _docstring_to_rst, priority=400)
