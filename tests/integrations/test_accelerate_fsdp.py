@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed.launching import torchrun
+from distributed.launching import in_two_processes
 from integrations.table import RECIPES
 
 pytest.importorskip("accelerate", reason="Accelerate is not installed: make integrations")
@@ -19,9 +19,7 @@ EACH = [*TWIN, *RECIPES]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("accelerate")
-    torchrun(Path(__file__).with_name("fsdp_script.py"), 2, folder, [str(folder), *EACH])
-    return folder
+    return in_two_processes(Path(__file__).with_name("fsdp_script.py"), tmp_path_factory.mktemp("accelerate"), EACH)
 
 
 @pytest.mark.parametrize("recipe", EACH)

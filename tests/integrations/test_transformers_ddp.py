@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed.launching import torchrun
+from distributed.launching import in_two_processes
 
 pytest.importorskip("transformers", reason="transformers is not installed: make integrations")
 pytest.importorskip("accelerate", reason="Accelerate is not installed: make integrations")
@@ -20,9 +20,7 @@ EACH = list(dict.fromkeys([*TWIN, *RESUMED, "muon", "whitening"]))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trainer")
-    torchrun(Path(__file__).with_name("ddp_script.py"), 2, folder, [str(folder), *EACH])
-    return folder
+    return in_two_processes(Path(__file__).with_name("ddp_script.py"), tmp_path_factory.mktemp("trainer"), EACH)
 
 
 @pytest.mark.parametrize("recipe", RESUMED)
