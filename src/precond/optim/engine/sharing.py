@@ -106,9 +106,9 @@ class Shared(Cell):
         return [k for k, owner in enumerate(self.owners) if owner == self.exchange.rank]
 
     @cached_property
-    def _sites(self) -> list[list[tuple[tuple[str, Request], Site]]]:
-        """Of each cell the sites of its layers, by name and request."""
-        return [[((site.name, request), site) for site, request in sites_of(cell)] for cell in self.inside]
+    def _sites(self) -> list[dict[tuple[str, Request], tuple[int, int]]]:
+        """Of each cell the shapes of statistics of its layers' inputs, by site name and request."""
+        return [{(site.name, request): site.shape(request) for site, request in sites_of(cell)} for cell in self.inside]
 
     @cached_property
     def _spans(self) -> list[range]:
@@ -246,11 +246,12 @@ class Shared(Cell):
         """What owners want to be observed, told to all ranks: a flag of each site, and the mean known before."""
         step = max(self.state.steps) + 1
         turns = {leaf.turn for leaf in self.block.leaves}
-        asking = [k for k, cell in enumerate(self.inside) if cell.handled and not cell.preconditioner.idle(step, turns)]
-        sites = [
-            {key: site.shape(key[1]) for k in asking if self.owners[k] == r for key, site in self._sites[k]}
-            for r in range(self.exchange.size)
-        ]
+        kinds = {id(cell.preconditioner): cell.preconditioner for cell in self.inside}
+        busy = {n for n, P in kinds.items() if not P.idle(step, turns)}
+        asking = [k for k, cell in enumerate(self.inside) if id(cell.preconditioner) in busy and cell.handled]
+        sites: list[dict[tuple[str, Request], tuple[int, int]]] = [{} for _ in range(self.exchange.size)]
+        for k in asking:
+            sites[self.owners[k]] |= self._sites[k]
         if not any(sites):
             return []
         rank, like = self.exchange.rank, self.block.leaves[0].tensor

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -87,21 +89,17 @@ def _to_owners(
     device = keys[0][0].weight.device
     wide = any(site.weight.dtype == torch.float64 for site, _, _ in keys)
     dtype = torch.float64 if wide else torch.float32
-    lengths = [site.shape(request)[0] + 2 for site, request, _ in keys]
+    shapes = [site.shape(request) for site, request, _ in keys]
     good = all_finite(tuple(m.variance for m in mine if m is not None and watch(m)))
-    zeros = torch.zeros(max(lengths), dtype=torch.float64)
-    numbers = [
-        zeros[:n]
-        if m is None
-        else torch.cat([m.count.double(), m.examples.double()[None], zeros.new_full((1,), _sent_rows(m))])
-        for m, n in zip(mine, lengths, strict=True)
-    ]
-    flat = torch.cat([torch.tensor([float(not good)], dtype=torch.float64), *numbers]).to(device)
+    numbers = [float(not good)]
+    for m, (groups, _) in zip(mine, shapes, strict=True):
+        t = _Told([0.0] * groups, 0.0, 0) if m is None else _Told.of(m)
+        numbers += [*t.count, t.examples, t.rows]
+    flat = torch.tensor(numbers, dtype=torch.float64).to(device)
     every = collectives.share([flat], [len(flat)] * size, "how many inputs it saw", group)
     every[me] = flat
-    table = torch.stack(every).cpu()  # the host knows of how many samples statistics are
-    told = [[_Told(t[:-2], t[-2], int(t[-1])) for t in row[1:].split(lengths)] for row in table]
-    shapes = [site.shape(request) for site, request, _ in keys]
+    table = torch.stack(every).tolist()  # the host knows of how many samples statistics are
+    told = [_Told.row(row[1:], [groups for groups, _ in shapes]) for row in table]
     sizes = [
         [_sizes(shape, request, t.rows) for (_, request, _), shape, t in zip(keys, shapes, row, strict=True)] for row in told
     ]
@@ -127,11 +125,10 @@ def _to_owners(
         elif own is not None:
             out[site.name, request] = own
     called = {(s.name, request) for i, (s, request, _) in enumerate(keys) if any(row[i].any for row in told)}
-    return Heard(out, frozenset(called), not bool(table[:, 0].any()))
+    return Heard(out, frozenset(called), not any(row[0] for row in table))
 
 
-@dataclass(frozen=True)
-class _Told:
+class _Told(NamedTuple):
     """What a rank tells all of what it has seen of a layer.
 
     Attributes:
@@ -139,17 +136,26 @@ class _Told:
         rows: how many samples it sends in place of their covariance, which takes more room; 0 where it sends that.
     """
 
-    count: Tensor
-    examples: Tensor
+    count: Sequence[float]
+    examples: float
     rows: int
+
+    @classmethod
+    def of(cls, m: Moments) -> _Told:
+        return cls(m.count.tolist(), float(m.examples), m.rows.shape[1] if isinstance(m, OfRows) else 0)
+
+    @classmethod
+    def row(cls, numbers: Sequence[float], groups: Sequence[int]) -> list[_Told]:
+        """Of each layer, of so many groups, from their numbers one after the other."""
+        ends = list(accumulate(n + 2 for n in groups))
+        return [
+            cls(numbers[end - n - 2 : end - 2], numbers[end - 2], int(numbers[end - 1]))
+            for n, end in zip(groups, ends, strict=True)
+        ]
 
     @property
     def any(self) -> bool:
-        return bool(self.count.any())
-
-
-def _sent_rows(m: Moments) -> int:
-    return m.rows.shape[1] if isinstance(m, OfRows) else 0
+        return any(self.count)
 
 
 def _sizes(shape: tuple[int, int], request: Request, rows: int) -> tuple[int, int, int]:
@@ -173,11 +179,10 @@ def _together(
 
     Rows are put one after the other for one product, triangles are added as they came.
     """
-    mine = [] if own is None else [_Told(own.count.double(), own.examples.double(), _sent_rows(own))]
-    told = [*mine, *(t for t, _ in parts)]
+    told = [*(() if own is None else (_Told.of(own),)), *(t for t, _ in parts)]
     like = parts[0][1][0]
-    counts = torch.stack([t.count for t in told])
-    total, examples = counts.sum(0), sum((t.examples for t in told[1:]), told[0].examples)
+    counts = torch.tensor([t.count for t in told], dtype=torch.float64)
+    total, examples = counts.sum(0), sum(t.examples for t in told)
     share = (counts / total.clamp_min(1)).to(like)[..., None]  # (ranks, groups, 1)
     means = torch.stack([*(() if own is None else (own.mean,)), *(t.view(shape) for _, (t, _, _) in parts)])
     mean = (share * means).sum(0)
@@ -191,7 +196,7 @@ def _together(
         spread = sum(w * (t.view(shape) + a.square()) for w, t, a in zip(share, spreads, away, strict=True))
     else:
         spread = _covariance(share, away, spreads, [t.rows for t in told], own is not None, total.to(like))
-    return Moments(total.to(mean.dtype), mean, spread, absolute, examples.to(mean.dtype))
+    return Moments(total.to(mean.dtype), mean, spread, absolute, torch.tensor(examples, dtype=mean.dtype))
 
 
 def _covariance(
