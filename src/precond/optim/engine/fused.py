@@ -136,9 +136,9 @@ class _Within:
             y, m, given = F.rmv(gradient), cell.average["m"], {t.untyped_storage().data_ptr() for t in gradient}
             y = tuple(t.clone() if t.untyped_storage().data_ptr() in given else t for t in aligned(y, m) or ())
             self.adam.descend(y, m, state, list(cell.state["step"][: len(y)]), maximize)
-            if isinstance(self.adam.P, RelativeRMS) and "scale" in state:
+            if isinstance(self.adam.P, RelativeRMS):
                 self.adam.P.measure(state, lambda: F.solve(cell.block.gathered(p)))
-                F = Scaled(F, RelativeRMS.scale(state))
+                F = Scaled(F, s) if (s := RelativeRMS.scale(state)) is not None else F
             step, alpha = cell.block.scattered(F.mv(y)), lr
         if self.adam.decay.decoupled:
             torch._foreach_mul_(p, 1 - lr * self.adam.decay.decoupled)

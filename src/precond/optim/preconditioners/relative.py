@@ -53,6 +53,8 @@ class RelativeRMS(RMS):
 
     large: float = 10.0
 
+    counts = frozenset({"scale"})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.non_negative("RelativeRMS", large=self.large)
@@ -68,8 +70,7 @@ class RelativeRMS(RMS):
         return step <= WARM_UP
 
     def init(self, block: Block) -> dict:
-        p = block.tensors[0]
-        scale = torch.zeros((), dtype=state_dtype(p.dtype), device=p.device)  # 0: not known
+        scale = torch.zeros((), dtype=state_dtype(block.tensors[0].dtype))  # on the host; 0: not known
         return {**super().init(block), **({"scale": scale} if _outputs(block) else {})}
 
     def observe(self, state: State, seen: Seen) -> None:
@@ -78,24 +79,31 @@ class RelativeRMS(RMS):
             self.measure(state, seen.position)
 
     def measure(self, state: State, position: Callable[[], Vec]) -> None:
-        """Keep s of the parameters z₀, where none is known: of the first steps alone."""
-        if "scale" not in state or max(state.steps) > WARM_UP:
+        """Keep s of the parameters z₀, where none is known: in the first steps alone, and then a device waits once."""
+        if "scale" not in state or max(state.steps) > WARM_UP or all(_each(state["scale"])):
             return
-        z = position()
         stacked = isinstance(state.block, Stack)
-        squares = torch.stack([t.square().flatten(int(stacked)).sum(-1) for t in z])
+        squares = torch.stack([t.square().flatten(int(stacked)).sum(-1) for t in position()])
         size = (state.block.sums.total(squares) / _outputs(state.block)).sqrt()
-        found = torch.where(size > self.large, size, 1.0)
+        found = torch.where(size > self.large, size, 1.0).to(state["scale"])
         state["scale"].copy_(torch.where(state["scale"] > 0, state["scale"], found))
 
     @staticmethod
-    def scale(state: State) -> Tensor | float:
-        """s, of a stack (k,)."""
-        return torch.where(state["scale"] > 0, state["scale"], 1.0) if "scale" in state else 1.0
+    def scale(state: State) -> float | Tensor | None:
+        """s; of a stack (k,); None where it is 1."""
+        each = [s or 1.0 for s in _each(state["scale"])] if "scale" in state else []
+        if all(s == 1 for s in each):
+            return None
+        return torch.tensor(each, dtype=torch.float64).to(state["r"][0]) if isinstance(state.block, Stack) else each[0]
 
     def map(self, state: State) -> LinearMap:
-        N = super().map(state)
-        return Scaled(N, square=self.scale(state)) if "scale" in state else N
+        N, s = super().map(state), self.scale(state)
+        return N if s is None else Scaled(N, square=s)
+
+
+def _each(numbers: Tensor) -> list[float]:
+    """The number of each member of a stack; of a layer alone its own."""
+    return numbers.tolist() if numbers.ndim else [numbers.item()]
 
 
 def _is_layer(leaf: Leaf) -> bool:

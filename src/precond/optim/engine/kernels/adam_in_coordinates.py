@@ -81,7 +81,7 @@ class AdamInCoordinates:
         if not isinstance(self.inner, RelativeRMS) or "scale" not in state:
             return 1.0
         self.inner.measure(state, lambda: on(outer.block, self.P).map(outer).solve(tuple(p)))
-        return self._of_scale(state["scale"]._version, lambda: float(RelativeRMS.scale(state)))
+        return self._of_scale(state["scale"]._version, lambda: float(RelativeRMS.scale(state) or 1.0))
 
     def _step(self, cell: Cell, P1: _Outer, p: Tensors, g: Tensors, lr: float, decay: float, maximize: bool) -> None:
         shape = self.groups, len(p[0]) // self.groups, P1.mean.shape[-1]
