@@ -176,7 +176,7 @@ class Silent:
     def started(self, job: Job) -> None:
         READ.append("search" if job.is_trial else "final")
 
-    def spared(self, trainings: int) -> None: ...
+    def skipped(self, trainings: int) -> None: ...
 
     def stepped(self, step: int, loss: object) -> bool:
         return False
