@@ -27,6 +27,8 @@ from precond.lab.workloads import (
     train,
 )
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 SETTINGS = {"a": 1}
 
 

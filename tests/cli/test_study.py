@@ -40,6 +40,8 @@ from precond.lab.workloads import (
 )
 from precond.lab.workloads.factory import Factory
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 READ: list[str] = []
 
 
