@@ -14,7 +14,7 @@ import precond
 from matrix import oracles
 from precond import KFAC, SOAP, Momentum, PreconditionedGD, Shampoo
 from precond.optim.blocks import memory
-from precond.optim.blocks.turns import is_due, next_renewal, phase, turns
+from precond.optim.blocks.turns import ahead, is_due, next_renewal, turns
 from precond.optim.engine import plan
 from precond.optim.preconditioners import eigenbases, rational
 from precond.optim.preconditioners.kronecker import norms
@@ -141,8 +141,28 @@ def test_matrices_take_turns_by_their_shapes():
         1,
         1,
     ]  # squares of four sides of 8 have twice as many entries as all of them
-    assert [phase(turn) for turn in range(6)] == [0, 1 / 2, 1 / 4, 3 / 4, 1 / 8, 5 / 8]
     assert [t for t in range(1, 9) if is_due(t, 4, 0)] == [4, 8] and [t for t in range(1, 9) if is_due(t, 4, 3)] == [1, 5]
+
+
+def test_turns_are_far_apart_and_meet_only_where_there_are_more_than_steps():
+    assert [ahead(turn, 64) for turn in range(6)] == [0, 32, 16, 48, 8, 40]
+    assert [ahead(turn, 10) for turn in range(12)] == [
+        0,
+        5,
+        2,
+        7,
+        1,
+        6,
+        3,
+        8,
+        4,
+        9,
+        0,
+        5,
+    ]  # 10/16 is 0 again and 50/16 is 3: passed by
+    for every in (1, 2, 3, 7, 100):
+        assert {ahead(turn, every) for turn in range(every)} == set(range(every))
+    assert ahead(9, 10**12) < 10**12  # of a period that never ends nothing is listed
 
 
 @pytest.mark.parametrize(
