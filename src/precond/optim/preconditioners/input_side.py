@@ -187,7 +187,7 @@ class InputSide(Stacked):
         for part in self.parts(state.block):
             found = [(seen.inputs or {}).get((site.name, self.request)) for site in self._sites(part, state.block)]
             for some in spans([f is not None for f in found]):
-                mine, new = self._of(part, state.span(some)), Moments.joined(found[some])
+                mine, new = self._of(part, state.span(some)), Moments.joined([f for f in found[some] if f is not None])
                 if new.mean.device.type != "cpu":  # where it is, the step was not taken: a look at it costs nothing there
                     new.bound_to_(mine["mean"], mine["variance" if "variance" in mine else "covariance"])
                 self.fold(mine, new, self.rate(min(state.steps), new))
@@ -224,7 +224,7 @@ class InputSide(Stacked):
             else:
                 mine["variance"].addcmul_(delta * (gain * (1 - gain)), delta)
         else:
-            mine["covariance"].lerp_(new.spread, gain if isinstance(gain, float) else gain[..., None])
+            new.fold_spread_(mine["covariance"], gain)
             mine["covariance"].baddbmm_((delta * (gain * (1 - gain)))[..., :, None], delta[..., None, :])
         mine["mean"].lerp_(new.mean, gain)
 
