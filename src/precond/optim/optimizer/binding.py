@@ -20,7 +20,7 @@ from precond.optim.engine.loop import Rules
 from precond.optim.engine.sharing import Shared
 from precond.optim.optimizer import averaging
 from precond.optim.optimizer.fusing import fusible
-from precond.optim.optimizer.models import Home, Models, in_place
+from precond.optim.optimizer.models import Location, Models, in_place
 from precond.optim.optimizer.naming import Naming
 
 _shape, _wants, _dtype = map(operator.attrgetter, ("shape", "requires_grad", "dtype"))
@@ -39,7 +39,7 @@ class Binding:
     Attributes:
         entries: (leaf, key, tensor) of all state.
         options: the groups' options when it was made.
-        homes: of the modules that own the leaves.
+        locations: of the modules that own the leaves.
         shapes: of all leaves, as they were then.
         kinds: of all leaves, as they were then.
     """
@@ -49,7 +49,7 @@ class Binding:
     cells: list[Cell] = field(default_factory=list)
     entries: list[tuple[Leaf, str, Tensor]] = field(default_factory=list)
     options: list[tuple[Any, ...]] = field(default_factory=list)
-    homes: list[Home] = field(default_factory=list)
+    locations: list[Location] = field(default_factory=list)
     shapes: list[torch.Size] = field(default_factory=list)
     kinds: Kinds = ([], [], [])
 
@@ -88,7 +88,7 @@ class Binding:
         """The cells that ranks step for each other."""
         return [cell for cell in self.cells if isinstance(cell, Shared)]
 
-    def reckon(self) -> None:
+    def read_counts(self) -> None:
         """Let the host know of the steps that devices have counted."""
         for cell in self.cells:
             for ours, theirs in zip(cell.state["step"], cell.state.get("clock", ()), strict=False):
@@ -103,18 +103,22 @@ class Binding:
         """Whether parameters were frozen, thawed, converted or moved since, or others put in their places."""
         params = [p for group in groups for p in group["params"]]
         same = len(params) == len(self.leaves) and all(map(operator.is_, params, self._params))
-        return not same or self.kinds != read_kinds(params) or not self.housed
+        return not same or self.kinds != read_kinds(params) or not self.modules_in_place
 
     @property
-    def housed(self) -> bool:
+    def modules_in_place(self) -> bool:
         """Whether the model's modules are where they were."""
-        children, names, modules = self._homes
+        children, names, modules = self._locations
         return list(map(dict.get, children, names)) == modules
 
     @cached_property
-    def _homes(self) -> tuple[list[dict[str, Any]], list[str], list[Any]]:
-        """``homes`` by columns: asked for in each step."""
-        return [c for c, _, _ in self.homes], [name for _, name, _ in self.homes], [module for _, _, module in self.homes]
+    def _locations(self) -> tuple[list[dict[str, Any]], list[str], list[Any]]:
+        """``locations`` by columns: asked for in each step."""
+        return (
+            [c for c, _, _ in self.locations],
+            [name for _, name, _ in self.locations],
+            [module for _, _, module in self.locations],
+        )
 
     def replaced(self, params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
         """Parameter → the one that stands in its place in the groups, as a trainer that shards the model puts it there."""
@@ -125,7 +129,7 @@ class Binding:
         return [leaf.param for leaf in self.leaves]
 
     @cached_property
-    def _housed(self) -> list[Leaf]:
+    def _of_modules(self) -> list[Leaf]:
         """The leaves whose modules are known."""
         return [leaf for leaf in self.leaves if leaf.module is not None]
 
@@ -144,7 +148,7 @@ class Binding:
                 "which its state fits: make the optimizer after such changes"
             )
         options = read_options(groups, naming)
-        if self.converted(groups) or not all(map(in_place, self._housed)):
+        if self.converted(groups) or not all(map(in_place, self._of_modules)):
             return "broken"
         if options == self.options:
             return "same"
@@ -214,11 +218,11 @@ def bind(
     entries += averaging.entries(setup.average, [leaves[i] for i in live], existing)
     _, dtypes, devices = read_kinds(params)
     kinds = [p not in frozen for p in params], dtypes, devices
-    homes, shapes = setup.models.homes(leaves), [p.shape for p in params]
-    return Binding(leaves, choices, cells, entries, read_options(groups, naming), homes, shapes, kinds)
+    locations, shapes = setup.models.locations(leaves), [p.shape for p in params]
+    return Binding(leaves, choices, cells, entries, read_options(groups, naming), locations, shapes, kinds)
 
 
-def hand_over(state: MutableMapping[Tensor, Any], new: Mapping[Tensor, Tensor]) -> None:
+def transfer_state(state: MutableMapping[Tensor, Any], new: Mapping[Tensor, Tensor]) -> None:
     """Parameters that stand in the places of others take over their state, where they are held as those were.
 
     Raises:

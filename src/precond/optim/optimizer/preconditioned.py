@@ -29,8 +29,8 @@ from precond.optim.optimizer.compatibility import (
     listed,
     validate,
 )
+from precond.optim.optimizer.delegation import delegate
 from precond.optim.optimizer.explanation import Explanation, explain
-from precond.optim.optimizer.imitation import hand_through
 from precond.optim.optimizer.interrupts import Uninterrupted
 from precond.optim.optimizer.looking import map_in_force
 from precond.optim.optimizer.models import Models
@@ -88,7 +88,7 @@ class PreconditionedGD(Saving):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        hand_through(cls, PreconditionedGD)
+        delegate(cls, PreconditionedGD)
 
     def __init__(
         self,
@@ -254,7 +254,7 @@ class PreconditionedGD(Saving):
             ValueError: where a block is asked for in part, or a parameter is not this optimizer's.
         """
         self._follow_groups()
-        self._bound.reckon()
+        self._bound.read_counts()
         return map_in_force(self._bound.leaves, self._bound.cells, params)
 
     def explain(self) -> Explanation:
