@@ -157,8 +157,9 @@ class Shared(Cell):
         if self.exchange.copied:
             yield
             return
-        first, step = not self._observed, max(state.steps)
-        shown = [k for k, cell in enumerate(self.inside) if cell.preconditioner.looks(1 if first else step)]
+        first, steps = not self._observed, state.steps
+        each = [1 if first else max(steps[span.start : span.stop]) for span in self._spans]
+        shown = [k for k, cell in enumerate(self.inside) if cell.preconditioner.looks(each[k])]
         wide = {i: self.block.leaves[i].tensor.detach() for k in shown for i in self._spans[k]}
         whole = self.exchange.collect(wide) if wide else {}
         leaves = [
@@ -176,7 +177,7 @@ class Shared(Cell):
             for leaf, _ in leaves:
                 leaf.shown.clear()  # type: ignore[attr-defined]
             if state is self.state:
-                self._observed[:] = [step]
+                self._observed[:] = [max(steps)]
 
     # --- what a cell does ----------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from precond.algebra.vec import all_finite
 from precond.optim.inputs.moments import Moments, OfRows, Request
 from precond.optim.inputs.observer import InputMoments, Observer
 from precond.optim.inputs.sites import Site
+from precond.optim.inputs.triangles import pack, packed_size, unpack
 
 
 def check_alike(observer: Observer) -> None:
@@ -177,7 +178,7 @@ def _together(
 ) -> Moments:
     """What this rank and others have seen, about their common mean, in the parts' own precision: no difference of large numbers.
 
-    Rows are put one after the other for one product, triangles are added as they came.
+    Rows are put one after the other, for one product or to be folded in where they are; triangles are added as they came.
     """
     told = [*(() if own is None else (_Told.of(own),)), *(t for t, _ in parts)]
     like = parts[0][1][0]
@@ -192,11 +193,21 @@ def _together(
         *(() if own is None else ((own.rows if isinstance(own, OfRows) else own.spread),)),
         *(t for _, (_, t, _) in parts),
     ]
+    known = total.to(mean.dtype), mean
+    more = absolute, torch.tensor(examples, dtype=mean.dtype)
     if request.kind != "covariance":
         spread = sum(w * (t.view(shape) + a.square()) for w, t, a in zip(share, spreads, away, strict=True))
-    else:
-        spread = _covariance(share, away, spreads, [t.rows for t in told], own is not None, total.to(like))
-    return Moments(total.to(mean.dtype), mean, spread, absolute, torch.tensor(examples, dtype=mean.dtype))
+        return Moments(*known, spread, *more)
+    rows = [t.rows for t in told]
+    if all(rows) and sum(rows) <= shape[1]:
+        return OfRows(*known, _about(away, spreads), *more)
+    return Moments(*known, _covariance(share, away, spreads, rows, own is not None, total.to(like)), *more)
+
+
+def _about(away: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    """Rows of ranks, each about its own mean, as rows about the common mean, from which these are ``away``."""
+    _, groups, n = away.shape
+    return torch.cat([t.view(groups, -1, n) + a[:, None] for t, a in zip(rows, away, strict=True)], 1)
 
 
 def _covariance(
@@ -217,43 +228,9 @@ def _covariance(
     if whole := [k for k, of in enumerate(rows) if not of]:
         spread.baddbmm_((share[whole] * away[whole]).permute(1, 2, 0), away[whole].transpose(0, 1))
     if few := [k for k, of in enumerate(rows) if of]:
-        scale = total.clamp_min(1).rsqrt()[:, None, None]
-        D = torch.cat([(spreads[k].view(groups, rows[k], n) + away[k, :, None]) * scale for k in few], 1)
-        spread.baddbmm_(D.mT, D)
+        D = _about(away[few], [spreads[k] for k in few])
+        spread.baddbmm_(D.mT, D / total.clamp_min(1)[:, None, None])
     return spread
-
-
-def packed_size(n: int) -> int:
-    """How many numbers of a symmetric matrix of n rows :func:`pack` keeps: n(n + 1)/2, or (n + 1)(n + 2)/2 for odd n."""
-    n += n % 2
-    return (n + 1) * n // 2
-
-
-def pack(S: Tensor) -> Tensor:
-    """Symmetric matrices (…, n, n) as (…, packed_size(n)): one triangle, folded into a rectangle.
-
-    With n = 2k, S₁ its first k columns and S₂₂ its last block it is the (n + 1, k) matrix of tril(S₁) below and triu(S₂₂) above the
-    line between them (LAPACK's rectangular full packed format).
-    """
-    if S.shape[-1] % 2:
-        S = torch.nn.functional.pad(S, (0, 1, 0, 1))
-    n, k = S.shape[-1], S.shape[-1] // 2
-    R = S.new_zeros(*S.shape[:-2], n + 1, k)
-    R[..., 1:, :] = S[..., :k].tril()
-    R[..., :k, :] += S[..., k:, k:].triu()
-    return R.flatten(-2)
-
-
-def unpack(flat: Tensor, n: int) -> Tensor:
-    """The inverse of :func:`pack`."""
-    even = n + n % 2
-    k = even // 2
-    R = flat.unflatten(-1, (even + 1, k))
-    S = flat.new_zeros(*flat.shape[:-1], even, even)
-    S[..., :k] = R[..., 1:, :].tril()
-    S[..., k:, k:] = R[..., :k, :].triu().mT
-    S += S.tril(-1).mT
-    return S[..., :n, :n].contiguous()
 
 
 def _to_all(keys: Sequence[tuple[Site, Request]], seen: InputMoments) -> InputMoments:
