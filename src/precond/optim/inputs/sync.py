@@ -95,7 +95,7 @@ def _to_owners(
     numbers = [float(not good)]
     for m, (groups, _) in zip(mine, shapes, strict=True):
         t = _Told([0.0] * groups, 0.0, 0) if m is None else _Told.of(m)
-        numbers += [*t.count, t.examples, t.rows]
+        numbers += [*t.counts, t.examples, t.rows]
     flat = torch.tensor(numbers, dtype=torch.float64).to(device)
     every = collectives.share([flat], [len(flat)] * size, "how many inputs it saw", group)
     every[me] = flat
@@ -133,11 +133,11 @@ class _Told(NamedTuple):
     """What a rank tells all of what it has seen of a layer.
 
     Attributes:
-        count, examples: as of :class:`Moments`.
+        counts, examples: as of :class:`Moments`.
         rows: how many samples it sends in place of their covariance, which takes more room; 0 where it sends that.
     """
 
-    count: Sequence[float]
+    counts: Sequence[float]
     examples: float
     rows: int
 
@@ -156,7 +156,7 @@ class _Told(NamedTuple):
 
     @property
     def any(self) -> bool:
-        return any(self.count)
+        return any(self.counts)
 
 
 def _sizes(shape: tuple[int, int], request: Request, rows: int) -> tuple[int, int, int]:
@@ -182,7 +182,7 @@ def _together(
     """
     told = [*(() if own is None else (_Told.of(own),)), *(t for t, _ in parts)]
     like = parts[0][1][0]
-    counts = torch.tensor([t.count for t in told], dtype=torch.float64)
+    counts = torch.tensor([t.counts for t in told], dtype=torch.float64)
     total, examples = counts.sum(0), sum(t.examples for t in told)
     share = (counts / total.clamp_min(1)).to(like)[..., None]  # (ranks, groups, 1)
     means = torch.stack([*(() if own is None else (own.mean,)), *(t.view(shape) for _, (t, _, _) in parts)])
