@@ -194,22 +194,23 @@ class Exchange:
     def _swap(
         self, like: Mapping[int, Tensor], gives: list[list[Tensor]], shapes: list[list[tuple[int, ...]]]
     ) -> list[list[Tensor]]:
-        """Tensors for each rank, exchanged for those of the shapes named that each has for this one."""
+        """Tensors for each rank, exchanged for those of the shapes named that each has for this one; its own it keeps."""
+        own, others = gives[self.rank], [[] if r == self.rank else of for r, of in enumerate(gives)]
+        sizes = [[] if r == self.rank else [math.prod(shape) for shape in of] for r, of in enumerate(shapes)]
         example = next(iter(like.values()))
-        sizes = [[math.prod(shape) for shape in of] for of in shapes]
-        flat = [t.reshape(-1) for of in gives for t in of]
+        flat = [t.reshape(-1) for of in others for t in of]
         sent = torch.cat(flat) if flat else example.new_empty(0)
         taken = example.new_empty(sum(map(sum, sizes)))
         collectives.all_to_all(
             taken,
             sent,
             [sum(n) for n in sizes],
-            [sum(t.numel() for t in of) for of in gives],
+            [sum(t.numel() for t in of) for of in others],
             "gradients and steps",
             self.group,
         )
         pieces = iter(taken.split([n for of in sizes for n in of]))
-        return [[next(pieces).view(shape) for shape in of] for of in shapes]
+        return [own if r == self.rank else [next(pieces).view(shape) for shape in of] for r, of in enumerate(shapes)]
 
     def _spread(self, wholes: Mapping[int, Tensor], like: Mapping[int, Tensor], owned: list[list[int]]) -> dict[int, Tensor]:
         """Whole tensors of every owner, to all."""
