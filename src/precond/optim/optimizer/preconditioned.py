@@ -222,7 +222,7 @@ class PreconditionedGD(Saving):
         elif self._gradient_based is not None:
             self._check_probed()
         self._check_company()
-        place_gradients(self._bound.leaves)
+        place_gradients(self._bound.sharded)
         before = [] if self._averaged is None else self._averaged.steps()
         with Uninterrupted():
             try:

@@ -139,10 +139,10 @@ class SecondGradients(Capturing):
 
     def _check_company(self) -> None:
         """Raise where the other ranks, whom this one steps for, would not come to this step."""
-        if (self.shared or self._requests) and started():
+        if (self._bound.shared or self._requests) and started():
             check_joined(self.naming.name, self.models.alive())
-        if self.shared and all(leaf.param.grad is None for leaf in self._bound.leaves):
-            for shared in self.shared:
+        if self._bound.shared and all(leaf.param.grad is None for leaf in self._bound.leaves):
+            for shared in self._bound.shared:
                 meet(shared.exchange.group, f"{self.naming.name}.step, where no parameter has a gradient", _WITHOUT_DATA)
 
     def _exact_gradient(self, closure: Callable[[], Any]) -> tuple[Any, list[Tensor | None]]:
@@ -167,7 +167,7 @@ class SecondGradients(Capturing):
     @torch.no_grad()
     def _next_probe(self, grad_scale: float | Tensor | None, recorder: Recorder | None) -> bool:
         with Uninterrupted():
-            place_gradients(self._bound.leaves)
+            place_gradients(self._bound.sharded)
             if self._pending is None:
                 self._settle()
                 with self._own_precision():
