@@ -141,7 +141,11 @@ class Binding:
     def _places(self) -> tuple[list[nn.Module], list[str], list[Tensor]]:
         """Modules, what they call their parameters, and these, by columns: asked for in each step."""
         found = [leaf for leaf in self.leaves if leaf.module is not None and leaf.shard is None]
-        return [leaf.module for leaf in found if leaf.module is not None], [leaf.attribute for leaf in found], [leaf.param for leaf in found]
+        return (
+            [leaf.module for leaf in found if leaf.module is not None],
+            [leaf.attribute for leaf in found],
+            [leaf.param for leaf in found],
+        )
 
     def follow(self, groups: Sequence[Mapping[str, Any]], naming: Naming) -> Following:
         """Take over numbers that have changed in the groups.

@@ -30,6 +30,7 @@ from precond.optim.optimizer.compatibility import (
     validate,
 )
 from precond.optim.optimizer.explanation import Explanation, explain
+from precond.optim.optimizer.graphs import out_of_graphs
 from precond.optim.optimizer.imitation import hand_through
 from precond.optim.optimizer.interrupts import Uninterrupted
 from precond.optim.optimizer.looking import map_in_force
@@ -180,7 +181,7 @@ class PreconditionedGD(Saving):
         divided = any(leaf.shard is not None for leaf in self._bound.leaves)
         return not self._closing and (self._probing or shared or divided or captured)
 
-    @torch._disable_dynamo  # under torch.compile the graph breaks here: a step reads its numbers and looks at its model
+    @out_of_graphs
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step.
 

@@ -26,6 +26,7 @@ from precond.optim.optimizer.closures import (
     finite_loss,
     loss_gradient,
 )
+from precond.optim.optimizer.graphs import out_of_graphs
 from precond.optim.optimizer.interrupts import Uninterrupted
 from precond.optim.optimizer.passes import Random, Recorder, random_state, restore_random_state
 from precond.optim.optimizer.probing import Probe, place_gradients, take_gradients, unscaled
@@ -54,7 +55,7 @@ class SecondGradients(Capturing):
         """Whether the parameters stand at a probed point p + δ."""
         return self._pending is not None and self._pending.moved
 
-    @torch._disable_dynamo
+    @out_of_graphs
     def probe(self, grad_scale: float | Tensor | None = None) -> bool:
         """Ask for another gradient: ``loss.backward(); while opt.probe(): loss_fn(...).backward()``; then ``opt.step()``.
 
