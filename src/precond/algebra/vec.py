@@ -139,12 +139,14 @@ def norm(a: Vec, q: float = 2) -> Tensor:
 
 def all_finite(a: Vec) -> bool:
     """Whether no entry is inf or NaN (reads one number from the device)."""
-    # A sum tells it in one pass at the speed of memory, some twenty times as fast as the largest magnitude; only one that overflows does not.
-    full = [t for t in a if t.numel()]
-    if any(t.device.type != "cpu" for t in full):
-        return math.isfinite(norm(tuple(full), math.inf))
-    total = sum(t.sum().item() for t in full)  # reading a number here is cheaper than an operation
-    return math.isfinite(total) or all(bool(t.isfinite().all()) for t in full)
+    total = 0.0
+    for t in a:
+        if t.device.type != "cpu":
+            return math.isfinite(norm(a, math.inf))
+        # A sum tells it in one pass at the speed of memory, some twenty times as fast as the largest magnitude; only one that overflows
+        # does not. Reading a number here is cheaper than an operation.
+        total += t.sum().item()
+    return math.isfinite(total) or all(bool(t.isfinite().all()) for t in a)
 
 
 def nonfinite(a: Vec) -> Tensor:

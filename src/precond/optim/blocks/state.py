@@ -31,6 +31,7 @@ class State(dict[str, Any]):
         super().__init__(*args, **kwargs)
         self.block = block
         self._made: dict[str, tuple[Any, Any]] = {}
+        self._counted: tuple[Any, int, list[int]] = (None, 0, [])
         self._sealed = False
 
     def kept(self, name: str, of: Any, make: Callable[[], Any]) -> Any:
@@ -75,7 +76,13 @@ class State(dict[str, Any]):
     @property
     def steps(self) -> list[int]:
         """The number of the step in progress for each leaf, from 1: what decides which work a step does."""
-        return whole_numbers(self["step"][: len(self.block.leaves)])
+        counts = self["step"]
+        of, version, known = self._counted
+        if of is not counts or version != counts[0]._version:
+            known = whole_numbers(counts[: len(self.block.leaves)])
+            if (base := counts[0]._base) is not None and all(t._base is base for t in counts):  # whose version is that of all
+                self._counted = counts, counts[0]._version, known
+        return known
 
     @property
     def times(self) -> Sequence[Any]:
