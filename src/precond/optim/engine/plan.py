@@ -97,9 +97,11 @@ def build(
     return cells, entries
 
 
-def unchanged(cells: Iterable[Cell], units: Mapping[tuple[int, ...], Unit]) -> bool:
-    """Whether the blocks of cells have the strategies of these units."""
-    return all(
+def unchanged(
+    cells: Iterable[Cell], units: Mapping[tuple[int, ...], Unit], choices: Sequence[Choice], before: Sequence[Choice]
+) -> bool:
+    """Whether the blocks of cells have the strategies of these units, and regularizers are what they were."""
+    return [c.regularizers for c in choices] == [c.regularizers for c in before] and all(
         (units[index].preconditioner, units[index].momentum) == (cell.preconditioner, cell.momentum)
         for cell in cells
         for index in cell.members

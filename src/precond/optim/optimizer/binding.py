@@ -169,8 +169,7 @@ class Binding:
     def _stays(self, choices: Sequence[Choice], units: Mapping[Any, plan.Unit], groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether choices that say something else come to the same for every block, and the host counts."""
         counted = any(g.get("capturable") for g in groups) or any("clock" in cell.state for cell in self.blocks)
-        same = [c.regularizers for c in choices] == [c.regularizers for c in self.choices] and not counted
-        return same and plan.unchanged(self.blocks, units)
+        return not counted and plan.unchanged(self.blocks, units, choices, self.choices)
 
 
 @dataclass(frozen=True)
