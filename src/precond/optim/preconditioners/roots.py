@@ -74,7 +74,7 @@ def damped_pairs(S: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor] | N
         kept(S)
         return None
     top = values[-1].item()
-    return values, damped(values, top, damping, rounding(len(S), S.dtype)) if top > 0 else torch.ones_like(values), V
+    return values, damped(values, top, damping, rounding(S.shape[0], S.dtype)) if top > 0 else torch.ones_like(values), V
 
 
 def damped(values: Tensor, top: float, damping: float, least: float) -> Tensor:

@@ -37,6 +37,7 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
     Attributes:
         outer: what P₁ is made of; None where it is the identity.
         decay: λ.
+        _sites: what may be observed of the layer.
         _shape: (A, B) of [W b].
         _seen: the version of L when it was seen last that something was observed of it.
     """
@@ -45,7 +46,7 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
     outer: BNP | Whitening | None
     momentum: Momentum
     decay: float
-    _shown: tuple[tuple[str, Request], ...] = field(default=(), init=False, repr=False)
+    _sites: frozenset[tuple[str, Request]] = field(default=frozenset(), init=False, repr=False)
     _shape: tuple[int, ...] = field(default=(), init=False, repr=False)
     _seen: int = field(default=-1, init=False, repr=False)
     _kept: CachedOnStatistics[Outer] | None = field(default=None, init=False, repr=False)
@@ -80,8 +81,10 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         if not self._shape:
-            self._shape = (len(p[0]), p[0].numel() // len(p[0]) + len(p) - 1)
-        state, P1, shown = cell.state, None, bool(cell.inputs) and self._is_shown(cell)
+            rows = p[0].shape[0]
+            self._shape = rows, p[0].numel() // rows + len(p) - 1
+            self._sites = frozenset((site.name, request) for site in cell.block.leaves[0].sites for request in REQUESTS)
+        state, P1, shown = cell.state, None, bool(cell.inputs) and not self._sites.isdisjoint(cell.inputs)
         if self._kept is not None:
             assert self.outer is not None
             state = cell.state["inner"]
@@ -112,13 +115,6 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
         self._move(p, P1, d, 1 - lr * self.decay, -lr * length / norm if norm else 0.0)
         if self.outer is not None and self.outer.renews(cell.state["outer"]):
             on(cell.block, self.outer).refresh(cell.state["outer"])
-
-    def _is_shown(self, cell: Cell) -> bool:
-        """Whether the inputs that were observed are this layer's too."""
-        if not self._shown:
-            self._shown = tuple((site.name, request) for site in cell.block.leaves[0].sites for request in REQUESTS)
-        assert cell.inputs is not None
-        return any(key in cell.inputs for key in self._shown)
 
     def _renew(self, state: State, P1: Outer | None, m: Average, share: float) -> None:
         """Fold the momentum in z₁ into L and take the root of that."""
