@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -29,6 +31,13 @@ def check(found: list, alone: dict, within: float = 1e-10) -> None:
 )
 def test_four_ranks_are_one_process(four, optimizer, wrap):
     check(four.run(train, Setting(optimizer, PARTS[4], wrap=wrap)), train(Setting(optimizer, PARTS[4])))
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp", "hsdp, copies of parts"])
+def test_what_auto_measures_is_known_to_all(four, wrap):
+    """It is measured by owners, after the seventh step, and decides for everyone; layers then may have other owners."""
+    setting = Setting("auto, white", PARTS[4], steps=12)
+    check(four.run(train, replace(setting, wrap=wrap)), train(setting))
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
