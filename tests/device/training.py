@@ -86,7 +86,7 @@ class Training:
         ]
 
 
-ON_THE_HOST = {"step", "count", "noise", "size", "examples", "averaged"}
+ON_THE_HOST = {"step", "count", "noise", "size", "examples", "scale", "averaged"}
 """Numbers that the host knows and keeps: of steps, as torch does, and of the samples that layers saw."""
 
 
