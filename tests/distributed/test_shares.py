@@ -76,7 +76,7 @@ def test_bytes_that_a_rank_gives(ranks, four, recipe):
             moved = 2.2 * total / pool.world
             triangles = n * 4 * (width * (width + 1) / 2 + 2 * width) if recipe in ("auto", "whitening") else 0
             told = n * 8 * (width + 3) if triangles else 0  # means known before, counts
-            told += total / pool.world if recipe == "auto" else 0  # parameters, whose length it looks at in its first steps
+            told += total / pool.world if triangles else 0  # parameters, whose length it looks at in its first steps
             for given in steps:
                 assert set(given) <= {"gradients and steps", *shares.ABOUT_INPUTS}
                 assert sum(given.values()) <= moved + triangles * (1 - 1 / pool.world) + told
