@@ -1,6 +1,6 @@
 """Every row of the other benchmarks with this source and with an earlier one: CPU time of a step, and the ratio.
 
-python benchmarks/before.py --old PATH [--rounds 100] [--only whitening,auto] [--out table.md]
+python benchmarks/before.py --old PATH [--rounds 100] [--only whitening,auto]
 
 PATH is a checkout, as ``git worktree add PATH COMMIT`` makes it. Both versions are imported into one process, on one thread, and take turns
 step by step: what slows the machine slows both.

@@ -86,8 +86,8 @@ class Training:
         ]
 
 
-ON_THE_HOST = {"step", "count", "noise", "size", "examples", "scale", "averaged"}
-"""Numbers that the host knows and keeps: of steps, as torch does, and of the samples that layers saw."""
+ON_THE_HOST = {"step", "count", "noise", "size", "examples", "averaged", "scale"}
+"""Numbers that the host knows and keeps: of steps, as torch does, of the samples that layers saw, and what first outputs were large by."""
 
 
 def flat(model: nn.Module) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import precond
 from contract.table import EVERY, closure, flat
@@ -167,3 +169,28 @@ def test_small_layers_alike_that_have_kernels_are_one_stack_where_they_are_enoug
     assert members == [enough]
     torch.testing.assert_close(together, reference, atol=TOLERANCE, rtol=0)
     assert run(enough - 1, 6, "auto")[0] == [] and run(enough, 96, "auto")[0] == []
+
+
+class Passing(TorchDispatchMode):
+    """Does what is asked for, as modes that count or print do."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recipe", [precond.soap, precond.shampoo, precond.adamw, precond.whitening])
+def test_steps_below_a_dispatch_mode_are_those_without(recipe):
+    """There multi-tensor operations leave the versions of tensors, and counts of steps are to be read anew all the same."""
+    ends = []
+    for context in (nullcontext, Passing):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
+        optimizer, x = recipe(model, lr=1e-2), torch.randn(8, 6)
+        for _ in range(12):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            with context():
+                optimizer.step()
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        assert {float(s["step"]) for s in optimizer.state.values()} == {12.0}
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)

@@ -13,7 +13,7 @@ from matrix.test_peers import run
 from precond import SOAP, Momentum, Muon, OutputFactor, PreconditionedGD, Shampoo
 from precond.algebra.maps import Kronecker, SymmetricKronecker
 from precond.optim.preconditioners import roots
-from precond.optim.preconditioners.eigenbases import eigenbasis
+from precond.optim.preconditioners.eigenbases import begin
 
 MAKE = {
     "muon": lambda p: precond.muon(p, lr=0.01),
@@ -135,7 +135,24 @@ def test_an_eigendecomposition_that_fails_is_tried_again_in_float64(monkeypatch)
     values, V = roots.decomposed(S)
     assert calls == [torch.float32, torch.float64, torch.float64] and values.dtype == V.dtype == torch.float32
     torch.testing.assert_close(values, torch.tensor([1.0, 2.0, 3.0]), rtol=1e-3, atol=0)
-    torch.testing.assert_close(eigenbasis(S).abs(), torch.eye(3)[:, [0, 2, 1]])
+    Q = torch.zeros(1, 3, 3)
+    assert begin(S[None], Q).all()
+    torch.testing.assert_close(Q[0].abs(), torch.eye(3)[:, [0, 2, 1]])
+
+
+def test_of_many_bases_those_of_matrices_that_fail_stay(monkeypatch):
+    """All are decomposed at once, and where that fails one by one."""
+    S = torch.stack([torch.diag(torch.tensor([1.0, 2.0, x])) for x in (3.0, torch.nan, 4.0)])
+    Q = torch.full((3, 3, 3), 7.0)
+    with pytest.warns(UserWarning, match="holds inf or NaN"):
+        assert begin(S, Q).tolist() == [True, False, True]
+    assert torch.equal(Q[0].abs(), torch.eye(3)[:, [2, 1, 0]]) and torch.equal(Q[0], Q[2]) and (Q[1] == 7).all()
+    fine, at_once = torch.zeros(2, 3, 3), S[[0, 2]]
+    with monkeypatch.context() as patched:
+        eigh, calls = fail(1)
+        patched.setattr(torch.linalg, "eigh", eigh)
+        assert begin(at_once, fine).all() and len(calls) == 3
+    torch.testing.assert_close(fine, Q[[0, 2]])
 
 
 @pytest.mark.parametrize("name", ["soap", "shampoo", "outputs"])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from precond.algebra.vec import Vec
 from precond.optim.blocks import Counts, State
@@ -72,6 +73,7 @@ def uncounted(cells: Sequence[Cell]) -> Iterator[None]:
         yield
     finally:
         torch._foreach_copy_(counts, before)
+        increment_version(counts)
 
 
 def _add(counts: Sequence[Vec], number: float | Tensor) -> None:
@@ -84,3 +86,5 @@ def _add(counts: Sequence[Vec], number: float | Tensor) -> None:
             count.add_(number)
     elif together:
         torch._foreach_add_(together, number)
+        # By versions it is known that counts have changed, and below a dispatch mode multi-tensor operations leave them as they are.
+        increment_version(together)

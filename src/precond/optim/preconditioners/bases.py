@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from precond.algebra.maps.eigen import in_general_position
-from precond.optim.preconditioners.eigenbases import at_hand, begin, drift, follow, least, orthonormal
+from precond.optim.preconditioners.eigenbases import at_hand, begin, decomposed_together, drift, follow, least, orthonormal
 from precond.optim.preconditioners.kronecker import fold
-from precond.optim.preconditioners.roots import decomposed, kept
+from precond.optim.preconditioners.roots import kept
 
 Values = Mapping[str, Tensor]
 
@@ -142,10 +142,8 @@ class Leading(Basis):
         L = V * (values / top).sqrt_()[:, None]
         C = L.mT @ L
         if exactly:
-            found = [decomposed(c) if moved else None for c, moved in zip(C, moves.cpu().tolist(), strict=True)]
-            none = C.new_zeros(C.shape[1:])
-            W = torch.stack([none if pairs is None else pairs[1].flip(1) for pairs in found])
-            moves = torch.tensor([pairs is not None for pairs in found]).to(C.device)
+            _, W, found = decomposed_together(torch.where(moves[:, None, None], C, 0.0))
+            W, moves = W.flip(-1), moves & found
         else:
             W = torch.linalg.qr(C).Q  # a step for a matrix near a diagonal one; each fold is a step of this kind, too
         torch.where(moves[:, None, None], orthonormal(L @ W), basis, out=basis)

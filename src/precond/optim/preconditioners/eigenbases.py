@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from precond.algebra.precision import rounding
+from precond.algebra.vec import all_finite
+from precond.optim.blocks.memory import AT_ONCE
 from precond.optim.preconditioners.roots import decomposed, kept
 
 WARM_UP = 8
@@ -36,22 +38,42 @@ def least(n: int, dtype: torch.dtype) -> float:
     return max(rounding(n, dtype), 1e-6)
 
 
-def eigenbasis(S: Tensor) -> Tensor | None:
-    """All eigenvectors of one S (n, n), as columns; None as in :func:`precond.optim.preconditioners.roots.decomposed`."""
-    if (found := decomposed(S)) is None:
-        return None
-    values, V = found[0].flip(0), found[1].flip(1)
-    U = torch.where((values > least(len(S), S.dtype) * values[0]) & (S.diagonal() > 0)[:, None], V, 0.0)
-    return torch.linalg.householder_product(*torch.geqrf(U))
-
-
 def begin(S: Tensor, Q: Tensor) -> Tensor:
-    """Q ← the eigenvectors of S, in place, where these are found (k,)."""
-    found = [eigenbasis(matrix) for matrix in S]
-    for basis, new in zip(Q, found, strict=True):
-        if new is not None:
-            basis.copy_(new)
-    return torch.tensor([new is not None for new in found]).to(S.device)
+    """Q ← the eigenvectors of S, in place, where these are found (k,): see :func:`precond.optim.preconditioners.roots.decomposed`."""
+    n, found = S.shape[-1], []
+    many = max(1, AT_ONCE // (2 * n * n * S.element_size()))
+    for matrices, bases in zip(S.split(many), Q.split(many), strict=True):
+        values, V, fine = decomposed_together(matrices)
+        rows = V.mT.flip(-2)  # the largest first
+        del V
+        rows *= (values > least(n, S.dtype) * values[:, -1:]).flip(-1)[:, :, None]
+        rows *= (matrices.diagonal(dim1=-2, dim2=-1) > 0)[:, None, :]
+        A, tau = rows.mT, torch.empty_like(values)  # their memory holds columns
+        torch.geqrf(A, out=(A, tau))
+        torch.linalg.householder_product(A, tau, out=A)
+        torch.where(fine[:, None, None], A, bases, out=bases)
+        found.append(fine)
+    return torch.cat(found)
+
+
+def decomposed_together(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(eigenvalues, the smallest first; eigenvectors as columns; whether they are found (k,)) of S, of all at once where nothing fails.
+
+    What is not found is 0. The host waits for them.
+    """
+    if all_finite((S,)):
+        try:
+            values, V = torch.linalg.eigh(S)
+            if all_finite((values, V)):
+                return values, V, torch.ones(len(S), dtype=torch.bool, device=S.device)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # torch.linalg.LinAlgError is one
+            pass
+    each = [decomposed(matrix) for matrix in S]
+    none = torch.zeros_like(S[0, 0]), torch.zeros_like(S[0])
+    values, V = map(torch.stack, zip(*(none if pairs is None else pairs for pairs in each), strict=True))
+    return values, V, torch.tensor([pairs is not None for pairs in each]).to(S.device)
 
 
 def orthonormal(Y: Tensor) -> Tensor:

@@ -201,7 +201,7 @@ class SOAP(Stacked):
                 found = basis.begin(part, side)[:, None, None]
                 Q = completed(part[name])  # of the identity before
                 (r,), n = part["r"], part[name].shape[-2]
-                squares = (Q @ torch.eye(n).to(r).expand(len(r), n, n)).square()
+                squares = (Q if isinstance(Q, Tensor) else Q @ torch.eye(n).to(r).expand(len(r), n, n)).square()
                 for t, by in [(m[some], Q) for (m,) in carried] + [(r, squares)]:
                     X = as_matrices(t)
                     t.copy_(torch.where(found, _turned(X, by, side, back=False), X).reshape(t.shape))
