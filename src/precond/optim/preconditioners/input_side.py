@@ -164,10 +164,6 @@ class InputSide(Stacked):
         """Whether the inputs of a weight are to be observed at the next step, of each member of a stack."""
         return [True] * len(state.block.turns)
 
-    def renews(self, state: State) -> bool:
-        """Whether :meth:`refresh` does anything after the step in progress."""
-        return False
-
     def wanted(self, state: State) -> list[tuple[str, Request, Tensor | None]]:
         out = []
         for part in self.parts(state.block):

@@ -171,9 +171,6 @@ class Whitening(InputSide):
     def known(self, mine: dict[str, Tensor]) -> bool:
         return greatest(mine["count"]) >= 2  # one sample has no covariance
 
-    def renews(self, state: State) -> bool:
-        return 0 in state.until_renewed(self.every)
-
     def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:
         for some in spans([k == 0 for k in state.until_renewed(self.every)], self._at_once(state)):
             due = state.span(some)
