@@ -60,6 +60,13 @@ def test_products_and_state_are_divided(ranks, four, recipe, wrap):
                 assert part <= (1.2 if counts is shares.operations else 1.1) * alone / pool.world
 
 
+@pytest.mark.parametrize("through_sockets", [True, False])
+def test_what_each_rank_has_is_shared_by_all(three, through_sockets):
+    every = [[], [7.0], [14.0, 14.0]]
+    for rank, found in enumerate(three.run(shares.shared_by_all, through_sockets)):
+        assert found == [[] if r == rank else numbers for r, numbers in enumerate(every)]
+
+
 @pytest.mark.parametrize("recipe", shares.RECIPES)
 def test_bytes_that_a_rank_gives(ranks, four, recipe):
     """Its part of gradients and the steps of what it owns, once each; statistics of inputs once, as triangles."""

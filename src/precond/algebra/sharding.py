@@ -36,10 +36,11 @@ def local(t: Tensor) -> Tensor:
         return t.to_local()  # type: ignore[attr-defined]
 
 
-def gathered(args: Any) -> tuple[Any, bool]:
+def gathered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
     """Arguments of a call with DTensors made whole, by all who hold them, and whether this process speaks for them: the first one does."""
-    if not (dist.is_available() and dist.is_initialized()):  # and so no DTensor
-        return args, True
+    plain = not kwargs and all([type(x) is Tensor for x in args])
+    if plain or not (dist.is_available() and dist.is_initialized()):  # and so no DTensor
+        return args, kwargs, True
     speaks = True
 
     def whole(x: Any) -> Any:
@@ -49,7 +50,7 @@ def gathered(args: Any) -> tuple[Any, bool]:
         speaks &= not any(x.device_mesh.get_coordinate())
         return x.full_tensor()
 
-    return torch.utils._pytree.tree_map(whole, args), speaks
+    return *torch.utils._pytree.tree_map(whole, (args, kwargs)), speaks
 
 
 def replicated(t: Tensor) -> Tensor | None:
@@ -179,7 +180,7 @@ class Sums:
         return list(both[0] / both[1].clamp_min(1))
 
 
-class Alone(Sums):
+class LocalSums(Sums):
     """Where this process holds everything."""
 
     def __init__(self) -> None:
@@ -195,9 +196,9 @@ class Alone(Sums):
         return numbers.amax(0) if op == dist.ReduceOp.MAX else numbers.sum(0)
 
 
-ALONE = Alone()
+LOCAL_SUMS = LocalSums()
 
 
 def sums(shards: Sequence[Shard | None]) -> Sums:
     """Sums over vectors whose tensors are divided in these ways."""
-    return ALONE if all(s is None for s in shards) else Sums(shards)
+    return LOCAL_SUMS if all(s is None for s in shards) else Sums(shards)

@@ -22,9 +22,10 @@ from precond.optim.inputs import Request
 from precond.optim.inputs.observer import Observer
 from precond.optim.optimizer import serialization
 from precond.optim.optimizer.averaging import Averaged
-from precond.optim.optimizer.binding import Binding, Setup, bind, choices_of, hand_over
+from precond.optim.optimizer.binding import Binding, Setup, bind, choices_of, transfer_state
 from precond.optim.optimizer.closures import Clearings
 from precond.optim.optimizer.compatibility import check_precision
+from precond.optim.optimizer.graphs import out_of_graphs
 from precond.optim.optimizer.interrupts import Uninterrupted
 from precond.optim.optimizer.listening import Listening
 from precond.optim.optimizer.models import Models, in_place
@@ -131,7 +132,7 @@ class Bound(torch.optim.Optimizer):
                 with Uninterrupted():
                     before = self._bound
                     given = before.replaced([p for group in self.param_groups for p in group["params"]])
-                    changed = bool(given) or not before.housed or not all(map(in_place, before.leaves))
+                    changed = bool(given) or not before.modules_in_place or not all(map(in_place, before.leaves))
                     if changed:
                         self._follow_model(given)
                     check_precision(
@@ -166,7 +167,7 @@ class Bound(torch.optim.Optimizer):
         new = self.models.moved([leaf for leaf in self._bound.leaves if leaf.param not in given])
         for group in self.param_groups:
             group["params"] = [new.get(p, p) for p in group["params"]]
-        hand_over(self.state, {**given, **new})
+        transfer_state(self.state, {**given, **new})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its ``"params"`` may be a module. State is made at once."""
@@ -229,11 +230,14 @@ class Bound(torch.optim.Optimizer):
         """Whether this very module is what it observes."""
         return any(model is module for module in self.models.alive())
 
-    @torch._disable_dynamo
+    @out_of_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim's. What layers received in forwards whose gradients are cleared does not count."""
-        with nullcontext() if self._closing else self._listening.clearing():
-            super().zero_grad(set_to_none)
+        if not self._closing:
+            self._listening.begin_clearing()
+        super().zero_grad(set_to_none)
+        if not self._closing:
+            self._listening.end_clearing()
         self._clearings.count += 1
 
     @property

@@ -142,7 +142,7 @@ def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
                 copy_(target, value)
             elif divided(value):
                 value.full_tensor()  # type: ignore[attr-defined]  # its owner's, who needs this rank's part
-        bound.reckon()
+        bound.read_counts()
     for ours, new in zip(groups, new_groups, strict=True):
         ours.update(new)
     optimizer.adopt(bound, defaultdict(dict))

@@ -27,7 +27,7 @@ class RelativeRMS(RMS):
     whose inputs are in the thousands so are z₀ and the outputs, and thousands of steps would pass before they were undone. Here
     a step is to these outputs what it is to those of standardized inputs. Decoupled weight decay is not longer.
 
-    ``adam``, ``adamw`` and ``whitening`` take it for layers where ``inputs=`` is given. What is no layer takes ``RMS``.
+    ``adam``, ``adamw`` and ``whitening`` take it for layers where ``inputs=`` is given. What is no observed layer takes ``RMS``.
 
     Args:
         decay, eps, start, bias_correction, centered, amsgrad: as in :class:`~precond.RMS`.
@@ -107,7 +107,7 @@ def _each(numbers: Tensor) -> list[float]:
 
 
 def _is_layer(leaf: Leaf) -> bool:
-    return leaf.kind == "bias" or (leaf.kind == "weight" and leaf.ndim > 1)
+    return bool(leaf.sites) and (leaf.kind == "bias" or (leaf.kind == "weight" and leaf.ndim > 1))
 
 
 def _outputs(block: Block) -> int:

@@ -106,7 +106,7 @@ class Whitening(InputSide):
         return True  # rows need nothing of each other, but each process would take the root
 
     def idle(self, step: int, turns: Iterable[int]) -> bool:
-        return all(next_renewal(step, self.every, turn) - step >= self.observe_steps for turn in turns)
+        return all([next_renewal(step, self.every, turn) - step >= self.observe_steps for turn in turns])
 
     def wants(self, state: State, part: LayerPart) -> list[bool]:
         away, steps = state.until_renewed(self.every, ahead=1), int(self.observe_steps)

@@ -105,7 +105,7 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
             rows = p[0].shape[0]
             self._shape = rows, p[0].numel() // rows + len(p) - 1
             self._sites = frozenset((site.name, request) for site in cell.block.leaves[0].sites for request in REQUESTS)
-        state, P1, shown = cell.state, None, bool(cell.inputs) and not self._sites.isdisjoint(cell.inputs or ())
+        state, P1, shown = cell.state, None, not self._sites.isdisjoint(cell.inputs or ())
         if self._kept is not None:
             assert self.outer is not None
             state = cell.state["inner"]

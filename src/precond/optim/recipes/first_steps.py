@@ -23,7 +23,7 @@ SAMPLED = 4096
 """Entries of a gradient, evenly spaced, that its noise is made of."""
 
 
-class Looking:
+class FirstSteps:
     """From an optimizer, after each of its first steps, to what its groups take.
 
     ``measured``, the shares of independent directions in the inputs of whitened layers, decides. ``seen`` is told by ``explain()`` alone: the
