@@ -56,7 +56,7 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
         _sites: what may be observed of the layer.
         _shape: (A, B) of [W b].
         _seen: the version of L when it was seen last that something was observed of it.
-        _exact: see :meth:`_is_exact`; None: not known.
+        _exact: see :meth:`_is_exact`, with the version of the number of samples that it was found for.
         _of_root, _of_outer: when L and when the statistics of P₁ are renewed.
     """
 
@@ -67,7 +67,7 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
     _sites: frozenset[tuple[str, Request]] = field(default=frozenset(), init=False, repr=False)
     _shape: tuple[int, ...] = field(default=(), init=False, repr=False)
     _seen: int = field(default=-1, init=False, repr=False)
-    _exact: bool | None = field(default=None, init=False, repr=False)
+    _exact: tuple[int, bool] = field(default=(-1, False), init=False, repr=False)
     _of_root: Schedule = field(default_factory=Schedule, init=False, repr=False)
     _of_outer: Schedule = field(default_factory=Schedule, init=False, repr=False)
     _kept: CachedOnStatistics[Outer] | None = field(default=None, init=False, repr=False)
@@ -117,7 +117,6 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
         self.momentum.fold(cell.average, g)
         if shown:
             self.P.count_samples(state, cell.inputs)
-            self._exact = None
         m, size = self._average(cell, g, P1), 1.0
         L = state["gram"]
         # Whether nothing was observed yet is looked at where L is another than when it was last.
@@ -142,9 +141,10 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
 
     def _is_exact(self, state: State) -> bool:
         """Whether L is that of m itself."""
-        if self._exact is None:
-            self._exact = root_of(state).whole and self.P.exact(state["size"].item(), self._shape)
-        return self._exact
+        size = state["size"]
+        if self._exact[0] != size._version:
+            self._exact = size._version, root_of(state).whole and self.P.exact(size.item(), self._shape)
+        return self._exact[1]
 
     def _renew(self, state: State, P1: Outer | None, m: Average, share: float) -> None:
         """Fold the momentum in z₁ into L and take the root of that."""
