@@ -104,7 +104,7 @@ class BNP(InputSide):
         # An input that was always zero has no scale, and its weight has had no gradient.
         return mean, std.masked_fill_(std == 0, 1.0)
 
-    def arrow(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, float | Tensor]:
+    def arrow(self, part: LayerPart, state: State) -> tuple[Tensor, Tensor, float | Tensor]:
         layout = part.layout(self.request)
         mean, std = map(layout.spread_out, self.scales(part, state))
         if not self.width_scaling:

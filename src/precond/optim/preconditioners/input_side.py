@@ -138,8 +138,8 @@ class InputSide(Stacked):
         """Zero statistics of a weight: ``count``, ``mean``, ``activity`` and ``variance`` or ``covariance``."""
 
     @abstractmethod
-    def arrow(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, float | Tensor]:
-        """(μ, σ, β) of U·diag(β, 1/σ), U = [[1, −μᵀ], [0, I]]: μ and σ of each input of a row, shape (groups, n)."""
+    def arrow(self, part: LayerPart, state: State) -> tuple[Tensor, Tensor, float | Tensor]:
+        """(μ, σ, β) of U·diag(β, 1/σ), U = [[1, −μᵀ], [0, I]]: μ and σ of each input of a row, shape (groups, n), by the statistics."""
 
     def centered(self, mean: Tensor, variance: Tensor, square: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(μ, σ²), of groups with one sample (0, E[h²]): it has no variance, so there is scale without centering until there are two."""
@@ -148,7 +148,7 @@ class InputSide(Stacked):
         one = (state["count"] < 2).to(mean.device)[:, None]
         return torch.where(one, 0, mean), torch.where(one, square, variance)
 
-    def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec, layout: Layout) -> LinearMap:
+    def part_map(self, part: LayerPart, state: State, like: Vec, layout: Layout) -> LinearMap:
         """P on (weight, bias) or (weight,) of a stack."""
         mean, std, beta = self.arrow(part, state)
         return Standardizing(mean, std, like, beta, layout)
@@ -163,10 +163,6 @@ class InputSide(Stacked):
     def wants(self, state: State, part: LayerPart) -> Sequence[bool]:
         """Whether the inputs of a weight are to be observed at the next step, of each member of a stack."""
         return [True] * len(state.block.turns)
-
-    def renews(self, state: State) -> bool:
-        """Whether :meth:`refresh` does anything after the step in progress."""
-        return False
 
     def wanted(self, state: State) -> list[tuple[str, Request, Tensor | None]]:
         out = []
@@ -191,7 +187,7 @@ class InputSide(Stacked):
         for part in self.parts(state.block):
             found = [(seen.inputs or {}).get((site.name, self.request)) for site in self._sites(part, state.block)]
             for some in spans([f is not None for f in found]):
-                mine, new = self._of(part, state.span(some)), Moments.joined([f for f in found[some] if f is not None])
+                mine, new = self.statistics(part, state.span(some)), Moments.joined([f for f in found[some] if f is not None])
                 if new.mean.device.type != "cpu":  # where it is, the step was not taken: a look at it costs nothing there
                     new.bound_to_(mine["mean"], mine["variance" if "variance" in mine else "covariance"])
                 self.fold(mine, new, self.rate(min(state.steps), new))
@@ -262,7 +258,7 @@ class InputSide(Stacked):
         block, like, maps = state.block, state.block.tensors, []
         assert isinstance(block, Stack)
         for part in self.parts(block):
-            mine, own = self._of(part, state), part.of(like)
+            mine, own = self.statistics(part, state), part.of(like)
             layout = SideBySide.all(part.layout(self.request), len(block.members))
             maps.append((part, self.part_map(part, mine, own, layout) if self.known(mine) else Identity(own)))
         (first, only), *more = maps
@@ -272,19 +268,19 @@ class InputSide(Stacked):
         return Sliced([(p.weight, p.bias, p.rows, m) for p, m in maps], like)
 
     @classmethod
-    def _of(cls, part: LayerPart, state: State) -> dict[str, Tensor]:
-        """The statistics of a part, of all members' groups one after the other."""
+    def statistics(cls, part: LayerPart, state: State) -> State:
+        """Those of a part of a stack, of all members' groups one after the other."""
         return state.kept(f"part {part.number}", None, lambda: cls._flat(part, state))
 
     @staticmethod
-    def _flat(part: LayerPart, state: State) -> dict[str, Tensor]:
+    def _flat(part: LayerPart, state: State) -> State:
         suffix = f".{part.number}" if part.number else ""
         mine = {
             k.removesuffix(suffix): v
             for k, v in state.items()
             if k != "step" and k.endswith(suffix) and ("." in k) == bool(suffix)
         }
-        return {k: v.flatten(0, 1) if v.ndim > 1 else v for k, v in mine.items()}
+        return State(state.block, {k: v.flatten(0, 1) if v.ndim > 1 else v for k, v in mine.items()})
 
 
 def _put(t: Tensor, numbers: Sequence[float]) -> None:

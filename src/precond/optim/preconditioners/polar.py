@@ -152,16 +152,12 @@ class Polar(Stacked):
         size = torch.zeros((), dtype=state_dtype(p.dtype))  # on the host, which knows it from shapes
         return {"gram": L, **root.fresh(L), "norm": zeros(), "length": zeros() + 1, "rank": zeros() + 1, "size": size}
 
-    def share(self, state: State, shape: Sequence[int], first: bool) -> float:
-        """The largest share of this step's m mᵀ in L, of a matrix of a shape; 0: L and its root stay."""
-        return 1.0 if first else max(self._shares(state, shape))
-
     def _shares(self, state: State, shape: Sequence[int]) -> list[float]:
-        """The share of each member of a stack; of a layer alone its own."""
+        """The share of this step's m mᵀ in L, of each member of a stack; 0: L and its root stay."""
         whole, away = root_of(state).whole, state.until_renewed(self.every)
         return [
             1.0 if whole and self.exact(N, shape) else 0.0 if until else 1 - self.decay
-            for N, until in zip(_each(state["size"]), away, strict=True)
+            for N, until in zip(state["size"].tolist(), away, strict=True)
         ]
 
     @staticmethod
@@ -262,8 +258,3 @@ class Polar(Stacked):
         length = self.step_length(state["rank"], state["length"], matrix.shape[-2:])
         s = torch.where(state["norm"] > 0, length / state["norm"], 0.0)
         return Augmented(Scaled(root_of(state).map(state, matrix), s.sqrt()), like, self.is_turned(state.block), stacked)
-
-
-def _each(numbers: Tensor) -> list[float]:
-    """The number of each member of a stack; of a layer alone its own."""
-    return numbers.tolist() if numbers.ndim else [numbers.item()]

@@ -149,8 +149,11 @@ class Whitening(InputSide):
         """How the root of a layer's correlations is kept."""
         return Leading(state["basis"].shape[-1], self.power) if "basis" in state else Whole(self.root, self.power)
 
-    def scales(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(μ, σ̃); with no bias to center with, μ is 0 and σ² = E[h²]."""
+    def scales(self, part: LayerPart, state: State) -> tuple[Tensor, Tensor]:
+        """(μ, σ̃); with no bias to center with, μ is 0 and σ² = E[h²]. Made again where something was observed."""
+        return state.kept("scales", (state["mean"]._version, self.damping), lambda: self._scales(part, state))
+
+    def _scales(self, part: LayerPart, state: State) -> tuple[Tensor, Tensor]:
         mean = state["mean"]
         variance = variances(state["covariance"], mean)
         square = torch.addcmul(variance, mean, mean)
@@ -161,24 +164,21 @@ class Whitening(InputSide):
         std = self.damping_of(square, state).add_(variance).sqrt_()
         return mean, std.masked_fill_(std == 0, 1.0)
 
-    def arrow(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, float | Tensor]:
+    def arrow(self, part: LayerPart, state: State) -> tuple[Tensor, Tensor, float | Tensor]:
         return *self.scales(part, state), 1.0
 
-    def part_map(self, part: LayerPart, state: dict[str, Tensor], like: Vec, layout: Layout) -> LinearMap:
+    def part_map(self, part: LayerPart, state: State, like: Vec, layout: Layout) -> LinearMap:
         # Before the first refresh the root is the identity, which leaves BNP's arrow.
         return super().part_map(part, state, like, layout) @ self.root_of(state).map(state, like, layout)
 
     def known(self, mine: dict[str, Tensor]) -> bool:
         return greatest(mine["count"]) >= 2  # one sample has no covariance
 
-    def renews(self, state: State) -> bool:
-        return 0 in state.until_renewed(self.every)
-
     def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:
         for some in spans([k == 0 for k in state.until_renewed(self.every)], self._at_once(state)):
             due = state.span(some)
             for part in self.parts(state.block):
-                if self.known(mine := self._of(part, due)):
+                if self.known(mine := self.statistics(part, due)):
                     _, std = self.scales(part, mine)
                     mean = None if part.bias is not None else mine["mean"]  # with no bias to center with, E[hhᵀ]
                     shrunk = 1 + self.shrinkage * std.shape[-1] * by_group(mine["noise"], std)  # 1/(1 − γ)
@@ -202,7 +202,7 @@ class Whitening(InputSide):
         out: dict[str, float] = {}
         members = state.block.members if isinstance(state.block, Stack) else (state.block,)
         for part in self.parts(state.block):
-            mine = self._of(part, state)
+            mine = self.statistics(part, state)
             if not self.known(mine):
                 continue
             _, std = self.scales(part, mine)
@@ -218,7 +218,7 @@ class Whitening(InputSide):
         members = state.block.members if isinstance(state.block, Stack) else (state.block,)
         out: dict[str, float] = {}
         for part in self.parts(state.block):
-            mine = self._of(part, state)
+            mine = self.statistics(part, state)
             if self.known(mine):
                 n = mine["mean"].shape[-1]
                 found = (1 / (n * mine["noise"])).view(len(members), -1).amin(1).tolist()

@@ -13,6 +13,8 @@ from precond.optim.engine.cells import Cell
 from precond.optim.engine.kernels.layer import CachedOnStatistics, is_plain
 from precond.optim.momentum import Momentum
 from precond.optim.preconditioners import BNP
+from precond.optim.preconditioners.base import Seen
+from precond.optim.preconditioners.stacked import on
 
 
 @dataclass
@@ -31,7 +33,7 @@ class BNPStep:
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         if cell.inputs:
-            cell.observe(cell.state, tuple(g))
+            on(cell.block, self.P).observe(cell.state, Seen((), cell.inputs))
         lr = float(lr)
         if self.decay:
             torch._foreach_mul_(p, 1 - lr * self.decay)

@@ -58,4 +58,5 @@ class CachedOnStatistics(Generic[Made]):
 
     def _new(self, state: State) -> Made | None:
         (part,) = self.P.parts(state.block)
-        return self.make(state, *self.P.arrow(part, state)) if self.P.known(state) else None
+        mine = self.P.statistics(part, state.as_stack())
+        return self.make(state, *self.P.arrow(part, mine)) if self.P.known(mine) else None

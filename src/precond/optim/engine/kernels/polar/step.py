@@ -20,6 +20,7 @@ from precond.optim.inputs.moments import REQUESTS
 from precond.optim.momentum import Momentum
 from precond.optim.preconditioners import BNP, Polar, Whitening
 from precond.optim.preconditioners.base import Seen
+from precond.optim.preconditioners.polar_roots import root_of
 from precond.optim.preconditioners.stacked import on
 
 Outer = TypeVar("Outer")
@@ -28,6 +29,21 @@ Tangent = TypeVar("Tangent")
 
 # Lengths whose squares stay in the range of float32.
 LEAST, MOST = 1e-12, 1e15
+
+
+@dataclass
+class Schedule:
+    """When something is renewed next: looked up where that step has come, or steps were counted anew."""
+
+    _from: int = 1
+    _next: int = 0
+
+    def due(self, state: State, every: float) -> bool:
+        """Whether it is in the step in progress."""
+        t = min(state.steps)
+        if not self._from <= t <= self._next:
+            self._from, self._next = t, t + min(state.until_renewed(every))
+        return t == self._next
 
 
 @dataclass
@@ -40,6 +56,8 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
         _sites: what may be observed of the layer.
         _shape: (A, B) of [W b].
         _seen: the version of L when it was seen last that something was observed of it.
+        _exact: see :meth:`_is_exact`, with the version of the number of samples that it was found for.
+        _of_root, _of_outer: when L and when the statistics of P₁ are renewed.
     """
 
     P: Polar
@@ -49,6 +67,9 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
     _sites: frozenset[tuple[str, Request]] = field(default=frozenset(), init=False, repr=False)
     _shape: tuple[int, ...] = field(default=(), init=False, repr=False)
     _seen: int = field(default=-1, init=False, repr=False)
+    _exact: tuple[int, bool] = field(default=(-1, False), init=False, repr=False)
+    _of_root: Schedule = field(default_factory=Schedule, init=False, repr=False)
+    _of_outer: Schedule = field(default_factory=Schedule, init=False, repr=False)
     _kept: CachedOnStatistics[Outer] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -104,8 +125,10 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
             self.P.measure(state, augmented(z), torch.tensor(True))
         else:
             self._seen = L._version
-        if share := self.P.share(state, self._shape, first):
-            self._renew(state, P1, m, share)
+        if first or self._is_exact(state):
+            self._renew(state, P1, m, 1.0)
+        elif self._of_root.due(state, self.P.every):
+            self._renew(state, P1, m, 1 - self.P.decay)
         d, norm = self._turned(state, P1, m)
         if not LEAST < norm < MOST:
             m, size = self._unit(P1, self._average(cell, g, P1))
@@ -113,8 +136,15 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
         state["norm"].fill_(norm * size)
         lr, length = float(lr), self.P.step_length(state["rank"].item(), state["length"].item(), self._shape)
         self._move(p, P1, d, 1 - lr * self.decay, -lr * length / norm if norm else 0.0)
-        if self.outer is not None and self.outer.renews(cell.state["outer"]):
+        if isinstance(self.outer, Whitening) and self._of_outer.due(cell.state["outer"], self.outer.every):
             on(cell.block, self.outer).refresh(cell.state["outer"])
+
+    def _is_exact(self, state: State) -> bool:
+        """Whether L is that of m itself."""
+        size = state["size"]
+        if self._exact[0] != size._version:
+            self._exact = size._version, root_of(state).whole and self.P.exact(size.item(), self._shape)
+        return self._exact[1]
 
     def _renew(self, state: State, P1: Outer | None, m: Average, share: float) -> None:
         """Fold the momentum in z₁ into L and take the root of that."""
