@@ -36,10 +36,11 @@ def local(t: Tensor) -> Tensor:
         return t.to_local()  # type: ignore[attr-defined]
 
 
-def gathered(args: Any) -> tuple[Any, bool]:
+def gathered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
     """Arguments of a call with DTensors made whole, by all who hold them, and whether this process speaks for them: the first one does."""
-    if not (dist.is_available() and dist.is_initialized()):  # and so no DTensor
-        return args, True
+    plain = not kwargs and all([type(x) is Tensor for x in args])
+    if plain or not (dist.is_available() and dist.is_initialized()):  # and so no DTensor
+        return args, kwargs, True
     speaks = True
 
     def whole(x: Any) -> Any:
@@ -49,7 +50,7 @@ def gathered(args: Any) -> tuple[Any, bool]:
         speaks &= not any(x.device_mesh.get_coordinate())
         return x.full_tensor()
 
-    return torch.utils._pytree.tree_map(whole, args), speaks
+    return *torch.utils._pytree.tree_map(whole, (args, kwargs)), speaks
 
 
 def replicated(t: Tensor) -> Tensor | None:
@@ -190,6 +191,9 @@ class LocalSums(Sums):
 
     dot = staticmethod(vec.dot)
     norm = staticmethod(vec.norm)
+
+    def total(self, numbers: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        return numbers.amax(0) if op == dist.ReduceOp.MAX else numbers.sum(0)
 
 
 LOCAL_SUMS = LocalSums()

@@ -73,15 +73,12 @@ class Block:
 
     @cached_property
     def dtypes(self) -> list[torch.dtype]:
-        """Of the tensors; a block whose parameters are converted is made anew."""
-        return [t.dtype for t in self.tensors]
+        """Of the tensors of all leaves; a block whose parameters are converted is made anew."""
+        return [t.dtype for t in self.all_tensors]
 
-    @property
-    def gradients(self) -> list[Tensor | None]:
-        """What ``.grad`` holds of all leaves, or None."""
-        if not self.sharded:
-            return [leaf.param.grad for leaf in self.all_leaves]
-        return [None if leaf.param.grad is None else leaf.local(leaf.param.grad) for leaf in self.all_leaves]
+    def local(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """What this process holds of tensors of all leaves."""
+        return [leaf.local(t) for leaf, t in zip(self.all_leaves, v, strict=True)]
 
     @cached_property
     def sums(self) -> Sums:

@@ -50,6 +50,7 @@ class Cell:
     inputs: InputMoments | None = None
     _views: dict[tuple[int, ...], Cell] = field(default_factory=dict, repr=False)
     _handled: tuple[Preconditioner, bool] | None = field(default=None, repr=False)
+    _asks: tuple[Preconditioner, bool] | None = field(default=None, repr=False)
 
     @cached_property
     def members(self) -> list[tuple[int, ...]]:
@@ -98,7 +99,9 @@ class Cell:
 
     def wanted(self) -> Iterable[tuple[str, Request, Tensor | None]]:
         """What is to be observed of layer inputs before the next step: see :meth:`Preconditioner.wanted`."""
-        if not self.handled or self.preconditioner.idle(min(self.state.steps) + 1, self.block.turns):
+        if self._asks is None or self._asks[0] is not self.preconditioner:
+            self._asks = self.preconditioner, bool(self.preconditioner.requests) and self.handled
+        if not self._asks[1] or self.preconditioner.idle(min(self.state.steps) + 1, self.block.turns):
             return ()
         return self.acting.wanted(self.state)
 

@@ -29,15 +29,13 @@ class WeakHook:
         self._outside = _outside()
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
-        if not module.training or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if not module.training or (target := self._target()) is None:
             return
-        target = self._target()
-        if target is None:
-            return
-        if torch.compiler.is_compiling():  # a traced graph would run this once and never again
+        if not torch.compiler.is_compiling():
+            if not torch._C._is_tracing():
+                getattr(target, self._method)(module, *args)
+        elif not torch.compiler.is_exporting():  # a traced graph would run this once and never again
             self._outside(target, self._method, module, args)
-        else:
-            getattr(target, self._method)(module, *args)
 
     @property
     def __name__(self) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +18,13 @@ from precond.optim.inputs.sites import Site
 from precond.optim.inputs.taps import Tap, Weight
 from precond.optim.inputs.watching import watching
 
-InputMoments = dict[tuple[str, Request], Moments]
-"""By site name and request."""
+Key = tuple[str, Request]
+"""A site's name, and a request."""
+InputMoments = dict[Key, Moments]
+_AS_IT_IS = nullcontext()
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """Which gradient a parameter had, to tell whether a backward has been since; keeps none alive."""
 
     gradient: weakref.ref[Tensor] | None
@@ -60,19 +60,20 @@ class Observer:
         self.enabled = True
         self.ready: Callable[[], Observer | None] = _nothing  # called before the first forward that counts: who observes it
         self._first = True
-        self.wanted: dict[tuple[str, Request], Tensor | None] = {}
+        self.wanted: dict[Key, Tensor | None] = {}
         self.unread: dict[str, str] = {}
         self.absent = 0
         self._seen: InputMoments = {} if seen is None else seen  # since the last backward through the layer
         self._earlier: InputMoments = {}  # before it: micro-batches, or a step that a scaler skipped
         self._marks: dict[str, Mark] = {}
         self._without_grad: dict[nn.Module, int] = {}
-        by_module: dict[nn.Module, list[tuple[Site, Tap, Weight]]] = {}
+        self._work: dict[nn.Module, tuple[Tap, list[tuple[Site, Weight, list[Key]]]]] = {}
+        self._shapes: dict[Key, tuple[int, int]] = {}
         for site in self.sites:
+            keys = [(site.name, request) for request in self.requests]
             for tap, weight in site.taps:
-                by_module.setdefault(tap.module, []).append((site, tap, weight))
-        self._work = by_module
-        self._handles = [m.register_forward_pre_hook(WeakHook(self, "see"), with_kwargs=True) for m in by_module]
+                self._work.setdefault(tap.module, (tap, []))[1].append((site, weight, keys))
+        self._handles = [m.register_forward_pre_hook(WeakHook(self, "see"), with_kwargs=True) for m in self._work]
         weakref.finalize(self, remove, self._handles)
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -87,15 +88,15 @@ class Observer:
         work = self._work.get(module)  # None in a shallow copy, such as nn.DataParallel's replicas
         if work is None or not (self.enabled and module.training and watching()) or _transformed() or not self._counts(module):
             return
-        asked = [(site, weight, keys) for site, _, weight in work if site.weight.requires_grad and (keys := self._keys(site))]
+        tap, weights = work
+        asked = [w for w in weights if w[0].weight.requires_grad and not self.wanted.keys().isdisjoint(w[2])]
         if not asked:
             return
-        tap = work[0][1]
         try:
-            device = work[0][0].weight.device.type
-            full = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+            device = asked[0][0].weight.device.type
+            full = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
             with torch.no_grad(), full:
-                (args, kwargs), speaks = gathered((args, kwargs))  # under tensor parallelism
+                args, kwargs, speaks = gathered(args, kwargs)  # under tensor parallelism
                 if (call := tap.read(args, kwargs)) is None:
                     return
                 for site, weight, keys in asked:
@@ -104,24 +105,24 @@ class Observer:
             for site, _, _ in asked:
                 self.unread[site.name] = why_unread(error)
 
-    def _keys(self, site: Site) -> list[tuple[str, Request]]:
-        """What is wanted of a site."""
-        return [key for request in self.requests if (key := (site.name, request)) in self.wanted]
-
-    def _fold(self, tap: Tap, call: Any, site: Site, weight: Weight, keys: Sequence[tuple[str, Request]]) -> None:
+    def _fold(self, tap: Tap, call: Any, site: Site, weight: Weight, keys: Sequence[Key]) -> None:
         """Put what a call shows of a weight to what was seen before."""
         try:
             if self._used(site):
                 self._separate(site)
             self._marks[site.name] = mark(site.weight)
             for key in keys:
-                center, there = self.wanted[key], _device(tap.module, site)
-                found = tap.moments(call, weight, key[1], None if center is None else center.to(there))
-                if found is None:
+                if key not in self.wanted:
+                    continue
+                if (center := self.wanted[key]) is not None:
+                    center = center.to(_device(tap.module, site))
+                if (found := tap.moments(call, weight, key[1], center)) is None:
                     continue
                 found = found.to(site.weight.device)
-                if found.mean.shape != site.shape(key[1]):
-                    raise Unreadable(f"has {site.shape(key[1])} features, but inputs have {tuple(found.mean.shape)}")
+                if key not in self._shapes:
+                    self._shapes[key] = site.shape(key[1])
+                if found.mean.shape != self._shapes[key]:
+                    raise Unreadable(f"has {self._shapes[key]} features, but inputs have {tuple(found.mean.shape)}")
                 self._seen[key] = pool([self._seen[key], found]) if key in self._seen else found
         except Exception as error:
             self.unread[site.name] = why_unread(error)
@@ -141,10 +142,13 @@ class Observer:
     @property
     def expected(self) -> list[Site]:
         """The sites of weights that train, of which something is wanted."""
-        return [site for site in self.sites if site.weight.requires_grad and self._keys(site)] if self.wanted else []
+        asked = {name for name, _ in self.wanted}
+        return [site for site in self.sites if site.weight.requires_grad and site.name in asked]
 
     def collect(self) -> InputMoments:
         """What was seen since :meth:`clear`."""
+        if not self._earlier:
+            return dict(self._seen)
         both = {key: pool([self._earlier[key], self._seen[key]]) for key in self._earlier.keys() & self._seen.keys()}
         return {**self._earlier, **self._seen, **both}
 
@@ -171,15 +175,14 @@ class Observer:
 
     def drop_used(self) -> None:
         """Forget what was seen before the last backward, whose gradient is about to be cleared."""
-        for site in self.sites:
+        for site in self.sites if self._marks else ():
             if self._used(site):
                 self._separate(site)
-            for request in self.requests:
-                self._earlier.pop((site.name, request), None)
+        self._earlier = {}
 
     def cleared(self) -> None:
         """The gradients were cleared: that is no backward."""
-        for site in self.sites:
+        for site in self.sites if self._marks else ():
             if site.name in self._marks:
                 self._marks[site.name] = mark(site.weight)
 
@@ -195,7 +198,10 @@ class Observer:
 
 def _device(module: nn.Module, site: Site) -> torch.device:
     """Where a call's inputs are: an engine that offloads parameters has others in their place by then."""
-    return next((p.device for p in module._parameters.values() if p is not None), site.weight.device)
+    for p in module._parameters.values():
+        if p is not None:
+            return p.device
+    return site.weight.device
 
 
 def why_unread(error: Exception) -> str:

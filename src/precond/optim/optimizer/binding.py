@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from precond.algebra.sharding import divided
 from precond.optim.averages import WeightAverage
@@ -20,10 +20,12 @@ from precond.optim.engine.loop import Rules
 from precond.optim.engine.sharing import Shared
 from precond.optim.optimizer import averaging
 from precond.optim.optimizer.fusing import fusible
-from precond.optim.optimizer.models import Location, Models, in_place
+from precond.optim.optimizer.models import Location, Models
 from precond.optim.optimizer.naming import Naming
 
-_shape, _wants, _dtype = map(operator.attrgetter, ("shape", "requires_grad", "dtype"))
+_shape, _wants, _dtype, _parameters = map(operator.attrgetter, ("shape", "requires_grad", "dtype", "_parameters"))
+_PLAIN = frozenset({bool, int, float, str, tuple, dict, type(None)})
+"""Types of options that hold no tensor."""
 
 Kinds = tuple[list[bool], list[torch.dtype], list[int]]
 """Whether each parameter wants gradients, its dtype, and the number of its device, -1 on a processor: numbers are compared at once."""
@@ -68,7 +70,7 @@ class Binding:
         """The cells of several blocks."""
         return [cell for cell in self.blocks if len(cell.members) > 1]
 
-    @property
+    @cached_property
     def blocks(self) -> list[Cell]:
         """The cells that step blocks, also those of other ranks."""
         return [each for cell in self.cells for each in cell.cells]
@@ -78,15 +80,20 @@ class Binding:
         """What this process steps by itself, where nothing looks at all of a step."""
         return [each for cell in self.cells for each in cell.here]
 
-    @property
+    @cached_property
     def in_place(self) -> list[Shared]:
         """The cells that ranks share, and whose owners step parameters in place."""
         return [cell for cell in self.shared if cell.in_place]
 
-    @property
+    @cached_property
     def shared(self) -> list[Shared]:
         """The cells that ranks step for each other."""
         return [cell for cell in self.cells if isinstance(cell, Shared)]
+
+    @cached_property
+    def sharded(self) -> list[Leaf]:
+        """The leaves that are divided among processes."""
+        return [leaf for leaf in self.leaves if leaf.shard is not None]
 
     def read_counts(self) -> None:
         """Let the host know of the steps that devices have counted."""
@@ -101,8 +108,8 @@ class Binding:
 
     def converted(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether parameters were frozen, thawed, converted or moved since, or others put in their places."""
-        params = [p for group in groups for p in group["params"]]
-        same = len(params) == len(self.leaves) and all(map(operator.is_, params, self._params))
+        params = groups[0]["params"] if len(groups) == 1 else [p for group in groups for p in group["params"]]
+        same = len(params) == len(self._params) and all(map(operator.is_, params, self._params))
         return not same or self.kinds != read_kinds(params) or not self.modules_in_place
 
     @property
@@ -128,10 +135,21 @@ class Binding:
     def _params(self) -> list[Tensor]:
         return [leaf.param for leaf in self.leaves]
 
+    @property
+    def held(self) -> bool:
+        """Whether modules hold the parameters that were theirs: :func:`in_place` of all leaves at once."""
+        modules, names, params = self._places
+        return all(map(operator.is_, map(dict.get, map(_parameters, modules), names), params))
+
     @cached_property
-    def _of_modules(self) -> list[Leaf]:
-        """The leaves whose modules are known."""
-        return [leaf for leaf in self.leaves if leaf.module is not None]
+    def _places(self) -> tuple[list[nn.Module], list[str], list[Tensor]]:
+        """Modules, what they call their parameters, and these, by columns: asked for in each step."""
+        found = [leaf for leaf in self.leaves if leaf.module is not None and leaf.shard is None]
+        return (
+            [leaf.module for leaf in found if leaf.module is not None],
+            [leaf.attribute for leaf in found],
+            [leaf.param for leaf in found],
+        )
 
     def follow(self, groups: Sequence[Mapping[str, Any]], naming: Naming) -> Following:
         """Take over numbers that have changed in the groups.
@@ -148,17 +166,18 @@ class Binding:
                 "which its state fits: make the optimizer after such changes"
             )
         options = read_options(groups, naming)
-        if self.converted(groups) or not all(map(in_place, self._of_modules)):
+        if self.converted(groups) or not self.held:
             return "broken"
         if options == self.options:
             return "same"
-        if _structure(options) != _structure(self.options):
-            return "broken"
-        self.choices = choices_of(groups, naming)
+        choices = choices_of(groups, naming)
         live = sorted(i for cell in self.blocks for i in cell.index)
-        of = {unit.index: unit for unit in plan.units(self.leaves, live, self.choices)}
+        of = {unit.index: unit for unit in plan.units(self.leaves, live, choices)}
         if of.keys() != {index for cell in self.blocks for index in cell.members}:
             return "broken"
+        if _structure(options) != _structure(self.options) and not self._stays(choices, of, groups):
+            return "broken"
+        self.choices = choices
         for cell in self.blocks:
             first, *others = (of[index] for index in cell.members)
             if any(u.preconditioner != first.preconditioner or u.momentum != first.momentum for u in others):
@@ -168,6 +187,11 @@ class Binding:
             shared.renumber()
         self.options = options
         return "renumbered"
+
+    def _stays(self, choices: Sequence[Choice], units: Mapping[Any, plan.Unit], groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether choices that say something else come to the same for every block, and the host counts."""
+        counted = any(g.get("capturable") for g in groups) or any("clock" in cell.state for cell in self.blocks)
+        return not counted and plan.unchanged(self.blocks, units, choices, self.choices)
 
 
 @dataclass(frozen=True)
@@ -262,18 +286,16 @@ def choices_of(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[Choi
 
 def read_kinds(params: Sequence[Tensor]) -> Kinds:
     """Of each parameter what decides where its state is, and in what dtype; a model may be converted at any time."""
-    return list(map(_wants, params)), list(map(_dtype, params)), [p.get_device() for p in params]
+    return list(map(_wants, params)), list(map(_dtype, params)), list(map(Tensor.get_device, params))
 
 
 def read_options(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[tuple[Any, ...]]:
     """The options of groups; of tensors also their versions, since they may be changed in place."""
     found = [tuple(map(group.get, naming.defaults)) for group in groups]
-    return [
-        tuple((x, x._version) if isinstance(x, Tensor) else x for x in options)
-        if any(issubclass(kind, Tensor) for kind in set(map(type, options)))
-        else options
-        for options in found
-    ]
+    for k, options in enumerate(found):
+        if not _PLAIN.issuperset(map(type, options)):
+            found[k] = tuple((x, x._version) if isinstance(x, Tensor) else x for x in options)
+    return found
 
 
 def _structure(options: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

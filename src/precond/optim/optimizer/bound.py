@@ -25,6 +25,7 @@ from precond.optim.optimizer.averaging import Averaged
 from precond.optim.optimizer.binding import Binding, Setup, bind, choices_of, transfer_state
 from precond.optim.optimizer.closures import Clearings
 from precond.optim.optimizer.compatibility import check_precision
+from precond.optim.optimizer.graphs import out_of_graphs
 from precond.optim.optimizer.interrupts import Uninterrupted
 from precond.optim.optimizer.listening import Listening
 from precond.optim.optimizer.models import Models, in_place
@@ -229,11 +230,14 @@ class Bound(torch.optim.Optimizer):
         """Whether this very module is what it observes."""
         return any(model is module for module in self.models.alive())
 
-    @torch._disable_dynamo
+    @out_of_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim's. What layers received in forwards whose gradients are cleared does not count."""
-        with nullcontext() if self._closing else self._listening.clearing():
-            super().zero_grad(set_to_none)
+        if not self._closing:
+            self._listening.begin_clearing()
+        super().zero_grad(set_to_none)
+        if not self._closing:
+            self._listening.end_clearing()
         self._clearings.count += 1
 
     @property

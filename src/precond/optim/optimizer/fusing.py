@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,8 +17,9 @@ from precond.optim.engine.kernels.entrywise import Kernel
 from precond.optim.engine.loop import Rules
 from precond.optim.regularizers import L2
 
-Work = list[tuple[Kernel, Cell, Tensors]]
-"""(kernel, cell, gradients laid out as the parameters)."""
+Work = list[tuple[Kernel, Cell, Tensors, Tensors]]
+"""(kernel, cell, parameters, gradients laid out as these)."""
+_dtype = operator.attrgetter("dtype")
 
 
 def kernels_of(
@@ -59,37 +61,32 @@ def divided(
     cells: Sequence[Cell],
     lr: Callable[[Leaf], Scalar],
     groups: Sequence[Mapping[str, Any]],
-    gradients: Sequence[Tensor | None] | None = None,
+    gradients: Sequence[Tensor | None],
 ) -> tuple[Work, list[Cell]]:
     """What the kernels have to do, and the cells that are left to the reference engine.
 
     Args:
-        gradients: one per leaf of the optimizer, None where there is none; None altogether: those in ``.grad``.
+        gradients: one per leaf of the optimizer, None where there is none.
     """
     work: Work = []
     rest = []
     for cell, kernel in zip(cells, kernels, strict=True):
-        if kernel is None:
-            if any(leaf.param.grad is not None for leaf in cell.leaves):
-                rest.append(cell)
-            continue
-        grads = cell.block.gradients if gradients is None else [gradients[i] for i in cell.index]
+        grads = [gradients[i] for i in cell.index]
         g = [x for x in grads if x is not None]
         if not g:
             continue
         whole = len(g) == len(grads)
-        if not (whole or cell.preconditioner.entrywise) or not alike(cell, lr, groups):
+        if kernel is None or not (whole or cell.preconditioner.entrywise) or not alike(cell, lr, groups):
             rest.append(cell)
             continue
         if not whole:
             cell = cell.restricted(tuple(i for i, x in enumerate(grads) if x is not None))
-        laid_out = (
-            fused.aligned(g, cell.block.all_tensors)
-            if [x.dtype for x in g] == [t.dtype for t in cell.block.all_tensors]
-            else None
-        )
+        if cell.block.sharded:
+            g = cell.block.local(g)
+        p = cell.block.all_tensors
+        laid_out = fused.aligned(g, p) if list(map(_dtype, g)) == cell.block.dtypes else None
         if laid_out is None:
             rest.append(cell)
         else:
-            work.append((kernel, cell, laid_out))
+            work.append((kernel, cell, p, laid_out))
     return work, rest

@@ -144,10 +144,7 @@ class Listening:
     def want(self, cells: Sequence[Cell]) -> None:
         """Tell the observer what the next step needs."""
         if self.observer is not None:
-            wanted: dict[tuple[str, Request], Tensor | None] = {}
-            for cell in cells:
-                wanted |= {(site, request): known for site, request, known in cell.wanted()}
-            self.observer.wanted = wanted
+            self.observer.wanted = {(site, request): known for cell in cells for site, request, known in cell.wanted()}
 
     def pause(self) -> None:
         """Until the step is over, forwards are those of second passes."""
@@ -172,15 +169,15 @@ class Listening:
         if anew and self.observer is not None:
             self.observer.drop_earlier()
 
-    @contextmanager
-    def clearing(self) -> Iterator[None]:
-        """Gradients are cleared inside, which is outside of a closure: forwards whose backward has been do not count."""
-        observer = self.observer if self._heard is None else None
-        if observer is not None and observer.enabled:
-            observer.drop_used()
-        yield
-        if observer is not None:
-            observer.cleared()
+    def begin_clearing(self) -> None:
+        """Gradients are about to be cleared, outside of a closure: forwards whose backward has been do not count."""
+        if self.observer is not None and self._heard is None and self.observer.enabled:
+            self.observer.drop_used()
+
+    def end_clearing(self) -> None:
+        """They have been cleared."""
+        if self.observer is not None and self._heard is None:
+            self.observer.cleared()
 
     def forget(self) -> None:
         """What was heard so far does not count: the step's forwards are yet to come."""

@@ -31,6 +31,7 @@ from precond.optim.optimizer.compatibility import (
 )
 from precond.optim.optimizer.delegation import delegate
 from precond.optim.optimizer.explanation import Explanation, explain
+from precond.optim.optimizer.graphs import out_of_graphs
 from precond.optim.optimizer.interrupts import Uninterrupted
 from precond.optim.optimizer.looking import map_in_force
 from precond.optim.optimizer.models import Models
@@ -180,7 +181,7 @@ class PreconditionedGD(Saving):
         divided = any(leaf.shard is not None for leaf in self._bound.leaves)
         return not self._closing and (self._probing or shared or divided or captured)
 
-    @torch._disable_dynamo  # under torch.compile the graph breaks here: a step reads its numbers and looks at its model
+    @out_of_graphs
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step.
 
@@ -222,7 +223,7 @@ class PreconditionedGD(Saving):
         elif self._gradient_based is not None:
             self._check_probed()
         self._check_company()
-        place_gradients(self._bound.leaves)
+        place_gradients(self._bound.sharded)
         before = [] if self._averaged is None else self._averaged.steps()
         with Uninterrupted():
             try:

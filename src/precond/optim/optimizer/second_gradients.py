@@ -26,6 +26,7 @@ from precond.optim.optimizer.closures import (
     finite_loss,
     loss_gradient,
 )
+from precond.optim.optimizer.graphs import out_of_graphs
 from precond.optim.optimizer.interrupts import Uninterrupted
 from precond.optim.optimizer.passes import Random, Recorder, random_state, restore_random_state
 from precond.optim.optimizer.probing import Probe, place_gradients, take_gradients, unscaled
@@ -54,7 +55,7 @@ class SecondGradients(Capturing):
         """Whether the parameters stand at a probed point p + δ."""
         return self._pending is not None and self._pending.moved
 
-    @torch._disable_dynamo
+    @out_of_graphs
     def probe(self, grad_scale: float | Tensor | None = None) -> bool:
         """Ask for another gradient: ``loss.backward(); while opt.probe(): loss_fn(...).backward()``; then ``opt.step()``.
 
@@ -139,10 +140,10 @@ class SecondGradients(Capturing):
 
     def _check_company(self) -> None:
         """Raise where the other ranks, whom this one steps for, would not come to this step."""
-        if (self.shared or self._requests) and started():
+        if (self._bound.shared or self._requests) and started():
             check_joined(self.naming.name, self.models.alive())
-        if self.shared and all(leaf.param.grad is None for leaf in self._bound.leaves):
-            for shared in self.shared:
+        if self._bound.shared and all(leaf.param.grad is None for leaf in self._bound.leaves):
+            for shared in self._bound.shared:
                 meet(shared.exchange.group, f"{self.naming.name}.step, where no parameter has a gradient", _WITHOUT_DATA)
 
     def _exact_gradient(self, closure: Callable[[], Any]) -> tuple[Any, list[Tensor | None]]:
@@ -167,7 +168,7 @@ class SecondGradients(Capturing):
     @torch.no_grad()
     def _next_probe(self, grad_scale: float | Tensor | None, recorder: Recorder | None) -> bool:
         with Uninterrupted():
-            place_gradients(self._bound.leaves)
+            place_gradients(self._bound.sharded)
             if self._pending is None:
                 self._settle()
                 with self._own_precision():

@@ -228,5 +228,5 @@ def _fit(
 FROZEN = "frozen"
 """What the state of a parameter holds that was frozen when it was saved."""
 
-OPTIONAL = {"m", "r_max", "residual", "average", "averaged"}
-"""Keys that another configuration of the same recipe may have left."""
+OPTIONAL = {"m", "r_max", "residual", "average", "averaged", "inner.scale"}
+"""Keys that another configuration of the same recipe, or an earlier version, may have left or left out."""

@@ -66,26 +66,25 @@ class Stepping(SecondGradients):
         if not self._listening.collect(self._bound.cells, self.nonfinite != "propagate"):
             return False
         scale = getattr(self, "grad_scale", None)
-        gradients = None if scale is None else unscaled(self._given, scale)
-        work, rest = divided(kernels, self._bound.here, self._lr, self.param_groups, gradients)
+        given = unscaled(self._given, scale)
+        work, rest = divided(kernels, self._bound.here, self._lr, self.param_groups, given)
         in_place = self._bound.in_place
         if rest and not work and not in_place:
             return False
-        given = self._given if gradients is None else gradients
         point = self._point(given, rest) if rest else None
         found: Vec = ()
         if self.nonfinite != "propagate":
             # Where others step some of it, each looks at all of it: they must come to one answer.
-            mine = (*(x for _, _, g in work for x in g), *(() if point is None else point.g))
+            mine = (*(x for *_, g in work for x in g), *(() if point is None else point.g))
             found = tuple(g for g in given if g is not None) if in_place else mine
         verdict = self._verdict(found, loss) if on_device else None
         if found and verdict is None and not self._agreed(vec.all_finite(found) and (loss is None or finite_loss(loss))):
             return False
-        count_step([cell.state for _, cell, _ in work], verdict)
-        for kernel, cell, aligned in work:
-            leaf, p = cell.block.leaves[0], cell.block.all_tensors
+        count_step([cell.state for _, cell, *_ in work], verdict)
+        for kernel, cell, p, g in work:
+            leaf = cell.block.leaves[0]
             found_inf = () if verdict is None else (verdict.found_inf(p[0].device),)
-            kernel(cell, p, aligned, self._lr(leaf), self.param_groups[leaf.group]["maximize"], *found_inf)
+            kernel(cell, p, g, self._lr(leaf), self.param_groups[leaf.group]["maximize"], *found_inf)
         if point is not None:
             loop.step(point, self.rules, ProbeResults(), verdict=verdict)
             self._write_back(point, verdict)

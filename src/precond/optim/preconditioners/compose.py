@@ -96,6 +96,9 @@ class Composition(Preconditioner):
     def advised_damping(self) -> float:  # type: ignore[override]
         return self.inner.advised_damping
 
+    def idle(self, step: int, turns: Iterable[int]) -> bool:
+        return self.outer.idle(step, turns) and self.inner.idle(step, turns)
+
     def lr_scale(self, leaf: Leaf) -> float:
         return self.outer.lr_scale(leaf) * self.inner.lr_scale(leaf)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from precond.algebra.maps import Identity, LinearMap
+from precond.algebra.maps import Diagonal, Identity, LinearMap
 from precond.optim import blocks
 from precond.optim.blocks import Block, Leaf, State
+from precond.optim.checking import contracts
 from precond.optim.preconditioners.base import Part, Preconditioner, Seen
 
 
@@ -22,6 +23,7 @@ class Fixed(Preconditioner):
 
     Raises:
         TypeError: for what is no :class:`~precond.LinearMap`.
+        ValueError: (with an optimizer) for a diagonal map whose tensors are not of the parameters' shapes.
 
     Example:
         >>> import torch, precond
@@ -63,6 +65,8 @@ class Fixed(Preconditioner):
         return False
 
     def init(self, block: Block) -> dict:
+        if isinstance(self.map_, Diagonal) and self.map_.like is not None:
+            contracts.shapes("Fixed: map", self.map_.like, block.tensors)
         return {}
 
     def observe(self, state: State, seen: Seen) -> None:

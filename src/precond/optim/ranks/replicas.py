@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from precond.algebra import collectives
 
+_AVAILABLE = dist.is_available()
+
 
 def distributed() -> bool:
     """Whether several processes train together."""
@@ -20,7 +22,7 @@ def distributed() -> bool:
 
 def started() -> bool:
     """Whether processes may be in contact, without which no wrapper of theirs exists."""
-    return dist.is_available() and dist.is_initialized()
+    return _AVAILABLE and dist.is_initialized()
 
 
 def agreed(good: bool, device: torch.device) -> bool:
