@@ -1,4 +1,4 @@
-"""Writes what the tests reach into ``docs/reliability.md``, folder by folder, from what ``coverage json`` wrote.
+"""Writes what the tests reach into ``docs/reliability.md``, wing by wing, from what ``coverage json`` wrote.
 
 python tests/covered.py coverage.json [--of optim --with "tests/contract tests/peers"]
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/reliability.md"
-PLACE = re.compile(r"(<!-- coverage -->\n).*?(<!-- end of coverage -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- coverage of (\w+) -->\n).*?(<!-- end of coverage -->)", re.DOTALL)
 COUNTS = ("num_statements", "covered_lines", "num_branches", "covered_branches")
 
 
@@ -42,10 +42,14 @@ def _share(part: int, whole: int) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("report", type=Path)
-    parser.add_argument("--of", default="", help="a wing: optim")
+    parser.add_argument("--of", default="", help="a wing: optim; all of them if not given")
     parser.add_argument("--with", dest="tests", default="", help="the tests that were run, where these are not all")
     arguments = parser.parse_args()
+    report = json.loads(arguments.report.read_text(encoding="utf-8"))
     said = f"What `{arguments.tests}` reach; the other tests were not run for it.\n\n" if arguments.tests else ""
-    made = f"{said}{table(json.loads(arguments.report.read_text(encoding='utf-8')), arguments.of)}\n"
-    PAGE.write_text(PLACE.sub(lambda m: f"{m[1]}\n{made}\n{m[2]}", PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(made)
+
+    def made(place: re.Match[str]) -> str:
+        wing = place[2]
+        return f"{place[1]}\n{said}{table(report, wing)}\n\n{place[3]}" if arguments.of in ("", wing) else place[0]
+
+    PAGE.write_text(PLACE.sub(made, PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,16 +1,18 @@
 """The tables of the experiments say the same for every entrant, and tasks are chosen by whole words."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from precond.lab.cli import bench
+from precond.lab.cli import bench, calibrate
 from precond.lab.cli.bench import Bench, Experiment
 from precond.lab.cli.main import main
 from precond.lab.report import load_results, ratios
 from precond.lab.workloads import LogUniform, Task
+from precond.lab.workloads.calibration import settings
 from precond.lab.workloads.fashion_study import ENTRANTS, fashion_tasks
 from precond.lab.workloads.race import REFERENCE
 
@@ -129,3 +131,24 @@ def test_a_task_of_the_pool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     capsys.readouterr()
     assert main(["bench", "pool", "--data-dir", "x", "--out", str(tmp_path)]) == 2
     assert "the pool reads no files" in capsys.readouterr().err
+
+
+def test_the_calibration_study_trains_once_and_predicts_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(calibrate, "settings", lambda: settings()[:1])
+    monkeypatch.setattr(calibrate, "BASES", ("gd",))
+    command = ["bench", "calibration", "--out", str(tmp_path)]
+    assert main([*command, "--tasks", "wine"]) == 0
+    (curves,) = (tmp_path / "curves").iterdir()
+    made, table = curves.stat().st_mtime_ns, (tmp_path / "table.md").read_text()
+    found = json.loads((tmp_path / "cells.json").read_text())
+    remedies = ["standardize", "bnp", "whitened"]
+    assert [(cell["remedy"], cell["horizon"]) for cell in found] == [(name, steps) for name in remedies for steps in (50, 150)]
+    assert [line.split(" | ")[:3] for line in table.splitlines()[2:]] == [["| wine, linear", "gd", name] for name in remedies]
+    assert all(cell["measured"] > 2 for cell in found if cell["remedy"] == "standardize")  # raw columns up to the thousands
+    assert main(command) == 0
+    assert (curves.stat().st_mtime_ns, (tmp_path / "table.md").read_text()) == (made, table)
+    capsys.readouterr()
+    assert main([*command, "--tasks", "nonsense"]) == 2
+    assert "no task of calibration contains 'nonsense'; there are wine, linear" in capsys.readouterr().err

@@ -122,6 +122,17 @@ def test_the_polite_kill_stops_like_ctrl_c_and_handlers_are_given_back() -> None
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_interrupted_before_anything_is_saved_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("precond.lab.cli.logistic.logistic", interrupt)
+    assert main(["logistic"]) == 130
+    assert capsys.readouterr().err.endswith("Interrupted before anything new was saved.\n")
+
+
 @without_figures
 def test_other_settings_are_named_and_no_resume_starts_over(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -132,9 +132,16 @@ def test_refusals():
         "damping must be >= 0, got -1": lambda: next(natural_steps(r, -1)),
         r"momentum must lie in \[0, 1\), got 1": lambda: next(natural_steps(r, momentum=1)),
         "no parameter that requires a gradient": lambda: Residuals(nn.Tanh(), [e]),
+        r"rows must be a matrix \(m, n\), got shape \(2,\)": lambda: Woodbury(torch.ones(2), 1.0),
         "damping must be > 0, got 0": lambda: Woodbury(torch.ones(1, 2), 0),
         "rows have 2 columns, the vectors 3 entries": lambda: Woodbury(torch.ones(1, 2), 1.0, (torch.ones(3),)),
     }
     for words, call in cases.items():
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def test_rows_that_are_no_numbers_are_named():
+    P = Woodbury(torch.full((1, 2), torch.nan), 1.0)
+    with pytest.raises(torch.linalg.LinAlgError, match="are the rows finite"):
+        P.gram((torch.ones(2),))

@@ -69,6 +69,13 @@ def test_what_is_not_predicted_is_no_number_and_compares_with_none():
     assert f"{UNKNOWN:.3g}" == "nan" and not UNKNOWN > 1 and not UNKNOWN < 1 and str(UNKNOWN) == "steps: not predicted"
 
 
+def test_a_gain_is_compared_as_its_middle():
+    small, large = Gain(1.0, 2.0, 3.0, 150, 2.0, 2.0), Gain(0.5, 4.0, 9.0, 150, 4.0, 4.0)
+    assert small < large and small <= large and large >= small and large > small and small <= 2.0 <= small
+    assert float(large) == 4.0 and sorted([large, small]) == [small, large]
+    assert not UNKNOWN <= 1 and not UNKNOWN >= 1
+
+
 @pytest.mark.parametrize(
     ("low", "high", "words"),
     [

@@ -99,11 +99,31 @@ def test_so_many_examples_are_taken(data):
         (lambda d: ("model", d), TypeError, r"needs an Objective or an nn\.Module with data=, got str"),
         (lambda d: (Objective(Plain(), nn.functional.cross_entropy, d), d), TypeError, "leave data= and loss_fn= out"),
         (lambda d: (Plain(), []), ValueError, "yields no batches"),
+        (lambda d: (Plain(), 3), TypeError, "data must be a loader or a list of batches, got 3"),
+        (lambda d: (Plain(), "rows.csv"), TypeError, r"data must be a loader or a list of batches, got 'rows\.csv'"),
+        (lambda d: (Plain(), d, "mse"), TypeError, r"loss_fn must be a function of \(outputs, targets\), got 'mse'"),
+        (lambda d: (Plain(), d), TypeError, "Plain does not take a batch of data, 2 parts, to return its loss .*give loss_fn="),
+        (lambda d: (Plain(), [{"x": d[0][0], "mask": 1}]), TypeError, "does not take a batch of data, a dict of 'x', 'mask'"),
     ],
 )
 def test_what_is_missing_is_named(arguments, error, message, data):
     with pytest.raises(error, match=message):
         as_objective(*arguments(data))
+
+
+def test_a_loss_that_is_no_number_is_named(data):
+    class Each(Plain):
+        def training_step(self, batch, index):
+            return nn.functional.cross_entropy(self(batch[0]), batch[1], reduction="none")
+
+    with pytest.raises(ValueError, match="the model's loss must be one number, got"):
+        diagnose(Each(), data=data)
+
+
+def test_what_is_no_optimizer_is_named(data):
+    objective = Objective(Plain(), nn.functional.cross_entropy, data)
+    with pytest.raises(TypeError, match=r"optimizer must be an optimizer of the model, or None, got 0\.1"):
+        diagnose(objective, 0.1)
 
 
 def test_a_loss_that_is_not_found_is_named(data):

@@ -65,6 +65,44 @@ def test_a_training_that_diverges_ends():
     assert curve.why.startswith("diverged at step") and curve.final == float("inf") and len(curve.losses) < len(curve.steps)
 
 
+def test_an_optimizer_that_refuses_gradients_that_are_not_finite_ends_a_training_and_a_range():
+    make = lambda model, lr: precond.sgd(model, lr=lr, nonfinite="raise")  # noqa: E731
+    model, x = nn.Linear(2, 1), torch.randn(8, 2)
+    y = model(x).detach()
+    objective = Objective(model, lambda out, y: (out - y).abs().sqrt().mean(), [(x, y)])  # 0, where its gradient is none
+    curve = short_training(objective, make, 0.1, 30)
+    assert curve.why.startswith("step 1: ") and "nothing was changed" in curve.why and curve.losses == (0.0,)
+    with pytest.raises(ValueError, match=r"no rate from .* makes the loss lower"):
+        lr_range(objective, make, steps=3, ramp_steps=5)
+
+
+def test_what_cannot_be_trained_says_why_and_is_no_advice():
+    torch.manual_seed(0)
+    broken: list[str] = []
+
+    def loss(outputs, targets):
+        if broken:
+            raise RuntimeError("no memory left")
+        return nn.functional.mse_loss(outputs, targets)
+
+    objective = spread()
+    objective = Objective(objective.model, loss, objective.batches)
+    found = diagnose(objective)
+
+    def watch(text):
+        if text.partition(":")[0] != found.against:  # the first remedy
+            broken.append(text)
+
+    after, tried = try_remedies(found, objective, steps=5, watch=watch)
+    assert tried[0].curve is not None and len(tried) > 1
+    assert {(t.curve, t.ratio, t.why) for t in tried[1:]} == {(None, None, "no memory left")}
+    assert str(tried[1]) == f"{tried[1].label}: no memory left"
+    assert not after.tried and [a.tested for a in after.advice] == [False] * len(after.advice)
+    # Where not even what is there can be trained, nothing is compared.
+    again, (alone,) = try_remedies(found, objective, steps=5)
+    assert again is found and alone.curve is None and alone.why == "no memory left"
+
+
 def test_steps_to_a_loss():
     curve = Curve(0.1, (0, 10, 20), (4.0, 2.0, 1.0))
     assert [curve.reaches(x) for x in (4.0, 3.0, 1.5, 0.5)] == [0.0, 5.0, 15.0, float("inf")]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import runpy
+import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -36,8 +38,24 @@ def answer(pipe: Any) -> None:
             pipe.send((False, (type(error).__name__, str(error), traceback.format_exc())))
 
 
+def program(script: Path, port: int) -> None:
+    """A whole program on each rank, with the variables that torchrun sets."""
+    rank, world = os.environ["RANK"], str(dist.get_world_size())
+    dist.destroy_process_group()  # it makes its own
+    os.environ |= {"LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.chdir(script.parent)
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def free_port() -> int:
+    """On the loopback interface."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def _serve(rank: int, world: int, store: str, pipe: Any, timeout: float) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "RANK": str(rank)}
     torch.set_num_threads(1)
     for slow in ("torch._dynamo", "precond"):
         importlib.import_module(slow)
@@ -46,8 +64,16 @@ def _serve(rank: int, world: int, store: str, pipe: Any, timeout: float) -> None
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
     )
+    pipe.send("joined")
     answer(pipe)
     dist.destroy_process_group()
+
+
+def _has_joined(pipe: Any) -> bool:
+    try:
+        return pipe.poll(PATIENCE) and pipe.recv() == "joined"
+    except (EOFError, OSError):
+        return False
 
 
 class Pool:
@@ -61,6 +87,15 @@ class Pool:
         self.folder, self.world, self.timeout, self._started, self._ranks = folder, world, timeout, 0, []
 
     def _start(self) -> None:
+        """Gloo's first connections may fail on a busy machine: then once more."""
+        for _ in range(3):
+            self._fork()
+            if all([_has_joined(pipe) for _, pipe in self._ranks]):
+                return
+            self.stop()
+        raise TimeoutError("the ranks do not find each other")
+
+    def _fork(self) -> None:
         self._started += 1
         # Forked from a process that has imported torch and computed nothing, a rank costs 0.9 s of a core before its first test, not 3.4.
         context = mp.get_context("forkserver")

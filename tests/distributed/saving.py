@@ -57,7 +57,7 @@ def resumed(setting: Setting, path: str, flat: bool = False) -> dict[str, Any]:
     return contents(*pair)
 
 
-def plainly(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
+def resumed_from_state_dict(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same from the optimizer's own state dict."""
     first, twin = build(setting, _rank()), build(setting, _rank())
     fit(setting, *first, _rank())

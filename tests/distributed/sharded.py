@@ -124,7 +124,7 @@ def loaded_and_trained(setting: Setting, path: str) -> dict[str, Any]:
     return contents(*pair)
 
 
-def plainly_resumed(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
+def resumed_from_own_state_dict(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
     """The optimizer's own state dict on each rank, as torch.save would write it."""
     rank = dist.get_rank()
     first, twin = build(setting, rank), build(setting, rank)

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from precond import PreconditionedGD, auto, muon, shampoo, soap, whitening
 from precond.algebra import collectives
 from precond.optim.engine.sharing import Shared
-from precond.optim.optimizer import listening
+from precond.optim.optimizer import model_hooks
 from precond.optim.ranks.exchange import Exchange
 
 RECIPES: dict[str, Callable[[nn.Module], PreconditionedGD]] = {
@@ -68,10 +68,10 @@ def seconds(recipe: str, wrap: str = "ddp", n: int = 16, width: int = 256, steps
     """
     spent: Counter[str] = Counter()
     # Alone also means without the others' inputs.
-    heard = mock.patch.object(listening, "distributed", lambda: False) if wrap == "alone" else nullcontext()
+    heard = mock.patch.object(model_hooks, "distributed", lambda: False) if wrap == "alone" else nullcontext()
     with (
         heard,
-        _timed(spent, {listening: "synchronized", Shared: "wanted"}, "statistics"),
+        _timed(spent, {model_hooks: "synchronized", Shared: "wanted"}, "statistics"),
         _timed(spent, {Exchange: "collect"}, "exchange"),
         _timed(spent, {Exchange: "deliver", Shared: "spread"}, "exchange"),
     ):

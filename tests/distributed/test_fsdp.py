@@ -96,7 +96,7 @@ def test_resuming_from_a_distributed_checkpoint(ranks, optimizer, whole, tmp_pat
 
 @pytest.mark.parametrize("optimizer", ["adamw", "BNP @ RMS", "shampoo"])
 def test_resuming_from_each_rank_s_own_state_dict(ranks, optimizer):
-    for first, twin in ranks.run(sharded.plainly_resumed, Setting(optimizer, wrap="fsdp")):
+    for first, twin in ranks.run(sharded.resumed_from_own_state_dict, Setting(optimizer, wrap="fsdp")):
         check_equal(first, twin, rtol=0, atol=0)
 
 

@@ -134,7 +134,7 @@ def test_what_four_ranks_saved_is_resumed_by_four_three_two_and_one(ranks, three
 
 @pytest.mark.parametrize(("optimizer", "wrap"), [("soap", "ddp"), ("auto", "ddp"), ("kfac", "fsdp")])
 def test_resuming_from_the_state_dict(ranks, optimizer, wrap):
-    for first, twin in ranks.run(saving.plainly, Setting(optimizer, wrap=wrap, steps=3)):
+    for first, twin in ranks.run(saving.resumed_from_state_dict, Setting(optimizer, wrap=wrap, steps=3)):
         check([twin], first, within=0.0)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from distributed.launching import torchrun
+from distributed.pool import Pool, free_port, program
 from distributed.training import Setting, train
 
 torch.set_num_threads(1)
@@ -39,9 +40,14 @@ def programs() -> list[tuple[str, int, str]]:
 
 @pytest.mark.parametrize(("name", "processes", "code"), programs(), ids=[name for name, *_ in programs()])
 def test_programs_of_the_documentation(tmp_path, name, processes, code):
+    """In forks: torchrun itself, which imports torch once more in each process, has the script above."""
     script = tmp_path / f"{name}.py"
     script.write_text(code)
-    torchrun(script, processes, tmp_path)
+    pool = Pool(tmp_path, processes)
+    try:
+        pool.run(program, script, free_port())
+    finally:
+        pool.stop()
 
 
 def test_there_are_programs():

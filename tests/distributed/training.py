@@ -206,7 +206,7 @@ def _local(model: nn.Module) -> Iterator[None]:
 
 def _forget(optimizer: PreconditionedGD) -> None:
     """The loss that was looked at is no forward of the step."""
-    optimizer._listening.again(optimizer._bound.cells)
+    optimizer._model_hooks.again(optimizer._bound.cells)
 
 
 def train(setting: Setting) -> dict[str, Any]:

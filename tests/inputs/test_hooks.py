@@ -117,7 +117,7 @@ def test_moments_hold_no_more_than_they_are():
     """A view into a big buffer would keep it."""
     model, optimizer = make(BNP())
     model(X).sum().backward()
-    for moments in optimizer._listening.observer.collect().values():
+    for moments in optimizer._model_hooks.observer.collect().values():
         for t in (moments.count, moments.mean, moments.spread, moments.deviation):
             assert not t.requires_grad and t.untyped_storage().nbytes() <= 3 * t.numel() * t.element_size()
 

@@ -89,7 +89,7 @@ def test_adapters_are_observed_and_what_is_frozen_costs_nothing():
         warnings.simplefilter("error")
         optimizer = precond.whitening(model)
     read = []
-    for site in optimizer._listening.observer.sites:
+    for site in optimizer._model_hooks.observer.sites:
         for tap, _ in site.taps:
             reading = tap.moments
             tap.moments = lambda *args, name=site.name, reading=reading: (read.append(name), reading(*args))[1]

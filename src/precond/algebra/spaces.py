@@ -153,7 +153,7 @@ class Stage(IntEnum):
 
 
 @dataclass(frozen=True)
-class Made:
+class ProposedStep:
     """A step as M made it, u, and what it descends, a: the gradient with what penalties add to it."""
 
     u: Vec
@@ -187,7 +187,7 @@ class Bend:
         [0.7, 0.6]
     """
 
-    apply: Callable[[Vec, Made], Vec]
+    apply: Callable[[Vec, ProposedStep], Vec]
     stage: Stage
     project: Callable[[Vec], Vec] | None = None
 

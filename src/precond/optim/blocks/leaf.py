@@ -98,7 +98,7 @@ class Leaf:
 
 
 @dataclass(frozen=True, eq=False)
-class Gathered(Leaf):
+class WholeLeaf(Leaf):
     """A parameter of which processes hold parts, where one of them steps all of it: its gradient comes, and its values stay away.
 
     Attributes:

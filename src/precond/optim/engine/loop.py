@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from precond.algebra import vec
-from precond.algebra.spaces import Bend, Cotangent, Instead, Made, Prox, Tangent, Term
+from precond.algebra.spaces import Bend, Cotangent, Instead, ProposedStep, Prox, Tangent, Term
 from precond.algebra.vec import Scalar, Vec
 from precond.optim.blocks import State
 from precond.optim.checking import contracts
@@ -33,13 +33,13 @@ class Rules:
             ``"lagged"``: likewise, a penalty in z being taken with the P before the step.
         max_norm: bound of the assembled gradient's norm, or None.
         norm_space: the space of that norm.
-        plainly: take every block alone and by its map, without what does several things at once: the reference.
+        reference: take every block alone and by its map, without what does several things at once: the reference.
     """
 
     statistics_from: str = "loss"
     max_norm: float | None = None
     norm_space: str = "z"
-    plainly: bool = False
+    reference: bool = False
 
 
 @dataclass
@@ -123,7 +123,7 @@ def _step(point: Point, rules: Rules, evidence: ProbeResults, measured: bool, ve
     a = assemble(point.g, early)
     factor: Tensor | None = None
     source = point.g if rules.statistics_from == "loss" else a
-    alone = not evidence.observed and all(is_early) and a is source and rules.max_norm is None and not rules.plainly
+    alone = not evidence.observed and all(is_early) and a is source and rules.max_norm is None and not rules.reference
     if not evidence.observed and not alone:
         of_one_gradient = not any(r.circular for r in regularizers) and not evidence.found
         known = of_one_gradient or (all(is_early) and source is a)
@@ -184,7 +184,7 @@ def bent(each: Iterable[tuple[slice, Vec]], a: Vec, terms: Sequence[Term]) -> It
         return each
     spans, steps = zip(*each, strict=True)
     u = tuple(t for step in steps for t in step)
-    made = Made(u, a)
+    made = ProposedStep(u, a)
     for bend in bends:
         u = bend.apply(u, made)
     return [(span, u[span]) for span in spans]

@@ -17,8 +17,8 @@ from precond.optim.blocks import COUNTS, Block, Leaf, Stack, State, within
 from precond.optim.blocks.memory import stacked
 from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.counting import as_count, count_together
-from precond.optim.engine.dealing import Placement, Unit, Whole, deal, units
 from precond.optim.engine.fused import has_kernel, stacked_from
+from precond.optim.engine.ownership import Placement, Unit, Whole, assign_owners, units
 from precond.optim.engine.sharing import Shared
 from precond.optim.preconditioners.stacked import stackable, takes_stacks
 
@@ -35,7 +35,7 @@ def build(
     choices: Sequence[Choice],
     existing: Existing,
     outside: Callable[[str], str],
-    plainly: bool = False,
+    reference: bool = False,
     clean: bool = True,
     owners: dict[Tensor, int] | None = None,
     there: Callable[[Leaf], torch.device | None] = lambda leaf: None,
@@ -48,7 +48,7 @@ def build(
     Args:
         existing: whose tensors, of the same shape, are taken over as they are.
         outside: our names of state tensors → those in ``existing``.
-        plainly: every block alone.
+        reference: every block alone.
         clean: statistics are of the clean gradient, whatever regularizers add to what is descended.
         owners: who owns which parameters' blocks; completed here.
         there: the device that counts a leaf's steps; None: the host does.
@@ -60,12 +60,12 @@ def build(
     shared: dict[Any, list[tuple[Cell, int, Entries]]] = {}
     whole = Whole(leaves)
     found = units(leaves, live, choices, whole)
-    placements = deal(found, leaves, {} if owners is None else owners)
+    placements = assign_owners(found, leaves, {} if owners is None else owners)
     singles = [
         _Single.of(unit, leaves, choices, existing, outside, clean, kernels, placement, whole)
         for unit, placement in zip(found, placements, strict=True)
     ]
-    for alike in [[single] for single in singles] if plainly else _alike(singles):
+    for alike in [[single] for single in singles] if reference else _alike(singles):
         first, index = alike[0], tuple(i for single in alike for i in single.unit.index)
         preconditioner, momentum, block = first.unit.preconditioner, first.unit.momentum, first.block
         state, average = first.state, first.average
@@ -89,11 +89,11 @@ def build(
         else:
             # An owner's stack has them key by key, the others know of them block by block: one order, in which they are sent.
             own = sorted(own, key=lambda entry: (entry[0].name, entry[1]))
-            shared.setdefault(first.placement.crew, []).append((cell, first.placement.owner, own))
+            shared.setdefault(first.placement.exchange, []).append((cell, first.placement.owner, own))
     for together in shared.values():
         inside, ranks, contents = zip(*together, strict=True)
         held = [leaves[i] for cell in inside for i in cell.index]
-        cells.append(Shared.of(inside, ranks, held, plainly, contents=contents))
+        cells.append(Shared.of(inside, ranks, held, reference, contents=contents))
     return cells, entries
 
 

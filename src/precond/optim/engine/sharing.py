@@ -1,4 +1,4 @@
-"""Blocks dealt among the ranks that share their parameters: each has an owner, who keeps its state and does its work for all."""
+"""Blocks divided among the ranks that share their parameters: each has an owner, who keeps its state and does its work for all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from precond.algebra import collectives, vec
 from precond.algebra.maps import LinearMap
 from precond.algebra.vec import Scalar, Vec
-from precond.optim.blocks import Block, Gathered, Leaf, State, state_dtype
+from precond.optim.blocks import Block, Leaf, State, WholeLeaf, state_dtype
 from precond.optim.engine import fused
 from precond.optim.engine.carried import Carried
 from precond.optim.engine.cells import Cell, Choice
@@ -39,21 +39,21 @@ class Shared(Cell):
         inside: all cells, in the same order on every rank.
         owners: the rank in the group that owns each.
         exchange: of all their leaves, cell after cell.
-        plainly: no kernels: the reference.
+        reference: no kernels: the reference.
         contents: of each cell (leaf, key, tensor) of all its state but the counts of steps; of others' cells the tensors have shapes alone.
     """
 
     inside: tuple[Cell, ...] = ()
     owners: tuple[int, ...] = ()
     exchange: Exchange = field(default_factory=lambda: Exchange((), (), ()), repr=False)
-    plainly: bool = False
+    reference: bool = False
     contents: tuple[Sequence[tuple[Leaf, str, Tensor]], ...] = field(default=(), repr=False)
     _kernels: dict[int, Kernel | None] = field(default_factory=dict, repr=False)
     _settled: set[int] = field(default_factory=set, repr=False)
     _observed: list[int] = field(default_factory=list, repr=False)
 
     @classmethod
-    def of(cls, cells: Sequence[Cell], owners: Sequence[int], leaves: Sequence[Leaf], plainly: bool, **more: Any) -> Shared:
+    def of(cls, cells: Sequence[Cell], owners: Sequence[int], leaves: Sequence[Leaf], reference: bool, **more: Any) -> Shared:
         """The cells of a group of ranks.
 
         Args:
@@ -78,7 +78,7 @@ class Shared(Cell):
             inside=tuple(cells),
             owners=tuple(owners),
             exchange=exchange,
-            plainly=plainly,
+            reference=reference,
             **more,
         )
 
@@ -90,7 +90,7 @@ class Shared(Cell):
     def in_place(self) -> bool:
         """Whether owners may step their parameters as one process does, and send them: all ranks hold them whole, in their own precision."""
         plain = all(leaf.shard is None and leaf.param.dtype == state_dtype(leaf.param.dtype) for leaf in self.block.leaves)
-        return plain and self.exchange.copied and not self.plainly
+        return plain and self.exchange.copied and not self.reference
 
     @property
     def here(self) -> Sequence[Cell]:
@@ -135,7 +135,7 @@ class Shared(Cell):
             cells, owners = [self.inside[k] for k in keep], [self.owners[k] for k in keep]
             leaves = [self.block.leaves[i] for k in keep for i in self._spans[k]]
             also = {"_kernels": self._kernels, "_settled": self._settled, "_observed": self._observed}
-            self._views[keep] = Shared.of(cells, owners, leaves, self.plainly, **also)
+            self._views[keep] = Shared.of(cells, owners, leaves, self.reference, **also)
         return self._views[keep]
 
     # --- to owners and back ------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ class Shared(Cell):
             if i in whole
         ]
         for leaf, t in leaves:
-            assert isinstance(leaf, Gathered)
+            assert isinstance(leaf, WholeLeaf)
             leaf.shown.append(t)
         try:
             yield
@@ -227,7 +227,7 @@ class Shared(Cell):
     def _kernel(self, cell: Cell) -> Kernel | None:
         if id(cell) not in self._kernels:
             plain = Choice(cell.preconditioner, cell.momentum)
-            self._kernels[id(cell)] = None if self.plainly else fused.kernel(cell, [plain], Rules())
+            self._kernels[id(cell)] = None if self.reference else fused.kernel(cell, [plain], Rules())
         return self._kernels[id(cell)]
 
     def refresh(self) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 
-def clean(name: str) -> str:
+def unwrapped_name(name: str) -> str:
     """A parameter's name without the prefixes that wrappers add (torch.compile, DDP, checkpointing).
 
     Example:
-        >>> clean("module._orig_mod.body.0.weight")
+        >>> unwrapped_name("module._orig_mod.body.0.weight")
         'body.0.weight'
     """
     parts = name.split(".")

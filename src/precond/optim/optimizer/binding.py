@@ -234,7 +234,7 @@ def bind(
     frozen = {p for p in params if not p.requires_grad} if frozen is None else frozen
     live = [i for i, p in enumerate(params) if p not in frozen]
     cells, entries = plan.build(
-        leaves, live, choices, existing, naming.outside, rules.plainly, rules.statistics_from == "loss", owners, counting,
+        leaves, live, choices, existing, naming.outside, rules.reference, rules.statistics_from == "loss", owners, counting,
         fusible(choices, rules, setup.second),
     )  # fmt: skip
     if setup.rounding == "kahan":

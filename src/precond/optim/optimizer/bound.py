@@ -27,7 +27,7 @@ from precond.optim.optimizer.closures import Clearings
 from precond.optim.optimizer.compatibility import check_precision
 from precond.optim.optimizer.graphs import out_of_graphs
 from precond.optim.optimizer.interrupts import Uninterrupted
-from precond.optim.optimizer.listening import Listening
+from precond.optim.optimizer.model_hooks import ModelHooks
 from precond.optim.optimizer.models import Models, in_place
 from precond.optim.optimizer.naming import Naming
 from precond.optim.optimizer.parameters import to_groups
@@ -46,14 +46,14 @@ class Bound(torch.optim.Optimizer):
     average: WeightAverage | None
     models: Models
     _bound: Binding  # what the groups came to when they were last read
-    _listening: Listening  # the hooks on the model, and what layers received
+    _model_hooks: ModelHooks  # the hooks on the model, and what layers received
     _clearings: Clearings  # how often gradients were cleared
     _averaged: Averaged | None  # the average of the weights, as it stands
     _kernels_of: tuple[list[Kernel | None] | None] | None  # those of the cells; None: not chosen yet
     _pending: Probe | None  # what is under way between the first gradient and the step
     _consolidated: dict[str, Any] | None  # the state dict of all ranks, until the next step
     _spare: dict[Tensor, Tensor]  # memory for parameters while they are at a probed point
-    _dealt: dict[Tensor, int]  # which rank owns a parameter's block
+    _owners: dict[Tensor, int]  # which rank owns a parameter's block
     _requests: frozenset[Request]  # the statistics of inputs that preconditioners ask for
     _timeless: bool  # whether the number of a step decides nothing about its work
     _gradient_based: int | None  # which regularizer wants a second gradient, or a product with the Hessian
@@ -95,7 +95,7 @@ class Bound(torch.optim.Optimizer):
             return device if asked and device.type not in ("cpu", "meta") else None
 
         setup = Setup(self.models, self.naming, self.rules, self.rounding, self.average, self.observes, self._gradient_based)
-        return bind(setup, groups, existing, frozen, self._dealt, counting)
+        return bind(setup, groups, existing, frozen, self._owners, counting)
 
     @property
     def _may_skip_on_device(self) -> bool:
@@ -111,7 +111,7 @@ class Bound(torch.optim.Optimizer):
             and self._gradient_based is None
             and not self._requests
             and self.average is None
-            and not self._dealt
+            and not self._owners
         )
 
     def adopt(self, bound: Binding, state: defaultdict[Tensor, Any]) -> None:
@@ -142,7 +142,7 @@ class Bound(torch.optim.Optimizer):
                     self._spare.clear()
                     if changed:
                         self._listen()
-                    self._listening.want(self._bound.cells)
+                    self._model_hooks.want(self._bound.cells)
                     kept = {(leaf.param, key) for leaf, key, _ in self._bound.entries}
                     for leaf, key, _ in before.entries:  # the state of what is frozen waits
                         state = self.state.get(leaf.param)
@@ -201,12 +201,12 @@ class Bound(torch.optim.Optimizer):
     def _listen(self) -> None:
         """Put the hooks on the model that second passes and input statistics need."""
         recorded = self._devices if self._probing else None
-        self._listening.begin(self.models, recorded, self._bound.cells, self._before_forward)
+        self._model_hooks.begin(self.models, recorded, self._bound.cells, self._before_forward)
 
     def _before_forward(self) -> Observer | None:
         """What has changed between steps is followed before inputs are observed, as after a resume; returns who observes them."""
         self._follow_replaced()
-        return self._listening.observer
+        return self._model_hooks.observer
 
     def _follow_replaced(self) -> None:
         """Follow the groups where parameters were frozen, thawed, converted, or others put in their places."""
@@ -234,10 +234,10 @@ class Bound(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim's. What layers received in forwards whose gradients are cleared does not count."""
         if not self._closing:
-            self._listening.begin_clearing()
+            self._model_hooks.begin_clearing()
         super().zero_grad(set_to_none)
         if not self._closing:
-            self._listening.end_clearing()
+            self._model_hooks.end_clearing()
         self._clearings.count += 1
 
     @property
@@ -269,7 +269,7 @@ class Bound(torch.optim.Optimizer):
             >>> of_D.state[D.weight]["count"].item(), of_G.state[G.weight]["count"].item()
             (32.0, 16.0)
         """
-        return self._listening.away()
+        return self._model_hooks.away()
 
     def close(self) -> None:
         """Remove the hooks on the model: before ``torch.jit.script``, or ``torch.compile(fullgraph=True)`` of training forwards.
@@ -277,7 +277,7 @@ class Bound(torch.optim.Optimizer):
         :meth:`watch` puts them on again: a recipe that observes inputs needs that before its next step. The optimizer's end
         removes them too.
         """
-        self._listening.close()
+        self._model_hooks.close()
 
     @property
     def _given(self) -> list[Tensor | None]:

@@ -43,7 +43,7 @@ def fusible(choices: Sequence[Choice], rules: Rules, second: int | None) -> bool
         return False
     # Other penalties, and a bound on the gradient's norm, may look at all parameters.
     others = (r for choice in choices for r in _without(choice, second).regularizers if not isinstance(r, L2))
-    return not rules.plainly and rules.max_norm is None and next(others, None) is None
+    return not rules.reference and rules.max_norm is None and next(others, None) is None
 
 
 def _without(choice: Choice, second: int | None) -> Choice:

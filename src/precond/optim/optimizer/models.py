@@ -15,7 +15,7 @@ from precond.optim.blocks import Leaf
 from precond.optim.blocks.turns import turns
 from precond.optim.inputs import Site, Survey, survey
 from precond.optim.inputs.kinds import inputs_first
-from precond.optim.inputs.paths import clean
+from precond.optim.inputs.paths import unwrapped_name
 from precond.optim.inputs.roles import kind_of
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -151,7 +151,7 @@ class Models:
         if self._survey is None:
             roots = enumerate(self.alive())
             self._survey = survey(
-                (f"{number}:{clean(path)}" if number else clean(path), module)
+                (f"{number}:{unwrapped_name(path)}" if number else unwrapped_name(path), module)
                 for number, root in roots
                 for path, module in root.named_modules()
             ).of(self._parts())
@@ -172,7 +172,7 @@ class Models:
                 self._paths[module] = weakref.ref(root), path
                 for attribute, there in module.named_parameters(recurse=False):
                     param = parts.get(there, there)
-                    found = owner.setdefault(param, (prefix + clean(path), module, attribute))
+                    found = owner.setdefault(param, (prefix + unwrapped_name(path), module, attribute))
                     if found[1] is not module:
                         shared.add(param)
         sites: dict[Tensor, list[Site]] = {}

@@ -13,7 +13,7 @@ from precond.algebra import checks
 from precond.algebra.warning import warn
 from precond.optim.blocks import Leaf, is_decayed, is_hidden, is_matrix
 from precond.optim.checking.arguments import shown
-from precond.optim.inputs.paths import clean
+from precond.optim.inputs.paths import unwrapped_name
 from precond.optim.optimizer.models import Models
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -39,7 +39,7 @@ def to_groups(
         params = [{"params": params}]
     elif isinstance(params, ModuleGroups) and params.module is not None:
         modules.append(params.module)
-        known = {p: clean(name) for name, p in params.module.named_parameters()}
+        known = {p: unwrapped_name(name) for name, p in params.module.named_parameters()}
     elif isinstance(params, Tensor):
         raise TypeError("params must be a module, an iterable of parameters or of groups, got one tensor; pass [tensor]")
     elif isinstance(params, Mapping):
@@ -112,7 +112,7 @@ def _named(params: Any, modules: list[nn.Module]) -> list[tuple[str | None, Tens
             continue
         seen.add(param)
         if param.is_floating_point() or param.is_complex() or param.requires_grad:
-            pairs.append((None if name is None else clean(name), param))
+            pairs.append((None if name is None else unwrapped_name(name), param))
     return pairs
 
 

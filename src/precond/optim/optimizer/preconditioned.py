@@ -32,8 +32,8 @@ from precond.optim.optimizer.compatibility import (
 from precond.optim.optimizer.delegation import delegate
 from precond.optim.optimizer.explanation import Explanation, explain
 from precond.optim.optimizer.graphs import out_of_graphs
+from precond.optim.optimizer.inspection import map_in_force
 from precond.optim.optimizer.interrupts import Uninterrupted
-from precond.optim.optimizer.looking import map_in_force
 from precond.optim.optimizer.models import Models
 from precond.optim.optimizer.naming import Naming
 from precond.optim.optimizer.parameters import Params, to_groups
@@ -132,7 +132,7 @@ class PreconditionedGD(Saving):
         self.nonfinite, self.engine, self.rounding, self.average = nonfinite, engine, rounding, average
         self._gradient_based = next((k for k, r in enumerate(choice.regularizers) if r.probes or r.exact), None)
         self._probing = self._gradient_based is not None and choice.regularizers[self._gradient_based].probes
-        self._dealt: dict[Tensor, int] = {}  # which rank owns which parameters' blocks
+        self._owners: dict[Tensor, int] = {}  # which rank owns which parameters' blocks
         self._requests, self._timeless = preconditioner.requests, preconditioner.timeless
         if capturable:
             self._check_capturable()
@@ -238,7 +238,7 @@ class PreconditionedGD(Saving):
                             group.update(settled)
                         self._follow_groups()
             finally:
-                self._listening.again(self._bound.cells)
+                self._model_hooks.again(self._bound.cells)
         return loss
 
     def map(self, params: Iterable[Tensor] | None = None) -> LinearMap:
@@ -262,7 +262,7 @@ class PreconditionedGD(Saving):
         """Which preconditioner acts on which parameter, and which parameters it takes jointly; ``print`` it."""
         self._follow_groups()
         choices = [choice.preconditioner for choice in self._bound.choices]
-        return explain(self._bound.leaves, self._bound.blocks, choices, self._listening.unobserved)
+        return explain(self._bound.leaves, self._bound.blocks, choices, self._model_hooks.unobserved)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -53,7 +53,7 @@ class Saving(Stepping):
         self._follow_replaced()
         with Uninterrupted():
             serialization.load(self, state_dict)
-            self._listening.again(self._bound.cells)
+            self._model_hooks.again(self._bound.cells)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -62,7 +62,7 @@ class Saving(Stepping):
         # An LR scheduler puts a `step` on the instance that calls this very optimizer's.
         derived = {
             "step", "last", "_bound", "_averaged", "_evaluating", "_kernels_of", "_pending", "_spare", "_clearings", "_closing",
-            "_listening", "_warned", "_consolidated",
+            "_model_hooks", "_warned", "_consolidated",
         }  # fmt: skip
         state = {k: v for k, v in self.__dict__.items() if k not in derived and "hook" not in k}
         return {**state, "models": Models(known=self.models.leaves(self.param_groups))}
@@ -70,5 +70,5 @@ class Saving(Stepping):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
-        if not self._requests and not self._dealt:
+        if not self._requests and not self._owners:
             self._bind()

@@ -79,7 +79,7 @@ class SecondGradients(Capturing):
         self._check_training("probe")
         if self._pending is None:
             self._follow_groups()
-        return self._next_probe(grad_scale, self._listening.recorder)
+        return self._next_probe(grad_scale, self._model_hooks.recorder)
 
     def restore(self) -> None:
         """Forget a probe that was not followed by its step (after an exception, say): parameters, gradients, random state."""
@@ -87,7 +87,7 @@ class SecondGradients(Capturing):
             with Uninterrupted():
                 pending, self._pending = self._pending, None
                 pending.cancel()
-                self._listening.resume()
+                self._model_hooks.resume()
 
     def _gradients(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
         """The clean pass, and the probes with the random state forked around them; the loss and the gradient's graph."""
@@ -97,12 +97,12 @@ class SecondGradients(Capturing):
         # A probe that is complete is this step's, unless the closure makes another gradient.
         pending, self._pending = self._pending, None
         before = random_state(self._devices) if self._probing else {}
-        self._listening.begin_closure()
+        self._model_hooks.begin_closure()
         self._closing = True
         try:
             if self._gradient_based is not None and not self._probing:
                 found = self._exact_gradient(closure)
-                self._listening.end_closure(anew=True)
+                self._model_hooks.end_closure(anew=True)
                 return found
             try:
                 loss, made = loss_gradient(self._bound.leaves, closure, self._clearings)
@@ -110,7 +110,7 @@ class SecondGradients(Capturing):
                 self._pending = self._pending or pending
                 self.restore()
                 raise
-            self._listening.end_closure(anew=made == "anew")
+            self._model_hooks.end_closure(anew=made == "anew")
             if made == "none" and self._pending is None:
                 self._pending = pending
             # A trainer's callback may have probed within the closure; and where it returned no loss and there is no gradient,
@@ -173,7 +173,7 @@ class SecondGradients(Capturing):
                 self._settle()
                 with self._own_precision():
                     self._pending = self._first_probe(grad_scale, 0 if recorder is None else recorder.forwards)
-                self._listening.pause()
+                self._model_hooks.pause()
             elif self._pending.moved:
                 self._held(lambda pending: pending.check_pass(recorder))
                 self._pending.collect(self._good if self._watches(self._pending.scale) else lambda g: True)
@@ -211,7 +211,7 @@ class SecondGradients(Capturing):
         watch = self._watches(grad_scale)
         gradients = self._given
         point = self._point(unscaled(gradients, grad_scale))
-        if not self._listening.collect(self._bound.cells, self.nonfinite != "propagate") or (
+        if not self._model_hooks.collect(self._bound.cells, self.nonfinite != "propagate") or (
             watch and not self._agreed(vec.all_finite(point.g))
         ):
             return Probe(
@@ -238,7 +238,7 @@ class SecondGradients(Capturing):
 
     def _check_probed(self) -> None:
         pending = self._pending
-        if pending is not None and pending.moved and self._next_probe(None, self._listening.recorder):
+        if pending is not None and pending.moved and self._next_probe(None, self._model_hooks.recorder):
             self.restore()
             raise RuntimeError(f"{self._regularizer_name} wants another gradient: call probe() until it returns False")
         if pending is not None:

@@ -20,8 +20,8 @@ from precond.optim.optimizer.averaging import Averaged
 from precond.optim.optimizer.binding import Binding
 from precond.optim.optimizer.closures import Clearings, finite_loss
 from precond.optim.optimizer.fusing import alike, divided, kernels_of
-from precond.optim.optimizer.listening import Listening
-from precond.optim.optimizer.looking import measure
+from precond.optim.optimizer.inspection import measure
+from precond.optim.optimizer.model_hooks import ModelHooks
 from precond.optim.optimizer.probing import Probe, unscaled
 from precond.optim.optimizer.record import Record
 from precond.optim.optimizer.second_gradients import SecondGradients
@@ -63,7 +63,7 @@ class Stepping(SecondGradients):
         on_device = self._skips_on_device()
         if not on_device and getattr(self, "found_inf", None) is not None:
             return False
-        if not self._listening.collect(self._bound.cells, self.nonfinite != "propagate"):
+        if not self._model_hooks.collect(self._bound.cells, self.nonfinite != "propagate"):
             return False
         scale = getattr(self, "grad_scale", None)
         given = unscaled(self._given, scale)
@@ -114,7 +114,7 @@ class Stepping(SecondGradients):
         """Take the step by the reference engine, or skip it."""
         pending, self._pending = self._pending, None
         scale = getattr(self, "grad_scale", None)
-        good_inputs = pending is not None or self._listening.collect(self._bound.cells, self.nonfinite != "propagate")
+        good_inputs = pending is not None or self._model_hooks.collect(self._bound.cells, self.nonfinite != "propagate")
         good_products = True
         if pending is None:
             point = self._point(unscaled(self._given, scale))
@@ -231,6 +231,6 @@ class Stepping(SecondGradients):
         self._clearings = Clearings()
         self._closing = self._evaluating = self._scaled = False
         self._averaged: Averaged | None = None
-        self._listening = Listening(self._requests)
+        self._model_hooks = ModelHooks(self._requests)
         self._warned = False
         self.last = Record(self)

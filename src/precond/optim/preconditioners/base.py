@@ -150,13 +150,13 @@ class Preconditioner(ABC):
         return self.needs != "block"
 
     @property
-    def dealt(self) -> bool:
+    def has_owner(self) -> bool:
         """Whether, where several processes hold a parameter, one does its work for all and alone keeps its state.
 
         What works on matrices is; what is diagonal costs less than to send its result.
         """
         if self.constituents:
-            return any(part.dealt for part in self.constituents)
+            return any(part.has_owner for part in self.constituents)
         return self.needs == "block" and not self.diagonal
 
     @property

@@ -102,7 +102,7 @@ class Whitening(InputSide):
         return _REQUEST
 
     @property
-    def dealt(self) -> bool:
+    def has_owner(self) -> bool:
         return True  # rows need nothing of each other, but each process would take the root
 
     def idle(self, step: int, turns: Iterable[int]) -> bool:

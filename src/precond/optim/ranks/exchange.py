@@ -224,7 +224,7 @@ class Exchange:
         return out
 
 
-def dealt(costs: Sequence[float], size: int, loads: Sequence[float] = ()) -> list[int]:
+def balanced(costs: Sequence[float], size: int, loads: Sequence[float] = ()) -> list[int]:
     """The owner of each piece of work: the largest first, to who has the least; ties go to the lowest rank."""
     held = list(loads) or [0.0] * size
     owners = [0] * len(costs)

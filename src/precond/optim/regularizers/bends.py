@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from precond.algebra import vec
-from precond.algebra.spaces import Bend, Made, Stage
+from precond.algebra.spaces import Bend, ProposedStep, Stage
 from precond.algebra.vec import Vec
 from precond.optim.preconditioners.base import Preconditioner
 from precond.optim.regularizers.base import At, Regularizer, needs_inverse, needs_root
@@ -29,7 +29,7 @@ class Bending(Regularizer):
     rooted: bool = False
 
     @abstractmethod
-    def bent(self, at: At, w: Vec, made: Made) -> Vec:
+    def bent(self, at: At, w: Vec, made: ProposedStep) -> Vec:
         """The step in the coordinates of the space."""
 
     def validate(self, preconditioner: Preconditioner) -> None:
@@ -50,7 +50,7 @@ class Bending(Regularizer):
     def term(self, at: At) -> Bend:
         return Bend(lambda u, made: self.bend(at, u, made), self.stage)
 
-    def bend(self, at: At, u: Vec, made: Made) -> Vec:
+    def bend(self, at: At, u: Vec, made: ProposedStep) -> Vec:
         """The step u with :meth:`bent` in place of its coordinates that take part."""
         w = at.space.solve(u)
         return vec.add(u, at.space.push(vec.sub(self.bent(at, w, made), w)))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from precond.algebra import checks, vec
 from precond.algebra.schedules import Schedule
-from precond.algebra.spaces import Made, Stage
+from precond.algebra.spaces import ProposedStep, Stage
 from precond.algebra.vec import Vec
 from precond.optim.blocks import Rule
 from precond.optim.checking.arguments import settle
@@ -60,7 +60,7 @@ class Cautious(Bending):
         if not isinstance(self.strength, Schedule) and not 0 <= self.strength <= 1:
             raise ValueError(f"Cautious: strength must be in [0, 1], got {self.strength!r}; 1 leaves out all that ascends")
 
-    def bent(self, at: At, w: Vec, made: Made) -> Vec:
+    def bent(self, at: At, w: Vec, made: ProposedStep) -> Vec:
         y = at.space.pull(made.a)
         mask = tuple(1 - s * (x * d <= 0).to(x.dtype) for x, d, s in zip(w, y, at["strength"], strict=True))
         shares = [x / max(leaf.param.numel(), 1) for x, leaf in zip(at.sums.each(mask), at.leaves, strict=True)]
@@ -107,7 +107,7 @@ class CautiousL2(Bending):
         if not isinstance(self.lam, Schedule):
             checks.non_negative("CautiousL2", lam=self.lam)
 
-    def bent(self, at: At, w: Vec, made: Made) -> Vec:
+    def bent(self, at: At, w: Vec, made: ProposedStep) -> Vec:
         z, before = at.space.solve(at.p), at.space.solve(made.u)
         return tuple(x + 2 * lam * c * (m * c > 0) for x, m, c, lam in zip(w, before, z, at["lam"], strict=True))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from precond.algebra import checks, vec
 from precond.algebra.schedules import Schedule
-from precond.algebra.spaces import Bend, Made, Stage
+from precond.algebra.spaces import Bend, ProposedStep, Stage
 from precond.algebra.vec import Vec
 from precond.optim.blocks import Leaf, Rule, is_matrix
 from precond.optim.checking.arguments import settle
@@ -59,14 +59,14 @@ class Hyperball(Bending):
         if not isinstance(self.length, Schedule):
             checks.non_negative("Hyperball", length=self.length)
 
-    def bent(self, at: At, w: Vec, made: Made) -> Vec:
+    def bent(self, at: At, w: Vec, made: ProposedStep) -> Vec:
         factors = _quotients(self._lengths(at, at.space.solve(at.p)), self._lengths(at, w))
         return vec.scale(w, [f * x for f, x in zip(by_piece(at, self.space, factors), at["length"], strict=True)])
 
     def term(self, at: At) -> Bend:
         before: list[Tensor] = []
 
-        def bend(u: Vec, made: Made) -> Vec:
+        def bend(u: Vec, made: ProposedStep) -> Vec:
             before.extend(self._lengths(at, at.space.solve(at.p)))  # while p is where it was
             return self.bend(at, u, made)
 
@@ -123,7 +123,7 @@ class RadialBrake(Bending):
         if not isinstance(self.strength, Schedule) and not 0 <= self.strength <= 1:
             raise ValueError(f"RadialBrake: strength must be in [0, 1], got {self.strength!r}; 1 stops all growth")
 
-    def bent(self, at: At, w: Vec, made: Made) -> Vec:
+    def bent(self, at: At, w: Vec, made: ProposedStep) -> Vec:
         z = at.space.solve(at.p)
         along, square = products(at, self.space, w, z), products(at, self.space, z, z)
         outward = [torch.where(s > 0, (x / s).clamp_max(0), 0.0) for x, s in zip(along, square, strict=True)]
@@ -171,7 +171,7 @@ class RowFloor(Bending):
         if not isinstance(self.ratio, Schedule):
             checks.non_negative("RowFloor", ratio=self.ratio)
 
-    def bent(self, at: At, w: Vec, made: Made) -> Vec:
+    def bent(self, at: At, w: Vec, made: ProposedStep) -> Vec:
         z = at.space.solve(at.p)
         out = list(w)
         for i, (leaf, ratio) in enumerate(zip(at.leaves, at["ratio"], strict=True)):

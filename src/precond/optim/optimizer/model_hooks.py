@@ -22,7 +22,7 @@ from precond.optim.optimizer.passes import Recorder
 from precond.optim.ranks.replicas import distributed
 
 
-class Listening:
+class ModelHooks:
     """Hooks on the model; without one (a copied or unpickled optimizer) it hears nothing.
 
     Attributes:
@@ -36,8 +36,8 @@ class Listening:
         self.recorder: Recorder | None = None
         self.observer: Observer | None = None
         self.unobserved: dict[Tensor, str] = {}
-        self._heard: bool | None = None
-        self._told: set[str] = set()
+        self._collected: bool | None = None
+        self._warned: set[str] = set()
 
     def begin(
         self,
@@ -74,11 +74,11 @@ class Listening:
 
         On an accelerator that is not looked at, unless one is to ``watch``: what is not finite is passed by where it is folded in.
         """
-        if self._heard is None:
-            self._heard = self._hand_out(cells, watch)
-        return self._heard
+        if self._collected is None:
+            self._collected = self._distribute(cells, watch)
+        return self._collected
 
-    def _hand_out(self, cells: Sequence[Cell], watch: bool) -> bool:
+    def _distribute(self, cells: Sequence[Cell], watch: bool) -> bool:
         if self.observer is None:
             if self.requests:
                 raise RuntimeError(
@@ -91,22 +91,24 @@ class Listening:
         else:
             seen = self.observer.collect()
             if not seen and not self.observer.wanted:
-                self._hand(cells, seen)
+                self._give(cells, seen)
                 return True
             # An input that is not finite is so in its own variance.
             heard = Heard(seen, frozenset(seen), all_finite(tuple(m.variance for m in seen.values() if looks(m))))
-        self._hand(cells, heard.seen)
+        self._give(cells, heard.seen)
         if self.unobserved or self.observer.unread or not heard.called.issuperset(self.observer.wanted):
-            self._tell(heard.called, self.observer.expected, self.observer.unread)
+            self._warn_unobserved(heard.called, self.observer.expected, self.observer.unread)
         return heard.finite
 
     @staticmethod
-    def _hand(cells: Sequence[Cell], seen: InputMoments) -> None:
+    def _give(cells: Sequence[Cell], seen: InputMoments) -> None:
         for cell in cells:
             for each in cell.cells:
                 each.inputs = seen
 
-    def _tell(self, seen: frozenset[tuple[str, Request]], expected: Sequence[Site], unread: Mapping[str, str]) -> None:
+    def _warn_unobserved(
+        self, seen: frozenset[tuple[str, Request]], expected: Sequence[Site], unread: Mapping[str, str]
+    ) -> None:
         """Say once of each layer that it should have been seen, has a gradient, and was not seen; or not read."""
         new: dict[str, str] = {}
         for site in expected:
@@ -115,19 +117,19 @@ class Listening:
                 self.unobserved.pop(site.weight, None)
                 continue
             self.unobserved[site.weight] = unread.get(site.name, _UNSEEN)
-            if site.name not in self._told:
+            if site.name not in self._warned:
                 if site.name in unread or _has_gradient(site.weight):
                     new[site.name] = self.unobserved[site.weight]
                 else:
                     self.unobserved[site.weight] = "was not called"
-        if new and not seen and not unread and not self._told:
+        if new and not seen and not unread and not self._warned:
             warn(
                 "no layer inputs were observed since the last step: was the model compiled and called before the optimizer was "
                 f"made, are its layers in eval() mode, or called by their forward() or by functions? Such layers {_WITHOUT}"
             )
         else:
             _warn(new)
-        self._told |= new.keys()
+        self._warned |= new.keys()
 
     @contextmanager
     def away(self) -> Iterator[None]:
@@ -153,13 +155,13 @@ class Listening:
 
     def resume(self) -> None:
         """The second passes were given up: what was seen stays, further forwards count."""
-        self._heard = None
+        self._collected = None
         if self.observer is not None:
             self.observer.enabled = True
 
     def begin_closure(self) -> None:
         """A closure runs a step's forwards; what counts of those before it is known when it ends."""
-        self._heard = None
+        self._collected = None
         if self.observer is not None:
             self.observer.enabled = True
             self.observer.separate()
@@ -171,17 +173,17 @@ class Listening:
 
     def begin_clearing(self) -> None:
         """Gradients are about to be cleared, outside of a closure: forwards whose backward has been do not count."""
-        if self.observer is not None and self._heard is None and self.observer.enabled:
+        if self.observer is not None and self._collected is None and self.observer.enabled:
             self.observer.drop_used()
 
     def end_clearing(self) -> None:
         """They have been cleared."""
-        if self.observer is not None and self._heard is None:
+        if self.observer is not None and self._collected is None:
             self.observer.cleared()
 
     def forget(self) -> None:
         """What was heard so far does not count: the step's forwards are yet to come."""
-        self._heard = None
+        self._collected = None
         if self.recorder is not None:
             self.recorder.arm()
         if self.observer is not None:

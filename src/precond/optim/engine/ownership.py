@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from precond.optim.blocks import Block, Gathered, Leaf, state_dtype
+from precond.optim.blocks import Block, Leaf, WholeLeaf, state_dtype
 from precond.optim.engine.cells import Choice
 from precond.optim.momentum import Momentum
 from precond.optim.preconditioners import Fixed
 from precond.optim.preconditioners.base import Preconditioner, placed
-from precond.optim.ranks.exchange import dealt
+from precond.optim.ranks.exchange import balanced
 
 
 @dataclass(frozen=True)
@@ -60,37 +60,37 @@ class Placement:
     """Where a block is stepped that several ranks hold.
 
     Attributes:
-        crew: what blocks have in common that are exchanged together: the ranks, the dtype and the device.
+        exchange: what blocks have in common that are exchanged together: the ranks, the dtype and the device.
         owner: the rank among them that steps it.
         here: whether that is this one.
     """
 
-    crew: Any
+    exchange: Any
     owner: int
     here: bool
 
 
-def deal(found: Sequence[Unit], leaves: Sequence[Leaf], owners: dict[Tensor, int]) -> list[Placement | None]:
+def assign_owners(found: Sequence[Unit], leaves: Sequence[Leaf], owners: dict[Tensor, int]) -> list[Placement | None]:
     """Who steps each unit, None where every rank steps what it holds; ``owners`` learns of new ones.
 
     Raises:
         ValueError: where parameters that are stepped jointly are held by different ranks.
         RuntimeError: where ranks shared them before and are not known any more.
     """
-    crews: dict[Any, list[int]] = {}
+    exchanges: dict[Any, list[int]] = {}
     keys: list[Any] = []
     for k, unit in enumerate(found):
         own = [leaves[i] for i in unit.index]
-        keys.append(_crew(unit.preconditioner, own))
+        keys.append(_exchange(unit.preconditioner, own))
         if keys[-1] is None and (lost := [leaf for leaf in own if leaf.param in owners and leaf.pieces is None]):
             raise RuntimeError(
                 f"the state of {lost[0].name!r} is divided among ranks, and the optimizer was copied or unpickled without its model: call "
                 "watch(model) with the wrapped model on every rank first"
             )
         if keys[-1] is not None:
-            crews.setdefault(keys[-1], []).append(k)
+            exchanges.setdefault(keys[-1], []).append(k)
     of: dict[int, Placement] = {}
-    for key, numbers in crews.items():
+    for key, numbers in exchanges.items():
         first = leaves[found[numbers[0]].index[0]].pieces
         assert first is not None
         size, me = len(first.boxes), dist.get_rank(first.group)
@@ -98,16 +98,16 @@ def deal(found: Sequence[Unit], leaves: Sequence[Leaf], owners: dict[Tensor, int
         known = {k: owners[p] for k in numbers if (p := leaves[found[k].index[0]].param) in owners}
         loads = [sum(costs[k] for k, owner in known.items() if owner == r) for r in range(size)]
         new = [k for k in numbers if k not in known]
-        known |= dict(zip(new, dealt([costs[k] for k in new], size, loads), strict=True))
+        known |= dict(zip(new, balanced([costs[k] for k in new], size, loads), strict=True))
         for k in numbers:
             owners.update({leaves[i].param: known[k] for i in found[k].index})
             of[k] = Placement(key, known[k], known[k] == me)
     return [of.get(k) for k in range(len(found))]
 
 
-def _crew(P: Preconditioner, own: Sequence[Leaf]) -> Any:
+def _exchange(P: Preconditioner, own: Sequence[Leaf]) -> Any:
     """The ranks, the dtype and the device of a unit that one rank steps for all; None where each steps what it holds."""
-    if not P.dealt and (all(leaf.shard is None for leaf in own) or P.divisible(Block(tuple(own)))):
+    if not P.has_owner and (all(leaf.shard is None for leaf in own) or P.divisible(Block(tuple(own)))):
         return None
     pieces = [leaf.pieces for leaf in own]
     if all(p is None for p in pieces) and not any(leaf.shard is not None for leaf in own):
@@ -133,7 +133,7 @@ class Whole:
 
     def block(self, P: Preconditioner, own: Sequence[Leaf]) -> Block:
         """The block of some leaves for a preconditioner."""
-        gathers = P.dealt or (any(leaf.shard is not None for leaf in own) and not P.divisible(Block(tuple(own))))
+        gathers = P.has_owner or (any(leaf.shard is not None for leaf in own) and not P.divisible(Block(tuple(own))))
         return Block(tuple(self._whole(leaf) if gathers and leaf.shard is not None else leaf for leaf in own))
 
     def _whole(self, leaf: Leaf) -> Leaf:
@@ -157,7 +157,7 @@ def _at_owner(leaf: Leaf, zeros: Tensor) -> Leaf:
     if leaf.shard is None:
         return leaf
     fields = {name: getattr(leaf, name) for name in leaf.__dataclass_fields__}
-    return Gathered(**fields, zeros=zeros[: leaf.param.numel()].view(leaf.shape))
+    return WholeLeaf(**fields, zeros=zeros[: leaf.param.numel()].view(leaf.shape))
 
 
 def _disagree(leaf: Leaf) -> ValueError:
