@@ -247,7 +247,7 @@ def estimates(available: dict[str, ModuleType]) -> None:
     H = hessian(Objective(model, CROSS, [(x, y)]))
     exact = trace(H, method="exact").value
     A = package and package.HessianLinearOperator(model, CROSS, params, [(x, y)], check_deterministic=False)
-    for method, name in (("hutchinson", "hutchinson_trace"), ("hutch++", "hutchpp_trace"), ("exchanged", "xtrace")):
+    for method, name in (("hutchinson", "hutchinson_trace"), ("hutch++", "hutchpp_trace"), ("xtrace", "xtrace")):
         found = [trace(H, method=method, products=96, seed=seed) for seed in range(20)]
         rms = lambda values: (sum((v - exact) ** 2 for v in values) / len(values)) ** 0.5 / abs(exact)  # noqa: E731
         holds = sum(low <= exact <= high for low, high in (e.interval() for e in found))

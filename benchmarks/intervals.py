@@ -14,7 +14,7 @@ from torch import Tensor
 from precond.analysis.curvature import diagonal, trace
 
 N = 200
-METHODS = ("hutchinson", "hutch++", "exchanged")
+METHODS = ("hutchinson", "hutch++", "xtrace")
 
 
 def spectra() -> dict[str, Tensor]:

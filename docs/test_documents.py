@@ -246,6 +246,26 @@ def test_a_page_with_figures_names_commands_or_says_that_none_makes_them(page):
     assert not FIGURE.search(text) or COMMAND.search((ROOT / page).read_text(encoding="utf-8")) or ONE_OFF in text
 
 
+PAGES = sorted(path for pattern in ("*.md", "docs/*.md", "docs/t*/*.md") for path in ROOT.glob(pattern))
+LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)")
+
+
+def anchors(path: Path) -> set[str]:
+    """Of the headings, as pages of documentation and of repositories name them."""
+    headings = re.findall(r"(?m)^#+ (.*)$", prose(str(path.relative_to(ROOT))))
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(path.relative_to(ROOT)) for path in PAGES])
+def test_links_lead_somewhere(page):
+    for file, anchor in LINK.findall(prose(str(page.relative_to(ROOT)))):
+        # The gallery's pages are made of the examples when the documentation is built.
+        made = re.sub(r"^(?:\.\./)?gallery/(\w+)\.rst$", r"/examples/\1.py", file)
+        to = ROOT / made[1:] if made != file else page.parent / file if file else page
+        assert to.exists() or file.endswith("gallery/index.rst"), f"{file} is not there"
+        assert not anchor or anchor in anchors(to.resolve()), f"{file}#{anchor} is not there"
+
+
 TUTORIALS = sorted((ROOT / "docs/tutorials").glob("*.md"))
 
 

@@ -12,3 +12,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages without figures, where a test is about files and numbers: to draw them is most of a small run. ``whole`` runs draw theirs."""
+    monkeypatch.setattr("precond.lab.report.style.svg_panels", lambda *_, **__: "<svg></svg>")

@@ -14,6 +14,8 @@ from precond.lab.workloads import LogUniform, Task
 from precond.lab.workloads.fashion_study import ENTRANTS, fashion_tasks
 from precond.lab.workloads.race import REFERENCE
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 
 def test_every_entrant_of_every_task_has_the_same_budget(fashion_mnist: Path) -> None:
     tasks = fashion_tasks((0, 1, 2), trials=5, folder=fashion_mnist, examples=1000)

@@ -24,6 +24,7 @@ ARGS = [
     "--dropout", "0.2", "--steps", "60", "--evaluations", "4", "--lr-range", "1e-3,1e-2", "--trials", "2", "--seeds", "0,1",
     "--checkpoint-seconds", "0.02",
 ]  # fmt: skip
+without_figures = pytest.mark.usefixtures("without_figures")
 _COMMAND = "import sys; from precond.lab.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -84,6 +85,7 @@ def test_a_run_leaves_results_page_and_readable_text(whole: Path, capsys: pytest
     assert (whole / "report.html").exists()
 
 
+@without_figures
 def test_killed_at_random_and_resumed_it_ends_with_the_same_numbers(whole: Path, tmp_path: Path) -> None:
     process = start(tmp_path)
     under_way(tmp_path, process)
@@ -93,6 +95,7 @@ def test_killed_at_random_and_resumed_it_ends_with_the_same_numbers(whole: Path,
     assert numbers(tmp_path) == numbers(whole)
 
 
+@without_figures
 def test_interrupted_it_says_what_is_saved_and_how_to_go_on(whole: Path, tmp_path: Path) -> None:
     process = start(tmp_path)
     under_way(tmp_path, process)
@@ -119,6 +122,7 @@ def test_the_polite_kill_stops_like_ctrl_c_and_handlers_are_given_back() -> None
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@without_figures
 def test_other_settings_are_named_and_no_resume_starts_over(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +135,7 @@ def test_other_settings_are_named_and_no_resume_starts_over(
     assert main([*args, "--batch-size", "32", "--no-resume"]) == 0
 
 
+@without_figures
 @pytest.mark.parametrize("name", ["settings.json", "trainings/wine/00-sgd-seed-0.json"])
 def test_damaged_files_are_named(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["compare", "wine", "--recipes", "sgd", "--lr", "1e-6", "--steps", "3", "--seeds", "0", "--out", str(tmp_path)]
@@ -178,6 +183,7 @@ def test_a_search_in_which_all_diverge(tmp_path: Path) -> None:
     assert load_results(tmp_path / "results.json").tasks[0].entries[0].lr == 1.778e30
 
 
+@without_figures
 def test_train_saves_the_model(tmp_path: Path) -> None:
     args = ["train", "diabetes", "--model", "linear", "--recipe", "adam(lr=0.01)", "--steps", "30", "--out", str(tmp_path)]
     assert main(args) == 0

@@ -27,6 +27,8 @@ from precond.lab.workloads import (
     train,
 )
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 SETTINGS = {"a": 1}
 
 
@@ -50,6 +52,7 @@ def run(out: Path, names: list[str], resume: bool = True) -> int:
 
 def started(out: Path, names: list[str]) -> "subprocess.Popen[str]":
     command = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torch; torch.set_num_threads(1); "
+    command += "from precond.lab.report import style; style.svg_panels = lambda *_, **__: '<svg></svg>'; "  # as without_figures
     command += f"import test_sharing; from pathlib import Path; sys.exit(test_sharing.run(Path({str(out)!r}), {names!r}))"
     return subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

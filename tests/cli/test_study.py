@@ -40,6 +40,8 @@ from precond.lab.workloads import (
 )
 from precond.lab.workloads.factory import Factory
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 READ: list[str] = []
 
 
@@ -176,7 +178,7 @@ class Silent:
     def started(self, job: Job) -> None:
         READ.append("search" if job.is_trial else "final")
 
-    def spared(self, trainings: int) -> None: ...
+    def skipped(self, trainings: int) -> None: ...
 
     def stepped(self, step: int, loss: object) -> bool:
         return False

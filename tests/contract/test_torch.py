@@ -27,19 +27,19 @@ def relative(a, b):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @by_name
-def test_forty_steps_under_a_scheduler_with_groups(twin: Twin, dtype: torch.dtype):
+def test_steps_under_a_scheduler_with_groups(twin: Twin, dtype: torch.dtype):
     ends = []
     for make in (twin.theirs, lambda p: twin.ours(p, engine="auto"), lambda p: twin.ours(p, engine="loop")):
         model = net(dtype)
         optimizer = make(two_groups(model, weight_decay=0.05))
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 8, 0.5)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5)
 
         def hook(t, optimizer=optimizer, model=model, scheduler=scheduler):
             scheduler.step()
-            if t == 16:
+            if t == 10:
                 optimizer.add_param_group({"params": [model.head.bias, model.norm.bias], "lr": 2e-3})
 
-        train(model, optimizer, batches(40, dtype), hook)
+        train(model, optimizer, batches(24, dtype), hook)
         ends.append(flat(model))
     theirs, auto, loop = ends
     assert relative(auto, theirs) <= TOLERANCE[dtype]

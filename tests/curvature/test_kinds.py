@@ -127,7 +127,7 @@ MEASUREMENTS = {
     "spectral_density": lambda o, m: [
         spectral_density(hessian(o), method=k, steps=4).count(0, 1) for k in ("dense", "lanczos")
     ],
-    "trace": lambda o, m: [trace(hessian(o), method=k, products=12) for k in ("exact", "hutchinson", "hutch++", "exchanged")],
+    "trace": lambda o, m: [trace(hessian(o), method=k, products=12) for k in ("exact", "hutchinson", "hutch++", "xtrace")],
     "diagonal": lambda o, m: diagonal(hessian(o), method="hutch++", products=9),
     "invariances": lambda o, m: invariances(o),
     "to_scipy": lambda o, m: to_scipy(hessian(o)).matvec(vec.flatten(o.params).detach().double().numpy()),

@@ -17,7 +17,7 @@ from alike import alike
 from precond import BNP, RMS, SAM, PreconditionedGD
 from precond.analysis.curvature import Objective, hessian
 from precond.analysis.diagnostics import Monitor, TensorBoard, preconditioner_of
-from precond.analysis.diagnostics.live import kappa_of_moments, largest
+from precond.analysis.diagnostics.online import kappa_of_moments, top_eigenpair
 from precond.optim.inputs import Moments
 
 
@@ -177,12 +177,12 @@ def test_lanczos_from_a_warm_start():
     A = precond.Dense(Q @ torch.diag(values) @ Q.T, like)
     start, errors = (torch.randn(60).double(),), []
     for _ in range(6):
-        top = largest(A, start, 3)
+        top = top_eigenpair(A, start, 3)
         start = top.vector
         errors.append(8 - top.value)
         assert errors[-1] + 1e-12 >= 0 and abs(values - top.value).min() <= top.residual + 1e-12
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-3
-    assert largest(precond.Dense(3 * torch.eye(60).double(), like), start, 5).value == pytest.approx(3.0)
+    assert top_eigenpair(precond.Dense(3 * torch.eye(60).double(), like), start, 5).value == pytest.approx(3.0)
 
 
 def test_every_and_the_budget(monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import precond
-from precond.analysis.diagnostics.gains import Picture, predicted
+from precond.analysis.diagnostics.gains import QuadraticModel, predicted
 from precond.analysis.diagnostics.remedies import base_of
 
 ENDS = nn.functional.cross_entropy
@@ -82,7 +82,7 @@ def test_what_changes_nothing_is_not_promised_to_save_steps(name):
     objective = precond.Objective(model, ENDS, [(x, y)])
     found = precond.diagnose(objective)
     assert not any("Standardize" in advice.what for advice in found.advice), found
-    value, alone = predicted(Picture.of(objective), base_of(None, model), "standardize", 150)
+    value, alone = predicted(QuadraticModel.of(objective), base_of(None, model), "standardize", 150)
     assert value == pytest.approx(1, abs=0.2) and alone == pytest.approx(1, abs=0.2)
 
 

@@ -75,7 +75,7 @@ def late() -> tuple[float, str]:
     group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
     model, optimizer = _pair(soap, group)
     model(torch.ones(2, 3)).square().mean().backward()
-    with failing("all_gather_single", lambda: time.sleep(2 * TIMEOUT if dist.get_rank() else 0)):
+    with failing("all_to_all_single", lambda: time.sleep(2 * TIMEOUT if dist.get_rank() else 0)):
         found = _outcome(optimizer.step)
     dist.barrier()
     return found
@@ -87,7 +87,7 @@ def slow() -> bool:
     ends = []
     for seconds in (0.0, 0.3):
         model, optimizer = _pair(soap, group)
-        with failing("all_gather_single", lambda seconds=seconds: time.sleep(seconds if dist.get_rank() else 0)):
+        with failing("all_to_all_single", lambda seconds=seconds: time.sleep(seconds if dist.get_rank() else 0)):
             for k in range(3):
                 optimizer.zero_grad()
                 model(torch.full((2, 3), k + 1.0)).square().mean().backward()

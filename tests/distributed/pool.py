@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import traceback
 from collections.abc import Callable
@@ -13,7 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PATIENCE = 120  # seconds; gloo gives up on a missing partner before
+PATIENCE = 300
+"""Seconds, on a busy machine, to start and import, and to run what is sent; gloo gives up on a missing partner before."""
 
 
 class Failed(Exception):
@@ -37,6 +39,10 @@ def answer(pipe: Any) -> None:
 def _serve(rank: int, world: int, store: str, pipe: Any, timeout: float) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
+    for slow in ("torch._dynamo", "precond"):
+        importlib.import_module(slow)
+    pipe.send("ready")
+    pipe.recv()  # so that none waits in the group, for its timeout, while others are still importing
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
     )
@@ -56,7 +62,9 @@ class Pool:
 
     def _start(self) -> None:
         self._started += 1
-        context = mp.get_context("spawn")
+        # Forked from a process that has imported torch and computed nothing, a rank costs 0.9 s of a core before its first test, not 3.4.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["distributed.sharded", "torch._dynamo"])
         for rank in range(self.world):
             here, there = context.Pipe()
             process = context.Process(
@@ -67,6 +75,13 @@ class Pool:
             process.start()
             there.close()  # so that the end of the process is the end of the pipe
             self._ranks.append((process, here))
+        for _, pipe in self._ranks:
+            if not pipe.poll(PATIENCE):
+                self.stop()
+                raise TimeoutError("a rank does not start")
+            pipe.recv()
+        for _, pipe in self._ranks:
+            pipe.send("all are ready")
 
     def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What the function returned on each rank, or a :class:`Failed`."""

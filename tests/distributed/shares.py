@@ -163,8 +163,12 @@ CALLS = {
 
 @contextmanager
 def counted_bytes() -> Iterator[Counter[str]]:
-    """What this rank gives to collectives, by what it is; what the library has no name for, by the collective's."""
+    """What this rank gives to collectives, by what it is; what the library has no name for, by the collective's.
+
+    What it gives to all ranks alike counts once, by whichever collective they take it.
+    """
     given: Counter[str] = Counter()
+    shared = collectives.share
     originals = {name: getattr(dist, name) for name in CALLS}
     said: list[str] = []
 
@@ -182,14 +186,29 @@ def counted_bytes() -> Iterator[Counter[str]]:
 
         return call
 
+    def once(parts: Sequence[Tensor], sizes: Sequence[int], what: str, group: Any = None) -> list[Tensor]:
+        before, out = Counter(given), shared(parts, sizes, what, group)
+        given.clear()
+        given.update(before)
+        given[what] += sum(t.numel() * t.element_size() for t in parts)
+        return out
+
     for name in CALLS:
         setattr(dist, name, counting(name))
     try:
-        with mock.patch.object(collectives, "_named", named):
+        with mock.patch.object(collectives, "_named", named), mock.patch.object(collectives, "share", once):
             yield given
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)
+
+
+def shared_by_all(through_sockets: bool) -> list[list[float]]:
+    """Of each rank r a number, r times."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    with mock.patch.object(collectives, "_through_sockets", lambda device: through_sockets):
+        every = collectives.share([torch.full((1,), 7.0 * rank)] * rank or [torch.empty(0)], range(size), "numbers")
+    return [t.tolist() for t in every]
 
 
 ABOUT_INPUTS = {"statistics of inputs", "how many inputs it saw", "what is to be observed"}

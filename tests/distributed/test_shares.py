@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -31,6 +33,13 @@ def test_four_ranks_are_one_process(four, optimizer, wrap):
     check(four.run(train, Setting(optimizer, PARTS[4], wrap=wrap)), train(Setting(optimizer, PARTS[4])))
 
 
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp", "hsdp, copies of parts"])
+def test_what_auto_measures_is_known_to_all(four, wrap):
+    """It is measured by owners, after the seventh step, and decides for everyone; layers then may have other owners."""
+    setting = Setting("auto, white", PARTS[4], steps=12)
+    check(four.run(train, replace(setting, wrap=wrap)), train(setting))
+
+
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
 def test_halves_of_a_batch_are_the_batch(ranks, wrap):
     setting = Setting("auto, SAM", (8, 4), wrap=wrap, how="probe", parts=2)
@@ -49,6 +58,13 @@ def test_products_and_state_are_divided(ranks, four, recipe, wrap):
         for pool in (ranks, four):
             for part in pool.run(counts, recipe, wrap):
                 assert part <= (1.2 if counts is shares.operations else 1.1) * alone / pool.world
+
+
+@pytest.mark.parametrize("through_sockets", [True, False])
+def test_what_each_rank_has_is_shared_by_all(three, through_sockets):
+    every = [[], [7.0], [14.0, 14.0]]
+    for rank, found in enumerate(three.run(shares.shared_by_all, through_sockets)):
+        assert found == [[] if r == rank else numbers for r, numbers in enumerate(every)]
 
 
 @pytest.mark.parametrize("recipe", shares.RECIPES)

@@ -25,10 +25,12 @@ from precond import (
     RMS,
     SAM,
     AdaGrad,
+    Auto,
     GradientNorm,
     LossClosure,
     Momentum,
     PreconditionedGD,
+    RelativeRMS,
     Whitening,
     adagrad,
     adamw,
@@ -73,6 +75,8 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], PreconditionedGD]] = {
     "BNP, patch, width": lambda m: _bnp(m, BNP(conv="patch", width_scaling=True)),
     "BNP, clipped": lambda m: PreconditionedGD(m, 0.05, preconditioner=BNP(damping=0.0), max_norm=0.1),
     "BNP @ RMS": lambda m: _bnp(m, BNP() @ RMS(eps=EPS), momentum=Momentum(0.9)),
+    "BNP @ RelativeRMS": lambda m: _bnp(m, BNP() @ RelativeRMS(eps=EPS, large=0.0), momentum=Momentum(0.9)),
+    "Whitening @ RelativeRMS": lambda m: _bnp(m, Whitening(damping=0.05) @ RelativeRMS(eps=EPS, large=0.0)),
     "BNP @ AdaGrad": lambda m: _bnp(m, BNP() @ AdaGrad(eps=EPS)),
     "Whitening": lambda m: _bnp(m, Whitening(damping=0.05)),
     "Whitening, SAM": lambda m: _bnp(m, Whitening(damping=0.05, root="cholesky") @ RMS(eps=EPS), SAM(0.1, damping=0.2)),
@@ -96,6 +100,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], PreconditionedGD]] = {
 }
 WHOLE: dict[str, Callable[[nn.Module], PreconditionedGD]] = {
     "auto": lambda m: auto(m, lr=0.01),
+    "auto, white": lambda m: auto(m, lr=0.01, choice=Auto(white=1e-3)),  # all inputs are, after what it measures
     "auto, loop": lambda m: auto(m, lr=0.01, engine="loop"),
     "auto, SAM": lambda m: auto(m, lr=0.01, regularizers=[SAM(0.1, space="p")]),
     "muon": lambda m: muon(m, lr=0.01, arithmetic="full"),

@@ -102,4 +102,4 @@ def test_nobody_asked():
         optimizer = precond.adam(model, inputs=BNP())
     first, second, _ = optimizer.explain().rows
     assert first.preconditioner == "RMS()" and "OneHot" in first.why
-    assert second.preconditioner == "BNP() ∘ RMS()" and second.why == ""
+    assert second.preconditioner == "BNP() ∘ RelativeRMS()" and second.why == ""

@@ -313,3 +313,24 @@ def test_roots_of_a_stack_may_be_taken_a_few_at_a_time(root, monkeypatch):
     for whole, pieces in zip(roots(5), roots(2), strict=True):
         torch.testing.assert_close(pieces, whole, rtol=1e-9, atol=1e-9)
         assert not torch.equal(whole[0], torch.eye(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("samples", [3, 40])  # of which only few are kept as they are
+@pytest.mark.parametrize("gain", [0.3, [0.3, 0.9]], ids=["one gain", "each its own"])
+@pytest.mark.parametrize("bad", [None, torch.nan, torch.inf, 1e200])
+def test_a_covariance_is_folded_in_where_it_is(samples, gain, bad):
+    """What an accelerator does without looking: a group that holds what is not finite, or whose squares are not, stays as it is."""
+    x, known = data(2 * samples, 8).view(2, samples, 8), torch.stack([torch.eye(8), 2 * torch.eye(8)]).double()
+    seen = [x[k : k + 1].clone() for k in range(2)]
+    if bad is not None:
+        seen[1][0, 0, 0] = bad
+    mean = torch.zeros(2, 8).double()
+    new, S = Moments.joined([covariance(t) for t in seen]), known.clone()
+    if bad is not None:
+        new.bound_to_(mean, S)
+        assert torch.equal(new.mean[1], mean[1]) and new.variance.isfinite().all() and not new.absolute[1].any()
+    column = gain if isinstance(gain, float) else torch.tensor(gain, dtype=torch.float64)[:, None]
+    new.fold_spread_(S, column)
+    for k, g in enumerate([gain, gain] if isinstance(gain, float) else gain):
+        expected = known[k].lerp(torch.cov(x[k].T, correction=0), g)
+        torch.testing.assert_close(S[k], known[k] if bad is not None and k else expected, rtol=1e-12, atol=1e-12)

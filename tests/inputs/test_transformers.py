@@ -96,7 +96,7 @@ def test_adapters_are_observed_and_what_is_frozen_costs_nothing():
     assert trained(model, optimizer) == []
     assert read and all("lora_" in name for name in read)
     for row in optimizer.explain().rows:
-        assert row.preconditioner == ("Whitening() ∘ RMS()" if "lora_" in row.name else "none (frozen)")
+        assert row.preconditioner == ("Whitening() ∘ RelativeRMS()" if "lora_" in row.name else "none (frozen)")
     for name, p in model.named_parameters():
         assert bool(optimizer.state.get(p)) == ("lora_" in name)
     assert all(optimizer.state[p]["outer.count"].item() > 0 for n, p in model.named_parameters() if "lora_" in n)

@@ -11,7 +11,7 @@ from torch import nn
 import precond
 from contract.table import flat
 from precond import Auto, Whitening
-from precond.optim.recipes.looking import Looking
+from precond.optim.recipes.first_steps import FirstSteps
 
 GENERATOR = torch.Generator().manual_seed(3)
 MIX = torch.randn(6, 6, generator=GENERATOR, dtype=torch.float64)
@@ -202,7 +202,7 @@ def test_what_is_told_changes_no_step(monkeypatch):
         return model, optimizer
 
     told, optimizer = trained()
-    monkeypatch.setattr(Looking, "_note", lambda self, leaf: None)
+    monkeypatch.setattr(FirstSteps, "_note", lambda self, leaf: None)
     monkeypatch.setattr(Whitening, "samples_per_input", lambda self, state: dict.fromkeys(self.independent(state), 1.0))
     untold, other = trained()
     assert optimizer.param_groups[0]["seen"] != other.param_groups[0]["seen"]

@@ -14,7 +14,7 @@ import precond
 from matrix import oracles
 from precond import KFAC, SOAP, Momentum, PreconditionedGD, Shampoo
 from precond.optim.blocks import memory
-from precond.optim.blocks.turns import is_due, next_renewal, phase, turns
+from precond.optim.blocks.turns import ahead, is_due, next_renewal, turns
 from precond.optim.engine import plan
 from precond.optim.preconditioners import eigenbases, rational
 from precond.optim.preconditioners.kronecker import norms
@@ -91,26 +91,27 @@ def freezing(t: int, model: nn.Module) -> None:
             p.grad = None
 
 
-@pytest.mark.parametrize("how", ["of one each", "by kernels", "by the reference"])
 @pytest.mark.parametrize("before", [lambda *_: None, gaps, freezing], ids=["all", "gaps", "freezing"])
 @each
-def test_a_stack_is_its_members_one_by_one(name, before, how, monkeypatch):
+def test_a_stack_is_its_members_one_by_one(name, before, monkeypatch):
+    """In stacks of one each, by kernels, and by the reference."""
     model = ragged()
-    ends = []
+
+    def end(**options: str) -> tuple[PreconditionedGD, Tensor]:
+        mine = copy.deepcopy(model)
+        optimizer = RECIPES[name](mine, **options)
+        return optimizer, trained(mine, optimizer, range(11), before)
+
     with monkeypatch.context() as patched:
         patched.setattr(plan, "has_kernel", lambda *_: False)  # on a processor, too
-        for scratch in [memory.CACHED] + [0] * (how == "of one each"):
-            patched.setattr(memory, "CACHED", scratch)
-            mine = copy.deepcopy(model)
-            optimizer = RECIPES[name](mine)
-            ends.append(trained(mine, optimizer, range(11), before))
-            assert scratch == 0 or name == "KFAC" or max(len(c.members) for c in optimizer._bound.cells if c.handled) > 1
-    if how != "of one each":
-        mine = copy.deepcopy(model)
-        ends.append(trained(mine, RECIPES[name](mine, engine="auto" if how == "by kernels" else "loop"), range(11), before))
+        stacked, expected = end()
+        patched.setattr(memory, "CACHED", 0)
+        _, found = end()
+    assert name == "KFAC" or max(len(c.members) for c in stacked._bound.cells if c.handled) > 1
     # What 11 steps make of rounding: KFAC's inverses of damped factors multiply 2e-16 by condition numbers up to 1e6 and more.
     bound = 1e-9 if name == "KFAC" else 1e-10
-    torch.testing.assert_close(*ends, rtol=10 * bound, atol=bound)
+    for one in (found, end(engine="auto")[1], end(engine="loop")[1]):
+        torch.testing.assert_close(one, expected, rtol=10 * bound, atol=bound)
 
 
 @pytest.mark.parametrize("at", [1, 4, 8])
@@ -141,8 +142,28 @@ def test_matrices_take_turns_by_their_shapes():
         1,
         1,
     ]  # squares of four sides of 8 have twice as many entries as all of them
-    assert [phase(turn) for turn in range(6)] == [0, 1 / 2, 1 / 4, 3 / 4, 1 / 8, 5 / 8]
     assert [t for t in range(1, 9) if is_due(t, 4, 0)] == [4, 8] and [t for t in range(1, 9) if is_due(t, 4, 3)] == [1, 5]
+
+
+def test_turns_are_far_apart_and_meet_only_where_there_are_more_than_steps():
+    assert [ahead(turn, 64) for turn in range(6)] == [0, 32, 16, 48, 8, 40]
+    assert [ahead(turn, 10) for turn in range(12)] == [
+        0,
+        5,
+        2,
+        7,
+        1,
+        6,
+        3,
+        8,
+        4,
+        9,
+        0,
+        5,
+    ]  # 10/16 is 0 again and 50/16 is 3: passed by
+    for every in (1, 2, 3, 7, 100):
+        assert {ahead(turn, every) for turn in range(every)} == set(range(every))
+    assert ahead(9, 10**12) < 10**12  # of a period that never ends nothing is listed
 
 
 @pytest.mark.parametrize(
@@ -186,8 +207,7 @@ HALVES: dict[str, Callable[..., PreconditionedGD]] = {
 }
 
 
-@pytest.mark.parametrize("engine", ["auto", "loop"])
-@pytest.mark.parametrize("n", [2, 4, 12])
+@pytest.mark.parametrize(("n", "engine"), [(2, "auto"), (4, "auto"), (12, "auto"), (4, "loop")])
 @pytest.mark.parametrize("kind", ["tanh", "relu", "conv"])
 @pytest.mark.parametrize("name", HALVES)
 def test_a_batch_in_halves_or_in_another_order_is_that_batch(name, kind, n, engine):
@@ -212,7 +232,7 @@ def test_a_batch_in_halves_or_in_another_order_is_that_batch(name, kind, n, engi
         optimizer = HALVES[name](model, engine=engine)
         if kind != "tanh" and name != "shampoo":
             optimizer.param_groups[0]["eps"] = 1e-3
-        for t in range(20):
+        for t in range(20 if name == "every 10" else 12):  # two periods
             make = torch.Generator().manual_seed(t)
             x = torch.randn(n, 1, 8, 8, generator=make, dtype=torch.float64)
             y = torch.randint(0, 5, (n,), generator=make)
@@ -273,18 +293,20 @@ def test_inverse_roots_without_eigenvalues(power, many, dtype):
     """What an accelerator takes, side by side: near the exact roots, λ_max of the damping being known to some percent."""
     eigenvalues = torch.logspace(0, -8, 12, dtype=torch.float64).tolist()
     S = torch.stack([s * spectrum(*eigenvalues, n=12, seed=k) for k, s in enumerate((1.0, 1e6, 1e-9))])
-    found = rational.inverse_roots_(S.to(dtype, copy=True), power, 1e-4, 0.5, 2**19 if many else 0)
+    found = rational.inverse_roots(S.to(dtype), power, 1e-4, 0.5, 2**19 if many else 0)
     for mine, matrix in zip(found, S, strict=True):
         exact = inverse_root(matrix / 0.5, power, 1e-4)
         assert exact is not None
         assert (mine - exact).norm() / exact.norm() < 0.02 * max(1.0, power)
-    assert rational.inverse_roots_(torch.zeros(1, 3, 3), power, 1e-4).isnan().all()
+    assert rational.inverse_roots(torch.zeros(1, 3, 3), power, 1e-4).isnan().all()
 
 
-def test_norms_of_any_size():
-    t = torch.tensor([[3.0, 4.0], [3e-30, 4e-30], [3e30, 4e30]])
-    torch.testing.assert_close(norms(t), torch.tensor([5.0, 5e-30, 5e30]))
-    assert norms(torch.zeros(1, 2)).isnan().all()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norms_of_any_size(dtype):
+    large = 1e30 if dtype == torch.float32 else 1e300
+    t = torch.tensor([[3.0, 4.0], [3 / large, 4 / large], [3 * large, 4 * large]], dtype=dtype)
+    torch.testing.assert_close(norms(t), torch.tensor([5.0, 5 / large, 5 * large], dtype=dtype), rtol=1e-6, atol=0)
+    assert not (norms(torch.zeros(1, 2, dtype=dtype)) > 0).any()
 
 
 def test_the_steps_of_matrices_side_by_side_are_the_oracle_s():

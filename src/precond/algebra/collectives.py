@@ -27,6 +27,33 @@ def all_gather(out: Tensor, t: Tensor, what: str, group: Group = None) -> None:
         dist.all_gather_single(out, t, group)
 
 
+def share(parts: Sequence[Tensor], sizes: Sequence[int], what: str, group: Group = None) -> list[Tensor]:
+    """What each rank has, given to all: flat, and in the place of this rank, which has it, nothing.
+
+    Args:
+        parts: what this one gives, one after the other.
+        sizes: how many numbers each rank gives, which all know.
+    """
+    rank, size, like = dist.get_rank(group), len(sizes), parts[0]
+    flat = [t.reshape(-1) for t in parts]
+    others = [0 if r == rank else n for r, n in enumerate(sizes)]
+    if _through_sockets(like.device):
+        gives = [0 if r == rank else sizes[rank] for r in range(size)]
+        out = like.new_empty(sum(others))
+        all_to_all(out, torch.cat(flat * (size - 1)), others, gives, what, group)
+        return list(out.split(others))
+    longest = max(sizes)
+    mine, every = like.new_empty(longest), like.new_empty(size * longest)
+    torch.cat(flat, out=mine[: sizes[rank]])
+    all_gather(every, mine, what, group)
+    return [t[:n] for t, n in zip(every.split(longest), others, strict=True)]
+
+
+def _through_sockets(device: torch.device) -> bool:
+    """Whether ranks are in contact by gloo, whose all_gather passes memory of its own twice, and whose all_to_all none."""
+    return device.type == "cpu"
+
+
 def all_to_all(out: Tensor, t: Tensor, takes: Sequence[int], gives: Sequence[int], what: str, group: Group = None) -> None:
     """out ← what each rank gives to this one; t is what this one gives, so many numbers to each."""
     with _named(what, group, t.device):

@@ -180,7 +180,7 @@ class Sums:
         return list(both[0] / both[1].clamp_min(1))
 
 
-class Alone(Sums):
+class LocalSums(Sums):
     """Where this process holds everything."""
 
     def __init__(self) -> None:
@@ -192,10 +192,13 @@ class Alone(Sums):
     dot = staticmethod(vec.dot)
     norm = staticmethod(vec.norm)
 
+    def total(self, numbers: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        return numbers.amax(0) if op == dist.ReduceOp.MAX else numbers.sum(0)
 
-ALONE = Alone()
+
+LOCAL_SUMS = LocalSums()
 
 
 def sums(shards: Sequence[Shard | None]) -> Sums:
     """Sums over vectors whose tensors are divided in these ways."""
-    return ALONE if all(s is None for s in shards) else Sums(shards)
+    return LOCAL_SUMS if all(s is None for s in shards) else Sums(shards)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from precond.algebra import vec
 from precond.algebra.maps import Identity, LinearMap
-from precond.algebra.sharding import ALONE, Sums
+from precond.algebra.sharding import LOCAL_SUMS, Sums
 from precond.algebra.vec import Scalar, Vec
 
 
@@ -207,7 +207,7 @@ class Space(ABC):
         Ye, eqs. (4), (9), (10).
     """
 
-    def __init__(self, map: LinearMap | Callable[[], LinearMap], takes_part: tuple[bool, ...], sums: Sums = ALONE):
+    def __init__(self, map: LinearMap | Callable[[], LinearMap], takes_part: tuple[bool, ...], sums: Sums = LOCAL_SUMS):
         self._map, self._mask, self.sums = map, None if all(takes_part) else takes_part, sums
 
     @cached_property
@@ -250,7 +250,7 @@ class Space(ABC):
 class P(Space):
     """The parameters as they are."""
 
-    def __init__(self, takes_part: tuple[bool, ...], sums: Sums = ALONE):
+    def __init__(self, takes_part: tuple[bool, ...], sums: Sums = LOCAL_SUMS):
         super().__init__(Identity(), takes_part, sums)
 
     def raised(self, v: Vec, scale: Scalar | Sequence[Scalar] = 1.0) -> Cotangent:

@@ -11,7 +11,7 @@ from precond.algebra.maps.dense import Dense, GramOnly, Kronecker
 from precond.algebra.maps.diagonal import Diagonal, InverseRoot
 from precond.algebra.maps.layers import RowMatrix, Sliced, Standardizing
 from precond.algebra.maps.layout import ExpertLayout, Layout, SideBySide
-from precond.algebra.maps.rotation import Orthogonal, Reflected, Rotation, completed
+from precond.algebra.maps.rotation import CompactWY, Orthogonal, Rotation, completed
 from precond.algebra.maps.secant import Secant
 from precond.algebra.maps.spiked import Spiked
 from precond.algebra.maps.symmetric import SymmetricKronecker, Tiled, Unrooted
@@ -20,6 +20,7 @@ from precond.algebra.maps.woodbury import Woodbury
 __all__ = [
     "Augmented",
     "BlockDiagonal",
+    "CompactWY",
     "Dense",
     "Diagonal",
     "ExpertLayout",
@@ -31,7 +32,6 @@ __all__ = [
     "LinearMap",
     "Orthogonal",
     "Product",
-    "Reflected",
     "Rotation",
     "RowMatrix",
     "Scaled",

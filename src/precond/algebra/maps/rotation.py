@@ -14,7 +14,7 @@ from precond.algebra.vec import Vec
 
 
 @dataclass(frozen=True, eq=False)
-class Reflected:
+class CompactWY:
     r"""The orthogonal matrix Q = I − Z Yᵀ (n, n): reflections, one after the other, in the compact form of Schreiber & Van Loan (1989).
 
     A product with it takes 4nr operations a column. Columns beyond the first r are unit vectors but for what the reflections mix in.
@@ -25,7 +25,7 @@ class Reflected:
     Example:
         >>> import torch
         >>> U = torch.tensor([[0.6], [0.8]], dtype=torch.float64)
-        >>> Q = Reflected.completing(U)
+        >>> Q = CompactWY.completing(U)
         >>> whole = Q @ torch.eye(2, dtype=torch.float64)
         >>> (whole.T @ whole).round(decimals=6), whole[:, 0].abs().round(decimals=6)
         (tensor([[1., 0.],
@@ -36,7 +36,7 @@ class Reflected:
     Y: Tensor
 
     @classmethod
-    def completing(cls, U: Tensor) -> Reflected:
+    def completing(cls, U: Tensor) -> CompactWY:
         """Q whose first r columns are orthonormal ones U (…, n, r), some with the other sign.
 
         The rest of Q is a function of U that no sign changes.
@@ -51,9 +51,9 @@ class Reflected:
         return cls(Y @ T, Y)
 
     @property
-    def T(self) -> Reflected:
+    def T(self) -> CompactWY:
         """Qᵀ."""
-        return Reflected(self.Y, self.Z)
+        return CompactWY(self.Y, self.Z)
 
     @property
     def ndim(self) -> int:
@@ -73,7 +73,7 @@ def _minus(X: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return torch.addmm(X, A, B, alpha=-1) if X.ndim == 2 else torch.baddbmm(X, A, B, alpha=-1)
 
 
-Orthogonal = Tensor | Reflected
+Orthogonal = Tensor | CompactWY
 
 
 def completed(U: Tensor) -> Orthogonal:
@@ -83,14 +83,14 @@ def completed(U: Tensor) -> Orthogonal:
         U: (…, n, r) with orthonormal columns, r ≤ n.
 
     Returns:
-        U where r = n, else a :class:`Reflected` (n, n); columns may have the other sign.
+        U where r = n, else a :class:`CompactWY` (n, n); columns may have the other sign.
 
     Example:
         >>> import torch
         >>> completed(torch.eye(3)).shape, type(completed(torch.eye(3)[:, :1])).__name__
-        (torch.Size([3, 3]), 'Reflected')
+        (torch.Size([3, 3]), 'CompactWY')
     """
-    return U if U.shape[-2] == U.shape[-1] else Reflected.completing(U)
+    return U if U.shape[-2] == U.shape[-1] else CompactWY.completing(U)
 
 
 def transposed(Q: Orthogonal) -> Orthogonal:
@@ -109,8 +109,8 @@ class Rotation(LinearMap):
     None stands for the identity on that side. Sides of three dimensions act on k matrices side by side, W (k, out, …).
 
     Args:
-        A: (out, out), (k, out, out), a :class:`Reflected`, or None.
-        B: (rest, rest), (k, rest, rest), a :class:`Reflected`, or None.
+        A: (out, out), (k, out, out), a :class:`CompactWY`, or None.
+        B: (rest, rest), (k, rest, rest), a :class:`CompactWY`, or None.
         like: example (W,), which :meth:`to_dense` needs.
 
     Example:

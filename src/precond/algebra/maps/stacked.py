@@ -11,7 +11,7 @@ from precond.algebra.maps.base import LinearMap, Piecewise
 from precond.algebra.vec import Scalar, Vec
 
 
-class Gathering(Protocol):
+class StackedBlocks(Protocol):
     """What puts tensors of several blocks side by side, and takes them apart: :class:`precond.optim.blocks.Stack`."""
 
     @property
@@ -32,7 +32,7 @@ class OfMembers(Piecewise):
 
     like: Vec
 
-    def __init__(self, map: LinearMap, stack: Gathering):
+    def __init__(self, map: LinearMap, stack: StackedBlocks):
         self.map, self.stack, self.root, self.diagonal = map, stack, map.root, map.diagonal
         self.like = stack.all_tensors
 

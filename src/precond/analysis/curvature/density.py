@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from precond.algebra.vec import flatten
-from precond.analysis.curvature.lanczos import Lanczos, allowed
+from precond.analysis.curvature.lanczos import Lanczos, asymmetry_allowed
 from precond.analysis.curvature.operators import as_map
 from precond.analysis.curvature.spectrum import SMALL, Method, Settings, row_product, spectrum, working
 from precond.analysis.curvature.subspace import Coordinates, Subspace
@@ -182,7 +182,7 @@ def spectral_density(
     flat = working(like)
     generator = torch.Generator().manual_seed(seed)
     product = row_product(map, like)
-    asymmetry = allowed(flatten(like).dtype)
+    asymmetry = asymmetry_allowed(flatten(like).dtype)
     outside = deflate if deflate is not None else Coordinates(torch.ones(n, dtype=torch.bool, device=flat.device))
     room = n - outside.dim
     nodes, weights, recurrence, products = [], [], [], 0

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from precond.algebra.vec import Vec, unflatten
-from precond.analysis.curvature.exchanged import exchanged
 from precond.analysis.curvature.operators import as_map
 from precond.analysis.curvature.spectrum import SMALL, row_product, working
 from precond.analysis.curvature.symmetric import example_of, length
+from precond.analysis.curvature.xtrace import xtrace
 
 T = TypeVar("T", float, Vec)
-Estimator = Literal["auto", "exact", "hutchinson", "hutch++", "exchanged"]
+Estimator = Literal["auto", "exact", "hutchinson", "hutch++", "xtrace"]
 _ROWS = 256
 
 
@@ -89,13 +89,13 @@ def trace(map: Any, *, products: int = 96, method: Estimator = "auto", seed: int
 
     Hutchinson: the mean of vᵀAv over vectors v of random signs. Hutch++ takes the trace on the range Q of a sketch AS exactly and
     estimates the rest alone, tr A = tr QᵀAQ + tr (I − QQᵀ)A(I − QQᵀ), which pays where few eigenvalues are large, as those of a
-    Hessian. ``"exchanged"`` is XTrace: each of products/2 probes is taken on the complement of the sketch of all others, so that every probe
+    Hessian. ``"xtrace"`` is XTrace: each of products/2 probes is taken on the complement of the sketch of all others, so that every probe
     serves both ends; its error is a jackknife's, rather too large than too small.
 
     Args:
         map: a symmetric map, a matrix, or a SciPy ``LinearOperator``.
-        products: how many to spend, ≥ 6 (12 of ``"exchanged"``); where that is as many as there are entries, all columns are taken.
-        method: ``"exact"`` (n products), ``"hutchinson"``, ``"hutch++"``, ``"exchanged"`` (XTrace), or ``"auto"``: exact up to 512 entries, else
+        products: how many to spend, ≥ 6 (12 of ``"xtrace"``); where that is as many as there are entries, all columns are taken.
+        method: ``"exact"`` (n products), ``"hutchinson"``, ``"hutch++"``, ``"xtrace"`` (XTrace), or ``"auto"``: exact up to 512 entries, else
             Hutch++.
         seed: of the random signs.
 
@@ -117,12 +117,12 @@ def diagonal(map: Any, *, products: int = 96, method: Estimator = "auto", seed: 
     r"""diag A of a symmetric map, aligned to its vectors.
 
     The mean of v ⊙ Av over vectors v of random signs (which reads the rows' off-diagonal entries as noise); ``"hutch++"`` takes out what
-    the range Q of a sketch holds, diag A = diag(PA + AP − PAP) + diag((I − P)A(I − P)) with P = QQᵀ; ``"exchanged"`` is XDiag, as in
+    the range Q of a sketch holds, diag A = diag(PA + AP − PAP) + diag((I − P)A(I − P)) with P = QQᵀ; ``"xtrace"`` is XDiag, as in
     :func:`trace`.
 
     Args:
         map: a symmetric map, a matrix, or a SciPy ``LinearOperator``.
-        products: how many to spend, ≥ 6 (12 of ``"exchanged"``); where that is as many as there are entries, all columns are taken.
+        products: how many to spend, ≥ 6 (12 of ``"xtrace"``); where that is as many as there are entries, all columns are taken.
         method: as in :func:`trace`.
         seed: of the random signs.
 
@@ -165,6 +165,7 @@ def _scattered(known: Tensor, scatter: Tensor, products: int, like: Vec) -> _Fou
 
 
 def _found(map: Any, products: int, method: Estimator, seed: int, caller: str) -> _Found:
+    method = "xtrace" if method == "exchanged" else method  # its name until 0.2
     if method not in get_args(Estimator):
         raise ValueError(f"{caller}: method must be one of {', '.join(get_args(Estimator))}, got {method!r}")
     if not (isinstance(products, int) and products >= 6):
@@ -186,14 +187,14 @@ def _found(map: Any, products: int, method: Estimator, seed: int, caller: str) -
     if method == "hutchinson":
         V = signs(products)
         return _scattered(flat.double() * 0, (V * apply(V)).double(), products, like)
-    if method == "exchanged":
+    if method == "xtrace":
         m = products // 2
         if m < 6:
             raise ValueError(
-                f"{caller}: products must be at least 12 with method='exchanged', got {products}: of fewer than six probes the jackknife "
+                f"{caller}: products must be at least 12 with method='xtrace', got {products}: of fewer than six probes the jackknife "
                 "knows too little; give more, or method='hutch++'"
             )
-        value, error, diagonals = exchanged(signs(m), apply)
+        value, error, diagonals = xtrace(signs(m), apply)
 
         def mean() -> tuple[Tensor, Tensor]:
             found, errors = diagonals()

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from precond.algebra.vec import Vec
-from precond.analysis.curvature.isolation import lent_tensors
+from precond.analysis.curvature.isolation import substituted_tensors
 
 
 class NoForwardDerivative(RuntimeError):
@@ -65,7 +65,7 @@ def carried_along(call: Callable[[], Any], model: nn.Module, params: Sequence[Te
         duals = {id(p): forward_ad.make_dual(p, t) for p, t in zip(params, v, strict=True)}
         enabled = torch._C._is_fwd_grad_enabled()
         try:
-            with _AsBackward(), lent_tensors(model, duals):
+            with _AsBackward(), substituted_tensors(model, duals):
                 outputs = call()
         finally:
             torch._C._set_fwd_grad_enabled(enabled)

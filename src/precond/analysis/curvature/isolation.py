@@ -18,7 +18,7 @@ _RECURRENT = ("_flat_weights", "_flat_weight_refs")
 
 
 @contextmanager
-def moded(model: nn.Module, mode: Mode) -> Iterator[None]:
+def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     """The model in evaluation or training mode inside, each of its modules in its own mode after."""
     before = [(module, module.training) for module in model.modules()]
     try:
@@ -31,7 +31,7 @@ def moded(model: nn.Module, mode: Mode) -> Iterator[None]:
 
 
 @contextmanager
-def lent_tensors(module: nn.Module, twins: Mapping[int, Tensor]) -> Iterator[None]:
+def substituted_tensors(module: nn.Module, twins: Mapping[int, Tensor]) -> Iterator[None]:
     """Parameters that have a twin replaced by it inside, and buffers by copies (of their twins), so that a forward updates copies.
 
     The originals are not even touched: a graph that outlives this context holds the copies. The module stays the object that it
@@ -132,10 +132,10 @@ def isolated(
     devices = list(devices)
     with ExitStack() as stack:
         stack.enter_context(unwatched())
-        stack.enter_context(moded(model, mode))
-        stack.enter_context(lent_tensors(model, twins))
+        stack.enter_context(in_mode(model, mode))
+        stack.enter_context(substituted_tensors(model, twins))
         if loss is not None:
-            stack.enter_context(lent_tensors(loss, twins))
+            stack.enter_context(substituted_tensors(loss, twins))
         stack.enter_context(forked_random(devices, seed))
         stack.enter_context(twice_differentiable(model, devices[0]))
         yield

@@ -10,13 +10,13 @@ from torch import Tensor
 from precond.algebra import vec
 from precond.algebra.maps import LinearMap, Transposed
 from precond.algebra.vec import Vec
-from precond.analysis.curvature.keeping import Kept
+from precond.analysis.curvature.graph_cache import GraphCache
 from precond.analysis.curvature.objective import Objective
 from precond.analysis.curvature.products import OutputJacobian
 from precond.analysis.curvature.symmetric import Block, BlockMap, dense, length
 
 
-class Rectangular(Kept, BlockMap):
+class Rectangular(GraphCache, BlockMap):
     """A map from parameters to what each batch of an objective makes of them, one tensor a batch; its graphs map both ways."""
 
     @property

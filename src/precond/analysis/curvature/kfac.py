@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from precond.algebra import checks
-from precond.analysis.curvature.keeping import Batch
+from precond.analysis.curvature.graph_cache import Batch
 from precond.analysis.curvature.kfac_passes import (
     Known,
     Pass,

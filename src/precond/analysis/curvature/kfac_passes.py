@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from precond.analysis.curvature.errors import CoupledSamples
-from precond.analysis.curvature.keeping import differentiable
+from precond.analysis.curvature.graph_cache import differentiable
 from precond.analysis.curvature.kronecker import Place
 from precond.analysis.curvature.neurons.layer import Edge, Layer, arrangements
 from precond.analysis.curvature.objective import Evaluation, Objective

@@ -28,7 +28,7 @@ _SYMMETRIC = (
 )
 
 
-def allowed(dtype: torch.dtype) -> float:
+def asymmetry_allowed(dtype: torch.dtype) -> float:
     """What asymmetry may be rounding of products in a dtype: in 16 bits, that of the 16 operations that a derivative passes, say."""
     return max(_ASYMMETRY, 16 * torch.finfo(dtype).eps if torch.finfo(dtype).bits < 32 else 0.0)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from precond.analysis.curvature.errors import CoupledSamples, CurvatureError
-from precond.analysis.curvature.keeping import Batch
+from precond.analysis.curvature.graph_cache import Batch
 from precond.analysis.curvature.neurons.loss import LossCurvature, loss_curvature, loss_gradient
 from precond.analysis.curvature.objective import Evaluation
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from precond.algebra.maps import LinearMap
-from precond.analysis.curvature.keeping import Kept
+from precond.analysis.curvature.graph_cache import GraphCache
 from precond.analysis.curvature.objective import Objective
 
 
@@ -29,7 +29,7 @@ def in_float64(map: LinearMap) -> LinearMap:
         >>> in_float64(Diagonal((torch.ones(1),))).d
         (tensor([1.], dtype=torch.float64),)
     """
-    if isinstance(map, Kept):
+    if isinstance(map, GraphCache):
         return map if all(p.dtype == torch.float64 for p in map.objective.params) else map.on(map.objective.double())
     other = copy.copy(map)
     for name, value in vars(map).items():

@@ -11,7 +11,7 @@ from precond.algebra import vec
 from precond.algebra.vec import Vec
 from precond.analysis.curvature.errors import NoSecondDerivative
 from precond.analysis.curvature.graph import GraphSize, size_of
-from precond.analysis.curvature.keeping import LINEAR, Batch, Kept, differentiable, pulled_back
+from precond.analysis.curvature.graph_cache import LINEAR, Batch, GraphCache, differentiable, pulled_back
 from precond.analysis.curvature.objective import Evaluation, Objective
 from precond.analysis.curvature.symmetric import Block, SymmetricMap
 
@@ -98,7 +98,7 @@ class _GaussNewton(OutputJacobian):
         return self.backward(pulled_back(self._slope, (self._at,), Jv, batched), batched)
 
 
-class CurvatureMap(Kept, SymmetricMap):
+class CurvatureMap(GraphCache, SymmetricMap):
     """A matrix Σ_b A_b of an objective at the parameters' current values, as a map on vectors aligned to them.
 
     The graph of a batch is built at the first product and reused until a parameter or buffer changes.

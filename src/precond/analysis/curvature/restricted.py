@@ -10,7 +10,7 @@ from torch import Tensor
 
 from precond.algebra.maps import LinearMap
 from precond.algebra.vec import Vec
-from precond.analysis.curvature.keeping import Kept
+from precond.analysis.curvature.graph_cache import GraphCache
 from precond.analysis.curvature.operators import as_map
 from precond.analysis.curvature.symmetric import Block, BlockMap, SymmetricMap, apply_block, example_of
 
@@ -43,10 +43,10 @@ def restricted(map: Any, columns: Which, rows: Which | None = None) -> LinearMap
     """
     map = as_map(map, "restricted")
     like = example_of(map, "restricted")
-    names = map.objective.names if isinstance(map, Kept) else ()
+    names = map.objective.names if isinstance(map, GraphCache) else ()
     at = _positions(columns, len(like), names, "columns")
     if rows is None and isinstance(map, SymmetricMap):
-        if isinstance(map, Kept):
+        if isinstance(map, GraphCache):
             return map.on(map.objective.only([names[i] for i in at]))
         return _Principal(map, at, at)
     return _Part(map, at, at if rows is None else _positions(rows, len(like), names, "rows"))

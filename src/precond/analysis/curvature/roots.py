@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from precond.algebra.vec import Vec
+from precond.analysis.curvature.graph_cache import Batch
 from precond.analysis.curvature.jacobian import Rectangular
-from precond.analysis.curvature.keeping import Batch
 from precond.analysis.curvature.objective import Evaluation, Objective
 from precond.analysis.curvature.outputs import Fisher, checked, slopes
 from precond.analysis.curvature.products import CurvatureMap, OutputJacobian, ThroughOutputs

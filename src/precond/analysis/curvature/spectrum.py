@@ -12,7 +12,7 @@ from torch import Tensor
 from precond.algebra.maps import LinearMap
 from precond.algebra.vec import Vec, flatten, unflatten
 from precond.analysis.curvature.errors import NotSymmetric
-from precond.analysis.curvature.lanczos import _SYMMETRIC, Lanczos, Ritz, allowed
+from precond.analysis.curvature.lanczos import _SYMMETRIC, Lanczos, Ritz, asymmetry_allowed
 from precond.analysis.curvature.subspace import Coordinates, Subspace
 from precond.analysis.curvature.symmetric import apply_block, dense, example_of, from_rows, length, to_rows
 
@@ -181,7 +181,7 @@ def _dense(map: LinearMap, deflate: Subspace | None, settings: Settings, like: V
     A = A.double()
     asymmetry = float(torch.linalg.matrix_norm(A - A.T)) / 2
     norm = float(torch.linalg.matrix_norm(A))
-    if asymmetry > allowed(dtype) * norm:
+    if asymmetry > asymmetry_allowed(dtype) * norm:
         raise NotSymmetric(f"the map is not symmetric: ‖A − Aᵀ‖/2 is {asymmetry:.1e} at a norm of {norm:.1e}; {_SYMMETRIC}")
     A = (A + A.T) / 2
     if deflate is not None and deflate.dim:
@@ -234,7 +234,7 @@ def _lanczos(
         basis,
         generator,
         out.removed,
-        allowed(dtype),
+        asymmetry_allowed(dtype),
     )
     check, before, every = 0, False, 16
     while True:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from precond.analysis.diagnostics.calibrated import STUCK, UNKNOWN, Gain, calibration
-from precond.analysis.diagnostics.gains import Picture, first_rate, predicted, steps
+from precond.analysis.diagnostics.gains import QuadraticModel, first_rate, predicted, steps
 from precond.analysis.diagnostics.numbers import number
 from precond.analysis.diagnostics.remedies import INPUTS, Base, Candidate
 
@@ -76,7 +76,7 @@ class Advice:
 
 
 @dataclass(frozen=True)
-class Considered:
+class RemedyEstimate:
     """A remedy that was looked at: whether it became advice or not.
 
     Attributes:
@@ -103,26 +103,26 @@ def fewer(ratio: float) -> str:
 
 
 def advise(
-    found: Diagnosis, picture: Picture, base: Base, dim: int | None
-) -> tuple[tuple[Advice, ...], tuple[Considered, ...]]:
+    found: Diagnosis, quadratic: QuadraticModel, base: Base, dim: int | None
+) -> tuple[tuple[Advice, ...], tuple[RemedyEstimate, ...]]:
     """All that is worth doing, what keeps training from working first, then by the likely gain; and what was considered.
 
     Args:
         found: with the layers.
-        picture: of the network.
+        quadratic: of the network.
         base: what one trains with.
         dim: of the features of the data, see :func:`precond.analysis.diagnostics.remedies.standardized`.
     """
-    coordinates, considered = _coordinates(found, picture, base, dim)
+    coordinates, considered = _coordinates(found, quadratic, base, dim)
     single = _single_inputs(found)
     if (
         coordinates
         and coordinates[0].remedy
         and coordinates[0].remedy.name == "standardize"
-        and picture.freed < picture.stuck / 2
+        and quadratic.freed < quadratic.stuck / 2
     ):
         # One cause: data whose scale drives units where they are stuck.
-        shares = f"{100 * picture.stuck:.0f} % of the hidden units are saturated or dead; on standardized data {100 * picture.freed:.0f} %."
+        shares = f"{100 * quadratic.stuck:.0f} % of the hidden units are saturated or dead; on standardized data {100 * quadratic.freed:.0f} %."
         coordinates[0] = replace(coordinates[0], why=f"{coordinates[0].why} {shares}")
         single = [a for a in single if a.what not in (_REVIVE, _FREE)]
     ranked = sorted([*coordinates, *single], key=lambda a: -a.rank)
@@ -136,34 +136,36 @@ _WHAT = {
 }
 
 
-def _coordinates(found: Diagnosis, picture: Picture, base: Base, dim: int | None) -> tuple[list[Advice], list[Considered]]:
+def _coordinates(
+    found: Diagnosis, quadratic: QuadraticModel, base: Base, dim: int | None
+) -> tuple[list[Advice], list[RemedyEstimate]]:
     """Standardized data, BNP, whitening: the cheapest first, a costlier one where it promises more."""
     advice: list[Advice] = []
-    considered: list[Considered] = []
+    considered: list[RemedyEstimate] = []
     best = 1.0
     for name in ("standardize", *INPUTS):
         if why := _unfit(base, name):
-            considered.append(Considered(name, UNKNOWN, why))
+            considered.append(RemedyEstimate(name, UNKNOWN, why))
             continue
-        value, alone = predicted(picture, base, name, calibration().steps)
-        line = calibration().lines.get((name, picture.stuck >= STUCK))
+        value, alone = predicted(quadratic, base, name, calibration().steps)
+        line = calibration().lines.get((name, quadratic.stuck >= STUCK))
         if math.isnan(value) or line is None:
             why = "the data are standardized already, or no tensor of numbers" if name == "standardize" else "not in the study"
-            considered.append(Considered(name, UNKNOWN, why))
+            considered.append(RemedyEstimate(name, UNKNOWN, why))
             continue
-        if name == "standardize" and picture.stuck < STUCK and max(value, alone) < MORE:
+        if name == "standardize" and quadratic.stuck < STUCK and max(value, alone) < MORE:
             # Such as of data whose means and scale a normalization takes out again.
-            considered.append(Considered(name, UNKNOWN, "it changes neither κ of a layer nor the pace of the whole"))
+            considered.append(RemedyEstimate(name, UNKNOWN, "it changes neither κ of a layer nor the pace of the whole"))
             continue
         gain = line.gain(value, alone, calibration().steps)
         enough = gain.worth and gain.likely >= MORE * best
         why = "" if enough else "promises no more than cheaper advice" if gain.worth else "not a fifth of the steps"
         remedy = base.standardized(dim) if name == "standardize" else base.within(name)
-        lr = first_rate(picture, base, name)
+        lr = first_rate(quadratic, base, name)
         layers = _reached(found, name)
         reached = tuple(x.name for x in layers)
         one = Advice(_WHAT[name], _because(found, layers, name), remedy.code(lr), gain, reached, "", remedy, lr)
-        considered.append(Considered(name, gain, why, one))
+        considered.append(RemedyEstimate(name, gain, why, one))
         if enough:
             best = gain.likely
             advice.append(one)

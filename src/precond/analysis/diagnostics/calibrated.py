@@ -1,4 +1,4 @@
-"""From what the picture predicts to an interval, by the calibration study that comes with the package."""
+"""From what the quadratic model predicts to an interval, by the calibration study that comes with the package."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Gain:
     Attributes:
         low, likely, high: an interval that held four of five cells of the study, and what lies in its middle.
         steps: of the training.
-        picture: the ratio by the quadratic picture alone, before the study corrected it.
+        uncorrected: the ratio by the quadratic model alone, before the study corrected it.
         alone: by κ of the layer that gains most, alone and after very many steps: no bound on a short training of a network.
 
     As a number it is ``likely``: ``float(gain)``, ``f"{gain:.3g}"``, ``gain > 2``, ``sorted``; NaN where nothing is predicted (:data:`UNKNOWN`).
@@ -40,7 +40,7 @@ class Gain:
     likely: float
     high: float
     steps: int
-    picture: float
+    uncorrected: float
     alone: float
 
     @property
@@ -103,7 +103,7 @@ def _factor(x: float) -> str:
 class Line:
     """log(measured) = a + b·log(predicted), and between which residuals four of five cells lie, in units of |log(predicted)| + unit.
 
-    Where the picture holds, a is 0: coordinates that change nothing change nothing, and the more they change, the less is known of it.
+    Where the quadratic model holds, a is 0: coordinates that change nothing change nothing, and the more they change, the less is known of it.
     Where units are stuck it need not hold, and residuals count as they are.
     """
 
@@ -251,7 +251,7 @@ def summary(rows: Sequence[Row], steps: int) -> dict[str, Any]:
     return {
         "steps": steps, "cells": len(rows), "judged": judged, "held": held, "ahead": [sum(ahead), len(ahead)],
         "ordered": [sum(pairs), len(pairs)], "best": [sum(best), len(best)],
-        "median factor between the uncorrected picture and trainings": round(median(ratios), 3), "lines": lines,
+        "median factor between the uncorrected model and trainings": round(median(ratios), 3), "lines": lines,
     }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from precond.algebra.maps import BlockDiagonal, LinearMap
 from precond.algebra.vec import Vec
-from precond.analysis.diagnostics.streaming import ROUNDINGS, Gathered
+from precond.analysis.diagnostics.streaming import ROUNDINGS, InputStatistics
 from precond.optim.inputs import Request
 from precond.optim.preconditioners import Whitening
 
@@ -47,7 +47,7 @@ class Spectra:
         return float(self.values[name][0] / self.values[name][-1])
 
 
-def spectra(layer: Gathered, neurons: Callable[[int], list[Tensor]] | None) -> tuple[int, Spectra]:
+def spectra(layer: InputStatistics, neurons: Callable[[int], list[Tensor]] | None) -> tuple[int, Spectra]:
     """The group of a layer with the largest κ, and its spectra.
 
     Args:
@@ -65,7 +65,7 @@ def spectra(layer: Gathered, neurons: Callable[[int], list[Tensor]] | None) -> t
     return k, worst
 
 
-def _group(layer: Gathered, k: int) -> Spectra:
+def _group(layer: InputStatistics, k: int) -> Spectra:
     R = layer.design(k)
     rank = directions(layer, k)
     mean, std = centers(layer, k)
@@ -79,7 +79,7 @@ def _group(layer: Gathered, k: int) -> Spectra:
     return Spectra(values, rank, R.shape[1])
 
 
-def centers(layer: Gathered, k: int) -> tuple[Tensor, Tensor]:
+def centers(layer: InputStatistics, k: int) -> tuple[Tensor, Tensor]:
     """(μ, σ) of each input of a group; σ is E[h²]^(1/2) without a bias; of its channel where a convolution has channels.
 
     A standard deviation that is rounding error of a constant is 0.
@@ -118,7 +118,7 @@ def _rank(unit: Tensor, epsilon: float) -> int:
     return int((torch.linalg.svdvals(unit) > floor).sum())
 
 
-def coordinates(layer: Gathered, k: int) -> dict[str, Callable[[Tensor], Tensor]]:
+def coordinates(layer: InputStatistics, k: int) -> dict[str, Callable[[Tensor], Tensor]]:
     """By name, X ↦ X·U for rows X of extended inputs or of gradients, p = U z: as they are, standardized, whitened."""
     mean, std = centers(layer, k)
     scale = torch.where(std > 0, std, 1.0)
@@ -140,14 +140,14 @@ def coordinates(layer: Gathered, k: int) -> dict[str, Callable[[Tensor], Tensor]
     }
 
 
-def gradient_rows(layer: Gathered, g: Vec) -> Tensor:
+def gradient_rows(layer: InputStatistics, g: Vec) -> Tensor:
     """The gradient of a layer's neurons, (groups, rows, n + 1), [b; w] each; (groups, rows, n) without a bias."""
     layout = layer.site.layout(_PATCH)
     W = layout.view(g[0])
     return torch.cat([layout.column(g[1][layer.site.rows]), W], dim=-1) if len(g) > 1 else W
 
 
-def directions(layer: Gathered, k: int) -> int:
+def directions(layer: InputStatistics, k: int) -> int:
     """The number of directions that extended inputs of a group show in its outputs, whatever their scales.
 
     Of centered ones it is one less than of those with a 1: what is rounding is told on inputs as they came.
@@ -157,7 +157,7 @@ def directions(layer: Gathered, k: int) -> int:
     return max(_rank(R[:, lengths > 0] / lengths[lengths > 0], layer.epsilon) - int(layer.recentered), 0)
 
 
-def _whitened(layer: Gathered, k: int, rank: int) -> Tensor:
+def _whitened(layer: InputStatistics, k: int, rank: int) -> Tensor:
     r"""Of C_d^(−1/2) C C_d^(−1/2), C the covariance (E[hhᵀ] without a bias), C_d = C + ε·diag(E[h²]) with Whitening's ε."""
     R = layer.R[k]
     H = R[1:, 1:] if layer.biased else R[:, 1:]
@@ -173,7 +173,7 @@ def _whitened(layer: Gathered, k: int, rank: int) -> Tensor:
     return values.sort(descending=True).values[:rank]
 
 
-def with_bias(layer: Gathered, k: int) -> float:
+def with_bias(layer: InputStatistics, k: int) -> float:
     """κ of standardized inputs, had the layer a bias."""
     R = layer.R[k]
     H = R[1:, 1:]
@@ -184,7 +184,7 @@ def with_bias(layer: Gathered, k: int) -> float:
     return float(values.max() / values.min())
 
 
-def neurons_of(P: LinearMap, layer: Gathered, g: Vec) -> Callable[[int], list[Tensor]] | None:
+def neurons_of(P: LinearMap, layer: InputStatistics, g: Vec) -> Callable[[int], list[Tensor]] | None:
     """P of some neurons of a layer, of those that have a gradient; None where P mixes neurons, or would take too long to find.
 
     Args:

@@ -22,10 +22,10 @@ from precond.analysis.curvature import (
     gauss_newton,
     hessian,
 )
-from precond.analysis.diagnostics.advice import Advice, Considered, advise
+from precond.analysis.diagnostics.advice import Advice, RemedyEstimate, advise
 from precond.analysis.diagnostics.conditioning import neurons_of, restricted, spectra, with_bias
 from precond.analysis.diagnostics.findings import drivers, units
-from precond.analysis.diagnostics.gains import Picture, features
+from precond.analysis.diagnostics.gains import QuadraticModel, features
 from precond.analysis.diagnostics.gathering import gather
 from precond.analysis.diagnostics.layer import Curvature, Layer
 from precond.analysis.diagnostics.preconditioner import preconditioner_of, step_size
@@ -33,7 +33,7 @@ from precond.analysis.diagnostics.problem import as_objective
 from precond.analysis.diagnostics.remedies import Base, base_of
 from precond.analysis.diagnostics.short import as_trained, one_step, trained_copy
 from precond.analysis.diagnostics.stability import stable_factor
-from precond.analysis.diagnostics.streaming import Gathered
+from precond.analysis.diagnostics.streaming import InputStatistics
 from precond.analysis.diagnostics.undiagnosed import covered_share, uncovered
 from precond.optim.checking.arguments import shown
 
@@ -74,7 +74,7 @@ class Diagnosis:
     lr_limit: float | None = None
     matrix: Matrix = "none"
     undiagnosed: tuple[str, ...] = ()
-    considered: tuple[Considered, ...] = ()
+    considered: tuple[RemedyEstimate, ...] = ()
     against: str = ""
     share: float = 0.0
     tried: bool = False
@@ -149,8 +149,8 @@ def diagnose(
     For each layer whose inputs are observed (linear, convolutional, attention, recurrent, … : :func:`~precond.register_layer`): κ of the
     mean of ĥĥᵀ, ĥ = [1; h] what a neuron receives (a patch for a convolution), which is κ of each neuron's Hessian H_e S H_eᵀ (Theorem 3)
     for S = I: as it is, centered, scaled, both (BNP), whitened, and with the optimizer's P. The gain of a remedy is an interval: what a
-    quadratic picture of the whole network predicts (:mod:`precond.analysis.diagnostics.pace`), corrected by a study of small trainings. A remedy
-    changes what later layers receive: diagnose again after it. What was not diagnosed is said in the notes.
+    quadratic model of the whole network predicts (:mod:`precond.analysis.diagnostics.quadratic_model`), corrected by a study of small
+    trainings. A remedy changes what later layers receive: diagnose again after it. What was not diagnosed is said in the notes.
 
     Batch normalizations use the statistics of the batch, as in training. Nothing about the model, the optimizer or the random state
     changes, and the result is the same every time.
@@ -223,7 +223,7 @@ def _diagnosis(
         against=base.label, share=covered_share(objective, gathered),
     )  # fmt: skip
     dim = features(objective, gathered[0]) if gathered else None
-    advice, considered = advise(found, Picture.made(objective, gathered, g, **options), base, dim)
+    advice, considered = advise(found, QuadraticModel.made(objective, gathered, g, **options), base, dim)
     return replace(found, advice=advice, considered=considered)
 
 
@@ -260,7 +260,7 @@ def _after_steps(objective: Objective, base: Base) -> LinearMap | None:
             return None
 
 
-def _layer(objective: Objective, seen: Gathered, P: LinearMap | None, g: Vec, curvature: Matrix) -> Layer:
+def _layer(objective: Objective, seen: InputStatistics, P: LinearMap | None, g: Vec, curvature: Matrix) -> Layer:
     place = {id(p): i for i, p in enumerate(objective.originals)}
     bias = place[id(seen.site.bias)] if seen.biased else None
     index = [place[id(seen.site.weight)], *([] if bias is None else [bias])]
@@ -278,7 +278,7 @@ def _layer(objective: Objective, seen: Gathered, P: LinearMap | None, g: Vec, cu
     )  # fmt: skip
 
 
-def _correlation(seen: Gathered, k: int) -> Tensor:
+def _correlation(seen: InputStatistics, k: int) -> Tensor:
     """Of (at most 48) inputs that vary."""
     R = seen.R[k][1:, 1:]
     lengths = torch.linalg.vector_norm(R, dim=0)

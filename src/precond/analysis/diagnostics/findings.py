@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from precond.analysis.diagnostics.conditioning import Spectra
-from precond.analysis.diagnostics.streaming import ROUNDINGS, Gathered
+from precond.analysis.diagnostics.streaming import ROUNDINGS, InputStatistics
 
 _SATURATED = 0.9  # share of samples at the ends of tanh or sigmoid
 _RARE = 0.99  # share of samples in which an input is 0
@@ -45,7 +45,7 @@ class Drivers:
         return max(parts, key=lambda name: parts[name])
 
 
-def drivers(layer: Gathered, k: int, found: Spectra) -> Drivers:
+def drivers(layer: InputStatistics, k: int, found: Spectra) -> Drivers:
     """Of a group of a layer."""
     R = layer.R[k]
     mean, std = R[0, 1:] / R[0, 0], torch.linalg.vector_norm(R[1:, 1:], dim=0)
@@ -89,7 +89,7 @@ class Units:
         return ", ".join(f"{count} {name}" for name, count in named.items() if count)
 
 
-def units(layer: Gathered) -> Units:
+def units(layer: InputStatistics) -> Units:
     """Of all groups of a layer."""
 
     def channels(t: Tensor) -> Tensor:

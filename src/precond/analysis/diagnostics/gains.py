@@ -15,21 +15,21 @@ from precond.analysis.curvature import Objective
 from precond.analysis.diagnostics.calibrated import STUCK
 from precond.analysis.diagnostics.findings import units
 from precond.analysis.diagnostics.gathering import gather
-from precond.analysis.diagnostics.pace import Part, Race, parts_of, speed_up
+from precond.analysis.diagnostics.quadratic_model import LossDecay, Part, parts_of, speed_up
 from precond.analysis.diagnostics.remedies import Base, standardized
 from precond.analysis.diagnostics.short import as_trained
-from precond.analysis.diagnostics.streaming import Gathered
+from precond.analysis.diagnostics.streaming import InputStatistics
 
 
 @dataclass(frozen=True)
-class Picture:
+class QuadraticModel:
     """What predictions are made of.
 
     Attributes:
         parts: of the network.
         standardized: the same on standardized data; None where they are no numbers, or standardized already. Standardized data are
             the coordinates of :class:`precond.BNP` in the layers that receive them; where no layer with a bias does, where a normalization
-            behind such a layer takes scales or means out again, or units are stuck, which other data free, the picture is made anew.
+            behind such a layer takes scales or means out again, or units are stuck, which other data free, this is made anew.
         stuck: the share of hidden units that are saturated or dead: what they receive tells nothing of what they will.
         freed: that share on standardized data.
         start: the loss before training over that on standardized data, from which training starts there.
@@ -42,23 +42,23 @@ class Picture:
     start: float = 1.0
 
     @staticmethod
-    def of(objective: Objective, **options: Any) -> Picture:
+    def of(objective: Objective, **options: Any) -> QuadraticModel:
         """Of an objective."""
         with as_trained(objective) as seen:
             gathered, _ = gather(seen, **{**_DEFAULTS, **options})
-            return Picture.made(seen, gathered, seen.gradient(), **options)
+            return QuadraticModel.made(seen, gathered, seen.gradient(), **options)
 
     @staticmethod
-    def made(objective: Objective, gathered: Sequence[Gathered], g: Vec, **options: Any) -> Picture:
+    def made(objective: Objective, gathered: Sequence[InputStatistics], g: Vec, **options: Any) -> QuadraticModel:
         """Of what was gathered on an objective, and its gradient."""
         parts, stuck = parts_of(_cheap(objective, gathered), gathered, g), _stuck(gathered)
         inputs = objective.batches[0][0]
         if not (gathered and isinstance(inputs, Tensor) and inputs.is_floating_point()):
-            return Picture(parts, None, stuck, math.nan)
+            return QuadraticModel(parts, None, stuck, math.nan)
         # Also where a normalization comes first: one per example does not take the features' scales away.
         changed = standardized(objective, features(objective, gathered[0]))
         if changed is None:
-            return Picture(parts, None, stuck, math.nan)
+            return QuadraticModel(parts, None, stuck, math.nan)
         direct = any(part.data for part in parts) and not any(seen.source == "data" and seen.rescaled for seen in gathered)
         again = gather(changed, **{**_DEFAULTS, **options})[0] if stuck or not direct else gathered
         if direct and stuck < STUCK:
@@ -66,10 +66,10 @@ class Picture:
         else:
             other = parts_of(_cheap(changed, again), again, changed.gradient())
         losses = objective.value(), changed.value()
-        return Picture(parts, other, stuck, _stuck(again), losses[0] / losses[1] if min(losses) > 0 else 1.0)
+        return QuadraticModel(parts, other, stuck, _stuck(again), losses[0] / losses[1] if min(losses) > 0 else 1.0)
 
 
-def _cheap(objective: Objective, gathered: Sequence[Gathered]) -> Objective:
+def _cheap(objective: Objective, gathered: Sequence[InputStatistics]) -> Objective:
     """The objective on its first batches, as many as its value is cheap on: each layer's curvature takes a few of them."""
     entries, rows = sum(p.numel() for p in objective.params), max((seen.count for seen in gathered), default=1)
     count = max(1, int(_WORK * len(objective.batches) / (entries * rows)))
@@ -80,7 +80,7 @@ _WORK = 3e10
 """Parameters times inputs (examples, or examples and positions) of one value of the loss."""
 
 
-def _stuck(gathered: Iterable[Gathered]) -> float:
+def _stuck(gathered: Iterable[InputStatistics]) -> float:
     counts = [units(seen) for seen in gathered if seen.source != "data"]
     return sum(u.saturated + u.dead for u in counts) / max(sum(u.total for u in counts), 1)
 
@@ -88,7 +88,7 @@ def _stuck(gathered: Iterable[Gathered]) -> float:
 _DEFAULTS = {"samples": 16384, "max_inputs": 2048}
 
 
-def features(objective: Objective, first: Gathered) -> int | None:
+def features(objective: Objective, first: InputStatistics) -> int | None:
     """The dimension of the data along which a layer that receives them has its features; None where every entry is one."""
     inputs = objective.batches[0][0]
     shape = inputs.shape if isinstance(inputs, Tensor) else torch.Size()
@@ -107,39 +107,39 @@ def steps(kappa: float) -> float:
     return 1.0 if kappa <= 1 else max(1.0, 1 / (math.log1p(2 / (kappa - 1))))
 
 
-def predicted(picture: Picture, base: Base, remedy: str, horizon: int) -> tuple[float, float]:
-    """The ratio of steps without and with a remedy by the picture of the whole network, and by κ of the layer that gains most.
+def predicted(quadratic: QuadraticModel, base: Base, remedy: str, horizon: int) -> tuple[float, float]:
+    """The ratio of steps without and with a remedy by the quadratic model of the whole network, and by κ of the layer that gains most.
 
     An adaptive optimizer's diagonal P is on neither side: with a remedy it would be another one, which nobody knows yet.
 
     Args:
-        picture: of the network.
+        quadratic: of the network.
         base: what one trains with: in which coordinates of inputs it is, and whether each tensor has a rate of its own.
         remedy: ``"standardize"``, or the coordinates that layers get.
         horizon: steps of the training that is meant.
     """
     before, after = base.coordinates, base.coordinates if remedy == "standardize" else remedy
-    others = picture.standardized if remedy == "standardize" else picture.parts
+    others = quadratic.standardized if remedy == "standardize" else quadratic.parts
     if others is None:
         return math.nan, math.nan
     with_it = {part.name: part for part in others}
     kappas = [
         steps(_kappa(part, before)) / steps(min(_kappa(part, before), _kappa(with_it[part.name], after)))
-        for part in picture.parts
+        for part in quadratic.parts
         if part.name in with_it
     ]
-    races = Race(picture.parts, before, base.adaptive), Race(others, after, base.adaptive)
-    return speed_up(*races, horizon, picture.start if remedy == "standardize" else 1.0), max(kappas, default=1.0)
+    decays = LossDecay(quadratic.parts, before, base.adaptive), LossDecay(others, after, base.adaptive)
+    return speed_up(*decays, horizon, quadratic.start if remedy == "standardize" else 1.0), max(kappas, default=1.0)
 
 
-def first_rate(picture: Picture, base: Base, remedy: str) -> float:
-    """A learning rate to start from: 1/λ_max of the picture in the remedy's coordinates; of an adaptive optimizer its own.
+def first_rate(quadratic: QuadraticModel, base: Base, remedy: str) -> float:
+    """A learning rate to start from: 1/λ_max of the quadratic model in the remedy's coordinates; of an adaptive optimizer its own.
 
     Gradient descent with momentum β of full gradients goes 1/(1 − β) times as far.
     """
     if base.adaptive:
         return base.lr
-    name, parts = (base.coordinates, picture.standardized) if remedy == "standardize" else (remedy, picture.parts)
+    name, parts = (base.coordinates, quadratic.standardized) if remedy == "standardize" else (remedy, quadratic.parts)
     chosen = [(part.s, part.blocks.get(name, part.blocks["raw"])) for part in parts or ()]
     largest = max((s * float(block.values.max()) for s, block in chosen), default=1.0)
     return (1 - float(base.options.get("momentum", 0.0))) / largest

@@ -15,14 +15,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from precond.analysis.curvature import Objective
-from precond.analysis.diagnostics.streaming import Gathered, Stream, layer_of
+from precond.analysis.diagnostics.streaming import InputStatistics, Stream, layer_of
 from precond.optim.inputs import Request, Site, survey
 from precond.optim.inputs.hooks import remove
 
 _PATCH = Request(conv="patch")
 
 
-def gather(objective: Objective, samples: int, max_inputs: int, layers: int | None = None) -> tuple[list[Gathered], list[str]]:
+def gather(
+    objective: Objective, samples: int, max_inputs: int, layers: int | None = None
+) -> tuple[list[InputStatistics], list[str]]:
     """Forward all batches of an objective once; and which weights are not diagnosed, with the reasons.
 
     Memory: of the first batch up to all inputs of the layers, then ``samples`` of each, in the inputs' own precision; of each layer a

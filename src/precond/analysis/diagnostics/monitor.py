@@ -17,7 +17,7 @@ from precond.algebra.vec import Vec
 from precond.algebra.warning import warn
 from precond.analysis.curvature import Objective, hessian
 from precond.analysis.curvature.isolation import forked_random
-from precond.analysis.diagnostics.live import Top, kappa_of_moments, largest
+from precond.analysis.diagnostics.online import TopEigenpair, kappa_of_moments, top_eigenpair
 from precond.analysis.diagnostics.preconditioner import preconditioner_of, step_size
 from precond.analysis.diagnostics.recording import record_inputs, wait_for, widened_copy
 from precond.analysis.diagnostics.registry import registered
@@ -238,7 +238,7 @@ class Monitor:
                 metrics["grad_norm_z"] = max(square, 0.0) ** 0.5
                 metrics["alignment"] = square / lengths if lengths > 0 else math.nan
         if P is not None:
-            top: Top | None = self._guarded("λ_max", partial(self._top, P))
+            top: TopEigenpair | None = self._guarded("λ_max", partial(self._top, P))
             if top is not None:
                 limit = 2 * stable_factor(self._optimizer) / top.value if top.value > 0 else math.inf
                 metrics |= {
@@ -252,12 +252,14 @@ class Monitor:
     def _parameters(self) -> Vec:
         return vec.map_(Tensor.detach, self.objective.params)
 
-    def _top(self, P: LinearMap) -> Top:
+    def _top(self, P: LinearMap) -> TopEigenpair:
         cold = self._vector is None
         if self._vector is None:
             generator = torch.Generator().manual_seed(0)
             self._vector = vec.map_(lambda p: torch.randn(p.shape, generator=generator).to(widened_copy(p)), self._parameters())
-        top = largest(P.T @ hessian(self.objective) @ P, self._vector, max(self.products, _COLD) if cold else self.products)
+        top = top_eigenpair(
+            P.T @ hessian(self.objective) @ P, self._vector, max(self.products, _COLD) if cold else self.products
+        )
         if not math.isfinite(top.value):
             self._vector = None
             raise ValueError(f"λ_max is {top.value}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from precond.analysis.curvature import Objective
 from precond.analysis.curvature.batches import checked, moved
-from precond.analysis.curvature.isolation import moded
+from precond.analysis.curvature.isolation import in_mode
 
 Make = Callable[[nn.Module, float], torch.optim.Optimizer]
 """(model, learning rate) ↦ optimizer."""
@@ -162,7 +162,7 @@ def as_trained(objective: Objective) -> Iterator[Objective]:
     if objective.mode != "eval" or not norms:
         yield objective
         return
-    with moded(objective.model, "eval"):
+    with in_mode(objective.model, "eval"):
         for m in norms:
             m.training = True
         other = copy.copy(objective)

@@ -24,7 +24,7 @@ def layer_of(site: Site) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Gathered:
+class InputStatistics:
     """What a layer receives.
 
     Attributes:
@@ -156,7 +156,7 @@ class Stream:
         self._used += sum(max(part.shape[1] for part in parts) for parts in self._pending)
         self._pending = []
 
-    def gathered(self, biased: bool, recentered: bool, rescaled: bool) -> Gathered:
+    def gathered(self, biased: bool, recentered: bool, rescaled: bool) -> InputStatistics:
         """All of it."""
         parts = self._parts
         if not all(bool(part.low.isfinite().all() and part.high.isfinite().all()) for part in parts):
@@ -164,7 +164,7 @@ class Stream:
                 f"diagnose: what {self._site.name} receives holds inf or NaN; look for divergence (a checkpoint before, a lower "
                 "learning rate) or bad data"
             )
-        found = Gathered(
+        found = InputStatistics(
             site=self._site,
             biased=biased,
             recentered=recentered,

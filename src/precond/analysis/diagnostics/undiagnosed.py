@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from precond.analysis.curvature import (
     Objective,
 )
-from precond.analysis.diagnostics.streaming import Gathered
+from precond.analysis.diagnostics.streaming import InputStatistics
 
 _MANY = 0.05  # of the parameters
 
 
-def uncovered(objective: Objective, gathered: Iterable[Gathered], known: Iterable[str]) -> list[str]:
+def uncovered(objective: Objective, gathered: Iterable[InputStatistics], known: Iterable[str]) -> list[str]:
     """A line about trained parameters of no layer whose inputs could be diagnosed, where they are many and no other line names them."""
     met = {id(p) for seen in gathered for p in (seen.site.weight, seen.site.bias, *seen.alike) if p is not None}
     left = {name: p.numel() for name, p in zip(objective.names, objective.originals, strict=True) if id(p) not in met}
@@ -28,7 +28,7 @@ def uncovered(objective: Objective, gathered: Iterable[Gathered], known: Iterabl
     ]
 
 
-def covered_share(objective: Objective, gathered: Iterable[Gathered]) -> float:
+def covered_share(objective: Objective, gathered: Iterable[InputStatistics]) -> float:
     """Of the entries in layers that were seen, or that others stand for."""
     own = {id(p): p.numel() for p in objective.originals}
     met = {id(p) for seen in gathered for p in (seen.site.weight, seen.site.bias, *seen.alike) if p is not None}

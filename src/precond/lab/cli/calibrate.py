@@ -63,7 +63,10 @@ def calibrate(folder: Path, only: Sequence[str], argv: Sequence[str]) -> int:
 
 def table(found: Sequence[Cell]) -> str:
     """The cells of the longest horizon as Markdown."""
-    lines = ["| task, model | optimizer | remedy | stuck | picture | κ alone | measured |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| task, model | optimizer | remedy | stuck | quadratic model | κ alone | measured |",
+        "|---|---|---|---|---|---|---|",
+    ]
     lines += [
         f"| {c.task}, {c.model} | {c.base} | {c.remedy} | {100 * c.stuck:.0f} % | {c.predicted:.2g} | {c.kappa:.1g} | {c.measured:.2g} |"
         for c in found

@@ -81,7 +81,7 @@ class Live:
         else:
             self._say(f"{job.title}: {self._result(job, outcome)}")
 
-    def spared(self, trainings: int) -> None:
+    def skipped(self, trainings: int) -> None:
         self._amount -= trainings
         self._progress.update(self._all, total=self._amount)
 

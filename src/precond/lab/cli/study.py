@@ -58,7 +58,7 @@ class Watcher(Protocol):
     def finished(self, job: Job, outcome: Outcome, known: bool) -> None:
         """A training ended, in an earlier process if ``known``."""
 
-    def spared(self, trainings: int) -> None:
+    def skipped(self, trainings: int) -> None:
         """So many trainings fewer than there might have been."""
 
     def chosen(self, title: str, entrant: Entrant, trials: tuple[Trial, ...], lr: float) -> None:
@@ -120,7 +120,7 @@ class Study:
             if contender.lr_from == "searched":
                 trials, curves = self._search(task, contender, slug, title, goal, folder, watcher)
                 lr = best(trials)
-                watcher.spared(task.search.most - len(trials))
+                watcher.skipped(task.search.most - len(trials))
                 watcher.chosen(self._prefix(task), contender.entrant, trials, lr)
                 if contender.label == task.reference and task.search.aim == "steps" and lr in curves:
                     goal = min(curves[lr].values())

@@ -25,7 +25,7 @@ _UNIT = {"RNN": 2, "LSTM": 7, "GRU": 12}
 """Of each a row of its weights: of an LSTM one of the forget gate, of a GRU one of the new gate."""
 
 
-class Last(nn.Module):
+class LastOutput(nn.Module):
     """A recurrent layer and a linear layer that reads its last hidden state."""
 
     def __init__(self, kind: _Kind):
@@ -42,7 +42,7 @@ def _problem(kind: str) -> Problem:
     pixels, y = raw("digits", constant=True)
     some = torch.randperm(len(pixels), generator=generator(1))[:_SAMPLES]
     x = pixels[some].reshape(-1, 8, 8)[:, :, 1:7] / 16  # the outermost columns are almost always empty
-    return Problem(seeded(lambda: Last(KINDS[kind]), 0), nn.functional.cross_entropy, x, y[some])
+    return Problem(seeded(lambda: LastOutput(KINDS[kind]), 0), nn.functional.cross_entropy, x, y[some])
 
 
 def _explicit(kind: str, rnn: Any, x: Tensor, delta: Tensor, row: int, recurrent: bool) -> Tensor:
@@ -70,7 +70,7 @@ def _explicit(kind: str, rnn: Any, x: Tensor, delta: Tensor, row: int, recurrent
 def _row(problem: Problem, kind: str, recurrent: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(∇² of a row [b; w] by automatic differentiation, H_e S H_eᵀ, E): over samples and times, S with a T×T block for each sample."""
     row, model = _UNIT[kind], problem.model
-    assert isinstance(model, Last)
+    assert isinstance(model, LastOutput)
     rnn, out, end = model.rnn, model.out, "hh" if recurrent else "ih"
     weight, bias = getattr(rnn, f"weight_{end}_l0"), getattr(rnn, f"bias_{end}_l0")
     start = torch.cat([bias[row : row + 1], weight[row]]).detach()
@@ -191,7 +191,7 @@ def _gauss_newton(kind: str) -> Tensor:
     """JᵀH_LJ/N of a row of W_x: what of the Hessian is definite."""
     problem, row = _problem(kind), _UNIT[kind]
     model = problem.model
-    assert isinstance(model, Last)
+    assert isinstance(model, LastOutput)
     zero = problem.x.new_zeros(_SAMPLES, _TIMES)
 
     def outputs(delta: Tensor, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Results as JSON and as one self-contained page."""
 
 from precond.lab.report import numbers
-from precond.lab.report.against import Overall, Ratio, geometric_mean, markdown, overall, ratios, save_summary
 from precond.lab.report.page import render, save_page
+from precond.lab.report.ratios import Overall, Ratio, geometric_mean, markdown, overall, ratios, save_summary
 from precond.lab.report.results import (
     Clock,
     Entry,

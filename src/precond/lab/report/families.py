@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from matplotlib.axes import Axes
 
-from precond.lab.report.against import Overall, overall
+from precond.lab.report.ratios import Overall, overall
 from precond.lab.report.results import Results
 from precond.lab.report.style import log_axis, pen, svg_file, svg_panels
 

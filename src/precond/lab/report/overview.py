@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from precond.lab.report import numbers
-from precond.lab.report.against import Ratio, overall, ratios
 from precond.lab.report.figures import WORK_LABELS
 from precond.lab.report.plain import reference
+from precond.lab.report.ratios import Ratio, overall, ratios
 from precond.lab.report.results import Results, TaskResults
 from precond.lab.report.style import Pen
 from precond.lab.report.summary import Row, Spread, Work, table
@@ -52,7 +52,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Against:
+class Comparison:
     """Means of ratios to a reference.
 
     Attributes:
@@ -113,7 +113,7 @@ def matrices(results: Results, pens: Mapping[str, Pen]) -> list[Matrix]:
     return found
 
 
-def against(results: Results, pens: Mapping[str, Pen]) -> Against | None:
+def against(results: Results, pens: Mapping[str, Pen]) -> Comparison | None:
     """Means of ratios, None where no task has a reference that reached its target."""
     found = overall(results)
     if not found:
@@ -136,7 +136,7 @@ def against(results: Results, pens: Mapping[str, Pen]) -> Against | None:
         )
         for i, one in enumerate(found)
     ]
-    return Against(reference(results), rows)
+    return Comparison(reference(results), rows)
 
 
 def _value(ratio: Ratio) -> float:

@@ -11,11 +11,11 @@ from typing import Any
 from markupsafe import Markup
 
 from precond.lab.report import numbers
-from precond.lab.report.against import ratios
 from precond.lab.report.figures import WORK_LABELS, curves, profiles, searches
 from precond.lab.report.overview import Cell, against, matrices
 from precond.lab.report.pairs import Part, has_part, retargeted
 from precond.lab.report.pooled import pooled
+from precond.lab.report.ratios import ratios
 from precond.lab.report.rendering import render_template
 from precond.lab.report.results import Clock, Results, TaskResults
 from precond.lab.report.style import Pen, pen

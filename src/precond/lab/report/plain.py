@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from precond.lab.report import numbers
-from precond.lab.report.against import markdown_row
+from precond.lab.report.ratios import markdown_row
 from precond.lab.report.results import Results
 
 
 @dataclass(frozen=True)
-class Plain:
+class PlainTable:
     """A table of texts; the first column names its rows.
 
     Attributes:

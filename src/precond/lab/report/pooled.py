@@ -8,17 +8,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from precond.lab.report import numbers
-from precond.lab.report.against import Overall, overall
 from precond.lab.report.pairs import Pair, Part, has_part, pairs, retargeted
-from precond.lab.report.plain import Plain, mean, reference
+from precond.lab.report.plain import PlainTable, mean, reference
 from precond.lab.report.rates import rates
+from precond.lab.report.ratios import Overall, overall
 from precond.lab.report.results import Results, TaskResults
 from precond.lab.report.summary import profile, table
 
 _PARTS: dict[Part, str] = {"train": "training", "validation": "validation"}
 
 
-def pooled(results: Results) -> list[Plain]:
+def pooled(results: Results) -> list[PlainTable]:
     """All tables; nothing where there is no reference or one task alone."""
     parts = [part for part in _PARTS if has_part(results, part)]
     if len(results.tasks) < 2 or not parts:
@@ -33,7 +33,7 @@ def pooled(results: Results) -> list[Plain]:
     return [*found, *rates(results)]
 
 
-def _targets(results: Results, parts: Sequence[Part]) -> Plain:
+def _targets(results: Results, parts: Sequence[Part]) -> PlainTable:
     means: dict[Part, dict[str, Overall]] = {part: {m.label: m for m in overall(retargeted(results, part))} for part in parts}
     labels = list(dict.fromkeys(label for found in means.values() for label in found))
     rows = []
@@ -46,7 +46,7 @@ def _targets(results: Results, parts: Sequence[Part]) -> Plain:
             cells += [numbers.NONE] * 3 if one is None else [str(one.steps), str(one.seconds), reached]
         rows.append(cells)
     heads = [f"{_PARTS[part]} target: {what}" for part in parts for what in ("steps", "seconds", "trainings that reached it")]
-    return Plain(
+    return PlainTable(
         f"Both targets, times the work of {reference(results)}",
         "Geometric means over tasks of the ratios of medians over seeds; > is a lower bound: where most seeds of a task missed its target, "
         "the work of the whole training counts. Targets are the lowest losses on the reference's curves, medians over seeds, so that it "
@@ -56,7 +56,7 @@ def _targets(results: Results, parts: Sequence[Part]) -> Plain:
     )  # fmt: skip
 
 
-def _families(results: Results, part: Part) -> Plain:
+def _families(results: Results, part: Part) -> PlainTable:
     aimed = retargeted(results, part)
     families = list(dict.fromkeys(task.family or "other" for task in aimed.tasks))
     labels = list(dict.fromkeys(entry.label for task in aimed.tasks for entry in task.entries))
@@ -66,7 +66,7 @@ def _families(results: Results, part: Part) -> Plain:
         means = {one.label: one for one in overall(of_family)}
         cells = (f"{means[label].steps} / {means[label].seconds}" if label in means else numbers.NONE for label in labels)
         rows.append([f"{family} ({len(of_family.tasks)})", *cells])
-    return Plain(
+    return PlainTable(
         f"Families: steps / seconds to the {_PARTS[part]} target, times those of {reference(results)}",
         "Geometric means over the tasks of a family, whose number is in parentheses.",
         ["family", *labels],
@@ -74,7 +74,7 @@ def _families(results: Results, part: Part) -> Plain:
     )
 
 
-def _ends(results: Results) -> Plain:
+def _ends(results: Results) -> PlainTable:
     """Validation at the end and at its best, in units of the reference's best."""
     aimed = retargeted(results, "validation")
     labels = list(dict.fromkeys(entry.label for task in aimed.tasks for entry in task.entries))
@@ -89,7 +89,7 @@ def _ends(results: Results) -> Plain:
             cells += [mean(kept.values()), f"{numbers.short(kept[worst])} ({worst})" if worst else numbers.NONE]
         rows.append(cells)
     heads = [f"{what}: {which}" for what in of_runs for which in ("geometric mean", "largest (task)")]
-    return Plain(
+    return PlainTable(
         f"Validation loss, times the best of {reference(results)}",
         "Of each task the median over seeds, at the best evaluation of a curve and at the last one; above 1 is worse.",
         ["entrant", *heads],
@@ -103,7 +103,7 @@ def _over(task: TaskResults, label: str, of: Callable[[Sequence[float]], float])
     return statistics.median(found) / task.target.value if found and task.target.value > 0 else math.nan
 
 
-def _pairs(results: Results, part: Part) -> Plain:
+def _pairs(results: Results, part: Part) -> PlainTable:
     steps, seconds = (pairs(results, part, work) for work in ("step", results.clock))
 
     def one(pair: Pair) -> str:
@@ -113,7 +113,7 @@ def _pairs(results: Results, part: Part) -> Plain:
         [f"{a.label} against {a.rival}", one(a), one(b), f"{a.faster} / {a.slower} of {a.tasks}", _p(a.wilcoxon), _p(a.sign)]
         for a, b in zip(steps, seconds, strict=True)
     ]
-    return Plain(
+    return PlainTable(
         f"Pairs: work to the {_PARTS[part]} target",
         "Geometric means over tasks of ratios seed by seed, with bootstrap intervals of 95 % (tasks and their seeds drawn anew); a training "
         "that missed the target counts with all of its work. Tests are over tasks, two-sided, on steps, and not corrected for how many "
@@ -126,14 +126,14 @@ def _pairs(results: Results, part: Part) -> Plain:
 _FACTORS = (1.0, 1.25, 1.5, 2.0, 4.0)
 
 
-def _profiles(results: Results, part: Part) -> Plain:
+def _profiles(results: Results, part: Part) -> PlainTable:
     """Performance profiles (Dolan & Moré, 2002) of steps, at some ratios."""
     found = profile(retargeted(results, part), "step")
     rows = [
         [label, *(f"{sum(x <= factor for x in ratios)} of {len(ratios)}" for factor in _FACTORS)]
         for label, ratios in found.items()
     ]
-    return Plain(
+    return PlainTable(
         f"Profiles: steps to the {_PARTS[part]} target, times the least of any entrant",
         "In how many tasks an entrant took at most so many times the steps of the one that took the least (Dolan & Moré, 2002); a target "
         "that most of its seeds missed counts in none.",

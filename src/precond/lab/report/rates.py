@@ -7,15 +7,15 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from precond.lab.report import numbers
-from precond.lab.report.against import Ratio, geometric_mean
-from precond.lab.report.plain import Plain, mean, reference
+from precond.lab.report.plain import PlainTable, mean, reference
+from precond.lab.report.ratios import Ratio, geometric_mean
 from precond.lab.report.results import Entry, Results, TaskResults
 from precond.lab.workloads import Trial
 
 _DIVERGED = 100.0
 
 
-def rates(results: Results) -> list[Plain]:
+def rates(results: Results) -> list[PlainTable]:
     """Both tables; nothing where nothing was searched."""
     found = []
     if any(entry.search for task in results.tasks for entry in task.entries):
@@ -25,7 +25,7 @@ def rates(results: Results) -> list[Plain]:
     return found
 
 
-def _in_losses(results: Results) -> Plain:
+def _in_losses(results: Results) -> PlainTable:
     families = list(dict.fromkeys(task.family or "all" for task in results.tasks))
     rows = []
     for label, of_label in _searches(results).items():
@@ -37,7 +37,7 @@ def _in_losses(results: Results) -> Plain:
         cells = [_summed(found) for found in (twice, half, shared)]
         chosen = [entry.lr for _, entry in searches]
         rows.append([label, *cells, f"{numbers.short(min(chosen))} to {numbers.short(max(chosen))}"])
-    return Plain(
+    return PlainTable(
         "Learning rates: the final loss of trials, times that of the best one",
         "At twice and at half the rate of the lowest final loss of each task, and with one rate for all tasks of a family, the one with "
         "the lowest mean of these ratios: geometric means, medians in parentheses, and in how many tasks the loss is at most 10 % higher. A "
@@ -53,7 +53,7 @@ def _summed(found: Sequence[float]) -> str:
     return f"{mean(found)}{middle}, {sum(x <= 1.1 for x in found)} of {len(found)}"
 
 
-def _in_steps(results: Results) -> Plain:
+def _in_steps(results: Results) -> PlainTable:
     ref = reference(results)
     rows = []
     for label, searches in _searches(results).items():
@@ -65,7 +65,7 @@ def _in_steps(results: Results) -> Plain:
         units = [geometric_mean([r for task, e in searches if (r := _of_unit(task, e, f))]) for f in (0.5, 1.0, 2.0)]
         known = any(math.isfinite(unit.value) for unit in units)
         rows.append([label, *cells, " / ".join(map(str, units)) if known else numbers.NONE])
-    return Plain(
+    return PlainTable(
         f"Steps beside the best learning rate: to the lowest loss in the best trial of {ref}",
         f"At half and at twice the rate that was chosen, that of the fewest steps ({ref}'s is that of its lowest final loss): times the steps "
         f"at that rate, and in how many tasks the loss was reached at all; then in units of the steps that {ref} takes to it at its own. "

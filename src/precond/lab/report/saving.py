@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from precond.lab.report.against import as_json, save_summary
 from precond.lab.report.page import save_page
 from precond.lab.report.pooled import pooled
+from precond.lab.report.ratios import as_json, save_summary
 from precond.lab.report.results import Results, save_results
 from precond.lab.report.summary import table
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from matplotlib.axes import Axes
 
 from precond.lab.report import numbers
-from precond.lab.report.against import markdown_row
+from precond.lab.report.ratios import markdown_row
 from precond.lab.report.results import Results
 from precond.lab.report.style import log_axis, pen, svg, svg_file
 from precond.lab.workloads import Trial

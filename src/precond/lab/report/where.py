@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass, fields
 from matplotlib.axes import Axes
 
 from precond.lab.report import numbers
-from precond.lab.report.against import markdown_row, ratios
+from precond.lab.report.ratios import markdown_row, ratios
 from precond.lab.report.results import Results
 from precond.lab.report.signs import CERTAIN, probabilities
 from precond.lab.report.style import log_axis, pen, svg, svg_file

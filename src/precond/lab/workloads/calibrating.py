@@ -14,7 +14,7 @@ import torch
 
 from precond.analysis.curvature import Objective
 from precond.analysis.diagnostics.calibrated import STUCK, Row, summary
-from precond.analysis.diagnostics.gains import Picture, predicted
+from precond.analysis.diagnostics.gains import QuadraticModel, predicted
 from precond.analysis.diagnostics.rates import fitted
 from precond.analysis.diagnostics.remedies import Candidate, base_of
 from precond.analysis.diagnostics.short import Curve, compared, points, short_training
@@ -35,7 +35,7 @@ class Cell:
     Attributes:
         task, model, base, remedy: which.
         horizon: steps of the training.
-        predicted: ratio of steps without and with the remedy, by the picture.
+        predicted: ratio of steps without and with the remedy, by the quadratic model.
         kappa: the same from κ alone, in the layer that gains most.
         measured: the same in trainings.
         rates: at which each was best, without and with.
@@ -67,7 +67,7 @@ def cells(setting: Setting, base: str, folder: Path, watch: Callable[[str], None
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         objective = setting.make()
-        picture, make = Picture.of(objective), BASES[base]
+        quadratic, make = QuadraticModel.of(objective), BASES[base]
         own = base_of(None if make is None else make(objective.model, 1e-3), objective.model)
         candidates = [own.now()]
         if setting.dim != "none":
@@ -84,10 +84,10 @@ def cells(setting: Setting, base: str, folder: Path, watch: Callable[[str], None
     found = []
     for candidate in candidates[1:]:
         for horizon in HORIZONS:
-            value, kappa = predicted(picture, own, candidate.name, horizon)
+            value, kappa = predicted(quadratic, own, candidate.name, horizon)
             measured, rates = compared(curves["now"], curves[candidate.name], horizon)
             found.append(
-                Cell(setting.task, setting.model, base, candidate.name, horizon, value, kappa, measured, rates, picture.stuck)
+                Cell(setting.task, setting.model, base, candidate.name, horizon, value, kappa, measured, rates, quadratic.stuck)
             )
     return found
 

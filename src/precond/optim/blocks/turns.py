@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache, lru_cache
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from precond.optim.blocks.memory import AT_ONCE
 
 
 def turns(params: Sequence[Tensor]) -> list[int]:
-    """Of each parameter its turn, of which :func:`phase` makes the steps of a period that its periodic work falls on.
+    """Of each parameter its turn, of which :func:`ahead` makes the step of a period that its periodic work falls on.
 
     It is a function of the parameters' shapes and order alone. The first matrix has turn 0, and so has what is no matrix. Matrices of
     one shape share a turn where the squares of their longer sides have at most twice as many entries as they all; longer ones take
@@ -38,14 +39,28 @@ def turns(params: Sequence[Tensor]) -> list[int]:
 
 
 @cache
-def phase(turn: int) -> float:
-    """Which part of a period before its end a turn is: 0, 1/2, 1/4, 3/4, 1/8, …, so that the first few are far from each other."""
-    return sum(2.0 ** -(k + 1) for k in range(turn.bit_length()) if turn >> k & 1)
+def ahead(turn: int, length: int) -> int:
+    """How many steps before the end of a period a turn is: 0, 1/2, 1/4, 3/4, 1/8, … of its length, no step twice before each had one.
+
+    So the first few are far from each other, and as many turns as steps never meet.
+    """
+    taken: set[int] = set()
+    numbers = count()
+    while len(taken) <= turn % length:
+        step = int(length * _bits_reversed(next(numbers)))
+        taken.add(step)
+    return step
+
+
+@cache
+def _bits_reversed(k: int) -> float:
+    """0, 1/2, 1/4, 3/4, 1/8, …"""
+    return sum(2.0 ** -(j + 1) for j in range(k.bit_length()) if k >> j & 1)
 
 
 def is_due(step: float, every: float, turn: int) -> bool:
     """Whether what is due every so many steps is due."""
-    return (int(step) + int(every * phase(turn))) % int(every) == 0
+    return (int(step) + ahead(turn, int(every))) % int(every) == 0
 
 
 @lru_cache(1024)  # layers of one turn ask for the same in each step
@@ -58,6 +73,6 @@ def next_renewal(step: float, every: float, turn: int = 0) -> int:
     while True:
         end = -(-t // every) * every if t > every else min(every, 1 << (t - 1).bit_length())
         start = end - every if end > every else (1 << (end - 1).bit_length()) // 2 if end > 1 else 0
-        if (due := end - int((end - start) * phase(turn))) >= t:
+        if (due := end - ahead(turn, end - start)) >= t:
             return due
         t = end + 1

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+from precond.algebra.maps import Scaled
 from precond.algebra.vec import Scalar, Tensors
 from precond.optim.blocks import Block, Stack
 from precond.optim.blocks.memory import ONE_CALL
@@ -23,7 +24,7 @@ from precond.optim.engine.kernels.entrywise import Adam, Decay, Kernel, entrywis
 from precond.optim.engine.kernels.polar import polar_step
 from precond.optim.engine.loop import Rules
 from precond.optim.momentum import Momentum
-from precond.optim.preconditioners import BNP, RMS, Composition, Fixed, Polar, Preconditioner, Whitening
+from precond.optim.preconditioners import BNP, RMS, Composition, Fixed, Polar, Preconditioner, RelativeRMS, Whitening
 from precond.optim.preconditioners.base import Seen
 from precond.optim.regularizers import L2
 
@@ -135,6 +136,9 @@ class _Within:
             y, m, given = F.rmv(gradient), cell.average["m"], {t.untyped_storage().data_ptr() for t in gradient}
             y = tuple(t.clone() if t.untyped_storage().data_ptr() in given else t for t in aligned(y, m) or ())
             self.adam.descend(y, m, state, list(cell.state["step"][: len(y)]), maximize)
+            if isinstance(self.adam.P, RelativeRMS):
+                self.adam.P.measure(state, lambda: F.solve(cell.block.gathered(p)))
+                F = Scaled(F, s) if (s := RelativeRMS.scale(state)) is not None else F
             step, alpha = cell.block.scattered(F.mv(y)), lr
         if self.adam.decay.decoupled:
             torch._foreach_mul_(p, 1 - lr * self.adam.decay.decoupled)

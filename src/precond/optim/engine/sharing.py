@@ -243,28 +243,33 @@ class Shared(Cell):
         return Carried(self, {k: self.inside[k].damped(m, delta) for k, m in P.maps.items()})
 
     def wanted(self) -> Iterable[tuple[str, Request, Tensor | None]]:
-        """What owners want to be observed, told to all ranks."""
+        """What owners want to be observed, told to all ranks: a flag of each site, and the mean known before."""
         step = max(self.state.steps) + 1
         turns = {leaf.turn for leaf in self.block.leaves}
         asking = [k for k, cell in enumerate(self.inside) if cell.handled and not cell.preconditioner.idle(step, turns)]
-        sites = {key: site for k in asking for key, site in self._sites[k]}
-        if not sites:
+        sites = [
+            {key: site.shape(key[1]) for k in asking if self.owners[k] == r for key, site in self._sites[k]}
+            for r in range(self.exchange.size)
+        ]
+        if not any(sites):
             return []
-        mine = set(self.mine)
-        own = {(name, request): c for k in asking if k in mine for name, request, c in self.inside[k].wanted()}
-        like = self.block.leaves[0].tensor
+        rank, like = self.exchange.rank, self.block.leaves[0].tensor
+        own = {(name, request): c for k in asking if self.owners[k] == rank for name, request, c in self.inside[k].wanted()}
+        flags = [0 if key not in own else 1 if own[key] is None else 2 for key in sites[rank]]
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        flags = torch.tensor(
-            [0 if key not in own else 1 if own[key] is None else 2 for key in sites], dtype=dtype, device=like.device
-        )
-        centers = [_center(own.get(key), site, key[1], flags) for key, site in sites.items()]
-        flat = torch.cat([flags, *(c.reshape(-1) for c in centers)])
-        collectives.all_reduce(flat, "what is to be observed", self.exchange.group)
-        told = flat[: len(sites)].tolist()  # the host decides by them what hooks do
-        means = flat[len(sites) :].split([c.numel() for c in centers])
+        zeros = like.new_zeros(max((a * b for a, b in sites[rank].values()), default=0), dtype=dtype)
+        means = [zeros[: a * b] if (c := own.get(key)) is None else c.to(zeros) for key, (a, b) in sites[rank].items()]
+        mine = torch.cat([zeros.new_tensor(flags), *(c.reshape(-1) for c in means)])
+        sizes = [[len(of), *(a * b for a, b in of.values())] for of in sites]
+        every = collectives.share([mine], [sum(n) for n in sizes], "what is to be observed", self.exchange.group)
+        every[rank] = mine
+        told = [flat.split(n) for flat, n in zip(every, sizes, strict=True)]
+        wants = torch.cat([flags for flags, *_ in told]).tolist()  # the host decides by them what hooks do
+        keys = [(key, shape) for of in sites for key, shape in of.items()]
+        centers = [c for _, *of in told for c in of]
         return [
-            (name, request, mean.view(c.shape) if flag == 2 else None)
-            for (name, request), flag, mean, c in zip(sites, told, means, centers, strict=True)
+            (name, request, mean.view(shape) if flag == 2 else None)
+            for ((name, request), shape), flag, mean in zip(keys, wants, centers, strict=True)
             if flag
         ]
 
@@ -281,7 +286,3 @@ def sites_of(cell: Cell) -> Iterator[tuple[Site, Request]]:
     """The sites of a cell's layers and the requests that they answer."""
     for request in sorted(cell.preconditioner.requests, key=repr):
         yield from ((site, request) for leaf in cell.leaves for site in leaf.sites if site.answers(request))
-
-
-def _center(known: Tensor | None, site: Site, request: Request, like: Tensor) -> Tensor:
-    return like.new_zeros(site.shape(request)) if known is None else known.to(like)

@@ -90,23 +90,13 @@ class Moments:
         return cls(*(t.to(dtype) for t in (count, mean, spread, absolute, examples)))
 
     @classmethod
-    def joined(cls, parts: Sequence[Moments | None]) -> Moments:
-        """Of several layers, one after the other; of one that saw nothing (None) the count is 0."""
-        some = next(p for p in parts if p is not None)
-        if len(parts) == 1:
-            return cls(some.count, some.mean, some.spread, some.absolute, some.examples[None])
-        each = [some._of_none() if p is None else p for p in parts]
-        tensors = {name: torch.cat([getattr(p, name) for p in each]) for name in ("count", "mean", "absolute")}
-        rows = [p.rows for p in each if isinstance(p, OfRows)]
-        if len(rows) == len(each) and len({x.shape[1:] for x in rows}) == 1:
-            spread = _gram(torch.cat(rows))
-        else:
-            spread = torch.cat([p.spread for p in each])
-        return cls(**tensors, spread=spread, examples=torch.stack([p.examples for p in each]))
-
-    def _of_none(self) -> Moments:
-        """Of no samples, in these shapes."""
-        return Moments(*(torch.zeros_like(t) for t in (self.count, self.mean, self.spread, self.absolute, self.examples)))
+    def joined(cls, parts: Sequence[Moments]) -> Moments:
+        """Of several layers, one after the other."""
+        rows = [p.rows.shape[1:] for p in parts if isinstance(p, OfRows)]
+        kind, what = (OfRows, "rows") if len(rows) == len(parts) and len(set(rows)) == 1 else (cls, "spread")
+        each = {name: [getattr(p, name) for p in parts] for name in ("count", "mean", "absolute", what)}
+        tensors = {name: of[0] if len(of) == 1 else torch.cat(of) for name, of in each.items()}
+        return kind(**tensors, examples=torch.stack([p.examples for p in parts]))
 
     def bound_to_(self, mean: Tensor, spread: Tensor) -> None:
         """Replace in place, in groups that have numbers that are not finite, all by what is known, without a look at them by the host."""
@@ -114,18 +104,26 @@ class Moments:
         for new, old in ((self.mean, mean), (self.spread, spread), (self.absolute, self.absolute.new_zeros(()))):
             torch.where(_fit(finite, new), new, old, out=new)
 
+    def fold_spread_(self, S: Tensor, gain: float | Tensor) -> None:
+        """S ← (1 − γ)·S + γ·C in place, C the covariance, the ``gain`` γ a number or a column of one a group."""
+        S.lerp_(self.spread, gain if isinstance(gain, float) else gain[..., None])
+
 
 class OfRows(Moments):
     """Of so few samples that they take less room than their covariance, which is made each time it is asked for.
 
+    It is not made to be folded: another matrix of n² entries for each group may be more than all else that a step takes.
+
     Attributes:
         rows: h − μ of each sample, shape (groups, N, n), 2N ≤ n.
+        finite: (groups,), whether they were; None: they are.
     """
 
     rows: Tensor
+    finite: Tensor | None
 
     def __init__(self, count: Tensor, mean: Tensor, rows: Tensor, absolute: Tensor, examples: Tensor):
-        self.__dict__.update(count=count, mean=mean, rows=rows, absolute=absolute, examples=examples)
+        self.__dict__.update(count=count, mean=mean, rows=rows, absolute=absolute, examples=examples, finite=None)
 
     @property
     def spread(self) -> Tensor:
@@ -134,6 +132,23 @@ class OfRows(Moments):
     @cached_property
     def variance(self) -> Tensor:
         return self.rows.square().mean(1)
+
+    def bound_to_(self, mean: Tensor, spread: Tensor) -> None:
+        finite = self.variance.sum(-1) < torch.inf
+        none = self.rows.new_zeros(())
+        known = ((self.mean, mean), (self.variance, variances(spread, mean)), (self.rows, none), (self.absolute, none))
+        for new, old in known:
+            torch.where(_fit(finite, new), new, old, out=new)
+        self.__dict__["finite"] = finite
+
+    def fold_spread_(self, S: Tensor, gain: float | Tensor) -> None:
+        rows, each = self.rows, 1 / self.rows.shape[1]
+        if self.finite is not None:
+            gain = gain * self.finite.to(S.dtype)[:, None]
+        if isinstance(gain, float):
+            S.baddbmm_(rows.mT, rows, beta=1 - gain, alpha=gain * each)
+        else:
+            S.addcmul_(S, gain[..., None], value=-1).baddbmm_(rows.mT, rows * gain[..., None], alpha=each)
 
     def to(self, device: torch.device) -> Moments:
         if self.mean.device == device:

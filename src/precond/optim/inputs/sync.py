@@ -97,9 +97,9 @@ def _to_owners(
         for m, n in zip(mine, lengths, strict=True)
     ]
     flat = torch.cat([torch.tensor([float(not good)], dtype=torch.float64), *numbers]).to(device)
-    every = flat.new_empty(size * len(flat))
-    collectives.all_gather(every, flat, "how many inputs it saw", group)
-    table = every.cpu().view(size, -1)  # the host knows of how many samples statistics are
+    every = collectives.share([flat], [len(flat)] * size, "how many inputs it saw", group)
+    every[me] = flat
+    table = torch.stack(every).cpu()  # the host knows of how many samples statistics are
     told = [[_Told(t[:-2], t[-2], int(t[-1])) for t in row[1:].split(lengths)] for row in table]
     shapes = [site.shape(request) for site, request, _ in keys]
     sizes = [

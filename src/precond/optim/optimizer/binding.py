@@ -20,15 +20,9 @@ from precond.optim.engine.loop import Rules
 from precond.optim.engine.sharing import Shared
 from precond.optim.optimizer import averaging
 from precond.optim.optimizer.fusing import fusible
-from precond.optim.optimizer.models import Home, Models
+from precond.optim.optimizer.models import Location, Models
 from precond.optim.optimizer.naming import Naming
-
-_shape, _wants, _dtype, _parameters = map(operator.attrgetter, ("shape", "requires_grad", "dtype", "_parameters"))
-_PLAIN = frozenset({bool, int, float, str, tuple, dict, type(None)})
-"""Types of options that hold no tensor."""
-
-Kinds = tuple[list[bool], list[torch.dtype], list[int]]
-"""Whether each parameter wants gradients, its dtype, and the number of its device, -1 on a processor: numbers are compared at once."""
+from precond.optim.optimizer.readings import PARAMETERS, SHAPE, Kinds, read_kinds, read_options, structure
 
 Following = Literal["same", "renumbered", "broken"]
 """Of the groups since a binding was made: nothing has changed; numbers have; parameters or strategies have."""
@@ -41,7 +35,7 @@ class Binding:
     Attributes:
         entries: (leaf, key, tensor) of all state.
         options: the groups' options when it was made.
-        homes: of the modules that own the leaves.
+        locations: of the modules that own the leaves.
         shapes: of all leaves, as they were then.
         kinds: of all leaves, as they were then.
     """
@@ -51,7 +45,7 @@ class Binding:
     cells: list[Cell] = field(default_factory=list)
     entries: list[tuple[Leaf, str, Tensor]] = field(default_factory=list)
     options: list[tuple[Any, ...]] = field(default_factory=list)
-    homes: list[Home] = field(default_factory=list)
+    locations: list[Location] = field(default_factory=list)
     shapes: list[torch.Size] = field(default_factory=list)
     kinds: Kinds = ([], [], [])
 
@@ -95,7 +89,7 @@ class Binding:
         """The leaves that are divided among processes."""
         return [leaf for leaf in self.leaves if leaf.shard is not None]
 
-    def reckon(self) -> None:
+    def read_counts(self) -> None:
         """Let the host know of the steps that devices have counted."""
         for cell in self.cells:
             for ours, theirs in zip(cell.state["step"], cell.state.get("clock", ()), strict=False):
@@ -110,18 +104,22 @@ class Binding:
         """Whether parameters were frozen, thawed, converted or moved since, or others put in their places."""
         params = groups[0]["params"] if len(groups) == 1 else [p for group in groups for p in group["params"]]
         same = len(params) == len(self._params) and all(map(operator.is_, params, self._params))
-        return not same or self.kinds != read_kinds(params) or not self.housed
+        return not same or self.kinds != read_kinds(params) or not self.modules_in_place
 
     @property
-    def housed(self) -> bool:
+    def modules_in_place(self) -> bool:
         """Whether the model's modules are where they were."""
-        children, names, modules = self._homes
+        children, names, modules = self._locations
         return list(map(dict.get, children, names)) == modules
 
     @cached_property
-    def _homes(self) -> tuple[list[dict[str, Any]], list[str], list[Any]]:
-        """``homes`` by columns: asked for in each step."""
-        return [c for c, _, _ in self.homes], [name for _, name, _ in self.homes], [module for _, _, module in self.homes]
+    def _locations(self) -> tuple[list[dict[str, Any]], list[str], list[Any]]:
+        """``locations`` by columns: asked for in each step."""
+        return (
+            [c for c, _, _ in self.locations],
+            [name for _, name, _ in self.locations],
+            [module for _, _, module in self.locations],
+        )
 
     def replaced(self, params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
         """Parameter → the one that stands in its place in the groups, as a trainer that shards the model puts it there."""
@@ -132,20 +130,18 @@ class Binding:
         return [leaf.param for leaf in self.leaves]
 
     @property
-    def held(self) -> bool:
-        """Whether modules hold the parameters that were theirs: :func:`in_place` of all leaves at once."""
-        modules, names, params = self._places
-        return all(map(operator.is_, map(dict.get, map(_parameters, modules), names), params))
+    def params_in_place(self) -> bool:
+        """Whether modules hold the parameters that were theirs: :func:`~precond.optim.optimizer.models.in_place` of all leaves."""
+        modules, names, params = self._param_locations
+        return all(map(operator.is_, map(dict.get, map(PARAMETERS, modules), names), params))
 
     @cached_property
-    def _places(self) -> tuple[list[nn.Module], list[str], list[Tensor]]:
+    def _param_locations(self) -> tuple[list[nn.Module], list[str], list[Tensor]]:
         """Modules, what they call their parameters, and these, by columns: asked for in each step."""
-        found = [leaf for leaf in self.leaves if leaf.module is not None and leaf.shard is None]
-        return (
-            [leaf.module for leaf in found if leaf.module is not None],
-            [leaf.attribute for leaf in found],
-            [leaf.param for leaf in found],
-        )
+        found = [
+            (m, leaf.attribute, leaf.param) for leaf in self.leaves if (m := leaf.module) is not None and leaf.shard is None
+        ]
+        return [m for m, _, _ in found], [name for _, name, _ in found], [p for _, _, p in found]
 
     def follow(self, groups: Sequence[Mapping[str, Any]], naming: Naming) -> Following:
         """Take over numbers that have changed in the groups.
@@ -155,18 +151,18 @@ class Binding:
             RuntimeError: where a parameter has another shape.
         """
         naming.check_numbers(groups)
-        if list(map(_shape, self._params)) != self.shapes:  # a kernel would write beyond its state
+        if list(map(SHAPE, self._params)) != self.shapes:  # a kernel would write beyond its state
             leaf, before = next((leaf, s) for leaf, s in zip(self.leaves, self.shapes, strict=True) if leaf.param.shape != s)
             raise RuntimeError(
                 f"{naming.name}: {leaf.name!r} has the shape {tuple(leaf.param.shape)}, and had {tuple(before)} when the optimizer was made, "
                 "which its state fits: make the optimizer after such changes"
             )
         options = read_options(groups, naming)
-        if self.converted(groups) or not self.held:
+        if self.converted(groups) or not self.params_in_place:
             return "broken"
         if options == self.options:
             return "same"
-        if _structure(options) != _structure(self.options):
+        if structure(options) != structure(self.options):
             return "broken"
         self.choices = choices_of(groups, naming)
         live = sorted(i for cell in self.blocks for i in cell.index)
@@ -232,11 +228,11 @@ def bind(
     entries += averaging.entries(setup.average, [leaves[i] for i in live], existing)
     _, dtypes, devices = read_kinds(params)
     kinds = [p not in frozen for p in params], dtypes, devices
-    homes, shapes = setup.models.homes(leaves), [p.shape for p in params]
-    return Binding(leaves, choices, cells, entries, read_options(groups, naming), homes, shapes, kinds)
+    locations, shapes = setup.models.locations(leaves), [p.shape for p in params]
+    return Binding(leaves, choices, cells, entries, read_options(groups, naming), locations, shapes, kinds)
 
 
-def hand_over(state: MutableMapping[Tensor, Any], new: Mapping[Tensor, Tensor]) -> None:
+def transfer_state(state: MutableMapping[Tensor, Any], new: Mapping[Tensor, Tensor]) -> None:
     """Parameters that stand in the places of others take over their state, where they are held as those were.
 
     Raises:
@@ -272,28 +268,6 @@ def choices_of(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[Choi
                         f"value, or leave parameters out by {left_out}"
                     )
     return choices
-
-
-def read_kinds(params: Sequence[Tensor]) -> Kinds:
-    """Of each parameter what decides where its state is, and in what dtype; a model may be converted at any time."""
-    return list(map(_wants, params)), list(map(_dtype, params)), list(map(Tensor.get_device, params))
-
-
-def read_options(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[tuple[Any, ...]]:
-    """The options of groups; of tensors also their versions, since they may be changed in place."""
-    found = [tuple(map(group.get, naming.defaults)) for group in groups]
-    for k, options in enumerate(found):
-        if not _PLAIN.issuperset(map(type, options)):
-            found[k] = tuple((x, x._version) if isinstance(x, Tensor) else x for x in options)
-    return found
-
-
-def _structure(options: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """What decides which state is kept: options themselves, whole ones too (lengths of blocks); of others whether they are zero."""
-    return [
-        tuple(tuple(bool(y) for y in x) if isinstance(x, tuple) else bool(x) if isinstance(x, float) else x for x in o)
-        for o in options
-    ]
 
 
 def _residuals(leaves: Sequence[Leaf], existing: Mapping[Tensor, dict[str, Any]]) -> list[tuple[Leaf, str, Tensor]]:

@@ -22,7 +22,7 @@ from precond.optim.inputs import Request
 from precond.optim.inputs.observer import Observer
 from precond.optim.optimizer import serialization
 from precond.optim.optimizer.averaging import Averaged
-from precond.optim.optimizer.binding import Binding, Setup, bind, choices_of, hand_over
+from precond.optim.optimizer.binding import Binding, Setup, bind, choices_of, transfer_state
 from precond.optim.optimizer.closures import Clearings
 from precond.optim.optimizer.compatibility import check_precision
 from precond.optim.optimizer.graphs import out_of_graphs
@@ -83,10 +83,7 @@ class Bound(torch.optim.Optimizer):
         return self._bound.shared
 
     def bound_to(
-        self,
-        groups: Sequence[Mapping[str, Any]],
-        existing: Mapping[Tensor, dict[str, Any]],
-        frozen: set[Tensor] | None = None,
+        self, groups: Sequence[Mapping[str, Any]], existing: Mapping[Tensor, dict[str, Any]], frozen: set[Tensor] | None = None
     ) -> Binding:
         """What groups come to, with the state that exists; nothing of the optimizer's own changes."""
 
@@ -132,7 +129,7 @@ class Bound(torch.optim.Optimizer):
                 with Uninterrupted():
                     before = self._bound
                     given = before.replaced([p for group in self.param_groups for p in group["params"]])
-                    changed = bool(given) or not before.housed or not all(map(in_place, before.leaves))
+                    changed = bool(given) or not before.modules_in_place or not all(map(in_place, before.leaves))
                     if changed:
                         self._follow_model(given)
                     check_precision(
@@ -167,7 +164,7 @@ class Bound(torch.optim.Optimizer):
         new = self.models.moved([leaf for leaf in self._bound.leaves if leaf.param not in given])
         for group in self.param_groups:
             group["params"] = [new.get(p, p) for p in group["params"]]
-        hand_over(self.state, {**given, **new})
+        transfer_state(self.state, {**given, **new})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its ``"params"`` may be a module. State is made at once."""

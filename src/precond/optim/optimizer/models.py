@@ -21,7 +21,7 @@ from precond.optim.inputs.roles import kind_of
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 
-Home = tuple[dict[str, nn.Module | None], str, nn.Module]
+Location = tuple[dict[str, nn.Module | None], str, nn.Module]
 """The children of a module, what it calls one of them, and that one."""
 
 
@@ -103,9 +103,9 @@ class Models:
                 out[leaf.param] = new
         return out, lost
 
-    def homes(self, leaves: Iterable[Leaf]) -> list[Home]:
+    def locations(self, leaves: Iterable[Leaf]) -> list[Location]:
         """Where the modules are that own leaves, and those around them."""
-        found: dict[tuple[int, str], Home] = {}
+        found: dict[tuple[int, str], Location] = {}
         for owner in {leaf.module for leaf in leaves if leaf.module is not None}:
             ref, path = self._paths.get(owner, (None, ""))
             module = None if ref is None else ref()

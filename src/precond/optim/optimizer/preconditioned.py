@@ -29,9 +29,9 @@ from precond.optim.optimizer.compatibility import (
     listed,
     validate,
 )
+from precond.optim.optimizer.delegation import delegate
 from precond.optim.optimizer.explanation import Explanation, explain
 from precond.optim.optimizer.graphs import out_of_graphs
-from precond.optim.optimizer.imitation import hand_through
 from precond.optim.optimizer.interrupts import Uninterrupted
 from precond.optim.optimizer.looking import map_in_force
 from precond.optim.optimizer.models import Models
@@ -89,7 +89,7 @@ class PreconditionedGD(Saving):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        hand_through(cls, PreconditionedGD)
+        delegate(cls, PreconditionedGD)
 
     def __init__(
         self,
@@ -155,11 +155,7 @@ class PreconditionedGD(Saving):
         self._bind()
         check_precision(self._bound.leaves, choice, rounding)
         check_same(name, self._bound.leaves, self._bound.cells, self._bound.options)
-        if (
-            self._gradient_based is not None
-            and not self._probing
-            and any(leaf.shard is not None for leaf in self._bound.leaves)
-        ):
+        if self._gradient_based is not None and not self._probing and self._bound.sharded:
             raise ValueError(
                 f"{self._regularizer_name}(method='exact') differentiates twice, which FSDP's sharded parameters do not allow; "
                 "use method='forward' or 'central'"
@@ -178,8 +174,7 @@ class PreconditionedGD(Saving):
         """
         shared = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in self.models.alive())
         captured = any(group.get("capturable") for group in self.param_groups)
-        divided = any(leaf.shard is not None for leaf in self._bound.leaves)
-        return not self._closing and (self._probing or shared or divided or captured)
+        return not self._closing and (self._probing or shared or captured or bool(self._bound.sharded))
 
     @out_of_graphs
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -255,7 +250,7 @@ class PreconditionedGD(Saving):
             ValueError: where a block is asked for in part, or a parameter is not this optimizer's.
         """
         self._follow_groups()
-        self._bound.reckon()
+        self._bound.read_counts()
         return map_in_force(self._bound.leaves, self._bound.cells, params)
 
     def explain(self) -> Explanation:

@@ -142,7 +142,7 @@ def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
                 copy_(target, value)
             elif divided(value):
                 value.full_tensor()  # type: ignore[attr-defined]  # its owner's, who needs this rank's part
-        bound.reckon()
+        bound.read_counts()
     for ours, new in zip(groups, new_groups, strict=True):
         ours.update(new)
     optimizer.adopt(bound, defaultdict(dict))
@@ -228,5 +228,5 @@ def _fit(
 FROZEN = "frozen"
 """What the state of a parameter holds that was frozen when it was saved."""
 
-OPTIONAL = {"m", "r_max", "residual", "average", "averaged"}
-"""Keys that another configuration of the same recipe may have left."""
+OPTIONAL = {"m", "r_max", "residual", "average", "averaged", "inner.scale"}
+"""Keys that another configuration of the same recipe, or an earlier version, may have left or left out."""

@@ -10,6 +10,7 @@ from precond.optim.preconditioners.kfac import KFAC, OutputFactor
 from precond.optim.preconditioners.muon import Muon
 from precond.optim.preconditioners.orthogonalized import Orthogonalized
 from precond.optim.preconditioners.polar import Polar
+from precond.optim.preconditioners.relative import RelativeRMS
 from precond.optim.preconditioners.rms import RMS
 from precond.optim.preconditioners.route import Route
 from precond.optim.preconditioners.schatten import Schatten
@@ -34,6 +35,7 @@ __all__ = [
     "Part",
     "Polar",
     "Preconditioner",
+    "RelativeRMS",
     "Route",
     "Schatten",
     "Seen",

@@ -15,7 +15,7 @@ from precond.algebra.precision import rounding
 from precond.algebra.vec import Vec
 from precond.optim.inputs.moments import outer, variances
 from precond.optim.preconditioners.eigenbases import at_hand
-from precond.optim.preconditioners.rational import inverse_roots_
+from precond.optim.preconditioners.rational import inverse_roots
 
 
 @dataclass(frozen=True)
@@ -136,11 +136,11 @@ def inverse_root(K: Tensor, root: str, power: float = 1.0) -> Tensor:
     if root == "cholesky":
         L, info = torch.linalg.cholesky_ex(K)
         if not at_hand(K):
-            return torch.where((info == 0)[..., None, None], inverse_of_triangular(L).mT, inverse_roots_(K, 0.5, least))
+            return torch.where((info == 0)[..., None, None], inverse_of_triangular(L).mT, inverse_roots(K, 0.5, least))
         if not bool(info.any()):
             return inverse_of_triangular(L).mT
     if not at_hand(K):
-        return inverse_roots_(K, power / 2, least)
+        return inverse_roots(K, power / 2, least)
     values, V = eigenpairs(K)
     floor = values.amax(-1, keepdim=True) * least
     scaled = V * torch.maximum(values, floor).pow(-power / 2)[..., None, :]

@@ -20,7 +20,7 @@ from precond.optim.preconditioners.base import Needs, Part, Seen
 from precond.optim.preconditioners.stacked import Stacked
 
 
-class Cut(ValueError):
+class NotRows(ValueError):
     """No process holds whole rows of a layer."""
 
 
@@ -93,7 +93,7 @@ class InputSide(Stacked):
         """Whether each process holds rows, with their biases."""
         try:
             self.parts(block)
-        except Cut:
+        except NotRows:
             return False
         return True
 
@@ -118,7 +118,7 @@ class InputSide(Stacked):
         ]
 
     def held(self, part: LayerPart, block: Block) -> range | None:
-        """The rows that this process holds of a weight and of its bias alike; raises :class:`Cut` where these are not whole rows."""
+        """The rows that this process holds of a weight and of its bias alike; raises :class:`NotRows` where these are not whole rows."""
         weight, bias = block.leaves[part.weight], None if part.bias is None else block.leaves[part.bias]
         if weight.shard is None and (bias is None or bias.shard is None):
             return None
@@ -126,9 +126,9 @@ class InputSide(Stacked):
         dim = layout.output_dim
         rows = None if dim is None or weight.shard is None else weight.span(dim)
         if rows is None:
-            raise Cut(f"{weight.name!r} is not divided by rows, whose inputs are seen whole")
+            raise NotRows(f"{weight.name!r} is not divided by rows, whose inputs are seen whole")
         if bias is not None and (bias.shard is None or bias.span(0) != rows):
-            raise Cut(
+            raise NotRows(
                 f"{weight.name!r} and {bias.name!r} are divided differently, so that no process holds a row with its bias"
             )
         return rows
@@ -187,7 +187,7 @@ class InputSide(Stacked):
         for part in self.parts(state.block):
             found = [(seen.inputs or {}).get((site.name, self.request)) for site in self._sites(part, state.block)]
             for some in spans([f is not None for f in found]):
-                mine, new = self._of(part, state.span(some)), Moments.joined(found[some])
+                mine, new = self._of(part, state.span(some)), Moments.joined([f for f in found[some] if f is not None])
                 if new.mean.device.type != "cpu":  # where it is, the step was not taken: a look at it costs nothing there
                     new.bound_to_(mine["mean"], mine["variance" if "variance" in mine else "covariance"])
                 self.fold(mine, new, self.rate(min(state.steps), new))
@@ -224,7 +224,7 @@ class InputSide(Stacked):
             else:
                 mine["variance"].addcmul_(delta * (gain * (1 - gain)), delta)
         else:
-            mine["covariance"].lerp_(new.spread, gain if isinstance(gain, float) else gain[..., None])
+            new.fold_spread_(mine["covariance"], gain)
             mine["covariance"].baddbmm_((delta * (gain * (1 - gain)))[..., :, None], delta[..., None, :])
         mine["mean"].lerp_(new.mean, gain)
 

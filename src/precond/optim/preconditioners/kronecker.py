@@ -39,8 +39,10 @@ def sides_of(shape: Sequence[int], sides: Sides, limit: int) -> tuple[bool, bool
 
 
 def norms(t: Tensor) -> Tensor:
-    """‖·‖ of each of k tensors (k, …) with entries, whose squares may leave the range of their dtype; NaN of zeros."""
+    """‖·‖ of each of k tensors (k, …) with entries, whose squares may leave the range of their dtype; 0 or NaN of zeros."""
     rows = t.flatten(1)
+    if rows.dtype != torch.float64 and rows.device.type != "mps":  # which has no float64
+        return torch.linalg.vector_norm(rows, 2, 1, dtype=torch.float64).to(rows.dtype)
     largest = torch.linalg.vector_norm(rows, torch.inf, 1, keepdim=True)
     size = torch.linalg.vector_norm(rows / largest, 2, 1)
     return size.mul_(largest[:, 0])

@@ -21,7 +21,7 @@ from precond.optim.preconditioners.eigenbases import at_hand
 from precond.optim.preconditioners.fixed import Fixed
 from precond.optim.preconditioners.kronecker import as_matrices, as_matrix, split
 from precond.optim.preconditioners.muon import Scale, factor, is_full_matrix, normalized
-from precond.optim.preconditioners.rational import inverse_roots_
+from precond.optim.preconditioners.rational import inverse_roots
 from precond.optim.preconditioners.stacked import Stacked
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Schatten(Stacked):
             return torch.eye(gram.shape[-1]).to(gram).expand_as(gram)
         least = rounding(gram.shape[-1], gram.dtype)
         if not at_hand(gram):
-            return inverse_roots_(gram.clone(), e, least).nan_to_num_(0.0)
+            return inverse_roots(gram, e, least).nan_to_num_(0.0)
         values, V = eigenpairs(gram)
         some = values > values.amax(-1, keepdim=True) * least
         return (V * torch.where(some, torch.where(some, values, 1.0) ** -e, 0.0)[..., None, :]) @ V.mT

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate, product
+from itertools import product
 from typing import Any
 
 import torch
@@ -213,19 +213,13 @@ class Exchange:
 
     def _spread(self, wholes: Mapping[int, Tensor], like: Mapping[int, Tensor], owned: list[list[int]]) -> dict[int, Tensor]:
         """Whole tensors of every owner, to all."""
-        example = next(iter(like.values()))
         sizes = [[math.prod(self.shapes[i]) for i in of] for of in owned]
-        longest = max(map(sum, sizes))
-        mine = example.new_empty(longest)
-        if owned[self.rank]:
-            torch.cat([wholes[i].reshape(-1) for i in owned[self.rank]], out=mine[: sum(sizes[self.rank])])
-        every = example.new_empty(self.size * longest)
-        collectives.all_gather(every, mine, "steps", self.group)
-        out = {}
-        for r, of in enumerate(owned):
-            starts = accumulate(sizes[r], initial=r * longest)
-            for i, start, n in zip(of, starts, sizes[r], strict=False):
-                out[i] = every[start : start + n].view(tuple(self.shapes[i]))
+        mine = [wholes[i] for i in owned[self.rank]] or [next(iter(like.values())).new_empty(0)]
+        every = collectives.share(mine, [sum(n) for n in sizes], "steps", self.group)
+        out = {i: wholes[i] for i in owned[self.rank]}
+        for r, (of, n, flat) in enumerate(zip(owned, sizes, every, strict=True)):
+            if r != self.rank:
+                out |= {i: t.view(tuple(self.shapes[i])) for i, t in zip(of, flat.split(n), strict=True)}
         return out
 
 

@@ -16,7 +16,7 @@ from precond.optim.momentum import Momentum
 from precond.optim.optimizer import PreconditionedGD
 from precond.optim.optimizer.parameters import Params
 from precond.optim.preconditioners import Auto
-from precond.optim.recipes.looking import Looking
+from precond.optim.recipes.first_steps import FirstSteps
 from precond.optim.recipes.making import make, recipe
 from precond.optim.regularizers import L2, Regularizer
 
@@ -90,7 +90,7 @@ def auto(
     choice = Auto() if choice is None else choice
     defaults = {"weight_decay": weight_decay, "momentum": momentum, "maximize": maximize, "measured": None, "seen": None}
     defaults |= numbers(choice)
-    optimizer = make("auto", params, lr, _Auto(choice), defaults, {}, {}, regularizers, options, settle=Looking())
+    optimizer = make("auto", params, lr, _Auto(choice), defaults, {}, {}, regularizers, options, settle=FirstSteps())
     acting = {row.preconditioner for row in optimizer.explain().rows} - {"none (frozen)"}
     if not acting:
         warn("auto: all parameters are frozen (requires_grad=False); nothing is trained until some are thawed")

@@ -89,8 +89,7 @@ def whitening(
 ) -> PreconditionedGD:
     """AdamW in the coordinates of whitened layer inputs: ``adamw(..., inputs=Whitening())``.
 
-    Raw features want standardizing all the same: the first outputs are as large as they are, and steps of about ``lr`` in whitened
-    coordinates, which change outputs by about as much, undo that late at the default rate.
+    Where a layer's first outputs are large, as with raw features, its steps are in proportion (:class:`~precond.RelativeRMS`).
 
     Args:
         params: the model, whose inputs are observed.

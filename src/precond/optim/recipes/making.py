@@ -16,7 +16,7 @@ from precond.optim.optimizer import PreconditionedGD
 from precond.optim.optimizer.compatibility import listed
 from precond.optim.optimizer.naming import Naming
 from precond.optim.optimizer.parameters import Params
-from precond.optim.preconditioners import Preconditioner
+from precond.optim.preconditioners import RMS, Preconditioner, RelativeRMS
 from precond.optim.regularizers import Regularizer
 
 Given = ParamSpec("Given")
@@ -120,4 +120,6 @@ def statistics(regularizers: Iterable[Regularizer]) -> str:
 
 def after(inputs: Preconditioner | None, P: Preconditioner, group: Mapping[str, Any]) -> Preconditioner:
     """P in the coordinates of an input-side preconditioner, whose numbers are the group's; None: P itself."""
-    return P if inputs is None else replaced(inputs, group) @ P
+    if inputs is None:
+        return P
+    return replaced(inputs, group) @ (RelativeRMS(**vars(P)) if type(P) is RMS else P)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from precond.algebra import checks
 from precond.algebra.maps import LinearMap
-from precond.algebra.sharding import ALONE, Sums
+from precond.algebra.sharding import LOCAL_SUMS, Sums
 from precond.algebra.spaces import Bend, Prox, Space, Tangent, Term
 from precond.algebra.vec import Scalar, Vec
 from precond.optim.blocks import Leaf, Rule
@@ -54,7 +54,7 @@ class At:
         found: tuple[Vec, ...] = (),
         hessian: Callable[[Vec], Vec] | None = None,
         memo: dict[str, Any] | None = None,
-        sums: Sums = ALONE,
+        sums: Sums = LOCAL_SUMS,
         joint: Sequence[slice] | None = None,
         leaves: Sequence[Leaf] = (),
     ):

@@ -12,10 +12,10 @@ from precond.algebra.precision import in_16_bits
 from precond.algebra.vec import Scalar, Tensors
 from precond.optim.blocks import State
 from precond.optim.engine.cells import Cell
-from precond.optim.engine.kernels.factors import Factor, Factors
+from precond.optim.engine.kernels.factors import Cached, Factor, Factors
 from precond.optim.engine.kernels.layer import CachedOnStatistics, layer_of
 from precond.optim.momentum import Momentum
-from precond.optim.preconditioners import BNP, RMS, Whitening
+from precond.optim.preconditioners import BNP, RMS, RelativeRMS, Whitening
 from precond.optim.preconditioners.base import Seen
 from precond.optim.preconditioners.stacked import on
 from precond.optim.preconditioners.workspace import WORKSPACE
@@ -40,7 +40,7 @@ class _Outer:
 
 @dataclass
 class AdamInCoordinates:
-    r"""y = P₁ᵀg, u = m̂/(√r̂ + ε), p ← (1 − αλ)p − αP₁u, m and r averages of y and of y².
+    r"""y = P₁ᵀg, u = m̂/(√r̂ + ε), p ← (1 − αλ)p − αsP₁u, m and r averages of y and of y², s of RelativeRMS.
 
     Per layer Y = ((g_W − g_b μᵀ)/σ)R, y_b = βg_b; dW = (U Rᵀ)/σ, W ← W − αdW, b ← b − α(βu_b − dW μ). Blocks that the outer map
     leaves as they are take Adam.
@@ -59,6 +59,7 @@ class AdamInCoordinates:
 
     def __post_init__(self) -> None:
         self._kept, self._factors = CachedOnStatistics(self.P, self._make), Factors(self._narrow)
+        self._of_scale: Cached[float] = Cached()
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         if not self.groups:
@@ -67,13 +68,22 @@ class AdamInCoordinates:
         outer = cell.state["outer"]
         if cell.inputs:
             on(outer.block, self.P).observe(outer, Seen((), cell.inputs))
+        alpha = float(lr) * self._scale(cell, p)
         if (P1 := self._kept(outer)) is None:
-            self._adam(cell, p, g, lr, self.decay, maximize)
+            self._adam(cell, p, g, alpha, self.decay * float(lr) / alpha if alpha else 0.0, maximize)
         else:
-            self._step(cell, P1, p, g, float(lr), maximize)
+            self._step(cell, P1, p, g, alpha, float(lr) * self.decay, maximize)
         on(outer.block, self.P).refresh(outer)
 
-    def _step(self, cell: Cell, P1: _Outer, p: Tensors, g: Tensors, lr: float, maximize: bool) -> None:
+    def _scale(self, cell: Cell, p: Tensors) -> float:
+        """s, by which steps are longer."""
+        state, outer = cell.state["inner"], cell.state["outer"]
+        if not isinstance(self.inner, RelativeRMS) or "scale" not in state:
+            return 1.0
+        self.inner.measure(state, lambda: on(outer.block, self.P).map(outer).solve(tuple(p)))
+        return self._of_scale(state["scale"]._version, lambda: float(RelativeRMS.scale(state) or 1.0))
+
+    def _step(self, cell: Cell, P1: _Outer, p: Tensors, g: Tensors, lr: float, decay: float, maximize: bool) -> None:
         shape = self.groups, len(p[0]) // self.groups, P1.mean.shape[-1]
         W, G = p[0].view(shape), g[0].reshape(shape)
         Y, Z = WORKSPACE.take(W.dtype, shape, shape)
@@ -90,8 +100,8 @@ class AdamInCoordinates:
         self._adam(cell, [Y.view_as(p[0]), *biases], None, 1.0, 1.0, maximize)
         if P1.factors:
             Y, Z = self._turn(Y, Z, [R.back for R in P1.factors])
-        if self.decay:
-            torch._foreach_mul_(p, 1 - lr * self.decay)
+        if decay:
+            torch._foreach_mul_(p, 1 - decay)
         W.addcmul_(Y, P1.inverse, value=lr)
         if biases:
             p[1].view(column).add_((biases[0].view(column) * P1.beta).sub_(Y @ P1.shifted.mT), alpha=lr)

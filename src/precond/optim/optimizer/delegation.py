@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 
-def hand_through(cls: type, ours: type) -> None:
+def delegate(cls: type, ours: type) -> None:
     """Make the public methods that an imitation inherits from ``ours`` act on ``.optimizer``, not on the imitation.
 
     Such a class is ``type(name, (Wrapper, Ours), {})``: what the wrapper does not define is called with the wrapper as self,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def exchanged(probes: Tensor, apply: Callable[[Tensor], Tensor]) -> tuple[float, float, Callable[[], tuple[Tensor, Tensor]]]:
+def xtrace(probes: Tensor, apply: Callable[[Tensor], Tensor]) -> tuple[float, float, Callable[[], tuple[Tensor, Tensor]]]:
     r"""(XTrace, its standard error, a function that makes XDiag of each probe (m, n) and standard errors (n,) of their mean) of a symmetric A.
 
     With Q_i an orthonormal basis of A(Ω without ω_i) and P_i = Q_iQ_iᵀ they are the means over the probes ω_i of

@@ -18,8 +18,8 @@ from precond.lab.report import (
     overall,
     ratios,
 )
-from precond.lab.report.against import Ratio, markdown_of_task
 from precond.lab.report.page import render
+from precond.lab.report.ratios import Ratio, markdown_of_task
 from precond.lab.report.saving import save
 from precond.lab.workloads import Curve, Outcome, Trial
 

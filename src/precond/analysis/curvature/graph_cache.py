@@ -40,7 +40,7 @@ class Graph(Protocol):
     def size(self) -> GraphSize: ...
 
 
-class Kept:
+class GraphCache:
     """What is made of each batch of an objective at the parameters' current values, and kept until a parameter or buffer changes.
 
     Args:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from precond.algebra import collectives
+from precond.algebra.sharding import divided
 from precond.optim.blocks import Leaf, Stack
+from precond.optim.engine.cells import Cell
+from precond.optim.engine.sharing import Shared
 from precond.optim.optimizer import PreconditionedGD
 from precond.optim.preconditioners import Composition, Whitening
 
@@ -18,7 +23,7 @@ SAMPLED = 4096
 """Entries of a gradient, evenly spaced, that its noise is made of."""
 
 
-class Looking:
+class FirstSteps:
     """From an optimizer, after each of its first steps, to what its groups take.
 
     ``measured``, the shares of independent directions in the inputs of whitened layers, decides. ``seen`` is told by ``explain()`` alone: the
@@ -37,40 +42,67 @@ class Looking:
             return None  # a captured step is one program for all steps
         shares: dict[str, float] = {}
         samples: dict[str, float] = {}
-        shapes: dict[str, torch.Size] = {}
-        cells = [(cell, P.outer) for cell in optimizer.cells if isinstance(P := cell.preconditioner, Composition)]
-        whitened = [(cell, P) for cell, P in cells if isinstance(P, Whitening)]
-        for cell, _ in whitened:
+        alike: dict[str, tuple[torch.Size, int]] = {}
+        whitened = [(cell, shared, P) for cell, shared in _each(optimizer.cells) if (P := _whitening(cell)) is not None]
+        for cell, _, _ in whitened:
             for leaf in cell.leaves:
                 self._note(leaf)
-        for cell, P in whitened:
-            if min(cell.state.steps) < MEASURED_AFTER:
-                return None
+        if any(min(cell.state.steps) < MEASURED_AFTER for cell, _, _ in whitened):
+            return None
+        for cell, shared, P in whitened:
+            alike |= {leaf.name: (leaf.shape, id(shared)) for leaf in cell.leaves}
+            if shared is not None and not any(cell is shared.inside[k] for k in shared.mine):
+                continue
             state = cell.state["outer"]
             state = state if isinstance(cell.block, Stack) else state.as_stack()
-            shapes |= {leaf.name: leaf.shape for leaf in cell.leaves}
             shares |= P.independent(state)
             samples |= P.samples_per_input(state)
+        for shared in optimizer.shared:
+            names = [leaf.name for cell in shared.inside if _whitening(cell) is not None for leaf in cell.leaves]
+            _tell(shared, names, shares, samples)
         noise = {name: _noise(self._gradients.get(name, [])) for name in shares}
         self._gradients.clear()
         # Layers of one shape decide together, by the least: they are stepped side by side.
-        least = {shape: min(s for name, s in shares.items() if shapes[name] == shape) for shape in map(shapes.get, shares)}
+        least = {kind: min(s for name, s in shares.items() if alike[name] == kind) for kind in map(alike.get, shares)}
         if not shares:
             return None
         return {
-            "measured": {name: round(least[shapes[name]], 3) for name in shares},
+            "measured": {name: round(least[alike[name]], 3) for name in shares},
             "seen": {name: (float(f"{samples[name]:.3g}"), noise[name]) for name in shares},
         }
 
     def _note(self, leaf: Leaf) -> None:
         g = leaf.param.grad
         # Ranks that hold parts see other entries each, and would tell different numbers.
-        if g is None or leaf.ndim < 2 or leaf.shard is not None or g.is_sparse:
+        if g is None or leaf.ndim < 2 or divided(g) or g.is_sparse:
             return
         kept = self._gradients.setdefault(leaf.name, [])
         if len(kept) < MEASURED_AFTER:  # others may have no gradient for long
             entries = g.detach().reshape(-1)
             kept.append(entries[:: max(1, -(-len(entries) // SAMPLED))].float().clone())
+
+
+def _each(cells: Iterable[Cell]) -> Iterator[tuple[Cell, Shared | None]]:
+    """The cells that step layers, and what ranks share them in."""
+    for cell in cells:
+        shared = cell if isinstance(cell, Shared) else None
+        yield from ((inside, shared) for inside in cell.cells)
+
+
+def _whitening(cell: Cell) -> Whitening | None:
+    P = cell.preconditioner
+    return P.outer if isinstance(P, Composition) and isinstance(P.outer, Whitening) else None
+
+
+def _tell(shared: Shared, names: Sequence[str], *numbers: dict[str, float]) -> None:
+    """What owners know by the names of weights, to all ranks; what is not known is 0."""
+    if not names:
+        return
+    device = shared.block.tensors[0].device
+    table = torch.tensor([[known.get(name, 0.0) for name in names] for known in numbers], dtype=torch.float64, device=device)
+    collectives.all_reduce(table, "what inputs of layers are like", shared.exchange.group)
+    for known, row in zip(numbers, table.tolist(), strict=True):
+        known |= {name: x for name, x in zip(names, row, strict=True) if x}
 
 
 def _noise(gradients: list[Tensor]) -> float | None:

@@ -1,4 +1,4 @@
-"""The quadratic picture against losses and matrix exponentials, where it is exact, and where it stands for layers that were left out."""
+"""The quadratic model against losses and matrix exponentials, where it is exact, and where it stands for layers that were left out."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import nn
 
 from precond.analysis.curvature import Objective
 from precond.analysis.diagnostics import diagnose
-from precond.analysis.diagnostics.gains import Picture, first_rate, predicted
+from precond.analysis.diagnostics.gains import QuadraticModel, first_rate, predicted
 from precond.analysis.diagnostics.gathering import gather
-from precond.analysis.diagnostics.pace import Block, Part, Race, parts_of, speed_up
+from precond.analysis.diagnostics.quadratic_model import Block, LossDecay, Part, parts_of, speed_up
 from precond.analysis.diagnostics.remedies import base_of
 from precond.analysis.diagnostics.short import as_trained
 
@@ -55,13 +55,13 @@ def test_what_is_left_after_some_steps_is_that_of_the_flow():
     P = torch.diag(scale)
     P[0, 1:] = -mean / std
     for name, map_ in (("raw", torch.eye(6).double()), ("bnp", P)):
-        race = Race([part], name, alone=False)
+        decay = LossDecay([part], name, alone=False)
         H = map_.T @ C @ map_
         z = torch.linalg.solve(map_, away)
         for t in (1.0, 7.0, 50.0):
             later = torch.matrix_exp(-t * H / torch.linalg.eigvalsh(H)[-1]) @ z
             expected = float((later.T @ H @ later).trace() / (z.T @ H @ z).trace())
-            assert race.left(t) == pytest.approx(expected, rel=1e-6), (name, t)
+            assert decay.remaining(t) == pytest.approx(expected, rel=1e-6), (name, t)
 
 
 def part(values, energies, s=1.0, name="a", **others):
@@ -70,24 +70,24 @@ def part(values, energies, s=1.0, name="a", **others):
     return Part(name, blocks, s)
 
 
-def race(parts, name, alone=False):
-    return Race(parts, name, alone)
+def decay(parts, name, alone=False):
+    return LossDecay(parts, name, alone)
 
 
 def test_the_speed_up_is_capped_by_what_no_remedy_changes():
     layer, rest = part([1.0, 1e-4], [1.0, 1.0], bnp=[1.0, 1.0]), part([1e-3], [1.0], name="")
-    alone = speed_up(race([layer], "raw"), race([layer], "bnp"), 1000)
-    both = speed_up(race([layer, rest], "raw"), race([layer, rest], "bnp"), 1000)
+    alone = speed_up(decay([layer], "raw"), decay([layer], "bnp"), 1000)
+    both = speed_up(decay([layer, rest], "raw"), decay([layer, rest], "bnp"), 1000)
     # Without it e^(−0.2) of the layer's slow half and e^(−2) of the rest are left; with it the rest alone, e^(−t/500).
     expected = 1000 / (-500 * math.log(math.exp(-0.2) + math.exp(-2)))
     assert alone == 1000 and both == pytest.approx(expected, rel=1e-6)
-    assert speed_up(race([layer], "bnp"), race([layer], "raw"), 1000) == pytest.approx(1 / alone)
-    assert speed_up(race([layer], "raw"), race([layer], "raw"), 1000) == pytest.approx(1.0)
+    assert speed_up(decay([layer], "bnp"), decay([layer], "raw"), 1000) == pytest.approx(1 / alone)
+    assert speed_up(decay([layer], "raw"), decay([layer], "raw"), 1000) == pytest.approx(1.0)
 
 
 def test_who_starts_from_a_lower_loss_gets_there_sooner():
     layer = part([1.0, 1e-2], [1.0, 1.0])
-    plain = race([layer], "raw")
+    plain = decay([layer], "raw")
     # From half the loss: as far as 100 steps get, ½(e^(−200) + e^(−2)), half of what is left then being left of its own start.
     t = -50 * math.log(2 * math.exp(-2))
     assert speed_up(plain, plain, 100, start=2.0) == pytest.approx(100 / t, rel=1e-6)
@@ -97,17 +97,17 @@ def test_who_starts_from_a_lower_loss_gets_there_sooner():
 
 def test_one_rate_for_all_or_one_for_each():
     steep, flat = part([1.0], [1.0], s=100.0), part([1.0], [1.0], s=1.0, name="b")
-    assert race([steep, flat], "raw").left(1) > race([steep, flat], "raw", alone=True).left(1)
+    assert decay([steep, flat], "raw").remaining(1) > decay([steep, flat], "raw", alone=True).remaining(1)
 
 
 def test_the_first_rate_is_that_of_the_steepest_direction():
     objective, x, _ = regression()
     rows = torch.cat([torch.ones(60, 1).double(), x], 1)
     largest = float(torch.linalg.eigvalsh(rows.T @ rows / 60)[-1])
-    picture, base = Picture.of(objective), base_of(None, objective.model)
-    assert first_rate(picture, base, "raw") == pytest.approx((1 - 0.9) / largest, rel=1e-6)
+    quadratic, base = QuadraticModel.of(objective), base_of(None, objective.model)
+    assert first_rate(quadratic, base, "raw") == pytest.approx((1 - 0.9) / largest, rel=1e-6)
     adam = base_of(torch.optim.Adam(objective.model.parameters(), lr=0.03), objective.model)
-    assert first_rate(picture, adam, "raw") == 0.03
+    assert first_rate(quadratic, adam, "raw") == 0.03
 
 
 class Stack(nn.Module):
@@ -156,7 +156,7 @@ def test_batch_normalization_has_the_statistics_of_training():
 def test_standardized_data_are_nothing_to_standardize():
     torch.manual_seed(0)
     signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
-    picture = Picture.of(Objective(nn.Linear(3, 1), nn.functional.mse_loss, [(signs, torch.randn(8, 1))]))
-    assert picture.standardized is None
-    value, _ = predicted(picture, base_of(None, nn.Linear(3, 1)), "whitened", 150)
+    quadratic = QuadraticModel.of(Objective(nn.Linear(3, 1), nn.functional.mse_loss, [(signs, torch.randn(8, 1))]))
+    assert quadratic.standardized is None
+    value, _ = predicted(quadratic, base_of(None, nn.Linear(3, 1)), "whitened", 150)
     assert value == pytest.approx(1.0, abs=2e-3)  # the damping of the whitening is 1e-3

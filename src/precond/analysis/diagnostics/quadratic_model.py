@@ -1,6 +1,6 @@
-r"""How many steps a remedy would save, from a quadratic picture of the whole network.
+r"""How many steps a remedy would save, from a quadratic model of the whole network.
 
-Each layer is a block: of a neuron's Hessian H_e S H_eᵀ (Theorem 3) the picture keeps s·C, C the mean of ĥĥᵀ and s one number for the layer,
+Each layer is a block: of a neuron's Hessian H_e S H_eᵀ (Theorem 3) the model keeps s·C, C the mean of ĥĥᵀ and s one number for the layer,
 measured along its gradient; of the loss above the minimum, in direction i of C with eigenvalue λ_i, ½‖g_i‖²/(s λ_i). What is no diagnosed
 layer is one more block, of one direction, that no remedy changes. Gradient descent at the rate 1/max(s λ) leaves after t steps
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from precond.algebra.vec import Vec
 from precond.analysis.curvature import Objective
 from precond.analysis.diagnostics.conditioning import coordinates, directions, gradient_rows
-from precond.analysis.diagnostics.streaming import Gathered
+from precond.analysis.diagnostics.streaming import InputStatistics
 
 # How far curvature is measured along the gradient: so much of the loss goes by the first order. Where a saturated loss is straight, farther.
 _STEPS = (1e-2, 1e-1, 1.0)
@@ -66,7 +66,7 @@ class Part:
         return float(self.blocks["raw"].values.max())
 
 
-def parts_of(objective: Objective, gathered: Sequence[Gathered], g: Vec) -> list[Part]:
+def parts_of(objective: Objective, gathered: Sequence[InputStatistics], g: Vec) -> list[Part]:
     """The network in parts.
 
     Args:
@@ -104,7 +104,7 @@ def parts_of(objective: Objective, gathered: Sequence[Gathered], g: Vec) -> list
     known = [part for part in found if part.s > 0]
     if not known:
         return []
-    # Along a direction of no or negative curvature the picture says nothing: what other layers have is put there. Behind a normalization
+    # Along a direction of no or negative curvature the model says nothing: what other layers have is put there. Behind a normalization
     # that is curvature itself, s·C, since the scale of inputs is taken out.
     usual, bent = (
         sorted(of)[len(known) // 2] for of in ([part.s for part in known], [part.s * part.largest for part in known])
@@ -113,7 +113,7 @@ def parts_of(objective: Objective, gathered: Sequence[Gathered], g: Vec) -> list
     return [part if part.s > 0 else replace(part, s=bent / part.largest if part.name in free else usual) for part in found]
 
 
-def blocks_of(seen: Gathered, rows: Tensor) -> dict[str, Block] | None:
+def blocks_of(seen: InputStatistics, rows: Tensor) -> dict[str, Block] | None:
     """A layer's eigenvalues and energies by coordinates, of all its groups together; None where it has no gradient.
 
     Args:
@@ -138,7 +138,7 @@ def energies(R: Tensor, G: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return values, (G @ V[:rank].T).square().sum(0) / values
 
 
-def _designs(seen: Gathered) -> list[Tensor]:
+def _designs(seen: InputStatistics) -> list[Tensor]:
     return [seen.design(k) for k in range(len(seen.R))]
 
 
@@ -172,10 +172,10 @@ def _original(objective: Objective, i: int) -> Tensor:
     return dict(objective.model.named_parameters(remove_duplicate=False))[objective.names[i]]
 
 
-# --- the race in the picture ---------------------------------------------------------------------------------------------------
+# --- how fast each falls ---------------------------------------------------------------------------------------------------
 
 
-def speed_up(slow: Race, fast: Race, steps: int, start: float = 1.0) -> float:
+def speed_up(slow: LossDecay, fast: LossDecay, steps: int, start: float = 1.0) -> float:
     """The ratio of steps without and with a remedy, to the loss to which the slower of both gets in ``steps``.
 
     Args:
@@ -185,13 +185,13 @@ def speed_up(slow: Race, fast: Race, steps: int, start: float = 1.0) -> float:
     """
     if not (slow.total > 0 and fast.total > 0):
         return 1.0
-    without, with_it = start * slow.left(steps), fast.left(steps)
+    without, with_it = start * slow.remaining(steps), fast.remaining(steps)
     if without < with_it:  # the remedy makes it worse
-        return max(slow.reaches(with_it / start, steps), 1.0) / steps
-    return steps / max(fast.reaches(without, steps), 1.0)
+        return max(slow.time_to(with_it / start, steps), 1.0) / steps
+    return steps / max(fast.time_to(without, steps), 1.0)
 
 
-class Race:
+class LossDecay:
     """E(t)/E(0) of the network in some coordinates.
 
     Args:
@@ -208,14 +208,14 @@ class Race:
         self.rates = torch.cat(rates) if chosen else torch.zeros(1)
         self.total = float(self.E.sum())
 
-    def left(self, t: float) -> float:
+    def remaining(self, t: float) -> float:
         """E(t)/E(0)."""
         return float((self.E * torch.exp(-2 * t * self.rates)).sum()) / self.total
 
-    def reaches(self, goal: float, most: float) -> float:
+    def time_to(self, goal: float, most: float) -> float:
         """The t at which so much is left, at most ``most``; by bisection of its logarithm."""
         low, high = 0.5, float(most)
         for _ in range(60):
             middle = math.sqrt(low * high)
-            low, high = (middle, high) if self.left(middle) > goal else (low, middle)
+            low, high = (middle, high) if self.remaining(middle) > goal else (low, middle)
         return high

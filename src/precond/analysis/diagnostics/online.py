@@ -13,7 +13,7 @@ from precond.optim.inputs import Moments
 
 
 @dataclass(frozen=True)
-class Top:
+class TopEigenpair:
     """An estimate of the largest eigenvalue of a symmetric map.
 
     Attributes:
@@ -27,7 +27,7 @@ class Top:
     vector: Vec
 
 
-def largest(A: LinearMap, start: Vec, products: int) -> Top:
+def top_eigenpair(A: LinearMap, start: Vec, products: int) -> TopEigenpair:
     """The largest Ritz value of ``products`` steps of Lanczos with full orthogonalization.
 
     From the last measurement's vector a few steps are enough, since the steepest direction turns slowly.
@@ -56,7 +56,7 @@ def largest(A: LinearMap, start: Vec, products: int) -> Top:
     theta, S = torch.linalg.eigh((T + T.T) / 2)
     s = S[:, -1].to(V)
     u, value = s @ V, float(theta[-1])
-    return Top(value, float(torch.linalg.vector_norm(s @ AV - value * u)), unflatten(u, like))
+    return TopEigenpair(value, float(torch.linalg.vector_norm(s @ AV - value * u)), unflatten(u, like))
 
 
 def kappa_of_moments(moments: Moments, biased: bool) -> float:

@@ -8,7 +8,7 @@ from scipy.stats import t as student
 
 from precond.analysis.curvature import diagonal, trace
 from precond.analysis.curvature.estimates import students_t
-from precond.analysis.curvature.exchanged import exchanged
+from precond.analysis.curvature.xtrace import xtrace
 
 N = 600
 
@@ -46,7 +46,7 @@ def signs(m: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("name", MATRICES)
 def test_one_factorization_is_as_good_as_one_for_each_probe(name):
     A, W = turned(SPECTRA[name][:60]), signs(7)[:, :60]
-    value, error, make = exchanged(W, lambda rows: rows @ A)
+    value, error, make = xtrace(W, lambda rows: rows @ A)
     diagonals, errors = make()
     traces, expected = by_definition(A, W)
     assert value == pytest.approx(float(traces.mean()), rel=1e-9)
@@ -60,9 +60,16 @@ def test_one_factorization_is_as_good_as_one_for_each_probe(name):
 
 def test_a_sketch_of_low_rank_is_exact():
     for A in (LOW, torch.zeros(N, N).double()):
-        found = trace(A, method="exchanged", products=20)
+        found = trace(A, method="xtrace", products=20)
         assert found.value == pytest.approx(float(A.trace()), abs=1e-11) and found.error < 1e-11
-        torch.testing.assert_close(diagonal(A, method="exchanged", products=20).value[0], A.diagonal(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(diagonal(A, method="xtrace", products=20).value[0], A.diagonal(), rtol=0, atol=1e-12)
+
+
+def test_the_name_that_the_method_had():
+    found, before = (trace(LOW, method=method, products=14, seed=3) for method in ("xtrace", "exchanged"))
+    assert (before.value, before.error) == (found.value, found.error)
+    with pytest.raises(ValueError, match=r"hutch\+\+, xtrace, got 'hutch'"):
+        trace(LOW, method="hutch", products=14)
 
 
 M = 120  # entries of the matrices whose intervals are counted
@@ -82,7 +89,7 @@ REPETITIONS = 300
 
 
 @pytest.mark.parametrize("products", [12, 48])
-@pytest.mark.parametrize("method", ["hutchinson", "hutch++", "exchanged"])
+@pytest.mark.parametrize("method", ["hutchinson", "hutch++", "xtrace"])
 @pytest.mark.parametrize("name", COUNTED)
 def test_intervals_hold_as_often_as_they_say(name, method, products):
     A = turned(COUNTED[name])
@@ -95,18 +102,18 @@ def test_intervals_hold_as_often_as_they_say(name, method, products):
         assert held >= least * REPETITIONS
     spread, said = float(torch.tensor([e.value for e in found]).std()), sum(e.error for e in found) / REPETITIONS
     assert spread < 1.2 * said  # 1.0 and the scatter of a standard deviation of heavy tails
-    assert said < (6.0 if method == "exchanged" else 1.5) * spread
+    assert said < (6.0 if method == "xtrace" else 1.5) * spread
 
 
 def test_the_sketch_serves_both_ends():
     A, truth = MATRICES["decaying"], float(SPECTRA["decaying"].sum())
     rms = lambda method: sum((trace(A, products=60, method=method, seed=s).value - truth) ** 2 for s in range(40)) ** 0.5  # noqa: E731
-    assert rms("exchanged") < rms("hutch++") < 0.05 * rms("hutchinson")
+    assert rms("xtrace") < rms("hutch++") < 0.05 * rms("hutchinson")
 
 
 def test_intervals_of_a_diagonal_and_of_what_is_exact():
     for name, A in MATRICES.items():
-        for method in ("hutchinson", "hutch++", "exchanged"):
+        for method in ("hutchinson", "hutch++", "xtrace"):
             low, high = diagonal(A, products=40, seed=1, method=method).interval(0.99)
             inside = ((low[0] <= A.diagonal()) & (A.diagonal() <= high[0])).double().mean()
             assert inside > 0.97, (name, method)  # of 600 entries, which are not independent
