@@ -97,7 +97,7 @@ def plain(x: Any) -> Tensor | None:
     """
     if not isinstance(x, Tensor):
         raise Unreadable(f"was given a {type(x).__name__}, not a tensor")
-    if x.is_meta or _is_fake(x):
+    if x.device.type == "meta" or is_fake(x):
         return None
     if type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ and type(x) is not Tensor:
         with torch._C.DisableTorchFunctionSubclass():
@@ -112,12 +112,6 @@ def plain(x: Any) -> Tensor | None:
     if x.is_quantized or not x.is_floating_point():
         raise Unreadable(f"was given {x.dtype}, not floating-point numbers")
     return x if x.numel() else None
-
-
-def _is_fake(x: Tensor) -> bool:
-    """Whether a tensor has no values; of torch's own class it is asked at once."""
-    plain = type(x) is Tensor and not torch._is_functional_tensor(x)
-    return not (plain and not torch._C._functorch.is_functorch_wrapped_tensor(x)) and is_fake(x)
 
 
 def _together(parts: tuple[Tensor, ...]) -> Tensor:
