@@ -172,5 +172,7 @@ def pretending() -> Iterator[None]:
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)
         for name, answer in _ANSWERS.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        # Of a torch that was built with CUDA: its convolutions and batch normalizations would look for the library.
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(_Factories())
         yield

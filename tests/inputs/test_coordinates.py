@@ -108,7 +108,7 @@ def test_panels_are_those_of_a_triangular_root(fails: bool, monkeypatch: pytest.
     if fails:
         monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda K: (K, torch.ones(K.shape[:-2])))
     ours, theirs = (trained(lambda m, e=engine: whitening(m, 0.01, inputs=ROOT, engine=e)) for engine in ("fused", "loop"))
-    panels = [len(k._kept._last._made.factors[0].panels) for k in kernels(ours[1])]
+    panels = [len(k._kept._made.factors[0].panels) for k in kernels(ours[1])]
     assert panels == [1] * 5 if fails else max(panels) == 8
     torch.testing.assert_close(everything(*ours), everything(*theirs), rtol=1e-8, atol=1e-10)
 
@@ -121,7 +121,7 @@ def test_products_in_16_bits_are_near(inputs: Whitening, monkeypatch: pytest.Mon
         trained(lambda m, e=engine: whitening(m, 0.01, inputs=inputs, engine=e), torch.float32, steps=4)
         for engine in ("fused", "loop")
     )
-    made = [R for k in kernels(optimizer) for R in k._kept._last._made.factors]
+    made = [R for k in kernels(optimizer) for R in k._kept._made.factors]
     assert {(R.R if isinstance(R, WholeFactor) else R.U).dtype for R in made} == {torch.bfloat16}
     assert any(isinstance(R, SpikedFactor) for R in made) == (inputs is not ROOT)
     for ours, theirs, before in zip(*(m.parameters() for m in (narrow, exact, trained(whitening, steps=0)[0])), strict=True):

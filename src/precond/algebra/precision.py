@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 
+@cache
 def rounding(n: int, dtype: torch.dtype) -> float:
     """What is zero to rounding in a matrix of n rows, relative to the largest."""
     return n * torch.finfo(dtype).eps

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from precond.algebra import checks
-from precond.algebra.vec import Vec
+from precond.algebra.vec import Tensors, Vec
 from precond.optim.blocks import Block, State
 from precond.optim.checking.arguments import settle
 
@@ -81,7 +81,7 @@ class Momentum:
         """m of a block; nothing where there is no momentum to keep (β = 0, save for an EMA, whose m Adam's state dict holds)."""
         return {"m": block.zeros()} if self.beta or self.kind == "ema" else {}
 
-    def fold(self, state: State, a: Vec) -> None:
+    def fold(self, state: State, a: Tensors) -> None:
         """Fold a into m, in place."""
         if "m" not in state:
             return
@@ -91,28 +91,27 @@ class Momentum:
             for mi, ai, t in zip(m, a, state.times, strict=True):
                 torch.where(t == 1, ai, mi, out=mi)
             return
-        first = [t == 1 for t in state.steps] if self.start == "first_gradient" else [False]
-        if any(first):
+        if self.start == "first_gradient" and any(first := [t == 1 for t in state.steps]):
             for mi, ai, is_first in zip(m, a, first, strict=True):
                 mi.copy_(ai) if is_first else self._fold((mi,), (ai,))
         else:
             self._fold(m, a)
 
-    def current(self, state: State, a: Vec) -> Vec:
+    def current(self, state: State, a: Tensors) -> Vec:
         """What is descended, a being folded in already."""
         if "m" not in state:
-            return a
+            return tuple(a)
         m = state["m"]
         if self.kind == "nesterov" and self.dampening == self.beta:
             return tuple(torch._foreach_lerp(a, m, self.beta))
         if self.kind == "nesterov":
-            new = torch._foreach_mul(a, 1 - self.dampening) if self.dampening else a
+            new = torch._foreach_mul(a, 1 - self.dampening) if self.dampening else tuple(a)
             return tuple(torch._foreach_add(new, m, alpha=self.beta))
         if self.corrected:
             return tuple(torch._foreach_div(m, state.unbiased(self.beta)))
         return m
 
-    def write(self, state: State, a: Vec, out: Vec) -> Vec:
+    def write(self, state: State, a: Tensors, out: Vec) -> Vec:
         """The same, into memory that is there already, ``out``; entries of a may be in the same place."""
         if "m" in state and self.kind == "nesterov" and self.dampening == self.beta:
             for o, m, x in zip(out, state["m"], a, strict=True):
@@ -122,7 +121,7 @@ class Momentum:
                 o.copy_(x)
         return out
 
-    def _fold(self, m: Vec, a: Vec) -> None:
+    def _fold(self, m: Vec, a: Tensors) -> None:
         if self.kind == "ema" or self.dampening == self.beta:
             torch._foreach_lerp_(m, a, 1 - self.beta)
         else:

@@ -21,19 +21,25 @@ def eigh(S: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not all_finite((S,)):
         return torch.full_like(S[:, 0], torch.nan), torch.full_like(S, torch.nan)
+    return eigh_of_finite(S)
+
+
+def eigh_of_finite(S: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of an S that is known to hold neither inf nor NaN."""
     for dtype, damping in ((S.dtype, 0.0), (torch.float64, 1e-9), (torch.float64, 1e-4)):
-        wide = S.to(dtype)
-        if damping:
-            wide = wide + damping * wide.diagonal().mean() * torch.eye(len(S), dtype=dtype, device=S.device)
         try:
-            values, V = torch.linalg.eigh(wide)
+            values, V = torch.linalg.eigh(S if not damping else _damped(S.to(dtype), damping))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # torch.linalg.LinAlgError is one
             continue
         if all_finite((values, V)):
-            return values.to(S.dtype), V.to(S.dtype)
+            return (values.to(S.dtype), V.to(S.dtype)) if damping else (values, V)
     raise torch.linalg.LinAlgError(f"the eigenvalues of a matrix of {len(S)} rows do not converge, in float64 neither")
+
+
+def _damped(S: Tensor, damping: float) -> Tensor:
+    return S + damping * S.diagonal().mean() * torch.eye(len(S), dtype=S.dtype, device=S.device)
 
 
 def eigenpairs(S: Tensor) -> tuple[Tensor, Tensor]:

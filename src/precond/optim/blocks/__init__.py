@@ -3,11 +3,12 @@
 from precond.optim.blocks.block import Block, Stack
 from precond.optim.blocks.leaf import Gathered, Leaf, Rule, is_decayed, is_hidden, is_matrix, matches, state_dtype
 from precond.optim.blocks.partition import by_group, by_layer, by_tensor, join, together
-from precond.optim.blocks.state import COUNTS, State, counted_together, spans, whole_numbers, within
+from precond.optim.blocks.state import COUNTS, Counts, State, counted_together, spans, whole_numbers, within
 
 __all__ = [
     "COUNTS",
     "Block",
+    "Counts",
     "Gathered",
     "Leaf",
     "Rule",

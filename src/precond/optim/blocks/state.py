@@ -17,6 +17,21 @@ COUNTS = ("step", "clock")
 """What a state calls its counts of steps: the host's, and the device's where that counts."""
 
 
+class Counts(tuple[Tensor, ...]):
+    """Counts of steps that are the entries of one tensor: what they are is read where that has changed."""
+
+    _read: tuple[int, list[int]] = (-1, [])
+
+    def numbers(self) -> list[int]:
+        """As integers."""
+        if self._read[0] != (version := self[0]._version):
+            self._read = version, whole_numbers(self)
+        return self._read[1]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Counts, (tuple(self),)
+
+
 class State(dict[str, Any]):
     """Tensors of a block: a tuple holds one tensor per leaf, a lone tensor belongs to the first leaf, a State to a part.
 
@@ -75,7 +90,9 @@ class State(dict[str, Any]):
     @property
     def steps(self) -> list[int]:
         """The number of the step in progress for each leaf, from 1: what decides which work a step does."""
-        return whole_numbers(self["step"][: len(self.block.leaves)])
+        counts, n = self["step"], len(self.block.leaves)
+        known = counts.numbers() if isinstance(counts, Counts) else whole_numbers(counts[:n])
+        return known if len(known) == n else known[:n]
 
     @property
     def times(self) -> Sequence[Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from precond.algebra.vec import Vec
-from precond.optim.blocks import State
+from precond.optim.blocks import Counts, State
 from precond.optim.engine.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -32,16 +32,17 @@ def count_together(states: Sequence[State], there: torch.device | None) -> None:
     base, known = torch.stack(own), {id(t): k for k, t in enumerate(own)}
     # float32, as torch's fused kernels read it.
     clock = None if there is None else base.to(there, torch.float32).unbind()
+    steps = Counts(base.unbind())
     for state in states:
-        _put(state, known, base.unbind(), clock)
+        _put(state, known, steps, clock)
 
 
-def _put(state: State, known: dict[int, int], steps: Vec, clock: Vec | None) -> None:
+def _put(state: State, known: dict[int, int], steps: Counts, clock: Vec | None) -> None:
     index = [known[id(t)] for t in state["step"]]
     for value in state.values():
         if isinstance(value, State):
             _put(value, known, steps, clock)
-    state["step"] = tuple(steps[k] for k in index)
+    state["step"] = steps if index == list(range(len(steps))) else Counts(steps[k] for k in index)
     if clock is not None:
         state["clock"] = tuple(clock[k] for k in index)
 
@@ -54,12 +55,12 @@ def count_step(states: Sequence[State], verdict: Verdict | None = None) -> None:
         if (clock := state.get("clock")) is not None:
             clocks.setdefault(clock[0].device, []).append(clock)
     for device, of in clocks.items():
-        _add(of, 1 if verdict is None else verdict.taken(device))
+        _add(of, 1.0 if verdict is None else verdict.taken(device))
 
 
 def count_on_host(states: Sequence[State]) -> None:
     """The host's part of counting."""
-    _add([state["step"] for state in states], 1)
+    _add([state["step"] for state in states], 1.0)
 
 
 @contextmanager
@@ -73,7 +74,7 @@ def uncounted(cells: Sequence[Cell]) -> Iterator[None]:
         torch._foreach_copy_(counts, before)
 
 
-def _add(counts: Sequence[Vec], number: int | Tensor) -> None:
+def _add(counts: Sequence[Vec], number: float | Tensor) -> None:
     together: list[Tensor] = []
     for of in counts:
         base = of[0]._base

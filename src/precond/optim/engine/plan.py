@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,6 @@ from precond.optim.preconditioners.stacked import stackable, takes_stacks
 
 Existing = Mapping[Tensor, dict[str, Any]]
 """The optimizer's state: tensors by parameter and their names outside."""
-
 
 Entries = list[tuple[Leaf, str, Tensor]]
 """(leaf, key, tensor) of state."""
@@ -96,6 +95,17 @@ def build(
         held = [leaves[i] for cell in inside for i in cell.index]
         cells.append(Shared.of(inside, ranks, held, plainly, contents=contents))
     return cells, entries
+
+
+def unchanged(
+    cells: Iterable[Cell], units: Mapping[tuple[int, ...], Unit], choices: Sequence[Choice], before: Sequence[Choice]
+) -> bool:
+    """Whether the blocks of cells have the strategies of these units, and regularizers are what they were."""
+    return [c.regularizers for c in choices] == [c.regularizers for c in before] and all(
+        (units[index].preconditioner, units[index].momentum) == (cell.preconditioner, cell.momentum)
+        for cell in cells
+        for index in cell.members
+    )
 
 
 @dataclass

@@ -283,9 +283,14 @@ def least(t: Tensor) -> float:
 
 
 def by_group(t: Tensor, like: Tensor) -> float | Tensor:
-    """A number for each group, from the host: a column where ``like`` is, or where all are one number that number, which costs nothing."""
-    first, *others = t.tolist()
-    return first if all(x == first for x in others) else t.to(like)[:, None]
+    """A number for each group, from the host: see :func:`column`."""
+    return column(t.tolist(), like)
+
+
+def column(numbers: Sequence[float], like: Tensor) -> float | Tensor:
+    """A number for each group: a column where ``like`` is, or where all are one number that number, which costs nothing."""
+    first, *others = numbers
+    return first if all(x == first for x in others) else torch.tensor(numbers, dtype=like.dtype).to(like.device)[:, None]
 
 
 def _fit(n: Tensor, like: Tensor) -> Tensor:

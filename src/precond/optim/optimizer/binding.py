@@ -162,13 +162,14 @@ class Binding:
             return "broken"
         if options == self.options:
             return "same"
-        if structure(options) != structure(self.options):
-            return "broken"
-        self.choices = choices_of(groups, naming)
+        choices = choices_of(groups, naming)
         live = sorted(i for cell in self.blocks for i in cell.index)
-        of = {unit.index: unit for unit in plan.units(self.leaves, live, self.choices)}
+        of = {unit.index: unit for unit in plan.units(self.leaves, live, choices)}
         if of.keys() != {index for cell in self.blocks for index in cell.members}:
             return "broken"
+        if structure(options) != structure(self.options) and not self._stays(choices, of, groups):
+            return "broken"
+        self.choices = choices
         for cell in self.blocks:
             first, *others = (of[index] for index in cell.members)
             if any(u.preconditioner != first.preconditioner or u.momentum != first.momentum for u in others):
@@ -178,6 +179,11 @@ class Binding:
             shared.renumber()
         self.options = options
         return "renumbered"
+
+    def _stays(self, choices: Sequence[Choice], units: Mapping[Any, plan.Unit], groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether choices that say something else come to the same for every block, and the host counts."""
+        counted = any(g.get("capturable") for g in groups) or any("clock" in cell.state for cell in self.blocks)
+        return not counted and plan.unchanged(self.blocks, units, choices, self.choices)
 
 
 @dataclass(frozen=True)

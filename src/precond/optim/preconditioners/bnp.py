@@ -82,8 +82,8 @@ class BNP(InputSide):
         step = min(state.steps) + 1
         return [any(step % k == 0 for k in self._intervals(step, state[key_of("examples", part)]))] * len(state.block.turns)
 
-    def rate(self, step: float, new: Moments) -> Tensor:
-        return torch.tensor([self.decay**k for k in self._intervals(step, new.examples)], dtype=new.examples.dtype)
+    def rate(self, step: float, new: Moments) -> list[float]:
+        return [self.decay**k for k in self._intervals(step, new.examples)]
 
     def fresh(self, part: LayerPart, block: Block) -> dict[str, Tensor]:
         weight = block.leaves[part.weight].param

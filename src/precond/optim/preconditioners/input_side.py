@@ -15,7 +15,7 @@ from precond.algebra.vec import Vec
 from precond.optim import blocks
 from precond.optim.blocks import Block, Leaf, Stack, State, spans
 from precond.optim.inputs import Moments, Request, Site
-from precond.optim.inputs.moments import by_group, greatest, least, variances
+from precond.optim.inputs.moments import by_group, column, greatest, least, variances
 from precond.optim.preconditioners.base import Needs, Part, Seen
 from precond.optim.preconditioners.stacked import Stacked
 
@@ -164,6 +164,10 @@ class InputSide(Stacked):
         """Whether the inputs of a weight are to be observed at the next step, of each member of a stack."""
         return [True] * len(state.block.turns)
 
+    def renews(self, state: State) -> bool:
+        """Whether :meth:`refresh` does anything after the step in progress."""
+        return False
+
     def wanted(self, state: State) -> list[tuple[str, Request, Tensor | None]]:
         out = []
         for part in self.parts(state.block):
@@ -192,29 +196,29 @@ class InputSide(Stacked):
                     new.bound_to_(mine["mean"], mine["variance" if "variance" in mine else "covariance"])
                 self.fold(mine, new, self.rate(min(state.steps), new))
 
-    def rate(self, step: float, new: Moments) -> float | Tensor:
-        """ρ of what is observed for a step; or one for each layer or each group, on the host."""
+    def rate(self, step: float, new: Moments) -> float | Sequence[float]:
+        """ρ of what is observed for a step; or one for each layer or each group."""
         return self.decay
 
-    def fold(self, mine: dict[str, Tensor], new: Moments, decay: float | Tensor) -> None:
+    def fold(self, mine: dict[str, Tensor], new: Moments, decay: float | Sequence[float]) -> None:
         r"""Running averages by the law of total variance, with the old μ: σ² ← ρσ² + (1−ρ)[σ_A² + ρ(μ_A − μ)²].
 
         ρ_t = min(ρ, 1 − N_t/ΣN): pooled at first, so that one sample does not count like many. A group that saw nothing, such as
         an expert that no token was routed to, stays as it is.
         """
-        count, N, total = mine["count"], new.count, mine["count"] + new.count
-        layers = torch.as_tensor(decay, dtype=N.dtype).view(-1).tolist()
-        decays = [x for x in layers for _ in range(len(N) // len(layers))]
-        each = zip(N.tolist(), total.tolist(), decays, strict=True)
-        weight = torch.tensor([max(n / t, 1 - x) if n else 0.0 for n, t, x in each], dtype=N.dtype)  # 1 − ρ_t
-        gain = by_group(weight, new.mean)
+        before, N = mine["count"].tolist(), new.count.tolist()
+        of_layers = [decay] if isinstance(decay, float) else decay
+        decays = [x for x in of_layers for _ in range(len(N) // len(of_layers))]
+        weights = [max(n / (c + n), 1 - x) if n else 0.0 for c, n, x in zip(before, N, decays, strict=True)]  # 1 − ρ_t
+        gain = column(weights, new.mean)
         delta = new.mean - mine["mean"]
         mine["activity"].copy_(self.active(mine, new, delta, gain))
         # With ρ = 0 the statistics are those of the newest batch, and so is the number of samples behind them.
-        count.copy_(total if all(decays) else torch.where((torch.tensor(decays) == 0) & (N > 0), N, total))
+        _put(mine["count"], [n if n and not x else c + n for c, n, x in zip(before, N, decays, strict=True)])
         if "noise" in mine:  # 1/N of a mean with these weights
-            mine["noise"].mul_((1 - weight) ** 2).add_(weight**2 / N.clamp_min(1))
-        for name, latest in (("size", N), ("examples", new.examples)):
+            each = zip(mine["noise"].tolist(), weights, N, strict=True)
+            _put(mine["noise"], [v * (1 - w) ** 2 + w**2 / max(n, 1.0) for v, w, n in each])
+        for name, latest in (("size", new.count), ("examples", new.examples)):
             if name in mine:
                 mine[name].copy_(latest)
         if "variance" in mine:
@@ -281,6 +285,14 @@ class InputSide(Stacked):
             if k != "step" and k.endswith(suffix) and ("." in k) == bool(suffix)
         }
         return {k: v.flatten(0, 1) if v.ndim > 1 else v for k, v in mine.items()}
+
+
+def _put(t: Tensor, numbers: Sequence[float]) -> None:
+    """Write numbers of the host into a tensor (n,) of it."""
+    if len(numbers) == 1:
+        t.fill_(numbers[0])
+    else:
+        t.copy_(torch.tensor(numbers, dtype=t.dtype))
 
 
 def key_of(name: str, part: LayerPart) -> str:

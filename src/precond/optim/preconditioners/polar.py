@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from precond.algebra import checks
 from precond.algebra.maps import Augmented, LinearMap, Scaled, augmented, parted
-from precond.algebra.vec import Vec, all_finite
+from precond.algebra.vec import Vec
 from precond.optim import blocks
 from precond.optim.blocks import Block, Leaf, Stack, State, spans, state_dtype
 from precond.optim.checking.arguments import settle
@@ -27,6 +27,8 @@ from precond.optim.preconditioners.stacked import Stacked
 if TYPE_CHECKING:
     from precond.optim.inputs import Moments, Request
     from precond.optim.momentum import Momentum
+
+AnyNumber = TypeVar("AnyNumber", float, Tensor)
 
 _TINY = 1e-37  # the least ‖m‖ that m is divided by
 
@@ -183,7 +185,7 @@ class Polar(Stacked):
 
     def descend(self, state: State, seen: Seen) -> Vec:
         turned, norm = self._turned(state, seen)
-        length = torch.where(norm > 0, self.step_length(state, turned.shape[-2:]) / norm, 0.0)
+        length = torch.where(norm > 0, self.step_length(state["rank"], state["length"], turned.shape[-2:]) / norm, 0.0)
         return parted(turned.mul_(length[:, None, None]), state.block.tensors, self.is_turned(state.block))
 
     def _turned(self, state: State, seen: Seen) -> tuple[Tensor, Tensor]:
@@ -232,20 +234,16 @@ class Polar(Stacked):
     def fold(self, state: State, gram: Tensor, share: float | Tensor) -> None:
         """Fold m mᵀ/‖m‖² into L, (k, n, n) or (n, n), with a share of all or of each (k, 1, 1), and take the root anew.
 
-        Where that fails, or m is not finite, what was before stays.
+        Where that fails, or one of those side by side is not finite, what was before stays.
         """
         L = state["gram"]
         if L.ndim == 3:
             # A Gram matrix is finite where its diagonal is.
             finite = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] < torch.inf
             torch.where(finite, torch.lerp(L, gram, share), L, out=L)
-        elif all_finite((gram,)):
-            L.lerp_(gram, share)
         else:
-            return
-        root = root_of(state)
-        root.renew(state, L, self.damping)
-        state["rank"].copy_(root.directions(state, L, self.damping))
+            L.lerp_(gram, share)
+        state["rank"].copy_(root_of(state).renew(state, L, self.damping))
 
     @staticmethod
     def apply_inverse_root(state: State, m: Tensor) -> Tensor:
@@ -253,15 +251,16 @@ class Polar(Stacked):
         root = root_of(state)
         return root.times(state, m) if m.shape[-2] <= m.shape[-1] else root.times(state, m.mT).mT
 
-    def step_length(self, state: State, shape: Sequence[int]) -> Tensor:
-        """The length γ√ρ of a step."""
+    def step_length(self, rank: AnyNumber, length: AnyNumber, shape: Sequence[int]) -> AnyNumber:
+        """The length γ√ρ of a step, from ρ and from how long the rows of the parameters were."""
         A, B = shape
-        return state["rank"].sqrt() * state["length"] * (self.gain * (A / B) ** 0.5)
+        return rank**0.5 * length * (self.gain * (A / B) ** 0.5)
 
     def map(self, state: State) -> LinearMap:
         like, stacked = state.block.tensors, isinstance(state.block, Stack)
         matrix = self.matrix(state.block, like)
-        s = torch.where(state["norm"] > 0, self.step_length(state, matrix.shape[-2:]) / state["norm"], 0.0)
+        length = self.step_length(state["rank"], state["length"], matrix.shape[-2:])
+        s = torch.where(state["norm"] > 0, length / state["norm"], 0.0)
         return Augmented(Scaled(root_of(state).map(state, matrix), s.sqrt()), like, self.is_turned(state.block), stacked)
 
 

@@ -14,7 +14,7 @@ from precond.algebra.maps.eigen import followed, in_general_position
 from precond.algebra.precision import rounding
 from precond.optim.preconditioners.eigenbases import at_hand
 from precond.optim.preconditioners.rational import renew
-from precond.optim.preconditioners.roots import inverse_root, leading_inverse_root
+from precond.optim.preconditioners.roots import damped_pairs, leading_inverse_root
 
 
 class Root(ABC):
@@ -31,12 +31,12 @@ class Root(ABC):
         """The state of L^(−1/2) = I, for an L (n, n)."""
 
     @abstractmethod
-    def renew(self, state: Mapping[str, Tensor], L: Tensor, damping: float) -> None:
-        """Find it anew, of L (n, n) or of several side by side (k, n, n); where that fails it stays."""
+    def renew(self, state: Mapping[str, Tensor], L: Tensor, damping: float) -> Tensor:
+        """Find it anew, of L (n, n) with a trace about 1 or 0, or of several side by side (k, n, n); where that fails it stays.
 
-    @abstractmethod
-    def directions(self, state: Mapping[str, Tensor], L: Tensor, damping: float) -> Tensor:
-        """tr L(L + ε λ₁I)⁻¹, the number of directions in which L is not small, of the L that it was found of."""
+        Returns:
+            tr L(L + ε λ₁I)⁻¹, the number of directions in which L is not small, of each.
+        """
 
     @abstractmethod
     def times(self, state: Mapping[str, Tensor], X: Tensor) -> Tensor:
@@ -59,14 +59,16 @@ class Whole(Root):
     def fresh(self, L: Tensor) -> dict[str, Tensor]:
         return {"root": torch.eye(len(L)).to(L)}
 
-    def renew(self, state: Mapping[str, Tensor], L: Tensor, damping: float) -> None:
+    def renew(self, state: Mapping[str, Tensor], L: Tensor, damping: float) -> Tensor:
+        root = state["root"]
         if L.ndim == 3:
-            renew([state["root"]], [L], 0.5, damping)
-        elif (root := inverse_root(L, 0.5, damping)) is not None:
-            state["root"].copy_(root)
-
-    def directions(self, state: Mapping[str, Tensor], L: Tensor, damping: float) -> Tensor:
-        return (L @ state["root"]).mul_(state["root"]).sum((-2, -1))
+            renew([root], [L], 0.5, damping)
+        elif (known := damped_pairs(L, damping)) is not None:
+            values, damped, V = known
+            s = damped.rsqrt_()
+            torch.mm(V * s, V.T, out=root)
+            return torch.dot(values, s.square_())
+        return (L @ root).mul_(root).sum((-2, -1))
 
     def times(self, state: Mapping[str, Tensor], X: Tensor) -> Tensor:
         return state["root"] @ X
@@ -93,7 +95,11 @@ class Leading(Root):
     def fresh(self, L: Tensor) -> dict[str, Tensor]:
         return {"basis": torch.eye(len(L), self.rank).to(L), "leading": L.new_ones(self.rank), "rest": L.new_ones(())}
 
-    def renew(self, state: Mapping[str, Tensor], L: Tensor, damping: float) -> None:
+    def renew(self, state: Mapping[str, Tensor], L: Tensor, damping: float) -> Tensor:
+        self._renew(state, L, damping)
+        return self._directions(state, L.shape[-1], damping)
+
+    def _renew(self, state: Mapping[str, Tensor], L: Tensor, damping: float) -> None:
         names = ("basis", "leading", "rest")
         if not at_hand(L):
             for name, value in zip(names, self._followed(state, L, damping), strict=True):
@@ -118,10 +124,10 @@ class Leading(Root):
         both = torch.where(top > 0, both.rsqrt(), 1.0)
         return U, both[:, :r], both[:, r]
 
-    def directions(self, state: Mapping[str, Tensor], L: Tensor, damping: float) -> Tensor:
+    def _directions(self, state: Mapping[str, Tensor], n: int, damping: float) -> Tensor:
         # The roots are 1/√(λ + ελ₁), with a damping that is never below rounding; what is no more than rounding is no direction.
-        s, a, n = state["leading"].square(), state["rest"].square(), L.shape[-1]
-        zero = rounding(n, L.dtype)
+        s, a = state["leading"].square(), state["rest"].square()
+        zero = rounding(n, s.dtype)
         least = max(damping, zero)
         damped = (1 + least) * s.amin(-1, keepdim=True) / torch.cat([s, a[..., None]], -1)  # (λ + ελ₁)/λ₁
         shares = (damped - least - zero).clamp_min(0) / damped

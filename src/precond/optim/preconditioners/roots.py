@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from precond.algebra.maps.eigen import eigh, in_general_position, leading_pairs
+from precond.algebra.maps.eigen import eigh, eigh_of_finite, in_general_position, leading_pairs
 from precond.algebra.precision import rounding
 from precond.algebra.vec import all_finite
 from precond.algebra.warning import warn
@@ -53,16 +53,33 @@ def inverse_root(S: Tensor, power: float, damping: float, method: str = "eigh", 
         if not all_finite((values,)):
             kept(S)
             return None
-    else:
-        if (known := decomposed(S)) is None:
-            return None
-        values, V = known
-    return (V * (damped(values, float(values.amax()), damping, least) ** -power * largest**-power)) @ V.T
+        return (V * (damped(values, float(values.amax()), damping, least) ** -power * largest**-power)) @ V.T
+    if not all_finite((S,)):
+        kept(S)
+        return None
+    if (known := damped_pairs(S, damping)) is None:
+        return None
+    _, values, V = known
+    return (V * (values**-power * largest**-power)) @ V.T
+
+
+def damped_pairs(S: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(λ, λ + ε λ_max, V) of a finite symmetric positive S (n, n), with what is smaller than rounding as that; None where that fails.
+
+    The second is 1 where S = 0.
+    """
+    try:
+        values, V = eigh_of_finite(S)
+    except torch.linalg.LinAlgError:
+        kept(S)
+        return None
+    top = values[-1].item()
+    return values, damped(values, top, damping, rounding(S.shape[0], S.dtype)) if top > 0 else torch.ones_like(values), V
 
 
 def damped(values: Tensor, top: float, damping: float, least: float) -> Tensor:
     """Eigenvalues + ε·top, at least what rounding leaves of them."""
-    return (values + damping * top).clamp_min(least * top) if damping < least else values.clamp_min(0) + damping * top
+    return (values + damping * top).clamp_min(least * top) if damping < least else values.clamp_min(0).add_(damping * top)
 
 
 def leading_inverse_root(

@@ -17,7 +17,7 @@ from precond.optim.blocks import Block, Stack, State, spans, state_dtype
 from precond.optim.blocks.turns import next_renewal
 from precond.optim.checking.arguments import settle
 from precond.optim.inputs import Moments, Request
-from precond.optim.inputs.moments import by_group, greatest, least, variances
+from precond.optim.inputs.moments import by_group, column, greatest, least, variances
 from precond.optim.preconditioners.correlation import Correlation, Leading, Root, Whole
 from precond.optim.preconditioners.eigenbases import at_hand
 from precond.optim.preconditioners.input_side import InputSide, LayerPart, key_of
@@ -115,10 +115,11 @@ class Whitening(InputSide):
             steps = min(steps, math.ceil(self.samples * state[key_of("mean", part)].shape[-1] / size))
         return [k < steps for k in away]
 
-    def rate(self, step: float, new: Moments) -> float | Tensor:
+    def rate(self, step: float, new: Moments) -> float | Sequence[float]:
         if not self.samples:
             return self.decay
-        return (1 - new.count / (self.samples * new.mean.shape[-1])).clamp(0.0, self.decay)
+        enough = self.samples * new.mean.shape[-1]
+        return [min(max(1 - n / enough, 0.0), self.decay) for n in new.count.tolist()]
 
     def active(self, mine: dict[str, Tensor], new: Moments, delta: Tensor, gain: float | Tensor) -> Tensor:
         found = super().active(mine, new, delta, gain)
@@ -128,7 +129,7 @@ class Whitening(InputSide):
         # moved to where it always is now, deviated much from where it was, and would count as active.
         own = (new.deviation - delta.abs()).clamp_min_(0).mul_(new.variance.rsqrt()).nan_to_num_(0.0, 0.0)
         least_of_both = torch.minimum(found, mine["activity"].lerp(own, gain))
-        known = by_group((mine["count"] > 0).to(found.dtype), found)
+        known = column([float(n > 0) for n in mine["count"].tolist()], found)
         return least_of_both if isinstance(known, float) else torch.where(known > 0, least_of_both, found)
 
     def fresh(self, part: LayerPart, block: Block) -> dict[str, Tensor]:
@@ -169,6 +170,9 @@ class Whitening(InputSide):
 
     def known(self, mine: dict[str, Tensor]) -> bool:
         return greatest(mine["count"]) >= 2  # one sample has no covariance
+
+    def renews(self, state: State) -> bool:
+        return 0 in state.until_renewed(self.every)
 
     def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:
         for some in spans([k == 0 for k in state.until_renewed(self.every)], self._at_once(state)):

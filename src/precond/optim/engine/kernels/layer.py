@@ -10,7 +10,6 @@ from torch import Tensor
 
 from precond.algebra.maps import Layout
 from precond.optim.blocks import Block, State
-from precond.optim.engine.kernels.factors import Cached, root_version
 from precond.optim.preconditioners.input_side import InputSide
 
 Made = TypeVar("Made")
@@ -43,10 +42,19 @@ class CachedOnStatistics(Generic[Made]):
 
     P: InputSide
     make: Callable[[State, Tensor, Tensor, float | Tensor], Made]
-    _last: Cached[Made | None] = field(default_factory=Cached, init=False, repr=False)
+    _of: State | None = field(default=None, init=False, repr=False)
+    _read: tuple[Tensor, Tensor] = field(init=False, repr=False)
+    _versions: tuple[int, int] = field(default=(-1, -1), init=False, repr=False)
+    _made: Made | None = field(default=None, init=False, repr=False)
 
     def __call__(self, state: State) -> Made | None:
-        return self._last((state["mean"]._version, root_version(state)), lambda: self._new(state))
+        if state is not self._of:
+            mean = state["mean"]
+            self._of, self._read, self._versions = state, (mean, state.get("basis", state.get("factor", mean))), (-1, -1)
+        mean, root = self._read
+        if self._versions != (versions := (mean._version, root._version)):
+            self._made, self._versions = self._new(state), versions
+        return self._made
 
     def _new(self, state: State) -> Made | None:
         (part,) = self.P.parts(state.block)

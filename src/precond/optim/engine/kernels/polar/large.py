@@ -112,7 +112,7 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
         else:
             X, A, B = WORKSPACE.take(dtype, shape, shape, shape)
         bias = torch.empty_like(g[1]) if len(g) > 1 else None
-        self.momentum.write(cell.average, tuple(g), (X.view_as(g[0]),) if bias is None else (X.view_as(g[0]), bias))
+        self.momentum.write(cell.average, g, (X.view_as(g[0]),) if bias is None else (X.view_as(g[0]), bias))
         if P1 is not None:
             if bias is not None:
                 X.addr_(bias, P1.mean, alpha=-1)
@@ -148,8 +148,10 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
         D, db, square = turned(state, P1, m)
         return (D if D.dtype == m.X.dtype else m.X.copy_(D), db), max(square, 0.0) ** 0.5
 
-    def _move(self, p: Tensors, P1: _Outer | None, d: _Tangent, alpha: float) -> None:
+    def _move(self, p: Tensors, P1: _Outer | None, d: _Tangent, keep: float, alpha: float) -> None:
         dW, db = d
+        if keep != 1:
+            torch._foreach_mul_(p, keep)
         W = p[0].view_as(dW)
         if P1 is None:
             W.add_(dW, alpha=alpha)

@@ -17,7 +17,7 @@ from precond.optim.preconditioners.muon import normalized
 
 
 @dataclass
-class SmallStep(PolarStep[Tensor, Tensor, Vec]):
+class SmallStep(PolarStep[Tensor, Tensor, Tensor]):
     r"""P₁ is a matrix A from the right: Z = [m_w m_b]A and d = L^(−1/2)Z Aᵀ, of a tall layer Z L^(−1/2)Aᵀ.
 
     A = [[σ⁻¹R, 0], [−μᵀσ⁻¹R, 1]].
@@ -25,15 +25,16 @@ class SmallStep(PolarStep[Tensor, Tensor, Vec]):
 
     _scratch: tuple[Tensor, ...] = field(default=(), init=False, repr=False)
     _flat: Tensor | None = field(default=None, init=False, repr=False)
-    _views: tuple[Vec, ...] = field(default=(), init=False, repr=False)
+    _views: Vec = field(default=(), init=False, repr=False)
     _A: tuple[Tensor, ...] = field(default=(), init=False, repr=False)
+    _onto: tuple[Tensor, ...] = field(default=(), init=False, repr=False)
 
     def _make(self, outer: State, mean: Tensor, std: Tensor, beta: float | Tensor) -> Tensor:
         n = std.shape[-1]
         if not self._A:
             A = torch.eye(n + len(outer.block.tensors) - 1).to(std)
-            self._A = A, A.T, A[:n, :n], A[n:, :n]
-        A, _, within, last = self._A
+            self._A, self._onto = (A, A[:n, :n], A[n:, :n]), (A.T[:, :n], *A[n:])
+        A, within, last = self._A
         torch.mul(root(outer, std), std[0].reciprocal()[:, None], out=within)
         if len(last):
             torch.mm(mean, within, out=last).neg_()
@@ -41,30 +42,33 @@ class SmallStep(PolarStep[Tensor, Tensor, Vec]):
 
     def _average(self, cell: Cell, g: Tensors, P1: Tensor | None) -> Tensor:
         if not self._scratch:
-            self._scratch = tuple(torch.empty(self._shape(g), dtype=g[0].dtype) for _ in range(3))
-            self._views = tuple(parted(t, tuple(g)) for t in self._scratch)
+            self._scratch = tuple(torch.empty(self._shape, dtype=g[0].dtype) for _ in range(3))
+            self._views = parted(self._scratch[0], tuple(g))
             self._flat = self._scratch[2].view(-1)
         m, Z, _ = self._scratch
-        self.momentum.write(cell.average, tuple(g), self._views[0])
+        self.momentum.write(cell.average, g, self._views)
         return m if P1 is None else torch.mm(m, P1, out=Z)
 
     def _gram(self, P1: Tensor | None, m: Tensor) -> Tensor:
         return m @ m.T if m.shape[0] <= m.shape[1] else m.T @ m
 
-    def _turned(self, state: State, P1: Tensor | None, m: Tensor) -> tuple[Vec, float]:
-        free, _, Y = self._scratch
-        Q = state["root"]
+    def _turned(self, state: State, P1: Tensor | None, m: Tensor) -> tuple[Tensor, float]:
+        """(d before Aᵀ is applied to it, its norm)."""
+        Y, Q = self._scratch[2], state["root"]
         torch.mm(*((Q, m) if m.shape[0] <= m.shape[1] else (m, Q)), out=Y)
         assert self._flat is not None
-        norm = torch.dot(self._flat, self._flat).item() ** 0.5
-        if P1 is None:
-            return self._views[2], norm
-        torch.mm(Y, self._A[1], out=free)
-        return self._views[0], norm
+        return Y, torch.dot(self._flat, self._flat).item() ** 0.5
 
     def _unit(self, P1: Tensor | None, m: Tensor) -> tuple[Tensor, float]:
         unit, size = normalized(m, 1e-37)
         return unit, float(size)
 
-    def _move(self, p: Tensors, P1: Tensor | None, d: Vec, alpha: float) -> None:
-        torch._foreach_add_(p, d, alpha=alpha)
+    def _move(self, p: Tensors, P1: Tensor | None, d: Tensor, keep: float, alpha: float) -> None:
+        if P1 is None:
+            torch._foreach_mul_(p, keep)
+            torch._foreach_add_(p, parted(d, tuple(p)), alpha=alpha)
+            return
+        W, *b = p
+        (W if W.ndim == 2 else W.flatten(1)).addmm_(d, self._onto[0], beta=keep, alpha=alpha)
+        if b:
+            b[0].addmv_(d, self._onto[1], beta=keep, alpha=alpha)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Generic, TypeVar
 
 import torch
@@ -13,8 +14,9 @@ from precond.algebra.maps import augmented
 from precond.algebra.vec import Scalar, Tensors
 from precond.optim.blocks import State
 from precond.optim.engine.cells import Cell
-from precond.optim.engine.kernels.factors import Cached
 from precond.optim.engine.kernels.layer import CachedOnStatistics
+from precond.optim.inputs import Request
+from precond.optim.inputs.moments import REQUESTS
 from precond.optim.momentum import Momentum
 from precond.optim.preconditioners import BNP, Polar, Whitening
 from precond.optim.preconditioners.base import Seen
@@ -35,15 +37,19 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
     Attributes:
         outer: what P₁ is made of; None where it is the identity.
         decay: λ.
+        _sites: what may be observed of the layer.
+        _shape: (A, B) of [W b].
+        _seen: the version of L when it was seen last that something was observed of it.
     """
 
     P: Polar
     outer: BNP | Whitening | None
     momentum: Momentum
     decay: float
+    _sites: frozenset[tuple[str, Request]] = field(default=frozenset(), init=False, repr=False)
+    _shape: tuple[int, ...] = field(default=(), init=False, repr=False)
     _seen: int = field(default=-1, init=False, repr=False)
     _kept: CachedOnStatistics[Outer] | None = field(default=None, init=False, repr=False)
-    _length: Cached[float] = field(default_factory=Cached, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.outer is not None:
@@ -70,57 +76,45 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
         """(m/s, s) with s = ‖P₁ᵀm‖, or about that."""
 
     @abstractmethod
-    def _move(self, p: Tensors, P1: Outer | None, d: Tangent, alpha: float) -> None:
-        """p ← p + αd."""
+    def _move(self, p: Tensors, P1: Outer | None, d: Tangent, keep: float, alpha: float) -> None:
+        """p ← keep·p + αd."""
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
-        state, P1 = cell.state, None
+        if not self._shape:
+            rows = p[0].shape[0]
+            self._shape = rows, p[0].numel() // rows + len(p) - 1
+            self._sites = frozenset((site.name, request) for site in cell.block.leaves[0].sites for request in REQUESTS)
+        state, P1, shown = cell.state, None, not self._sites.isdisjoint(cell.inputs or ())
         if self._kept is not None:
             assert self.outer is not None
             state = cell.state["inner"]
-            if cell.inputs:
+            if shown:
                 on(cell.block, self.outer).observe(cell.state["outer"], Seen((), cell.inputs))
             P1 = self._kept(cell.state["outer"])
         if maximize:
             g = torch._foreach_neg(g)
-        self.momentum.fold(cell.average, tuple(g))
-        if cell.inputs:
+        self.momentum.fold(cell.average, g)
+        if shown:
             self.P.count_samples(state, cell.inputs)
         m, size = self._average(cell, g, P1), 1.0
-        if first := self._is_first(state):
+        L = state["gram"]
+        # Whether nothing was observed yet is looked at where L is another than when it was last.
+        if first := self._seen != L._version and self.P.is_fresh(state):
             z = tuple(p) if self.outer is None else on(cell.block, self.outer).map(cell.state["outer"]).solve(tuple(p))
             self.P.measure(state, augmented(z), torch.tensor(True))
-        shape = self._shape(p)
-        if share := self.P.share(state, shape, first):
+        else:
+            self._seen = L._version
+        if share := self.P.share(state, self._shape, first):
             self._renew(state, P1, m, share)
         d, norm = self._turned(state, P1, m)
         if not LEAST < norm < MOST:
             m, size = self._unit(P1, self._average(cell, g, P1))
             d, norm = self._turned(state, P1, m)
         state["norm"].fill_(norm * size)
-        lr = float(lr)
-        if self.decay:
-            torch._foreach_mul_(p, 1 - lr * self.decay)
-        made_of = state["rank"]._version, state["length"]._version
-        length = self._length(made_of, lambda: self.P.step_length(state, shape).item())
-        self._move(p, P1, d, -lr * length / norm if norm > 0 else 0.0)
-        if self.outer is not None:
+        lr, length = float(lr), self.P.step_length(state["rank"].item(), state["length"].item(), self._shape)
+        self._move(p, P1, d, 1 - lr * self.decay, -lr * length / norm if norm else 0.0)
+        if self.outer is not None and self.outer.renews(cell.state["outer"]):
             on(cell.block, self.outer).refresh(cell.state["outer"])
-
-    @staticmethod
-    def _shape(p: Tensors) -> tuple[int, int]:
-        """(A, B) of [W b]."""
-        rows = p[0].shape[0]
-        return rows, p[0].numel() // rows + len(p) - 1
-
-    def _is_first(self, state: State) -> bool:
-        """Whether nothing was observed yet; looked at where L is another than when it was last."""
-        if self._seen == state["gram"]._version:
-            return False
-        fresh = self.P.is_fresh(state)
-        if not fresh:
-            self._seen = state["gram"]._version
-        return fresh
 
     def _renew(self, state: State, P1: Outer | None, m: Average, share: float) -> None:
         """Fold the momentum in z₁ into L and take the root of that."""
@@ -128,5 +122,7 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
         square = float(gram.trace())
         if not LEAST**2 < square < MOST**2:
             gram = self._gram(P1, self._unit(P1, m)[0])
-            square = float(gram.trace()) or 1.0
-        self.P.fold(state, gram.div_(square), share)
+            square = float(gram.trace())
+        if isfinite(square):  # then the matrix is: it is one of products
+            self.P.fold(state, gram.div_(square or 1.0), share)
+            self._seen = state["gram"]._version if square else -1
