@@ -143,3 +143,10 @@ def test_passes_of_as_many_micro_batches_and_looks_at_the_model():
                 losses[0]()
         optimizer.step()
         assert optimizer.last.gradients == 2
+
+
+def test_a_diagonal_map_of_other_shapes_is_refused_at_once() -> None:
+    p = torch.nn.Parameter(torch.zeros(3))
+    P = precond.Fixed(precond.Diagonal((torch.ones(2),)))
+    with pytest.raises(ValueError, match=r"Fixed: map has tensors of shapes \[\(2,\)\]; the parameters have \[\(3,\)\]"):
+        precond.PreconditionedGD([p], lr=1.0, preconditioner=P)

@@ -7,7 +7,6 @@ their first argument. One multi-tensor call stands for one loop over the tensors
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -138,14 +137,11 @@ def norm(a: Vec, q: float = 2) -> Tensor:
     return torch.linalg.vector_norm(parts, q)
 
 
-_is_cpu = operator.attrgetter("is_cpu")
-
-
 def all_finite(a: Vec) -> bool:
     """Whether no entry is inf or NaN (reads one number from the device)."""
     # A sum tells it in one pass at the speed of memory, some twenty times as fast as the largest magnitude; only one that overflows does not.
     full = [t for t in a if t.numel()]
-    if not all(map(_is_cpu, full)):
+    if not all([t.device.type == "cpu" for t in full]):
         return math.isfinite(norm(tuple(full), math.inf))
     total = sum([t.sum().item() for t in full])  # reading a number here is cheaper than an operation
     return math.isfinite(total) or all(bool(t.isfinite().all()) for t in full)

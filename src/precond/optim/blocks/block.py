@@ -64,12 +64,12 @@ class Block:
 
     @cached_property
     def _holds_params(self) -> bool:
-        return all(type(leaf) is Leaf and leaf.shard is None for leaf in self.leaves)
+        return all(type(leaf) is Leaf and leaf.shard is None for leaf in self.all_leaves)
 
     @property
     def known(self) -> bool:
         """Whether the values of all its parameters are known here."""
-        return all(leaf.known for leaf in self.all_leaves)
+        return self._holds_params or all(leaf.known for leaf in self.all_leaves)
 
     @cached_property
     def dtypes(self) -> list[torch.dtype]:

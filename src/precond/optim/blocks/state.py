@@ -232,7 +232,7 @@ class State(dict[str, Any]):
 def whole_numbers(counts: Sequence[Tensor]) -> list[int]:
     """Counts of the host as integers."""
     # Of few, one by one: an operation costs more.
-    return [int(t.item()) for t in counts] if len(counts) < 8 else [int(t) for t in counted_together(counts).tolist()]
+    return list(map(int, map(Tensor.item, counts) if len(counts) < 8 else counted_together(counts).tolist()))
 
 
 def counted_together(counts: Sequence[Tensor]) -> Tensor:

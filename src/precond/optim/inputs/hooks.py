@@ -32,7 +32,7 @@ class WeakHook:
         if not module.training or (target := self._target()) is None:
             return
         if not torch.compiler.is_compiling():
-            if not torch._C._is_tracing():
+            if not torch.jit.is_tracing():
                 getattr(target, self._method)(module, *args)
         elif not torch.compiler.is_exporting():  # a traced graph would run this once and never again
             self._outside(target, self._method, module, args)

@@ -165,7 +165,7 @@ class Observer:
 
     def separate(self) -> None:
         """Keep what was seen so far apart from what is seen next."""
-        for site in self.sites:
+        for site in self.sites if self._seen else ():
             self._separate(site)
 
     def drop_earlier(self) -> None:

@@ -22,13 +22,7 @@ from precond.optim.optimizer import averaging
 from precond.optim.optimizer.fusing import fusible
 from precond.optim.optimizer.models import Location, Models
 from precond.optim.optimizer.naming import Naming
-
-_shape, _wants, _dtype, _parameters = map(operator.attrgetter, ("shape", "requires_grad", "dtype", "_parameters"))
-_PLAIN = frozenset({bool, int, float, str, tuple, dict, type(None)})
-"""Types of options that hold no tensor."""
-
-Kinds = tuple[list[bool], list[torch.dtype], list[int]]
-"""Whether each parameter wants gradients, its dtype, and the number of its device, -1 on a processor: numbers are compared at once."""
+from precond.optim.optimizer.readings import PARAMETERS, SHAPE, Kinds, read_kinds, read_options, structure
 
 Following = Literal["same", "renumbered", "broken"]
 """Of the groups since a binding was made: nothing has changed; numbers have; parameters or strategies have."""
@@ -136,20 +130,18 @@ class Binding:
         return [leaf.param for leaf in self.leaves]
 
     @property
-    def held(self) -> bool:
-        """Whether modules hold the parameters that were theirs: :func:`in_place` of all leaves at once."""
-        modules, names, params = self._places
-        return all(map(operator.is_, map(dict.get, map(_parameters, modules), names), params))
+    def params_in_place(self) -> bool:
+        """Whether modules hold the parameters that were theirs: :func:`~precond.optim.optimizer.models.in_place` of all leaves."""
+        modules, names, params = self._param_locations
+        return all(map(operator.is_, map(dict.get, map(PARAMETERS, modules), names), params))
 
     @cached_property
-    def _places(self) -> tuple[list[nn.Module], list[str], list[Tensor]]:
+    def _param_locations(self) -> tuple[list[nn.Module], list[str], list[Tensor]]:
         """Modules, what they call their parameters, and these, by columns: asked for in each step."""
-        found = [leaf for leaf in self.leaves if leaf.module is not None and leaf.shard is None]
-        return (
-            [leaf.module for leaf in found if leaf.module is not None],
-            [leaf.attribute for leaf in found],
-            [leaf.param for leaf in found],
-        )
+        found = [
+            (m, leaf.attribute, leaf.param) for leaf in self.leaves if (m := leaf.module) is not None and leaf.shard is None
+        ]
+        return [m for m, _, _ in found], [name for _, name, _ in found], [p for _, _, p in found]
 
     def follow(self, groups: Sequence[Mapping[str, Any]], naming: Naming) -> Following:
         """Take over numbers that have changed in the groups.
@@ -159,14 +151,14 @@ class Binding:
             RuntimeError: where a parameter has another shape.
         """
         naming.check_numbers(groups)
-        if list(map(_shape, self._params)) != self.shapes:  # a kernel would write beyond its state
+        if list(map(SHAPE, self._params)) != self.shapes:  # a kernel would write beyond its state
             leaf, before = next((leaf, s) for leaf, s in zip(self.leaves, self.shapes, strict=True) if leaf.param.shape != s)
             raise RuntimeError(
                 f"{naming.name}: {leaf.name!r} has the shape {tuple(leaf.param.shape)}, and had {tuple(before)} when the optimizer was made, "
                 "which its state fits: make the optimizer after such changes"
             )
         options = read_options(groups, naming)
-        if self.converted(groups) or not self.held:
+        if self.converted(groups) or not self.params_in_place:
             return "broken"
         if options == self.options:
             return "same"
@@ -175,7 +167,7 @@ class Binding:
         of = {unit.index: unit for unit in plan.units(self.leaves, live, choices)}
         if of.keys() != {index for cell in self.blocks for index in cell.members}:
             return "broken"
-        if _structure(options) != _structure(self.options) and not self._stays(choices, of, groups):
+        if structure(options) != structure(self.options) and not self._stays(choices, of, groups):
             return "broken"
         self.choices = choices
         for cell in self.blocks:
@@ -282,28 +274,6 @@ def choices_of(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[Choi
                         f"value, or leave parameters out by {left_out}"
                     )
     return choices
-
-
-def read_kinds(params: Sequence[Tensor]) -> Kinds:
-    """Of each parameter what decides where its state is, and in what dtype; a model may be converted at any time."""
-    return list(map(_wants, params)), list(map(_dtype, params)), list(map(Tensor.get_device, params))
-
-
-def read_options(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[tuple[Any, ...]]:
-    """The options of groups; of tensors also their versions, since they may be changed in place."""
-    found = [tuple(map(group.get, naming.defaults)) for group in groups]
-    for k, options in enumerate(found):
-        if not _PLAIN.issuperset(map(type, options)):
-            found[k] = tuple((x, x._version) if isinstance(x, Tensor) else x for x in options)
-    return found
-
-
-def _structure(options: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """What decides which state is kept: options themselves, whole ones too (lengths of blocks); of others whether they are zero."""
-    return [
-        tuple(tuple(bool(y) for y in x) if isinstance(x, tuple) else bool(x) if isinstance(x, float) else x for x in o)
-        for o in options
-    ]
 
 
 def _residuals(leaves: Sequence[Leaf], existing: Mapping[Tensor, dict[str, Any]]) -> list[tuple[Leaf, str, Tensor]]:

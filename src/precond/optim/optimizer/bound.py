@@ -83,10 +83,7 @@ class Bound(torch.optim.Optimizer):
         return self._bound.shared
 
     def bound_to(
-        self,
-        groups: Sequence[Mapping[str, Any]],
-        existing: Mapping[Tensor, dict[str, Any]],
-        frozen: set[Tensor] | None = None,
+        self, groups: Sequence[Mapping[str, Any]], existing: Mapping[Tensor, dict[str, Any]], frozen: set[Tensor] | None = None
     ) -> Binding:
         """What groups come to, with the state that exists; nothing of the optimizer's own changes."""
 

@@ -70,15 +70,16 @@ def loss_gradient(leaves: Sequence[Leaf], closure: Callable[[], Any], clearings:
         loss.backward()
         return loss.detach(), "anew"
     cleared = clearings.count
-    before = [version_of(leaf.param.grad) for leaf in leaves]
+    before = [leaf.param.grad for leaf in leaves]
+    versions = [-1 if g is None else g._version for g in before]
     with torch.enable_grad():
         loss = closure()
     if loss is not None:
         _check_loss(loss)
-    same = [leaf.param.grad is g for leaf, (g, _) in zip(leaves, before, strict=True)]
-    if all(s and version_of(g)[1] == v for s, (g, v) in zip(same, before, strict=True)):
+    same = [leaf.param.grad is g for leaf, g in zip(leaves, before, strict=True)]
+    if all(same) and versions == [-1 if g is None else g._version for g in before]:
         return loss, "none"
-    added = clearings.count == cleared and any(s and g is not None for s, (g, _) in zip(same, before, strict=True))
+    added = clearings.count == cleared and any(s and g is not None for s, g in zip(same, before, strict=True))
     return loss, "added" if added else "anew"
 
 

@@ -155,11 +155,7 @@ class PreconditionedGD(Saving):
         self._bind()
         check_precision(self._bound.leaves, choice, rounding)
         check_same(name, self._bound.leaves, self._bound.cells, self._bound.options)
-        if (
-            self._gradient_based is not None
-            and not self._probing
-            and any(leaf.shard is not None for leaf in self._bound.leaves)
-        ):
+        if self._gradient_based is not None and not self._probing and self._bound.sharded:
             raise ValueError(
                 f"{self._regularizer_name}(method='exact') differentiates twice, which FSDP's sharded parameters do not allow; "
                 "use method='forward' or 'central'"
@@ -178,8 +174,7 @@ class PreconditionedGD(Saving):
         """
         shared = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in self.models.alive())
         captured = any(group.get("capturable") for group in self.param_groups)
-        divided = any(leaf.shard is not None for leaf in self._bound.leaves)
-        return not self._closing and (self._probing or shared or divided or captured)
+        return not self._closing and (self._probing or shared or captured or bool(self._bound.sharded))
 
     @out_of_graphs
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
