@@ -171,7 +171,7 @@ def test_resolution_falls_with_the_steps_and_sampling_with_the_probes():
         (lambda A: spectral_density(A, steps=0), "steps must be"),
         (lambda A: spectral_density(A).smoothed(torch.zeros(1), 0.0), "width must be positive"),
         (lambda A: trace(A, products=3), "products must be a whole number >= 6, got 3"),
-        (lambda A: diagonal(A, method="xtrace"), "method must be one of"),
+        (lambda A: diagonal(A, method="xdiag"), "method must be one of"),
         (lambda A: trace(torch.full((600, 600), torch.nan)), "not finite"),
     ],
 )

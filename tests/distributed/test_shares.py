@@ -52,12 +52,16 @@ def test_halves_of_a_batch_are_the_batch(ranks, wrap):
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
 @pytest.mark.parametrize("recipe", shares.RECIPES)
 def test_products_and_state_are_divided(ranks, four, recipe, wrap):
-    """Sixteen layers over two and four ranks: a half and a quarter. (In its first eight steps auto looks at parameters, without a kernel.)"""
+    """Sixteen layers over two and four ranks: a half and a quarter.
+
+    Eight of auto's ten steps look at parameters, and go without its kernel, which alone takes a fifth less of products.
+    """
     for counts in (shares.operations, shares.numbers):
         alone = counts(recipe)
+        more = 1.1 if counts is shares.numbers else 1.3 if recipe == "auto" else 1.2
         for pool in (ranks, four):
             for part in pool.run(counts, recipe, wrap):
-                assert part <= (1.2 if counts is shares.operations else 1.1) * alone / pool.world
+                assert part <= more * alone / pool.world
 
 
 @pytest.mark.parametrize("through_sockets", [True, False])

@@ -203,7 +203,7 @@ class InputSide(Stacked):
         an expert that no token was routed to, stays as it is.
         """
         before, N = mine["count"].tolist(), new.count.tolist()
-        of_layers = [decay] if isinstance(decay, float) else decay
+        of_layers = decay if isinstance(decay, Sequence) else [float(decay)]
         decays = [x for x in of_layers for _ in range(len(N) // len(of_layers))]
         weights = [max(n / (c + n), 1 - x) if n else 0.0 for c, n, x in zip(before, N, decays, strict=True)]  # 1 − ρ_t
         gain = column(weights, new.mean)
