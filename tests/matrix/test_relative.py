@@ -100,6 +100,52 @@ def test_resumed_amid_the_first_steps_bit_for_bit(outer, engine):
         assert torch.equal(a, b)
 
 
+@engines
+@pytest.mark.parametrize("make", [precond.whitening, lambda m, **more: precond.adam(m, inputs=BNP(), **more)])
+def test_outputs_are_looked_at_when_p_is_known(make, engine):
+    """A first batch of one sample has no covariance, and a first step in eval() shows no inputs: s is of the next step."""
+    for one, evaluating in ((True, False), (False, True)):
+        model = net(6, 5)
+        optimizer = make(model, engine=engine)
+        for k in range(3):
+            model.train(not (evaluating and k == 0))
+            x = raw(seed=k)
+            optimizer.zero_grad()
+            model(x[:1] if one and k == 0 else x).square().mean().backward()
+            if evaluating and k == 0:
+                with pytest.warns(UserWarning, match="no layer inputs"):
+                    optimizer.step()
+                assert optimizer.state[model[0].weight]["inner.scale"] == 0
+            else:
+                optimizer.step()
+        assert optimizer.state[model[0].weight]["inner.scale"] > 10
+
+
+def test_explain_tells_it():
+    model = net(6, 5, 3)
+    optimizer = precond.whitening(model)
+    assert {row.why for row in optimizer.explain().rows} == {""}
+    steps(model, optimizer, 1)
+    why = {row.name: row.why for row in optimizer.explain().rows}
+    assert why["0.weight"] == why["0.bias"] == "first outputs 2.9e+02: steps × 2.9e+02"
+    assert why["2.weight"] == ""
+
+
+def test_a_layer_that_is_thawed_after_a_look_at_the_training_loss():
+    """That forward is no step's: the next one is observed."""
+    model = net(6, 5)
+    model[0].requires_grad_(False)
+    head = nn.Linear(5, 1).double()
+    whole = nn.Sequential(model, head)
+    optimizer = precond.whitening(whole)
+    steps(whole, optimizer, 3)
+    with torch.no_grad():
+        whole(raw())
+    model[0].requires_grad_(True)
+    steps(whole, optimizer, 1, 3)
+    assert optimizer.state[model[0].weight]["inner.scale"] > 100
+
+
 def test_a_state_without_it_is_that_of_rms():
     """Of version 0.1."""
     model = net(6, 5)

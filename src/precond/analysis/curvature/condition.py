@@ -43,7 +43,8 @@ def condition_number(
     entries, all eigenvalues are computed after all.
 
     An eigenvalue lies within the residual of each number; that it is the outermost one rests on the random first vector, as in all
-    Krylov methods, and is confirmed by further products. Eigenvalues closer together than ``tol`` may be taken for one.
+    Krylov methods, and is confirmed by further products. Eigenvalues closer
+    together than a few residuals, which may be up to √(tol·λ·gap/2), may be taken for one in between.
 
     Args:
         map: a symmetric map, such as ``hessian(objective)`` or ``P.T @ hessian(objective) @ P``; a matrix; a SciPy ``LinearOperator``.

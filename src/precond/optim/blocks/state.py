@@ -167,13 +167,10 @@ class State(dict[str, Any]):
         return out
 
     def due(self, every: float) -> list[slice]:
-        """The members of a stack for which the step in progress is one of a period's, as spans of them.
+        """The members of a stack for which the step in progress is one of a period's, as spans of them; a block alone is the only one.
 
         Turns are spread over the period, so that no step does the work of all; small matrices of one shape share one, and which is whose follows
         from shapes and their order within one optimizer. The first step is none of them.
-
-        Raises:
-            TypeError: of a block that stands alone.
         """
         return spans(self.block.due(self.steps[0], every))
 

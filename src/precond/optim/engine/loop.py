@@ -129,7 +129,7 @@ def _step(point: Point, rules: Rules, evidence: ProbeResults, measured: bool, ve
         known = of_one_gradient or (all(is_early) and source is a)
         if rules.max_norm is not None and rules.norm_space == "p" and known:
             # As when torch.nn.utils.clip_grad_norm_ runs before the step: the statistics see the clipped gradient.
-            # (Clean gradients, where a perturbed one is descended, are no multiples of it, and stay as they are.)
+            # (With statistics_from="loss" clean gradients, where a perturbed one is descended, are no multiples of it, and stay as they are.)
             factor = _clip_factor(rules.max_norm, point.sums.norm(a))
             source, a = vec.scale(source, factor), vec.scale(a, factor)
         observe(point, source, verdict)

@@ -79,9 +79,10 @@ class Observer:
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called before each forward of a watched module."""
         if self._first and self.enabled and not self.absent and watching():
-            self._first = False
+            again = not torch.is_grad_enabled()  # no forward of a step
+            self._first = again
             if (now := self.ready()) is not self and now is not None:  # the model was found changed
-                now._first = False
+                now._first = again
                 return now.see(module, args, kwargs)
         if not self.wanted or self.absent:
             return

@@ -70,6 +70,9 @@ def explain(
             asked = cell.preconditioner.requests or ((what == "identity" or _is_idle(cell)) and of_groups[leaf.group].requests)
             if missing and (reason == NOT_OBSERVED or asked):
                 reason = f"{NOT_OBSERVED}: {missing}"
+            found = cell.preconditioner.findings(cell.state)
+            member = cell.index.index(i) // len(cell.block.leaves)
+            reason = ", ".join(x for x in (reason, *found[member : member + 1]) if x)
         rows.append(Row(leaf.name, tuple(leaf.shape), leaf.kind, what, k, reason))
     return Explanation(tuple(rows))
 

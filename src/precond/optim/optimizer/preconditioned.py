@@ -61,7 +61,7 @@ class PreconditionedGD(Saving):
         max_norm: clip the gradient that is descended to this norm, in ``norm_space``; None: do not. With a second gradient that is the one
             found at the other point. In p the statistics see it clipped too, as after ``clip_grad_norm_``, unless they are made of the
             clean gradient and another is descended (``statistics_from="loss"`` with SAM).
-        norm_space: ``"z"`` (√(aᵀMa)) or ``"p"`` (‖a‖), which recipes take.
+        norm_space: ``"z"`` (√(aᵀMa)), the default here, or ``"p"`` (‖a‖), that of recipes.
         nonfinite: inf or NaN in a gradient or the loss: ``"propagate"`` as torch.optim does, ``"raise"``
             FloatingPointError, or ``"skip"`` the step; with the last two nothing at all has changed.
         engine: ``"auto"``, ``"loop"`` (the readable reference), or ``"fused"`` (an error where no fused kernel fits).

@@ -245,6 +245,14 @@ class Preconditioner(ABC):
         """:meth:`observe` of all but :attr:`rms`; F, and the statistics of that. None, and nothing is observed: the step is another."""
         return None
 
+    def ready(self, state: State) -> bool:
+        """Whether what it has seen makes a map; until then P is the identity, and z is p."""
+        return True
+
+    def findings(self, state: State) -> Sequence[str]:
+        """What it found of a block, of a stack for each member, that :meth:`~precond.PreconditionedGD.explain` tells; nothing by default."""
+        return ()
+
     def wanted(self, state: State) -> Iterable[tuple[str, Request, Tensor | None]]:
         """(site name, request, the mean that deviations are measured from) to observe before the next step; nothing by default."""
         return ()

@@ -141,7 +141,8 @@ class Composition(Preconditioner):
         """What was seen, in z₁, after the outer one has observed it."""
         if self.outer.handles(state["outer"].block):
             on(state["outer"].block, self.outer).observe(state["outer"], seen)
-        return _Inside(seen, self._outer(state), self.outer.invertible)
+        known = self.outer.invertible and (not self.outer.handles(state["outer"].block) or self.outer.ready(state["outer"]))
+        return _Inside(seen, self._outer(state), known)
 
     def descend(self, state: State, seen: Seen) -> Vec:
         if not self.inner.handles(state["inner"].block):
@@ -181,6 +182,16 @@ class Composition(Preconditioner):
             return super().factors(state)
         F, N = on(state["inner"].block, self.inner).factors(state["inner"])
         return self._outer(state) @ F, N
+
+    def ready(self, state: State) -> bool:
+        return all(
+            part.ready(state[name])
+            for name, part in (("outer", self.outer), ("inner", self.inner))
+            if part.handles(state[name].block)
+        )
+
+    def findings(self, state: State) -> Sequence[str]:
+        return self.inner.findings(state["inner"]) if "inner" in state else ()
 
     def wanted(self, state: State) -> Iterable[tuple[str, Request, Tensor | None]]:
         for name, part in (("outer", self.outer), ("inner", self.inner)):

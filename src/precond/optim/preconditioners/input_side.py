@@ -59,6 +59,7 @@ class InputSide(Stacked):
     damping: float
 
     counts = frozenset({"count", "noise", "size", "examples"})
+    least_samples = 1
 
     @property
     @abstractmethod
@@ -158,7 +159,11 @@ class InputSide(Stacked):
 
     def known(self, mine: dict[str, Tensor]) -> bool:
         """Whether P is known of a weight, or of some of its groups; else it is the identity."""
-        return greatest(mine["count"]) > 0
+        return greatest(mine["count"]) >= self.least_samples
+
+    def ready(self, state: State) -> bool:
+        stack = state if isinstance(state.block, Stack) else state.as_stack()
+        return all(least(self.statistics(part, stack)["count"]) >= self.least_samples for part in self.parts(state.block))
 
     def wants(self, state: State, part: LayerPart) -> Sequence[bool]:
         """Whether the inputs of a weight are to be observed at the next step, of each member of a stack."""
@@ -285,10 +290,7 @@ class InputSide(Stacked):
 
 def _put(t: Tensor, numbers: Sequence[float]) -> None:
     """Write numbers of the host into a tensor (n,) of it."""
-    if len(numbers) == 1:
-        t.fill_(numbers[0])
-    else:
-        t.copy_(torch.tensor(numbers, dtype=t.dtype))
+    t.fill_(numbers[0]) if len(numbers) == 1 else t.copy_(torch.tensor(numbers, dtype=t.dtype))
 
 
 def key_of(name: str, part: LayerPart) -> str:

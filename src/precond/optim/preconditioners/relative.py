@@ -96,6 +96,10 @@ class RelativeRMS(RMS):
             return None
         return torch.tensor(each, dtype=torch.float64).to(state["r"][0]) if isinstance(state.block, Stack) else each[0]
 
+    def findings(self, state: State) -> Sequence[str]:
+        each = _each(state["scale"]) if "scale" in state else []
+        return [f"first outputs {s:.2g}: steps × {s:.2g}" if s > 1 else "" for s in each]
+
     def map(self, state: State) -> LinearMap:
         N, s = super().map(state), self.scale(state)
         return N if s is None else Scaled(N, square=s)

@@ -85,6 +85,8 @@ class Whitening(InputSide):
     rank: int | None = 64
     power: float = 1.0
 
+    least_samples = 2  # one has no covariance
+
     def __post_init__(self) -> None:
         settle(self)
         checks.fraction("Whitening", decay=self.decay)
@@ -170,9 +172,6 @@ class Whitening(InputSide):
     def part_map(self, part: LayerPart, state: State, like: Vec, layout: Layout) -> LinearMap:
         # Before the first refresh the root is the identity, which leaves BNP's arrow.
         return super().part_map(part, state, like, layout) @ self.root_of(state).map(state, like, layout)
-
-    def known(self, mine: dict[str, Tensor]) -> bool:
-        return greatest(mine["count"]) >= 2  # one sample has no covariance
 
     def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:
         for some in spans([k == 0 for k in state.until_renewed(self.every)], self._at_once(state)):

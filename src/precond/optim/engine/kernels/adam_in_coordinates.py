@@ -68,11 +68,10 @@ class AdamInCoordinates:
         outer = cell.state["outer"]
         if cell.inputs:
             on(outer.block, self.P).observe(outer, Seen((), cell.inputs))
-        alpha = float(lr) * self._scale(cell, p)
         if (P1 := self._kept(outer)) is None:
-            self._adam(cell, p, g, alpha, self.decay * float(lr) / alpha if alpha else 0.0, maximize)
+            self._adam(cell, p, g, lr, self.decay, maximize)
         else:
-            self._step(cell, P1, p, g, alpha, float(lr) * self.decay, maximize)
+            self._step(cell, P1, p, g, float(lr) * self._scale(cell, p), float(lr) * self.decay, maximize)
         on(outer.block, self.P).refresh(outer)
 
     def _scale(self, cell: Cell, p: Tensors) -> float:
@@ -80,8 +79,11 @@ class AdamInCoordinates:
         state, outer = cell.state["inner"], cell.state["outer"]
         if not isinstance(self.inner, RelativeRMS) or "scale" not in state:
             return 1.0
-        self.inner.measure(state, lambda: on(outer.block, self.P).map(outer).solve(tuple(p)))
-        return self._of_scale(state["scale"]._version, lambda: float(RelativeRMS.scale(state) or 1.0))
+        s = self._of_scale(state["scale"]._version, state["scale"].item)
+        if not s and self.P.ready(outer):
+            self.inner.measure(state, lambda: on(outer.block, self.P).map(outer).solve(tuple(p)))
+            s = state["scale"].item()
+        return s or 1.0
 
     def _step(self, cell: Cell, P1: _Outer, p: Tensors, g: Tensors, lr: float, decay: float, maximize: bool) -> None:
         shape = self.groups, len(p[0]) // self.groups, P1.mean.shape[-1]
