@@ -73,7 +73,7 @@ class Preconditioner(ABC):
         diagonal: its map is diagonal, as every entrywise one is.
         states_root: its map states a root P of M = P Pᵀ.
         invertible: P has an inverse.
-        alone: its methods read tensors on the host: blocks alike are not taken side by side.
+        alone: its methods read tensors on the host: blocks alike are not taken side by side (unless it is :class:`~precond.Stacked`).
         counts: names of numbers in its state that the host knows (how many samples a layer saw) and keeps.
         timeless: every step does the same work: the number of a step enters its formulas alone, as :attr:`State.times`.
         uses_momentum: its map is made of the momentum.

@@ -23,6 +23,7 @@ class SAM(Regularizer):
 
     In p: δ = ρ g/‖g‖ (Foret et al., 2021). In z, the ball is one of the preconditioned coordinates:
     δ = ρ M_r g/√(gᵀM_r g), M_r the damped M. Adaptive, with T = diag(|z| + η): δ = ρ P T²Pᵀg/‖T Pᵀg‖ (in p, P = I: ASAM).
+    The optimizer's ``max_norm`` bounds the gradient that is descended, g(p + δ).
 
     Args:
         rho: ρ ≥ 0, the radius in the chosen space, a number or a schedule; a group with ρ = 0 takes no part.
