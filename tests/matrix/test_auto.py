@@ -253,3 +253,17 @@ def test_what_is_kept_of_gradients_is_bounded():
     kept = looking._gradients["used.weight"]
     assert len(kept) == 7 and all(g.numel() == 4000 for g in kept)  # each third of 12,000
     assert len(looking._gradients["idle.weight"]) == 1
+
+
+def test_a_first_batch_of_one_sample_is_taken_alike_by_kernels_and_loop():
+    """Its inputs have no covariance yet; the rows of the parameters as they are then say how long steps are, beyond 1."""
+    found = []
+    for engine in ("auto", "loop"):
+        model = net()
+        with torch.no_grad():
+            model.mixed.weight.mul_(9)
+        optimizer = precond.auto(model, engine=engine)
+        steps(model, optimizer, 0, 1, size=1)
+        steps(model, optimizer, 1, 10)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)

@@ -137,9 +137,8 @@ class _Within:
             y = tuple(t.clone() if t.untyped_storage().data_ptr() in given else t for t in aligned(y, m) or ())
             self.adam.descend(y, m, state, list(cell.state["step"][: len(y)]), maximize)
             if isinstance(self.adam.P, RelativeRMS):
-                P = cell.preconditioner
-                if isinstance(P, Composition) and P.outer.ready(cell.state["outer"]):
-                    self.adam.P.measure(state, lambda: F.solve(cell.block.gathered(p)))
+                P1 = F
+                self.adam.P.measure(state, lambda: P1.solve(cell.block.gathered(p)), lambda: cell.acting.ready(cell.state))
                 F = Scaled(F, s) if (s := RelativeRMS.scale(state)) is not None else F
             step, alpha = cell.block.scattered(F.mv(y)), lr
         if self.adam.decay.decoupled:

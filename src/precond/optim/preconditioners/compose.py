@@ -141,8 +141,10 @@ class Composition(Preconditioner):
         """What was seen, in z₁, after the outer one has observed it."""
         if self.outer.handles(state["outer"].block):
             on(state["outer"].block, self.outer).observe(state["outer"], seen)
-        known = self.outer.invertible and (not self.outer.handles(state["outer"].block) or self.outer.ready(state["outer"]))
-        return _Inside(seen, self._outer(state), known)
+        return _Inside(seen, self._outer(state), self.outer.invertible, lambda: self._is_outer_ready(state))
+
+    def _is_outer_ready(self, state: State) -> bool:
+        return not self.outer.handles(state["outer"].block) or self.outer.ready(state["outer"])
 
     def descend(self, state: State, seen: Seen) -> Vec:
         if not self.inner.handles(state["inner"].block):
@@ -184,10 +186,8 @@ class Composition(Preconditioner):
         return self._outer(state) @ F, N
 
     def ready(self, state: State) -> bool:
-        return all(
-            part.ready(state[name])
-            for name, part in (("outer", self.outer), ("inner", self.inner))
-            if part.handles(state[name].block)
+        return self._is_outer_ready(state) and (
+            not self.inner.handles(state["inner"].block) or self.inner.ready(state["inner"])
         )
 
     def findings(self, state: State) -> Sequence[str]:
@@ -210,13 +210,14 @@ class _Inside(Seen):
 
     _gradient: Callable[[], Vec]
 
-    def __init__(self, seen: Seen, P1: LinearMap, invertible: bool):
+    def __init__(self, seen: Seen, P1: LinearMap, invertible: bool, ready: Callable[[], bool]):
         position = seen.position
         self.__dict__ |= {
             "_gradient": lambda: P1.rmv(seen.gradient),
             "inputs": seen.inputs,
             "momentum": None if seen.momentum is None else P1.rmv(seen.momentum),
             "position": None if position is None or not invertible else lambda: P1.solve(position()),
+            "ready": lambda: ready() and seen.ready(),
         }
 
     @cached_property

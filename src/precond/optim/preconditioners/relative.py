@@ -76,11 +76,11 @@ class RelativeRMS(RMS):
     def observe(self, state: State, seen: Seen) -> None:
         super().observe(state, seen)
         if seen.position is not None:
-            self.measure(state, seen.position)
+            self.measure(state, seen.position, seen.ready)
 
-    def measure(self, state: State, position: Callable[[], Vec]) -> None:
-        """Keep s of the parameters z₀, where none is known: in the first steps alone, and then a device waits once."""
-        if "scale" not in state or max(state.steps) > WARM_UP or all(_each(state["scale"])):
+    def measure(self, state: State, position: Callable[[], Vec], ready: Callable[[], bool]) -> None:
+        """Keep s of the parameters z₀, where none is known and P₁ is: in the first steps alone, and then a device waits once."""
+        if "scale" not in state or max(state.steps) > WARM_UP or all(_each(state["scale"])) or not ready():
             return
         stacked = isinstance(state.block, Stack)
         squares = torch.stack([t.square().flatten(int(stacked)).sum(-1) for t in position()])
@@ -91,14 +91,14 @@ class RelativeRMS(RMS):
     @staticmethod
     def scale(state: State) -> float | Tensor | None:
         """s; of a stack (k,); None where it is 1."""
-        each = [s or 1.0 for s in _each(state["scale"])] if "scale" in state else []
-        if all(s == 1 for s in each):
+        found = [s or 1.0 for s in _each(state["scale"])] if "scale" in state else []
+        if all(s == 1 for s in found):
             return None
-        return torch.tensor(each, dtype=torch.float64).to(state["r"][0]) if isinstance(state.block, Stack) else each[0]
+        return torch.tensor(found, dtype=torch.float64).to(state["r"][0]) if isinstance(state.block, Stack) else found[0]
 
     def findings(self, state: State) -> Sequence[str]:
-        each = _each(state["scale"]) if "scale" in state else []
-        return [f"first outputs {s:.2g}: steps × {s:.2g}" if s > 1 else "" for s in each]
+        found = _each(state["scale"]) if "scale" in state else []
+        return [f"first outputs {s:.2g}: steps × {s:.2g}" if s > 1 else "" for s in found]
 
     def map(self, state: State) -> LinearMap:
         N, s = super().map(state), self.scale(state)

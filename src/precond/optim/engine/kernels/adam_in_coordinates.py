@@ -80,8 +80,9 @@ class AdamInCoordinates:
         if not isinstance(self.inner, RelativeRMS) or "scale" not in state:
             return 1.0
         s = self._of_scale(state["scale"]._version, state["scale"].item)
-        if not s and self.P.ready(outer):
-            self.inner.measure(state, lambda: on(outer.block, self.P).map(outer).solve(tuple(p)))
+        if not s:
+            z = lambda: on(outer.block, self.P).map(outer).solve(tuple(p))  # noqa: E731
+            self.inner.measure(state, z, lambda: self.P.ready(outer))
             s = state["scale"].item()
         return s or 1.0
 
