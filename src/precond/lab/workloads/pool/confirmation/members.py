@@ -44,7 +44,7 @@ def _clusters() -> Tensors:
     parts = in_parts(sequences.clusters(202, 760, 24, 4), (400, 160, 200))
     std, mean = torch.std_mean(parts["train"].inputs, 0)
     parts = {name: Part((part.inputs - mean) / std, part.targets) for name, part in parts.items()}
-    about = "Four classes of three clusters each in 8 of 24 dimensions, turned, with noise (seed 202); standardized by the training part."
+    about = "Four classes of three clusters each, 24 features of 8 dimensions and noise (seed 202); standardized by the training part."
     words = "MLP 24-192-192-4, batch normalization, ReLU and dropout of 0.1"
     make = partial(networks.NormalizedMLP, 24, 192, 192, 4)
     return Tensors("clusters", about, parts, make, F.cross_entropy, "accuracy", 32, 200, words, "cross entropy")
@@ -137,7 +137,7 @@ _ROWS: tuple[tuple[str, Family, int, Callable[[], Tensors]], ...] = (
     ("ResNet with BN, textures", "conv nets", 240, _textures),
     ("vision transformer with class token, dots", "vision transformers", 300, _dots),
     ("GPT, grammar", "language models", 300, _grammar),
-    ("Llama with grouped queries, names", "language models", 450, _names),
+    ("Llama with grouped queries, names", "language models", 500, _names),
     ("GRU of two layers, activities", "recurrent nets", 300, _activities),
     ("PINN, convection", "PINNs", 500, _convection),
     ("next item, sessions", "recommenders", 400, _sessions),

@@ -22,9 +22,9 @@ class CarNet(nn.Module):
     def __init__(self, numbers: int, cardinalities: tuple[int, ...]) -> None:
         super().__init__()
         self.numbers = numbers
-        self.embeddings = nn.ModuleList(nn.Embedding(c, min(16, (c + 1) // 2)) for c in cardinalities)
-        vectors = sum(min(16, (c + 1) // 2) for c in cardinalities)
-        self.mlp = nn.Sequential(nn.Linear(numbers + vectors, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU())
+        widths = [min(16, c // 2) for c in cardinalities]
+        self.embeddings = nn.ModuleList(nn.Embedding(c, width) for c, width in zip(cardinalities, widths, strict=True))
+        self.mlp = nn.Sequential(nn.Linear(numbers + sum(widths), 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU())
         self.head = nn.Linear(128, 1)
 
     def forward(self, x: Tensor) -> Tensor:

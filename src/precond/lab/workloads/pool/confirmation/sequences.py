@@ -1,4 +1,4 @@
-"""Tables, series, sentences and sessions of the third set, drawn with a seed; and names of characters, which Python brings."""
+"""Tables, series, sentences and sessions of the third set, drawn with a seed, and names of characters, which every Python has."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def cars(seed: int, n: int) -> Part:
     offered = 30 * normal(n).exp()
     decay = 0.09 + 0.02 * normal(BRANDS)[brand]
     price = 0.4 * normal(BRANDS)[brand] + 0.25 * normal(MODELS)[model] + 0.08 * normal(REGIONS)[region]
-    price = price + 0.8 * power.log() - decay * age - 0.15 * mileage.sqrt() / 3 - 0.05 * owners - 0.04 * offered.log()
+    price = price + 0.8 * power.log() - decay * age - 0.05 * mileage.sqrt() - 0.05 * owners - 0.04 * offered.log()
     price = price - 0.2 * (displacement > 2500) * (age > 10) + 0.15 * normal(n)
     numbers = (age, mileage, power, displacement, owners, offered, brand, model, region)
     return Part(torch.stack([column.float() for column in numbers], 1), price[:, None])
 
 
 def clusters(seed: int, n: int, features: int, classes: int) -> Part:
-    """Three clusters of each class, of shapes of their own, in 8 of ``features`` dimensions, turned; 3 % of the classes are drawn anew."""
+    """Points (N, features) of three clusters a class, of unlike shapes, in 8 dimensions and noise; classes (N,), 3 % of them drawn anew."""
     g, inner = torch.Generator().manual_seed(seed), 8
     number = torch.randint(3 * classes, (n,), generator=g)
     centers = 0.8 * torch.randn(3 * classes, inner, generator=g)[number]
