@@ -117,10 +117,10 @@ class Stepping(SecondGradients):
         """Take the step by the reference engine, or skip it."""
         pending, self._pending = self._pending, None
         scale = getattr(self, "grad_scale", None)
-        good_inputs = pending is not None or self._model_hooks.collect(self._bound.cells, self.nonfinite != "propagate")
-        good_products = True
+        good_inputs = good_products = True
         if pending is None:
             point = self._point(unscaled(self._given, scale))
+            good_inputs = self._good_inputs(point)
             evidence = ProbeResults(hessian=None if graph is None else self._hessian(point, graph))
             if graph is not None and self.nonfinite != "propagate":
                 good_products = self._products(point, evidence)
