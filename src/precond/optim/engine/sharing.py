@@ -17,15 +17,15 @@ from precond.algebra.vec import Scalar, Vec
 from precond.optim.blocks import Block, Leaf, State, WholeLeaf, state_dtype
 from precond.optim.engine import fused
 from precond.optim.engine.carried import Carried
-from precond.optim.engine.cells import Cell, Choice
+from precond.optim.engine.cells import Cell, Choice, sites_of
 from precond.optim.engine.counting import count_on_host
 from precond.optim.engine.kernels.entrywise import Kernel
 from precond.optim.engine.loop import Rules
 from precond.optim.inputs import Request
-from precond.optim.inputs.sites import Site
 from precond.optim.preconditioners.base import Part
 from precond.optim.preconditioners.split import Split
-from precond.optim.ranks.exchange import Exchange, Pieces
+from precond.optim.ranks.exchange import Exchange
+from precond.optim.ranks.pieces import Pieces
 
 
 @dataclass
@@ -51,6 +51,7 @@ class Shared(Cell):
     _kernels: dict[int, Kernel | None] = field(default_factory=dict, repr=False)
     _settled: set[int] = field(default_factory=set, repr=False)
     _observed: list[int] = field(default_factory=list, repr=False)
+    _told: set[int] = field(default_factory=set, repr=False)
 
     @classmethod
     def of(cls, cells: Sequence[Cell], owners: Sequence[int], leaves: Sequence[Leaf], reference: bool, **more: Any) -> Shared:
@@ -134,7 +135,7 @@ class Shared(Cell):
         if keep not in self._views:
             cells, owners = [self.inside[k] for k in keep], [self.owners[k] for k in keep]
             leaves = [self.block.leaves[i] for k in keep for i in self._spans[k]]
-            also = {"_kernels": self._kernels, "_settled": self._settled, "_observed": self._observed}
+            also = {"_kernels": self._kernels, "_settled": self._settled, "_observed": self._observed, "_told": self._told}
             self._views[keep] = Shared.of(cells, owners, leaves, self.reference, **also)
         return self._views[keep]
 
@@ -153,13 +154,14 @@ class Shared(Cell):
 
     @contextmanager
     def _showing(self, state: State) -> Iterator[None]:
-        """Owners see whole parameters inside, where their preconditioners may look at them in the step in progress."""
+        """Owners see whole parameters inside, where their preconditioners may look at them in the step in progress, and tell
+        all ranks afterwards which of these look at them no more."""
         if self.exchange.copied:
             yield
             return
         first, steps = not self._observed, state.steps
         each = [1 if first else max(steps[span.start : span.stop]) for span in self._spans]
-        shown = [k for k, cell in enumerate(self.inside) if cell.preconditioner.looks(each[k])]
+        shown = [k for k, cell in enumerate(self.inside) if id(cell) not in self._told and cell.preconditioner.looks(each[k])]
         wide = {i: self.block.leaves[i].tensor.detach() for k in shown for i in self._spans[k]}
         whole = self.exchange.collect(wide) if wide else {}
         leaves = [
@@ -173,11 +175,23 @@ class Shared(Cell):
             leaf.shown.append(t)
         try:
             yield
+            if shown and state is self.state:
+                self._tell(shown)
         finally:
             for leaf, _ in leaves:
                 leaf.shown.clear()  # type: ignore[attr-defined]
             if state is self.state:
                 self._observed[:] = [max(steps)]
+
+    def _tell(self, cells: Sequence[int]) -> None:
+        """Owners to all ranks: which of some cells look at parameters no more."""
+        of = [[k for k in cells if self.owners[k] == r] for r in range(self.exchange.size)]
+        mine = [self.inside[k].preconditioner.settled(self.inside[k].state) for k in of[self.exchange.rank]]
+        flags = self.block.tensors[0].new_tensor([float(x) for x in mine])
+        every = collectives.share([flags], list(map(len, of)), "who looks at parameters", self.exchange.group)
+        every[self.exchange.rank] = flags
+        for own, told in zip(of, torch.cat(every).split(list(map(len, of))), strict=True):
+            self._told.update(id(self.inside[k]) for k, x in zip(own, told.tolist(), strict=True) if x)
 
     # --- what a cell does ----------------------------------------------------------------------------------------------------
 
@@ -217,7 +231,8 @@ class Shared(Cell):
     def _stepped_by_owner(self, cell: Cell, g: Vec) -> Vec:
         """The step of one cell: by its kernel, where it has one and needs not look at the parameters."""
         kernel, u = self._kernel(cell), None
-        if kernel is not None and not cell.preconditioner.looks(max(cell.state.steps)):
+        P = cell.preconditioner
+        if kernel is not None and (not P.looks(max(cell.state.steps)) or P.settled(cell.state)):
             u = [torch.zeros_like(t) for t in cell.block.all_tensors]
             kernel(cell, u, fused.aligned(g, u), -1.0, False)
             self._settled.add(id(cell))
@@ -282,9 +297,3 @@ def _together(cells: Sequence[Cell]) -> Split:
         parts.append(Part(tuple(range(start, start + len(cell.index))), cell.preconditioner))
         start += len(cell.index)
     return Split(tuple(parts))
-
-
-def sites_of(cell: Cell) -> Iterator[tuple[Site, Request]]:
-    """The sites of a cell's layers and the requests that they answer."""
-    for request in sorted(cell.preconditioner.requests, key=repr):
-        yield from ((site, request) for leaf in cell.leaves for site in leaf.sites if site.answers(request))
