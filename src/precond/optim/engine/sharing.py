@@ -16,13 +16,14 @@ from precond.algebra.maps import LinearMap
 from precond.algebra.vec import Scalar, Vec
 from precond.optim.blocks import Block, Leaf, State, WholeLeaf, state_dtype
 from precond.optim.engine import fused
+from precond.optim.engine.asking import Asked
 from precond.optim.engine.carried import Carried
 from precond.optim.engine.cells import Cell, Choice, sites_of
 from precond.optim.engine.counting import count_on_host
 from precond.optim.engine.kernels.entrywise import Kernel
 from precond.optim.engine.loop import Rules
 from precond.optim.inputs import Request
-from precond.optim.preconditioners.base import Part
+from precond.optim.preconditioners.base import Part, Preconditioner
 from precond.optim.preconditioners.split import Split
 from precond.optim.ranks.exchange import Exchange
 from precond.optim.ranks.pieces import Pieces
@@ -52,6 +53,7 @@ class Shared(Cell):
     _settled: set[int] = field(default_factory=set, repr=False)
     _observed: list[int] = field(default_factory=list, repr=False)
     _told: set[int] = field(default_factory=set, repr=False)
+    _questions: dict[tuple[int, ...], Asked] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, cells: Sequence[Cell], owners: Sequence[int], leaves: Sequence[Leaf], reference: bool, **more: Any) -> Shared:
@@ -107,11 +109,6 @@ class Shared(Cell):
         return [k for k, owner in enumerate(self.owners) if owner == self.exchange.rank]
 
     @cached_property
-    def _sites(self) -> list[dict[tuple[str, Request], tuple[int, int]]]:
-        """Of each cell the shapes of statistics of its layers' inputs, by site name and request."""
-        return [{(site.name, request): site.shape(request) for site, request in sites_of(cell)} for cell in self.inside]
-
-    @cached_property
     def _spans(self) -> list[range]:
         out, start = [], 0
         for cell in self.inside:
@@ -126,7 +123,8 @@ class Shared(Cell):
 
     def renumber(self) -> None:
         """Follow numbers that have changed in the cells' strategies."""
-        self.preconditioner, self._kernels, self._views = _together(self.inside), {}, {}
+        self.preconditioner, self._kernels, self._views, self._questions = _together(self.inside), {}, {}, {}
+        self.__dict__.pop("_kinds", None)
 
     def taking(self, has: Sequence[bool]) -> Cell:
         keep = tuple(k for k, span in enumerate(self._spans) if any(has[i] for i in span))
@@ -261,34 +259,30 @@ class Shared(Cell):
     def wanted(self) -> Iterable[tuple[str, Request, Tensor | None]]:
         """What owners want to be observed, told to all ranks: a flag of each site, and the mean known before."""
         step = max(self.state.steps) + 1
-        turns = {leaf.turn for leaf in self.block.leaves}
-        kinds = {id(cell.preconditioner): cell.preconditioner for cell in self.inside}
-        busy = {n for n, P in kinds.items() if not P.idle(step, turns)}
-        asking = [k for k, cell in enumerate(self.inside) if id(cell.preconditioner) in busy and cell.handled]
-        sites: list[dict[tuple[str, Request], tuple[int, int]]] = [{} for _ in range(self.exchange.size)]
-        for k in asking:
-            sites[self.owners[k]] |= self._sites[k]
-        if not any(sites):
+        busy = {n for n, P in self._kinds.items() if not P.idle(step, self._turns)}
+        asking = tuple(k for k, cell in enumerate(self.inside) if id(cell.preconditioner) in busy and cell.handled)
+        if not (asked := self._asked(asking)).keys:
             return []
-        rank, like = self.exchange.rank, self.block.leaves[0].tensor
-        own = {(name, request): c for k in asking if self.owners[k] == rank for name, request, c in self.inside[k].wanted()}
-        flags = [0 if key not in own else 1 if own[key] is None else 2 for key in sites[rank]]
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        zeros = like.new_zeros(max((a * b for a, b in sites[rank].values()), default=0), dtype=dtype)
-        means = [zeros[: a * b] if (c := own.get(key)) is None else c.to(zeros) for key, (a, b) in sites[rank].items()]
-        mine = torch.cat([zeros.new_tensor(flags), *(c.reshape(-1) for c in means)])
-        sizes = [[len(of), *(a * b for a, b in of.values())] for of in sites]
-        every = collectives.share([mine], [sum(n) for n in sizes], "what is to be observed", self.exchange.group)
-        every[rank] = mine
-        told = [flat.split(n) for flat, n in zip(every, sizes, strict=True)]
-        wants = torch.cat([flags for flags, *_ in told]).tolist()  # the host decides by them what hooks do
-        keys = [(key, shape) for of in sites for key, shape in of.items()]
-        centers = [c for _, *of in told for c in of]
-        return [
-            (name, request, mean.view(shape) if flag == 2 else None)
-            for ((name, request), shape), flag, mean in zip(keys, wants, centers, strict=True)
-            if flag
-        ]
+        mine = [k for k in asking if self.owners[k] == self.exchange.rank]
+        own = {(name, request): c for k in mine for name, request, c in self.inside[k].wanted()}
+        return asked.answered(own, self.block.leaves[0].tensor, self.exchange.group)
+
+    @cached_property
+    def _kinds(self) -> dict[int, Preconditioner]:
+        return {id(cell.preconditioner): cell.preconditioner for cell in self.inside}
+
+    @cached_property
+    def _turns(self) -> set[int]:
+        return {leaf.turn for leaf in self.block.leaves}
+
+    def _asked(self, asking: tuple[int, ...]) -> Asked:
+        """What cells may ask for: made once, since steps ask for the same."""
+        if asking not in self._questions:
+            sites: list[dict[tuple[str, Request], tuple[int, int]]] = [{} for _ in range(self.exchange.size)]
+            for k in asking:
+                sites[self.owners[k]] |= {(s.name, request): s.shape(request) for s, request in sites_of(self.inside[k])}
+            self._questions[asking] = Asked.of(sites)
+        return self._questions[asking]
 
 
 def _together(cells: Sequence[Cell]) -> Split:

@@ -79,9 +79,18 @@ class Pieces:
         """This process's rank in the group."""
         return dist.get_rank(self.group)
 
+    @cached_property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        return [tuple(s.stop - s.start for s in box) for box in self.boxes]
+
     def shape(self, rank: int) -> tuple[int, ...]:
         """The shape of a rank's piece."""
-        return tuple(s.stop - s.start for s in self.boxes[rank])
+        return self._shapes[rank]
+
+    @cached_property
+    def _numbers(self) -> list[int]:
+        """Of each rank's piece."""
+        return list(map(math.prod, self._shapes))
 
     def sends(self, rank: int, to: int) -> bool:
         """Whether a rank's piece is one of those that another rank makes the tensor of: those of its own copy."""
@@ -114,7 +123,7 @@ class Pieces:
     def parted(self, whole: Tensor) -> Sequence[Tensor]:
         """The pieces of each rank; flat, where they are one after the other in memory."""
         if self.in_order and whole.is_contiguous():
-            return whole.view(-1).split([math.prod(self.shape(r)) for r in range(len(self.boxes))])
+            return whole.view(-1).split(self._numbers)
         return [whole[box] for box in self.boxes]
 
 
