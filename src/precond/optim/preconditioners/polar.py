@@ -139,6 +139,9 @@ class Polar(Stacked):
     def looks(self, step: int) -> bool:
         return step <= WARM_UP  # at the first gradient that is finite
 
+    def settled(self, state: State) -> bool:
+        return not self.is_fresh(state)
+
     @staticmethod
     def is_turned(block: Block) -> bool:
         """Whether its weight is (in, out)."""
