@@ -20,6 +20,7 @@ from precond.optim.engine.carried import Carried
 from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.counting import count_on_host
 from precond.optim.engine.kernels.entrywise import Kernel
+from precond.optim.engine.kernels.layer import observe
 from precond.optim.engine.loop import Rules
 from precond.optim.inputs import Request
 from precond.optim.inputs.sites import Site
@@ -219,6 +220,7 @@ class Shared(Cell):
         kernel, u = self._kernel(cell), None
         if kernel is not None and not cell.preconditioner.looks(max(cell.state.steps)):
             u = [torch.zeros_like(t) for t in cell.block.all_tensors]
+            observe([(kernel, cell)])
             kernel(cell, u, fused.aligned(g, u), -1.0, False)
             self._settled.add(id(cell))
             return tuple(u)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from precond.algebra.sharding import gathered
-from precond.optim.inputs.hooks import WeakHook, remove
+from precond.optim.inputs.hooks import InputHook, remove
 from precond.optim.inputs.moments import Moments, Request, pool
 from precond.optim.inputs.reading import Unreadable
 from precond.optim.inputs.sites import Site
@@ -66,6 +66,7 @@ class Observer:
         self._seen: InputMoments = {} if seen is None else seen  # since the last backward through the layer
         self._earlier: InputMoments = {}  # before it: micro-batches, or a step that a scaler skipped
         self._marks: dict[str, Mark] = {}
+        self._given_up: set[str] = set()  # sites whose gradients were cleared when no backward had been
         self._without_grad: dict[nn.Module, int] = {}
         self._work: dict[nn.Module, tuple[Tap, list[tuple[Site, Weight, list[Key]]]]] = {}
         self._shapes: dict[Key, tuple[int, int]] = {}
@@ -73,7 +74,7 @@ class Observer:
             keys = [(site.name, request) for request in self.requests]
             for tap, weight in site.taps:
                 self._work.setdefault(tap.module, (tap, []))[1].append((site, weight, keys))
-        self._handles = [m.register_forward_pre_hook(WeakHook(self, "see"), with_kwargs=True) for m in self._work]
+        self._handles = [m.register_forward_pre_hook(InputHook(self, "see"), with_kwargs=True) for m in self._work]
         weakref.finalize(self, remove, self._handles)
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -111,6 +112,10 @@ class Observer:
         try:
             if self._used(site):
                 self._separate(site)
+            elif site.name in self._given_up:  # neither backward nor step, and now anew: of a batch that was passed over
+                for key in keys:
+                    self._seen.pop(key, None)
+            self._given_up.discard(site.name)
             self._marks[site.name] = mark(site.weight)
             for key in keys:
                 if key not in self.wanted:
@@ -186,10 +191,12 @@ class Observer:
         for site in self.sites if self._marks else ():
             if site.name in self._marks:
                 self._marks[site.name] = mark(site.weight)
+                if any((site.name, request) in self._seen for request in self.requests):
+                    self._given_up.add(site.name)
 
     def clear(self) -> None:
         """Forget it: the step was taken, or skipped."""
-        self._seen, self._earlier, self._marks, self._without_grad = {}, {}, {}, {}
+        self._seen, self._earlier, self._marks, self._without_grad, self._given_up = {}, {}, {}, {}, set()
         self.unread, self._first = {}, True
 
     def close(self) -> None:

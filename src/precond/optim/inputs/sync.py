@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from precond.algebra import collectives
-from precond.algebra.vec import all_finite
+from precond.algebra.vec import all_finite, together
+from precond.optim.inputs.bundles import Bundle, Layer, Parts, Plan
 from precond.optim.inputs.moments import Moments, OfRows, Request
 from precond.optim.inputs.observer import InputMoments, Observer
 from precond.optim.inputs.sites import Site
-from precond.optim.inputs.triangles import pack, packed_size, unpack
 
 
 def check_alike(observer: Observer) -> None:
@@ -84,153 +82,53 @@ def synchronized(observer: Observer, owned: Owned = NOBODY, watch: Callable[[Mom
 def _to_owners(
     keys: Sequence[tuple[Site, Request, int]], seen: InputMoments, group: dist.ProcessGroup, watch: Callable[[Moments], bool]
 ) -> Heard:
-    """Statistics at their owners: how many samples each rank saw goes to all, and what it saw of them to one, as triangles."""
+    """Statistics at their owners: how many samples each rank saw goes to all, and what it saw of them to one."""
     me, size = dist.get_rank(group), dist.get_world_size(group)
     mine = [seen.get((site.name, request)) for site, request, _ in keys]
     device = keys[0][0].weight.device
-    wide = any(site.weight.dtype == torch.float64 for site, _, _ in keys)
-    dtype = torch.float64 if wide else torch.float32
-    shapes = [site.shape(request) for site, request, _ in keys]
-    good = all_finite(tuple(m.variance for m in mine if m is not None and watch(m)))
+    dtype = torch.float64 if any(site.weight.dtype == torch.float64 for site, _, _ in keys) else torch.float32
+    layers = tuple(Layer(*site.shape(request), request.kind == "covariance", owner) for site, request, owner in keys)
+    good = all_finite(_sizes([m for m in mine if m is not None and watch(m)]))
     numbers = [float(not good)]
-    for m, (groups, _) in zip(mine, shapes, strict=True):
-        t = _Told([0.0] * groups, 0.0, 0) if m is None else _Told.of(m)
-        numbers += [*t.counts, t.examples, t.rows]
+    for m, layer in zip(mine, layers, strict=True):
+        numbers += _told(m, layer.groups)
     flat = torch.tensor(numbers, dtype=torch.float64).to(device)
     every = collectives.share([flat], [len(flat)] * size, "how many inputs it saw", group)
     every[me] = flat
-    table = torch.stack(every).tolist()  # the host knows of how many samples statistics are
-    told = [_Told.row(row[1:], [groups for groups, _ in shapes]) for row in table]
-    sizes = [
-        [_sizes(shape, request, t.rows) for (_, request, _), shape, t in zip(keys, shapes, row, strict=True)] for row in told
-    ]
-    gives = [[i for i, (_, _, owner) in enumerate(keys) if owner == r != me and mine[i] is not None] for r in range(size)]
-    takes = [[i for i, (_, _, owner) in enumerate(keys) if owner == me != r and told[r][i].any] for r in range(size)]
-    sent = [t.reshape(-1).to(dtype) for of in gives for i in of for t in _parts(mine[i])]
+    table = [tuple(row) for row in torch.stack(every).tolist()]  # the host knows of how many samples statistics are
+    plan = Plan.of(layers, tuple(row[1:] for row in table))
+    sent = [t.reshape(-1).to(dtype) for to in plan.to(me) for bundle in to for t in bundle.parts(mine)]
     flat = torch.cat(sent) if sent else torch.empty(0, dtype=dtype, device=device)
-    received = [sum(sum(sizes[r][i]) for i in of) for r, of in enumerate(takes)]
-    taken = flat.new_empty(sum(received))
-    collectives.all_to_all(
-        taken, flat, received, [sum(sum(sizes[me][i]) for i in of) for of in gives], "statistics of inputs", group
-    )
-    pieces = iter(taken.split([n for r, of in enumerate(takes) for i in of for n in sizes[r][i]]))
-    found: list[list[tuple[_Told, tuple[Tensor, Tensor, Tensor]]]] = [[] for _ in keys]
-    for r, of in enumerate(takes):
-        for i in of:
-            found[i].append((told[r][i], (next(pieces), next(pieces), next(pieces))))
-    out = {}
-    for i, (site, request, owner) in enumerate(keys):
-        own = mine[i] if owner == me else None
-        if found[i]:
-            out[site.name, request] = _together(own, found[i], shapes[i], request)
-        elif own is not None:
-            out[site.name, request] = own
-    called = {(s.name, request) for i, (s, request, _) in enumerate(keys) if any(row[i].any for row in told)}
-    return Heard(out, frozenset(called), not any(row[0] for row in table))
+    gives = [sum(bundle.numbers(me) for bundle in to) for to in plan.to(me)]
+    takes = [sum(bundle.numbers(r) for bundle in of) for r, of in enumerate(plan.at(me))]
+    taken = flat.new_empty(sum(takes))
+    collectives.all_to_all(taken, flat, takes, gives, "statistics of inputs", group)
+    pieces = iter(taken.split([n for r, of in enumerate(plan.at(me)) for bundle in of for n in bundle.sizes(r)]))
+    found: dict[Bundle, list[tuple[int, Parts]]] = {}
+    for r, of in enumerate(plan.at(me)):
+        for bundle in of:
+            found.setdefault(bundle, []).append((r, (next(pieces), next(pieces), next(pieces))))
+    out: InputMoments = {}
+    for bundle in plan.bundles:
+        if bundle.owner == me:
+            for i, m in zip(bundle.index, bundle.together(me, mine, found.get(bundle, ())), strict=True):
+                out[keys[i][0].name, keys[i][1]] = m
+    called = frozenset((keys[i][0].name, keys[i][1]) for bundle in plan.bundles for i in bundle.index)
+    return Heard(out, called, not any(row[0] for row in table))
 
 
-class _Told(NamedTuple):
-    """What a rank tells all of what it has seen of a layer.
-
-    Attributes:
-        counts, examples: as of :class:`Moments`.
-        rows: how many samples it sends in place of their covariance, which takes more room; 0 where it sends that.
-    """
-
-    counts: Sequence[float]
-    examples: float
-    rows: int
-
-    @classmethod
-    def of(cls, m: Moments) -> _Told:
-        return cls(m.count.tolist(), float(m.examples), m.rows.shape[1] if isinstance(m, OfRows) else 0)
-
-    @classmethod
-    def row(cls, numbers: Sequence[float], groups: Sequence[int]) -> list[_Told]:
-        """Of each layer, of so many groups, from their numbers one after the other."""
-        ends = list(accumulate(n + 2 for n in groups))
-        return [
-            cls(numbers[end - n - 2 : end - 2], numbers[end - 2], int(numbers[end - 1]))
-            for n, end in zip(groups, ends, strict=True)
-        ]
-
-    @property
-    def any(self) -> bool:
-        return any(self.counts)
+def _sizes(every: Sequence[Moments]) -> tuple[Tensor, ...]:
+    """Numbers that are finite only where variances are; of samples their length, which is one pass over them."""
+    rows = [m.rows for m in every if isinstance(m, OfRows)]
+    lengths = torch.stack(together(torch._foreach_norm, rows)) if rows else None
+    return (*(m.variance for m in every if not isinstance(m, OfRows)), *(() if lengths is None else (lengths,)))
 
 
-def _sizes(shape: tuple[int, int], request: Request, rows: int) -> tuple[int, int, int]:
-    """How many numbers are sent of a mean, a spread and deviations."""
-    groups, n = shape
-    spread = n if request.kind != "covariance" else rows * n if rows else packed_size(n)
-    return groups * n, groups * spread, groups * n
-
-
-def _parts(m: Moments | None) -> tuple[Tensor, ...]:
-    assert m is not None
-    if isinstance(m, OfRows):
-        return m.mean, m.rows, m.absolute
-    return m.mean, pack(m.spread) if m.spread.ndim > m.mean.ndim else m.spread, m.absolute
-
-
-def _together(
-    own: Moments | None, parts: Sequence[tuple[_Told, tuple[Tensor, Tensor, Tensor]]], shape: tuple[int, int], request: Request
-) -> Moments:
-    """What this rank and others have seen, about their common mean, in the parts' own precision: no difference of large numbers.
-
-    Rows are put one after the other, for one product or to be folded in where they are; triangles are added as they came.
-    """
-    told = [*(() if own is None else (_Told.of(own),)), *(t for t, _ in parts)]
-    like = parts[0][1][0]
-    counts = torch.tensor([t.counts for t in told], dtype=torch.float64)
-    total, examples = counts.sum(0), sum(t.examples for t in told)
-    share = (counts / total.clamp_min(1)).to(like)[..., None]  # (ranks, groups, 1)
-    means = torch.stack([*(() if own is None else (own.mean,)), *(t.view(shape) for _, (t, _, _) in parts)])
-    mean = (share * means).sum(0)
-    away = means - mean
-    absolute = sum((t.view(shape) for _, (_, _, t) in parts), torch.zeros_like(mean) if own is None else own.absolute)
-    spreads = [
-        *(() if own is None else ((own.rows if isinstance(own, OfRows) else own.spread),)),
-        *(t for _, (_, t, _) in parts),
-    ]
-    known = total.to(mean.dtype), mean
-    more = absolute, torch.tensor(examples, dtype=mean.dtype)
-    if request.kind != "covariance":
-        spread = sum(w * (t.view(shape) + a.square()) for w, t, a in zip(share, spreads, away, strict=True))
-        return Moments(*known, spread, *more)
-    rows = [t.rows for t in told]
-    if all(rows) and sum(rows) <= shape[1]:
-        return OfRows(*known, _about(away, spreads), *more)
-    return Moments(*known, _covariance(share, away, spreads, rows, own is not None, total.to(like)), *more)
-
-
-def _about(away: Tensor, rows: Sequence[Tensor]) -> Tensor:
-    """Rows of ranks, each about its own mean, as rows about the common mean, from which these are ``away``."""
-    _, groups, n = away.shape
-    return torch.cat([t.view(groups, -1, n) + a[:, None] for t, a in zip(rows, away, strict=True)], 1)
-
-
-def _covariance(
-    share: Tensor, away: Tensor, spreads: Sequence[Tensor], rows: Sequence[int], first: bool, total: Tensor
-) -> Tensor:
-    """Σ share·(spread + away awayᵀ) of ranks, of which each has sent rows or a triangle; the ``first`` one may have the matrix itself."""
-    _, groups, n = away.shape
-    spread = away.new_zeros(groups, n, n)
-    triangles = [k for k, of in enumerate(rows) if not of and not (first and k == 0)]
-    if triangles:
-        one, *others = triangles
-        flat = spreads[one].view(groups, -1) * share[one]
-        for k in others:
-            flat.addcmul_(spreads[k].view(groups, -1), share[k])
-        spread = unpack(flat, n)
-    if first and not rows[0]:
-        spread.addcmul_(spreads[0], share[0, ..., None])
-    if whole := [k for k, of in enumerate(rows) if not of]:
-        spread.baddbmm_((share[whole] * away[whole]).permute(1, 2, 0), away[whole].transpose(0, 1))
-    if few := [k for k, of in enumerate(rows) if of]:
-        D = _about(away[few], [spreads[k] for k in few])
-        spread.baddbmm_(D.mT, D / total.clamp_min(1)[:, None, None])
-    return spread
+def _told(m: Moments | None, groups: int) -> list[float]:
+    """What a rank tells all of what it has seen of a layer: see :class:`~precond.optim.inputs.bundles.Plan`."""
+    if m is None:
+        return [0.0] * (groups + 2)
+    return [*m.count.tolist(), float(m.examples), m.rows.shape[1] if isinstance(m, OfRows) else 0]
 
 
 def _to_all(keys: Sequence[tuple[Site, Request]], seen: InputMoments) -> InputMoments:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -114,7 +115,11 @@ class Polar(Stacked):
             of_layer = self._layer([leaves[i] for i in index])
             layers += [tuple(index[i] for i in of_layer)] if of_layer else []
             rest += [i for k, i in enumerate(index) if k not in of_layer]
-        return [Part(i, self) for i in layers] + placed(RMS(self.others_decay, self.others_eps), leaves, rest)
+        return [Part(i, self) for i in layers] + placed(self._others, leaves, rest)
+
+    @cached_property
+    def _others(self) -> RMS:
+        return RMS(self.others_decay, self.others_eps)
 
     def _layer(self, leaves: Sequence[Leaf]) -> tuple[int, ...]:
         """Positions of the weight and its bias, or of the weight alone; nothing where there is no such matrix."""

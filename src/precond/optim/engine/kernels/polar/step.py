@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Generic, TypeVar
@@ -14,12 +14,11 @@ from precond.algebra.maps import augmented
 from precond.algebra.vec import Scalar, Tensors
 from precond.optim.blocks import State
 from precond.optim.engine.cells import Cell
-from precond.optim.engine.kernels.layer import CachedOnStatistics
+from precond.optim.engine.kernels.layer import CachedOnStatistics, OfLayer
 from precond.optim.inputs import Request
 from precond.optim.inputs.moments import REQUESTS
 from precond.optim.momentum import Momentum
 from precond.optim.preconditioners import BNP, Polar, Whitening
-from precond.optim.preconditioners.base import Seen
 from precond.optim.preconditioners.polar_roots import root_of
 from precond.optim.preconditioners.stacked import on
 
@@ -47,7 +46,7 @@ class Schedule:
 
 
 @dataclass
-class PolarStep(ABC, Generic[Outer, Average, Tangent]):
+class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
     r"""p ← (1 − αλ)p − αs·d with d = P₁ L^(−1/2) P₁ᵀ m, s such that ‖s·L^(−1/2)P₁ᵀm‖ is the length of a step.
 
     Attributes:
@@ -100,6 +99,9 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
     def _move(self, p: Tensors, P1: Outer | None, d: Tangent, keep: float, alpha: float) -> None:
         """p ← keep·p + αd."""
 
+    def observed(self, cell: Cell) -> tuple[BNP | Whitening, State] | None:
+        return None if self.outer is None else (self.outer, cell.state["outer"])
+
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         if not self._shape:
             rows = p[0].shape[0]
@@ -109,8 +111,6 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
         if self._kept is not None:
             assert self.outer is not None
             state = cell.state["inner"]
-            if shown:
-                on(cell.block, self.outer).observe(cell.state["outer"], Seen((), cell.inputs))
             P1 = self._kept(cell.state["outer"])
         if maximize:
             g = torch._foreach_neg(g)
