@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from precond.algebra.sharding import Shard, local
-from precond.optim.ranks.exchange import Pieces, held_by
+from precond.optim.ranks.pieces import Pieces, held_by
 
 _OUTPUTS = {"head", "heads", "lm_head", "classifier", "output", "readout", "unembed", "logits"}
 

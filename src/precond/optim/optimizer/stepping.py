@@ -49,7 +49,7 @@ class Stepping(SecondGradients):
         cells = zip(kernels or (), self._bound.here, strict=False)
         return (
             bool(kernels)
-            and not self._bound.in_place
+            and not self._bound.shared
             and all(k is not None or isinstance(cell.preconditioner, Stacked) for k, cell in cells)
         )
 

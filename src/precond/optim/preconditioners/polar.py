@@ -144,6 +144,9 @@ class Polar(Stacked):
     def looks(self, step: int) -> bool:
         return step <= WARM_UP  # at the first gradient that is finite
 
+    def settled(self, state: State) -> bool:
+        return not self.is_fresh(state)
+
     @staticmethod
     def is_turned(block: Block) -> bool:
         """Whether its weight is (in, out)."""
@@ -182,9 +185,10 @@ class Polar(Stacked):
         """Keep the largest number N of samples that a step has shown of each layer; 0: not known."""
         members = state.block.members if isinstance(state.block, Stack) else (state.block,)
         for member, size in zip(members, state["size"].reshape(-1), strict=True):
-            for site, request in product(member.leaves[0].sites, REQUESTS):
-                if inputs and (found := inputs.get((site.name, request))) is not None:
-                    torch.maximum(size, found.count.amax(), out=size)
+            seen = map((inputs or {}).get, product((site.name for site in member.leaves[0].sites), REQUESTS))
+            largest = max((max(found.count.tolist()) for found in seen if found is not None), default=0.0)
+            if largest > size.item():
+                size.fill_(largest)
 
     def observe(self, state: State, seen: Seen) -> None:
         self._turned(state, seen)
