@@ -261,4 +261,6 @@ def test_of_an_optimizer_that_states_no_root_the_symmetric_one_is_taken():
     torch.testing.assert_close((P @ P.T).to_dense().double(), M, rtol=1e-5, atol=1e-6)
     found = precond.diagnose(objective, optimizer, curvature="hessian")
     assert not any("root" in note for note in found.notes)
-    assert found.lam_max == pytest.approx(torch.linalg.eigvals(M @ H).real.max().item(), rel=1e-3) and found.lr_limit is not None
+    assert (
+        found.lam_max == pytest.approx(torch.linalg.eigvals(M @ H).real.max().item(), rel=1e-3) and found.lr_limit is not None
+    )
