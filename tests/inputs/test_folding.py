@@ -92,6 +92,6 @@ def test_layers_folded_at_once_have_the_statistics_of_their_samples(P, rho, monk
         spread = oracle.C if isinstance(P, Whitening) else oracle.C.diagonal(dim1=1, dim2=2)
         expected = {"mean": oracle.mu, "covariance" if isinstance(P, Whitening) else "variance": spread, "activity": oracle.a}
         for key, value in expected.items():
-            torch.testing.assert_close(mine[key], value, rtol=1e-9, atol=1e-12, msg=lambda m, key=key: f"{name}, {key}: {m}")
+            torch.testing.assert_close(mine[key], value, rtol=1e-9, atol=1e-12)
         for a, b in zip(P.scales(part, mine), oracle.scales(part.bias is not None, P.damping), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

@@ -56,10 +56,6 @@ class Known:
         lengths = torch.tensor(self.lengths)
         return torch.segment_reduce(t, "mean", lengths=lengths, unsafe=True).repeat_interleave(lengths, output_size=len(t))
 
-    def parted(self, flat: Tensor, layers: Sequence[tuple[dict[str, Tensor], bool]]) -> Tensors:
-        """Something of all features as each layer's."""
-        return _parted(flat, [m["mean"] for m, _ in layers])
-
 
 @dataclass(frozen=True, eq=False)
 class Fold:
@@ -150,13 +146,13 @@ def fold(folds: Sequence[Fold], active: Callable[[Features], Tensor]) -> None:
         shift, share = (between * delta, 1.0) if isinstance(between, Tensor) else (delta, between)
         _put(of("variance"), seen.variance.lerp_(seen.latest, gain).addcmul_(shift, delta, value=share))
     else:
-        parts = zip(folds, _parted(between * delta, means), _parted(delta, means), _sliced(weights, new), strict=True)
+        parts = zip(folds, parted(between * delta, means), parted(delta, means), _sliced(weights, new), strict=True)
         for f, a, b, own in parts:
             f.new.fold_spread_(f.mine["covariance"], column(own, a))
             f.mine["covariance"].baddbmm_(a[..., :, None], b[..., None, :])
     # One by one: what is made of statistics is made anew where the version of μ is another, which multi-tensor operations may leave.
     mean.lerp_(latest, gain)
-    for one, moved in zip(means, _parted(mean, means), strict=True) if len(means) > 1 else ():
+    for one, moved in zip(means, parted(mean, means), strict=True) if len(means) > 1 else ():
         one.copy_(moved)
     _note(of("count"), counts)
     if "noise" in mine[0]:  # 1/N of a mean with these weights
@@ -179,7 +175,7 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else _flatten_dense_tensors(tensors)
 
 
-def _parted(flat: Tensor, like: Sequence[Tensor]) -> Tensors:
+def parted(flat: Tensor, like: Sequence[Tensor]) -> Tensors:
     """The inverse: views of the shapes of others."""
     return [flat] if len(like) == 1 else _unflatten_dense_tensors(flat, like)
 
@@ -187,7 +183,7 @@ def _parted(flat: Tensor, like: Sequence[Tensor]) -> Tensors:
 def _put(tensors: list[Tensor], flat: Tensor) -> None:
     """Write the entries of all; nothing where one alone was written in place."""
     if flat is not tensors[0]:
-        torch._foreach_copy_(tensors, _parted(flat, tensors))
+        torch._foreach_copy_(tensors, parted(flat, tensors))
 
 
 def _spread_out(numbers: Sequence[float], like: Sequence[Tensor]) -> float | Tensor:

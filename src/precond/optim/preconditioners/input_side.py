@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from precond.optim.blocks import Block, Leaf, Stack, State, spans
 from precond.optim.inputs import Moments, Request, Site
 from precond.optim.inputs.moments import greatest, least
 from precond.optim.preconditioners.base import Needs, Part, Seen
-from precond.optim.preconditioners.folding import Features, Fold, Known, activity, fold
+from precond.optim.preconditioners.folding import Features, Fold, Known, activity, fold, parted
 from precond.optim.preconditioners.stacked import Stacked
 
 Observed = Mapping[tuple[str, Request], Moments]
@@ -148,15 +149,8 @@ class InputSide(Stacked):
 
     def scales(self, part: LayerPart, state: State) -> tuple[Tensor, Tensor]:
         """(μ, σ̃) of each feature; with no bias to center with, μ is 0 and σ² = E[h²]. Made again where something was observed."""
-
-        def make() -> tuple[Tensor, Tensor]:
-            return self._scales(Known.of([(state, part.bias is not None)]))
-
-        return state.kept("scales", self._read(state), make)
-
-    def _read(self, state: State) -> tuple[int, float]:
-        """What scales are made of."""
-        return state["mean"]._version, self.damping
+        made_of = state["mean"]._version, self.damping
+        return state.kept("scales", made_of, lambda: self._scales(Known.of([(state, part.bias is not None)])))
 
     def _scales(self, known: Known) -> tuple[Tensor, Tensor]:
         mean, variance = known.mean, known.variance
@@ -172,10 +166,9 @@ class InputSide(Stacked):
     def keep_scales(self, folds: Sequence[Fold]) -> None:
         """The :meth:`scales` of several layers at once, which are asked for next."""
         layers = [(f.mine, f.bias) for f in folds]
-        known = Known.of(layers)
-        each = zip(folds, *(known.parted(t, layers) for t in self._scales(known)), strict=True)
-        for f, mean, std in each:
-            f.mine.kept("scales", self._read(f.mine), lambda found=(mean, std): found)
+        means, stds = (parted(t, [f.mine["mean"] for f in folds]) for t in self._scales(Known.of(layers)))
+        for f, found in zip(folds, zip(means, stds, strict=True), strict=True):
+            f.mine.kept("scales", (f.mine["mean"]._version, self.damping), partial(lambda x: x, found))
 
     def part_map(self, part: LayerPart, state: State, like: Vec, layout: Layout) -> LinearMap:
         """P on (weight, bias) or (weight,) of a stack."""
