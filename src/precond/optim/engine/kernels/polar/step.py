@@ -133,7 +133,8 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
             m, size = self._unit(P1, self._average(cell, g, P1))
             d, norm = self._turned(state, P1, m)
         state["norm"].fill_(norm * size)
-        lr, length = float(lr), self.P.step_length(state["rank"].item(), state["length"].item(), self._shape)
+        rank, length, N = (state[name].item() for name in ("rank", "length", "size"))
+        lr, length = float(lr), self.P.step_length(rank, length, self.P.spread(N, self._shape), self._shape)
         self._move(p, P1, d, 1 - lr * self.decay, -lr * length / norm if norm else 0.0)
         if isinstance(self.outer, Whitening) and self._of_outer.due(cell.state["outer"], self.outer.every):
             on(cell.block, self.outer).refresh(cell.state["outer"])
