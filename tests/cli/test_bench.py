@@ -3,7 +3,9 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -14,6 +16,8 @@ from precond.lab.report import load_results, ratios
 from precond.lab.workloads import LogUniform, Task
 from precond.lab.workloads.calibration import settings
 from precond.lab.workloads.fashion_study import ENTRANTS, fashion_tasks
+from precond.lab.workloads.pool import pool_tasks
+from precond.lab.workloads.pool.halves import HALVES, Half
 from precond.lab.workloads.race import REFERENCE
 
 pytestmark = pytest.mark.usefixtures("without_figures")
@@ -131,6 +135,15 @@ def test_a_task_of_the_pool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     capsys.readouterr()
     assert main(["bench", "pool", "--data-dir", "x", "--out", str(tmp_path)]) == 2
     assert "the pool reads no files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_every_half_of_the_pool_has_a_command(half: Half) -> None:
+    name = "pool" if half == "development" else f"pool-{half}"
+    assert name in get_args(bench.Name)
+    # Making them takes seconds, of nets that are trained before.
+    made = bench.EXPERIMENTS[name].tasks
+    assert isinstance(made, partial) and (made.func, made.args) == (pool_tasks, (half,))
 
 
 def test_the_calibration_study_trains_once_and_predicts_anew(

@@ -64,7 +64,7 @@ CONSTRUCTION = {
     "no group": (lambda: gd().add_param_group([p()]), TypeError, "expected a dict with 'params', got list"),
     "a set": (lambda: precond.adamw([{"params": {one}}]), TypeError, "pass a list"),
     "no tensors": (lambda: precond.adamw([1.0]), TypeError, "params must hold tensors, got float"),
-    "complex": (lambda: precond.adamw([p(dtype=torch.complex64)]), TypeError, "view_as_real"),
+    "complex": (lambda: precond.adamw([p(dtype=torch.complex64)]), TypeError, "view_as_complex"),
     "parameters where a model is needed": (lambda: precond.bnp([p()]), TypeError, "pass the model itself"),
     "two probes": (lambda: gd(None, SAM(0.1), GradientNorm(0.1)), ValueError, "at most one regularizer may"),
     "no root": (lambda: gd(Fixed(GramOnly(torch.eye(2))), GradientNorm(0.1, q=1)), ValueError, "states no root"),

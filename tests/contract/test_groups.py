@@ -136,7 +136,7 @@ REFUSED = {
     "16 bits": ({"params": [nn.Parameter(torch.ones(2, dtype=torch.bfloat16))]}, ValueError, "rounding='kahan'"),
     "nothing": ({"params": []}, ValueError, "nothing to optimize"),
     "integers": ({"params": [nn.Parameter(torch.ones(2, dtype=torch.long), requires_grad=False)]}, ValueError, "no floating-point"),
-    "complex": ({"params": [nn.Parameter(torch.ones(2, dtype=torch.complex64))]}, TypeError, "view_as_real"),
+    "complex": ({"params": [nn.Parameter(torch.ones(2, dtype=torch.complex64))]}, TypeError, "view_as_complex"),
 }  # fmt: skip
 
 

@@ -343,6 +343,42 @@ def test_half_precision_is_summed_in_float32():
     assert K.factors["0"].A.dtype == torch.float32 and K.mv(K.like)[0].dtype == torch.bfloat16
 
 
+class Tied(nn.Module):
+    """A weight that its layer shares: with a table of embeddings, or with a function."""
+
+    def __init__(self, table: bool):
+        super().__init__()
+        self.table = nn.Embedding(5, 3) if table else None
+        self.inner, self.head = nn.Linear(3, 3), nn.Linear(3, 5, bias=False)
+        if table:
+            self.head.weight = self.table.weight
+
+    def forward(self, x):
+        h = self.table(x) if self.table is not None else torch.nn.functional.linear(x, self.head.weight.mT)
+        return self.head(torch.tanh(self.inner(h)))
+
+
+@pytest.mark.parametrize("made", [kfac, ekfac])
+@pytest.mark.parametrize("table", [True, False])
+def test_a_weight_that_others_use_too_is_refused(made, table):
+    model = Tied(table).double()
+    x = torch.randint(5, (6,)) if table else torch.randn(6, 5, dtype=torch.float64)
+    objective = Objective(model, nn.CrossEntropyLoss(), [(x, torch.randint(5, (6,)))])
+    by = "'table'" if table else "a function"
+    with pytest.raises(ValueError, match=f"'(head|table).weight' is used by {by} too"):
+        made(objective)
+    made(objective.only(["inner.weight", "inner.bias"]))
+
+
+@pytest.mark.parametrize("made", [kfac, ekfac])
+def test_a_layer_that_is_called_several_times_is_not(made):
+    """Each call is heard of."""
+    layer = nn.Linear(3, 3)
+    model = nn.Sequential(layer, nn.Tanh(), layer).double()
+    x = torch.randn(6, 3, dtype=torch.float64)
+    made(Objective(model, nn.MSELoss(), [(x, x)]))
+
+
 def test_refusals():
     model, data = PROBLEMS["mlp"]()
     objective = Objective(model, CROSS, data)

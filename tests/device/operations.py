@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from device.meter import METER, Count
 from device.pretended import move, to_device
+from precond.optim.preconditioners import iteration
 
 
 def on(device: str, *shape: int) -> Tensor:
@@ -100,3 +102,12 @@ def places() -> dict[str, str]:
         "forward": str(layer(y).device),
         "moved": str(move(nn.Linear(2, 2), "cuda:1").weight.device),
     }
+
+
+def bytes_of_a_basis_that_follows(scratch: float) -> float:
+    """At the peak, by those of Q (64, 64), where scratch memory is for so many of them, and a piece is an eighth of one."""
+    S, Q = on("cuda", 1, 64, 64), to_device(torch.eye(64)[None].clone())
+    with mock.patch.object(iteration, "PIECE", Q.nbytes // 8):
+        before = METER.mark()
+        iteration.follow(S, Q, None, int(scratch * Q.nbytes))
+    return (METER.peak - before) / Q.nbytes

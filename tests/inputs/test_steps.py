@@ -127,6 +127,113 @@ def test_bad_inputs_of_a_layer_whose_output_hides_them():
     assert optimizer.state[layer.weight]["count"].item() == 6
 
 
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+@pytest.mark.parametrize("scale", [1e4, torch.nan], ids=str)
+@pytest.mark.parametrize("clears", ["model", "optimizer"])
+def test_a_batch_that_the_loop_passes_over_leaves_nothing_behind(choice, scale, clears):
+    """The usual guard, `if loss is bad: continue`: no backward, no step, and the next healthy step is as if it had not been."""
+
+    def train(batches):
+        model, optimizer = make(choice())
+        for x in batches:
+            (optimizer if clears == "optimizer" else model).zero_grad()
+            loss = model(x).square().mean()
+            if x is not bad:
+                loss.backward()
+                optimizer.step()
+        return snapshot(model, optimizer)
+
+    bad = batch(1) * scale
+    if clears == "model" and scale == 1e4:
+        pytest.skip("the optimizer is not told of it, and cannot see that the gradient belongs to other inputs")
+    if clears == "model":
+        with pytest.warns(UserWarning, match="held inf or NaN"):  # of this no more than the step itself can be saved
+            found = train([batch(0), bad, batch(2)])
+        before = train([batch(0)])
+        n = sum(1 for _ in Net().parameters())
+        assert len(found) > n
+        assert all(t.isfinite().all() for t in found)
+        assert not torch.equal(found[0], before[0])
+    else:
+        check_same(train([batch(0), bad, batch(2), batch(3)]), train([batch(0), batch(2), batch(3)]))
+
+
+@pytest.mark.parametrize("policy", ["propagate", "skip", "raise"])
+def test_inputs_that_are_not_finite_and_a_gradient_that_is(policy):
+    """Forward, forward, zero_grad, backward: which of the forwards was meant is not known, but the step can be taken."""
+    model, optimizer = make(BNP(), nonfinite=policy)
+    step(model, optimizer, 0)
+    before = snapshot(model, optimizer)
+    model(batch(1) * torch.inf)
+    loss = model(batch(2)).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    if policy == "raise":
+        with pytest.raises(FloatingPointError, match="what a layer receives"):
+            optimizer.step()
+        check_same(snapshot(model, optimizer), before)
+        return
+    with pytest.warns(UserWarning, match="'conv.weight' and others held inf or NaN, and the gradient does not"):
+        optimizer.step()
+    assert not optimizer.last.skipped
+    counts = [optimizer.state[p]["count"].item() for p in (model.conv.weight, model.head.weight)]
+    assert counts == [30.0, 24.0], "statistics of before"
+    assert not torch.equal(model.head.weight, before[-1])
+    step(model, optimizer, 3)
+    assert [optimizer.state[p]["count"].item() for p in (model.conv.weight, model.head.weight)] == [60.0, 48.0]
+
+
+@pytest.mark.parametrize("choice", [*CHOICES.values(), Whitening], ids=[*CHOICES, "whitening"])
+def test_a_model_that_is_frozen_for_the_loss_of_another_and_thawed_for_its_own(choice):
+    """As the critic of a GAN: forwards while it is frozen do not count, and the next of its own do."""
+
+    def train(freezes):
+        model, optimizer = make(choice())
+        for k in range(4):
+            model.requires_grad_(True)
+            optimizer.zero_grad()
+            model(batch(k)).square().mean().backward()
+            optimizer.step()
+            if freezes:
+                model.requires_grad_(False)
+                model(batch(9).requires_grad_()).mean().backward()
+        return snapshot(model, optimizer)
+
+    check_same(train(True), train(False))
+
+
+def test_inputs_as_hooks_of_others_leave_them_whenever_these_were_put_on():
+    """A hook that changes what a layer receives (quantization, noise) counts, before or after the optimizer's, from its first forward on."""
+
+    class Times10(nn.Module):
+        def forward(self, x):
+            return 10 * x
+
+    def hook(module, args):
+        return (10 * args[0],)
+
+    def train(when):
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 2).double()
+        model = nn.Sequential(Times10() if when == "inside" else nn.Identity(), layer)
+        if when == "before":
+            layer.register_forward_pre_hook(hook)
+        optimizer = PreconditionedGD(model, lr=0.1, preconditioner=Whitening())
+        second = PreconditionedGD(model, lr=0.0, preconditioner=BNP())  # which watches too
+        for k in range(4):
+            if when == "after" and k == 0:
+                layer.register_forward_pre_hook(hook)
+            optimizer.zero_grad()
+            second.zero_grad()
+            model(batch(k)[:, :, 0]).square().mean().backward()
+            optimizer.step()
+            second.step()
+        return [*snapshot(model, optimizer), *snapshot(model, second)]
+
+    check_same(train("after"), train("inside"))
+    check_same(train("before"), train("inside"))
+
+
 @pytest.mark.parametrize("probing", [False, True], ids=["plain", "SAM"])
 def test_an_overflow_found_by_the_scaler_folds_nothing(probing):
     model, optimizer = make(BNP() @ RMS(), torch.float32, regularizers=[SAM(0.05)] if probing else [])

@@ -191,7 +191,7 @@ def test_what_is_told_is_the_noise_of_the_first_gradients_and_the_samples_of_eac
             weights = torch.cat([weights * (1 - gain), torch.tensor([gain])])
         assert samples == pytest.approx(float(200 / weights.square().sum()) / 6, rel=0.006)  # three digits
         why = {row.name: row.why for row in optimizer.explain().rows}[name]
-        assert why.endswith(f"(not decisive: {samples:g} samples per input, gradient noise {noise:g})")
+        assert f"(not decisive: {samples:g} samples per input, gradient noise {noise:g})" in why
 
 
 def test_what_is_told_changes_no_step(monkeypatch):
@@ -250,9 +250,9 @@ def test_what_is_kept_of_gradients_is_bounded():
         (model(x).square().mean() + (model(x, idle=True).square().mean() if t == 0 else 0)).backward()
         optimizer.step()
     assert optimizer.param_groups[0]["measured"] is None
-    kept = looking._gradients["used.weight"]
+    kept = [g["used.weight"] for g in looking._gradients if "used.weight" in g]
     assert len(kept) == 7 and all(g.numel() == 4000 for g in kept)  # each third of 12,000
-    assert len(looking._gradients["idle.weight"]) == 1
+    assert sum("idle.weight" in g for g in looking._gradients) == 1
 
 
 def test_a_first_batch_of_one_sample_is_taken_alike_by_kernels_and_loop():

@@ -267,25 +267,6 @@ def test_a_basis_is_completed_by_reflections():
         torch.testing.assert_close(Q[0], oracles.reflections(U), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("first", ["independent", "dependent"])
-def test_following_leaves_dependent_columns_out(first):
-    """S = UΛUᵀ of rank 3 turns Q into [qr of three columns of SQ, completion], also where a dependent column is among the larger ones."""
-    S = spectrum(5.0, 2.0, 1.0, n=7)
-    if first == "dependent":  # two features that see the same, and one apart with less
-        S = torch.zeros(4, 4, dtype=torch.float64)
-        S[:2, :2], S[2, 2] = 1.0, 0.01
-    n = len(S)
-    Q = torch.eye(n, dtype=torch.float64)[None].clone()
-    order = eigenbases.follow(S[None], Q)
-    assert order is not None
-    Y = (S @ torch.eye(n, dtype=torch.float64))[:, order[0]]
-    rank = 3 if first == "independent" else 2
-    torch.testing.assert_close(Q[0].T @ Q[0], torch.eye(n, dtype=torch.float64))
-    torch.testing.assert_close(Q[0, :, :rank], oracles.gram_schmidt(Y[:, :rank]), rtol=0, atol=1e-12)
-    completed = oracles.reflections(Q[0, :, :rank])
-    torch.testing.assert_close(Q[0, :, rank:], completed[:, rank:], rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("power", [0.25, 0.3, 0.5, 1.0, 1.5])
 @pytest.mark.parametrize("many", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -140,6 +140,8 @@ class SideBySide(Layout):
     def back(self, view: Tensor, like: Tensor) -> Tensor:
         if self.straight:
             return view.reshape(like.shape)
+        if self.members == 1:
+            return self.of.back(view, like[0])[None]
         parts = zip(view.unflatten(0, (self.members, -1)).unbind(0), like.unbind(0), strict=True)
         return torch.stack([self.of.back(v, one) for v, one in parts])
 

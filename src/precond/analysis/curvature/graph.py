@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -65,6 +66,22 @@ def size_of(outputs: Vec) -> GraphSize:
             storages[storage.data_ptr()] = storage.nbytes()
         todo += [below for below, _ in node.next_functions if below is not None]
     return GraphSize(max(len(seen), 1), sum(storages.values()), convolutional)
+
+
+def uses(outputs: Vec) -> Counter[Tensor]:
+    """How many operations of the graph below ``outputs`` take a leaf, such as a parameter; keyed by the leaves."""
+    found: Counter[Tensor] = Counter()
+    seen: set[Any] = set()
+    todo = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        below = [next_node for next_node, _ in node.next_functions if next_node is not None]
+        found.update(leaf.variable for leaf in below if hasattr(leaf, "variable"))
+        todo += below
+    return found
 
 
 def _saved(node: Any) -> list[Tensor]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from precond.algebra import checks
+from precond.analysis.curvature.graph import uses
 from precond.analysis.curvature.graph_cache import Batch
 from precond.analysis.curvature.kfac_passes import (
     Known,
@@ -23,8 +25,8 @@ from precond.analysis.curvature.kfac_passes import (
     tensor_like,
 )
 from precond.analysis.curvature.kronecker import Factor, InBasis, LayerwiseMap, Pair, Place
-from precond.analysis.curvature.neurons.layer import Layer
-from precond.analysis.curvature.objective import Objective
+from precond.analysis.curvature.neurons.layer import Edge, Layer
+from precond.analysis.curvature.objective import Evaluation, Objective
 from precond.analysis.curvature.outputs import checked, slopes
 from precond.optim.inputs.moments import Request
 
@@ -191,6 +193,14 @@ class _Passes:
                         found.keep, self._kept[index] = True, found
                     yield found
 
+    def _used_by_layers_alone(self, at: Evaluation, calls: dict[str, list[Edge]]) -> None:
+        """Refuse a weight that a function takes besides its layer, such as that of a tied autoencoder."""
+        counts = uses(tuple(t for t in tree_leaves(at.outputs) if isinstance(t, Tensor)))
+        for name, known in self.layers.items():
+            for i in (known.place.weight, known.place.bias):
+                if i is not None and counts[self.objective.standing_for(self.objective.params[i])] > len(calls[name]):
+                    _refuse_other_uses(self.caller, self.objective.names[i], "a function")
+
     def _made(self, index: int) -> Pass:
         o = self.objective
         with ExitStack() as stack:
@@ -202,12 +212,20 @@ class _Passes:
                     f"{self.caller}: layer {name!r} was not called as a module in the forward pass, so its inputs are not known; leave "
                     "its parameters out of the objective's params"
                 )
+        self._used_by_layers_alone(at, calls)
         batch = Batch(index, o.weights[index], o.sizes[index], o.total)
         V = None if self.fisher == "inputs" else slopes(at, batch, self.fisher, self.samples, self.seed, self.caller)
         found = Pass(self.layers, calls, at, V, o.mode == "eval")
         if self.separate:
             found.arranged(next(iter(self.layers)))  # before a graph is used up
         return found
+
+
+def _refuse_other_uses(caller: str, name: str, who: str) -> NoReturn:
+    raise ValueError(
+        f"{caller}: parameter {name!r} is used by {who} too, of which its layer does not know; leave it out of the objective's params, or "
+        "take gauss_newton(objective)"
+    )
 
 
 def _layers(caller: str, objective: Objective, fisher: str, sharing: str, samples: int) -> dict[str, Known]:
@@ -217,8 +235,12 @@ def _layers(caller: str, objective: Objective, fisher: str, sharing: str, sample
     twins = objective.standing_for
     found: dict[str, Known] = {}
     owner: dict[int, str] = {}
+    others: dict[int, str] = {}
     for name, module in objective.model.named_modules():
         if not Layer.is_one(module):
+            others |= {
+                position[id(q)]: name for p in module._parameters.values() if p is not None and id(q := twins(p)) in position
+            }
             continue
         at = [
             None if p is None else position.get(id(twins(p)))
@@ -235,6 +257,8 @@ def _layers(caller: str, objective: Objective, fisher: str, sharing: str, sample
         layer = Layer(objective.model, name, caller)
         layout = layer.tap.layout(layer.tap.weights[0], Request("covariance"))
         found[name] = Known(layer, Place(at[0], at[1], layout))
+    for i in owner.keys() & others.keys():
+        _refuse_other_uses(caller, objective.names[i], repr(others[i]))
     without = [objective.names[i] for i in range(len(objective.params)) if i not in owner]
     if without:
         raise ValueError(

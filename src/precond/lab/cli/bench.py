@@ -30,7 +30,9 @@ from precond.lab.workloads.transfer import transfer_tasks
 from precond.lab.workloads.where import RULES as WHERE_RULES
 from precond.lab.workloads.where import predictions, where_tasks
 
-Name = Literal["fashion-mnist", "race", "pool", "pool-locked", "pool-opened", "where", "transfer", "calibration"]
+Name = Literal[
+    "fashion-mnist", "race", "pool", "pool-locked", "pool-opened", "pool-confirmation", "where", "transfer", "calibration"
+]
 
 
 def _where(tasks: Sequence[Task], results: Results) -> dict[str, str]:
@@ -69,6 +71,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "pool": Experiment(partial(pool_tasks, "development"), POOL_RULES, TRIALS, SEEDS),
     "pool-locked": Experiment(partial(pool_tasks, "locked"), POOL_RULES, TRIALS, SEEDS),
     "pool-opened": Experiment(partial(pool_tasks, "opened"), POOL_RULES, TRIALS, SEEDS),
+    "pool-confirmation": Experiment(partial(pool_tasks, "confirmation"), POOL_RULES, TRIALS, SEEDS),
     "where": Experiment(where_tasks, WHERE_RULES, more=_where),
     "transfer": Experiment(transfer_tasks, TRANSFER_RULES, transfer.TRIALS, transfer.SEEDS, _transfer),
 }
@@ -80,9 +83,9 @@ class Bench:
 
     Attributes:
         name: Which. pool has the tasks of the pool that are for development; pool-locked those for a final table alone; pool-opened those that
-            were locked once. where: gains of preconditioned inputs against what diagnose predicts; transfer: best rates over widths and
-            depths, the seeds being those of searches; calibration: what diagnose predicts against trainings (of the settings below it has
-            --tasks and --out alone).
+            were locked once; pool-confirmation those that were written without knowing how auto does on them. where: gains of preconditioned
+            inputs against what diagnose predicts; transfer: best rates over widths and depths, the seeds being those of searches;
+            calibration: what diagnose predicts against trainings (of the settings below it has --tasks and --out alone).
         tasks: Only the tasks whose names contain one of these, as whole words: "batch 60" or MLP. Several commands with different
             tasks may work in one output folder at the same time; one without --tasks then makes the report of all.
         entrants: Only these: those whose labels contain one of these as whole words, muon or "torch Muon", and who sets the target. A later

@@ -38,7 +38,11 @@ def muon(model: nn.Module, lr: float) -> Optimizer:
     both with the factor that gives Muon's step the length of AdamW's.
     """
     # A weight that an embedding shares with the head is found at both, and left out by either.
-    left = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) or name.split(".")[-1] == "head"]
+    left = [
+        m
+        for name, m in model.named_modules()
+        if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) or name.split(".")[-1] == "head"
+    ]
     spared = {id(p) for m in left for p in m.parameters(recurse=False)}
     matrices = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in spared]
     taken = {id(p) for p in matrices}

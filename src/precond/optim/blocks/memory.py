@@ -16,6 +16,9 @@ ONE_CALL = 2**15
 AT_ONCE = 64 * 2**20
 """Bytes that periodic work on the matrices of one shape takes in one step, at most, unless one of them alone takes more."""
 
+PIECE = 12 * 2**20
+"""Bytes of a piece of a matrix that is changed piece by piece, where the memory for another one would be more."""
+
 JOINED = 2**19
 """Bytes of the matrices whose inverse roots are taken at once, about, unless one stack of them alone has more, or it is known how much a
 step takes anyway."""

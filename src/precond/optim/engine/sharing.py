@@ -21,6 +21,7 @@ from precond.optim.engine.carried import Carried
 from precond.optim.engine.cells import Cell, Choice, sites_of
 from precond.optim.engine.counting import count_on_host
 from precond.optim.engine.kernels.entrywise import Kernel
+from precond.optim.engine.kernels.layer import observe
 from precond.optim.engine.loop import Rules
 from precond.optim.inputs import Request
 from precond.optim.preconditioners.base import Part, Preconditioner
@@ -232,6 +233,7 @@ class Shared(Cell):
         P = cell.preconditioner
         if kernel is not None and (not P.looks(max(cell.state.steps)) or P.settled(cell.state)):
             u = [torch.zeros_like(t) for t in cell.block.all_tensors]
+            observe([(kernel, cell)])
             kernel(cell, u, fused.aligned(g, u), -1.0, False)
             self._settled.add(id(cell))
             return tuple(u)

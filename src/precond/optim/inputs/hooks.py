@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
@@ -43,7 +44,40 @@ class WeakHook:
         raise AttributeError(f"torch.jit.script: {_CLOSE}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return WeakHook, ()
+        return type(self), ()
+
+
+class InputHook(WeakHook):
+    """One that reads what the module receives, after the hooks of others, which may change it, whenever they were put on.
+
+    Called with args and kwargs. In a compiled graph the order is that of the first call.
+    """
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        if module.training and not torch.compiler.is_compiling() and self._overtaken(module):
+            self._go_last(module)
+        else:
+            super().__call__(module, *args)
+
+    def _overtaken(self, module: nn.Module) -> bool:
+        """Whether a hook that may change the inputs comes after this one."""
+        for hook in reversed(module._forward_pre_hooks.values()):
+            if not isinstance(hook, WeakHook):
+                return any(hook is self for hook in module._forward_pre_hooks.values())
+            if hook is self:
+                break
+        return False
+
+    def _go_last(self, module: nn.Module) -> None:
+        """From the next forward on; this one's inputs, as they have become by then, a forward hook is told."""
+        hooks: OrderedDict[int, Any] = module._forward_pre_hooks  # type: ignore[assignment]
+        hooks.move_to_end(next(i for i, hook in hooks.items() if hook is self))
+
+        def once(module: nn.Module, *args: Any) -> None:
+            handle.remove()
+            self(module, *args[:-1])
+
+        handle = module.register_forward_hook(once, with_kwargs=True, prepend=True)
 
 
 def _nobody() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from precond.algebra.sharding import gathered
-from precond.optim.inputs.hooks import WeakHook, remove
+from precond.optim.inputs.hooks import InputHook, remove
 from precond.optim.inputs.moments import Moments, Request, pool
 from precond.optim.inputs.reading import Unreadable
 from precond.optim.inputs.sites import Site
@@ -61,11 +61,13 @@ class Observer:
         self.ready: Callable[[], Observer | None] = _nothing  # called before the first forward that counts: who observes it
         self._first = True
         self.wanted: dict[Key, Tensor | None] = {}
+        self.frozen: frozenset[str] = frozenset()  # sites of which nothing is wanted for that
         self.unread: dict[str, str] = {}
         self.absent = 0
         self._seen: InputMoments = {} if seen is None else seen  # since the last backward through the layer
         self._earlier: InputMoments = {}  # before it: micro-batches, or a step that a scaler skipped
         self._marks: dict[str, Mark] = {}
+        self._given_up: set[str] = set()  # sites whose gradients were cleared when no backward had been
         self._without_grad: dict[nn.Module, int] = {}
         self._work: dict[nn.Module, tuple[Tap, list[tuple[Site, Weight, list[Key]]]]] = {}
         self._shapes: dict[Key, tuple[int, int]] = {}
@@ -73,12 +75,14 @@ class Observer:
             keys = [(site.name, request) for request in self.requests]
             for tap, weight in site.taps:
                 self._work.setdefault(tap.module, (tap, []))[1].append((site, weight, keys))
-        self._handles = [m.register_forward_pre_hook(WeakHook(self, "see"), with_kwargs=True) for m in self._work]
+        self._handles = [m.register_forward_pre_hook(InputHook(self, "see"), with_kwargs=True) for m in self._work]
         weakref.finalize(self, remove, self._handles)
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called before each forward of a watched module."""
-        if self._first and self.enabled and not self.absent and watching():
+        work = self._work.get(module)  # None in a shallow copy, such as nn.DataParallel's replicas
+        thawed = self.frozen and work is not None and any(s.name in self.frozen and s.weight.requires_grad for s, *_ in work[1])
+        if (self._first or thawed) and self.enabled and not self.absent and watching():
             again = not torch.is_grad_enabled()  # no forward of a step
             self._first = again
             if (now := self.ready()) is not self and now is not None:  # the model was found changed
@@ -86,7 +90,6 @@ class Observer:
                 return now.see(module, args, kwargs)
         if not self.wanted or self.absent:
             return
-        work = self._work.get(module)  # None in a shallow copy, such as nn.DataParallel's replicas
         if work is None or not (self.enabled and module.training and watching()) or _transformed() or not self._counts(module):
             return
         tap, weights = work
@@ -111,6 +114,10 @@ class Observer:
         try:
             if self._used(site):
                 self._separate(site)
+            elif site.name in self._given_up:  # neither backward nor step, and now anew: of a batch that was passed over
+                for key in keys:
+                    self._seen.pop(key, None)
+            self._given_up.discard(site.name)
             self._marks[site.name] = mark(site.weight)
             for key in keys:
                 if key not in self.wanted:
@@ -186,10 +193,12 @@ class Observer:
         for site in self.sites if self._marks else ():
             if site.name in self._marks:
                 self._marks[site.name] = mark(site.weight)
+                if any((site.name, request) in self._seen for request in self.requests):
+                    self._given_up.add(site.name)
 
     def clear(self) -> None:
         """Forget it: the step was taken, or skipped."""
-        self._seen, self._earlier, self._marks, self._without_grad = {}, {}, {}, {}
+        self._seen, self._earlier, self._marks, self._without_grad, self._given_up = {}, {}, {}, {}, set()
         self.unread, self._first = {}, True
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from precond.optim.optimizer import averaging
 from precond.optim.optimizer.fusing import fusible
 from precond.optim.optimizer.models import Location, Models
 from precond.optim.optimizer.naming import Naming
-from precond.optim.optimizer.readings import PARAMETERS, SHAPE, Kinds, read_kinds, read_options, structure
+from precond.optim.optimizer.readings import PARAMETERS, SHAPE, Kinds, hold_tensors, read_kinds, read_options, structure
 
 Following = Literal["same", "renumbered", "broken"]
 """Of the groups since a binding was made: nothing has changed; numbers have; parameters or strategies have."""
@@ -169,7 +169,10 @@ class Binding:
             return "broken"
         if structure(options) != structure(self.options) and not self._stays(choices, of, groups):
             return "broken"
-        self.choices = choices
+        same = not hold_tensors(options) and plan.unchanged(self.blocks, of, choices, self.choices)
+        self.choices, self.options = choices, options
+        if same:
+            return "same"
         for cell in self.blocks:
             first, *others = (of[index] for index in cell.members)
             if any(u.preconditioner != first.preconditioner or u.momentum != first.momentum for u in others):
@@ -177,7 +180,6 @@ class Binding:
             cell.preconditioner, cell.momentum = first.preconditioner, first.momentum
         for shared in self.shared:
             shared.renumber()
-        self.options = options
         return "renumbered"
 
     def _stays(self, choices: Sequence[Choice], units: Mapping[Any, plan.Unit], groups: Sequence[Mapping[str, Any]]) -> bool:

@@ -132,10 +132,9 @@ class Bound(torch.optim.Optimizer):
                     changed = bool(given) or not before.modules_in_place or not all(map(in_place, before.leaves))
                     if changed:
                         self._follow_model(given)
-                    check_precision(
-                        self.models.leaves(self.param_groups), choices_of(self.param_groups, self.naming)[0], self.rounding
-                    )
-                    self._bind()
+                    bound = self.bound_to(self.param_groups, self.state)
+                    check_precision(bound.leaves, bound.choices[0], self.rounding)
+                    self.adopt(bound, self.state)
                     self._spare.clear()
                     if changed:
                         self._listen()

@@ -100,6 +100,20 @@ class ModelHooks:
             self._warn_unobserved(heard.called, self.observer.expected, self.observer.unread)
         return heard.finite
 
+    def leave_out(self, cells: Sequence[Cell]) -> None:
+        """What holds inf or NaN does not count: the gradient is finite, and none of its."""
+        given = next((each.inputs for cell in cells for each in cell.cells if each.inputs), {})
+        finite = {key: m for key, m in given.items() if all_finite((m.variance,))}
+        self._give(cells, finite)
+        self._collected = True
+        new = sorted({site for site, _ in given.keys() - finite.keys()} - self._warned)
+        self._warned |= set(new)
+        if new:
+            warn(
+                f"inputs of {', '.join(map(repr, new[:3]))}{' and others' * (len(new) > 3)} held inf or NaN, and the gradient does not: the "
+                "step is taken with the statistics of before; was a forward passed over without backward()?"
+            )
+
     @staticmethod
     def _give(cells: Sequence[Cell], seen: InputMoments) -> None:
         for cell in cells:
@@ -124,8 +138,10 @@ class ModelHooks:
                     self.unobserved[site.weight] = "was not called"
         if new and not seen and not unread and not self._warned:
             warn(
-                "no layer inputs were observed since the last step: was the model compiled and called before the optimizer was "
-                f"made, are its layers in eval() mode, or called by their forward() or by functions? Such layers {_WITHOUT}"
+                "no layer inputs were observed since the last step: was the model compiled and called before the optimizer was made, "
+                "or another of these classes compiled in this process for an optimizer that observes nothing (torch.compile takes "
+                "its code again: call torch._dynamo.reset() before training), are its layers in eval() mode, or called by their "
+                f"forward() or by functions? Such layers {_WITHOUT}"
             )
         else:
             _warn(new)
@@ -147,6 +163,7 @@ class ModelHooks:
         """Tell the observer what the next step needs."""
         if self.observer is not None:
             self.observer.wanted = {(site, request): known for cell in cells for site, request, known in cell.wanted()}
+            self.observer.frozen = frozenset(site.name for site in self.observer.sites if not site.weight.requires_grad)
 
     def pause(self) -> None:
         """Until the step is over, forwards are those of second passes."""

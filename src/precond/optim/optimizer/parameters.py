@@ -111,7 +111,7 @@ def _named(params: Any, modules: list[nn.Module]) -> list[tuple[str | None, Tens
             )
             continue
         seen.add(param)
-        if param.is_floating_point() or param.is_complex() or param.requires_grad:
+        if param.is_floating_point() or param.requires_grad:  # integers and complex numbers only where they are to be trained
             pairs.append((None if name is None else unwrapped_name(name), param))
     return pairs
 
@@ -140,8 +140,8 @@ def _check(params: Sequence[Tensor]) -> None:
             )
         if p.is_complex():
             raise TypeError(
-                f"params holds a complex parameter (shape {tuple(p.shape)}); optimize torch.view_as_real of it, "
-                "as a real parameter with a last dimension of 2"
+                f"params holds a complex parameter that trains (shape {tuple(p.shape)}): let the model hold a real one with a last dimension "
+                "of 2, and take torch.view_as_complex of it in forward; or freeze it"
             )
         if p.layout != torch.strided:
             raise TypeError(f"params holds a parameter of layout {p.layout}; only dense (strided) parameters are supported")
@@ -168,10 +168,10 @@ def _leaves_of(owner: str, model: nn.Module | Iterable[tuple[str, Tensor]]) -> l
 
 
 def decay_groups(model: nn.Module | Iterable[tuple[str, Tensor]], weight_decay: float) -> ModuleGroups:
-    """Two parameter groups: weights with decay; biases, normalization parameters and embeddings without.
+    """Two parameter groups: matrices and kernels with decay; embeddings and all that is one-dimensional or a number without.
 
     Args:
-        model: a module, or named parameters (then one-dimensional parameters are not decayed).
+        model: a module, or named parameters, of which embeddings are not known.
         weight_decay: of the first group; the second has 0.
 
     Returns:

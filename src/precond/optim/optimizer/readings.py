@@ -33,6 +33,11 @@ def read_options(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[tu
     return found
 
 
+def hold_tensors(options: list[tuple[Any, ...]]) -> bool:
+    """Whether some options are tensors, which compare equal when they were changed in place."""
+    return any(isinstance(x, tuple) and x and isinstance(x[0], Tensor) for o in options for x in o)
+
+
 def structure(options: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     """What decides which state is kept: options themselves, whole ones too (lengths of blocks); of others whether they are zero."""
     return [

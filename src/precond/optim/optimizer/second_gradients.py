@@ -162,6 +162,15 @@ class SecondGradients(Capturing):
         """Whether inf and NaN in a gradient forbid the step."""
         return self.nonfinite != "propagate" or scale is not None
 
+    def _good_inputs(self, point: Point) -> bool:
+        """Whether what layers received forbids no step. Where it holds inf or NaN and the gradient does not, statistics alone are left out."""
+        if self._model_hooks.collect(self._bound.cells, self.nonfinite != "propagate"):
+            return True
+        if self.nonfinite == "raise" or not self._agreed(vec.all_finite(point.g)):
+            return False
+        self._model_hooks.leave_out(self._bound.cells)
+        return True
+
     def _good(self, gradients: Sequence[Tensor | None]) -> bool:
         return self._agreed(vec.all_finite(tuple(local(g) for g in gradients if g is not None)))
 
@@ -211,9 +220,7 @@ class SecondGradients(Capturing):
         watch = self._watches(grad_scale)
         gradients = self._given
         point = self._point(unscaled(gradients, grad_scale))
-        if not self._model_hooks.collect(self._bound.cells, self.nonfinite != "propagate") or (
-            watch and not self._agreed(vec.all_finite(point.g))
-        ):
+        if not self._good_inputs(point) or (watch and not self._agreed(vec.all_finite(point.g))):
             return Probe(
                 self._bound.leaves, modules, point, gradients, grad_scale, k, ProbeResults(), (), self._spare, refused=True
             )

@@ -13,6 +13,7 @@ from precond.algebra.vec import Vec
 from precond.optim.engine import fused, loop
 from precond.optim.engine.counting import count_step
 from precond.optim.engine.kernels.entrywise import Kernel
+from precond.optim.engine.kernels.layer import observe
 from precond.optim.engine.loop import ProbeResults
 from precond.optim.engine.point import Point
 from precond.optim.engine.verdict import Verdict, over
@@ -81,6 +82,7 @@ class Stepping(SecondGradients):
         if found and verdict is None and not self._agreed(vec.all_finite(found) and (loss is None or finite_loss(loss))):
             return False
         count_step([cell.state for _, cell, *_ in work], verdict)
+        observe([(kernel, cell) for kernel, cell, *_ in work])
         for kernel, cell, p, g in work:
             leaf = cell.block.leaves[0]
             found_inf = () if verdict is None else (verdict.found_inf(p[0].device),)
@@ -104,6 +106,7 @@ class Stepping(SecondGradients):
         at = point.at(k, point.maps, found=found, memo=evidence.memo)
         a = loop.assemble(point.g, [point.choices[0].regularizers[k].term(at)])
         count_step([cell.state for cell in point.cells])
+        observe(zip(kernels, point.cells, strict=True))
         for kernel, (cell, span) in zip(kernels, point.spans, strict=True):
             p = cell.block.all_tensors
             assert kernel is not None
@@ -114,10 +117,10 @@ class Stepping(SecondGradients):
         """Take the step by the reference engine, or skip it."""
         pending, self._pending = self._pending, None
         scale = getattr(self, "grad_scale", None)
-        good_inputs = pending is not None or self._model_hooks.collect(self._bound.cells, self.nonfinite != "propagate")
-        good_products = True
+        good_inputs = good_products = True
         if pending is None:
             point = self._point(unscaled(self._given, scale))
+            good_inputs = self._good_inputs(point)
             evidence = ProbeResults(hessian=None if graph is None else self._hessian(point, graph))
             if graph is not None and self.nonfinite != "propagate":
                 good_products = self._products(point, evidence)
@@ -134,8 +137,9 @@ class Stepping(SecondGradients):
         elif point.cells:
             length = None
             if not self._step_probed_by_kernels(point, evidence):
-                # Of a second gradient nothing is left from which the step could be made again.
-                lengths = loop.step(point, self.rules, evidence, measured=self._gradient_based is not None, verdict=verdict)
+                # Of a second gradient, and of the bound of a clipped one, nothing is left from which the step could be made again.
+                measured = self._gradient_based is not None or self.rules.max_norm is not None
+                lengths = loop.step(point, self.rules, evidence, measured=measured, verdict=verdict)
                 self._write_back(point, verdict)
                 # Of each tensor what this process holds; put together when it is asked for.
                 length = partial(point.sums.norm, tuple(lengths)) if lengths else None

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from precond.algebra.maps.eigen import in_general_position
-from precond.optim.preconditioners.eigenbases import at_hand, begin, decomposed_together, drift, follow, least, orthonormal
+from precond.optim.preconditioners.eigenbases import at_hand, begin, decomposed_together, drift, least, orthonormal
+from precond.optim.preconditioners.iteration import follow
 from precond.optim.preconditioners.kronecker import fold
 from precond.optim.preconditioners.roots import kept
 
@@ -81,7 +82,7 @@ class Whole(Basis):
         return begin(state[side], state[f"{side}_basis"])
 
     def follow(self, state: Values, side: str, may: Tensor | None) -> Tensor | None:
-        return follow(state[side], state[f"{side}_basis"], may)
+        return follow(state[side], state[f"{side}_basis"], may, 4 * state["r"][0].nbytes)  # a step takes as much
 
 
 @dataclass(frozen=True)

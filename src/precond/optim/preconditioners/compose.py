@@ -141,7 +141,7 @@ class Composition(Preconditioner):
         elif self.outer.handles(state["outer"].block):
             on(state["outer"].block, self.outer).observe(state["outer"], seen)
 
-    def _inside(self, state: State, seen: Seen) -> Seen:
+    def _inside(self, state: State, seen: Seen) -> _Inside:
         """What was seen, in z₁, after the outer one has observed it."""
         if self.outer.handles(state["outer"].block):
             on(state["outer"].block, self.outer).observe(state["outer"], seen)
@@ -154,7 +154,7 @@ class Composition(Preconditioner):
         if not self.inner.handles(state["inner"].block):
             return super().descend(state, seen)
         inside = self._inside(state, seen)
-        return self._outer(state).mv(on(state["inner"].block, self.inner).descend(state["inner"], inside))
+        return inside.P1.mv(on(state["inner"].block, self.inner).descend(state["inner"], inside))
 
     def pull(self, state: State, seen: Seen) -> Vec:
         if self.uses_momentum or not self.inner.handles(state["inner"].block):
@@ -212,12 +212,14 @@ class Composition(Preconditioner):
 class _Inside(Seen):
     """What was seen, in the coordinates of a map P₁; the gradient where it is asked for: a map that is made of the momentum does not."""
 
-    _gradient: Callable[[], Vec]
+    P1: LinearMap
+    _outside: Seen
 
     def __init__(self, seen: Seen, P1: LinearMap, invertible: bool, ready: Callable[[], bool]):
         position = seen.position
         self.__dict__ |= {
-            "_gradient": lambda: P1.rmv(seen.gradient),
+            "P1": P1,
+            "_outside": seen,
             "inputs": seen.inputs,
             "momentum": None if seen.momentum is None else P1.rmv(seen.momentum),
             "position": None if position is None or not invertible else lambda: P1.solve(position()),
@@ -226,7 +228,7 @@ class _Inside(Seen):
 
     @cached_property
     def gradient(self) -> Vec:
-        return self._gradient()
+        return self.P1.rmv(self._outside.gradient)
 
 
 def _partition(preconditioner: Preconditioner, leaves: Sequence[Leaf]) -> list[Part]:

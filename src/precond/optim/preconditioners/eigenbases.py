@@ -1,4 +1,4 @@
-r"""Orthogonal bases of symmetric positive matrices side by side (k, n, n): their eigenvectors, and how they follow the matrices.
+r"""Orthogonal bases of symmetric positive matrices side by side (k, n, n): their eigenvectors.
 
 A basis must not depend on rounding. Where S has no more than r eigenvalues beyond rounding, the other eigenvectors are arbitrary: a
 batch in two halves would give others, and Adam another step. So the first r columns of Q are eigenvectors, or what follows them, and
@@ -19,7 +19,7 @@ from torch.nn.functional import hardshrink
 from precond.algebra.precision import rounding
 from precond.algebra.vec import all_finite
 from precond.optim.blocks.memory import AT_ONCE
-from precond.optim.preconditioners.roots import decomposed, kept
+from precond.optim.preconditioners.roots import decomposed
 
 WARM_UP = 8
 """Steps in which an accelerator is waited for, to see what was observed for the first time."""
@@ -80,76 +80,13 @@ def orthonormal(Y: Tensor) -> Tensor:
     """Orthonormal columns (…, n, c) that span those of Y, |Y| ≤ 1 about, and where these are dependent to rounding more than that."""
     Y = hardshrink(Y, rounding(Y.shape[-2], Y.dtype))
     A, tau = torch.geqrf(Y)
-    some = _independent(A)
+    some = independent(A)
     if not (at_hand(Y) and bool(some.all())):
         A, tau = torch.geqrf(Y * some[..., None, :])
     return torch.linalg.householder_product(A, tau)
 
 
-def follow(S: Tensor, Q: Tensor, may: Tensor | None = None) -> Tensor | None:
-    r"""Q ← qr(SQ) with its columns sorted by qᵀSq before: a step of orthogonal iteration, in place. R has a positive diagonal.
-
-    Columns of SQ that depend on those before them are taken last and replaced by the completion. Where S is zero or not finite, Q
-    stays. It takes the memory of one more matrix of k n² entries.
-
-    Args:
-        may: which of the k bases may move (k,); None: all.
-
-    Returns:
-        The order in which the columns of Q before were taken (k, n); None where none moved.
-    """
-    Y = Q.mT @ S  # as rows
-    sizes = (Q.mT[..., None, :] @ Y[..., :, None])[..., 0, 0]
-    largest = sizes.amax(-1, keepdim=True)
-    moves = (largest > 0) & sizes.sum(-1, keepdim=True).isfinite()
-    if may is not None:
-        moves &= may[:, None]
-    if at_hand(S):
-        for matrix, fine in zip(S, (sizes.isfinite().all(-1)).tolist(), strict=True):
-            if not fine:
-                kept(matrix)
-        if not bool(moves.any()):
-            return None
-    some = sizes > least(S.shape[-1], S.dtype) * largest
-    order = torch.where(moves & some, sizes, 0.0).argsort(dim=-1, descending=True, stable=True)
-    torch.where(moves[..., None], Y, Q.mT, out=Y)
-    A = Q.mT  # its memory holds columns
-    tau = torch.empty_like(sizes)
-    if at_hand(S) and bool(some.all()):
-        some = _factor(Y, order, A, tau)
-    if not (at_hand(S) and bool(some.all())):
-        # What rounding leaves of a dependent column would decide about those after it: instead it is a small multiple of a unit vector.
-        some = _factor(Y, order, A, tau, shift=largest)
-        last = some.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
-        order, some = order.gather(-1, last), some.gather(-1, last)
-        _factor(Y, order, A, tau, some)
-        tau *= some
-    signs = torch.where(some, A.diagonal(dim1=-2, dim2=-1), 1.0).sign_()
-    torch.linalg.householder_product(A, tau, out=A)
-    torch.mul(A, signs[..., None, :], out=Y)
-    Q.copy_(Y)
-    return order
-
-
-def _factor(
-    Y: Tensor, order: Tensor, A: Tensor, tau: Tensor, some: Tensor | None = None, shift: Tensor | None = None
-) -> Tensor:
-    """Reflections of the QR decomposition of columns, the rows of Y, into A and tau; which columns do not depend on those before.
-
-    Args:
-        some: the others are set to zero.
-        shift: sizes (k, 1), of which a share that counts as rounding is added to the diagonal.
-    """
-    torch.gather(Y, -2, order[..., None].expand(Y.shape), out=A.mT)
-    if some is not None:
-        A.mul_(some[..., None, :])
-    if shift is not None:
-        A.diagonal(dim1=-2, dim2=-1).add_(shift, alpha=1e-3 * least(A.shape[-1], A.dtype))
-    torch.geqrf(A, out=(A, tau))
-    return _independent(A)
-
-
-def _independent(A: Tensor) -> Tensor:
+def independent(A: Tensor) -> Tensor:
     sizes = A.diagonal(dim1=-2, dim2=-1).abs()
     return sizes > least(A.shape[-2], A.dtype) * sizes.amax(-1, keepdim=True)
 

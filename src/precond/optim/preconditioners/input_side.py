@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +15,13 @@ from precond.algebra.vec import Vec
 from precond.optim import blocks
 from precond.optim.blocks import Block, Leaf, Stack, State, spans
 from precond.optim.inputs import Moments, Request, Site
-from precond.optim.inputs.moments import by_group, column, greatest, least, variances
+from precond.optim.inputs.moments import by_group, greatest, least
 from precond.optim.preconditioners.base import Needs, Part, Seen
+from precond.optim.preconditioners.folding import Features, Fold, activity, fold
 from precond.optim.preconditioners.stacked import Stacked
+
+Observed = Mapping[tuple[str, Request], Moments]
+"""What was seen of layer inputs, by site name and request."""
 
 
 class NotRows(ValueError):
@@ -189,56 +193,26 @@ class InputSide(Stacked):
         return {key_of(k, part): v for part in self.parts(block) for k, v in self.fresh(part, block).items()}
 
     def observe(self, state: State, seen: Seen) -> None:
+        observe([(self, state, seen.inputs or {})])
+
+    def seen(self, state: State, inputs: Observed) -> Iterator[Fold]:
+        """What was seen of a stack since its last step."""
         for part in self.parts(state.block):
-            found = [(seen.inputs or {}).get((site.name, self.request)) for site in self._sites(part, state.block)]
+            found = [inputs.get((site.name, self.request)) for site in self._sites(part, state.block)]
             for some in spans([f is not None for f in found]):
                 mine, new = self.statistics(part, state.span(some)), Moments.joined([f for f in found[some] if f is not None])
+                fold = Fold(mine, new, self.rate(min(state.steps), new))
                 if new.mean.device.type != "cpu":  # where it is, the step was not taken: a look at it costs nothing there
-                    new.bound_to_(mine["mean"], mine["variance" if "variance" in mine else "covariance"])
-                self.fold(mine, new, self.rate(min(state.steps), new))
+                    new.bound_to_(mine["mean"], mine[fold.spread])
+                yield fold
 
     def rate(self, step: float, new: Moments) -> float | Sequence[float]:
         """ρ of what is observed for a step; or one for each layer or each group."""
         return self.decay
 
-    def fold(self, mine: dict[str, Tensor], new: Moments, decay: float | Sequence[float]) -> None:
-        r"""Running averages by the law of total variance, with the old μ: σ² ← ρσ² + (1−ρ)[σ_A² + ρ(μ_A − μ)²].
-
-        ρ_t = min(ρ, 1 − N_t/ΣN): pooled at first, so that one sample does not count like many. A group that saw nothing, such as
-        an expert that no token was routed to, stays as it is.
-        """
-        before, N = mine["count"].tolist(), new.count.tolist()
-        of_layers = decay if isinstance(decay, Sequence) else [float(decay)]
-        decays = [x for x in of_layers for _ in range(len(N) // len(of_layers))]
-        weights = [max(n / (c + n), 1 - x) if n else 0.0 for c, n, x in zip(before, N, decays, strict=True)]  # 1 − ρ_t
-        gain = column(weights, new.mean)
-        delta = new.mean - mine["mean"]
-        mine["activity"].copy_(self.active(mine, new, delta, gain))
-        # With ρ = 0 the statistics are those of the newest batch, and so is the number of samples behind them.
-        _put(mine["count"], [n if n and not x else c + n for c, n, x in zip(before, N, decays, strict=True)])
-        if "noise" in mine:  # 1/N of a mean with these weights
-            each = zip(mine["noise"].tolist(), weights, N, strict=True)
-            _put(mine["noise"], [v * (1 - w) ** 2 + w**2 / max(n, 1.0) for v, w, n in each])
-        for name, latest in (("size", new.count), ("examples", new.examples)):
-            if name in mine:
-                mine[name].copy_(latest)
-        if "variance" in mine:
-            mine["variance"].lerp_(new.spread, gain)
-            if isinstance(gain, float):
-                mine["variance"].addcmul_(delta, delta, value=gain * (1 - gain))
-            else:
-                mine["variance"].addcmul_(delta * (gain * (1 - gain)), delta)
-        else:
-            new.fold_spread_(mine["covariance"], gain)
-            mine["covariance"].baddbmm_((delta * (gain * (1 - gain)))[..., :, None], delta[..., None, :])
-        mine["mean"].lerp_(new.mean, gain)
-
-    def active(self, mine: dict[str, Tensor], new: Moments, delta: Tensor, gain: float | Tensor) -> Tensor:
-        """E|h − μ| and E(h − μ)² of all samples about the old μ, as their ratio a = E|h−μ|/σ."""
-        variance = variances(mine["variance" if "variance" in mine else "covariance"], delta)
-        deviation = variance.sqrt().mul_(mine["activity"]).lerp_(new.deviation, gain)
-        about = variance.lerp(torch.addcmul(new.variance, delta, delta), gain)
-        return deviation.mul_(about.rsqrt_()).nan_to_num_(0.0, 0.0)
+    def active(self, seen: Features) -> Tensor:
+        """a = E|h − μ|/σ after a fold, of features (F,)."""
+        return activity(seen)
 
     def damping_of(self, square: Tensor, state: dict[str, Tensor]) -> Tensor:
         r"""What damping adds to a variance: ε E[h²], and for inputs that are rarely active a share of the layer's mean E[h²].
@@ -251,7 +225,7 @@ class InputSide(Stacked):
         if self.damping == 0:
             return torch.zeros_like(square)
         count = by_group(state["count"], square)
-        rare = state["activity"].square().mul_(-count / (count + 8)).add_(1 / 3).clamp_min_(0)
+        rare = torch.rsub(state["activity"].square().mul_(count / (count + 8)), 1 / 3).clamp_min_(0)
         return rare.mul_(square.mean(-1, keepdim=True)).add_(square, alpha=self.damping)
 
     def map(self, state: State) -> LinearMap:
@@ -288,9 +262,15 @@ class InputSide(Stacked):
         return State(state.block, {k: v.flatten(0, 1) if v.ndim > 1 else v for k, v in mine.items()})
 
 
-def _put(t: Tensor, numbers: Sequence[float]) -> None:
-    """Write numbers of the host into a tensor (n,) of it."""
-    t.fill_(numbers[0]) if len(numbers) == 1 else t.copy_(torch.tensor(numbers, dtype=t.dtype))
+def observe(seen: Iterable[tuple[InputSide, State, Observed]]) -> None:
+    """Fold what was seen of stacks into their statistics, of those alike at once: (what acts on one, its state, inputs)."""
+    alike: dict[Any, list[Fold]] = {}
+    for P, state, inputs in seen:
+        for fold_ in P.seen(state, inputs):
+            mean = fold_.new.mean
+            alike.setdefault((P, mean.dtype, mean.device), []).append(fold_)
+    for (P, *_), folds in alike.items():
+        fold(folds, P.active)
 
 
 def key_of(name: str, part: LayerPart) -> str:

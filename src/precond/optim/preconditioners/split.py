@@ -94,9 +94,30 @@ class Split(Preconditioner):
 
     def observe(self, state: State, seen: Seen) -> None:
         for part, sub in self._each(state):
-            own = tuple(seen.gradient[i] for i in part.index)
-            average = None if seen.momentum is None else tuple(seen.momentum[i] for i in part.index)
-            on(sub.block, part.preconditioner).observe(sub, Seen(own, seen.inputs, average, _of(seen.position, part.index)))
+            on(sub.block, part.preconditioner).observe(sub, _seen(part, seen))
+
+    def descend(self, state: State, seen: Seen) -> Vec:
+        out = list(seen.gradient if seen.momentum is None else seen.momentum)
+        for part, sub in self._each(state):
+            self._put(part, out, on(sub.block, part.preconditioner).descend(sub, _seen(part, seen)))
+        return tuple(out)
+
+    def pull(self, state: State, seen: Seen) -> Vec:
+        out = list(seen.gradient)
+        for part, sub in self._each(state):
+            self._put(part, out, on(sub.block, part.preconditioner).pull(sub, _seen(part, seen)))
+        return tuple(out)
+
+    def push(self, state: State, y: Vec) -> Vec:
+        out = list(y)
+        for part, sub in self._each(state):
+            self._put(part, out, on(sub.block, part.preconditioner).push(sub, tuple(y[i] for i in part.index)))
+        return tuple(out)
+
+    @staticmethod
+    def _put(part: Part, out: list[Tensor], own: Vec) -> None:
+        for i, t in zip(part.index, own, strict=True):
+            out[i] = t
 
     def map(self, state: State) -> LinearMap:
         return BlockDiagonal(
@@ -116,6 +137,13 @@ class Split(Preconditioner):
     def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:
         for part, sub in self._each(state):
             on(sub.block, part.preconditioner).refresh(sub, [tuple(v[i] for i in part.index) for v in carried])
+
+
+def _seen(part: Part, seen: Seen) -> Seen:
+    """What was seen of a part."""
+    own = tuple(seen.gradient[i] for i in part.index)
+    average = None if seen.momentum is None else tuple(seen.momentum[i] for i in part.index)
+    return Seen(own, seen.inputs, average, _of(seen.position, part.index), seen.ready)
 
 
 def _of(position: Callable[[], Vec] | None, index: tuple[int, ...]) -> Callable[[], Vec] | None:

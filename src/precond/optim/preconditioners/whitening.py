@@ -17,9 +17,10 @@ from precond.optim.blocks import Block, Stack, State, spans, state_dtype
 from precond.optim.blocks.turns import next_renewal
 from precond.optim.checking.arguments import settle
 from precond.optim.inputs import Moments, Request
-from precond.optim.inputs.moments import by_group, column, greatest, least, variances
+from precond.optim.inputs.moments import by_group, least, variances
 from precond.optim.preconditioners.correlation import Correlation, Leading, Root, Whole
 from precond.optim.preconditioners.eigenbases import at_hand
+from precond.optim.preconditioners.folding import Features
 from precond.optim.preconditioners.input_side import InputSide, LayerPart, key_of
 
 _REQUEST = Request("covariance", "patch")
@@ -123,16 +124,15 @@ class Whitening(InputSide):
         enough = self.samples * new.mean.shape[-1]
         return [min(max(1 - n / enough, 0.0), self.decay) for n in new.count.tolist()]
 
-    def active(self, mine: dict[str, Tensor], new: Moments, delta: Tensor, gain: float | Tensor) -> Tensor:
-        found = super().active(mine, new, delta, gain)
-        if not self.samples or not greatest(mine["count"]):
+    def active(self, seen: Features) -> Tensor:
+        found = super().active(seen)
+        if not self.samples or seen.known is False:
             return found
         # Deviations are from the mean before. About the new one E|h − μ| may be less by |Δμ|: an input that has died, whose mean has
         # moved to where it always is now, deviated much from where it was, and would count as active.
-        own = (new.deviation - delta.abs()).clamp_min_(0).mul_(new.variance.rsqrt()).nan_to_num_(0.0, 0.0)
-        least_of_both = torch.minimum(found, mine["activity"].lerp(own, gain))
-        known = column([float(n > 0) for n in mine["count"].tolist()], found)
-        return least_of_both if isinstance(known, float) else torch.where(known > 0, least_of_both, found)
+        own = (seen.deviation - seen.delta.abs()).clamp_min_(0).mul_(seen.latest.rsqrt()).nan_to_num_(0.0, 0.0)
+        least_of_both = torch.minimum(found, seen.activity.lerp(own, seen.gain))
+        return least_of_both if seen.known is True else torch.where(seen.known, least_of_both, found)
 
     def fresh(self, part: LayerPart, block: Block) -> dict[str, Tensor]:
         weight = block.leaves[part.weight].param

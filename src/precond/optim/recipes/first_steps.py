@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ class FirstSteps:
     """
 
     def __init__(self) -> None:
-        self._gradients: dict[str, list[Tensor]] = {}
+        self._gradients: list[dict[str, Tensor]] = []
 
     def __call__(self, optimizer: PreconditionedGD) -> dict[str, Any] | None:
         """None until all whitened layers have made so many steps, and once it is known."""
@@ -44,9 +45,7 @@ class FirstSteps:
         samples: dict[str, float] = {}
         alike: dict[str, tuple[torch.Size, int]] = {}
         whitened = [(cell, shared, P) for cell, shared in _each(optimizer.cells) if (P := _whitening(cell)) is not None]
-        for cell, _, _ in whitened:
-            for leaf in cell.leaves:
-                self._note(leaf)
+        self._note([leaf for cell, _, _ in whitened for leaf in cell.leaves if leaf.ndim > 1])
         if any(min(cell.state.steps) < MEASURED_AFTER for cell, _, _ in whitened):
             return None
         for cell, shared, P in whitened:
@@ -60,7 +59,7 @@ class FirstSteps:
         for shared in optimizer.shared:
             names = [leaf.name for cell in shared.inside if _whitening(cell) is not None for leaf in cell.leaves]
             _tell(shared, names, shares, samples)
-        noise = {name: _noise(self._gradients.get(name, [])) for name in shares}
+        noise = {name: _noise([g[name] for g in self._gradients if name in g]) for name in shares}
         self._gradients.clear()
         # Layers of one shape decide together, by the least: they are stepped side by side.
         least = {kind: min(s for name, s in shares.items() if alike[name] == kind) for kind in map(alike.get, shares)}
@@ -71,15 +70,22 @@ class FirstSteps:
             "seen": {name: (float(f"{samples[name]:.3g}"), noise[name]) for name in shares},
         }
 
-    def _note(self, leaf: Leaf) -> None:
-        g = leaf.param.grad
-        # Ranks that hold parts see other entries each, and would tell different numbers.
-        if g is None or leaf.ndim < 2 or divided(g) or g.is_sparse:
-            return
-        kept = self._gradients.setdefault(leaf.name, [])
-        if len(kept) < MEASURED_AFTER:  # others may have no gradient for long
-            entries = g.detach().reshape(-1)
-            kept.append(entries[:: max(1, -(-len(entries) // SAMPLED))].float().clone())
+    def _note(self, leaves: Sequence[Leaf]) -> None:
+        kept = Counter(name for known in self._gradients for name in known)
+        found: dict[torch.device, dict[str, Tensor]] = {}
+        for leaf in leaves:
+            g = leaf.param.grad
+            # Ranks that hold parts see other entries each, and would tell different numbers; others may have no gradient for long.
+            if g is not None and not g.is_sparse and not divided(g) and kept[leaf.name] < MEASURED_AFTER:
+                n = g.numel()
+                g = g.detach().float()
+                found.setdefault(g.device, {})[leaf.name] = g if n <= SAMPLED else g.reshape(-1)[:: -(-n // SAMPLED)]
+        noted: dict[str, Tensor] = {}
+        for there in found.values():
+            together = torch.cat([g.reshape(-1) for g in there.values()])
+            noted |= zip(there, together.split([g.numel() for g in there.values()]), strict=True)
+        if noted:
+            self._gradients.append(noted)
 
 
 def _each(cells: Iterable[Cell]) -> Iterator[tuple[Cell, Shared | None]]:

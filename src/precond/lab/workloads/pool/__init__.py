@@ -1,7 +1,20 @@
-"""A pool of small tasks of many kinds, made offline: some for development, some locked."""
+"""A pool of small tasks of many kinds, made offline: some for development, some locked, some for one confirmation."""
 
-from precond.lab.workloads.pool.halves import DEVELOPMENT, LOCKED, OPENED, Half
+from precond.lab.workloads.pool.halves import CONFIRMATION, DEVELOPMENT, LOCKED, OPENED, Half
 from precond.lab.workloads.pool.member import Family, Member
 from precond.lab.workloads.pool.tasks import POOL, REFERENCE, RULES, members, pool_tasks
 
-__all__ = ["DEVELOPMENT", "LOCKED", "OPENED", "POOL", "REFERENCE", "RULES", "Family", "Half", "Member", "members", "pool_tasks"]
+__all__ = [
+    "CONFIRMATION",
+    "DEVELOPMENT",
+    "LOCKED",
+    "OPENED",
+    "POOL",
+    "REFERENCE",
+    "RULES",
+    "Family",
+    "Half",
+    "Member",
+    "members",
+    "pool_tasks",
+]

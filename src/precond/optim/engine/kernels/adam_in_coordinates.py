@@ -13,10 +13,9 @@ from precond.algebra.vec import Scalar, Tensors
 from precond.optim.blocks import State
 from precond.optim.engine.cells import Cell
 from precond.optim.engine.kernels.factors import Cached, Factor, Factors
-from precond.optim.engine.kernels.layer import CachedOnStatistics, layer_of
+from precond.optim.engine.kernels.layer import CachedOnStatistics, OfLayer, layer_of
 from precond.optim.momentum import Momentum
 from precond.optim.preconditioners import BNP, RMS, RelativeRMS, Whitening
-from precond.optim.preconditioners.base import Seen
 from precond.optim.preconditioners.stacked import on
 from precond.optim.preconditioners.workspace import WORKSPACE
 
@@ -39,7 +38,7 @@ class _Outer:
 
 
 @dataclass
-class AdamInCoordinates:
+class AdamInCoordinates(OfLayer):
     r"""y = P₁ᵀg, u = m̂/(√r̂ + ε), p ← (1 − αλ)p − αsP₁u, m and r averages of y and of y², s of RelativeRMS.
 
     Per layer Y = ((g_W − g_b μᵀ)/σ)R, y_b = βg_b; dW = (U Rᵀ)/σ, W ← W − αdW, b ← b − α(βu_b − dW μ). Blocks that the outer map
@@ -61,13 +60,14 @@ class AdamInCoordinates:
         self._kept, self._factors = CachedOnStatistics(self.P, self._make), Factors(self._narrow)
         self._of_scale: Cached[float] = Cached()
 
+    def observed(self, cell: Cell) -> tuple[BNP | Whitening, State] | None:
+        return (self.P, cell.state["outer"]) if self.groups else None
+
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         if not self.groups:
             self._adam(cell, p, g, lr, self.decay, maximize)
             return
         outer = cell.state["outer"]
-        if cell.inputs:
-            on(outer.block, self.P).observe(outer, Seen((), cell.inputs))
         if (P1 := self._kept(outer)) is None:
             self._adam(cell, p, g, lr, self.decay, maximize)
         else:

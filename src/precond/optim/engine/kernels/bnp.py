@@ -10,15 +10,13 @@ from torch import Tensor
 from precond.algebra.vec import Scalar, Tensors
 from precond.optim.blocks import State
 from precond.optim.engine.cells import Cell
-from precond.optim.engine.kernels.layer import CachedOnStatistics, is_plain
+from precond.optim.engine.kernels.layer import CachedOnStatistics, OfLayer, is_plain
 from precond.optim.momentum import Momentum
 from precond.optim.preconditioners import BNP
-from precond.optim.preconditioners.base import Seen
-from precond.optim.preconditioners.stacked import on
 
 
 @dataclass
-class BNPStep:
+class BNPStep(OfLayer):
     r"""W ← W − α dW, b ← b − α db with dW = (g_W − g_b μᵀ)/σ̃², db = β²g_b − dW μ (Ye, eqs. 25–27), expanded.
 
     With s = 1/σ̃²: W ← W − α g_W∘s + α g_b(μ∘s)ᵀ and dW μ = g_W(μ∘s) − g_b Σμ²s. The vectors are kept until inputs are observed again.
@@ -31,9 +29,10 @@ class BNPStep:
     def __post_init__(self) -> None:
         self._kept = CachedOnStatistics(self.P, _vectors)
 
+    def observed(self, cell: Cell) -> tuple[BNP, State]:
+        return self.P, cell.state
+
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
-        if cell.inputs:
-            on(cell.block, self.P).observe(cell.state, Seen((), cell.inputs))
         lr = float(lr)
         if self.decay:
             torch._foreach_mul_(p, 1 - lr * self.decay)

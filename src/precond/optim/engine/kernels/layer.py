@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
 from precond.algebra.maps import Layout
 from precond.optim.blocks import Block, State
+from precond.optim.engine.cells import Cell
+from precond.optim.preconditioners import input_side
 from precond.optim.preconditioners.input_side import InputSide
 
 Made = TypeVar("Made")
+
+
+class OfLayer(ABC):
+    """A kernel of one layer, which finds the statistics of its inputs as :func:`observe` has left them."""
+
+    @abstractmethod
+    def observed(self, cell: Cell) -> tuple[InputSide, State] | None:
+        """What the inputs are folded into, and by whom; None where they are not observed."""
+
+
+def observe(steps: Iterable[tuple[Any, Cell]]) -> None:
+    """Fold what layers have received since the last step, of all that kernels are about to step at once."""
+    found = [(kernel.observed(cell), cell.inputs) for kernel, cell in steps if cell.inputs and isinstance(kernel, OfLayer)]
+    input_side.observe([(of[0], of[1].as_stack(), inputs) for of, inputs in found if of is not None])
 
 
 def layer_of(P: InputSide, block: Block) -> Layout | None:

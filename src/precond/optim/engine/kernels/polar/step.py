@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Generic, TypeVar
@@ -14,12 +14,11 @@ from precond.algebra.maps import augmented
 from precond.algebra.vec import Scalar, Tensors
 from precond.optim.blocks import State
 from precond.optim.engine.cells import Cell
-from precond.optim.engine.kernels.layer import CachedOnStatistics
+from precond.optim.engine.kernels.layer import CachedOnStatistics, OfLayer
 from precond.optim.inputs import Request
 from precond.optim.inputs.moments import REQUESTS
 from precond.optim.momentum import Momentum
 from precond.optim.preconditioners import BNP, Polar, Whitening
-from precond.optim.preconditioners.base import Seen
 from precond.optim.preconditioners.polar_roots import root_of
 from precond.optim.preconditioners.stacked import on
 
@@ -47,7 +46,7 @@ class Schedule:
 
 
 @dataclass
-class PolarStep(ABC, Generic[Outer, Average, Tangent]):
+class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
     r"""p ← (1 − αλ)p − αs·d with d = P₁ L^(−1/2) P₁ᵀ m, s such that ‖s·L^(−1/2)P₁ᵀm‖ is the length of a step.
 
     Attributes:
@@ -100,6 +99,9 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
     def _move(self, p: Tensors, P1: Outer | None, d: Tangent, keep: float, alpha: float) -> None:
         """p ← keep·p + αd."""
 
+    def observed(self, cell: Cell) -> tuple[BNP | Whitening, State] | None:
+        return None if self.outer is None else (self.outer, cell.state["outer"])
+
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         if not self._shape:
             rows = p[0].shape[0]
@@ -109,8 +111,6 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
         if self._kept is not None:
             assert self.outer is not None
             state = cell.state["inner"]
-            if shown:
-                on(cell.block, self.outer).observe(cell.state["outer"], Seen((), cell.inputs))
             P1 = self._kept(cell.state["outer"])
         if maximize:
             g = torch._foreach_neg(g)
@@ -121,8 +121,7 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
         L = state["gram"]
         # Whether nothing was observed yet is looked at where L is another than when it was last.
         if first := self._seen != L._version and self.P.is_fresh(state):
-            z = tuple(p) if self.outer is None else on(cell.block, self.outer).map(cell.state["outer"]).solve(tuple(p))
-            self.P.measure(state, augmented(z), torch.tensor(True))
+            self.P.measure(state, self._inside(cell, p, P1), torch.tensor(True))
         else:
             self._seen = L._version
         if first or self._is_exact(state):
@@ -134,10 +133,17 @@ class PolarStep(ABC, Generic[Outer, Average, Tangent]):
             m, size = self._unit(P1, self._average(cell, g, P1))
             d, norm = self._turned(state, P1, m)
         state["norm"].fill_(norm * size)
-        lr, length = float(lr), self.P.step_length(state["rank"].item(), state["length"].item(), self._shape)
+        rank, length, N = (state[name].item() for name in ("rank", "length", "size"))
+        lr, length = float(lr), self.P.step_length(rank, length, self.P.spread(N, self._shape), self._shape)
         self._move(p, P1, d, 1 - lr * self.decay, -lr * length / norm if norm else 0.0)
         if isinstance(self.outer, Whitening) and self._of_outer.due(cell.state["outer"], self.outer.every):
             on(cell.block, self.outer).refresh(cell.state["outer"])
+
+    def _inside(self, cell: Cell, p: Tensors, P1: Outer | None) -> Tensor:
+        """P₁⁻¹p as a matrix, a row for each output."""
+        return augmented(
+            tuple(p) if self.outer is None else on(cell.block, self.outer).map(cell.state["outer"]).solve(tuple(p))
+        )
 
     def _is_exact(self, state: State) -> bool:
         """Whether L is that of m itself."""
