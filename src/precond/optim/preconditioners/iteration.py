@@ -142,7 +142,7 @@ class _Within(_Columns):
         self.pieces = _pieces(n, PIECE // (k * n * Q.element_size()))
         # Of what comes of S nothing is known before it is where Q was.
         limits, top = torch.finfo(S.dtype), S.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
-        self.finite = (S.sum((-2, -1)).abs() < torch.inf)[:, None] & (top < limits.max / n)
+        self.finite = (S.sum((-2, -1)) < torch.inf)[:, None] & (top < limits.max / n)
         self.moves = (top > limits.tiny * n) & self.finite
 
     def multiply(self, moves: Tensor) -> Tensor:
@@ -164,6 +164,7 @@ class _Within(_Columns):
             columns = self.Q[..., piece]
             columns.copy_(columns.gather(-2, index[..., None].expand(columns.shape)))
         self.order, self.diagonal = order, self.A.diagonal(dim1=-2, dim2=-1).clone()
+        self.norms = torch.linalg.vector_norm(self.A, dim=-2, keepdim=True).clamp_min_(torch.finfo(self.A.dtype).tiny)
 
     def _restore(self) -> None:
         """A as it was put, its last columns first: none depends on reflections after its own."""
@@ -173,7 +174,7 @@ class _Within(_Columns):
 
     def _restore_piece(self, piece: slice) -> None:
         R = self.A[..., piece].triu(-piece.start)
-        sizes = torch.linalg.vector_norm(R, dim=-2, keepdim=True).clamp_min_(torch.finfo(R.dtype).tiny)
+        sizes = self.norms[..., piece]
         Y = torch.ormqr(self.A[..., : piece.stop], self.tau[..., : piece.stop], R.div_(sizes))
         del R
         # An entry of rounding where zero was would decide the sign of a reflection.
