@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from precond.optim.ranks.exchange import dealt
+from precond.optim.ranks.exchange import balanced
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def row(recipe: str, n: int, matrices: list[tuple[int, int]], tokens: int, machi
     work = [PRODUCTS[recipe](a, b) for a, b in matrices]
     roots = [ROOTS[recipe](a, b) for a, b in matrices]
     seconds = [w / machine.flops + r / machine.roots for w, r in zip(work, roots, strict=True)]
-    owners = dealt(seconds, n)
+    owners = balanced(seconds, n)
     own = [0.0] * n
     sent = [0.0] * n
     for k, (owner, (a, b)) in enumerate(zip(owners, matrices, strict=True)):

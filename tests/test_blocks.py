@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import precond
 from precond import RMS, AdaGrad, Composition, Dense, Fixed, Preconditioner, Route, State
 from precond.optim.blocks import (
     Block,
@@ -71,8 +72,24 @@ class Prompt(nn.Module):
 def test_kinds(module, kinds):
     leaves = leaves_of(module)
     assert {leaf.name: leaf.kind for leaf in leaves} == kinds
-    assert [is_decayed(leaf) for leaf in leaves] == [kind == "weight" for kind in kinds.values()]
+    assert [is_decayed(leaf) for leaf in leaves] == [leaf.kind == "weight" and leaf.ndim >= 2 for leaf in leaves]
     assert [is_matrix(leaf) for leaf in leaves] == [leaf.kind == "weight" and leaf.ndim >= 2 for leaf in leaves]
+
+
+def test_scales_slopes_and_gates_are_not_decayed():
+    """Whether the module is known or not: as of named parameters, which is the usual rule."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.slope = nn.Linear(4, 4), nn.PReLU(4)
+            self.gamma, self.gate = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(()))
+
+    model = Scaled()
+    of_model, of_names = (precond.decay_groups(params, 0.1) for params in (model, list(model.named_parameters())))
+    names = [[[name for name, _ in group["params"]] for group in groups] for groups in (of_model, of_names)]
+    assert sorted(names[0][0]) == ["layer.weight"]
+    assert [sorted(group) for group in names[0]] == [sorted(group) for group in names[1]]
 
 
 @pytest.mark.parametrize(

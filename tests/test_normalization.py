@@ -463,7 +463,17 @@ class Skip(nn.Module):
         return self.bn(x).relu() + x
 
 
+def hooked(register):
+    """Linear, batch normalization, ReLU, linear, batch normalization's hooks or a neighbor's changing what passes."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    register(model)
+    return model
+
+
 STAYS = {
+    "hook on it": (lambda: hooked(lambda m: m[1].register_forward_hook(lambda m, i, o: o + 1)), (4,), "hook on '1'"),
+    "pre-hook on it": (lambda: hooked(lambda m: m[1].register_forward_pre_hook(lambda m, a: (2 * a[0],))), (4,), "hook on '1'"),
+    "hook on its layer": (lambda: hooked(lambda m: m[0].register_forward_hook(lambda m, i, o: 2 * o)), (4,), "hook on '0'"),
     "skip connection": (Skip, (4,), "feeds 'relu'"),
     "between activations": (lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)), (4,), "'1': it feeds 2"),
     "at the end": (lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm1d(4)), (4,), "feeds the output"),

@@ -48,6 +48,13 @@ def test_the_ratio_of_the_last_update(name):
 
 @pytest.mark.parametrize("space", ["p", "z"])
 @pytest.mark.parametrize("name", precond.RECIPES)
+def test_the_ratio_of_a_clipped_update(name, space):
+    optimizer, moved, p, _ = stepped(name, max_norm=1e-3, norm_space=space)
+    assert optimizer.last.update_ratio == pytest.approx((moved.norm() / p.norm()).item(), **CLOSE)
+
+
+@pytest.mark.parametrize("space", ["p", "z"])
+@pytest.mark.parametrize("name", precond.RECIPES)
 def test_numbers_of_the_last_step(name, space):
     optimizer, _, p, g = stepped(name, regularizers=[L2(LAM, space)])
     M = dense_gram(optimizer.map(), [p for group in optimizer.param_groups for p in group["params"]])

@@ -245,12 +245,22 @@ def test_a_frozen_layer_has_neurons_too():
     assert [layer.name for layer in precond.diagnose(objective).layers] == ["2"]
 
 
-def test_an_optimizer_without_a_root_is_noted():
+def test_of_an_optimizer_that_states_no_root_the_symmetric_one_is_taken():
     model, objective = problem("a bare layer without a bias")
     optimizer = precond.muon(model, lr=0.01)
     for _ in range(2):
         optimizer.zero_grad()
         sum(CROSS(model(x), y) for x, y in objective.batches[:1]).backward()
         optimizer.step()
+    P = precond.preconditioner_of(optimizer, objective)
+    blocks = []  # M of a matrix, which is one: γ(mmᵀ)^(-1/2) as the iteration of the step has it
+    for p in objective.params:
+        basis = torch.eye(p.numel(), dtype=p.dtype).view(-1, *p.shape)
+        blocks.append(torch.stack([optimizer.map([p]).gram((e,))[0].flatten() for e in basis], 1).double())
+    M, H = torch.block_diag(*blocks), precond.hessian(objective).to_dense().double()
+    torch.testing.assert_close((P @ P.T).to_dense().double(), M, rtol=1e-5, atol=1e-6)
     found = precond.diagnose(objective, optimizer, curvature="hessian")
-    assert any("no root P" in note for note in found.notes) and found.lam_max > 0 and found.lr_limit is None
+    assert not any("root" in note for note in found.notes)
+    assert (
+        found.lam_max == pytest.approx(torch.linalg.eigvals(M @ H).real.max().item(), rel=1e-3) and found.lr_limit is not None
+    )

@@ -437,6 +437,9 @@ def test_notes():
     assert "rnn.weight_hr_l0 is a projection of hidden states" in notes
     assert "unused.weight was not called" in notes and "take a step" in notes and "after 10 steps of a copy" in notes
     assert "more than max_inputs=3" in " ".join(diagnose(objective, max_inputs=3).notes)
+    log_of_negative = Objective(nn.Linear(3, 2), lambda out, _: out.sum().sub(1e6).log(), [(torch.ones(4, 3), torch.zeros(4))])
+    with pytest.raises(ValueError, match="the loss of batch 0 is nan; look for divergence"):
+        diagnose(log_of_negative)
     with torch.no_grad():
         model.out.weight.fill_(math.nan)
         model.rnn.weight_ih_l0.fill_(math.nan)

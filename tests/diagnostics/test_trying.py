@@ -204,3 +204,16 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     assert main(["lr-range", "wine", "--model", "linear", "--recipe", "adam", "--steps", "5", "--ramp-steps", "30"]) == 0
     assert "Learning rate" in capsys.readouterr().out
     assert main(["lr-range", "wine", "--steps", "0"]) == 2
+    second_gradient = [
+        "lr-range",
+        "wine",
+        "--model",
+        "linear",
+        "--recipe",
+        "adamw+SAM(0.05)",
+        "--steps",
+        "5",
+        "--ramp-steps",
+        "10",
+    ]
+    assert main(second_gradient) == 0

@@ -45,23 +45,27 @@ def layers(n: int, width: int, wrap: str) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def _backward(model: nn.Module, k: int, width: int) -> None:
-    x = torch.randn(32, width, generator=torch.Generator().manual_seed(k))
+def _backward(model: nn.Module, k: int, width: int, ranks: Sequence[int]) -> None:
+    """Of the joint batch of some ranks, of 32 samples each."""
+    x = torch.cat([torch.randn(32, width, generator=torch.Generator().manual_seed(1000 * k + r)) for r in ranks])
     model(x).square().mean().backward()
 
 
 def _ready(recipe: str, wrap: str, n: int, width: int, steps: int) -> Iterator[Any]:
-    """The optimizer of some layers, before each of some steps, with the gradients of a batch."""
+    """The optimizer of some layers, before each of some steps, with the gradients of a rank's batch; alone of all ranks'."""
     model = layers(n, width, wrap)
     optimizer = RECIPES[recipe](model)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     for k in range(steps):
         optimizer.zero_grad()
-        _backward(model, k, width)
+        _backward(model, k, width, range(world) if wrap == "alone" else [rank])
         yield optimizer
 
 
 def seconds(recipe: str, wrap: str = "ddp", n: int = 16, width: int = 256, steps: int = 24) -> dict[str, float]:
     """Of processors in ``step()``, after a first one: of this process, whose threads also move what is sent, and of this thread alone.
+
+    Wrapped ``"alone"`` it does all the work of the ranks: it has the samples of all of them.
 
     Of the thread's, those for the others' ``statistics`` of inputs, and for the ``exchange`` of gradients, steps and parameters: what it puts
     together and takes apart, and its part of the collectives.

@@ -183,6 +183,25 @@ def test_inputs_that_are_not_finite_and_a_gradient_that_is(policy):
     assert [optimizer.state[p]["count"].item() for p in (model.conv.weight, model.head.weight)] == [60.0, 48.0]
 
 
+@pytest.mark.parametrize("choice", [*CHOICES.values(), Whitening], ids=[*CHOICES, "whitening"])
+def test_a_model_that_is_frozen_for_the_loss_of_another_and_thawed_for_its_own(choice):
+    """As the critic of a GAN: forwards while it is frozen do not count, and the next of its own do."""
+
+    def train(freezes):
+        model, optimizer = make(choice())
+        for k in range(4):
+            model.requires_grad_(True)
+            optimizer.zero_grad()
+            model(batch(k)).square().mean().backward()
+            optimizer.step()
+            if freezes:
+                model.requires_grad_(False)
+                model(batch(9).requires_grad_()).mean().backward()
+        return snapshot(model, optimizer)
+
+    check_same(train(True), train(False))
+
+
 def test_inputs_as_hooks_of_others_leave_them_whenever_these_were_put_on():
     """A hook that changes what a layer receives (quantization, noise) counts, before or after the optimizer's, from its first forward on."""
 

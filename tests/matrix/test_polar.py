@@ -387,7 +387,8 @@ def test_bnp_before_polar_sees_standardized_momentum() -> None:
         plain.bias.copy_(raw.bias + raw.weight @ mean)
     outer = BNP(decay=0.0, damping=0.0)
     a = PreconditionedGD(raw, lr=0.1, preconditioner=outer @ Polar(every=1), engine="loop")
-    b = PreconditionedGD(plain, lr=0.1, preconditioner=Polar(every=1), engine="loop")
+    longer = (5 / 3) ** 0.25  # of 3 outputs and 5 inputs with the bias, which are known to be white in one case alone
+    b = PreconditionedGD(plain, lr=0.1 * longer, preconditioner=Polar(every=1), engine="loop")
     for _ in range(4):
         for layer, inputs, optimizer in ((raw, x, a), (plain, (x - mean) / std, b)):
             optimizer.zero_grad()
@@ -429,3 +430,28 @@ def test_steps_of_a_few_directions_have_the_spectral_norm_of_the_layer(
     values = torch.linalg.svdvals(p.detach())
     torch.testing.assert_close(values[:3], torch.full((3,), (A / B) ** 0.5, dtype=torch.float64), rtol=1e-5, atol=0)
     assert values[3:].amax() < 1e-6
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize(("rows", "n"), [(1, 9), (3, 9), (9, 9), (20, 9), (1, 4), (3, 4), (4, 4)], ids=str)
+def test_white_inputs_make_steps_of_few_outputs_longer(rows: int, n: int, engine: str) -> None:
+    """The root mean square of changed outputs is c for inputs in the directions of a step where ‖D‖_F = c√(Aρ/B), and c√(ρ/B) for white ones.
+
+    Of inputs that span n directions of B it is c where ‖D‖_F = c√(An/B); between the two is their geometric mean.
+    """
+    torch.manual_seed(0)
+    layer = nn.Linear(9, rows, bias=False).double()
+    with torch.no_grad():
+        layer.weight.mul_(0.1)
+    P = BNP(decay=0.0, damping=0.0) @ Polar(damping=0.0, gain=1.5)
+    optimizer, before = PreconditionedGD(layer, lr=0.1, preconditioner=P, engine=engine), layer.weight.detach().clone()
+    # White already, so that the step in z is that in p; four samples: the other inputs are 0.
+    x = 2 * torch.eye(4, 9).double() if n == 4 else torch.linalg.qr(torch.randn(200, 9).double()).Q * 200**0.5
+    assert "steps ×" not in optimizer.explain().rows[0].why
+    (layer(x) * torch.randn(len(x), rows).double()).mean().backward()
+    optimizer.step()
+    D, directions = (before - layer.weight.detach()) / 0.1, min(rows, n)
+    lengths = 1.5 * (rows * directions / 9) ** 0.5, 1.5 * (rows * n / 9) ** 0.5
+    torch.testing.assert_close(float(D.norm()), (lengths[0] * lengths[1]) ** 0.5, rtol=1e-6, atol=0)
+    told = f"{rows} outputs: steps × {(n / directions) ** 0.25:.2g}" in optimizer.explain().rows[0].why
+    assert told == (rows < n)

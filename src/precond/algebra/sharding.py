@@ -32,6 +32,8 @@ def local(t: Tensor) -> Tensor:
     """The part of a DTensor that this process holds, the same memory; any other tensor itself."""
     if not divided(t):
         return t
+    if not torch.is_grad_enabled():  # as in a step, which asks for many
+        return t.to_local()  # type: ignore[attr-defined]
     with torch.no_grad():
         return t.to_local()  # type: ignore[attr-defined]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 Vec = tuple[Tensor, ...]
 Tensors = tuple[Tensor, ...] | list[Tensor]
@@ -143,7 +144,11 @@ def all_finite(a: Vec) -> bool:
     full = [t for t in a if t.numel()]
     if not all([t.device.type == "cpu" for t in full]):
         return math.isfinite(norm(tuple(full), math.inf))
-    total = sum([t.sum().item() for t in full])  # reading a number here is cheaper than an operation
+    sizes = [t.numel() for t in full]
+    if len(full) > 2 and sum(sizes) < 2**16 and len({t.dtype for t in full}) == 1:  # a call costs more than the arithmetic
+        total = _flatten_dense_tensors(full).sum().item()
+    else:
+        total = sum([t.sum().item() for t in full])  # reading a number here is cheaper than an operation
     return math.isfinite(total) or all(bool(t.isfinite().all()) for t in full)
 
 

@@ -59,13 +59,13 @@ def gather(
         for tap, weight in site.taps:
             hook = partial(streams[site].see, tap, weight)
             handles.append(tap.module.register_forward_pre_hook(hook, with_kwargs=True))
-    outputs = _Outputs(objective.model, sites)
+    outputs, losses = _Outputs(objective.model, sites), list[Tensor]()
     handles += outputs.handles
     try:
         for index in range(len(objective.batches)):
             with objective.measuring(index):
                 # With gradients on: attention's fast path calls no layers, and where inputs come from is read from the graph.
-                objective.evaluate(index)
+                losses.append(objective.evaluate(index).loss.detach())
             outputs.clear()
             for stream in streams.values():
                 stream.end()
@@ -78,6 +78,12 @@ def gather(
     biases = {site: site.bias is not None and id(site.bias) in trained for site in sites}
     seen = [site for site in sites if streams[site].count]
     made = [streams[site].gathered(biases[site], site in outputs.recentered, site in outputs.rescaled) for site in seen]
+    for index, loss in enumerate(losses):
+        if not loss.isfinite():
+            raise ValueError(
+                f"diagnose: the loss of batch {index} is {loss.item()}; look for divergence (a checkpoint before, a lower learning rate) or "
+                "at the data and the loss function"
+            )
     return [replace(seen, alike=chosen[seen.site][0], share=chosen[seen.site][1]) for seen in made], notes
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from precond.algebra.maps import BlockDiagonal, Diagonal, Identity, InverseRoot, LinearMap, Scaled
 from precond.algebra.vec import Vec
 from precond.analysis.curvature import Objective
+from precond.analysis.curvature.precision import rooted
 from precond.analysis.diagnostics import peers, torch_optimizers  # noqa: F401 - registers them
 from precond.analysis.diagnostics.registry import MapOf, registered
 from precond.optim.optimizer import PreconditionedGD
@@ -27,6 +28,8 @@ def preconditioner_of(
     α·λ_max(PᵀHP) < 2 is their limit of stability without momentum. (Where all rates are 0 there is no ratio, and none is
     taken.) That is exact where the tensors of one joint block share a rate. Frozen parameters are left as they are, P = I, and so
     are those that have had no gradient yet: see :meth:`PreconditionedGD.map`.
+
+    Where an optimizer states M alone (:class:`~precond.Muon`) P is the symmetric root M^(1/2).
 
     ``condition_number(P.T @ hessian(objective) @ P, float64=True)`` takes both to float64.
 
@@ -58,7 +61,7 @@ def preconditioner_of(
     wanted, names = _aligned(optimizer, params)
     with torch.no_grad():
         if isinstance(optimizer, PreconditionedGD):
-            map_ = optimizer.map(wanted)
+            map_ = rooted(optimizer.map(wanted))
         else:
             map_ = _from_state(optimizer, wanted, names)
         return _weighted(map_, _ratios(optimizer, wanted))

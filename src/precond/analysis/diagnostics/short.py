@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from precond.analysis.curvature import Objective
 from precond.analysis.curvature.batches import checked, moved
 from precond.analysis.curvature.isolation import in_mode
+from precond.optim.optimizer import PreconditionedGD
+from precond.optim.optimizer.closures import LossClosure
 
 Make = Callable[[nn.Module, float], torch.optim.Optimizer]
 """(model, learning rate) ↦ optimizer."""
@@ -128,6 +130,8 @@ def short_training(
 
 def one_step(objective: Objective, optimizer: torch.optim.Optimizer, index: int) -> float:
     """One step of the objective's own model on a batch, and the loss before it."""
+    if isinstance(optimizer, PreconditionedGD):  # which may need a second gradient
+        return float(optimizer.step(LossClosure(lambda: training_loss(objective, index))))
     optimizer.zero_grad()
     loss = training_loss(objective, index)
     loss.backward()

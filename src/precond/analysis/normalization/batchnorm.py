@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from precond.algebra.warning import warn
 from precond.analysis.normalization import folding
 from precond.analysis.normalization.norms import NORMS, Features, gamma_beta, own_forward, without_affine
+from precond.optim.inputs.hooks import WeakHook
 
 _DROPOUT = nn.modules.dropout._DropoutNd
 
@@ -127,6 +128,7 @@ def _replaced(
             at = found.get(name)
             if at is None:
                 raise folding.CannotFold("torch.fx cannot trace the forward that calls it, or calls it several times")
+            _refuse_hooks(name, *bn._forward_pre_hooks.values(), *bn._forward_hooks.values())
             new = _folded(model, at, bn, scale, shift, backward)
         except folding.CannotFold as error:
             stay.append(f"{name!r}: {error}")
@@ -145,14 +147,22 @@ def _folded(
     """The layers that take the place of the neighbors."""
     if backward and at.before is not None:
         name, layer = _layer(model, at.before)
+        _refuse_hooks(name, *layer._forward_hooks.values())
         return {name: folding.before(layer, scale, shift)}
     if at.why is not None:
         raise folding.CannotFold(at.why)
     new, features = {}, Features.of(norm)
     for target, flattened in at.after:
         name, layer = _layer(model, target)
+        _refuse_hooks(name, *layer._forward_pre_hooks.values())
         new[name] = folding.after(layer, *(_spread(t, features, name, layer, flattened) for t in (scale, shift)))
     return new
+
+
+def _refuse_hooks(name: str, *hooks: Any) -> None:
+    """Raise CannotFold where a hook stands between a normalization and its neighbor, and may change what passes."""
+    if any(not isinstance(hook, WeakHook) for hook in hooks):  # which changes nothing
+        raise folding.CannotFold(f"a hook on {name!r} may change what passes; remove it first")
 
 
 def _spread(t: Tensor, features: Features, name: str, layer: nn.Linear | _ConvNd, flattened: bool) -> Tensor:

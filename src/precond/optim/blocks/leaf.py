@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from precond.algebra.sharding import Shard, local
-from precond.optim.ranks.exchange import Pieces, held_by
+from precond.optim.ranks.pieces import Pieces, held_by
 
 _OUTPUTS = {"head", "heads", "lm_head", "classifier", "output", "readout", "unembed", "logits"}
 
@@ -137,7 +137,9 @@ def matches(rule: Rule | None, leaf: Leaf) -> bool:
 
 
 def is_decayed(leaf: Leaf) -> bool:
-    """Whether a parameter is none of a bias, a normalization layer's parameter, an embedding: what weight decay is usually meant for.
+    """Whether a parameter is a matrix or a kernel of some layer, and no table of embeddings: what weight decay is usually meant for.
+
+    Biases, parameters of normalization layers, and scales, slopes and gates of other modules (one-dimensional, or numbers) are not.
 
     Args:
         leaf: the parameter with what is known of it.
@@ -153,7 +155,7 @@ def is_decayed(leaf: Leaf) -> bool:
         >>> [precond.is_decayed(leaf) for leaf in (weight, bias)]
         [True, False]
     """
-    return leaf.kind == "weight"
+    return is_matrix(leaf)
 
 
 def is_matrix(leaf: Leaf) -> bool:

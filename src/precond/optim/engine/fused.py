@@ -36,9 +36,7 @@ def kernel(cell: Cell, choices: Sequence[Choice], rules: Rules) -> Kernel | None
         choices: of each leaf of the cell. Where a layer's weight and bias decay differently, in z, the decay is P(2λP⁻¹p) and moves
             both: there is no kernel for that.
     """
-    decay, *others = dict.fromkeys(_decay(choice, rules) for choice in choices)
-    plain = all(t.dtype in (torch.float32, torch.float64) and _dense(t) for t in cell.block.all_tensors)
-    if others or decay is None or rules.max_norm is not None or not plain:
+    if (decay := decay_alone(cell.block, choices, rules)) is None:
         return None
     on_cpu = all(t.device.type == "cpu" for t in cell.block.tensors)
     if not on_cpu and not all(t.device.type in _get_fused_kernels_supported_devices() for t in cell.block.tensors):
@@ -54,6 +52,13 @@ def kernel(cell: Cell, choices: Sequence[Choice], rules: Rules) -> Kernel | None
         found = entrywise(P.inner, momentum, decay)
         return None if found is None else _OfInner(found)
     return entrywise(P, momentum, decay)
+
+
+def decay_alone(block: Block, choices: Sequence[Choice], rules: Rules) -> Decay | None:
+    """The one decay of all leaves of a block of plain tensors, which is all that is added to a step; None where there is more."""
+    decay, *others = dict.fromkeys(_decay(choice, rules) for choice in choices)
+    plain = all(t.dtype in (torch.float32, torch.float64) and _dense(t) for t in block.all_tensors)
+    return None if others or rules.max_norm is not None or not plain else decay
 
 
 @dataclass(frozen=True)

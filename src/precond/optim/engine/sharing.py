@@ -16,17 +16,18 @@ from precond.algebra.maps import LinearMap
 from precond.algebra.vec import Scalar, Vec
 from precond.optim.blocks import Block, Leaf, State, WholeLeaf, state_dtype
 from precond.optim.engine import fused
+from precond.optim.engine.asking import Asked
 from precond.optim.engine.carried import Carried
-from precond.optim.engine.cells import Cell, Choice
+from precond.optim.engine.cells import Cell, Choice, sites_of
 from precond.optim.engine.counting import count_on_host
 from precond.optim.engine.kernels.entrywise import Kernel
 from precond.optim.engine.kernels.layer import observe
 from precond.optim.engine.loop import Rules
 from precond.optim.inputs import Request
-from precond.optim.inputs.sites import Site
-from precond.optim.preconditioners.base import Part
+from precond.optim.preconditioners.base import Part, Preconditioner
 from precond.optim.preconditioners.split import Split
-from precond.optim.ranks.exchange import Exchange, Pieces
+from precond.optim.ranks.exchange import Exchange
+from precond.optim.ranks.pieces import Pieces
 
 
 @dataclass
@@ -52,6 +53,8 @@ class Shared(Cell):
     _kernels: dict[int, Kernel | None] = field(default_factory=dict, repr=False)
     _settled: set[int] = field(default_factory=set, repr=False)
     _observed: list[int] = field(default_factory=list, repr=False)
+    _told: set[int] = field(default_factory=set, repr=False)
+    _questions: dict[tuple[int, ...], Asked] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, cells: Sequence[Cell], owners: Sequence[int], leaves: Sequence[Leaf], reference: bool, **more: Any) -> Shared:
@@ -107,11 +110,6 @@ class Shared(Cell):
         return [k for k, owner in enumerate(self.owners) if owner == self.exchange.rank]
 
     @cached_property
-    def _sites(self) -> list[dict[tuple[str, Request], tuple[int, int]]]:
-        """Of each cell the shapes of statistics of its layers' inputs, by site name and request."""
-        return [{(site.name, request): site.shape(request) for site, request in sites_of(cell)} for cell in self.inside]
-
-    @cached_property
     def _spans(self) -> list[range]:
         out, start = [], 0
         for cell in self.inside:
@@ -126,7 +124,8 @@ class Shared(Cell):
 
     def renumber(self) -> None:
         """Follow numbers that have changed in the cells' strategies."""
-        self.preconditioner, self._kernels, self._views = _together(self.inside), {}, {}
+        self.preconditioner, self._kernels, self._views, self._questions = _together(self.inside), {}, {}, {}
+        self.__dict__.pop("_kinds", None)
 
     def taking(self, has: Sequence[bool]) -> Cell:
         keep = tuple(k for k, span in enumerate(self._spans) if any(has[i] for i in span))
@@ -135,7 +134,7 @@ class Shared(Cell):
         if keep not in self._views:
             cells, owners = [self.inside[k] for k in keep], [self.owners[k] for k in keep]
             leaves = [self.block.leaves[i] for k in keep for i in self._spans[k]]
-            also = {"_kernels": self._kernels, "_settled": self._settled, "_observed": self._observed}
+            also = {"_kernels": self._kernels, "_settled": self._settled, "_observed": self._observed, "_told": self._told}
             self._views[keep] = Shared.of(cells, owners, leaves, self.reference, **also)
         return self._views[keep]
 
@@ -154,13 +153,14 @@ class Shared(Cell):
 
     @contextmanager
     def _showing(self, state: State) -> Iterator[None]:
-        """Owners see whole parameters inside, where their preconditioners may look at them in the step in progress."""
+        """Owners see whole parameters inside, where their preconditioners may look at them in the step in progress, and tell
+        all ranks afterwards which of these look at them no more."""
         if self.exchange.copied:
             yield
             return
         first, steps = not self._observed, state.steps
         each = [1 if first else max(steps[span.start : span.stop]) for span in self._spans]
-        shown = [k for k, cell in enumerate(self.inside) if cell.preconditioner.looks(each[k])]
+        shown = [k for k, cell in enumerate(self.inside) if id(cell) not in self._told and cell.preconditioner.looks(each[k])]
         wide = {i: self.block.leaves[i].tensor.detach() for k in shown for i in self._spans[k]}
         whole = self.exchange.collect(wide) if wide else {}
         leaves = [
@@ -174,11 +174,23 @@ class Shared(Cell):
             leaf.shown.append(t)
         try:
             yield
+            if shown and state is self.state:
+                self._tell(shown)
         finally:
             for leaf, _ in leaves:
                 leaf.shown.clear()  # type: ignore[attr-defined]
             if state is self.state:
                 self._observed[:] = [max(steps)]
+
+    def _tell(self, cells: Sequence[int]) -> None:
+        """Owners to all ranks: which of some cells look at parameters no more."""
+        of = [[k for k in cells if self.owners[k] == r] for r in range(self.exchange.size)]
+        mine = [self.inside[k].preconditioner.settled(self.inside[k].state) for k in of[self.exchange.rank]]
+        flags = self.block.tensors[0].new_tensor([float(x) for x in mine])
+        every = collectives.share([flags], list(map(len, of)), "who looks at parameters", self.exchange.group)
+        every[self.exchange.rank] = flags
+        for own, told in zip(of, torch.cat(every).split(list(map(len, of))), strict=True):
+            self._told.update(id(self.inside[k]) for k, x in zip(own, told.tolist(), strict=True) if x)
 
     # --- what a cell does ----------------------------------------------------------------------------------------------------
 
@@ -218,7 +230,8 @@ class Shared(Cell):
     def _stepped_by_owner(self, cell: Cell, g: Vec) -> Vec:
         """The step of one cell: by its kernel, where it has one and needs not look at the parameters."""
         kernel, u = self._kernel(cell), None
-        if kernel is not None and not cell.preconditioner.looks(max(cell.state.steps)):
+        P = cell.preconditioner
+        if kernel is not None and (not P.looks(max(cell.state.steps)) or P.settled(cell.state)):
             u = [torch.zeros_like(t) for t in cell.block.all_tensors]
             observe([(kernel, cell)])
             kernel(cell, u, fused.aligned(g, u), -1.0, False)
@@ -248,34 +261,30 @@ class Shared(Cell):
     def wanted(self) -> Iterable[tuple[str, Request, Tensor | None]]:
         """What owners want to be observed, told to all ranks: a flag of each site, and the mean known before."""
         step = max(self.state.steps) + 1
-        turns = {leaf.turn for leaf in self.block.leaves}
-        kinds = {id(cell.preconditioner): cell.preconditioner for cell in self.inside}
-        busy = {n for n, P in kinds.items() if not P.idle(step, turns)}
-        asking = [k for k, cell in enumerate(self.inside) if id(cell.preconditioner) in busy and cell.handled]
-        sites: list[dict[tuple[str, Request], tuple[int, int]]] = [{} for _ in range(self.exchange.size)]
-        for k in asking:
-            sites[self.owners[k]] |= self._sites[k]
-        if not any(sites):
+        busy = {n for n, P in self._kinds.items() if not P.idle(step, self._turns)}
+        asking = tuple(k for k, cell in enumerate(self.inside) if id(cell.preconditioner) in busy and cell.handled)
+        if not (asked := self._asked(asking)).keys:
             return []
-        rank, like = self.exchange.rank, self.block.leaves[0].tensor
-        own = {(name, request): c for k in asking if self.owners[k] == rank for name, request, c in self.inside[k].wanted()}
-        flags = [0 if key not in own else 1 if own[key] is None else 2 for key in sites[rank]]
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        zeros = like.new_zeros(max((a * b for a, b in sites[rank].values()), default=0), dtype=dtype)
-        means = [zeros[: a * b] if (c := own.get(key)) is None else c.to(zeros) for key, (a, b) in sites[rank].items()]
-        mine = torch.cat([zeros.new_tensor(flags), *(c.reshape(-1) for c in means)])
-        sizes = [[len(of), *(a * b for a, b in of.values())] for of in sites]
-        every = collectives.share([mine], [sum(n) for n in sizes], "what is to be observed", self.exchange.group)
-        every[rank] = mine
-        told = [flat.split(n) for flat, n in zip(every, sizes, strict=True)]
-        wants = torch.cat([flags for flags, *_ in told]).tolist()  # the host decides by them what hooks do
-        keys = [(key, shape) for of in sites for key, shape in of.items()]
-        centers = [c for _, *of in told for c in of]
-        return [
-            (name, request, mean.view(shape) if flag == 2 else None)
-            for ((name, request), shape), flag, mean in zip(keys, wants, centers, strict=True)
-            if flag
-        ]
+        mine = [k for k in asking if self.owners[k] == self.exchange.rank]
+        own = {(name, request): c for k in mine for name, request, c in self.inside[k].wanted()}
+        return asked.answered(own, self.block.leaves[0].tensor, self.exchange.group)
+
+    @cached_property
+    def _kinds(self) -> dict[int, Preconditioner]:
+        return {id(cell.preconditioner): cell.preconditioner for cell in self.inside}
+
+    @cached_property
+    def _turns(self) -> set[int]:
+        return {leaf.turn for leaf in self.block.leaves}
+
+    def _asked(self, asking: tuple[int, ...]) -> Asked:
+        """What cells may ask for: made once, since steps ask for the same."""
+        if asking not in self._questions:
+            sites: list[dict[tuple[str, Request], tuple[int, int]]] = [{} for _ in range(self.exchange.size)]
+            for k in asking:
+                sites[self.owners[k]] |= {(s.name, request): s.shape(request) for s, request in sites_of(self.inside[k])}
+            self._questions[asking] = Asked.of(sites)
+        return self._questions[asking]
 
 
 def _together(cells: Sequence[Cell]) -> Split:
@@ -284,9 +293,3 @@ def _together(cells: Sequence[Cell]) -> Split:
         parts.append(Part(tuple(range(start, start + len(cell.index))), cell.preconditioner))
         start += len(cell.index)
     return Split(tuple(parts))
-
-
-def sites_of(cell: Cell) -> Iterator[tuple[Site, Request]]:
-    """The sites of a cell's layers and the requests that they answer."""
-    for request in sorted(cell.preconditioner.requests, key=repr):
-        yield from ((site, request) for leaf in cell.leaves for site in leaf.sites if site.answers(request))

@@ -61,6 +61,7 @@ class Observer:
         self.ready: Callable[[], Observer | None] = _nothing  # called before the first forward that counts: who observes it
         self._first = True
         self.wanted: dict[Key, Tensor | None] = {}
+        self.frozen: frozenset[str] = frozenset()  # sites of which nothing is wanted for that
         self.unread: dict[str, str] = {}
         self.absent = 0
         self._seen: InputMoments = {} if seen is None else seen  # since the last backward through the layer
@@ -79,7 +80,9 @@ class Observer:
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called before each forward of a watched module."""
-        if self._first and self.enabled and not self.absent and watching():
+        work = self._work.get(module)  # None in a shallow copy, such as nn.DataParallel's replicas
+        thawed = self.frozen and work is not None and any(s.name in self.frozen and s.weight.requires_grad for s, *_ in work[1])
+        if (self._first or thawed) and self.enabled and not self.absent and watching():
             again = not torch.is_grad_enabled()  # no forward of a step
             self._first = again
             if (now := self.ready()) is not self and now is not None:  # the model was found changed
@@ -87,7 +90,6 @@ class Observer:
                 return now.see(module, args, kwargs)
         if not self.wanted or self.absent:
             return
-        work = self._work.get(module)  # None in a shallow copy, such as nn.DataParallel's replicas
         if work is None or not (self.enabled and module.training and watching()) or _transformed() or not self._counts(module):
             return
         tap, weights = work

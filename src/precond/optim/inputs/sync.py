@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from precond.algebra import collectives
-from precond.algebra.vec import all_finite, together
+from precond.algebra.vec import all_finite
 from precond.optim.inputs.bundles import Bundle, Layer, Parts, Plan
 from precond.optim.inputs.moments import Moments, OfRows, Request
 from precond.optim.inputs.observer import InputMoments, Observer
@@ -88,7 +88,7 @@ def _to_owners(
     device = keys[0][0].weight.device
     dtype = torch.float64 if any(site.weight.dtype == torch.float64 for site, _, _ in keys) else torch.float32
     layers = tuple(Layer(*site.shape(request), request.kind == "covariance", owner) for site, request, owner in keys)
-    good = all_finite(_sizes([m for m in mine if m is not None and watch(m)]))
+    good = all_finite(_bounds([m for m in mine if m is not None and watch(m)]))
     numbers = [float(not good)]
     for m, layer in zip(mine, layers, strict=True):
         numbers += _told(m, layer.groups)
@@ -97,8 +97,8 @@ def _to_owners(
     every[me] = flat
     table = [tuple(row) for row in torch.stack(every).tolist()]  # the host knows of how many samples statistics are
     plan = Plan.of(layers, tuple(row[1:] for row in table))
-    sent = [t.reshape(-1).to(dtype) for to in plan.to(me) for bundle in to for t in bundle.parts(mine)]
-    flat = torch.cat(sent) if sent else torch.empty(0, dtype=dtype, device=device)
+    sent = [t.reshape(-1) for to in plan.to(me) for bundle in to for t in bundle.parts(mine)]
+    flat = torch.cat(sent).to(dtype) if sent else torch.empty(0, dtype=dtype, device=device)
     gives = [sum(bundle.numbers(me) for bundle in to) for to in plan.to(me)]
     takes = [sum(bundle.numbers(r) for bundle in of) for r, of in enumerate(plan.at(me))]
     taken = flat.new_empty(sum(takes))
@@ -117,11 +117,10 @@ def _to_owners(
     return Heard(out, called, not any(row[0] for row in table))
 
 
-def _sizes(every: Sequence[Moments]) -> tuple[Tensor, ...]:
-    """Numbers that are finite only where variances are; of samples their length, which is one pass over them."""
-    rows = [m.rows for m in every if isinstance(m, OfRows)]
-    lengths = torch.stack(together(torch._foreach_norm, rows)) if rows else None
-    return (*(m.variance for m in every if not isinstance(m, OfRows)), *(() if lengths is None else (lengths,)))
+def _bounds(every: Sequence[Moments]) -> tuple[Tensor, ...]:
+    """What is finite only where variances are; of samples (Σ|h − c|)² ≥ Σ(h − μ)², which is at hand, and spares a pass over them."""
+    sums = [m.absolute.reshape(-1) for m in every if isinstance(m, OfRows)]
+    return (*(m.variance for m in every if not isinstance(m, OfRows)), *([torch.cat(sums).square_()] if sums else []))
 
 
 def _told(m: Moments | None, groups: int) -> list[float]:

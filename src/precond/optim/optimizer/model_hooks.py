@@ -163,6 +163,7 @@ class ModelHooks:
         """Tell the observer what the next step needs."""
         if self.observer is not None:
             self.observer.wanted = {(site, request): known for cell in cells for site, request, known in cell.wanted()}
+            self.observer.frozen = frozenset(site.name for site in self.observer.sites if not site.weight.requires_grad)
 
     def pause(self) -> None:
         """Until the step is over, forwards are those of second passes."""

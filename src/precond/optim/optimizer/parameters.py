@@ -168,10 +168,10 @@ def _leaves_of(owner: str, model: nn.Module | Iterable[tuple[str, Tensor]]) -> l
 
 
 def decay_groups(model: nn.Module | Iterable[tuple[str, Tensor]], weight_decay: float) -> ModuleGroups:
-    """Two parameter groups: weights with decay; biases, normalization parameters and embeddings without.
+    """Two parameter groups: matrices and kernels with decay; embeddings and all that is one-dimensional or a number without.
 
     Args:
-        model: a module, or named parameters (then one-dimensional parameters are not decayed).
+        model: a module, or named parameters, of which embeddings are not known.
         weight_decay: of the first group; the second has 0.
 
     Returns:

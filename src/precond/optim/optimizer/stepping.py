@@ -49,7 +49,7 @@ class Stepping(SecondGradients):
         cells = zip(kernels or (), self._bound.here, strict=False)
         return (
             bool(kernels)
-            and not self._bound.in_place
+            and not self._bound.shared
             and all(k is not None or isinstance(cell.preconditioner, Stacked) for k, cell in cells)
         )
 
@@ -137,8 +137,9 @@ class Stepping(SecondGradients):
         elif point.cells:
             length = None
             if not self._step_probed_by_kernels(point, evidence):
-                # Of a second gradient nothing is left from which the step could be made again.
-                lengths = loop.step(point, self.rules, evidence, measured=self._gradient_based is not None, verdict=verdict)
+                # Of a second gradient, and of the bound of a clipped one, nothing is left from which the step could be made again.
+                measured = self._gradient_based is not None or self.rules.max_norm is not None
+                lengths = loop.step(point, self.rules, evidence, measured=measured, verdict=verdict)
                 self._write_back(point, verdict)
                 # Of each tensor what this process holds; put together when it is asked for.
                 length = partial(point.sums.norm, tuple(lengths)) if lengths else None

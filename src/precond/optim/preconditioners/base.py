@@ -175,6 +175,10 @@ class Preconditioner(ABC):
         """Whether it may look at the parameters' values in a step; where processes hold parts of them, they are sent to it then."""
         return any(part.looks(step) for part in self.constituents) if self.constituents else True
 
+    def settled(self, state: State) -> bool:
+        """Whether it has learned of the parameters what it wants, and looks at them no more, whatever the step."""
+        return False
+
     def cost(self, block: Block) -> float:
         """About what a step of a block costs, products and a share of roots, to divide work among processes."""
         out = 0.0

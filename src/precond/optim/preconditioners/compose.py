@@ -96,6 +96,10 @@ class Composition(Preconditioner):
     def advised_damping(self) -> float:  # type: ignore[override]
         return self.inner.advised_damping
 
+    def settled(self, state: State) -> bool:
+        parts = zip(self.constituents, (state["outer"], state["inner"]), strict=True)
+        return all(not part.looks(1) or not part.handles(of.block) or part.settled(of) for part, of in parts)
+
     def idle(self, step: int, turns: Iterable[int]) -> bool:
         return self.outer.idle(step, turns) and self.inner.idle(step, turns)
 

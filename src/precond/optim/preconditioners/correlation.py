@@ -13,7 +13,7 @@ from precond.algebra.maps import Layout, LinearMap, RowMatrix, Spiked
 from precond.algebra.maps.eigen import eigenpairs, followed, in_general_position, leading_pairs
 from precond.algebra.precision import rounding
 from precond.algebra.vec import Vec
-from precond.optim.inputs.moments import outer, variances
+from precond.optim.inputs.moments import variances
 from precond.optim.preconditioners.eigenbases import at_hand
 from precond.optim.preconditioners.rational import inverse_roots
 
@@ -36,7 +36,8 @@ class Correlation:
 
     def whole(self) -> Tensor:
         """K."""
-        K = self.covariance.clone() if self.mean is None else self.covariance + outer(self.mean, self.covariance)
+        m = self.mean
+        K = self.covariance.clone() if m is None else torch.baddbmm(self.covariance, m[..., :, None], m[..., None, :])
         K.div_(self.std[..., :, None]).div_((self.shrunk * self.std)[..., None, :])
         K.diagonal(dim1=-2, dim2=-1).fill_(1.0)  # also of inputs that were always zero
         return K

@@ -43,7 +43,7 @@ class Fold:
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """All features of some layers, one after the other, (F,), before a fold.
+    """All features of some layers, one after the other, (F,), before a fold; of one alone (groups, n).
 
     Attributes:
         delta: μ_A − μ, of what is new and what was known.
@@ -95,12 +95,13 @@ def fold(folds: Sequence[Fold], active: Callable[[Features], Tensor]) -> None:
         gain=gain,
         known=known > 0,
     )
-    shift = seen.delta * (gain * (1 - gain))
+    delta, between = seen.delta, gain * (1 - gain)
     _put(of("activity"), active(seen))
     if folds[0].spread == "variance":
-        _put(of("variance"), seen.variance.lerp_(seen.latest, gain).addcmul_(shift, seen.delta))
+        shift, share = (between * delta, 1.0) if isinstance(between, Tensor) else (delta, between)
+        _put(of("variance"), seen.variance.lerp_(seen.latest, gain).addcmul_(shift, delta, value=share))
     else:
-        parts = zip(folds, _parted(shift, means), _parted(seen.delta, means), _sliced(weights, new), strict=True)
+        parts = zip(folds, _parted(between * delta, means), _parted(delta, means), _sliced(weights, new), strict=True)
         for f, a, b, own in parts:
             f.new.fold_spread_(f.mine["covariance"], column(own, a))
             f.mine["covariance"].baddbmm_(a[..., :, None], b[..., None, :])
@@ -125,26 +126,25 @@ def activity(seen: Features) -> Tensor:
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    """The entries of all, (F,); of one a view."""
-    return tensors[0].reshape(-1) if len(tensors) == 1 else _flatten_dense_tensors(tensors)
+    """The entries of all, (F,); one alone as it is."""
+    return tensors[0] if len(tensors) == 1 else _flatten_dense_tensors(tensors)
 
 
 def _parted(flat: Tensor, like: Sequence[Tensor]) -> Tensors:
     """The inverse: views of the shapes of others."""
-    return [flat.view_as(like[0])] if len(like) == 1 else _unflatten_dense_tensors(flat, like)
+    return [flat] if len(like) == 1 else _unflatten_dense_tensors(flat, like)
 
 
 def _put(tensors: list[Tensor], flat: Tensor) -> None:
-    """Write the entries of all; nothing where they are those of one that was written in place."""
-    if len(tensors) > 1 or flat.data_ptr() != tensors[0].data_ptr():
+    """Write the entries of all; nothing where one alone was written in place."""
+    if flat is not tensors[0]:
         torch._foreach_copy_(tensors, _parted(flat, tensors))
 
 
 def _spread_out(numbers: Sequence[float], like: Sequence[Tensor]) -> float | Tensor:
     """A number of each group, for each feature (groups, n) of it; where all are one number that number, which costs nothing."""
-    first, *others = numbers
-    if all(x == first for x in others):
-        return first
+    if len(like) == 1 or all(x == numbers[0] for x in numbers):
+        return column(numbers, like[0])
     sizes = [t.shape[-1] for t in like for _ in range(len(t))]
     each = torch.tensor(numbers, dtype=like[0].dtype).repeat_interleave(torch.tensor(sizes), output_size=sum(sizes))
     return each.to(like[0].device)

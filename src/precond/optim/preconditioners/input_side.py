@@ -225,7 +225,7 @@ class InputSide(Stacked):
         if self.damping == 0:
             return torch.zeros_like(square)
         count = by_group(state["count"], square)
-        rare = state["activity"].square().mul_(-count / (count + 8)).add_(1 / 3).clamp_min_(0)
+        rare = torch.rsub(state["activity"].square().mul_(count / (count + 8)), 1 / 3).clamp_min_(0)
         return rare.mul_(square.mean(-1, keepdim=True)).add_(square, alpha=self.damping)
 
     def map(self, state: State) -> LinearMap:

@@ -44,8 +44,13 @@ class Polar(Stacked):
     layers of other shapes, up to a period before these; in between it stands
     still, and a step costs one product with the shorter side (mᵀm and a product from the right where A > B). The step is as long as
     a matrix whose ρ singular values, as many as L has, are γ: s is such that ‖M m‖ = γ√ρ, with ρ = tr L(L + ελ₁I)⁻¹ and
-    γ = c·√(A/B)·max(1, ‖z₀‖/√A). A step of the spectral norm √(A/B) changes the outputs for inputs of variance 1 by 1 at most, root mean
-    square, whatever the width; so the best learning rate is that of a small net, where initial weights have such norms too.
+    γ = c·√(A/B)·(n/min(A, n))^(1/4)·max(1, ‖z₀‖/√A). A step of the spectral norm √(A/B) changes the outputs for inputs of variance 1 by 1 at
+    most, root mean square, whatever the width; so the best learning rate is that of a small net, where initial weights have such norms too.
+
+    Outputs change by that where inputs lie in the ρ ≤ min(A, B) directions of the step. White inputs do so by a share ρ/B: behind
+    :class:`~precond.Whitening` or :class:`~precond.BNP` the outputs of a layer that has fewer of them than inputs change by √(ρ/B) alone, those
+    of one output by 1/√B. N samples span n = min(B, N) directions at most, and in these a step is as long as the geometric mean of what either
+    case asks for. It is told by ``explain()``. Where inputs are not observed, or A ≥ n, nothing is longer.
 
     ‖z₀‖/√A is the length of a row of the parameters at their first step in these coordinates; behind :class:`~precond.Whitening` or
     :class:`~precond.BNP` it is the root mean square of the layer's outputs. It exceeds 1 where raw inputs are large, and steps are
@@ -139,6 +144,9 @@ class Polar(Stacked):
     def looks(self, step: int) -> bool:
         return step <= WARM_UP  # at the first gradient that is finite
 
+    def settled(self, state: State) -> bool:
+        return not self.is_fresh(state)
+
     @staticmethod
     def is_turned(block: Block) -> bool:
         """Whether its weight is (in, out)."""
@@ -177,16 +185,17 @@ class Polar(Stacked):
         """Keep the largest number N of samples that a step has shown of each layer; 0: not known."""
         members = state.block.members if isinstance(state.block, Stack) else (state.block,)
         for member, size in zip(members, state["size"].reshape(-1), strict=True):
-            for site, request in product(member.leaves[0].sites, REQUESTS):
-                if inputs and (found := inputs.get((site.name, request))) is not None:
-                    torch.maximum(size, found.count.amax(), out=size)
+            seen = map((inputs or {}).get, product((site.name for site in member.leaves[0].sites), REQUESTS))
+            largest = max((max(found.count.tolist()) for found in seen if found is not None), default=0.0)
+            if largest > size.item():
+                size.fill_(largest)
 
     def observe(self, state: State, seen: Seen) -> None:
         self._turned(state, seen)
 
     def descend(self, state: State, seen: Seen) -> Vec:
         turned, norm = self._turned(state, seen)
-        length = torch.where(norm > 0, self.step_length(state["rank"], state["length"], turned.shape[-2:]) / norm, 0.0)
+        length = torch.where(norm > 0, self._lengths(state, turned.shape[-2:]) / norm, 0.0)
         return parted(turned.mul_(length[:, None, None]), state.block.tensors, self.is_turned(state.block))
 
     def _turned(self, state: State, seen: Seen) -> tuple[Tensor, Tensor]:
@@ -252,14 +261,34 @@ class Polar(Stacked):
         root = root_of(state)
         return root.times(state, m) if m.shape[-2] <= m.shape[-1] else root.times(state, m.mT).mT
 
-    def step_length(self, rank: AnyNumber, length: AnyNumber, shape: Sequence[int]) -> AnyNumber:
-        """The length γ√ρ of a step, from ρ and from how long the rows of the parameters were."""
+    def step_length(self, rank: AnyNumber, length: AnyNumber, spread: AnyNumber, shape: Sequence[int]) -> AnyNumber:
+        """The length γ√ρ of a step, from ρ, from how long the rows of the parameters were, and from :meth:`spread`."""
         A, B = shape
-        return rank**0.5 * length * (self.gain * (A / B) ** 0.5)
+        return rank**0.5 * length * spread * (self.gain * (A / B) ** 0.5)
+
+    @staticmethod
+    def spread(N: float, shape: Sequence[int]) -> float:
+        """(n/min(A, n))^(1/4), n = min(B, N), of a layer that sees N samples; 1 where N is not known."""
+        A, B = shape
+        n = min(B, N)
+        return (n / min(A, n)) ** 0.25 if n else 1.0
+
+    def findings(self, state: State) -> Sequence[str]:
+        if "size" not in state:
+            return ()  # of layers that other ranks step
+        A, B = self.matrix(state.block, state.block.tensors).shape[-2:]
+        found = [self.spread(N, (A, B)) for N in state["size"].reshape(-1).tolist()]
+        return [f"{A:,} outputs: steps × {spread:.2g}" if spread > 1 else "" for spread in found]
+
+    def _lengths(self, state: State, shape: Sequence[int]) -> Tensor:
+        """The length of a step of each layer."""
+        rank = state["rank"]
+        spread = torch.tensor([self.spread(N, shape) for N in state["size"].tolist()], dtype=rank.dtype).to(rank.device)
+        return self.step_length(rank, state["length"], spread, shape)
 
     def map(self, state: State) -> LinearMap:
         like, stacked = state.block.tensors, isinstance(state.block, Stack)
         matrix = self.matrix(state.block, like)
-        length = self.step_length(state["rank"], state["length"], matrix.shape[-2:])
+        length = self._lengths(state, matrix.shape[-2:])
         s = torch.where(state["norm"] > 0, length / state["norm"], 0.0)
         return Augmented(Scaled(root_of(state).map(state, matrix), s.sqrt()), like, self.is_turned(state.block), stacked)

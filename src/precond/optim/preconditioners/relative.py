@@ -69,6 +69,9 @@ class RelativeRMS(RMS):
     def looks(self, step: int) -> bool:
         return step == 1  # ranks that share a block agree about a step before they count it
 
+    def settled(self, state: State) -> bool:
+        return "scale" not in state or all(_each(state["scale"]))
+
     def init(self, block: Block) -> dict:
         scale = torch.zeros((), dtype=state_dtype(block.tensors[0].dtype))  # on the host; 0: not known
         return {**super().init(block), **({"scale": scale} if _outputs(block) else {})}

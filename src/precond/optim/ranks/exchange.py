@@ -3,125 +3,57 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import product
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from precond.algebra import collectives
-from precond.algebra.sharding import divided
+from precond.optim.ranks.pieces import Pieces
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """Which entries of a tensor each rank of a group holds.
+class _Route:
+    """Who sends what of some tensors: made once, since steps have the same ones.
 
     Attributes:
-        group: the ranks.
-        boxes: of each rank, in the group's order, a slice of each dimension.
-        copies: of each rank a name of the copy that its piece belongs to: the pieces of one copy make the tensor once.
+        owned: of each rank the tensors that it owns.
+        gives: what this rank has pieces of for others, owner after owner; ``given`` are the numbers for each.
+        takes: (rank, tensor, numbers) of the pieces of others for this one, rank after rank; ``taken`` are the numbers of each.
+        returned, received: numbers of pieces of what it owns for each rank, and of what each owns for it.
+        numbers: of this rank's piece of each tensor.
     """
 
-    group: dist.ProcessGroup
-    boxes: tuple[tuple[slice, ...], ...]
-    copies: tuple[tuple[int, ...], ...]
+    owned: list[list[int]]
+    gives: list[int]
+    given: list[int]
+    takes: list[tuple[int, int, int]]
+    taken: list[int]
+    returned: list[int]
+    received: list[int]
+    numbers: dict[int, int]
 
     @classmethod
-    def whole(cls, shape: Sequence[int], group: dist.ProcessGroup) -> Pieces:
-        """Of a tensor that each rank holds all of."""
-        ranks = range(dist.get_world_size(group))
-        return cls(group, tuple(tuple(slice(0, n) for n in shape) for _ in ranks), tuple((r,) for r in ranks))
-
-    @classmethod
-    def of(cls, param: Any) -> Pieces:
-        """Of a DTensor.
-
-        Raises:
-            ValueError: where it is divided otherwise than along its dimensions.
-        """
-        mesh, placements, shape = param.device_mesh, param.placements, tuple(param.shape)
-        group = group_of(mesh)
-        along = [None if p.is_replicate() else getattr(p, "dim", None) for p in placements]
-        if any(dim is None and not p.is_replicate() for dim, p in zip(along, placements, strict=True)):
-            raise ValueError(f"a parameter of shape {shape} is placed as {placements}: only Shard and Replicate are understood")
-        # FSDP divides what tensor parallelism has divided already: the mesh's last dimension comes first then.
-        strided = any(type(p).__name__ == "_StridedShard" for p in placements)
-        order = range(mesh.ndim - 1, -1, -1) if strided else range(mesh.ndim)
-        boxes: dict[int, tuple[slice, ...]] = {}
-        copies: dict[int, tuple[int, ...]] = {}
-        for place in product(*(range(n) for n in mesh.shape)):
-            rank = dist.get_group_rank(group, int(mesh.mesh[place]))
-            box = [slice(0, n) for n in shape]
-            for i in order:
-                if (dim := along[i]) is not None:
-                    box[dim] = _chunk(box[dim], mesh.shape[i], place[i])
-            boxes[rank] = tuple(box)
-            copies[rank] = tuple(c for c, dim in zip(place, along, strict=True) if dim is None)
-        ranks = range(len(boxes))
-        pieces = cls(group, tuple(boxes[r] for r in ranks), tuple(copies[r] for r in ranks))
-        if pieces.shape(dist.get_rank(group)) != tuple(param.to_local().shape):
-            raise ValueError(
-                f"a parameter of shape {shape} is placed as {placements} on {mesh}, in pieces of other shapes than expected"
-            )
-        return pieces
-
-    @cached_property
-    def ranks(self) -> tuple[int, ...]:
-        """The processes of the group, by their ranks among all: groups of the same ones are one."""
-        return tuple(dist.get_process_group_ranks(self.group))
-
-    @cached_property
-    def rank(self) -> int:
-        """This process's rank in the group."""
-        return dist.get_rank(self.group)
-
-    def shape(self, rank: int) -> tuple[int, ...]:
-        """The shape of a rank's piece."""
-        return tuple(s.stop - s.start for s in self.boxes[rank])
-
-    def sends(self, rank: int, to: int) -> bool:
-        """Whether a rank's piece is one of those that another rank makes the tensor of: those of its own copy."""
-        return self.copies[rank] == self.copies[to]
-
-    @cached_property
-    def copied(self) -> bool:
-        """Whether each rank holds all of it."""
-        return len(set(self.copies)) == len(self.copies)
-
-
-def group_of(mesh: Any) -> dist.ProcessGroup:
-    """All ranks of a mesh."""
-    if mesh.ndim == 1:
-        return mesh.get_group()
-    world = dist.group.WORLD
-    return world if world is not None and mesh.size() == dist.get_world_size() else mesh._flatten().get_group()
-
-
-def held_by(param: Tensor, replicas: dist.ProcessGroup | None) -> Pieces | None:
-    """Who holds which part of a parameter; None where this process alone is known to hold it.
-
-    Args:
-        replicas: processes that hold copies of it, as under DDP.
-    """
-    if divided(param):
-        pieces = Pieces.of(param)
-    elif replicas is not None:
-        pieces = Pieces.whole(param.shape, replicas)
-    else:
-        return None
-    return pieces if len(pieces.boxes) > 1 else None
-
-
-def _chunk(s: slice, parts: int, k: int) -> slice:
-    """The k-th part of a range, as torch.chunk divides it."""
-    size = -(-(s.stop - s.start) // parts)
-    start = min(s.start + k * size, s.stop)
-    return slice(start, min(start + size, s.stop))
+    def of(cls, which: Sequence[int], exchange: Exchange) -> _Route:
+        me, pieces = exchange.rank, exchange.pieces
+        ranks = range(exchange.size)
+        owned = [[i for i in which if exchange.owners[i] == r] for r in ranks]
+        size = lambda i, r: math.prod(pieces[i].shape(r))  # noqa: E731
+        gives = [[i for i in of if r != me and pieces[i].sends(me, r)] for r, of in enumerate(owned)]
+        takes = [[(r, i, size(i, r)) for i in owned[me] if r != me and pieces[i].sends(r, me)] for r in ranks]
+        return cls(
+            owned,
+            [i for of in gives for i in of],
+            [sum(size(i, me) for i in of) for of in gives],
+            [piece for of in takes for piece in of],
+            [sum(n for _, _, n in of) for of in takes],
+            [0 if r == me else sum(size(i, r) for i in owned[me]) for r in ranks],
+            [0 if r == me else sum(size(i, me) for i in of) for r, of in enumerate(owned)],
+            {i: size(i, me) for i in which},
+        )
 
 
 @dataclass
@@ -137,7 +69,7 @@ class Exchange:
     shapes: Sequence[Sequence[int]]
     pieces: Sequence[Pieces]
     owners: Sequence[int]
-    _mine: dict[tuple[int, ...], list[list[int]]] = field(default_factory=dict, repr=False)
+    _routes: dict[tuple[int, ...], _Route] = field(default_factory=dict, repr=False)
 
     @cached_property
     def group(self) -> dist.ProcessGroup:
@@ -156,61 +88,60 @@ class Exchange:
         """Whether each rank holds all of every tensor, so that owners need nothing from others."""
         return all(p.copied for p in self.pieces)
 
-    def _owned(self, which: Sequence[int]) -> list[list[int]]:
-        """Of each rank what it owns of some tensors."""
+    def _route(self, which: Iterable[int]) -> _Route:
+        """Who sends what of some tensors."""
         key = tuple(which)
-        if key not in self._mine:
-            self._mine[key] = [[i for i in which if self.owners[i] == r] for r in range(self.size)]
-        return self._mine[key]
+        if key not in self._routes:
+            self._routes[key] = _Route.of(key, self)
+        return self._routes[key]
 
     def collect(self, parts: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """The whole tensors that this rank owns, from the pieces that each holds (of the same tensors everywhere)."""
-        owned = self._owned(sorted(parts))
-        mine = owned[self.rank]
+        route = self._route(sorted(parts))
         if self.copied:
-            return {i: parts[i] for i in mine}
-        gives = [[i for i in of if self.pieces[i].sends(self.rank, r)] for r, of in enumerate(owned)]
-        takes = [[i for i in mine if self.pieces[i].sends(r, self.rank)] for r in range(self.size)]
-        found = self._swap(
-            parts,
-            [[parts[i] for i in of] for of in gives],
-            [[self.pieces[i].shape(r) for i in of] for r, of in enumerate(takes)],
-        )
-        out = {i: parts[i].new_empty(self.shapes[i]) for i in mine}
-        for r, (of, tensors) in enumerate(zip(takes, found, strict=True)):
-            for i, t in zip(of, tensors, strict=True):
-                out[i][self.pieces[i].boxes[r]] = t
+            return {i: parts[i] for i in route.owned[self.rank]}
+        found = self._swap(parts, [parts[i] for i in route.gives], route.given, [n for _, _, n in route.takes], route.taken)
+        every: dict[int, list[Tensor | None]] = {i: [None] * self.size for i in route.owned[self.rank]}
+        for (r, i, _), t in zip(route.takes, found, strict=True):
+            every[i][r] = t
+        out = {}
+        for i, of in every.items():
+            if self.pieces[i].sends(self.rank, self.rank):
+                of[self.rank] = parts[i].reshape(-1)
+            out[i] = self.pieces[i].joined(of, self.shapes[i])
         return out
 
     def deliver(self, wholes: Mapping[int, Tensor], like: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """This rank's pieces, shaped ``like`` others, of the whole tensors that each rank has of those it owns."""
-        owned = self._owned(sorted(like))
+        route = self._route(sorted(like))
         if self.copied:
-            return self._spread(wholes, like, owned)
-        gives = [[wholes[i][self.pieces[i].boxes[r]] for i in owned[self.rank]] for r in range(self.size)]
-        found = self._swap(like, gives, [[self.pieces[i].shape(self.rank) for i in of] for of in owned])
-        return {i: t for of, tensors in zip(owned, found, strict=True) for i, t in zip(of, tensors, strict=True)}
+            return self._spread(wholes, like, route.owned)
+        own = route.owned[self.rank]
+        split = {i: self.pieces[i].parted(wholes[i]) for i in own}
+        gives = [split[i][r] for r in range(self.size) if r != self.rank for i in own]
+        others = [i for r, of in enumerate(route.owned) if r != self.rank for i in of]
+        found = self._swap(like, gives, route.returned, [route.numbers[i] for i in others], route.received)
+        out = {i: split[i][self.rank].reshape(self._shape(i)) for i in own}
+        return out | {i: t.view(self._shape(i)) for i, t in zip(others, found, strict=True)}
+
+    def _shape(self, i: int) -> tuple[int, ...]:
+        """Of this rank's piece."""
+        return self.pieces[i].shape(self.rank)
 
     def _swap(
-        self, like: Mapping[int, Tensor], gives: list[list[Tensor]], shapes: list[list[tuple[int, ...]]]
-    ) -> list[list[Tensor]]:
-        """Tensors for each rank, exchanged for those of the shapes named that each has for this one; its own it keeps."""
-        own, others = gives[self.rank], [[] if r == self.rank else of for r, of in enumerate(gives)]
-        sizes = [[] if r == self.rank else [math.prod(shape) for shape in of] for r, of in enumerate(shapes)]
+        self, like: Mapping[int, Tensor], gives: Sequence[Tensor], given: list[int], numbers: Sequence[int], taken: list[int]
+    ) -> Sequence[Tensor]:
+        """Flat tensors of so many numbers each, from all others, for what this rank gives.
+
+        Args:
+            gives: rank after rank; ``given`` are their numbers for each.
+            numbers: of what it takes, rank after rank; ``taken`` are those of each.
+        """
         example = next(iter(like.values()))
-        flat = [t.reshape(-1) for of in others for t in of]
-        sent = torch.cat(flat) if flat else example.new_empty(0)
-        taken = example.new_empty(sum(map(sum, sizes)))
-        collectives.all_to_all(
-            taken,
-            sent,
-            [sum(n) for n in sizes],
-            [sum(t.numel() for t in of) for of in others],
-            "gradients and steps",
-            self.group,
-        )
-        pieces = iter(taken.split([n for of in sizes for n in of]))
-        return [own if r == self.rank else [next(pieces).view(shape) for shape in of] for r, of in enumerate(shapes)]
+        sent = torch.cat([t.reshape(-1) for t in gives]) if gives else example.new_empty(0)
+        out = example.new_empty(sum(taken))
+        collectives.all_to_all(out, sent, taken, given, "gradients and steps", self.group)
+        return out.split(list(numbers)) if numbers else ()
 
     def _spread(self, wholes: Mapping[int, Tensor], like: Mapping[int, Tensor], owned: list[list[int]]) -> dict[int, Tensor]:
         """Whole tensors of every owner, to all."""

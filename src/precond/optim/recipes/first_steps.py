@@ -72,17 +72,20 @@ class FirstSteps:
 
     def _note(self, leaves: Sequence[Leaf]) -> None:
         kept = Counter(name for known in self._gradients for name in known)
-        found: dict[str, Tensor] = {}
+        found: dict[torch.device, dict[str, Tensor]] = {}
         for leaf in leaves:
             g = leaf.param.grad
             # Ranks that hold parts see other entries each, and would tell different numbers; others may have no gradient for long.
             if g is not None and not g.is_sparse and not divided(g) and kept[leaf.name] < MEASURED_AFTER:
                 n = g.numel()
                 g = g.detach().float()
-                found[leaf.name] = g if n <= SAMPLED else g.reshape(-1)[:: -(-n // SAMPLED)]
-        if found:
-            together = torch.cat([g.reshape(-1) for g in found.values()])
-            self._gradients.append(dict(zip(found, together.split([g.numel() for g in found.values()]), strict=True)))
+                found.setdefault(g.device, {})[leaf.name] = g if n <= SAMPLED else g.reshape(-1)[:: -(-n // SAMPLED)]
+        noted: dict[str, Tensor] = {}
+        for there in found.values():
+            together = torch.cat([g.reshape(-1) for g in there.values()])
+            noted |= zip(there, together.split([g.numel() for g in there.values()]), strict=True)
+        if noted:
+            self._gradients.append(noted)
 
 
 def _each(cells: Iterable[Cell]) -> Iterator[tuple[Cell, Shared | None]]:

@@ -121,8 +121,7 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
         L = state["gram"]
         # Whether nothing was observed yet is looked at where L is another than when it was last.
         if first := self._seen != L._version and self.P.is_fresh(state):
-            z = tuple(p) if self.outer is None else on(cell.block, self.outer).map(cell.state["outer"]).solve(tuple(p))
-            self.P.measure(state, augmented(z), torch.tensor(True))
+            self.P.measure(state, self._inside(cell, p, P1), torch.tensor(True))
         else:
             self._seen = L._version
         if first or self._is_exact(state):
@@ -134,10 +133,17 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
             m, size = self._unit(P1, self._average(cell, g, P1))
             d, norm = self._turned(state, P1, m)
         state["norm"].fill_(norm * size)
-        lr, length = float(lr), self.P.step_length(state["rank"].item(), state["length"].item(), self._shape)
+        rank, length, N = (state[name].item() for name in ("rank", "length", "size"))
+        lr, length = float(lr), self.P.step_length(rank, length, self.P.spread(N, self._shape), self._shape)
         self._move(p, P1, d, 1 - lr * self.decay, -lr * length / norm if norm else 0.0)
         if isinstance(self.outer, Whitening) and self._of_outer.due(cell.state["outer"], self.outer.every):
             on(cell.block, self.outer).refresh(cell.state["outer"])
+
+    def _inside(self, cell: Cell, p: Tensors, P1: Outer | None) -> Tensor:
+        """P₁⁻¹p as a matrix, a row for each output."""
+        return augmented(
+            tuple(p) if self.outer is None else on(cell.block, self.outer).map(cell.state["outer"]).solve(tuple(p))
+        )
 
     def _is_exact(self, state: State) -> bool:
         """Whether L is that of m itself."""
