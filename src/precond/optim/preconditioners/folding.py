@@ -115,11 +115,9 @@ def fold(folds: Sequence[Fold], active: Callable[[Features], Tensor]) -> None:
     an expert that no token was routed to, stays as it is.
 
     Args:
-        folds: of one dtype and device, with the same statistics.
+        folds: one or more, of one dtype and device, with the same statistics.
         active: what the activities become.
     """
-    if not folds:
-        return
     mine, new = [f.mine for f in folds], [f.new for f in folds]
     of = lambda name: [m[name] for m in mine]  # noqa: E731
     before, N = _numbers(of("count")), _numbers([m.count for m in new])
