@@ -275,6 +275,10 @@ def verbs(P, matrix, like):
         assert [t.shape for t in out] == [t.shape for t in v]
     assert all(map(torch.equal, v, before))  # arguments are left alone
     close(P.to_dense(), matrix)
+    p = tuple(t.clone() for t in vector(like))
+    expected = 0.5 * vec.flatten(p).to(DTYPE) - 2 * matrix @ flat
+    P.add_to(p, v, 0.5, -2.0)
+    close(p, expected)
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -284,6 +288,15 @@ def test_verbs(name):
     verbs(P.T, matrix.T, P.like)
     verbs(P.T.T, matrix, P.like)
     assert not P.diagonal or torch.equal(matrix, torch.diag(torch.diag(matrix)))
+
+
+def test_a_rotation_is_added_to_a_weight_that_lies_otherwise_in_memory():
+    P, matrix, _ = TABLE["rotation-conv"]
+    (p,), (v,) = vector(P.like), vector(P.like)
+    p = p.to(memory_format=torch.channels_last)
+    expected = 0.5 * p.flatten() + matrix @ v.flatten()
+    P.add_to((p,), (v,), 0.5, 1.0)
+    close(p.flatten(), expected)
 
 
 @pytest.mark.parametrize("outer", LAYER)

@@ -70,7 +70,7 @@ ROWS: dict[str, Row] = {
     "bnp": Row(lambda m: precond.bnp(m, lr=1e-3, momentum=0.9), Limits(334, 1.0, 0, 1.5), goal(350, 6)),
     "adam in BNP's coordinates": Row(lambda m: precond.adam(m, inputs=BNP()), Limits(379, 1.0, 0, 4.0), goal(400, 6)),
     "muon": Row(precond.muon, Limits(129, 1.0, 0, 5.2), goal(150, 6)),
-    "soap": Row(precond.soap, Limits(203, 1.0, 0, 6.4), goal(250, 12)),
+    "soap": Row(precond.soap, Limits(195, 1.0, 0, 6.4), goal(250, 12)),
     "soap, rank 16": Row(lambda m: precond.soap(m, rank=16), Limits(264, 1.03, 0, 6.6), goal(400, 12)),
     "shampoo": Row(precond.shampoo, Limits(225, 1.03, 0, 6.7, 1.34), goal(250, 12)),
     "whitening": Row(precond.whitening, Limits(364, 1.39, 0, 4.8, 1.04), goal(400, 12)),

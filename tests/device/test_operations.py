@@ -19,9 +19,9 @@ def test_bytes_at_the_peak_are_those_of_two_temporaries(device):
 
 
 def test_a_basis_follows_in_the_memory_it_is_given(device):
-    """Another matrix and what goes with columns; or blocks of a quarter, and pieces."""
+    """Another matrix and what goes with columns; or blocks of a quarter, pieces, and what goes with columns."""
     assert 1.0 < device.run(operations.bytes_of_a_basis_that_follows, 1.0) < 1.2
-    assert device.run(operations.bytes_of_a_basis_that_follows, 0.0) < 0.4
+    assert device.run(operations.bytes_of_a_basis_that_follows, 0.0) < 0.5
 
 
 def test_results_say_where_a_real_device_would_have_them(device):

@@ -67,6 +67,12 @@ class LinearMap(ABC):
         """P⁻ᵀ P⁻¹ v = M⁻¹ v, which is known also where M alone is stated."""
         return self.rsolve(self.solve(v))
 
+    def add_to(self, p: Vec, v: Vec, keep: float, by: float) -> None:
+        """p ← keep·p + by·P v, in place."""
+        if keep != 1:
+            torch._foreach_mul_(p, keep)
+        torch._foreach_add_(p, self.mv(v), alpha=by)
+
     def damped(self, delta: float) -> LinearMap:
         r"""The map whose Gram matrix is (M⁻¹ + δ·d̄·I)⁻¹, d̄ the mean of M⁻¹'s eigenvalues.
 

@@ -135,6 +135,18 @@ class Rotation(LinearMap):
     def rmv(self, v: Vec) -> Vec:
         return self.T.mv(v)
 
+    def add_to(self, p: Vec, v: Vec, keep: float, by: float) -> None:
+        """The last product falls into p."""
+        A, B = self.A, self.B
+        W, X = (Kronecker.matrices(*t, A, B) for t in (p, v))
+        if isinstance(B, Tensor) and p[0].is_contiguous():
+            left, right = X if A is None else A @ X, B.mT
+        elif isinstance(A, Tensor) and p[0].is_contiguous():
+            left, right = A, X if B is None else from_right(transposed(B), X)
+        else:
+            return super().add_to(p, v, keep, by)
+        (W.addmm_ if W.ndim == 2 else W.baddbmm_)(left, right, beta=keep, alpha=by)
+
     solve, rsolve = rmv, mv
 
     def gram(self, v: Vec) -> Vec:

@@ -134,6 +134,7 @@ class _Within:
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
         lr, gradient = float(lr), cell.block.gathered(g)
+        keep = 1 - lr * self.adam.decay.decoupled
         if (found := cell.acting.coordinates(cell.state, Seen(gradient, cell.inputs))) is None:
             step, alpha = cell.taken(tuple(torch._foreach_neg(g) if maximize else g)), -lr
         else:
@@ -145,9 +146,12 @@ class _Within:
                 P1 = F
                 self.adam.P.measure(state, lambda: P1.solve(cell.block.gathered(p)), lambda: cell.acting.ready(cell.state))
                 F = Scaled(F, s) if (s := RelativeRMS.scale(state)) is not None else F
+            if len(cell.members) == 1:
+                F.add_to(cell.block.gathered(p), y, keep, lr)
+                return cell.refresh()
             step, alpha = cell.block.scattered(F.mv(y)), lr
-        if self.adam.decay.decoupled:
-            torch._foreach_mul_(p, 1 - lr * self.adam.decay.decoupled)
+        if keep != 1:
+            torch._foreach_mul_(p, keep)
         torch._foreach_add_(p, step, alpha=alpha)
         cell.refresh()
 

@@ -87,6 +87,7 @@ def orthonormal(Y: Tensor) -> Tensor:
 
 
 def independent(A: Tensor) -> Tensor:
+    """Which columns do not depend on those before, to rounding; of what ``torch.geqrf`` made of them."""
     sizes = A.diagonal(dim1=-2, dim2=-1).abs()
     return sizes > least(A.shape[-2], A.dtype) * sizes.amax(-1, keepdim=True)
 

@@ -42,17 +42,19 @@ def follow(S: Tensor, Q: Tensor, may: Tensor | None = None, scratch: int = 0) ->
             return None
     sizes = columns.multiply(moves).masked_fill_(~moves, 1.0)  # the others are in their order
     largest = sizes.amax(-1, keepdim=True)
-    some = sizes > least(S.shape[-1], S.dtype) * largest
-    order = (sizes * some).argsort(dim=-1, descending=True, stable=True)
-    if at_hand(S) and bool(some.all()):
-        some = columns.factor(order)
+    sizes, order = torch.sort(sizes * (sizes > least(S.shape[-1], S.dtype) * largest), dim=-1, descending=True, stable=True)
+    some = able = sizes > 0
+    if at_hand(S) and bool(able.all()):
+        columns.factor(order)
+        some = independent(columns.A)
     if not (at_hand(S) and bool(some.all())):
         # What rounding leaves of a dependent column would decide about those after it: instead it is a small multiple of a unit vector.
-        some = columns.factor(order, shift=largest)
+        columns.factor(order, able, shift=largest)
+        some = able & independent(columns.A)
         last = some.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
         order, some = order.gather(-1, last), some.gather(-1, last)
         columns.factor(order, some)
-        columns.tau *= some
+        columns.tau *= some[..., : columns.tau.shape[-1]]
     signs = torch.where(some, columns.A.diagonal(dim1=-2, dim2=-1), 1.0).sign_()
     torch.linalg.householder_product(columns.A, columns.tau, out=columns.A)
     columns.finish(signs)
@@ -66,25 +68,26 @@ class _Columns(ABC):
         finite: whether qᵀSq are (k, 1).
         moves: whether S is not zero, too (k, 1).
         A: the memory of Q, in which columns are contiguous.
-        tau: (k, n).
+        tau: of those that were factored last (k, c).
     """
 
     finite: Tensor
     moves: Tensor
+    tau: Tensor
 
     def __init__(self, S: Tensor, Q: Tensor):
-        self.S, self.Q, self.A, self.tau = S, Q, Q.mT, Q.new_empty(Q.shape[:-1])
+        self.S, self.Q, self.A = S, Q, Q.mT
 
     @abstractmethod
     def multiply(self, moves: Tensor) -> Tensor:
         """Q ← SQ of those that move (k, 1); qᵀSq of each column (k, n)."""
 
-    def factor(self, order: Tensor, some: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """Reflections of the QR decomposition into A and tau; which columns do not depend on those before (k, n).
+    def factor(self, order: Tensor, some: Tensor | None = None, shift: Tensor | None = None) -> None:
+        """Reflections of the QR decomposition into A and tau.
 
         Args:
             order: of the columns, as SQ has them.
-            some: the others are set to zero.
+            some: the others are set to zero. On a processor the last ones take no part.
             shift: sizes (k, 1), of which a share that counts as rounding is added to the diagonal.
         """
         self.put(order)
@@ -92,8 +95,9 @@ class _Columns(ABC):
             self.A.mul_(some[..., None, :])
         if shift is not None:
             self.A.diagonal(dim1=-2, dim2=-1).add_(shift, alpha=1e-3 * least(self.A.shape[-1], self.A.dtype))
-        torch.geqrf(self.A, out=(self.A, self.tau))
-        return independent(self.A)
+        A = self.A if some is None or not at_hand(self.S) else self.A[..., : int(some.sum(-1).amax())]
+        self.tau = A.new_empty(len(A), A.shape[-1])
+        torch.geqrf(A, out=(A, self.tau))
 
     @abstractmethod
     def put(self, order: Tensor) -> None:
@@ -112,7 +116,7 @@ class _Beside(_Columns):
         self.rows = Q.mT @ S
         self.sizes = _dots(Q.mT, self.rows)
         trace = self.sizes.sum(-1, keepdim=True)
-        self.finite = trace.isfinite()
+        self.finite = trace < torch.inf
         self.moves = (trace > 0) & self.finite
 
     def multiply(self, moves: Tensor) -> Tensor:
@@ -134,11 +138,11 @@ class _Within(_Columns):
 
     def __init__(self, S: Tensor, Q: Tensor):
         super().__init__(S, Q)
-        k, n = self.tau.shape
+        k, n, _ = Q.shape
         self.pieces = _pieces(n, PIECE // (k * n * Q.element_size()))
         # Of what comes of S nothing is known before it is where Q was.
         limits, top = torch.finfo(S.dtype), S.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
-        self.finite = S.sum((-2, -1)).isfinite()[:, None] & (top < limits.max / n)
+        self.finite = (S.sum((-2, -1)) < torch.inf)[:, None] & (top < limits.max / n)
         self.moves = (top > limits.tiny * n) & self.finite
 
     def multiply(self, moves: Tensor) -> Tensor:
@@ -160,6 +164,7 @@ class _Within(_Columns):
             columns = self.Q[..., piece]
             columns.copy_(columns.gather(-2, index[..., None].expand(columns.shape)))
         self.order, self.diagonal = order, self.A.diagonal(dim1=-2, dim2=-1).clone()
+        self.norms = torch.linalg.vector_norm(self.A, dim=-2, keepdim=True).clamp_min_(torch.finfo(self.A.dtype).tiny)
 
     def _restore(self) -> None:
         """A as it was put, its last columns first: none depends on reflections after its own."""
@@ -169,7 +174,7 @@ class _Within(_Columns):
 
     def _restore_piece(self, piece: slice) -> None:
         R = self.A[..., piece].triu(-piece.start)
-        sizes = torch.linalg.vector_norm(R, dim=-2, keepdim=True).clamp_min_(torch.finfo(R.dtype).tiny)
+        sizes = self.norms[..., piece]
         Y = torch.ormqr(self.A[..., : piece.stop], self.tau[..., : piece.stop], R.div_(sizes))
         del R
         # An entry of rounding where zero was would decide the sign of a reflection.

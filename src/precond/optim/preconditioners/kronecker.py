@@ -12,6 +12,9 @@ from precond.optim.blocks import Leaf
 from precond.optim.preconditioners.base import Part, Preconditioner, placed
 
 Sides = Literal["both", "smaller", "left", "right"]
+BLOCK = 128
+"""Rows of a block of a factor on a processor, at least: of thinner ones the calls cost more than the symmetry saves."""
+
 SIDES = ("left", "right")
 """What state calls the factors of rows and of columns."""
 
@@ -61,13 +64,13 @@ def fold(S: Tensor, G: Tensor, right: bool, keep: float, add: float) -> None:
     On a processor blocks below the diagonal are copied, not computed.
     """
     if S.ndim > 2:
-        if len(S) > 1 or S.device.type != "cpu":
+        if len(S) > 1 or S.device.type != "cpu" or S.shape[-1] < 2 * BLOCK:
             S.baddbmm_(*((G.mT, G) if right else (G, G.mT)), beta=keep, alpha=add)
             return
         S, G = S[0], G[0]
     A, B = (G.T, G) if right else (G, G.T)
     n = len(S)
-    step = -(-n // max(1, min(4, n // 128)))  # thinner blocks cost more than they save
+    step = -(-n // max(1, min(4, n // BLOCK)))
     for i in range(0, n, step):
         S[i : i + step, i:].addmm_(A[i : i + step], B[:, i:], beta=keep, alpha=add)
         S[i + step :, i : i + step].copy_(S[i : i + step, i + step :].T)
