@@ -26,6 +26,7 @@ from precond.optim import SGD, Adam, AdamW, RMSprop
 from precond.optim.averages import EMA, EMANesterov, TailMean, WeightAverage
 from precond.optim.blocks import Block, Leaf, State, is_decayed, is_hidden, is_matrix
 from precond.optim.inputs import Observed, register_layer, routed
+from precond.optim.inputs.hooks import unhook
 from precond.optim.momentum import Momentum
 from precond.optim.optimizer import PreconditionedGD
 from precond.optim.optimizer.closures import LossClosure
@@ -205,6 +206,7 @@ __all__ = [
     "shampoo",
     "soap",
     "spectral_density",
+    "unhook",
     "unit_curvatures",
     "whitening",
 ]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import precond
 from inputs.layers import data
 from precond import BNP, RMS, PreconditionedGD
 
@@ -154,6 +155,26 @@ def test_a_copied_model_carries_inert_hooks(duplicate):
     assert before["state"][0]["step"].item() == 1
     optimizer.close()
     twin(X).sum().backward()
+
+
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+def test_hooks_of_copies_do_not_pile_up_and_can_be_removed(duplicate):
+    """Rounds of training that go on from a copy of the best."""
+    model, _ = make()
+    count = lambda model: sum(len(m._forward_pre_hooks) for m in model.modules())  # noqa: E731
+    first = count(model)
+    kept = []
+    for _ in range(4):
+        model = duplicate(model)
+        kept.append(precond.auto(model, regularizers=[precond.SAM(0.05)]))
+    own = count(precond.unhook(duplicate(model)))
+    assert own == 0 and 0 < first <= count(model) < 3 * first + 9
+    live = count(model)
+    assert count(precond.unhook(model)) == live, "those of an optimizer that lives stay"
+    twin = duplicate(model).eval()
+    with pytest.raises(AttributeError, match=r"call precond\.unhook\(model\) first"):
+        torch.jit.script(twin)
+    torch.jit.script(precond.unhook(twin))
 
 
 @pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)

@@ -202,6 +202,46 @@ def test_a_model_that_is_frozen_for_the_loss_of_another_and_thawed_for_its_own(c
     check_same(train(True), train(False))
 
 
+@pytest.mark.parametrize("clears", ["optimizer", "model", "none"])
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+def test_gradients_of_the_loss_of_another_that_are_thrown_away(choice, clears):
+    """A critic's own step after that of another through it, as DCGAN has it: whoever clears the gradients."""
+
+    def train(others):
+        model, optimizer = make(choice())
+        for k in range(4):
+            {"optimizer": optimizer, "model": model}.get(clears, optimizer).zero_grad()
+            if clears == "none":
+                for p in model.parameters():
+                    p.grad = None
+            model(batch(k)).square().mean().backward()
+            model(batch(k + 4)).square().mean().backward()
+            optimizer.step()
+            if others:
+                model(9 * batch(9)).mean().backward()
+        return snapshot(model, optimizer)
+
+    check_same(train(True), train(False))
+
+
+@pytest.mark.parametrize("choice", [*CHOICES.values(), Whitening], ids=[*CHOICES, "whitening"])
+def test_a_look_in_another_precision_between_two_steps(choice):
+    def train(looks):
+        model, optimizer = make(choice(), torch.float32)
+        for k in range(4):
+            optimizer.zero_grad()
+            model(batch(k, torch.float32)).square().mean().backward()
+            optimizer.step()
+            if looks and k < 3:
+                model.double()
+                model(batch(k)).square().mean().backward()
+                model.zero_grad()
+                model.float()
+        return snapshot(model, optimizer)
+
+    check_same(train(True), train(False))
+
+
 def test_inputs_as_hooks_of_others_leave_them_whenever_these_were_put_on():
     """A hook that changes what a layer receives (quantization, noise) counts, before or after the optimizer's, from its first forward on."""
 

@@ -106,6 +106,10 @@ def lr_range(
             break
     best_curve = min(curves, key=lambda curve: curve.final)
     start = best_curve.losses[0]
+    if not math.isfinite(start):
+        raise ValueError(
+            f"lr_range: the loss is {start} before the first step; look at the data, the loss function and the parameters"
+        )
     if not best_curve.final < start:
         raise ValueError(
             f"lr_range: no rate from {curves[-1].lr:.1e} to {curves[0].lr:.1e} makes the loss lower than {start:.4g} in {steps} steps; "

@@ -260,9 +260,10 @@ class Shared(Cell):
 
     def wanted(self) -> Iterable[tuple[str, Request, Tensor | None]]:
         """What owners want to be observed, told to all ranks: a flag of each site, and the mean known before."""
-        step = max(self.state.steps) + 1
-        busy = {n for n, P in self._kinds.items() if not P.idle(step, self._turns)}
-        asking = tuple(k for k, cell in enumerate(self.inside) if id(cell.preconditioner) in busy and cell.handled)
+        steps = self.state.steps
+        each = [steps[span.start] for span in self._spans]  # a layer that was frozen for a while has made fewer than others
+        busy = {(n, t) for n, P in self._kinds.items() for t in set(each) if not P.idle(t + 1, self._turns)}
+        asking = tuple(k for k, cell in enumerate(self.inside) if (id(cell.preconditioner), each[k]) in busy and cell.handled)
         if not (asked := self._asked(asking)).keys:
             return []
         mine = [k for k in asking if self.owners[k] == self.exchange.rank]

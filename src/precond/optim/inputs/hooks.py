@@ -16,6 +16,8 @@ _CLOSE = (
     "optimizer.watch(model) before training goes on"
 )
 
+_LEFT = "this model carries hooks of a precond optimizer that is gone or watched the original: call precond.unhook(model) first"
+
 
 class WeakHook:
     """A forward pre-hook that calls ``method`` of an object while that lives; a copied or unpickled model carries an inert one.
@@ -39,9 +41,14 @@ class WeakHook:
             self._outside(target, self._method, module, args)
 
     @property
+    def dead(self) -> bool:
+        """Whether what it served is gone, or it came with a copy."""
+        return self._target() is None
+
+    @property
     def __name__(self) -> str:
         # What torch.jit.script asks for first; it compiles hooks from their source, and this one has none that it could.
-        raise AttributeError(f"torch.jit.script: {_CLOSE}")
+        raise AttributeError(f"torch.jit.script: {_LEFT if self.dead else _CLOSE}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
@@ -100,3 +107,36 @@ def remove(handles: Iterable[Any]) -> None:
     """Remove hooks by their handles."""
     for handle in handles:
         handle.remove()
+
+
+def unhook(model: nn.Module) -> nn.Module:
+    """Remove what optimizers have left on a model: hooks of those that are gone, and those that came with a copy or a pickle.
+
+    They do nothing. But ``torch.jit.script`` takes no model that has them, and a pickle of the whole model loads only where this library is
+    installed. Hooks of optimizers that live stay: see :meth:`PreconditionedGD.close`.
+
+    Args:
+        model: any module; it is changed in place.
+
+    Returns:
+        The model.
+
+    Example:
+        >>> import copy, torch, precond
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = precond.bnp(model)
+        >>> served = precond.unhook(copy.deepcopy(model))
+        >>> len(served._forward_pre_hooks), len(model._forward_pre_hooks) > 0
+        (0, True)
+    """
+    for module in model.modules():
+        sweep(module)
+    return model
+
+
+def sweep(module: nn.Module) -> None:
+    """:func:`unhook` of this module alone."""
+    hooks = module._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, WeakHook) and hook.dead]:
+        del hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from precond.algebra.sharding import gathered
-from precond.optim.inputs.hooks import InputHook, remove
+from precond.optim.inputs.hooks import InputHook, remove, sweep
 from precond.optim.inputs.moments import Moments, Request, pool
 from precond.optim.inputs.reading import Unreadable
 from precond.optim.inputs.sites import Site
@@ -55,19 +55,23 @@ class Observer:
         absent: how many contexts say that the forwards are another's.
     """
 
-    def __init__(self, sites: Sequence[Site], requests: Iterable[Request], seen: InputMoments | None = None):
+    def __init__(self, sites: Sequence[Site], requests: Iterable[Request], before: Observer | None = None):
         self.sites, self.requests = tuple(sites), tuple(requests)
         self.enabled = True
         self.ready: Callable[[], Observer | None] = _nothing  # called before the first forward that counts: who observes it
         self._first = True
         self.wanted: dict[Key, Tensor | None] = {}
-        self.frozen: frozenset[str] = frozenset()  # sites of which nothing is wanted for that
+        self._known: dict[str, tuple[bool, torch.dtype]] = {}
+        self.know()
         self.unread: dict[str, str] = {}
         self.absent = 0
-        self._seen: InputMoments = {} if seen is None else seen  # since the last backward through the layer
+        self._seen: InputMoments = {}  # since the last backward through the layer
         self._earlier: InputMoments = {}  # before it: micro-batches, or a step that a scaler skipped
         self._marks: dict[str, Mark] = {}
         self._given_up: set[str] = set()  # sites whose gradients were cleared when no backward had been
+        if before is not None:  # in this step, of the model as it was
+            self._seen, self._earlier = dict(before._seen), dict(before._earlier)
+            self._marks, self._given_up = dict(before._marks), set(before._given_up)
         self._without_grad: dict[nn.Module, int] = {}
         self._work: dict[nn.Module, tuple[Tap, list[tuple[Site, Weight, list[Key]]]]] = {}
         self._shapes: dict[Key, tuple[int, int]] = {}
@@ -75,14 +79,16 @@ class Observer:
             keys = [(site.name, request) for request in self.requests]
             for tap, weight in site.taps:
                 self._work.setdefault(tap.module, (tap, []))[1].append((site, weight, keys))
+        for module in self._work:
+            sweep(module)  # copies of copies would carry ever more
         self._handles = [m.register_forward_pre_hook(InputHook(self, "see"), with_kwargs=True) for m in self._work]
         weakref.finalize(self, remove, self._handles)
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called before each forward of a watched module."""
         work = self._work.get(module)  # None in a shallow copy, such as nn.DataParallel's replicas
-        thawed = self.frozen and work is not None and any(s.name in self.frozen and s.weight.requires_grad for s, *_ in work[1])
-        if (self._first or thawed) and self.enabled and not self.absent and watching():
+        changed = work is not None and any(self._known.get(s.name) != _kind(s.weight) for s, *_ in work[1])
+        if (self._first or changed) and self.enabled and not self.absent and watching():
             again = not torch.is_grad_enabled()  # no forward of a step
             self._first = again
             if (now := self.ready()) is not self and now is not None:  # the model was found changed
@@ -114,9 +120,10 @@ class Observer:
         try:
             if self._used(site):
                 self._separate(site)
+                if site.weight.grad is None:  # cleared, by whomever
+                    self._drop(self._earlier, site)
             elif site.name in self._given_up:  # neither backward nor step, and now anew: of a batch that was passed over
-                for key in keys:
-                    self._seen.pop(key, None)
+                self._drop(self._seen, site)
             self._given_up.discard(site.name)
             self._marks[site.name] = mark(site.weight)
             for key in keys:
@@ -131,9 +138,13 @@ class Observer:
                     self._shapes[key] = site.shape(key[1])
                 if found.mean.shape != self._shapes[key]:
                     raise Unreadable(f"has {self._shapes[key]} features, but inputs have {tuple(found.mean.shape)}")
-                self._seen[key] = pool([self._seen[key], found]) if key in self._seen else found
+                self._seen[key] = pool([found, self._seen[key]]) if key in self._seen else found
         except Exception as error:
             self.unread[site.name] = why_unread(error)
+
+    def know(self) -> None:
+        """What is wanted is of the model as it is now; what else it becomes between two forwards is noticed."""
+        self._known = {site.name: _kind(site.weight) for site in self.sites}
 
     def _counts(self, module: nn.Module) -> bool:
         """Whether this forward is one of the step's own, each of which counts once under checkpointing of either kind."""
@@ -157,7 +168,7 @@ class Observer:
         """What was seen since :meth:`clear`."""
         if not self._earlier:
             return dict(self._seen)
-        both = {key: pool([self._earlier[key], self._seen[key]]) for key in self._earlier.keys() & self._seen.keys()}
+        both = {key: pool([self._seen[key], self._earlier[key]]) for key in self._earlier.keys() & self._seen.keys()}
         return {**self._earlier, **self._seen, **both}
 
     def _used(self, site: Site) -> bool:
@@ -165,11 +176,15 @@ class Observer:
         known = self._marks.get(site.name)
         return known is not None and not known.holds(site.weight)
 
+    def _drop(self, of: InputMoments, site: Site) -> None:
+        for request in self.requests:
+            of.pop((site.name, request), None)
+
     def _separate(self, site: Site) -> None:
         for key in [(site.name, request) for request in self.requests]:
             if key in self._seen:
                 found = self._seen.pop(key)
-                self._earlier[key] = pool([self._earlier[key], found]) if key in self._earlier else found
+                self._earlier[key] = pool([found, self._earlier[key]]) if key in self._earlier else found
 
     def separate(self) -> None:
         """Keep what was seen so far apart from what is seen next."""
@@ -204,6 +219,10 @@ class Observer:
     def close(self) -> None:
         """Remove the hooks."""
         remove(self._handles)
+
+
+def _kind(weight: Tensor) -> tuple[bool, torch.dtype]:
+    return weight.requires_grad, weight.dtype
 
 
 def _device(module: nn.Module, site: Site) -> torch.device:

@@ -138,7 +138,7 @@ class Bound(torch.optim.Optimizer):
                     self._spare.clear()
                     if changed:
                         self._listen()
-                    self._model_hooks.want(self._bound.cells)
+                    self._model_hooks.follow(self._bound.cells)
                     kept = {(leaf.param, key) for leaf, key, _ in self._bound.entries}
                     for leaf, key, _ in before.entries:  # the state of what is frozen waits
                         state = self.state.get(leaf.param)

@@ -52,7 +52,7 @@ class ModelHooks:
             recorded: the devices whose random state second passes want, or None.
             ready: a method, held weakly, to call before the first observed forward of a step; it returns who observes it.
         """
-        seen = {} if self.observer is None else self.observer.collect()  # in this step, should the hooks be put on anew
+        before = self.observer
         self.close()
         modules = models.alive()
         if recorded is not None and modules:
@@ -62,7 +62,7 @@ class ModelHooks:
             self.unobserved = {p: passed.why for passed in found.passed_by for p in passed.params}
             trained = [passed for passed in found.passed_by if any(p.requires_grad for p in passed.params)]
             _warn({passed.name or "(the model)": passed.why for passed in trained})
-            self.observer = Observer(found.sites, self.requests, seen)
+            self.observer = Observer(found.sites, self.requests, before)
             of = weakref.WeakMethod(ready)
             self.observer.ready = lambda: None if (call := of()) is None else call()
             self.want(cells)
@@ -159,11 +159,16 @@ class ModelHooks:
             for listener in listeners:
                 listener.absent -= 1
 
+    def follow(self, cells: Sequence[Cell]) -> None:
+        """The model has changed, and what is needed of it may have."""
+        if self.observer is not None:
+            self.observer.know()
+        self.want(cells)
+
     def want(self, cells: Sequence[Cell]) -> None:
         """Tell the observer what the next step needs."""
         if self.observer is not None:
             self.observer.wanted = {(site, request): known for cell in cells for site, request, known in cell.wanted()}
-            self.observer.frozen = frozenset(site.name for site in self.observer.sites if not site.weight.requires_grad)
 
     def pause(self) -> None:
         """Until the step is over, forwards are those of second passes."""

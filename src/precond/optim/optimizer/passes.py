@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from precond.optim.inputs.hooks import WeakHook, remove
+from precond.optim.inputs.hooks import WeakHook, remove, unhook
 from precond.optim.inputs.watching import watching
 
 Random = dict[torch.device, Tensor]
@@ -95,6 +95,8 @@ class Recorder:
         self.absent = 0  # how many contexts say that the forwards are another's
         self._armed = True
         roots = list(modules)
+        for root in roots:
+            unhook(root)  # copies of copies would carry ever more
         self._handles = [module.register_forward_pre_hook(WeakHook(self, "note_root")) for module in roots]
         # Of a module that is never called itself (a LightningModule whose training_step calls its parts) the parts are.
         self._of_parts = [m.register_forward_pre_hook(WeakHook(self, "note")) for root in roots for m in _parts(root)]

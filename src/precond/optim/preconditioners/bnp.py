@@ -92,18 +92,6 @@ class BNP(InputSide):
         features = {name: torch.zeros(shape, dtype=dtype, device=weight.device) for name in ("mean", "variance", "activity")}
         return {"count": torch.zeros(shape[:1], dtype=dtype), "examples": torch.zeros((), dtype=dtype), **features}
 
-    def scales(self, part: LayerPart, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(μ, σ̃) of each feature."""
-        mean, variance = state["mean"], state["variance"]
-        square = torch.addcmul(variance, mean, mean)
-        if part.bias is None:
-            mean, variance = torch.zeros_like(mean), square
-        else:
-            mean, variance = self.centered(mean, variance, square, state)
-        std = self.damping_of(square, state).add_(variance).sqrt_()
-        # An input that was always zero has no scale, and its weight has had no gradient.
-        return mean, std.masked_fill_(std == 0, 1.0)
-
     def arrow(self, part: LayerPart, state: State) -> tuple[Tensor, Tensor, float | Tensor]:
         layout = part.layout(self.request)
         mean, std = map(layout.spread_out, self.scales(part, state))

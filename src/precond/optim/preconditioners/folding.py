@@ -10,8 +10,51 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from precond.algebra.vec import Tensors
+from precond.optim.blocks import State
 from precond.optim.inputs import Moments
 from precond.optim.inputs.moments import column, variances
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What is known of the features of a layer, or of several alike, (groups, n); of different ones one after the other, (F,).
+
+    Attributes:
+        mean, variance, activity: μ, σ² and a.
+        count: samples behind them: a number, or one for each.
+        centered: whether steps are taken about μ: True or False for all, or for each.
+        lengths: how many features are in each group.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    activity: Tensor
+    count: float | Tensor
+    centered: bool | Tensor
+    lengths: Sequence[int]
+
+    @classmethod
+    def of(cls, layers: Sequence[tuple[dict[str, Tensor], bool]]) -> Known:
+        """Of the statistics of layers, each with whether it has a bias to center with; with one sample there is no variance either."""
+        mine, means = [m for m, _ in layers], [m["mean"] for m, _ in layers]
+        counts = _numbers([m["count"] for m in mine])
+        biases = [bias for m, bias in layers for _ in range(len(m["mean"]))]
+        centered = _spread_out([float(bias and n >= 2) for n, bias in zip(counts, biases, strict=True)], means)
+        return cls(
+            _joined(means),
+            _joined([variances(m[_spread(m)], m["mean"]) for m in mine]),
+            _joined([m["activity"] for m in mine]),
+            _spread_out(counts, means),
+            centered > 0,
+            _lengths(means),
+        )
+
+    def means(self, t: Tensor) -> Tensor:
+        """The mean over each group's features, for each of them."""
+        if t.ndim > 1:
+            return t.mean(-1, keepdim=True)
+        lengths = torch.tensor(self.lengths)
+        return torch.segment_reduce(t, "mean", lengths=lengths, unsafe=True).repeat_interleave(lengths, output_size=len(t))
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,16 +66,18 @@ class Fold:
             ``size`` and ``examples``.
         new: of the same groups.
         decay: ρ, or one for each layer.
+        bias: whether there is one to center with.
     """
 
-    mine: dict[str, Tensor]
+    mine: State
     new: Moments
     decay: float | Sequence[float]
+    bias: bool
 
     @property
     def spread(self) -> str:
         """What the variances are kept in."""
-        return "variance" if "variance" in self.mine else "covariance"
+        return _spread(self.mine)
 
     @property
     def decays(self) -> list[float]:
@@ -101,13 +146,13 @@ def fold(folds: Sequence[Fold], active: Callable[[Features], Tensor]) -> None:
         shift, share = (between * delta, 1.0) if isinstance(between, Tensor) else (delta, between)
         _put(of("variance"), seen.variance.lerp_(seen.latest, gain).addcmul_(shift, delta, value=share))
     else:
-        parts = zip(folds, _parted(between * delta, means), _parted(delta, means), _sliced(weights, new), strict=True)
+        parts = zip(folds, parted(between * delta, means), parted(delta, means), _sliced(weights, new), strict=True)
         for f, a, b, own in parts:
             f.new.fold_spread_(f.mine["covariance"], column(own, a))
             f.mine["covariance"].baddbmm_(a[..., :, None], b[..., None, :])
     # One by one: what is made of statistics is made anew where the version of μ is another, which multi-tensor operations may leave.
     mean.lerp_(latest, gain)
-    for one, moved in zip(means, _parted(mean, means), strict=True) if len(means) > 1 else ():
+    for one, moved in zip(means, parted(mean, means), strict=True) if len(means) > 1 else ():
         one.copy_(moved)
     _note(of("count"), counts)
     if "noise" in mine[0]:  # 1/N of a mean with these weights
@@ -130,7 +175,7 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else _flatten_dense_tensors(tensors)
 
 
-def _parted(flat: Tensor, like: Sequence[Tensor]) -> Tensors:
+def parted(flat: Tensor, like: Sequence[Tensor]) -> Tensors:
     """The inverse: views of the shapes of others."""
     return [flat] if len(like) == 1 else _unflatten_dense_tensors(flat, like)
 
@@ -138,16 +183,26 @@ def _parted(flat: Tensor, like: Sequence[Tensor]) -> Tensors:
 def _put(tensors: list[Tensor], flat: Tensor) -> None:
     """Write the entries of all; nothing where one alone was written in place."""
     if flat is not tensors[0]:
-        torch._foreach_copy_(tensors, _parted(flat, tensors))
+        torch._foreach_copy_(tensors, parted(flat, tensors))
 
 
 def _spread_out(numbers: Sequence[float], like: Sequence[Tensor]) -> float | Tensor:
     """A number of each group, for each feature (groups, n) of it; where all are one number that number, which costs nothing."""
     if len(like) == 1 or all(x == numbers[0] for x in numbers):
         return column(numbers, like[0])
-    sizes = [t.shape[-1] for t in like for _ in range(len(t))]
+    sizes = _lengths(like)
     each = torch.tensor(numbers, dtype=like[0].dtype).repeat_interleave(torch.tensor(sizes), output_size=sum(sizes))
     return each.to(like[0].device)
+
+
+def _lengths(like: Sequence[Tensor]) -> list[int]:
+    """How many features are in each group (groups, n)."""
+    return [t.shape[-1] for t in like for _ in range(len(t))]
+
+
+def _spread(mine: dict[str, Tensor]) -> str:
+    """What the variances are kept in."""
+    return "variance" if "variance" in mine else "covariance"
 
 
 def _numbers(tensors: Sequence[Tensor]) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from precond.algebra.vec import Vec
 from precond.optim import blocks
 from precond.optim.blocks import Block, Leaf, Stack, State, spans
 from precond.optim.inputs import Moments, Request, Site
-from precond.optim.inputs.moments import by_group, greatest, least
+from precond.optim.inputs.moments import greatest, least
 from precond.optim.preconditioners.base import Needs, Part, Seen
-from precond.optim.preconditioners.folding import Features, Fold, activity, fold
+from precond.optim.preconditioners.folding import Features, Fold, Known, activity, fold, parted
 from precond.optim.preconditioners.stacked import Stacked
 
 Observed = Mapping[tuple[str, Request], Moments]
@@ -146,12 +147,28 @@ class InputSide(Stacked):
     def arrow(self, part: LayerPart, state: State) -> tuple[Tensor, Tensor, float | Tensor]:
         """(μ, σ, β) of U·diag(β, 1/σ), U = [[1, −μᵀ], [0, I]]: μ and σ of each input of a row, shape (groups, n), by the statistics."""
 
-    def centered(self, mean: Tensor, variance: Tensor, square: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(μ, σ²), of groups with one sample (0, E[h²]): it has no variance, so there is scale without centering until there are two."""
-        if least(state["count"]) >= 2:
-            return mean, variance
-        one = (state["count"] < 2).to(mean.device)[:, None]
-        return torch.where(one, 0, mean), torch.where(one, square, variance)
+    def scales(self, part: LayerPart, state: State) -> tuple[Tensor, Tensor]:
+        """(μ, σ̃) of each feature; with no bias to center with, μ is 0 and σ² = E[h²]. Made again where something was observed."""
+        made_of = state["mean"]._version, self.damping
+        return state.kept("scales", made_of, lambda: self._scales(Known.of([(state, part.bias is not None)])))
+
+    def _scales(self, known: Known) -> tuple[Tensor, Tensor]:
+        mean, variance = known.mean, known.variance
+        square = torch.addcmul(variance, mean, mean)
+        if known.centered is False:
+            mean, variance = torch.zeros_like(mean), square
+        elif known.centered is not True:
+            mean, variance = torch.where(known.centered, mean, 0), torch.where(known.centered, variance, square)
+        std = self.damping_of(square, known).add_(variance).sqrt_()
+        # An input that was always zero has no scale, and its weight has had no gradient.
+        return mean, std.masked_fill_(std == 0, 1.0)
+
+    def keep_scales(self, folds: Sequence[Fold]) -> None:
+        """The :meth:`scales` of several layers at once, which are asked for next."""
+        layers = [(f.mine, f.bias) for f in folds]
+        means, stds = (parted(t, [f.mine["mean"] for f in folds]) for t in self._scales(Known.of(layers)))
+        for f, found in zip(folds, zip(means, stds, strict=True), strict=True):
+            f.mine.kept("scales", (f.mine["mean"]._version, self.damping), partial(lambda x: x, found))
 
     def part_map(self, part: LayerPart, state: State, like: Vec, layout: Layout) -> LinearMap:
         """P on (weight, bias) or (weight,) of a stack."""
@@ -201,7 +218,7 @@ class InputSide(Stacked):
             found = [inputs.get((site.name, self.request)) for site in self._sites(part, state.block)]
             for some in spans([f is not None for f in found]):
                 mine, new = self.statistics(part, state.span(some)), Moments.joined([f for f in found[some] if f is not None])
-                fold = Fold(mine, new, self.rate(min(state.steps), new))
+                fold = Fold(mine, new, self.rate(min(state.steps), new), part.bias is not None)
                 if new.mean.device.type != "cpu":  # where it is, the step was not taken: a look at it costs nothing there
                     new.bound_to_(mine["mean"], mine[fold.spread])
                 yield fold
@@ -214,7 +231,7 @@ class InputSide(Stacked):
         """a = E|h − μ|/σ after a fold, of features (F,)."""
         return activity(seen)
 
-    def damping_of(self, square: Tensor, state: dict[str, Tensor]) -> Tensor:
+    def damping_of(self, square: Tensor, known: Known) -> Tensor:
         r"""What damping adds to a variance: ε E[h²], and for inputs that are rarely active a share of the layer's mean E[h²].
 
         The scale of an input that few samples show is hardly known, and steps along it would be as long as it is rare. The
@@ -224,9 +241,9 @@ class InputSide(Stacked):
         """
         if self.damping == 0:
             return torch.zeros_like(square)
-        count = by_group(state["count"], square)
-        rare = torch.rsub(state["activity"].square().mul_(count / (count + 8)), 1 / 3).clamp_min_(0)
-        return rare.mul_(square.mean(-1, keepdim=True)).add_(square, alpha=self.damping)
+        n = known.count
+        rare = torch.rsub(known.activity.square().mul_(n / (n + 8)), 1 / 3).clamp_min_(0)
+        return rare.mul_(known.means(square)).add_(square, alpha=self.damping)
 
     def map(self, state: State) -> LinearMap:
         """P; made again where the statistics have changed."""
@@ -271,6 +288,8 @@ def observe(seen: Iterable[tuple[InputSide, State, Observed]]) -> None:
             alike.setdefault((P, mean.dtype, mean.device), []).append(fold_)
     for (P, *_), folds in alike.items():
         fold(folds, P.active)
+        if len(folds) > 1:
+            P.keep_scales(folds)
 
 
 def key_of(name: str, part: LayerPart) -> str:

@@ -17,7 +17,7 @@ from precond.optim.blocks import Block, Stack, State, spans, state_dtype
 from precond.optim.blocks.turns import next_renewal
 from precond.optim.checking.arguments import settle
 from precond.optim.inputs import Moments, Request
-from precond.optim.inputs.moments import by_group, least, variances
+from precond.optim.inputs.moments import by_group, least
 from precond.optim.preconditioners.correlation import Correlation, Leading, Root, Whole
 from precond.optim.preconditioners.eigenbases import at_hand
 from precond.optim.preconditioners.folding import Features
@@ -150,21 +150,6 @@ class Whitening(InputSide):
     def root_of(self, state: dict[str, Tensor]) -> Root:
         """How the root of a layer's correlations is kept."""
         return Leading(state["basis"].shape[-1], self.power) if "basis" in state else Whole(self.root, self.power)
-
-    def scales(self, part: LayerPart, state: State) -> tuple[Tensor, Tensor]:
-        """(μ, σ̃); with no bias to center with, μ is 0 and σ² = E[h²]. Made again where something was observed."""
-        return state.kept("scales", (state["mean"]._version, self.damping), lambda: self._scales(part, state))
-
-    def _scales(self, part: LayerPart, state: State) -> tuple[Tensor, Tensor]:
-        mean = state["mean"]
-        variance = variances(state["covariance"], mean)
-        square = torch.addcmul(variance, mean, mean)
-        if part.bias is None:
-            variance, mean = square, torch.zeros_like(mean)
-        else:
-            mean, variance = self.centered(mean, variance, square, state)
-        std = self.damping_of(square, state).add_(variance).sqrt_()
-        return mean, std.masked_fill_(std == 0, 1.0)
 
     def arrow(self, part: LayerPart, state: State) -> tuple[Tensor, Tensor, float | Tensor]:
         return *self.scales(part, state), 1.0

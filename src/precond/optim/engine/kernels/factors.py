@@ -165,9 +165,11 @@ def factors(state: Mapping[str, Tensor], dtype: torch.dtype) -> Sequence[Factor]
     return [SpikedFactor.of(*each, dtype) for each in zip(state["basis"], state["leading"], state["rest"], strict=True)]
 
 
-def root(state: Mapping[str, Tensor], like: Tensor) -> Tensor:
-    """R (n, n) of the one group of a state, in the precision of σ (1, n); the identity where it is BNP's."""
+def root(state: Mapping[str, Tensor], like: Tensor) -> Tensor | None:
+    """R (n, n) of the one group of a state, in the precision of σ (1, n); None, the identity, where it is BNP's."""
     if "factor" in state:
         return state["factor"][0]
+    if "basis" not in state:
+        return None
     eye = torch.eye(like.shape[-1]).to(like)
-    return factors(state, eye.dtype)[0].times(eye, torch.empty_like(eye)) if "basis" in state else eye
+    return factors(state, eye.dtype)[0].times(eye, torch.empty_like(eye))

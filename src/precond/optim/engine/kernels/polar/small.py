@@ -35,7 +35,12 @@ class SmallStep(PolarStep[Tensor, Tensor, Tensor]):
             A = torch.eye(n + len(outer.block.tensors) - 1).to(std)
             self._A, self._onto = (A, A[:n, :n], A[n:, :n]), (A.T[:, :n], *A[n:])
         A, within, last = self._A
-        torch.div(root(outer, std), std.mT.view(-1, 1), out=within)
+        if (R := root(outer, std)) is None:
+            within.diagonal().copy_(std[0]).reciprocal_()
+            if len(last):
+                torch.div(mean, std, out=last).neg_()
+            return A
+        torch.div(R, std.mT, out=within)
         if len(last):
             torch.mm(mean, within, out=last).neg_()
         return A
