@@ -74,7 +74,7 @@ class Block:
     @cached_property
     def dtypes(self) -> list[torch.dtype]:
         """Of the tensors of all leaves; a block whose parameters are converted is made anew."""
-        return [t.dtype for t in self.all_tensors]
+        return [leaf.param.dtype for leaf in self.all_leaves]
 
     def local(self, v: Sequence[Tensor]) -> list[Tensor]:
         """What this process holds of tensors of all leaves."""

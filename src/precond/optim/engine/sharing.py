@@ -208,7 +208,9 @@ class Shared(Cell):
     def taken(self, g: Vec) -> Vec:
         whole = self.gather(g)
         with self._showing(self.state):
-            own = {k: self._stepped_by_owner(self.inside[k], whole[k]) for k in self.mine}
+            kernels = {k: self._acting(self.inside[k]) for k in self.mine}
+            observe([(kernel, self.inside[k]) for k, kernel in kernels.items() if kernel is not None])
+            own = {k: self._stepped_by_owner(self.inside[k], kernel, whole[k]) for k, kernel in kernels.items()}
         return self.scatter(own, g)
 
     def spread(self, has: Sequence[bool]) -> None:
@@ -227,17 +229,19 @@ class Shared(Cell):
         vec.copy_(tuple(p[i] for i in theirs), tuple(found[i] for i in theirs))
         count_on_host([cell.inside[k].state for k, owner in enumerate(cell.owners) if owner != cell.exchange.rank])
 
-    def _stepped_by_owner(self, cell: Cell, g: Vec) -> Vec:
-        """The step of one cell: by its kernel, where it has one and needs not look at the parameters."""
-        kernel, u = self._kernel(cell), None
+    def _stepped_by_owner(self, cell: Cell, kernel: Kernel | None, g: Vec) -> Vec:
+        """The step of one cell."""
+        if kernel is None:
+            return cell.taken(g)
+        u = [torch.zeros_like(t) for t in cell.block.all_tensors]
+        kernel(cell, u, fused.aligned(g, u), -1.0, False)
+        self._settled.add(id(cell))
+        return tuple(u)
+
+    def _acting(self, cell: Cell) -> Kernel | None:
+        """The kernel of a cell, where it has one and needs not look at the parameters in the step in progress."""
         P = cell.preconditioner
-        if kernel is not None and (not P.looks(max(cell.state.steps)) or P.settled(cell.state)):
-            u = [torch.zeros_like(t) for t in cell.block.all_tensors]
-            observe([(kernel, cell)])
-            kernel(cell, u, fused.aligned(g, u), -1.0, False)
-            self._settled.add(id(cell))
-            return tuple(u)
-        return cell.taken(g)
+        return self._kernel(cell) if not P.looks(max(cell.state.steps)) or P.settled(cell.state) else None
 
     def _kernel(self, cell: Cell) -> Kernel | None:
         if id(cell) not in self._kernels:
