@@ -181,13 +181,8 @@ class Preconditioner(ABC):
 
     def cost(self, block: Block) -> float:
         """About what a step of a block costs, products and a share of roots, to divide work among processes."""
-        out = 0.0
-        for leaf in block.leaves:
-            rows, columns = (
-                (leaf.shape[0], leaf.param.numel() // max(1, leaf.shape[0])) if leaf.ndim > 1 else (1, leaf.param.numel())
-            )
-            out += rows * columns * min(rows, columns) + (rows**3 + columns**3 if rows > 1 else 0) / 10
-        return out
+        shapes = ((max(1, leaf.shape[0]) if leaf.ndim > 1 else 1, leaf.param.numel()) for leaf in block.leaves)
+        return sum(size * min(n, size // n) + (n**3 + (size // n) ** 3 if n > 1 else 0) / 10 for n, size in shapes)
 
     def lr_scale(self, leaf: Leaf) -> float:
         """What multiplies the learning rate of a leaf."""

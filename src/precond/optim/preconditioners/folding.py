@@ -21,7 +21,7 @@ class Known:
 
     Attributes:
         mean, variance, activity: μ, σ² and a.
-        count: samples behind them: a number, or one for each.
+        shown: N/(N + 8), N the samples behind them: a number, or one for each.
         centered: whether steps are taken about μ: True or False for all, or for each.
         lengths: how many features are in each group.
     """
@@ -29,7 +29,7 @@ class Known:
     mean: Tensor
     variance: Tensor
     activity: Tensor
-    count: float | Tensor
+    shown: float | Tensor
     centered: bool | Tensor
     lengths: Sequence[int]
 
@@ -44,7 +44,7 @@ class Known:
             _joined(means),
             _joined([variances(m[_spread(m)], m["mean"]) for m in mine]),
             _joined([m["activity"] for m in mine]),
-            _spread_out(counts, means),
+            _spread_out([n / (n + 8) for n in counts], means),
             centered > 0,
             _lengths(means),
         )
@@ -140,7 +140,7 @@ def fold(folds: Sequence[Fold], active: Callable[[Features], Tensor]) -> None:
         gain=gain,
         known=known > 0,
     )
-    delta, between = seen.delta, gain * (1 - gain)
+    delta, between = seen.delta, each([w * (1 - w) for w in weights])
     _put(of("activity"), active(seen))
     if folds[0].spread == "variance":
         shift, share = (between * delta, 1.0) if isinstance(between, Tensor) else (delta, between)

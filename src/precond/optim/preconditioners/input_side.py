@@ -241,8 +241,9 @@ class InputSide(Stacked):
         """
         if self.damping == 0:
             return torch.zeros_like(square)
-        n = known.count
-        rare = torch.rsub(known.activity.square().mul_(n / (n + 8)), 1 / 3).clamp_min_(0)
+        a, third = known.activity, square.new_full((), 1 / 3)
+        b, share = (a, known.shown) if isinstance(known.shown, float) else (a * known.shown, 1.0)
+        rare = torch.addcmul(third, a, b, value=-share).clamp_min_(0)
         return rare.mul_(known.means(square)).add_(square, alpha=self.damping)
 
     def map(self, state: State) -> LinearMap:

@@ -31,7 +31,7 @@ def follow(S: Tensor, Q: Tensor, may: Tensor | None = None, scratch: int = 0) ->
     Returns:
         The order in which the columns of Q before were taken (k, n); None where none moved.
     """
-    fits = at_hand(S) or Q.numel() * Q.element_size() <= max(2 * PIECE, scratch)
+    fits = at_hand(S) or Q.nbytes <= max(2 * PIECE, scratch)
     columns: _Columns = _Beside(S, Q) if fits else _Within(S, Q)
     moves = columns.moves if may is None else columns.moves & may[:, None]
     if at_hand(S):
