@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,6 +118,17 @@ def test_samples_of_some_ranks_and_covariances_of_others(ranks, sizes, parts):
     for p, q, r in zip(alone, first, second, strict=True):
         assert torch.equal(q, r)
         torch.testing.assert_close(q, p, rtol=0, atol=1e-10)
+
+
+def test_the_calculation_for_more_gpus_runs(monkeypatch, capsys):
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "scaling.py"
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    runpy.run_path(str(path), run_name="__main__")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("muon", "soap", "auto"))]
+    assert len(rows) == 24
+    for recipe in ("muon", "soap", "auto"):  # what a rank sends falls with their number
+        sent = [float(row[2]) for row in rows if row[0] == recipe]
+        assert sent == sorted(sent, reverse=True)
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------------
