@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import precond
 from inputs.layers import data
 from precond import (
     BNP,
@@ -272,6 +273,55 @@ def test_inputs_as_hooks_of_others_leave_them_whenever_these_were_put_on():
 
     check_same(train("after"), train("inside"))
     check_same(train("before"), train("inside"))
+
+
+def test_a_forward_that_raises_before_the_inputs_are_read_leaves_nothing():
+    def train(fails):
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 2).double()
+        optimizer = PreconditionedGD(layer, lr=0.1, preconditioner=BNP())
+        layer.register_forward_pre_hook(lambda module, args: None)
+        if fails:
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                layer(torch.ones(4, 7, dtype=torch.float64))
+        assert not layer._forward_hooks
+        for k in range(2):
+            optimizer.zero_grad()
+            layer(batch(k)[:, :, 0]).square().mean().backward()
+            optimizer.step()
+        return snapshot(layer, optimizer)
+
+    check_same(train(True), train(False))
+
+
+@pytest.mark.parametrize("recipe", ["auto", "bnp", "whitening"])
+def test_a_run_resumed_after_any_step_is_bit_for_bit_the_one_that_went_on(recipe):
+    """Layers of different widths, whose statistics are folded at once: what is made of them does not depend on who was beside."""
+
+    def make():
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 1, bias=False))
+        return model, precond.RECIPES[recipe](model)
+
+    g = torch.Generator().manual_seed(3)
+    batches = [(torch.randn(16, 5, generator=g) + 1, torch.randn(16, 1, generator=g)) for _ in range(14)]
+
+    def train(stop):
+        model, optimizer = make()
+        for k, (x, y) in enumerate(batches):
+            if k == stop:
+                kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+                model, optimizer = make()
+                model.load_state_dict(kept[0])
+                optimizer.load_state_dict(kept[1])
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    whole = train(None)
+    for stop in range(1, 14):
+        check_same(train(stop), whole)
 
 
 @pytest.mark.parametrize("probing", [False, True], ids=["plain", "SAM"])

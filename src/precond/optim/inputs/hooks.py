@@ -80,11 +80,12 @@ class InputHook(WeakHook):
         hooks: OrderedDict[int, Any] = module._forward_pre_hooks  # type: ignore[assignment]
         hooks.move_to_end(next(i for i, hook in hooks.items() if hook is self))
 
-        def once(module: nn.Module, *args: Any) -> None:
+        def once(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             handle.remove()
-            self(module, *args[:-1])
+            if output is not None:  # the forward has not raised
+                self(module, args, kwargs)
 
-        handle = module.register_forward_hook(once, with_kwargs=True, prepend=True)
+        handle = module.register_forward_hook(once, with_kwargs=True, prepend=True, always_call=True)
 
 
 def _nobody() -> None:

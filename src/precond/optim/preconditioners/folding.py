@@ -16,48 +16,6 @@ from precond.optim.inputs.moments import column, variances
 
 
 @dataclass(frozen=True, eq=False)
-class Known:
-    """What is known of the features of a layer, or of several alike, (groups, n); of different ones one after the other, (F,).
-
-    Attributes:
-        mean, variance, activity: μ, σ² and a.
-        shown: N/(N + 8), N the samples behind them: a number, or one for each.
-        centered: whether steps are taken about μ: True or False for all, or for each.
-        lengths: how many features are in each group.
-    """
-
-    mean: Tensor
-    variance: Tensor
-    activity: Tensor
-    shown: float | Tensor
-    centered: bool | Tensor
-    lengths: Sequence[int]
-
-    @classmethod
-    def of(cls, layers: Sequence[tuple[dict[str, Tensor], bool]]) -> Known:
-        """Of the statistics of layers, each with whether it has a bias to center with; with one sample there is no variance either."""
-        mine, means = [m for m, _ in layers], [m["mean"] for m, _ in layers]
-        counts = _numbers([m["count"] for m in mine])
-        biases = [bias for m, bias in layers for _ in range(len(m["mean"]))]
-        centered = _spread_out([float(bias and n >= 2) for n, bias in zip(counts, biases, strict=True)], means)
-        return cls(
-            _joined(means),
-            _joined([variances(m[_spread(m)], m["mean"]) for m in mine]),
-            _joined([m["activity"] for m in mine]),
-            _spread_out([n / (n + 8) for n in counts], means),
-            centered > 0,
-            _lengths(means),
-        )
-
-    def means(self, t: Tensor) -> Tensor:
-        """The mean over each group's features, for each of them."""
-        if t.ndim > 1:
-            return t.mean(-1, keepdim=True)
-        lengths = torch.tensor(self.lengths)
-        return torch.segment_reduce(t, "mean", lengths=lengths, unsafe=True).repeat_interleave(lengths, output_size=len(t))
-
-
-@dataclass(frozen=True, eq=False)
 class Fold:
     """What was seen of a layer, or of several alike, and the statistics that it is to be folded into, in place.
 
@@ -66,13 +24,11 @@ class Fold:
             ``size`` and ``examples``.
         new: of the same groups.
         decay: ρ, or one for each layer.
-        bias: whether there is one to center with.
     """
 
     mine: State
     new: Moments
     decay: float | Sequence[float]
-    bias: bool
 
     @property
     def spread(self) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +15,9 @@ from precond.algebra.vec import Vec
 from precond.optim import blocks
 from precond.optim.blocks import Block, Leaf, Stack, State, spans
 from precond.optim.inputs import Moments, Request, Site
-from precond.optim.inputs.moments import greatest, least
+from precond.optim.inputs.moments import column, greatest, least, variances
 from precond.optim.preconditioners.base import Needs, Part, Seen
-from precond.optim.preconditioners.folding import Features, Fold, Known, activity, fold, parted
+from precond.optim.preconditioners.folding import Features, Fold, activity, fold
 from precond.optim.preconditioners.stacked import Stacked
 
 Observed = Mapping[tuple[str, Request], Moments]
@@ -148,27 +147,23 @@ class InputSide(Stacked):
         """(μ, σ, β) of U·diag(β, 1/σ), U = [[1, −μᵀ], [0, I]]: μ and σ of each input of a row, shape (groups, n), by the statistics."""
 
     def scales(self, part: LayerPart, state: State) -> tuple[Tensor, Tensor]:
-        """(μ, σ̃) of each feature; with no bias to center with, μ is 0 and σ² = E[h²]. Made again where something was observed."""
-        made_of = state["mean"]._version, self.damping
-        return state.kept("scales", made_of, lambda: self._scales(Known.of([(state, part.bias is not None)])))
+        """(μ, σ̃) of each feature; with no bias to center with, μ is 0 and σ² = E[h²]. Made again where something was observed.
 
-    def _scales(self, known: Known) -> tuple[Tensor, Tensor]:
-        mean, variance = known.mean, known.variance
+        Of the statistics of this layer alone, whatever others were folded beside it, so that a run that is resumed finds the same.
+        """
+        return state.kept("scales", (state["mean"]._version, self.damping), lambda: self._scales(state, part.bias is not None))
+
+    def _scales(self, mine: State, bias: bool) -> tuple[Tensor, Tensor]:
+        mean, variance = mine["mean"], variances(mine["variance" if "variance" in mine else "covariance"], mine["mean"])
         square = torch.addcmul(variance, mean, mean)
-        if known.centered is False:
+        centered = column([float(bias and n >= 2) for n in mine["count"].tolist()], mean)  # one sample has no variance
+        if isinstance(centered, Tensor):
+            mean, variance = torch.where(centered > 0, mean, 0), torch.where(centered > 0, variance, square)
+        elif not centered:
             mean, variance = torch.zeros_like(mean), square
-        elif known.centered is not True:
-            mean, variance = torch.where(known.centered, mean, 0), torch.where(known.centered, variance, square)
-        std = self.damping_of(square, known).add_(variance).sqrt_()
+        std = self.damping_of(square, mine).add_(variance).sqrt_()
         # An input that was always zero has no scale, and its weight has had no gradient.
         return mean, std.masked_fill_(std == 0, 1.0)
-
-    def keep_scales(self, folds: Sequence[Fold]) -> None:
-        """The :meth:`scales` of several layers at once, which are asked for next."""
-        layers = [(f.mine, f.bias) for f in folds]
-        means, stds = (parted(t, [f.mine["mean"] for f in folds]) for t in self._scales(Known.of(layers)))
-        for f, found in zip(folds, zip(means, stds, strict=True), strict=True):
-            f.mine.kept("scales", (f.mine["mean"]._version, self.damping), partial(lambda x: x, found))
 
     def part_map(self, part: LayerPart, state: State, like: Vec, layout: Layout) -> LinearMap:
         """P on (weight, bias) or (weight,) of a stack."""
@@ -218,7 +213,7 @@ class InputSide(Stacked):
             found = [inputs.get((site.name, self.request)) for site in self._sites(part, state.block)]
             for some in spans([f is not None for f in found]):
                 mine, new = self.statistics(part, state.span(some)), Moments.joined([f for f in found[some] if f is not None])
-                fold = Fold(mine, new, self.rate(min(state.steps), new), part.bias is not None)
+                fold = Fold(mine, new, self.rate(min(state.steps), new))
                 if new.mean.device.type != "cpu":  # where it is, the step was not taken: a look at it costs nothing there
                     new.bound_to_(mine["mean"], mine[fold.spread])
                 yield fold
@@ -231,7 +226,7 @@ class InputSide(Stacked):
         """a = E|h − μ|/σ after a fold, of features (F,)."""
         return activity(seen)
 
-    def damping_of(self, square: Tensor, known: Known) -> Tensor:
+    def damping_of(self, square: Tensor, mine: State) -> Tensor:
         r"""What damping adds to a variance: ε E[h²], and for inputs that are rarely active a share of the layer's mean E[h²].
 
         The scale of an input that few samples show is hardly known, and steps along it would be as long as it is rare. The
@@ -241,10 +236,10 @@ class InputSide(Stacked):
         """
         if self.damping == 0:
             return torch.zeros_like(square)
-        a, third = known.activity, square.new_full((), 1 / 3)
-        b, share = (a, known.shown) if isinstance(known.shown, float) else (a * known.shown, 1.0)
-        rare = torch.addcmul(third, a, b, value=-share).clamp_min_(0)
-        return rare.mul_(known.means(square)).add_(square, alpha=self.damping)
+        a, shown = mine["activity"], column([n / (n + 8) for n in mine["count"].tolist()], square)
+        b, share = (a, shown) if isinstance(shown, float) else (a * shown, 1.0)
+        rare = torch.addcmul(square.new_full((), 1 / 3), a, b, value=-share).clamp_min_(0)
+        return rare.mul_(square.mean(-1, keepdim=True)).add_(square, alpha=self.damping)
 
     def map(self, state: State) -> LinearMap:
         """P; made again where the statistics have changed."""
@@ -289,8 +284,6 @@ def observe(seen: Iterable[tuple[InputSide, State, Observed]]) -> None:
             alike.setdefault((P, mean.dtype, mean.device), []).append(fold_)
     for (P, *_), folds in alike.items():
         fold(folds, P.active)
-        if len(folds) > 1:
-            P.keep_scales(folds)
 
 
 def key_of(name: str, part: LayerPart) -> str:
