@@ -243,7 +243,7 @@ def test_empty_parameters(recipe):
 def test_complex_parameters_are_refused_and_the_remedy_is_torch_s_step(name):
     recipe = precond.RECIPES[name.lower()]
     z = nn.Parameter(torch.view_as_complex(torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 2, 2)))
-    with pytest.raises(TypeError, match="view_as_real"):
+    with pytest.raises(TypeError, match="view_as_complex"):
         recipe([z])
     real = nn.Parameter(torch.view_as_real(z.detach()).clone())
     mine, theirs = recipe([real], lr=0.01), getattr(torch.optim, name)([z], lr=0.01)
