@@ -370,6 +370,39 @@ def test_a_weight_that_others_use_too_is_refused(made, table):
     made(objective.only(["inner.weight", "inner.bias"]))
 
 
+class Sly(nn.Module):
+    """A function's use of a layer's weight beside a call of the layer of which nothing comes, or in the cast of autocast."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how, self.layer, self.last = how, nn.Linear(3, 3, bias=False), nn.Linear(3, 2)
+
+    def forward(self, x):
+        if self.how in ("detached", "no_grad"):
+            with torch.set_grad_enabled(self.how == "detached"):
+                self.layer(x).sum().detach()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.how == "autocast"):
+            h = self.layer(x)
+            if self.how != "no_grad":
+                h = torch.nn.functional.linear(h, self.layer.weight)
+        return self.last(h.to(x.dtype))
+
+
+@pytest.mark.parametrize("how", ["detached", "autocast"])
+def test_another_use_is_found_behind_calls_that_lead_nowhere_and_in_another_precision(how):
+    x = torch.randn(6, 3)
+    with pytest.raises(ValueError, match=r"'layer\.weight' is used by a function too"):
+        kfac(Objective(Sly(how), nn.MSELoss(), [(x, torch.randn(6, 2))]))
+
+
+def test_a_call_under_no_grad_is_no_use():
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+    model = Sly("no_grad").double()
+    plain = nn.Sequential(model.layer, model.last)
+    found, expected = (kfac(Objective(m, nn.MSELoss(), [(x, y)])).to_dense() for m in (model, plain))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("made", [kfac, ekfac])
 def test_a_layer_that_is_called_several_times_is_not(made):
     """Each call is heard of."""

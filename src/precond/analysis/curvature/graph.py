@@ -68,20 +68,24 @@ def size_of(outputs: Vec) -> GraphSize:
     return GraphSize(max(len(seen), 1), sum(storages.values()), convolutional)
 
 
-def uses(outputs: Vec) -> Counter[Tensor]:
-    """How many operations of the graph below ``outputs`` take a leaf, such as a parameter; keyed by the leaves."""
-    found: Counter[Tensor] = Counter()
+def uses(outputs: Vec) -> tuple[Counter[Tensor], set[Any]]:
+    """How many operations of the graph below ``outputs`` take a leaf, such as a parameter, keyed by the leaves; and all operations.
+
+    What takes a leaf in another precision, which autocast casts once for all, takes the leaf.
+    """
     seen: set[Any] = set()
     todo = [t.grad_fn for t in outputs if t.grad_fn is not None]
     while todo:
         node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        below = [next_node for next_node, _ in node.next_functions if next_node is not None]
-        found.update(leaf.variable for leaf in below if hasattr(leaf, "variable"))
-        todo += below
-    return found
+        if node not in seen:
+            seen.add(node)
+            todo += [below for below, _ in node.next_functions if below is not None]
+    leaves = {node: node.variable for node in seen if hasattr(node, "variable")}
+    casts = {
+        n: leaves[n.next_functions[0][0]] for n in seen if n.name() == "ToCopyBackward0" and n.next_functions[0][0] in leaves
+    }
+    below = (below for node in seen - casts.keys() for below, _ in node.next_functions)
+    return Counter((leaves | casts)[node] for node in below if node in leaves or node in casts), seen
 
 
 def _saved(node: Any) -> list[Tensor]:

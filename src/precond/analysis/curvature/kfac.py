@@ -195,10 +195,11 @@ class _Passes:
 
     def _used_by_layers_alone(self, at: Evaluation, calls: dict[str, list[Edge]]) -> None:
         """Refuse a weight that a function takes besides its layer, such as that of a tied autoencoder."""
-        counts = uses(tuple(t for t in tree_leaves(at.outputs) if isinstance(t, Tensor)))
+        counts, graph = uses(tuple(t for t in tree_leaves(at.outputs) if isinstance(t, Tensor)))
         for name, known in self.layers.items():
+            heard = sum(call.edge.node in graph for call in calls[name])
             for i in (known.place.weight, known.place.bias):
-                if i is not None and counts[self.objective.standing_for(self.objective.params[i])] > len(calls[name]):
+                if i is not None and counts[self.objective.standing_for(self.objective.params[i])] > heard:
                     _refuse_other_uses(self.caller, self.objective.names[i], "a function")
 
     def _made(self, index: int) -> Pass:

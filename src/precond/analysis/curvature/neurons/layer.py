@@ -122,6 +122,8 @@ class Layer:
         calls: list[Edge] = []
 
         def hook(module, args, kwargs, out):
+            if not out.requires_grad:  # under no_grad(): no use of the layer in the graph
+                return
             calls.append(Edge(args, kwargs, out.new_empty(out.shape, device="meta"), get_gradient_edge(out)))
 
         handle = self.module.register_forward_hook(hook, with_kwargs=True)
