@@ -296,12 +296,14 @@ def test_auto_trains_badly_scaled_inputs_with_a_learning_rate_that_is_not_tuned(
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 2))
     optimizer = precond.auto(model, weight_decay=0.0)
+    losses = []
     for _ in range(300):
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
+        losses.append(F.cross_entropy(model(x), y))
+        losses[-1].backward()
         optimizer.step()
-    assert loss < 0.05
+    # The rate does not fall: single losses jump, up to 0.2, where and how high rounding decides.
+    assert torch.stack(losses[-30:]).median() < 0.05
 
 
 @pytest.mark.usefixtures("kernel")

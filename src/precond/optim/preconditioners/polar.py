@@ -282,8 +282,9 @@ class Polar(Stacked):
 
     def _lengths(self, state: State, shape: Sequence[int]) -> Tensor:
         """The length of a step of each layer."""
-        rank = state["rank"]
-        spread = torch.tensor([self.spread(N, shape) for N in state["size"].tolist()], dtype=rank.dtype).to(rank.device)
+        first, *others = (self.spread(N, shape) for N in state["size"].tolist())
+        rank, alike = state["rank"], all(x == first for x in others)  # then the device need not be told of it
+        spread = first if alike else torch.tensor([first, *others], dtype=rank.dtype).to(rank.device)
         return self.step_length(rank, state["length"], spread, shape)
 
     def map(self, state: State) -> LinearMap:
