@@ -455,5 +455,5 @@ def test_white_inputs_make_steps_of_few_outputs_longer(rows: int, n: int, engine
     D, directions = (before - layer.weight.detach()) / 0.1, min(rows, n)
     lengths = 1.5 * (rows * directions / 9) ** 0.5, 1.5 * (rows * n / 9) ** 0.5
     torch.testing.assert_close(float(D.norm()), (lengths[0] * lengths[1]) ** 0.5, rtol=1e-6, atol=0)
-    told = f"{rows} outputs: steps × {(n / directions) ** 0.25:.2g}" in optimizer.explain().rows[0].why
+    told = f"{rows} output{'s' * (rows != 1)}: steps × {(n / directions) ** 0.25:.2g}" in optimizer.explain().rows[0].why
     assert told == (rows < n)

@@ -278,7 +278,7 @@ class Polar(Stacked):
             return ()  # of layers that other ranks step
         A, B = self.matrix(state.block, state.block.tensors).shape[-2:]
         found = [self.spread(N, (A, B)) for N in state["size"].reshape(-1).tolist()]
-        return [f"{A:,} outputs: steps × {spread:.2g}" if spread > 1 else "" for spread in found]
+        return [f"{A:,} output{'s' * (A != 1)}: steps × {spread:.2g}" if spread >= 1.05 else "" for spread in found]
 
     def _lengths(self, state: State, shape: Sequence[int]) -> Tensor:
         """The length of a step of each layer."""
