@@ -49,6 +49,13 @@ def share(parts: Sequence[Tensor], sizes: Sequence[int], what: str, group: Group
     return [t[:n] for t, n in zip(every.split(longest), others, strict=True)]
 
 
+def all_gather_v(mine: Tensor, sizes: Sequence[int], what: str, group: Group = None) -> list[Tensor]:
+    """:func:`share` of one flat tensor, and in the place of this rank that itself: what each has, of so many numbers."""
+    every = share([mine], sizes, what, group)
+    every[dist.get_rank(group)] = mine
+    return every
+
+
 def _through_sockets(device: torch.device) -> bool:
     """Whether ranks are in contact by gloo, whose all_gather passes memory of its own twice, and whose all_to_all none."""
     return device.type == "cpu"

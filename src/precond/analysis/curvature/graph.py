@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -49,23 +50,17 @@ def size_of(outputs: Vec) -> GraphSize:
     Raises:
         NoSecondDerivative: where it holds a custom function whose backward is marked as differentiable only once.
     """
-    seen: set[Any] = set()
     storages: dict[int, int] = {}
-    todo = [t.grad_fn for t in outputs if t.grad_fn is not None]
-    convolutional = False
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
+    convolutional, nodes = False, 0
+    for node in _below(outputs):
+        nodes += 1
         convolutional = convolutional or "Convolution" in node.name()
         if isinstance(node, BackwardCFunction):
             _refuse_once_differentiable(node)
         for tensor in _saved(node):
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
-        todo += [below for below, _ in node.next_functions if below is not None]
-    return GraphSize(max(len(seen), 1), sum(storages.values()), convolutional)
+    return GraphSize(max(nodes, 1), sum(storages.values()), convolutional)
 
 
 def uses(outputs: Vec) -> tuple[Counter[Tensor], set[Any]]:
@@ -73,19 +68,26 @@ def uses(outputs: Vec) -> tuple[Counter[Tensor], set[Any]]:
 
     What takes a leaf in another precision, which autocast casts once for all, takes the leaf.
     """
-    seen: set[Any] = set()
-    todo = [t.grad_fn for t in outputs if t.grad_fn is not None]
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            todo += [below for below, _ in node.next_functions if below is not None]
+    seen = set(_below(outputs))
     leaves = {node: node.variable for node in seen if hasattr(node, "variable")}
     casts = {
         n: leaves[n.next_functions[0][0]] for n in seen if n.name() == "ToCopyBackward0" and n.next_functions[0][0] in leaves
     }
     below = (below for node in seen - casts.keys() for below, _ in node.next_functions)
     return Counter((leaves | casts)[node] for node in below if node in leaves or node in casts), seen
+
+
+def _below(outputs: Vec) -> Iterator[Any]:
+    """The operations of the graph below ``outputs``, each once."""
+    seen: set[Any] = set()
+    todo = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        todo += [below for below, _ in node.next_functions if below is not None]
 
 
 def _saved(node: Any) -> list[Tensor]:

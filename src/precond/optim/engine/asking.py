@@ -12,9 +12,7 @@ from torch import Tensor
 
 from precond.algebra import collectives
 from precond.optim.inputs import Request
-
-Key = tuple[str, Request]
-"""The name of a site, and a request."""
+from precond.optim.inputs.observer import Key
 
 
 class Asked(NamedTuple):
@@ -55,8 +53,7 @@ class Asked(NamedTuple):
             for (key, _), n in zip(mine, sizes[1:], strict=True)
         ]
         flat = torch.cat([flags, *means])
-        every = collectives.share([flat], list(map(sum, self.sizes)), "what is to be observed", group)
-        every[rank] = flat
+        every = collectives.all_gather_v(flat, list(map(sum, self.sizes)), "what is to be observed", group)
         told = [flat.split(n) for flat, n in zip(every, self.sizes, strict=True)]
         wants = torch.cat([flags for flags, *_ in told]).tolist()  # the host decides by them what hooks do
         each = zip(self.keys, wants, (c for _, *of in told for c in of), strict=True)

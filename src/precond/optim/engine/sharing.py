@@ -187,9 +187,8 @@ class Shared(Cell):
         of = [[k for k in cells if self.owners[k] == r] for r in range(self.exchange.size)]
         mine = [self.inside[k].preconditioner.settled(self.inside[k].state) for k in of[self.exchange.rank]]
         flags = self.block.tensors[0].new_tensor([float(x) for x in mine])
-        every = collectives.share([flags], list(map(len, of)), "who looks at parameters", self.exchange.group)
-        every[self.exchange.rank] = flags
-        for own, told in zip(of, torch.cat(every).split(list(map(len, of))), strict=True):
+        every = collectives.all_gather_v(flags, list(map(len, of)), "who looks at parameters", self.exchange.group)
+        for own, told in zip(of, every, strict=True):
             self._told.update(id(self.inside[k]) for k, x in zip(own, told.tolist(), strict=True) if x)
 
     # --- what a cell does ----------------------------------------------------------------------------------------------------

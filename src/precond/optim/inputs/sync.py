@@ -93,19 +93,19 @@ def _to_owners(
     for m, layer in zip(mine, layers, strict=True):
         numbers += _told(m, layer.groups)
     flat = torch.tensor(numbers, dtype=torch.float64).to(device)
-    every = collectives.share([flat], [len(flat)] * size, "how many inputs it saw", group)
-    every[me] = flat
+    every = collectives.all_gather_v(flat, [len(flat)] * size, "how many inputs it saw", group)
     table = [tuple(row) for row in torch.stack(every).tolist()]  # the host knows of how many samples statistics are
     plan = Plan.of(layers, tuple(row[1:] for row in table))
-    sent = [t.reshape(-1) for to in plan.to(me) for bundle in to for t in bundle.parts(mine)]
+    given, received = plan.to(me), plan.at(me)
+    sent = [t.reshape(-1) for to in given for bundle in to for t in bundle.parts(mine)]
     flat = torch.cat(sent).to(dtype) if sent else torch.empty(0, dtype=dtype, device=device)
-    gives = [sum(bundle.numbers(me) for bundle in to) for to in plan.to(me)]
-    takes = [sum(bundle.numbers(r) for bundle in of) for r, of in enumerate(plan.at(me))]
+    gives = [sum(bundle.numbers(me) for bundle in to) for to in given]
+    takes = [sum(bundle.numbers(r) for bundle in of) for r, of in enumerate(received)]
     taken = flat.new_empty(sum(takes))
     collectives.all_to_all(taken, flat, takes, gives, "statistics of inputs", group)
-    pieces = iter(taken.split([n for r, of in enumerate(plan.at(me)) for bundle in of for n in bundle.sizes(r)]))
+    pieces = iter(taken.split([n for r, of in enumerate(received) for bundle in of for n in bundle.sizes(r)]))
     found: dict[Bundle, list[tuple[int, Parts]]] = {}
-    for r, of in enumerate(plan.at(me)):
+    for r, of in enumerate(received):
         for bundle in of:
             found.setdefault(bundle, []).append((r, (next(pieces), next(pieces), next(pieces))))
     out: InputMoments = {}

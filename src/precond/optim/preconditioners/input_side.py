@@ -16,12 +16,10 @@ from precond.optim import blocks
 from precond.optim.blocks import Block, Leaf, Stack, State, spans
 from precond.optim.inputs import Moments, Request, Site
 from precond.optim.inputs.moments import column, greatest, least, variances
+from precond.optim.inputs.observer import Key
 from precond.optim.preconditioners.base import Needs, Part, Seen
 from precond.optim.preconditioners.folding import Features, Fold, activity, fold
 from precond.optim.preconditioners.stacked import Stacked
-
-Observed = Mapping[tuple[str, Request], Moments]
-"""What was seen of layer inputs, by site name and request."""
 
 
 class NotRows(ValueError):
@@ -207,16 +205,16 @@ class InputSide(Stacked):
     def observe(self, state: State, seen: Seen) -> None:
         observe([(self, state, seen.inputs or {})])
 
-    def seen(self, state: State, inputs: Observed) -> Iterator[Fold]:
+    def seen(self, state: State, inputs: Mapping[Key, Moments]) -> Iterator[Fold]:
         """What was seen of a stack since its last step."""
         for part in self.parts(state.block):
             found = [inputs.get((site.name, self.request)) for site in self._sites(part, state.block)]
             for some in spans([f is not None for f in found]):
                 mine, new = self.statistics(part, state.span(some)), Moments.joined([f for f in found[some] if f is not None])
-                fold = Fold(mine, new, self.rate(min(state.steps), new))
+                one = Fold(mine, new, self.rate(min(state.steps), new))
                 if new.mean.device.type != "cpu":  # where it is, the step was not taken: a look at it costs nothing there
-                    new.bound_to_(mine["mean"], mine[fold.spread])
-                yield fold
+                    new.bound_to_(mine["mean"], mine[one.spread])
+                yield one
 
     def rate(self, step: float, new: Moments) -> float | Sequence[float]:
         """ρ of what is observed for a step; or one for each layer or each group."""
@@ -275,13 +273,13 @@ class InputSide(Stacked):
         return State(state.block, {k: v.flatten(0, 1) if v.ndim > 1 else v for k, v in mine.items()})
 
 
-def observe(seen: Iterable[tuple[InputSide, State, Observed]]) -> None:
+def observe(seen: Iterable[tuple[InputSide, State, Mapping[Key, Moments]]]) -> None:
     """Fold what was seen of stacks into their statistics, of those alike at once: (what acts on one, its state, inputs)."""
     alike: dict[Any, list[Fold]] = {}
     for P, state, inputs in seen:
-        for fold_ in P.seen(state, inputs):
-            mean = fold_.new.mean
-            alike.setdefault((P, mean.dtype, mean.device), []).append(fold_)
+        for one in P.seen(state, inputs):
+            mean = one.new.mean
+            alike.setdefault((P, mean.dtype, mean.device), []).append(one)
     for (P, *_), folds in alike.items():
         fold(folds, P.active)
 
