@@ -39,3 +39,8 @@ if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).parent)
     runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # torch keeps gloo's threads after the group is destroyed (with its own optimizers too): one that drops a tensor while the interpreter
+    # is taken down aborts the process
+    os._exit(0)
