@@ -150,7 +150,7 @@ def _listens() -> Tensors:
 def _clocks() -> Tensors:
     make = partial(VisionTransformer, pictures.HOURS, pictures.CLOCK_SIDE, 4, 40, 2, 5)
     before = partial(VisionTransformer, len(SHAPES), pictures.CLOCK_SIDE, 4, 40, 2, 5)
-    state = trained(before, shapes(310)["train"], 32, 200, 0.003)
+    state = trained(before, shapes(310)["train"], 32, 150, 0.003)
 
     def tuned() -> nn.Module:
         return tuned_with_lora(make(), state, rank=6, alpha=12)

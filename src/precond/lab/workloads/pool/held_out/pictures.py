@@ -31,8 +31,8 @@ def lissajous(seed: int, n: int) -> Part:
     images = torch.zeros(n, LISSAJOUS_SIDE, LISSAJOUS_SIDE)
     for i in range(len(t)):
         images = torch.maximum(images, y[:, i, :, None] * x[:, i, None, :])
-    noise = 0.2 * torch.randn(n, LISSAJOUS_SIDE, LISSAJOUS_SIDE, generator=g)
-    return Part(((0.6 + 0.6 * torch.rand(n, 1, 1, generator=g)) * images + noise)[:, None], kind)
+    noise = 0.4 * torch.randn(n, LISSAJOUS_SIDE, LISSAJOUS_SIDE, generator=g)
+    return Part(((1.3 + 1.2 * torch.rand(n, 1, 1, generator=g)) * images - 0.4 + noise)[:, None], kind)
 
 
 def vowels(seed: int, n: int) -> Part:

@@ -42,12 +42,12 @@ def houses(seed: int, n: int) -> Part:
 def heartbeats(seed: int, n: int, places: int) -> Part:
     """Two seconds of an electrocardiogram, (N, 1, places), and the same as targets: one beat in the middle.
 
-    Five waves a beat (after McSharry et al., 2003) have heights, widths and places in the beat that differ from one example to the next, as do pulse, baseline and noise.
+    The five waves of a beat (after McSharry et al., 2003) have heights, widths and places that differ from one example to the next, as do
+    pulse, baseline and noise.
     """
     g = torch.Generator().manual_seed(seed)
-    at = torch.tensor([-0.2, -0.05, 0.0, 0.05, 0.28]) + torch.randn(n, 5, generator=g) * torch.tensor(
-        [0.02, 0.004, 0, 0.004, 0.03]
-    )
+    jitter = torch.tensor([0.02, 0.004, 0.0, 0.004, 0.03])
+    at = torch.tensor([-0.2, -0.05, 0.0, 0.05, 0.28]) + jitter * torch.randn(n, 5, generator=g)
     height = torch.tensor([0.15, -0.15, 1.0, -0.25, 0.3]) * (1 + 0.3 * torch.randn(n, 5, generator=g))
     width = torch.tensor([0.03, 0.02, 0.025, 0.02, 0.055]) * (1 + 0.15 * torch.randn(n, 5, generator=g)).clamp_min(0.3)
     seconds = 2 * torch.arange(places) / places
