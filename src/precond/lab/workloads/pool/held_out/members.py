@@ -101,8 +101,8 @@ def _comments() -> Tensors:
 def _melodies() -> Tensors:
     signs = sequences.BAR + 1
     about = f"Tunes of the form AABA in any major key, {signs} signs (seed 306): windows of one tune after another."
-    make = partial(networks.TuneLlama, signs, BARS, 48, 3, 3)
-    words = f"rotary positions, RMSNorm, also of queries and keys, SwiGLU, tied embeddings, width 48, 3 layers, 3 heads, context {BARS}"
+    make = partial(networks.TuneLlama, signs, BARS, 48, 2, 3)
+    words = f"rotary positions, RMSNorm, also of queries and keys, SwiGLU, tied embeddings, width 48, 2 layers, 3 heads, context {BARS}"
     parts = in_parts(sequences.melodies(306, 5000, BARS), (4000, 500, 500))
     return Tensors("melodies", about, parts, make, F.cross_entropy, "accuracy", 10, 48, words, "cross entropy")
 
@@ -170,7 +170,7 @@ MEMBERS = (
     Member("LeNet, figures of Lissajous", "conv nets", 400, _lissajous),
     Member("MLP-Mixer, vowels", "vision transformers", 300, _vowels),
     Member("GPT with parallel branches, comments", "language models", 300, _comments),
-    Member("Llama with normalized queries, melodies", "language models", 300, _melodies),
+    Member("Llama with normalized queries, melodies", "language models", 400, _melodies),
     Member("GRU in both directions, genes", "recurrent nets", 300, _genes),
     Member("PINN, Navier-Stokes", "PINNs", 400, _flow),
     Member("ranking of pairs, listens", "recommenders", 700, _listens),

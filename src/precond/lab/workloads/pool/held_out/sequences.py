@@ -86,7 +86,7 @@ class Tunes:
         signs, root, degree = list[int](), 0, self._random.randrange(7)
         for _ in range(2):
             for place in range(8):
-                if place and self._random.random() < 0.35:
+                if place % 4 and self._random.random() < 0.25:
                     signs.append(HELD if self._random.random() < 0.9 else REST)
                     continue
                 if place % 4 == 0:
@@ -94,7 +94,7 @@ class Tunes:
                         (root + third + octave for third in (0, 2, 4) for octave in (-7, 0, 7)), key=lambda d: abs(d - degree)
                     )
                 else:
-                    degree += self._random.choice((-2, -1, -1, 1, 1, 2))
+                    degree += self._random.choice((-1, -1, 1, 1, 2))
                 degree = max(0, min(15, degree))
                 signs.append(12 * (degree // 7) + SCALE[degree % 7])
             signs.append(BAR)
