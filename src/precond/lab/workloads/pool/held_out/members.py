@@ -142,7 +142,7 @@ def _listens() -> Tensors:
     about = f"What {s.LISTENERS} listeners heard of {s.SONGS} songs of {s.GENRES} genres, beside songs drawn evenly (seed 309)."
     words = "Bayesian personalized ranking: embeddings of 48 of listeners, songs and genres, and a bias of each song"
     make = partial(networks.PairwiseRanking, s.LISTENERS, s.SONGS, s.GENRES, 48)
-    parts = in_parts(s.listens(309, 62_000), (60_000, 1000, 1000))
+    parts = in_parts(s.listens(309, 110_000), (108_000, 1000, 1000))
     return Tensors("listens", about, parts, make, order_loss, None, 512, 512, words, "log loss of the order of two songs")
 
 
