@@ -83,6 +83,11 @@ class Cell:
         return (self,)
 
     @property
+    def own(self) -> Sequence[Cell]:
+        """The cells whose state this process keeps: itself, or what it owns of those that it holds."""
+        return (self,)
+
+    @property
     def joint(self) -> list[int]:
         """How many of its leaves P takes jointly, block after block."""
         size = 1 if self.preconditioner.diagonal else len(self.block.leaves)

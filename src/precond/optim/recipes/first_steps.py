@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,19 +43,18 @@ class FirstSteps:
             return None  # a captured step is one program for all steps
         shares: dict[str, float] = {}
         samples: dict[str, float] = {}
-        alike: dict[str, tuple[torch.Size, int]] = {}
-        whitened = [(cell, shared, P) for cell, shared in _each(optimizer.cells) if (P := _whitening(cell)) is not None]
-        self._note([leaf for cell, _, _ in whitened for leaf in cell.leaves if leaf.ndim > 1])
-        if any(min(cell.state.steps) < MEASURED_AFTER for cell, _, _ in whitened):
+        whitened = [(cell, held) for held in optimizer.cells for cell in held.cells if _whitening(cell) is not None]
+        self._note([leaf for cell, _ in whitened for leaf in cell.leaves if leaf.ndim > 1])
+        if any(min(cell.state.steps) < MEASURED_AFTER for cell, _ in whitened):
             return None
-        for cell, shared, P in whitened:
-            alike |= {leaf.name: (leaf.shape, id(shared)) for leaf in cell.leaves}
-            if shared is not None and not any(cell is shared.inside[k] for k in shared.mine):
-                continue
-            state = cell.state["outer"]
-            state = state if isinstance(cell.block, Stack) else state.as_stack()
-            shares |= P.independent(state)
-            samples |= P.samples_per_input(state)
+        each = ((leaf, held if isinstance(held, Shared) else None) for cell, held in whitened for leaf in cell.leaves)
+        alike = {leaf.name: (leaf.shape, id(shared)) for leaf, shared in each}
+        for cell in (cell for held in optimizer.cells for cell in held.own):
+            if (P := _whitening(cell)) is not None:
+                state = cell.state["outer"]
+                state = state if isinstance(cell.block, Stack) else state.as_stack()
+                shares |= P.independent(state)
+                samples |= P.samples_per_input(state)
         for shared in optimizer.shared:
             names = [leaf.name for cell in shared.inside if _whitening(cell) is not None for leaf in cell.leaves]
             _tell(shared, names, shares, samples)
@@ -86,13 +85,6 @@ class FirstSteps:
             noted |= zip(there, together.split([g.numel() for g in there.values()]), strict=True)
         if noted:
             self._gradients.append(noted)
-
-
-def _each(cells: Iterable[Cell]) -> Iterator[tuple[Cell, Shared | None]]:
-    """The cells that step layers, and what ranks share them in."""
-    for cell in cells:
-        shared = cell if isinstance(cell, Shared) else None
-        yield from ((inside, shared) for inside in cell.cells)
 
 
 def _whitening(cell: Cell) -> Whitening | None:
