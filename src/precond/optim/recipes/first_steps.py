@@ -124,7 +124,7 @@ def _ratio(gradients: Tensor) -> float | None:
     """tr Σ/‖G‖² of gradients (k, n); None where there is no noise, or no end of it."""
     gradients = gradients.double()
     products = gradients @ gradients.T
-    (squares, mean), k = torch.stack([products.trace(), products.mean()]).tolist(), len(gradients)  # Σ‖g‖² and ‖ḡ‖²
+    (squares, mean), k = torch.stack([products.trace(), products.mean()]).cpu().tolist(), len(gradients)  # Σ‖g‖² and ‖ḡ‖²
     spread = (squares - k * mean) / (k - 1)
     signal = mean - spread / k
     return float(f"{spread / max(signal, spread / 100):.2g}") if 0 < spread < float("inf") else None
