@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from precond.algebra.maps import augmented, parted
+from precond.algebra.maps import parted
 from precond.algebra.vec import Tensors, Vec
 from precond.optim.blocks import State
 from precond.optim.engine.cells import Cell
@@ -53,10 +53,6 @@ class SmallStep(PolarStep[Tensor, Tensor, Tensor]):
         m, Z, _ = self._scratch
         self.momentum.write(cell.average, g, self._views)
         return m if P1 is None else torch.mm(m, P1, out=Z)
-
-    def _inside(self, cell: Cell, p: Tensors, P1: Tensor | None) -> Tensor:
-        X = augmented(tuple(p))
-        return X if P1 is None else torch.linalg.solve(P1.T, X, left=False)
 
     def _gram(self, P1: Tensor | None, m: Tensor) -> Tensor:
         return m @ m.T if m.shape[0] <= m.shape[1] else m.T @ m

@@ -141,9 +141,16 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
 
     def _inside(self, cell: Cell, p: Tensors, P1: Outer | None) -> Tensor:
         """P₁⁻¹p as a matrix, a row for each output."""
-        return augmented(
-            tuple(p) if self.outer is None else on(cell.block, self.outer).map(cell.state["outer"]).solve(tuple(p))
-        )
+        if self.outer is None or P1 is None:
+            return augmented(tuple(p))
+        outer = cell.state["outer"]
+        if isinstance(self.outer, Whitening) and max(outer.steps) > 1:
+            return augmented(on(cell.block, self.outer).map(outer).solve(tuple(p)))
+        # No root was taken yet: P₁ = U·diag(β, 1/σ), whose inverse is diag(1/β, σ)·[[1, μᵀ], [0, I]].
+        (part,) = self.outer.parts(outer.block)
+        mean, std, beta = self.outer.arrow(part, self.outer.statistics(part, outer.as_stack()))
+        W = p[0].flatten(1)
+        return torch.cat([W * std, *((b + W @ mean[0])[:, None] / beta for b in p[1:])], 1)
 
     def _is_exact(self, state: State) -> bool:
         """Whether L is that of m itself."""
