@@ -133,9 +133,9 @@ class Momentum:
     def write_all(self, states: Sequence[State], a: Sequence[Tensors], out: Sequence[Vec]) -> None:
         """The same of several states at once, into memory that holds none of the a."""
         if self.kind == "nesterov" and self.dampening == self.beta:
-            to = [o for own in out for o in own]
-            torch._foreach_copy_(to, [x for own in a for x in own])
-            torch._foreach_lerp_(to, [t for state in states for t in state["m"]], self.beta)
+            written = [o for own in out for o in own]
+            torch._foreach_copy_(written, [x for own in a for x in own])
+            torch._foreach_lerp_(written, [t for state in states for t in state["m"]], self.beta)
         else:
             for state, own, to in zip(states, a, out, strict=True):
                 self.write(state, own, to)

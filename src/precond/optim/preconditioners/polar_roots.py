@@ -154,12 +154,10 @@ def _is_wide(matrix: Tensor) -> bool:
 WHOLE = Whole()
 
 
-def fold_all(
-    states: Sequence[Mapping[str, Tensor]], grams: Sequence[Tensor], shares: Sequence[float], damping: float
-) -> None:
+def fold_all(states: Sequence[Mapping[str, Tensor]], grams: Sequence[Tensor], shares: Sequence[float], damping: float) -> None:
     """Fold Gram matrices (n, n) of layers into their L, with a share each, and take the roots anew, on a processor."""
     Ls = [state["gram"] for state in states]
-    torch._foreach_lerp_(Ls, grams, shares)
+    torch._foreach_lerp_(Ls, list(grams), list(shares))
     increment_version(Ls)  # below a dispatch mode multi-tensor operations leave it as it is
     whole = [state for state in states if root_of(state).whole]
     ranks = renew_whole([state["root"] for state in whole], [state["gram"] for state in whole], damping)

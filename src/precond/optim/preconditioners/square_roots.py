@@ -39,7 +39,10 @@ def together(sizes: Sequence[int]) -> list[list[int]]:
 
 
 def inverse_square_roots(S: Sequence[Tensor], damping: float) -> list[tuple[Tensor, Tensor] | None]:
-    """((S + ελ₁I)^(−1/2) to 1e-4, tr S(S + ελ₁I)⁻¹) of each S (n, n); None where that is not known: S is zero, not finite, or better decomposed."""
+    """((S + ελ₁I)^(−1/2) to 1e-4, tr S(S + ελ₁I)⁻¹) of each S (n, n).
+
+    None where that is not known: S is zero, not finite, of squares out of range, or so small that eigenvectors take no longer.
+    """
     out: list[tuple[Tensor, Tensor] | None] = [None] * len(S)
     for some in together([len(s) for s in S]):
         n = len(S[some[-1]])
@@ -86,7 +89,8 @@ def _largest(S: Tensor) -> Tensor:
 @cache
 def _polynomials(least: float) -> list[tuple[float, float, float]]:
     """(a, b, c) of ax + bx³ + cx⁵, one after the other: each as near to 1 as can be where those before have taken [least, 1]."""
-    low, high, out = least, 1.0, []
+    low, high = least, 1.0
+    out: list[tuple[float, float, float]] = []
     while not out or max(1 - low, high - 1) > _TOLERANCE:
         a, b, c = _nearest_to_one(low, high)
         x = torch.linspace(low, high, 2001, dtype=torch.float64)

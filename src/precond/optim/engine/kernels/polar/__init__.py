@@ -25,20 +25,20 @@ def polar_step(cell: Cell, P: Preconditioner, momentum: Momentum | None, decay: 
         return None
     if inner.is_turned(cell.block):
         return None
-    layout = layer_of(outer, cell.block) if isinstance(outer, BNP | Whitening) else None
-    if outer is not None and layout is None:
+    if not isinstance(outer, BNP | Whitening | None) or (isinstance(outer, BNP) and outer.width_scaling):
         return None
-    if isinstance(outer, BNP) and outer.width_scaling:
+    layout = None if outer is None else layer_of(outer, cell.block)
+    if outer is not None and layout is None:
         return None
     if not all(t.is_contiguous() for t in cell.block.tensors):
         return None
     weight = cell.block.tensors[0]
     rows, columns = len(weight), weight[0].numel()
     state = cell.state if outer is None else cell.state["inner"]
-    whole = root_of(state).whole
+    whole, groups = root_of(state).whole, 1 if layout is None else layout.groups
     if whole and rows * columns**2 <= _SMALL:
-        return SmallStep(inner, outer, momentum, decay, 1 if layout is None else layout.groups)
-    if layout is not None and layout.groups > 1:
+        return SmallStep(inner, outer, momentum, decay, groups)
+    if groups > 1:
         return None
     # Products with a few columns gain less from 16 bits than their small numbers, differences of large ones, would lose.
     halves = whole and inner.arithmetic == "bfloat16" and in_16_bits(weight)
