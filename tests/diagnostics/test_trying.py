@@ -148,7 +148,9 @@ class Keywords(nn.Module):
 
     def forward(self, features, labels):
         outputs = self.layer(features)
-        return {"loss": nn.functional.cross_entropy(outputs, labels) if labels.ndim == 1 else (outputs - labels).square().mean()}
+        return {
+            "loss": nn.functional.cross_entropy(outputs, labels) if labels.ndim == 1 else (outputs - labels).square().mean()
+        }
 
 
 def test_data_by_keyword_are_standardized_where_one_tensor_is_of_floats():

@@ -20,8 +20,9 @@ from precond.optim.inputs import Request
 from precond.optim.inputs.moments import REQUESTS
 from precond.optim.momentum import Momentum
 from precond.optim.preconditioners import BNP, Polar, Whitening
+from precond.optim.preconditioners.each import on
+from precond.optim.preconditioners.polar_lengths import count_samples, exact, is_fresh, measure, spread, step_length
 from precond.optim.preconditioners.polar_roots import fold_all, root_of
-from precond.optim.preconditioners.stacked import on
 
 Outer = TypeVar("Outer")
 Average = TypeVar("Average")
@@ -162,15 +163,15 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
         if self._kept is not None:
             state, P1 = state["inner"], self._kept(state["outer"])
         if cell.inputs and not self._sites.isdisjoint(cell.inputs):
-            self.P.count_samples(state, cell.inputs)
+            count_samples(state, cell.inputs)
         return Layer(self, cell, p, torch._foreach_neg(g) if maximize else g, float(lr), min(state.steps), state, P1)
 
     def _share(self, x: Layer[Outer, Average]) -> float:
         """That of this step's momentum in L; 0: L and its root stay."""
         L = x.state["gram"]
         # Whether nothing was observed yet is looked at where L is another than when it was last.
-        if self._seen != L._version and self.P.is_fresh(x.state):
-            self.P.measure(x.state, self._inside(x.cell, x.p, x.P1), torch.tensor(True))
+        if self._seen != L._version and is_fresh(x.state):
+            measure(x.state, self._inside(x.cell, x.p, x.P1), torch.tensor(True))
             return 1.0
         self._seen = L._version
         if self._is_exact(x.state):
@@ -193,8 +194,8 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
         rank, length, N = of = state["rank"], state["length"], state["size"]
         versions = tuple(t._version for t in of)
         if self._length[0] != versions:
-            spread = self.P.spread(N.item(), self._shape)
-            self._length = versions, self.P.step_length(rank.item(), length.item(), spread, self._shape)
+            times = spread(N.item(), self._shape)
+            self._length = versions, step_length(rank.item(), length.item(), times, self._shape, self.P.gain)
         return self._length[1]
 
     def _inside(self, cell: Cell, p: Tensors, P1: Outer | None) -> Tensor:
@@ -207,7 +208,7 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
         """Whether L is that of m itself."""
         size = state["size"]
         if self._exact[0] != size._version:
-            self._exact = size._version, root_of(state).whole and self.P.exact(size.item(), self._shape)
+            self._exact = size._version, root_of(state).whole and exact(size.item(), self._shape)
         return self._exact[1]
 
 
