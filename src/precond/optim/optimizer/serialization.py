@@ -12,9 +12,9 @@ from torch import Tensor
 
 from precond.algebra.sharding import copy_, divided
 from precond.algebra.warning import warn
+from precond.optim.blocks import Leaf
 from precond.optim.checking.arguments import shown
-from precond.optim.engine.shared_state import whole_state
-from precond.optim.engine.sharing import Shared
+from precond.optim.engine.shared_state import Owned, from_owners
 from precond.optim.optimizer.entries import follow
 from precond.optim.ranks.replicas import meet
 
@@ -26,13 +26,34 @@ def whole(state_dict: dict[str, Any], optimizer: Stepping) -> dict[str, Any]:
     """A state dict with what other ranks own: on every rank all of it, or its part where the parameter is divided among ranks."""
     index = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state = {key: dict(entries) for key, entries in state_dict["state"].items()}
-    for shared in optimizer.shared:
-        meet(shared.exchange.group, f"{optimizer.naming.name}.state_dict", _ON_EVERY_RANK)
-        for leaf, key, t in whole_state(shared):
-            outer = optimizer.naming.outside(key)
-            divide = divided(leaf.param) and t.numel() > _SMALL
-            state[index[leaf.param]][outer] = _in_parts(t, shared) if divide else t
+    wanted: list[tuple[Leaf, Owned, Tensor]] = []
+    places: list[tuple[dict[str, Any], str]] = []
+    for leaf in _owned_leaves(optimizer):
+        mine = state.get(index[leaf.param], {})
+        for key, it in sorted(optimizer._owned[leaf.param].items()):
+            if (outer := optimizer.naming.outside(key)) in mine:
+                wanted.append((leaf, it, mine[outer]))
+                places.append((mine, outer))
+    for i, t in from_owners(wanted):
+        leaf, (mine, outer) = wanted[i][0], places[i]
+        mine[outer] = _in_parts(t, leaf) if divided(leaf.param) and t.numel() > _SMALL else t
     return {**state_dict, "state": state}
+
+
+def meet_owners(optimizer: Stepping) -> None:
+    """Wait for all ranks whose state is to be put together.
+
+    Raises:
+        RuntimeError: where they do not come.
+    """
+    groups = {leaf.pieces.ranks: leaf.pieces.group for leaf in _owned_leaves(optimizer) if leaf.pieces is not None}
+    for group in groups.values():
+        meet(group, f"{optimizer.naming.name}.state_dict", _ON_EVERY_RANK)
+
+
+def _owned_leaves(optimizer: Stepping) -> list[Leaf]:
+    """Those of whose state one rank has what others have not, also where they are frozen."""
+    return [leaf for leaf in optimizer._bound.leaves if leaf.param in optimizer._owned and leaf.pieces is not None]
 
 
 _ON_EVERY_RANK = (
@@ -43,12 +64,13 @@ _SMALL = 2**12
 """Numbers of a tensor that each rank keeps whole in a state dict."""
 
 
-def _in_parts(t: Tensor, shared: Shared) -> Tensor:
+def _in_parts(t: Tensor, leaf: Leaf) -> Tensor:
     """The DTensor of which each rank holds some rows."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    mesh = DeviceMesh.from_group(shared.exchange.group, t.device.type)
+    assert leaf.pieces is not None
+    mesh = DeviceMesh.from_group(leaf.pieces.group, t.device.type)
     return distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None)
 
 
