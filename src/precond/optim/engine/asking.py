@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -11,8 +12,59 @@ import torch.distributed as dist
 from torch import Tensor
 
 from precond.algebra import collectives
+from precond.optim.blocks import Leaf
+from precond.optim.engine.cells import Cell, sites_of
 from precond.optim.inputs import Request
 from precond.optim.inputs.observer import Key
+from precond.optim.ranks.pieces import Pieces
+
+
+@dataclass
+class Asking:
+    """What the cells of a group of ranks ask for, each known to its owner.
+
+    Args:
+        cells: all, in the same order on every rank.
+        owners: the rank in the group that owns each.
+        leaves: theirs, as this process holds them.
+    """
+
+    cells: Sequence[Cell]
+    owners: Sequence[int]
+    leaves: Sequence[Leaf]
+    _made: dict[tuple[int, ...], Asked] = field(default_factory=dict, repr=False)
+
+    def __call__(self, steps: Sequence[int]) -> list[tuple[str, Request, Tensor | None]]:
+        """What any owner asks for, and the mean known before, on every rank.
+
+        Args:
+            steps: how many each cell has made.
+        """
+        turns = {leaf.turn for leaf in self.leaves}
+        kinds = {(id(cell.preconditioner), t): cell.preconditioner for cell, t in zip(self.cells, steps, strict=True)}
+        busy = {kind for kind, P in kinds.items() if not P.idle(kind[1] + 1, turns)}
+        each = enumerate(zip(self.cells, steps, strict=True))
+        asking = tuple(k for k, (cell, t) in each if (id(cell.preconditioner), t) in busy and cell.handled)
+        if not (asked := self._asked(asking)).keys:
+            return []
+        mine = [self.cells[k] for k in asking if self.owners[k] == self._pieces.rank]
+        own = {(name, request): c for cell in mine for name, request, c in cell.wanted()}
+        return asked.answered(own, self.leaves[0].tensor, self._pieces.group)
+
+    @property
+    def _pieces(self) -> Pieces:
+        pieces = self.leaves[0].pieces
+        assert pieces is not None
+        return pieces
+
+    def _asked(self, asking: tuple[int, ...]) -> Asked:
+        """What cells may ask for: made once, since steps ask for the same."""
+        if asking not in self._made:
+            sites: list[dict[Key, tuple[int, int]]] = [{} for _ in self._pieces.boxes]
+            for k in asking:
+                sites[self.owners[k]] |= {(s.name, request): s.shape(request) for s, request in sites_of(self.cells[k])}
+            self._made[asking] = Asked.of(sites)
+        return self._made[asking]
 
 
 class Asked(NamedTuple):

@@ -17,8 +17,9 @@ from precond.optim.inputs import Request
 from precond.optim.inputs.observer import InputMoments
 from precond.optim.inputs.sites import Site
 from precond.optim.momentum import Momentum
-from precond.optim.preconditioners.base import Preconditioner, Seen
-from precond.optim.preconditioners.stacked import on
+from precond.optim.preconditioners.base import Preconditioner
+from precond.optim.preconditioners.each import on
+from precond.optim.preconditioners.seen import Seen
 from precond.optim.regularizers.base import Regularizer
 
 
@@ -80,6 +81,11 @@ class Cell:
     @property
     def here(self) -> Sequence[Cell]:
         """The cells that this process steps by themselves: itself, or what it owns of those that it holds."""
+        return (self,)
+
+    @property
+    def own(self) -> Sequence[Cell]:
+        """The cells whose state this process keeps: itself, or what it owns of those that it holds."""
         return (self,)
 
     @property

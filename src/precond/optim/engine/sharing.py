@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,20 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precond.algebra import collectives, vec
+from precond.algebra import vec
 from precond.algebra.maps import LinearMap
 from precond.algebra.vec import Scalar, Vec
-from precond.optim.blocks import Block, Leaf, State, WholeLeaf, state_dtype
+from precond.optim.blocks import Block, Leaf, State, state_dtype
 from precond.optim.engine import fused
-from precond.optim.engine.asking import Asked
+from precond.optim.engine.asking import Asking
 from precond.optim.engine.carried import Carried
-from precond.optim.engine.cells import Cell, Choice, sites_of
+from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.counting import count_on_host
 from precond.optim.engine.kernels.entrywise import Kernel
 from precond.optim.engine.kernels.layer import observe
+from precond.optim.engine.looking import Looking
 from precond.optim.engine.loop import Rules
 from precond.optim.inputs import Request
-from precond.optim.preconditioners.base import Part, Preconditioner
+from precond.optim.preconditioners.parts import Part
 from precond.optim.preconditioners.split import Split
 from precond.optim.ranks.exchange import Exchange
 from precond.optim.ranks.pieces import Pieces
@@ -52,9 +52,8 @@ class Shared(Cell):
     contents: tuple[Sequence[tuple[Leaf, str, Tensor]], ...] = field(default=(), repr=False)
     _kernels: dict[int, Kernel | None] = field(default_factory=dict, repr=False)
     _settled: set[int] = field(default_factory=set, repr=False)
-    _observed: list[int] = field(default_factory=list, repr=False)
-    _told: set[int] = field(default_factory=set, repr=False)
-    _questions: dict[tuple[int, ...], Asked] = field(default_factory=dict, repr=False)
+    _looking: Looking = field(default_factory=Looking, repr=False)
+    _asking: Asking = field(default_factory=lambda: Asking((), (), ()), repr=False)
 
     @classmethod
     def of(cls, cells: Sequence[Cell], owners: Sequence[int], leaves: Sequence[Leaf], reference: bool, **more: Any) -> Shared:
@@ -83,6 +82,7 @@ class Shared(Cell):
             owners=tuple(owners),
             exchange=exchange,
             reference=reference,
+            _asking=Asking(cells, owners, leaves),
             **more,
         )
 
@@ -98,7 +98,11 @@ class Shared(Cell):
 
     @property
     def here(self) -> Sequence[Cell]:
-        return [self.inside[k] for k in self.mine] if self.in_place else (self,)
+        return self.own if self.in_place else (self,)
+
+    @cached_property
+    def own(self) -> Sequence[Cell]:
+        return [self.inside[k] for k in self.mine]
 
     @property
     def joint(self) -> list[int]:
@@ -110,7 +114,8 @@ class Shared(Cell):
         return [k for k, owner in enumerate(self.owners) if owner == self.exchange.rank]
 
     @cached_property
-    def _spans(self) -> list[range]:
+    def spans(self) -> list[range]:
+        """The positions of each cell's leaves."""
         out, start = [], 0
         for cell in self.inside:
             out.append(range(start, start + len(cell.index)))
@@ -124,17 +129,17 @@ class Shared(Cell):
 
     def renumber(self) -> None:
         """Follow numbers that have changed in the cells' strategies."""
-        self.preconditioner, self._kernels, self._views, self._questions = _together(self.inside), {}, {}, {}
-        self.__dict__.pop("_kinds", None)
+        self.preconditioner, self._kernels, self._views = _together(self.inside), {}, {}
+        self._asking = Asking(self.inside, self.owners, self.block.leaves)
 
     def taking(self, has: Sequence[bool]) -> Cell:
-        keep = tuple(k for k, span in enumerate(self._spans) if any(has[i] for i in span))
+        keep = tuple(k for k, span in enumerate(self.spans) if any(has[i] for i in span))
         if len(keep) == len(self.inside):
             return self
         if keep not in self._views:
             cells, owners = [self.inside[k] for k in keep], [self.owners[k] for k in keep]
-            leaves = [self.block.leaves[i] for k in keep for i in self._spans[k]]
-            also = {"_kernels": self._kernels, "_settled": self._settled, "_observed": self._observed, "_told": self._told}
+            leaves = [self.block.leaves[i] for k in keep for i in self.spans[k]]
+            also = {"_kernels": self._kernels, "_settled": self._settled, "_looking": self._looking}
             self._views[keep] = Shared.of(cells, owners, leaves, self.reference, **also)
         return self._views[keep]
 
@@ -143,70 +148,30 @@ class Shared(Cell):
     def gather(self, v: Vec) -> dict[int, Vec]:
         """The whole vectors of this rank's cells, from every rank's pieces."""
         whole = self.exchange.collect(dict(enumerate(v)))
-        return {k: tuple(whole[i] for i in self._spans[k]) for k in self.mine}
+        return {k: tuple(whole[i] for i in self.spans[k]) for k in self.mine}
 
     def scatter(self, wholes: Mapping[int, Vec], like: Vec) -> Vec:
         """The inverse of :meth:`gather`, from every rank's cells."""
-        tensors = {i: t for k, v in wholes.items() for i, t in zip(self._spans[k], v, strict=True)}
+        tensors = {i: t for k, v in wholes.items() for i, t in zip(self.spans[k], v, strict=True)}
         found = self.exchange.deliver(tensors, dict(enumerate(like)))
         return tuple(found[i] for i in range(len(like)))
-
-    @contextmanager
-    def _showing(self, state: State) -> Iterator[None]:
-        """Owners see whole parameters inside, where their preconditioners may look at them in the step in progress, and tell
-        all ranks afterwards which of these look at them no more."""
-        if self.exchange.copied:
-            yield
-            return
-        first, steps = not self._observed, state.steps
-        each = [1 if first else max(steps[span.start : span.stop]) for span in self._spans]
-        shown = [k for k, cell in enumerate(self.inside) if id(cell) not in self._told and cell.preconditioner.looks(each[k])]
-        wide = {i: self.block.leaves[i].tensor.detach() for k in shown for i in self._spans[k]}
-        whole = self.exchange.collect(wide) if wide else {}
-        leaves = [
-            (leaf, whole[i])
-            for k in self.mine
-            for i, leaf in zip(self._spans[k], self.inside[k].leaves, strict=True)
-            if i in whole
-        ]
-        for leaf, t in leaves:
-            assert isinstance(leaf, WholeLeaf)
-            leaf.shown.append(t)
-        try:
-            yield
-            if shown and state is self.state:
-                self._tell(shown)
-        finally:
-            for leaf, _ in leaves:
-                leaf.shown.clear()  # type: ignore[attr-defined]
-            if state is self.state:
-                self._observed[:] = [max(steps)]
-
-    def _tell(self, cells: Sequence[int]) -> None:
-        """Owners to all ranks: which of some cells look at parameters no more."""
-        of = [[k for k in cells if self.owners[k] == r] for r in range(self.exchange.size)]
-        mine = [self.inside[k].preconditioner.settled(self.inside[k].state) for k in of[self.exchange.rank]]
-        flags = self.block.tensors[0].new_tensor([float(x) for x in mine])
-        every = collectives.all_gather_v(flags, list(map(len, of)), "who looks at parameters", self.exchange.group)
-        for own, told in zip(of, every, strict=True):
-            self._told.update(id(self.inside[k]) for k, x in zip(own, told.tolist(), strict=True) if x)
 
     # --- what a cell does ----------------------------------------------------------------------------------------------------
 
     def observe(self, state: State, gradient: Vec) -> None:
         whole = self.gather(gradient)
-        with self._showing(state):
+        with self._looking.at(self, state):
             for k in self.mine:
                 self.inside[k].observe(state[f"#{k}"], whole[k])
 
     def descent(self, a: Vec, least: Sequence[Scalar] = (), fold: bool = True) -> Vec:
-        whole, spans = self.gather(a), self._spans
+        whole, spans = self.gather(a), self.spans
         own = {k: self.inside[k].descent(whole[k], [least[i] for i in spans[k]] if least else (), fold) for k in self.mine}
         return self.scatter(own, a)
 
     def taken(self, g: Vec) -> Vec:
         whole = self.gather(g)
-        with self._showing(self.state):
+        with self._looking.at(self, self.state):
             kernels = {k: self._acting(self.inside[k]) for k in self.mine}
             observe([(kernel, self.inside[k]) for k, kernel in kernels.items() if kernel is not None])
             own = {k: self._stepped_by_owner(self.inside[k], kernel, whole[k]) for k, kernel in kernels.items()}
@@ -224,7 +189,7 @@ class Shared(Cell):
         assert isinstance(cell, Shared)
         p = dict(enumerate(leaf.tensor.detach() for leaf in cell.block.leaves))
         found = cell.exchange.deliver(p, p)
-        theirs = [i for k, span in enumerate(cell._spans) if cell.owners[k] != cell.exchange.rank for i in span]
+        theirs = [i for k, span in enumerate(cell.spans) if cell.owners[k] != cell.exchange.rank for i in span]
         vec.copy_(tuple(p[i] for i in theirs), tuple(found[i] for i in theirs))
         count_on_host([cell.inside[k].state for k, owner in enumerate(cell.owners) if owner != cell.exchange.rank])
 
@@ -263,32 +228,8 @@ class Shared(Cell):
 
     def wanted(self) -> Iterable[tuple[str, Request, Tensor | None]]:
         """What owners want to be observed, told to all ranks: a flag of each site, and the mean known before."""
-        steps = self.state.steps
-        each = [steps[span.start] for span in self._spans]  # a layer that was frozen for a while has made fewer than others
-        busy = {(n, t) for n, P in self._kinds.items() for t in set(each) if not P.idle(t + 1, self._turns)}
-        asking = tuple(k for k, cell in enumerate(self.inside) if (id(cell.preconditioner), each[k]) in busy and cell.handled)
-        if not (asked := self._asked(asking)).keys:
-            return []
-        mine = [k for k in asking if self.owners[k] == self.exchange.rank]
-        own = {(name, request): c for k in mine for name, request, c in self.inside[k].wanted()}
-        return asked.answered(own, self.block.leaves[0].tensor, self.exchange.group)
-
-    @cached_property
-    def _kinds(self) -> dict[int, Preconditioner]:
-        return {id(cell.preconditioner): cell.preconditioner for cell in self.inside}
-
-    @cached_property
-    def _turns(self) -> set[int]:
-        return {leaf.turn for leaf in self.block.leaves}
-
-    def _asked(self, asking: tuple[int, ...]) -> Asked:
-        """What cells may ask for: made once, since steps ask for the same."""
-        if asking not in self._questions:
-            sites: list[dict[tuple[str, Request], tuple[int, int]]] = [{} for _ in range(self.exchange.size)]
-            for k in asking:
-                sites[self.owners[k]] |= {(s.name, request): s.shape(request) for s, request in sites_of(self.inside[k])}
-            self._questions[asking] = Asked.of(sites)
-        return self._questions[asking]
+        steps = self.state.steps  # a layer that was frozen for a while has made fewer than others
+        return self._asking([steps[span.start] for span in self.spans])
 
 
 def _together(cells: Sequence[Cell]) -> Split:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,23 +43,22 @@ class FirstSteps:
             return None  # a captured step is one program for all steps
         shares: dict[str, float] = {}
         samples: dict[str, float] = {}
-        alike: dict[str, tuple[torch.Size, int]] = {}
-        whitened = [(cell, shared, P) for cell, shared in _each(optimizer.cells) if (P := _whitening(cell)) is not None]
-        self._note([leaf for cell, _, _ in whitened for leaf in cell.leaves if leaf.ndim > 1])
-        if any(min(cell.state.steps) < MEASURED_AFTER for cell, _, _ in whitened):
+        whitened = [(cell, held) for held in optimizer.cells for cell in held.cells if _whitening(cell) is not None]
+        self._note([leaf for cell, _ in whitened for leaf in cell.leaves if leaf.ndim > 1])
+        if any(min(cell.state.steps) < MEASURED_AFTER for cell, _ in whitened):
             return None
-        for cell, shared, P in whitened:
-            alike |= {leaf.name: (leaf.shape, id(shared)) for leaf in cell.leaves}
-            if shared is not None and not any(cell is shared.inside[k] for k in shared.mine):
-                continue
-            state = cell.state["outer"]
-            state = state if isinstance(cell.block, Stack) else state.as_stack()
-            shares |= P.independent(state)
-            samples |= P.samples_per_input(state)
+        each = ((leaf, held if isinstance(held, Shared) else None) for cell, held in whitened for leaf in cell.leaves)
+        alike = {leaf.name: (leaf.shape, id(shared)) for leaf, shared in each}
+        for cell in (cell for held in optimizer.cells for cell in held.own):
+            if (P := _whitening(cell)) is not None:
+                state = cell.state["outer"]
+                state = state if isinstance(cell.block, Stack) else state.as_stack()
+                shares |= P.independent(state)
+                samples |= P.samples_per_input(state)
         for shared in optimizer.shared:
             names = [leaf.name for cell in shared.inside if _whitening(cell) is not None for leaf in cell.leaves]
             _tell(shared, names, shares, samples)
-        noise = {name: _noise([g[name] for g in self._gradients if name in g]) for name in shares}
+        noise = self._noise()
         self._gradients.clear()
         # Layers of one shape decide together, by the least: they are stepped side by side.
         least = {kind: min(s for name, s in shares.items() if alike[name] == kind) for kind in map(alike.get, shares)}
@@ -67,7 +66,7 @@ class FirstSteps:
             return None
         return {
             "measured": {name: round(least[alike[name]], 3) for name in shares},
-            "seen": {name: (float(f"{samples[name]:.3g}"), noise[name]) for name in shares},
+            "seen": {name: (float(f"{samples[name]:.3g}"), noise.get(name)) for name in shares},
         }
 
     def _note(self, leaves: Sequence[Leaf]) -> None:
@@ -77,22 +76,24 @@ class FirstSteps:
             g = leaf.param.grad
             # Ranks that hold parts see other entries each, and would tell different numbers; others may have no gradient for long.
             if g is not None and not g.is_sparse and not divided(g) and kept[leaf.name] < MEASURED_AFTER:
-                n = g.numel()
-                g = g.detach().float()
-                found.setdefault(g.device, {})[leaf.name] = g if n <= SAMPLED else g.reshape(-1)[:: -(-n // SAMPLED)]
+                every = -(-g.numel() // SAMPLED)
+                found.setdefault(g.device, {})[leaf.name] = (
+                    g.detach().reshape(-1)[::every] if every > 1 else g.detach().flatten()
+                )
         noted: dict[str, Tensor] = {}
         for there in found.values():
-            together = torch.cat([g.reshape(-1) for g in there.values()])
-            noted |= zip(there, together.split([g.numel() for g in there.values()]), strict=True)
+            together = torch.cat(list(there.values())).float()
+            noted |= zip(there, together.split(list(map(len, there.values()))), strict=True)
         if noted:
             self._gradients.append(noted)
 
-
-def _each(cells: Iterable[Cell]) -> Iterator[tuple[Cell, Shared | None]]:
-    """The cells that step layers, and what ranks share them in."""
-    for cell in cells:
-        shared = cell if isinstance(cell, Shared) else None
-        yield from ((inside, shared) for inside in cell.cells)
+    def _noise(self) -> dict[str, float | None]:
+        """tr Σ/‖G‖² by the names of weights, to two digits, at most 100: beyond they do not show G. Without those of too few gradients."""
+        each: dict[str, list[Tensor]] = defaultdict(list)
+        for noted in self._gradients:
+            for name, g in noted.items():
+                each[name].append(g)
+        return {name: _ratio(torch.stack(found)) for name, found in each.items() if len(found) == MEASURED_AFTER}
 
 
 def _whitening(cell: Cell) -> Whitening | None:
@@ -111,12 +112,11 @@ def _tell(shared: Shared, names: Sequence[str], *numbers: dict[str, float]) -> N
         known |= {name: x for name, x in zip(names, row, strict=True) if x}
 
 
-def _noise(gradients: list[Tensor]) -> float | None:
-    """tr Σ/‖G‖² of some gradients, to two digits, at most 100: beyond they do not show G. None where they are too few."""
-    if len(gradients) < MEASURED_AFTER:
-        return None
-    G = torch.stack(gradients).double()
-    n, mean = len(G), G.mean(0)
-    spread = float((G - mean).square().sum()) / (n - 1)
-    signal = float(mean.square().sum()) - spread / n
+def _ratio(gradients: Tensor) -> float | None:
+    """tr Σ/‖G‖² of gradients (k, n); None where there is no noise, or no end of it."""
+    gradients = gradients.double()
+    products = gradients @ gradients.T
+    (squares, mean), k = torch.stack([products.trace(), products.mean()]).cpu().tolist(), len(gradients)  # Σ‖g‖² and ‖ḡ‖²
+    spread = (squares - k * mean) / (k - 1)
+    signal = mean - spread / k
     return float(f"{spread / max(signal, spread / 100):.2g}") if 0 < spread < float("inf") else None
