@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -21,20 +20,15 @@ class _Route:
 
     Attributes:
         owned: of each rank the tensors that it owns.
-        gives: what this rank has pieces of for others, owner after owner; ``given`` are the numbers for each.
-        takes: (rank, tensor, numbers) of the pieces of others for this one, rank after rank; ``taken`` are the numbers of each.
-        returned, received: numbers of pieces of what it owns for each rank, and of what each owns for it.
-        numbers: of this rank's piece of each tensor.
+        gives: to each rank, the tensors of which this one has pieces for it.
+        takes: of each rank, (tensor, numbers) of its pieces for this one.
+        received: of each rank, (tensor, numbers) of this one's pieces of what it owns.
     """
 
     owned: list[list[int]]
-    gives: list[int]
-    given: list[int]
-    takes: list[tuple[int, int, int]]
-    taken: list[int]
-    returned: list[int]
-    received: list[int]
-    numbers: dict[int, int]
+    gives: list[list[int]]
+    takes: list[list[tuple[int, int]]]
+    received: list[list[tuple[int, int]]]
 
     @classmethod
     def of(cls, which: Sequence[int], exchange: Exchange) -> _Route:
@@ -42,17 +36,11 @@ class _Route:
         ranks = range(exchange.size)
         owned = [[i for i in which if exchange.owners[i] == r] for r in ranks]
         size = lambda i, r: math.prod(pieces[i].shape(r))  # noqa: E731
-        gives = [[i for i in of if r != me and pieces[i].sends(me, r)] for r, of in enumerate(owned)]
-        takes = [[(r, i, size(i, r)) for i in owned[me] if r != me and pieces[i].sends(r, me)] for r in ranks]
         return cls(
             owned,
-            [i for of in gives for i in of],
-            [sum(size(i, me) for i in of) for of in gives],
-            [piece for of in takes for piece in of],
-            [sum(n for _, _, n in of) for of in takes],
-            [0 if r == me else sum(size(i, r) for i in owned[me]) for r in ranks],
-            [0 if r == me else sum(size(i, me) for i in of) for r, of in enumerate(owned)],
-            {i: size(i, me) for i in which},
+            [[i for i in of if r != me and pieces[i].sends(me, r)] for r, of in enumerate(owned)],
+            [[(i, size(i, r)) for i in owned[me] if r != me and pieces[i].sends(r, me)] for r in ranks],
+            [[(i, size(i, me)) for i in of if r != me] for r, of in enumerate(owned)],
         )
 
 
@@ -100,9 +88,9 @@ class Exchange:
         route = self._route(sorted(parts))
         if self.copied:
             return {i: parts[i] for i in route.owned[self.rank]}
-        found = self._swap(parts, [parts[i] for i in route.gives], route.given, [n for _, _, n in route.takes], route.taken)
+        found = self._swap([[parts[i] for i in of] for of in route.gives], route.takes, parts)
         every: dict[int, list[Tensor | None]] = {i: [None] * self.size for i in route.owned[self.rank]}
-        for (r, i, _), t in zip(route.takes, found, strict=True):
+        for r, i, t in found:
             every[i][r] = t
         out = {}
         for i, of in every.items():
@@ -118,30 +106,33 @@ class Exchange:
             return self._spread(wholes, like, route.owned)
         own = route.owned[self.rank]
         split = {i: self.pieces[i].parted(wholes[i]) for i in own}
-        gives = [split[i][r] for r in range(self.size) if r != self.rank for i in own]
-        others = [i for r, of in enumerate(route.owned) if r != self.rank for i in of]
-        found = self._swap(like, gives, route.returned, [route.numbers[i] for i in others], route.received)
+        gives = [[split[i][r] for i in own] if r != self.rank else [] for r in range(self.size)]
+        found = self._swap(gives, route.received, like)
         out = {i: split[i][self.rank].reshape(self._shape(i)) for i in own}
-        return out | {i: t.view(self._shape(i)) for i, t in zip(others, found, strict=True)}
+        return out | {i: t.view(self._shape(i)) for _, i, t in found}
 
     def _shape(self, i: int) -> tuple[int, ...]:
         """Of this rank's piece."""
         return self.pieces[i].shape(self.rank)
 
     def _swap(
-        self, like: Mapping[int, Tensor], gives: Sequence[Tensor], given: list[int], numbers: Sequence[int], taken: list[int]
-    ) -> Sequence[Tensor]:
-        """Flat tensors of so many numbers each, from all others, for what this rank gives.
+        self,
+        gives: Sequence[Sequence[Tensor]],
+        takes: Sequence[Sequence[tuple[int, int]]],
+        like: Mapping[int, Tensor],
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """(rank, tensor, its flat piece) of what others give for what this rank gives.
 
         Args:
-            gives: rank after rank; ``given`` are their numbers for each.
-            numbers: of what it takes, rank after rank; ``taken`` are those of each.
+            gives: to each rank.
+            takes: of each rank (tensor, numbers).
         """
         example = next(iter(like.values()))
-        sent = torch.cat([t.reshape(-1) for t in gives]) if gives else example.new_empty(0)
-        out = example.new_empty(sum(taken))
-        collectives.all_to_all(out, sent, taken, given, "gradients and steps", self.group)
-        return out.split(list(numbers)) if numbers else ()
+        numbers = [[n for _, n in of] for of in takes]
+        every = collectives.all_to_all(gives, list(map(sum, numbers)), example, "gradients and steps", self.group)
+        for r, (of, sizes, flat) in enumerate(zip(takes, numbers, every, strict=True)):
+            for (i, _), t in zip(of, flat.split(sizes) if sizes else (), strict=True):
+                yield r, i, t
 
     def _spread(self, wholes: Mapping[int, Tensor], like: Mapping[int, Tensor], owned: list[list[int]]) -> dict[int, Tensor]:
         """Whole tensors of every owner, to all."""
