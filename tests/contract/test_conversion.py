@@ -133,3 +133,23 @@ def test_parameters_left_on_meta():
     model(torch.ones(4, 3)).sum().backward()
     with pytest.raises(RuntimeError, match=r"meta device.*to_empty"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("fill", ["to_empty", "assigned"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_made_of_a_model_on_meta(name, fill):
+    """What is trained is what an optimizer made after trains, bit for bit."""
+    values = net().state_dict()
+    with torch.device("meta"):
+        model = net()
+    optimizer = MAKERS[name](model)
+    if fill == "to_empty":
+        model.to_empty(device="cpu").load_state_dict(values)
+    else:
+        model.load_state_dict(values, assign=True)
+    other = net()
+    after = MAKERS[name](other)
+    for t in range(3):
+        step(model, optimizer, t)
+        step(other, after, t)
+    assert torch.equal(flat(model), flat(other))

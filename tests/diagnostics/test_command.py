@@ -130,6 +130,7 @@ def test_the_same_every_time(folder, capsys):
         (["wine", "--recipe", "adan"], r"unknown recipe 'adan'; did you mean"),
         (["wine", "--recipe", "sgd", "--lr", "1e30", "--steps", "9"], "training diverged at step .*"),
         (["wine", "--samples", "0"], "samples must be > 0"),
+        (["wine", "--steps", "-1"], "steps must be a finite number >= 0, got -1; give a number such as 10"),
     ],
 )
 def test_what_a_user_can_put_right(argv, message, capsys):

@@ -139,6 +139,34 @@ def test_data_are_standardized_along_their_features(dim):
     assert standardized(standardized(objective, dim), dim) is None
 
 
+class Keywords(nn.Module):
+    """Takes what a dictionary gives, the targets too."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, features, labels):
+        outputs = self.layer(features)
+        return {
+            "loss": nn.functional.cross_entropy(outputs, labels) if labels.ndim == 1 else (outputs - labels).square().mean()
+        }
+
+
+def test_data_by_keyword_are_standardized_where_one_tensor_is_of_floats():
+    x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.01, 1.0, 10.0, 1e3]) + 3
+    layer, labels = nn.Linear(4, 3), (x[:, 1] > 3).long()
+    found = [
+        diagnose(Keywords(copy.deepcopy(layer)), data=[{"features": x, "labels": labels}]),
+        diagnose(copy.deepcopy(layer), loss_fn=nn.functional.cross_entropy, data=[(x, labels)]),
+    ]
+    gains = [{c.name: (c.gain, c.why) for c in each.considered} for each in found]
+    assert gains[0] == gains[1] and gains[0]["standardize"][0].worth
+    targets = diagnose(Keywords(layer), data=[{"features": x, "labels": x[:, :3]}])
+    (why,) = (c.why for c in targets.considered if c.name == "standardize")
+    assert "not one tensor of floats" in why
+
+
 def test_remedies_are_tried_against_what_is():
     objective = spread(100.0)
     optimizer = torch.optim.SGD(objective.model.parameters(), lr=1e-5, momentum=0.5)

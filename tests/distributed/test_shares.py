@@ -135,7 +135,9 @@ def test_the_calculation_for_more_gpus_runs(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-@pytest.mark.parametrize(("optimizer", "wrap"), [("soap", "fsdp"), ("auto", "fsdp"), ("auto", "ddp")])
+@pytest.mark.parametrize(
+    ("optimizer", "wrap"), [("soap", "fsdp"), ("auto", "fsdp"), ("auto", "ddp"), ("soap, average", "fsdp")]
+)
 def test_what_four_ranks_saved_is_resumed_by_four_three_two_and_one(ranks, three, four, tmp_path, optimizer, wrap, flat):
     """In the midst of a period of roots: at the same number of ranks bit for bit what a run without the break gives."""
     path = str(tmp_path / "saved")

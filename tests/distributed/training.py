@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from precond import (
     BNP,
+    EMA,
     KFAC,
     L1,
     L2,
@@ -26,6 +27,7 @@ from precond import (
     SAM,
     AdaGrad,
     Auto,
+    EMANesterov,
     GradientNorm,
     LossClosure,
     Momentum,
@@ -109,6 +111,8 @@ WHOLE: dict[str, Callable[[nn.Module], PreconditionedGD]] = {
     "kfac": lambda m: _bnp(m, KFAC(damping=0.05, every=2, output_every=2)),
     "whitening": lambda m: whitening(m, lr=0.01, eps=EPS),
     "soap, SAM": lambda m: soap(m, lr=0.01, eps=EPS, precondition_frequency=2, regularizers=[SAM(0.1)]),
+    "soap, average": lambda m: soap(m, lr=0.01, eps=EPS, precondition_frequency=2, average=EMA(0.5)),
+    "auto, ahead of its average": lambda m: auto(m, lr=0.01, average=EMANesterov(0.5)),
 }
 # Matrices as a whole.
 OPTIMIZERS |= WHOLE

@@ -243,6 +243,30 @@ def test_the_kernel_takes_the_steps_of_the_reference_engine(name: str, bias: boo
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("samples", [4, 64], ids=["by schedule", "in each step"])
+def test_the_kernel_steps_rows_that_see_different_inputs(samples: int) -> None:
+    """Of attention's packed projections."""
+
+    def trained(engine: str) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.TransformerEncoderLayer(6, 2, 10, dropout=0.0, batch_first=True).double()
+        optimizer = precond.auto(model, lr=0.02, engine=engine, choice=Auto(whitening=Whitening(root="cholesky", every=4)))
+        if engine == "auto":
+            kernels = zip(optimizer._kernels() or (), optimizer.cells, strict=True)
+            of = {leaf.name: type(kernel).__name__ for kernel, cell in kernels for leaf in cell.leaves}
+            assert of["self_attn.in_proj_weight"] == of["self_attn.in_proj_bias"] == of["linear1.weight"] == "SmallStep"
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(12):
+            x = torch.randn(samples, 3, 6, generator=generator, dtype=torch.float64) * 3 + 1
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    for ours, theirs in zip(trained("auto"), trained("loop"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", ["auto", "of rank 1", "both of rank 1"])
 def test_products_in_16_bits_are_near(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("precond.optim.engine.kernels.polar._SMALL", 0)

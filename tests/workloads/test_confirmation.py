@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from precond.lab.workloads import peers
-from precond.lab.workloads.pool import CONFIRMATION, POOL
 from precond.lab.workloads.pool.confirmation.members import CONDITIONS, ITEMS, SPEED, convection_loss
-from precond.lab.workloads.pool.confirmation.networks import Convection, GroupedAttention, GroupedLlama, NextItem, WordGPT
+from precond.lab.workloads.pool.confirmation.networks import Convection, GroupedAttention, NextItem
 from precond.lab.workloads.pool.confirmation.pictures import DOTS, SIDE, TEXTURES, curves, dots, textures
 from precond.lab.workloads.pool.confirmation.sequences import (
     ACTIVITIES,
@@ -28,29 +27,6 @@ from precond.lab.workloads.pool.confirmation.sequences import (
     sessions,
 )
 from precond.lab.workloads.text import ALPHABET
-
-MEMBERS = {member.name: member for member in POOL}
-
-
-@pytest.mark.parametrize("name", CONFIRMATION)
-def test_data_are_the_same_each_time_finite_and_their_parts_apart(name: str) -> None:
-    make = MEMBERS[name].workload
-    found, again = make(), make.__wrapped__()  # type: ignore[attr-defined]  # what is behind the cache
-    assert list(found.parts) == ["train", "validation", "test"]
-    seen: list[set[bytes]] = []
-    for part, other in zip(found.parts.values(), again.parts.values(), strict=True):
-        assert torch.equal(part.inputs, other.inputs) and torch.equal(part.targets, other.targets)
-        assert part.inputs.isfinite().all() and len(part) >= 150
-        seen.append({row.numpy().tobytes() for row in torch.cat([part.inputs.flatten(1), part.targets.view(len(part), -1)], 1)})
-    # Sequences over few signs may come twice, and seldom do.
-    assert all(len(a & b) <= 0.02 * len(b) for a, b in itertools.combinations(seen, 2))
-    train = found.parts["train"]
-    if found.loss_fn is F.cross_entropy and "names" not in name:
-        with torch.no_grad():
-            classes = found.make().eval()(train.inputs[:2]).shape[1]
-        assert train.targets.min() == 0 and train.targets.max() == classes - 1
-    # Curves are told to 2.5 % of a training by examples enough, and searches are judged by others.
-    assert 2 * found.evaluated <= len(train)
 
 
 def test_a_car_s_price_follows_from_its_columns() -> None:
@@ -172,19 +148,6 @@ def test_names_are_those_of_characters() -> None:
     whole = "".join(ALPHABET[i] for part in names(5, 32).values() for i in part.inputs.flatten().tolist())
     assert len(whole) > 200_000
     assert all(name in whole for name in ("\nLATIN SMALL LETTER ", "\nGREEK ", " WITH ACUTE\n", "ARROW\n"))
-
-
-def test_transformers_of_text_look_back_alone() -> None:
-    torch.manual_seed(0)
-    for model in (WordGPT(11, 8, 16, 2, 2), GroupedLlama(11, 8, 16, 2, 4, 2)):
-        tokens = torch.randint(11, (2, 8))
-        changed = tokens.clone()
-        changed[:, 5:] = (changed[:, 5:] + 1) % 11
-        before, after = model(tokens), model(changed)
-        assert before.shape == (2, 11, 8)
-        assert torch.allclose(before[..., :5], after[..., :5], atol=1e-6) and not torch.allclose(
-            before[..., 5:], after[..., 5:]
-        )
 
 
 def test_grouped_attention_is_that_of_rotated_pairs() -> None:

@@ -32,11 +32,15 @@ def _readable(owner: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]
 
 def non_negative(owner: str, **values: Any) -> None:
     """Raise ValueError where a number is negative, NaN or infinite (tensors on other devices are not read)."""
+    _non_negative(owner, values, "0.001")
+
+
+def _non_negative(owner: str, values: Mapping[str, Any], example: str) -> None:
     for name, value in _readable(owner, values):
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise TypeError(f"{owner}: {name} must be a number, got {value!r} of type {type(value).__name__}")
         if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{owner}: {name} must be a finite number >= 0, got {value!r}; give a number such as 0.001")
+            raise ValueError(f"{owner}: {name} must be a finite number >= 0, got {value!r}; give a number such as {example}")
 
 
 def learning_rate(owner: str, lr: Any) -> None:
@@ -57,7 +61,13 @@ def positive(owner: str, **values: Any) -> None:
 
 def whole(owner: str, **values: Any) -> None:
     """Raise ValueError where a number is not whole and positive."""
+    count(owner, **values)
     positive(owner, **values)
+
+
+def count(owner: str, **values: Any) -> None:
+    """Raise ValueError where a number is not whole, or negative."""
+    _non_negative(owner, values, "10")
     for name, value in _readable(owner, values):
         if value != int(value):
             raise ValueError(f"{owner}: {name} must be a whole number, got {value!r}; round it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -97,6 +98,14 @@ class Momentum:
         else:
             self._fold(m, a)
 
+    def fold_all(self, states: Sequence[State], a: Sequence[Tensors]) -> None:
+        """The same of several states at once, each with its a."""
+        if self.start == "first_gradient":
+            for state, own in zip(states, a, strict=True):
+                self.fold(state, own)
+        else:
+            self._fold(tuple(t for state in states for t in state["m"]), tuple(t for own in a for t in own))
+
     def current(self, state: State, a: Tensors) -> Vec:
         """What is descended, a being folded in already."""
         if "m" not in state:
@@ -120,6 +129,16 @@ class Momentum:
             for o, x in zip(out, self.current(state, a), strict=True):
                 o.copy_(x)
         return out
+
+    def write_all(self, states: Sequence[State], a: Sequence[Tensors], out: Sequence[Vec]) -> None:
+        """The same of several states at once, into memory that holds none of the a."""
+        if self.kind == "nesterov" and self.dampening == self.beta:
+            written = [o for own in out for o in own]
+            torch._foreach_copy_(written, [x for own in a for x in own])
+            torch._foreach_lerp_(written, [t for state in states for t in state["m"]], self.beta)
+        else:
+            for state, own, to in zip(states, a, out, strict=True):
+                self.write(state, own, to)
 
     def _fold(self, m: Vec, a: Tensors) -> None:
         if self.kind == "ema" or self.dampening == self.beta:

@@ -150,7 +150,7 @@ def _coordinates(
         value, alone = predicted(quadratic, base, name, calibration().steps)
         line = calibration().lines.get((name, quadratic.stuck >= STUCK))
         if math.isnan(value) or line is None:
-            why = "the data are standardized already, or no tensor of numbers" if name == "standardize" else "not in the study"
+            why = quadratic.why if name == "standardize" and quadratic.why else "not in the study"
             considered.append(RemedyEstimate(name, UNKNOWN, why))
             continue
         if name == "standardize" and quadratic.stuck < STUCK and max(value, alone) < MORE:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from precond.algebra.vec import Vec
 from precond.analysis.curvature import Objective
@@ -16,7 +15,7 @@ from precond.analysis.diagnostics.calibrated import STUCK
 from precond.analysis.diagnostics.findings import units
 from precond.analysis.diagnostics.gathering import gather
 from precond.analysis.diagnostics.quadratic_model import LossDecay, Part, parts_of, speed_up
-from precond.analysis.diagnostics.remedies import Base, standardized
+from precond.analysis.diagnostics.remedies import Base, floats, standardized
 from precond.analysis.diagnostics.short import as_trained
 from precond.analysis.diagnostics.streaming import InputStatistics
 
@@ -33,6 +32,7 @@ class QuadraticModel:
         stuck: the share of hidden units that are saturated or dead: what they receive tells nothing of what they will.
         freed: that share on standardized data.
         start: the loss before training over that on standardized data, from which training starts there.
+        why: nothing is known of standardized data.
     """
 
     parts: Sequence[Part]
@@ -40,6 +40,7 @@ class QuadraticModel:
     stuck: float
     freed: float
     start: float = 1.0
+    why: str = ""
 
     @staticmethod
     def of(objective: Objective, **options: Any) -> QuadraticModel:
@@ -52,13 +53,12 @@ class QuadraticModel:
     def made(objective: Objective, gathered: Sequence[InputStatistics], g: Vec, **options: Any) -> QuadraticModel:
         """Of what was gathered on an objective, and its gradient."""
         parts, stuck = parts_of(_cheap(objective, gathered), gathered, g), _stuck(gathered)
-        inputs = objective.batches[0][0]
-        if not (gathered and isinstance(inputs, Tensor) and inputs.is_floating_point()):
-            return QuadraticModel(parts, None, stuck, math.nan)
+        if not gathered or floats(objective.batches[0][0]) is None:
+            return QuadraticModel(parts, None, stuck, math.nan, why="what a batch gives the model is not one tensor of floats")
         # Also where a normalization comes first: one per example does not take the features' scales away.
         changed = standardized(objective, features(objective, gathered[0]))
         if changed is None:
-            return QuadraticModel(parts, None, stuck, math.nan)
+            return QuadraticModel(parts, None, stuck, math.nan, why="the data are standardized already")
         direct = any(part.data for part in parts) and not any(seen.source == "data" and seen.rescaled for seen in gathered)
         again = gather(changed, **{**_DEFAULTS, **options})[0] if stuck or not direct else gathered
         if direct and stuck < STUCK:
@@ -90,8 +90,8 @@ _DEFAULTS = {"samples": 16384, "max_inputs": 2048}
 
 def features(objective: Objective, first: InputStatistics) -> int | None:
     """The dimension of the data along which a layer that receives them has its features; None where every entry is one."""
-    inputs = objective.batches[0][0]
-    shape = inputs.shape if isinstance(inputs, Tensor) else torch.Size()
+    inputs = floats(objective.batches[0][0])
+    shape = torch.Size() if inputs is None else inputs.shape
     if len(shape) < 3 or first.n == shape[1:].numel():
         return None
     return 1 if first.channel is not None or first.kernel > 1 else len(shape) - 1

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 import precond.optim.preconditioners as choices
 from precond.analysis.curvature import Objective
@@ -253,16 +254,17 @@ def standardized(objective: Objective, dim: int | None) -> Objective | None:
     """The objective on data whose features have mean 0 and standard deviation 1 over all its batches; None where they nearly have.
 
     Args:
-        objective: whose inputs are one tensor per batch.
+        objective: whose inputs are, or have among them, one tensor of floats per batch.
         dim: of the features; None: every entry of an example is one.
 
     Raises:
-        ValueError: where inputs are no tensor.
+        ValueError: where they have none, or several.
     """
     batches = [objective.batches[i] for i in range(len(objective.batches))]
-    if not all(isinstance(inputs, Tensor) and inputs.is_floating_point() for inputs, _ in batches):
+    numbers = [floats(inputs) for inputs, _ in batches]
+    if any(x is None for x in numbers):
         raise ValueError("the data are not one tensor of numbers per batch")
-    whole = torch.cat([inputs for inputs, _ in batches]).double()
+    whole = torch.cat(numbers).double()  # type: ignore[arg-type]
     over = [d for d in range(whole.ndim) if d != (dim % whole.ndim if dim is not None else None)] if dim is not None else [0]
     mean, std = whole.mean(over, keepdim=True), whole.std(over, keepdim=True, correction=0)
     varies = std > 1e-6 * (1 + mean.abs())
@@ -270,5 +272,15 @@ def standardized(objective: Objective, dim: int | None) -> Objective | None:
         return None
     std = torch.where(varies, std, 1.0)
     other = copy.copy(objective)
-    other.batches = [(((inputs - mean) / std).to(inputs.dtype), targets) for inputs, targets in batches]
+
+    def changed(x: Any) -> Any:
+        return ((x - mean) / std).to(x.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    other.batches = [(tree_map(changed, inputs), targets) for inputs, targets in batches]
     return other
+
+
+def floats(inputs: Any) -> Tensor | None:
+    """The tensor of floats among what a batch gives the model; None where there is none, or several: which are data, none knows."""
+    found = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.is_floating_point()]
+    return found[0] if len(found) == 1 else None

@@ -23,6 +23,7 @@ from precond.lab.workloads import Task, transfer
 from precond.lab.workloads.fashion_study import fashion_tasks
 from precond.lab.workloads.pool import RULES as POOL_RULES
 from precond.lab.workloads.pool import pool_tasks
+from precond.lab.workloads.pool.halves import HALVES
 from precond.lab.workloads.pool.tasks import SEEDS, TRIALS
 from precond.lab.workloads.race import RULES, race_tasks
 from precond.lab.workloads.transfer import RULES as TRANSFER_RULES
@@ -31,7 +32,16 @@ from precond.lab.workloads.where import RULES as WHERE_RULES
 from precond.lab.workloads.where import predictions, where_tasks
 
 Name = Literal[
-    "fashion-mnist", "race", "pool", "pool-locked", "pool-opened", "pool-confirmation", "where", "transfer", "calibration"
+    "fashion-mnist",
+    "race",
+    "pool",
+    "pool-locked",
+    "pool-opened",
+    "pool-confirmation",
+    "pool-held-out",
+    "where",
+    "transfer",
+    "calibration",
 ]
 
 
@@ -68,10 +78,10 @@ class Experiment:
 EXPERIMENTS: dict[str, Experiment] = {
     "fashion-mnist": Experiment(fashion_tasks),
     "race": Experiment(race_tasks, RULES),
-    "pool": Experiment(partial(pool_tasks, "development"), POOL_RULES, TRIALS, SEEDS),
-    "pool-locked": Experiment(partial(pool_tasks, "locked"), POOL_RULES, TRIALS, SEEDS),
-    "pool-opened": Experiment(partial(pool_tasks, "opened"), POOL_RULES, TRIALS, SEEDS),
-    "pool-confirmation": Experiment(partial(pool_tasks, "confirmation"), POOL_RULES, TRIALS, SEEDS),
+    **{
+        "pool" if half == "development" else f"pool-{half}": Experiment(partial(pool_tasks, half), POOL_RULES, TRIALS, SEEDS)
+        for half in HALVES
+    },
     "where": Experiment(where_tasks, WHERE_RULES, more=_where),
     "transfer": Experiment(transfer_tasks, TRANSFER_RULES, transfer.TRIALS, transfer.SEEDS, _transfer),
 }
@@ -82,10 +92,11 @@ class Bench:
     """Run an experiment of this project: a table of tasks and entrants, with a search for each, and a report.
 
     Attributes:
-        name: Which. pool has the tasks of the pool that are for development; pool-locked those for a final table alone; pool-opened those that
-            were locked once; pool-confirmation those that were written without knowing how auto does on them. where: gains of preconditioned
-            inputs against what diagnose predicts; transfer: best rates over widths and depths, the seeds being those of searches;
-            calibration: what diagnose predicts against trainings (of the settings below it has --tasks and --out alone).
+        name: Which. pool has the tasks of the pool that are for development; pool-locked those for a final table alone; pool-opened those
+            that were locked once; pool-confirmation and pool-held-out those that were written without knowing how auto does on them, each
+            for one table. where: gains of preconditioned inputs against what diagnose predicts; transfer: best rates over widths and
+            depths, the seeds being those of searches; calibration: what diagnose predicts against trainings (of the settings below it has
+            --tasks and --out alone).
         tasks: Only the tasks whose names contain one of these, as whole words: "batch 60" or MLP. Several commands with different
             tasks may work in one output folder at the same time; one without --tasks then makes the report of all.
         entrants: Only these: those whose labels contain one of these as whole words, muon or "torch Muon", and who sets the target. A later

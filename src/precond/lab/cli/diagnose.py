@@ -62,11 +62,11 @@ class Diagnose(Target):
     def run(self, argv: Sequence[str]) -> int:
         """The exit code."""
         with as_user_errors():
-            checks.positive(
+            checks.whole(
                 "diagnose", examples=self.examples, samples=self.samples, threads=self.threads, batch_size=self.batch_size,
                 max_inputs=self.max_inputs, layers=self.layers, try_steps=self.try_steps,
             )  # fmt: skip
-            checks.non_negative("diagnose", steps=self.steps)
+            checks.count("diagnose", steps=self.steps)
             torch.set_num_threads(self.threads)
         folder = self.out or Path("runs") / file_name(f"diagnose {self.target}", "._")
         console = Console(highlight=False)

@@ -32,9 +32,7 @@ class LrRange(Target):
     def run(self, argv: Sequence[str]) -> int:
         """The exit code."""
         with as_user_errors():
-            checks.positive(
-                "lr-range", steps=self.steps, ramp_steps=self.ramp_steps, threads=self.threads, examples=self.examples
-            )
+            checks.whole("lr-range", steps=self.steps, ramp_steps=self.ramp_steps, threads=self.threads, examples=self.examples)
             torch.set_num_threads(self.threads)
         console = Console(highlight=False)
         with as_user_errors(), isolated(self.seed):

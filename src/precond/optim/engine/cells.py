@@ -17,8 +17,9 @@ from precond.optim.inputs import Request
 from precond.optim.inputs.observer import InputMoments
 from precond.optim.inputs.sites import Site
 from precond.optim.momentum import Momentum
-from precond.optim.preconditioners.base import Preconditioner, Seen
-from precond.optim.preconditioners.stacked import on
+from precond.optim.preconditioners.base import Preconditioner
+from precond.optim.preconditioners.each import on
+from precond.optim.preconditioners.seen import Seen
 from precond.optim.regularizers.base import Regularizer
 
 

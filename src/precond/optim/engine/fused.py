@@ -25,7 +25,7 @@ from precond.optim.engine.kernels.polar import polar_step
 from precond.optim.engine.loop import Rules
 from precond.optim.momentum import Momentum
 from precond.optim.preconditioners import BNP, RMS, Composition, Fixed, Polar, Preconditioner, RelativeRMS, Whitening
-from precond.optim.preconditioners.base import Seen
+from precond.optim.preconditioners.seen import Seen
 from precond.optim.regularizers import L2
 
 

@@ -14,7 +14,8 @@ from precond.optim.blocks import Block, Leaf, WholeLeaf, state_dtype
 from precond.optim.engine.cells import Choice
 from precond.optim.momentum import Momentum
 from precond.optim.preconditioners import Fixed
-from precond.optim.preconditioners.base import Preconditioner, placed
+from precond.optim.preconditioners.base import Preconditioner
+from precond.optim.preconditioners.parts import placed
 from precond.optim.ranks.exchange import balanced
 
 

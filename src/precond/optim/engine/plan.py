@@ -20,7 +20,7 @@ from precond.optim.engine.counting import as_count, count_together
 from precond.optim.engine.fused import has_kernel, stacked_from
 from precond.optim.engine.ownership import Placement, Unit, Whole, assign_owners, units
 from precond.optim.engine.sharing import Shared
-from precond.optim.preconditioners.stacked import stackable, takes_stacks
+from precond.optim.preconditioners.each import stackable, takes_stacks
 
 Existing = Mapping[Tensor, dict[str, Any]]
 """The optimizer's state: tensors by parameter and their names outside."""

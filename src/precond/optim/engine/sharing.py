@@ -24,7 +24,7 @@ from precond.optim.engine.kernels.layer import observe
 from precond.optim.engine.looking import Looking
 from precond.optim.engine.loop import Rules
 from precond.optim.inputs import Request
-from precond.optim.preconditioners.base import Part
+from precond.optim.preconditioners.parts import Part
 from precond.optim.preconditioners.split import Split
 from precond.optim.ranks.exchange import Exchange
 from precond.optim.ranks.pieces import Pieces

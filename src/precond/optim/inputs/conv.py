@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from precond.algebra.maps import Layout
 from precond.optim.inputs.moments import Moments, Request, of_columns, widened
+from precond.optim.inputs.patches import of_patches
 from precond.optim.inputs.reading import argument, called_with, is_called_as, plain
 from precond.optim.inputs.taps import Tap, Weight
 
@@ -19,6 +20,7 @@ _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _TRANSPOSED = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 _CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CHUNK = 2**24  # entries of patches that are unfolded at once
+_FEW = 2**17  # entries of patches up to which making them all costs less
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +73,30 @@ class ConvTap(Tap):
 
     def moments(self, seen: Images, weight: Weight, request: Request, center: Tensor | None) -> Moments | None:
         if request.kind == "covariance" or request.conv == "patch":
-            return super().moments(seen, weight, request, center)
+            by_rows = self._by_rows(seen, center) if request.kind == "covariance" else None
+            return super().moments(seen, weight, request, center) if by_rows is None else by_rows
         x, groups = seen.x.detach(), self.module.groups
         return of_columns(x.transpose(0, 1).reshape(groups, x.shape[1] // groups, -1), center, len(x))
+
+    def _by_rows(self, seen: Images, center: Tensor | None) -> Moments | None:
+        """Moments of patches on a processor, of which not all are made; None where these are few, or not of images or series."""
+        m, x = self.module, seen.x
+        if not isinstance(m, nn.Conv1d | nn.Conv2d) or x.device.type != "cpu" or m.kernel_size[0] == 1:
+            return None
+        x, places, n = self._padded(widened(x.detach())), len(x), m.weight[0].numel()
+        for size, k, step, apart in zip(x.shape[2:], m.kernel_size, m.stride, m.dilation, strict=True):
+            places *= (size - apart * (k - 1) - 1) // step + 1
+        if places < n or places * n * m.groups < _FEW:
+            return None
+        flat = isinstance(m, nn.Conv1d)  # a series is an image of one column
+        two = lambda each: (each[0], 1 if flat else each[1])  # noqa: E731
+        x = x[..., None] if flat else x
+        return of_patches(x, two(m.kernel_size), two(m.stride), two(m.dilation), m.groups, center, len(x))
+
+    def _padded(self, x: Tensor) -> Tensor:
+        m = self.module
+        around = m._reversed_padding_repeated_twice
+        return F.pad(x, around, mode="constant" if m.padding_mode == "zeros" else m.padding_mode) if any(around) else x
 
     def rows(self, seen: Images, weight: Weight) -> Tensor:
         return self.patches(seen, weight).flatten(1, 2)
@@ -85,10 +108,7 @@ class ConvTap(Tap):
         channels = x.shape[1] // m.groups
         n = channels * m.weight[0, 0].numel()
         if isinstance(m, nn.Conv2d):
-            around = m._reversed_padding_repeated_twice
-            if any(around):
-                x = F.pad(x, around, mode="constant" if m.padding_mode == "zeros" else m.padding_mode)
-            y = F.unfold(x, m.kernel_size, m.dilation, 0, m.stride)
+            y = F.unfold(self._padded(x), m.kernel_size, m.dilation, 0, m.stride)
             return y.view(y.shape[0], m.groups, n, -1).permute(1, 0, 3, 2)
         # Elsewhere a convolution with one unit kernel per patch entry lists the patches, whatever the stride, dilation and padding.
         units = torch.eye(n, dtype=x.dtype, device=x.device).reshape(n, channels, *m.weight.shape[2:])

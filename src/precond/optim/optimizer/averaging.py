@@ -46,12 +46,12 @@ class Averaged:
     @classmethod
     def of(cls, average: WeightAverage, found: Entries) -> Averaged:
         """From all entries of an optimizer's state."""
-        named: dict[str, dict[Leaf, Tensor]] = {key: {} for key in ("step", MEAN, COUNT)}
+        named: dict[str, dict[Tensor, tuple[Leaf, Tensor]]] = {key: {} for key in ("step", MEAN, COUNT)}
         for leaf, key, tensor in found:
             if key in named:
-                named[key][leaf] = tensor
+                named[key][leaf.param] = leaf, tensor  # whose block may hold it as another leaf, where an owner steps all of it
         steps, means, counts = named.values()
-        return cls(average, tuple((leaf, steps[leaf], mean, counts[leaf]) for leaf, mean in means.items()))
+        return cls(average, tuple((leaf, steps[p][1], mean, counts[p][1]) for p, (leaf, mean) in means.items()))
 
     def steps(self) -> list[float]:
         """How many steps each has made."""

@@ -19,6 +19,7 @@ from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.loop import Rules
 from precond.optim.engine.sharing import Shared
 from precond.optim.optimizer import averaging
+from precond.optim.optimizer.entries import with_data
 from precond.optim.optimizer.fusing import fusible
 from precond.optim.optimizer.models import Location, Models
 from precond.optim.optimizer.naming import Naming
@@ -104,7 +105,13 @@ class Binding:
         """Whether parameters were frozen, thawed, converted or moved since, or others put in their places."""
         params = groups[0]["params"] if len(groups) == 1 else [p for group in groups for p in group["params"]]
         same = len(params) == len(self._params) and all(map(operator.is_, params, self._params))
-        return not same or self.kinds != read_kinds(params) or not self.modules_in_place
+        # A forward of torch.func.functional_call has others in the modules for its time; parameters without data wait for others to come.
+        filled = self._on_meta and not self.params_in_place
+        return not same or filled or self.kinds != read_kinds(params) or not self.modules_in_place
+
+    @cached_property
+    def _on_meta(self) -> bool:
+        return any(p.is_meta for p in self._params)
 
     @property
     def modules_in_place(self) -> bool:
@@ -222,7 +229,7 @@ def bind(
         owners: which rank owns which parameters' blocks, where ranks share them; completed here.
         counting: the device that counts a leaf's steps; None: the host does.
     """
-    rules, naming = setup.rules, setup.naming
+    rules, naming, existing = setup.rules, setup.naming, with_data(existing)
     leaves, choices = setup.models.leaves(groups, setup.observes), choices_of(groups, naming)
     params = [leaf.param for leaf in leaves]
     frozen = {p for p in params if not p.requires_grad} if frozen is None else frozen

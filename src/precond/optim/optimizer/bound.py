@@ -20,7 +20,7 @@ from precond.optim.engine.loop import Rules
 from precond.optim.engine.sharing import Shared
 from precond.optim.inputs import Request
 from precond.optim.inputs.observer import Observer
-from precond.optim.optimizer import serialization
+from precond.optim.optimizer import entries, serialization
 from precond.optim.optimizer.averaging import Averaged
 from precond.optim.optimizer.binding import Binding, Setup, bind, choices_of, transfer_state
 from precond.optim.optimizer.closures import Clearings
@@ -114,9 +114,10 @@ class Bound(torch.optim.Optimizer):
     def adopt(self, bound: Binding, state: defaultdict[Tensor, Any]) -> None:
         """Take a binding and its state as the optimizer's own."""
         self._consolidated = None
-        self.state = state
+        self.state = state if isinstance(state, entries.States) else entries.States(given=state)
         for leaf, key, tensor in bound.entries:
             self.state[leaf.param][self.naming.outside(key)] = tensor
+        entries.follow(self.state)
         self._bound, self._kernels_of, self._pending = bound, None, None
         self._averaged = None if self.average is None else Averaged.of(self.average, bound.entries)
 
@@ -124,19 +125,19 @@ class Bound(torch.optim.Optimizer):
         """Follow groups and model: numbers may have changed, parameters been frozen, thawed, converted, moved, or replaced."""
         for group in self.param_groups:
             self.naming.cycle(group)
-        match self._bound.follow(self.param_groups, self.naming):
+        match "broken" if entries.changed(self.state) else self._bound.follow(self.param_groups, self.naming):
             case "broken":
                 with Uninterrupted():
                     before = self._bound
                     given = before.replaced([p for group in self.param_groups for p in group["params"]])
-                    changed = bool(given) or not before.modules_in_place or not all(map(in_place, before.leaves))
-                    if changed:
+                    moved = bool(given) or not before.modules_in_place or not all(map(in_place, before.leaves))
+                    if moved:
                         self._follow_model(given)
                     bound = self.bound_to(self.param_groups, self.state)
                     check_precision(bound.leaves, bound.choices[0], self.rounding)
                     self.adopt(bound, self.state)
                     self._spare.clear()
-                    if changed:
+                    if moved:
                         self._listen()
                     self._model_hooks.follow(self._bound.cells)
                     kept = {(leaf.param, key) for leaf, key, _ in self._bound.entries}
@@ -145,6 +146,7 @@ class Bound(torch.optim.Optimizer):
                         gone = (leaf.param, key) not in kept and key not in serialization.OPTIONAL
                         if state is not None and leaf.param.requires_grad and gone:
                             state.pop(self.naming.outside(key), None)
+                    entries.follow(self.state)
             case "renumbered":
                 self._kernels_of = None
         self._settle()

@@ -15,6 +15,7 @@ from precond.algebra.warning import warn
 from precond.optim.checking.arguments import shown
 from precond.optim.engine.shared_state import whole_state
 from precond.optim.engine.sharing import Shared
+from precond.optim.optimizer.entries import follow
 from precond.optim.ranks.replicas import meet
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
     for param, key in identity.items():
         if frozen and param in frozen and key in saved_state:  # its state waits until it is thawed
             optimizer.state[param] = {k: deepcopy(v) for k, v in saved_state[key].items() if k != FROZEN}
+    follow(optimizer.state)
 
 
 def check_mapping(state_dict: Any) -> None:

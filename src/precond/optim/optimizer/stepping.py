@@ -13,7 +13,7 @@ from precond.algebra.vec import Vec
 from precond.optim.engine import fused, loop
 from precond.optim.engine.counting import count_step
 from precond.optim.engine.kernels.entrywise import Kernel
-from precond.optim.engine.kernels.layer import observe
+from precond.optim.engine.kernels.layer import Task, take
 from precond.optim.engine.loop import ProbeResults
 from precond.optim.engine.point import Point
 from precond.optim.engine.verdict import Verdict, over
@@ -82,11 +82,12 @@ class Stepping(SecondGradients):
         if found and verdict is None and not self._agreed(vec.all_finite(found) and (loss is None or finite_loss(loss))):
             return False
         count_step([cell.state for _, cell, *_ in work], verdict)
-        observe([(kernel, cell) for kernel, cell, *_ in work])
+        tasks = []
         for kernel, cell, p, g in work:
             leaf = cell.block.leaves[0]
             found_inf = () if verdict is None else (verdict.found_inf(p[0].device),)
-            kernel(cell, p, g, self._lr(leaf), self.param_groups[leaf.group]["maximize"], *found_inf)
+            tasks.append(Task(kernel, cell, p, g, self._lr(leaf), self.param_groups[leaf.group]["maximize"], found_inf))
+        take(tasks)
         if point is not None:
             loop.step(point, self.rules, ProbeResults(), verdict=verdict)
             self._write_back(point, verdict)
@@ -106,11 +107,13 @@ class Stepping(SecondGradients):
         at = point.at(k, point.maps, found=found, memo=evidence.memo)
         a = loop.assemble(point.g, [point.choices[0].regularizers[k].term(at)])
         count_step([cell.state for cell in point.cells])
-        observe(zip(kernels, point.cells, strict=True))
+        tasks = []
         for kernel, (cell, span) in zip(kernels, point.spans, strict=True):
             p = cell.block.all_tensors
-            assert kernel is not None
-            kernel(cell, p, fused.aligned(a[span], p), self._lr(cell.block.leaves[0]), False)
+            laid_out = fused.aligned(a[span], p)
+            assert laid_out is not None
+            tasks.append(Task(kernel, cell, p, laid_out, self._lr(cell.block.leaves[0]), False))
+        take(tasks)
         return True
 
     def _step_by_loop(self, loss: Any, graph: list[Tensor | None] | None) -> None:

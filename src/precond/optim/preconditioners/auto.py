@@ -14,9 +14,10 @@ from precond.optim.blocks import Leaf
 from precond.optim.checking.arguments import settle
 from precond.optim.inputs import Request
 from precond.optim.inputs.moments import REQUESTS
-from precond.optim.preconditioners.base import Part, Preconditioner, Resolved, placed
+from precond.optim.preconditioners.base import Preconditioner, Resolved
 from precond.optim.preconditioners.bnp import BNP
 from precond.optim.preconditioners.muon import Muon, is_full_matrix
+from precond.optim.preconditioners.parts import Part, placed
 from precond.optim.preconditioners.polar import Polar
 from precond.optim.preconditioners.rms import RMS
 from precond.optim.preconditioners.route import Route

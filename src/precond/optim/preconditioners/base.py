@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from inspect import signature
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -14,57 +12,17 @@ from precond.algebra.maps import Identity, LinearMap
 from precond.algebra.vec import Vec
 from precond.optim import blocks
 from precond.optim.blocks import Block, Leaf, State
-from precond.optim.checking import contracts
-from precond.optim.inputs import Moments, Request
-from precond.optim.preconditioners.contract import CHECKS, SIGNATURES, carrying
+from precond.optim.inputs import Request
+from precond.optim.preconditioners.contract import Checked
+from precond.optim.preconditioners.parts import Needs, Part
+from precond.optim.preconditioners.seen import Seen
 
 if TYPE_CHECKING:
     from precond.optim.momentum import Momentum
     from precond.optim.preconditioners.rms import RMS
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What a step shows to a preconditioner.
-
-    Attributes:
-        gradient: the loss gradient in this preconditioner's coordinates, one tensor per leaf of the block.
-        inputs: statistics of layer inputs by site name and request, or None.
-        momentum: that of the clean gradient as this step makes it, where :attr:`Preconditioner.uses_momentum` asks for it; else None.
-        position: makes the parameters in this preconditioner's coordinates, z = P₁⁻¹p; None: not known.
-        ready: whether P₁ is known: :meth:`Preconditioner.ready`.
-    """
-
-    gradient: Vec
-    inputs: Mapping[tuple[str, Request], Moments] | None = None
-    momentum: Vec | None = None
-    position: Callable[[], Vec] | None = None
-    ready: Callable[[], bool] = lambda: True
-
-
-Needs = Literal["entry", "row", "block"]
-"""A map acts by entries, by rows of a weight with their bias, or on a block as a whole."""
-
-
-def strictest(preconditioners: Iterable[Preconditioner]) -> Needs:
-    """What several preconditioners need together."""
-    return max((p.needs for p in preconditioners), key=("entry", "row", "block").index)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Leaves, by position, that one preconditioner acts on jointly.
-
-    Attributes:
-        index: their positions among the leaves that :meth:`Preconditioner.partition` was given.
-        preconditioner: what acts on them.
-    """
-
-    index: tuple[int, ...]
-    preconditioner: Preconditioner
-
-
-class Preconditioner(ABC):
+class Preconditioner(Checked, ABC):
     """A frozen choice of how statistics become a map P.
 
     A new one is one file: a frozen dataclass with ``init``, ``observe`` and ``map``.
@@ -113,17 +71,6 @@ class Preconditioner(ABC):
     uses_momentum: bool = False
     momentum: Momentum | None = None
     advised_damping: float = 0.0
-
-    def __init_subclass__(cls, **more: Any) -> None:
-        super().__init_subclass__(**more)
-        own = cls.__dict__.get("refresh")
-        if own is not None and len(signature(own).parameters) == 2:
-            cls.refresh = carrying(own)  # type: ignore[method-assign]
-        contracts.checked(cls, CHECKS)
-
-    def __new__(cls, *args: Any, **more: Any) -> Preconditioner:
-        contracts.whole(cls, SIGNATURES)
-        return super().__new__(cls)
 
     @property
     def diagonal(self) -> bool:
@@ -264,7 +211,7 @@ class Preconditioner(ABC):
         """
         return Identity(), self.map(state)
 
-    def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:  # noqa: B027
+    def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:
         """Work after the step, such as new eigenbases, which the next step finds; nothing by default.
 
         ``state.steps`` counts the step that was just taken. A class with one of its own is taken block by block, unless it derives from
@@ -291,9 +238,3 @@ class Resolved(Preconditioner):
 
     def map(self, state: State) -> LinearMap:
         raise NotImplementedError
-
-
-def placed(preconditioner: Preconditioner, leaves: Sequence[Leaf], index: Sequence[int]) -> list[Part]:
-    """The parts of those leaves that ``index`` names, by their positions among all."""
-    parts = preconditioner.partition([leaves[i] for i in index])
-    return [Part(tuple(index[i] for i in part.index), part.preconditioner) for part in parts]

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from precond.algebra.maps import Orthogonal
 from precond.algebra.maps.eigen import in_general_position
+from precond.algebra.maps.rotation import from_right, transposed
 from precond.optim.preconditioners.eigenbases import at_hand, begin, decomposed_together, drift, least, orthonormal
 from precond.optim.preconditioners.iteration import follow
 from precond.optim.preconditioners.kronecker import fold
@@ -159,3 +161,12 @@ def basis_of(state: Values, side: str) -> Basis | None:
     if side not in state:
         return None
     return WHOLE if state[side].ndim == 3 else Leading(state[side].shape[-1])
+
+
+def turned(X: Tensor, Q: Orthogonal | None, side: str, back: bool) -> Tensor:
+    """QᵀX, or X Q, of matrices X; or back."""
+    if Q is None:
+        return X
+    if side == "left":
+        return (Q if back else transposed(Q)) @ X
+    return from_right(transposed(Q) if back else Q, X)

@@ -15,11 +15,13 @@ from precond.algebra.vec import Vec
 from precond.optim import blocks
 from precond.optim.blocks import Block, Leaf, State
 from precond.optim.inputs import Request
-from precond.optim.preconditioners.base import Needs, Part, Preconditioner, Seen, strictest
+from precond.optim.preconditioners.base import Preconditioner
+from precond.optim.preconditioners.each import on
 from precond.optim.preconditioners.fixed import Fixed
+from precond.optim.preconditioners.parts import Needs, Part, strictest
 from precond.optim.preconditioners.rms import RMS
+from precond.optim.preconditioners.seen import Seen
 from precond.optim.preconditioners.split import over
-from precond.optim.preconditioners.stacked import on
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from inspect import signature
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
@@ -15,10 +16,23 @@ from precond.optim.blocks import Block, State
 from precond.optim.checking import contracts
 
 if TYPE_CHECKING:
-    from precond.optim.preconditioners.base import Preconditioner, Seen
+    from precond.optim.preconditioners.base import Preconditioner
+    from precond.optim.preconditioners.seen import Seen
 
-if TYPE_CHECKING:
-    pass
+
+class Checked:
+    """A class of which what subclasses write is checked."""
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        own = cls.__dict__.get("refresh")
+        if own is not None and len(signature(own).parameters) == 2:
+            cls.refresh = carrying(own)  # type: ignore[attr-defined]
+        contracts.checked(cls, CHECKS)
+
+    def __new__(cls, *args: Any, **more: Any) -> Self:
+        contracts.whole(cls, SIGNATURES)
+        return super().__new__(cls)
 
 
 def _check_init(self: Preconditioner, returned: Any, block: Block) -> None:

@@ -149,9 +149,9 @@ def inverse_root(K: Tensor, root: str, power: float = 1.0) -> Tensor:
 
 
 def inverse_of_triangular(L: Tensor) -> Tensor:
-    """L⁻¹ of a lower triangular L (…, n, n), by halves: products are twice as fast as a triangular solve for the identity."""
+    """L⁻¹ of a lower triangular L (…, n, n); of a large one by halves: products are twice as fast as a triangular solve for the identity."""
     n = L.shape[-1]
-    if n <= 64:
+    if n <= 512:
         return torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device), upper=False)
     k, found = n // 2, torch.zeros_like(L)
     A, C = inverse_of_triangular(L[..., :k, :k]), inverse_of_triangular(L[..., k:, k:])

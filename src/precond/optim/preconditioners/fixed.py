@@ -9,7 +9,9 @@ from precond.algebra.maps import Diagonal, Identity, LinearMap
 from precond.optim import blocks
 from precond.optim.blocks import Block, Leaf, State
 from precond.optim.checking import contracts
-from precond.optim.preconditioners.base import Part, Preconditioner, Seen
+from precond.optim.preconditioners.base import Preconditioner
+from precond.optim.preconditioners.parts import Part
+from precond.optim.preconditioners.seen import Seen
 
 
 @dataclass(frozen=True)

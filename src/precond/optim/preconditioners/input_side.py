@@ -17,8 +17,9 @@ from precond.optim.blocks import Block, Leaf, Stack, State, spans
 from precond.optim.inputs import Moments, Request, Site
 from precond.optim.inputs.moments import column, greatest, least, variances
 from precond.optim.inputs.observer import Key
-from precond.optim.preconditioners.base import Needs, Part, Seen
 from precond.optim.preconditioners.folding import Features, Fold, activity, fold
+from precond.optim.preconditioners.parts import Needs, Part
+from precond.optim.preconditioners.seen import Seen
 from precond.optim.preconditioners.stacked import Stacked
 
 

@@ -12,9 +12,11 @@ from precond.algebra.maps import BlockDiagonal, LinearMap, SymmetricKronecker
 from precond.optim import blocks
 from precond.optim.blocks import Block, Leaf, State, state_dtype
 from precond.optim.checking.arguments import settle
-from precond.optim.preconditioners.base import Part, Preconditioner, Seen
+from precond.optim.preconditioners.base import Preconditioner
 from precond.optim.preconditioners.kronecker import as_matrices, fold
+from precond.optim.preconditioners.parts import Part
 from precond.optim.preconditioners.rational import renew
+from precond.optim.preconditioners.seen import Seen
 from precond.optim.preconditioners.stacked import Stacked
 from precond.optim.preconditioners.whitening import Whitening
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from precond.optim.blocks import Leaf
-from precond.optim.preconditioners.base import Part, Preconditioner, placed
+from precond.optim.preconditioners.base import Preconditioner
+from precond.optim.preconditioners.parts import Part, placed
 
 Sides = Literal["both", "smaller", "left", "right"]
 BLOCK = 128

@@ -17,10 +17,11 @@ from precond.algebra.vec import Vec
 from precond.algebra.warning import warn
 from precond.optim.blocks import Block, Leaf, State, state_dtype
 from precond.optim.checking.arguments import settle
-from precond.optim.preconditioners.base import Part, Seen
 from precond.optim.preconditioners.fixed import Fixed
 from precond.optim.preconditioners.kronecker import as_matrices, as_matrix, split
 from precond.optim.preconditioners.newton_schulz import JORDAN, Coefficients, iterated, polynomial, stays_bounded
+from precond.optim.preconditioners.parts import Part
+from precond.optim.preconditioners.seen import Seen
 from precond.optim.preconditioners.stacked import Stacked
 
 if TYPE_CHECKING:

@@ -14,11 +14,13 @@ from precond.algebra.vec import Vec
 from precond.optim.blocks import Block, Leaf, Rule, Stack, State, is_hidden, matches
 from precond.optim.checking.arguments import settle
 from precond.optim.inputs import Request
-from precond.optim.preconditioners.base import Needs, Part, Preconditioner, Seen
+from precond.optim.preconditioners.base import Preconditioner
+from precond.optim.preconditioners.each import on
 from precond.optim.preconditioners.muon import Muon
+from precond.optim.preconditioners.parts import Needs, Part
 from precond.optim.preconditioners.polar import Polar
 from precond.optim.preconditioners.schatten import Schatten
-from precond.optim.preconditioners.stacked import on
+from precond.optim.preconditioners.seen import Seen
 
 if TYPE_CHECKING:
     from precond.optim.momentum import Momentum

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -17,19 +16,17 @@ from precond.algebra.vec import Vec
 from precond.optim import blocks
 from precond.optim.blocks import Block, Leaf, Stack, State, spans, state_dtype
 from precond.optim.checking.arguments import settle
-from precond.optim.inputs.moments import REQUESTS
-from precond.optim.preconditioners.base import Part, Seen, placed
 from precond.optim.preconditioners.eigenbases import WARM_UP
 from precond.optim.preconditioners.muon import normalized
+from precond.optim.preconditioners.parts import Part, placed
+from precond.optim.preconditioners.polar_lengths import count_samples, exact, is_fresh, lengths, measure, spread
 from precond.optim.preconditioners.polar_roots import WHOLE, Leading, root_of
 from precond.optim.preconditioners.rms import RMS
+from precond.optim.preconditioners.seen import Seen
 from precond.optim.preconditioners.stacked import Stacked
 
 if TYPE_CHECKING:
-    from precond.optim.inputs import Moments, Request
     from precond.optim.momentum import Momentum
-
-AnyNumber = TypeVar("AnyNumber", float, Tensor)
 
 _TINY = 1e-37  # the least ‖m‖ that m is divided by
 
@@ -145,7 +142,7 @@ class Polar(Stacked):
         return step <= WARM_UP  # at the first gradient that is finite
 
     def settled(self, state: State) -> bool:
-        return not self.is_fresh(state)
+        return not is_fresh(state)
 
     @staticmethod
     def is_turned(block: Block) -> bool:
@@ -169,42 +166,25 @@ class Polar(Stacked):
         """The share of this step's m mᵀ in L, of each member of a stack; 0: L and its root stay."""
         whole, away = root_of(state).whole, state.until_renewed(self.every)
         return [
-            1.0 if whole and self.exact(N, shape) else 0.0 if until else 1 - self.decay
+            1.0 if whole and exact(N, shape) else 0.0 if until else 1 - self.decay
             for N, until in zip(state["size"].tolist(), away, strict=True)
         ]
-
-    @staticmethod
-    def exact(N: float, shape: Sequence[int]) -> bool:
-        """Whether a root of n rows, 3000n² + 5n³ operations by the clock, costs no more than the layer's three products, 6NAB."""
-        A, B = shape
-        n = min(A, B)
-        return 3000 * n**2 + 5 * n**3 <= 6 * N * A * B
-
-    @staticmethod
-    def count_samples(state: State, inputs: Mapping[tuple[str, Request], Moments] | None) -> None:
-        """Keep the largest number N of samples that a step has shown of each layer; 0: not known."""
-        members = state.block.members if isinstance(state.block, Stack) else (state.block,)
-        for member, size in zip(members, state["size"].reshape(-1), strict=True):
-            seen = map((inputs or {}).get, product((site.name for site in member.leaves[0].sites), REQUESTS))
-            largest = max((max(found.count.tolist()) for found in seen if found is not None), default=0.0)
-            if largest > size.item():
-                size.fill_(largest)
 
     def observe(self, state: State, seen: Seen) -> None:
         self._turned(state, seen)
 
     def descend(self, state: State, seen: Seen) -> Vec:
         turned, norm = self._turned(state, seen)
-        length = torch.where(norm > 0, self._lengths(state, turned.shape[-2:]) / norm, 0.0)
+        length = torch.where(norm > 0, lengths(state, turned.shape[-2:], self.gain) / norm, 0.0)
         return parted(turned.mul_(length[:, None, None]), state.block.tensors, self.is_turned(state.block))
 
     def _turned(self, state: State, seen: Seen) -> tuple[Tensor, Tensor]:
         """(L^(−1/2)m/‖m‖, its norm) of the momentum seen, in a step that observes it."""
         m = self.matrix(state.block, seen.gradient if seen.momentum is None else seen.momentum)
-        self.count_samples(state, seen.inputs)
+        count_samples(state, seen.inputs)
         if first := self._first(state):
             fresh = ~state["gram"].diagonal(dim1=-2, dim2=-1).any(-1)
-            self.measure(state, None if seen.position is None else self.matrix(state.block, seen.position()), fresh)
+            measure(state, None if seen.position is None else self.matrix(state.block, seen.position()), fresh)
         X, size = normalized(m, _TINY)
         shares = self._shares(state, m.shape[-2:])
         for some in spans([first or share > 0 for share in shares]):
@@ -219,27 +199,15 @@ class Polar(Stacked):
         state["norm"].copy_(norm * size)
         return turned, norm
 
-    @classmethod
-    def _first(cls, state: State) -> bool:
+    @staticmethod
+    def _first(state: State) -> bool:
         """Whether some layer was not observed yet: looked at in the first eight steps, and in the first of a state that is bound anew."""
         (t, *_) = state.steps
         looked = state.kept("looked", None, list)
         if looked and t > WARM_UP:
             return False
         looked.append(t)
-        return cls.is_fresh(state)
-
-    @staticmethod
-    def is_fresh(state: State) -> bool:
-        """Whether nothing was observed yet of some layer: at the first step, and where a bias was frozen or thawed later."""
-        return not bool(state["gram"].diagonal(dim1=-2, dim2=-1).any(-1).all())
-
-    @staticmethod
-    def measure(state: State, z: Tensor | None, where: Tensor) -> None:
-        """Keep how long the rows of the parameters are at first, of some layers; z None: not known."""
-        if z is not None:
-            found = (torch.linalg.vector_norm(z, 2, (-2, -1)) / z.shape[-2] ** 0.5).clamp_min(1.0)
-            state["length"].copy_(torch.where(where, found, state["length"]))
+        return is_fresh(state)
 
     def fold(self, state: State, gram: Tensor, share: float | Tensor) -> None:
         """Fold m mᵀ/‖m‖² into L, (k, n, n) or (n, n), with a share of all or of each (k, 1, 1), and take the root anew.
@@ -261,35 +229,16 @@ class Polar(Stacked):
         root = root_of(state)
         return root.times(state, m) if m.shape[-2] <= m.shape[-1] else root.times(state, m.mT).mT
 
-    def step_length(self, rank: AnyNumber, length: AnyNumber, spread: AnyNumber, shape: Sequence[int]) -> AnyNumber:
-        """The length γ√ρ of a step, from ρ, from how long the rows of the parameters were, and from :meth:`spread`."""
-        A, B = shape
-        return rank**0.5 * length * spread * (self.gain * (A / B) ** 0.5)
-
-    @staticmethod
-    def spread(N: float, shape: Sequence[int]) -> float:
-        """(n/min(A, n))^(1/4), n = min(B, N), of a layer that sees N samples; 1 where N is not known."""
-        A, B = shape
-        n = min(B, N)
-        return (n / min(A, n)) ** 0.25 if n else 1.0
-
     def findings(self, state: State) -> Sequence[str]:
         if "size" not in state:
             return ()  # of layers that other ranks step
         A, B = self.matrix(state.block, state.block.tensors).shape[-2:]
-        found = [self.spread(N, (A, B)) for N in state["size"].reshape(-1).tolist()]
-        return [f"{A:,} output{'s' * (A != 1)}: steps × {spread:.2g}" if spread >= 1.05 else "" for spread in found]
-
-    def _lengths(self, state: State, shape: Sequence[int]) -> Tensor:
-        """The length of a step of each layer."""
-        first, *others = (self.spread(N, shape) for N in state["size"].tolist())
-        rank, alike = state["rank"], all(x == first for x in others)  # then the device need not be told of it
-        spread = first if alike else torch.tensor([first, *others], dtype=rank.dtype).to(rank.device)
-        return self.step_length(rank, state["length"], spread, shape)
+        found = [spread(N, (A, B)) for N in state["size"].reshape(-1).tolist()]
+        return [f"{A:,} output{'s' * (A != 1)}: steps × {times:.2g}" if times >= 1.05 else "" for times in found]
 
     def map(self, state: State) -> LinearMap:
         like, stacked = state.block.tensors, isinstance(state.block, Stack)
         matrix = self.matrix(state.block, like)
-        length = self._lengths(state, matrix.shape[-2:])
+        length = lengths(state, matrix.shape[-2:], self.gain)
         s = torch.where(state["norm"] > 0, length / state["norm"], 0.0)
         return Augmented(Scaled(root_of(state).map(state, matrix), s.sqrt()), like, self.is_turned(state.block), stacked)

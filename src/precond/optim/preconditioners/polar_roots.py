@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from precond.algebra.maps import Layout, LinearMap, SideBySide, Spiked, SymmetricKronecker
 from precond.algebra.maps.eigen import followed, in_general_position
@@ -15,6 +16,7 @@ from precond.algebra.precision import rounding
 from precond.optim.preconditioners.eigenbases import at_hand
 from precond.optim.preconditioners.rational import renew
 from precond.optim.preconditioners.roots import damped_pairs, leading_inverse_root
+from precond.optim.preconditioners.square_roots import by_products, inverse_square_roots
 
 
 class Root(ABC):
@@ -61,14 +63,11 @@ class Whole(Root):
 
     def renew(self, state: Mapping[str, Tensor], L: Tensor, damping: float) -> Tensor:
         root = state["root"]
-        if L.ndim == 3:
+        if not at_hand(L):
             renew([root], [L], 0.5, damping)
-        elif (known := damped_pairs(L, damping)) is not None:
-            values, damped, V = known
-            s = damped.rsqrt_()
-            torch.mm(V * s, V.T, out=root)
-            return torch.dot(values, s.square_())
-        return (L @ root).mul_(root).sum((-2, -1))
+            return (L @ root).mul_(root).sum((-2, -1))
+        found = renew_whole(list(root) if L.ndim == 3 else [root], list(L) if L.ndim == 3 else [L], damping)
+        return torch.stack(found) if L.ndim == 3 else found[0]
 
     def times(self, state: Mapping[str, Tensor], X: Tensor) -> Tensor:
         return state["root"] @ X
@@ -153,6 +152,39 @@ def _is_wide(matrix: Tensor) -> bool:
 
 
 WHOLE = Whole()
+
+
+def fold_all(states: Sequence[Mapping[str, Tensor]], grams: Sequence[Tensor], shares: Sequence[float], damping: float) -> None:
+    """Fold Gram matrices (n, n) of layers into their L, with a share each, and take the roots anew, on a processor."""
+    Ls = [state["gram"] for state in states]
+    torch._foreach_lerp_(Ls, list(grams), list(shares))
+    increment_version(Ls)  # below a dispatch mode multi-tensor operations leave it as it is
+    whole = [state for state in states if root_of(state).whole]
+    ranks = renew_whole([state["root"] for state in whole], [state["gram"] for state in whole], damping)
+    for state, rank in zip(whole, ranks, strict=True):
+        state["rank"].copy_(rank)
+    for state in states:
+        if not (root := root_of(state)).whole:
+            state["rank"].copy_(root.renew(state, state["gram"], damping))
+
+
+def renew_whole(roots: Sequence[Tensor], Ls: Sequence[Tensor], damping: float) -> list[Tensor]:
+    """Several L^(−1/2) (n, n) of any sizes on a processor, in place; what :meth:`Root.renew` returns of each."""
+    by_them = all(by_products(L, damping) for L in Ls)
+    known = inverse_square_roots(Ls, damping) if by_them else [None] * len(Ls)
+    return [_renewed(*each, damping) for each in zip(roots, Ls, known, strict=True)]
+
+
+def _renewed(root: Tensor, L: Tensor, known: tuple[Tensor, Tensor] | None, damping: float) -> Tensor:
+    if known is not None:
+        root.copy_(known[0])
+        return known[1]
+    if (pairs := damped_pairs(L, damping)) is None:
+        return (L @ root).mul_(root).sum()
+    values, damped, V = pairs
+    s = damped.rsqrt_()
+    torch.mm(V * s, V.T, out=root)
+    return torch.dot(values, s.square_())
 
 
 def root_of(state: Mapping[str, Tensor]) -> Root:

@@ -13,9 +13,10 @@ from precond.algebra.maps import LinearMap, Scaled
 from precond.algebra.vec import Vec
 from precond.optim import blocks
 from precond.optim.blocks import Block, Leaf, Stack, State, state_dtype
-from precond.optim.preconditioners.base import Part, Seen, placed
 from precond.optim.preconditioners.eigenbases import WARM_UP
+from precond.optim.preconditioners.parts import Part, placed
 from precond.optim.preconditioners.rms import RMS
+from precond.optim.preconditioners.seen import Seen
 
 
 @dataclass(frozen=True)

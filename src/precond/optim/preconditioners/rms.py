@@ -11,7 +11,8 @@ from precond.algebra import checks
 from precond.algebra.maps import InverseRoot, LinearMap
 from precond.optim.blocks import Block, State
 from precond.optim.checking.arguments import settle
-from precond.optim.preconditioners.base import Preconditioner, Seen
+from precond.optim.preconditioners.base import Preconditioner
+from precond.optim.preconditioners.seen import Seen
 
 
 @dataclass(frozen=True)

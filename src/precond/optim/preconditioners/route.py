@@ -9,8 +9,9 @@ from precond.algebra import checks
 from precond.algebra.maps import Identity
 from precond.optim.blocks import Leaf, Rule, matches
 from precond.optim.inputs import Request
-from precond.optim.preconditioners.base import Part, Preconditioner, Resolved, placed
+from precond.optim.preconditioners.base import Preconditioner, Resolved
 from precond.optim.preconditioners.fixed import Fixed
+from precond.optim.preconditioners.parts import Part, placed
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ from precond.algebra.precision import rounding
 from precond.algebra.vec import Vec
 from precond.optim.blocks import Block, Leaf, State, state_dtype
 from precond.optim.checking.arguments import settle
-from precond.optim.preconditioners.base import Part, Seen
 from precond.optim.preconditioners.eigenbases import at_hand
 from precond.optim.preconditioners.fixed import Fixed
 from precond.optim.preconditioners.kronecker import as_matrices, as_matrix, split
 from precond.optim.preconditioners.muon import Scale, factor, is_full_matrix, normalized
+from precond.optim.preconditioners.parts import Part
 from precond.optim.preconditioners.rational import inverse_roots
+from precond.optim.preconditioners.seen import Seen
 from precond.optim.preconditioners.stacked import Stacked
 
 if TYPE_CHECKING:

@@ -14,12 +14,13 @@ from precond.algebra.maps import LinearMap, Scaled, SymmetricKronecker, Tiled
 from precond.optim.blocks import Block, Leaf, State, state_dtype
 from precond.optim.checking.arguments import settle
 from precond.optim.preconditioners.adagrad import AdaGrad
-from precond.optim.preconditioners.base import Part, Seen
 from precond.optim.preconditioners.eigenbases import begin
 from precond.optim.preconditioners.iteration import follow
 from precond.optim.preconditioners.kronecker import SIDES, Sides, as_matrices, as_matrix, fold, norms, sides_of, split
+from precond.optim.preconditioners.parts import Part
 from precond.optim.preconditioners.rational import renew
 from precond.optim.preconditioners.rms import RMS
+from precond.optim.preconditioners.seen import Seen
 from precond.optim.preconditioners.stacked import Stacked
 
 Tile = tuple[slice, slice]

@@ -11,15 +11,15 @@ from torch import Tensor
 from precond.algebra import checks
 from precond.algebra.maps import InverseRoot, LinearMap, Orthogonal, Rotation, completed
 from precond.algebra.maps.diagonal import mean_of
-from precond.algebra.maps.rotation import from_right, transposed
 from precond.algebra.vec import Vec, is_captured
 from precond.optim.blocks import Block, Leaf, State, spans, state_dtype
 from precond.optim.checking.arguments import settle
-from precond.optim.preconditioners.base import Part, Seen
-from precond.optim.preconditioners.bases import WHOLE, Leading, basis_of
+from precond.optim.preconditioners.bases import WHOLE, Leading, basis_of, turned
 from precond.optim.preconditioners.eigenbases import WARM_UP, at_hand
 from precond.optim.preconditioners.kronecker import SIDES, Sides, as_matrices, as_matrix, sides_of, split
+from precond.optim.preconditioners.parts import Part
 from precond.optim.preconditioners.rms import RMS
+from precond.optim.preconditioners.seen import Seen
 from precond.optim.preconditioners.stacked import Stacked
 
 BASES = ("left_basis", "right_basis")
@@ -204,7 +204,7 @@ class SOAP(Stacked):
                 squares = (Q if isinstance(Q, Tensor) else Q @ torch.eye(n).to(r).expand(len(r), n, n)).square()
                 for t, by in [(m[some], Q) for (m,) in carried] + [(r, squares)]:
                     X = as_matrices(t)
-                    t.copy_(torch.where(found, _turned(X, by, side, back=False), X).reshape(t.shape))
+                    t.copy_(torch.where(found, turned(X, by, side, back=False), X).reshape(t.shape))
 
     def _follow(self, state: State, carried: Sequence[Vec]) -> None:
         """Let bases follow the statistics."""
@@ -230,7 +230,7 @@ class SOAP(Stacked):
         for (m,) in carried if sides else ():
             X = as_matrices(m)
             for side in sides:
-                X = _turned(X, _orthogonal(state, f"{side}_basis"), side, back)
+                X = turned(X, _orthogonal(state, f"{side}_basis"), side, back)
             m.copy_(X.reshape(m.shape))
 
 
@@ -245,12 +245,3 @@ def _orthogonal(state: State, name: str) -> Orthogonal | None:
         made = completed(U)
         state.block.derived[name] = (U, U._version, made)
     return made
-
-
-def _turned(X: Tensor, Q: Orthogonal | None, side: str, back: bool) -> Tensor:
-    """QᵀX, or X Q, of matrices X; or back."""
-    if Q is None:
-        return X
-    if side == "left":
-        return (Q if back else transposed(Q)) @ X
-    return from_right(transposed(Q) if back else Q, X)

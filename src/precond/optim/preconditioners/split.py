@@ -12,8 +12,10 @@ from precond.algebra.maps import BlockDiagonal, Identity, LinearMap
 from precond.algebra.vec import Vec
 from precond.optim.blocks import Block, State
 from precond.optim.inputs import Request
-from precond.optim.preconditioners.base import Needs, Part, Preconditioner, Seen, strictest
-from precond.optim.preconditioners.stacked import on
+from precond.optim.preconditioners.base import Preconditioner
+from precond.optim.preconditioners.each import on
+from precond.optim.preconditioners.parts import Needs, Part, strictest
+from precond.optim.preconditioners.seen import Seen
 
 
 @dataclass(frozen=True)

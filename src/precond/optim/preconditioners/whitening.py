@@ -192,7 +192,7 @@ class Whitening(InputSide):
             _, std = self.scales(part, mine)
             n = std.shape[-1]
             K = Correlation(mine["covariance"], None if part.bias is not None else mine["mean"], std, 1.0).whole()
-            squares = K.square().sum((-2, -1)) - n * n * mine["noise"].to(K.device)
+            squares = torch.linalg.vector_norm(K, 2, (-2, -1)).square() - n * n * mine["noise"].to(K.device)
             shares = (n / squares.clamp_min(n)).view(len(members), -1).mean(1).cpu().tolist()
             out |= {member.leaves[part.weight].name: s for member, s in zip(members, shares, strict=True)}
         return out

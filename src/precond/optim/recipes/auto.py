@@ -27,15 +27,17 @@ class _Auto:
 
     def __call__(self, group: Mapping[str, Any]) -> Choice:
         choice, beta = replaced(self.choice, group), group["momentum"]
-        average = Momentum(beta, "nesterov", dampening=beta)
+        polar = choice.polar.momentum or Momentum(beta, "nesterov", dampening=beta)
+        changed: dict[str, Any] = {}
         if choice.polar.momentum is None:
-            choice = replace(choice, polar=replace(choice.polar, momentum=average))
+            changed["polar"] = replace(choice.polar, momentum=polar)
         if choice.muon.momentum is None:
-            choice = replace(choice, muon=replace(choice.muon, momentum=choice.polar.momentum))
+            changed["muon"] = replace(choice.muon, momentum=polar)
         if group["measured"] is not None:
-            choice = replace(choice, measured=tuple(group["measured"].items()))
+            changed["measured"] = tuple(group["measured"].items())
         if group["seen"] is not None:
-            choice = replace(choice, seen=tuple((name, *numbers) for name, numbers in group["seen"].items()))
+            changed["seen"] = tuple((name, *numbers) for name, numbers in group["seen"].items())
+        choice = replace(choice, **changed)
         return Choice(choice, Momentum(beta), (L2(group["weight_decay"] / 2, space="z"),))
 
 

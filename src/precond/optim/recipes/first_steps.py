@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,7 +58,7 @@ class FirstSteps:
         for shared in optimizer.shared:
             names = [leaf.name for cell in shared.inside if _whitening(cell) is not None for leaf in cell.leaves]
             _tell(shared, names, shares, samples)
-        noise = {name: _noise([g[name] for g in self._gradients if name in g]) for name in shares}
+        noise = self._noise()
         self._gradients.clear()
         # Layers of one shape decide together, by the least: they are stepped side by side.
         least = {kind: min(s for name, s in shares.items() if alike[name] == kind) for kind in map(alike.get, shares)}
@@ -66,7 +66,7 @@ class FirstSteps:
             return None
         return {
             "measured": {name: round(least[alike[name]], 3) for name in shares},
-            "seen": {name: (float(f"{samples[name]:.3g}"), noise[name]) for name in shares},
+            "seen": {name: (float(f"{samples[name]:.3g}"), noise.get(name)) for name in shares},
         }
 
     def _note(self, leaves: Sequence[Leaf]) -> None:
@@ -76,15 +76,24 @@ class FirstSteps:
             g = leaf.param.grad
             # Ranks that hold parts see other entries each, and would tell different numbers; others may have no gradient for long.
             if g is not None and not g.is_sparse and not divided(g) and kept[leaf.name] < MEASURED_AFTER:
-                n = g.numel()
-                g = g.detach().float()
-                found.setdefault(g.device, {})[leaf.name] = g if n <= SAMPLED else g.reshape(-1)[:: -(-n // SAMPLED)]
+                every = -(-g.numel() // SAMPLED)
+                found.setdefault(g.device, {})[leaf.name] = (
+                    g.detach().reshape(-1)[::every] if every > 1 else g.detach().flatten()
+                )
         noted: dict[str, Tensor] = {}
         for there in found.values():
-            together = torch.cat([g.reshape(-1) for g in there.values()])
-            noted |= zip(there, together.split([g.numel() for g in there.values()]), strict=True)
+            together = torch.cat(list(there.values())).float()
+            noted |= zip(there, together.split(list(map(len, there.values()))), strict=True)
         if noted:
             self._gradients.append(noted)
+
+    def _noise(self) -> dict[str, float | None]:
+        """tr Σ/‖G‖² by the names of weights, to two digits, at most 100: beyond they do not show G. Without those of too few gradients."""
+        each: dict[str, list[Tensor]] = defaultdict(list)
+        for noted in self._gradients:
+            for name, g in noted.items():
+                each[name].append(g)
+        return {name: _ratio(torch.stack(found)) for name, found in each.items() if len(found) == MEASURED_AFTER}
 
 
 def _whitening(cell: Cell) -> Whitening | None:
@@ -103,12 +112,11 @@ def _tell(shared: Shared, names: Sequence[str], *numbers: dict[str, float]) -> N
         known |= {name: x for name, x in zip(names, row, strict=True) if x}
 
 
-def _noise(gradients: list[Tensor]) -> float | None:
-    """tr Σ/‖G‖² of some gradients, to two digits, at most 100: beyond they do not show G. None where they are too few."""
-    if len(gradients) < MEASURED_AFTER:
-        return None
-    G = torch.stack(gradients).double()
-    n, mean = len(G), G.mean(0)
-    spread = float((G - mean).square().sum()) / (n - 1)
-    signal = float(mean.square().sum()) - spread / n
+def _ratio(gradients: Tensor) -> float | None:
+    """tr Σ/‖G‖² of gradients (k, n); None where there is no noise, or no end of it."""
+    gradients = gradients.double()
+    products = gradients @ gradients.T
+    (squares, mean), k = torch.stack([products.trace(), products.mean()]).cpu().tolist(), len(gradients)  # Σ‖g‖² and ‖ḡ‖²
+    spread = (squares - k * mean) / (k - 1)
+    signal = mean - spread / k
     return float(f"{spread / max(signal, spread / 100):.2g}") if 0 < spread < float("inf") else None

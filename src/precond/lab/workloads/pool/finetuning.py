@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 
 import torch
@@ -43,6 +43,14 @@ def with_lora(model: nn.Module, rank: int, alpha: float) -> nn.Module:
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent)
         setattr(owner, child, LoRA(getattr(owner, child), rank, alpha))
+    return model
+
+
+def tuned_with_lora(model: nn.Module, state: Mapping[str, Tensor], rank: int, alpha: float) -> nn.Module:
+    """A model with the trained state of another that differs in its head: a LoRA on each linear layer, and the head, are trained."""
+    model.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("head")}, strict=False)
+    with_lora(model, rank, alpha)
+    model.get_submodule("head").requires_grad_(True)
     return model
 
 

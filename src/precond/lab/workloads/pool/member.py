@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,3 +58,12 @@ def in_parts(whole: Part, sizes: Sequence[int] = (2048, 512, 512)) -> dict[str, 
 def standard(values: Tensor) -> Tensor:
     """Columns of mean 0 and standard deviation 1 (all examples: for data that are drawn, not measured)."""
     return (values - values.mean(0)) / values.std(0)
+
+
+def scaled(parts: Mapping[str, Part], numbers: int) -> dict[str, Part]:
+    """With the first so many columns of the inputs at mean 0 and standard deviation 1 on the training part."""
+    std, mean = torch.std_mean(parts["train"].inputs[:, :numbers], 0)
+    return {
+        name: Part(torch.cat([(part.inputs[:, :numbers] - mean) / std, part.inputs[:, numbers:]], 1), part.targets)
+        for name, part in parts.items()
+    }

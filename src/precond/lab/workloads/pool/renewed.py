@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from precond.lab.workloads.catalog import load_data
 from precond.lab.workloads.data import Part, standardized
 from precond.lab.workloads.networks import CharacterTransformer, VisionTransformer
-from precond.lab.workloads.pool.finetuning import trained, with_lora
+from precond.lab.workloads.pool.finetuning import trained, tuned_with_lora
 from precond.lab.workloads.pool.member import Family, Member, in_parts, standard
 from precond.lab.workloads.pool.physics import physics
 from precond.lab.workloads.pool.tabular import MLP
@@ -255,11 +255,7 @@ def _tuned() -> Tensors:
     state = trained(make, old["train"], 64, 120, 0.005)
 
     def tuned() -> nn.Module:
-        model = make()
-        model.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("head")}, strict=False)
-        with_lora(model, rank=4, alpha=8)
-        model.get_submodule("head").requires_grad_(True)
-        return model
+        return tuned_with_lora(make(), state, rank=4, alpha=8)
 
     words = "MLP 64-96-96-5 trained before on the digits 0 to 4; LoRA of rank 4 on its hidden layers, and a new last layer"
     return _task(

@@ -16,7 +16,7 @@ from precond.optim.engine.kernels.factors import Cached, Factor, Factors
 from precond.optim.engine.kernels.layer import CachedOnStatistics, OfLayer, layer_of
 from precond.optim.momentum import Momentum
 from precond.optim.preconditioners import BNP, RMS, RelativeRMS, Whitening
-from precond.optim.preconditioners.stacked import on
+from precond.optim.preconditioners.each import on
 from precond.optim.preconditioners.workspace import WORKSPACE
 
 

@@ -166,10 +166,10 @@ def factors(state: Mapping[str, Tensor], dtype: torch.dtype) -> Sequence[Factor]
 
 
 def root(state: Mapping[str, Tensor], like: Tensor) -> Tensor | None:
-    """R (n, n) of the one group of a state, in the precision of σ (1, n); None, the identity, where it is BNP's."""
+    """R (groups, n, n), in the precision of σ (groups, n); None, the identity, where it is BNP's."""
     if "factor" in state:
-        return state["factor"][0]
+        return state["factor"]
     if "basis" not in state:
         return None
     eye = torch.eye(like.shape[-1]).to(like)
-    return factors(state, eye.dtype)[0].times(eye, torch.empty_like(eye))
+    return torch.stack([R.times(eye.clone(), torch.empty_like(eye)) for R in factors(state, eye.dtype)])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from precond.algebra.maps import Layout
+from precond.algebra.vec import Scalar, Tensors
 from precond.optim.blocks import Block, State
 from precond.optim.engine.cells import Cell
 from precond.optim.preconditioners import input_side
@@ -18,12 +19,54 @@ from precond.optim.preconditioners.input_side import InputSide
 Made = TypeVar("Made")
 
 
+class Task(NamedTuple):
+    """A step that a kernel is to take.
+
+    Attributes:
+        kernel: it, a :data:`precond.optim.engine.kernels.entrywise.Kernel`.
+        g: laid out as the parameters ``p``.
+        found_inf: on accelerators what tells a kernel not to take it.
+    """
+
+    kernel: Any
+    cell: Cell
+    p: Tensors
+    g: Tensors
+    lr: Scalar
+    maximize: bool
+    found_inf: tuple[Tensor, ...] = ()
+
+
 class OfLayer(ABC):
     """A kernel of one layer, which finds the statistics of its inputs as :func:`observe` has left them."""
+
+    @property
+    def joint(self) -> Hashable:
+        """Kernels that have this in common take their steps at once, by :meth:`steps`; None: each its own."""
+        return None
 
     @abstractmethod
     def observed(self, cell: Cell) -> tuple[InputSide, State] | None:
         """What the inputs are folded into, and by whom; None where they are not observed."""
+
+    @staticmethod
+    def steps(tasks: Sequence[Task]) -> None:
+        """Take the steps of several layers."""
+        raise NotImplementedError
+
+
+def take(tasks: Sequence[Task]) -> None:
+    """Fold what layers have received since the last step into their statistics, and step them."""
+    observe([(task.kernel, task.cell) for task in tasks])
+    together: dict[Hashable, list[Task]] = {}
+    for task in tasks:
+        kernel, cell, p, g, lr, maximize, found_inf = task
+        if isinstance(kernel, OfLayer) and (joint := kernel.joint) is not None:
+            together.setdefault(joint, []).append(task)
+        else:
+            kernel(cell, p, g, lr, maximize, *found_inf)
+    for some in together.values():
+        some[0].kernel.steps(some)
 
 
 def observe(steps: Iterable[tuple[Any, Cell]]) -> None:

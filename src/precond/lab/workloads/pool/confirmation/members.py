@@ -11,7 +11,7 @@ from torch import Tensor
 
 from precond.lab.workloads.data import Part, standardized
 from precond.lab.workloads.pool.confirmation import networks, pictures, sequences
-from precond.lab.workloads.pool.member import Family, Member, in_parts
+from precond.lab.workloads.pool.member import Family, Member, in_parts, scaled
 from precond.lab.workloads.problem import Tensors
 from precond.lab.workloads.text import ALPHABET
 
@@ -41,9 +41,7 @@ def _cars() -> Tensors:
 
 @cache
 def _clusters() -> Tensors:
-    parts = in_parts(sequences.clusters(202, 760, 24, 4), (400, 160, 200))
-    std, mean = torch.std_mean(parts["train"].inputs, 0)
-    parts = {name: Part((part.inputs - mean) / std, part.targets) for name, part in parts.items()}
+    parts = scaled(in_parts(sequences.clusters(202, 760, 24, 4), (400, 160, 200)), 24)
     about = "Four classes of three clusters each, 24 features of 8 dimensions and noise (seed 202); standardized by the training part."
     words = "MLP 24-192-192-4, batch normalization, ReLU and dropout of 0.1"
     make = partial(networks.NormalizedMLP, 24, 192, 192, 4)

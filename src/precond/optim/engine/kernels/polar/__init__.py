@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from precond.algebra.precision import in_16_bits
 from precond.optim.engine.cells import Cell
-from precond.optim.engine.kernels.layer import is_plain
+from precond.optim.engine.kernels.layer import layer_of
 from precond.optim.engine.kernels.polar.large import LargeStep
 from precond.optim.engine.kernels.polar.small import SmallStep
 from precond.optim.engine.kernels.polar.step import PolarStep
@@ -12,8 +12,8 @@ from precond.optim.momentum import Momentum
 from precond.optim.preconditioners import BNP, Composition, Polar, Preconditioner, Whitening
 from precond.optim.preconditioners.polar_roots import root_of
 
-_SMALL = 2**20  # AB² up to which an operation's own cost is more than what it multiplies
-__all__ = ["PolarStep", "polar"]
+_SMALL = 5 * 2**20  # AB² up to which an operation's own cost is more than what it multiplies
+__all__ = ["PolarStep", "polar_step"]
 
 
 def polar_step(cell: Cell, P: Preconditioner, momentum: Momentum | None, decay: float) -> PolarStep | None:
@@ -25,18 +25,21 @@ def polar_step(cell: Cell, P: Preconditioner, momentum: Momentum | None, decay: 
         return None
     if inner.is_turned(cell.block):
         return None
-    if outer is not None and not (isinstance(outer, BNP | Whitening) and is_plain(outer, cell.block)):
+    if not isinstance(outer, BNP | Whitening | None) or (isinstance(outer, BNP) and outer.width_scaling):
         return None
-    if isinstance(outer, BNP) and outer.width_scaling:
+    layout = None if outer is None else layer_of(outer, cell.block)
+    if outer is not None and layout is None:
         return None
     if not all(t.is_contiguous() for t in cell.block.tensors):
         return None
     weight = cell.block.tensors[0]
     rows, columns = len(weight), weight[0].numel()
     state = cell.state if outer is None else cell.state["inner"]
-    whole = root_of(state).whole
+    whole, groups = root_of(state).whole, 1 if layout is None else layout.groups
     if whole and rows * columns**2 <= _SMALL:
-        return SmallStep(inner, outer, momentum, decay)
+        return SmallStep(inner, outer, momentum, decay, groups)
+    if groups > 1:
+        return None
     # Products with a few columns gain less from 16 bits than their small numbers, differences of large ones, would lose.
     halves = whole and inner.arithmetic == "bfloat16" and in_16_bits(weight)
     return LargeStep(inner, outer, momentum, decay, halves)

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from precond.algebra.vec import Tensors
+from precond.algebra.vec import Scalar, Tensors, Vec
 from precond.optim.blocks import State
-from precond.optim.engine.cells import Cell
 from precond.optim.engine.kernels.factors import Cached, Factor, Factors, SpikedFactor, WholeFactor, dot
 from precond.optim.engine.kernels.polar.step import PolarStep
 from precond.optim.preconditioners.kronecker import fold
@@ -91,6 +90,7 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
     """
 
     halves: bool = True
+    _last: _Average = field(init=False, repr=False)
     _left: Cached[Factor] = field(default_factory=Cached, init=False, repr=False)
     _right: Cached[tuple[Tensor, Tensor, Tensor]] = field(default_factory=Cached, init=False, repr=False)
     _in_subspace: Cached[_InSubspace] = field(default_factory=Cached, init=False, repr=False)
@@ -105,19 +105,23 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
         known = self._factors(outer), self._narrow_factors(outer)
         return _Outer(mean[0], inverse, mean[0] * inverse, *(R[0] for R in known if R))
 
-    def _average(self, cell: Cell, g: Tensors, P1: _Outer | None) -> _Average:
+    def _memory(self, g: Tensors) -> Vec:
         shape, dtype = torch.Size((g[0].shape[0], g[0].numel() // g[0].shape[0])), g[0].dtype
         if self.halves:
             (X,), (A, B) = WORKSPACE.take(dtype, shape), WORKSPACE.take(torch.bfloat16, shape, shape)
         else:
             X, A, B = WORKSPACE.take(dtype, shape, shape, shape)
         bias = torch.empty_like(g[1]) if len(g) > 1 else None
-        self.momentum.write(cell.average, g, (X.view_as(g[0]),) if bias is None else (X.view_as(g[0]), bias))
+        self._last = _Average(X, bias, A, B)
+        return (X.view_as(g[0]),) if bias is None else (X.view_as(g[0]), bias)
+
+    def _average(self, P1: _Outer | None) -> _Average:
+        m = self._last
         if P1 is not None:
-            if bias is not None:
-                X.addr_(bias, P1.mean, alpha=-1)
-            X.mul_(P1.inverse)
-        return _Average(X, bias, A, B)
+            if m.bias is not None:
+                m.X.addr_(m.bias, P1.mean, alpha=-1)
+            m.X.mul_(P1.inverse)
+        return m
 
     def _unit(self, P1: _Outer | None, m: _Average) -> tuple[_Average, float]:
         Z, size = normalized(m.X if m.bias is None else torch.cat([m.X, m.bias[:, None]], 1), 1e-37)
@@ -137,8 +141,8 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
         gram = gram.to(m.X.dtype)
         return gram if bias is None or not m.wide else gram.addr_(bias, bias)
 
-    def _turned(self, state: State, P1: _Outer | None, m: _Average) -> tuple[_Tangent, float]:
-        """((dW·σ in scratch memory, db before dW μ is taken from it), the length)."""
+    def _turned(self, state: State, P1: _Outer | None, m: _Average) -> tuple[_Tangent, Scalar]:
+        """((dW·σ in scratch memory, db before dW μ is taken from it), the length squared)."""
         if m.wide:
             turned = self._wide
         elif root_of(state).whole or (P1 is not None and isinstance(P1.R, WholeFactor)):
@@ -146,7 +150,7 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
         else:
             turned = self._tall_in_few_directions
         D, db, square = turned(state, P1, m)
-        return (D if D.dtype == m.X.dtype else m.X.copy_(D), db), max(square, 0.0) ** 0.5
+        return (D if D.dtype == m.X.dtype else m.X.copy_(D), db), square
 
     def _move(self, p: Tensors, P1: _Outer | None, d: _Tangent, keep: float, alpha: float) -> None:
         dW, db = d

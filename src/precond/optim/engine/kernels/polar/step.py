@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import isfinite
-from typing import Generic, TypeVar
+from math import isfinite, sqrt
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from precond.algebra.maps import augmented
-from precond.algebra.vec import Scalar, Tensors
+from precond.algebra.vec import Scalar, Tensors, Vec
 from precond.optim.blocks import State
 from precond.optim.engine.cells import Cell
-from precond.optim.engine.kernels.layer import CachedOnStatistics, OfLayer
+from precond.optim.engine.kernels.layer import CachedOnStatistics, OfLayer, Task
 from precond.optim.inputs import Request
 from precond.optim.inputs.moments import REQUESTS
 from precond.optim.momentum import Momentum
 from precond.optim.preconditioners import BNP, Polar, Whitening
-from precond.optim.preconditioners.polar_roots import root_of
-from precond.optim.preconditioners.stacked import on
+from precond.optim.preconditioners.each import on
+from precond.optim.preconditioners.polar_lengths import count_samples, exact, is_fresh, measure, spread, step_length
+from precond.optim.preconditioners.polar_roots import fold_all, root_of
 
 Outer = TypeVar("Outer")
 Average = TypeVar("Average")
@@ -37,12 +39,36 @@ class Schedule:
     _from: int = 1
     _next: int = 0
 
-    def due(self, state: State, every: float) -> bool:
-        """Whether it is in the step in progress."""
-        t = min(state.steps)
+    def due(self, state: State, t: int, every: float) -> bool:
+        """Whether it is in the step t, which is in progress."""
         if not self._from <= t <= self._next:
             self._from, self._next = t, t + min(state.until_renewed(every))
         return t == self._next
+
+
+@dataclass(eq=False)
+class Layer(Generic[Outer, Average]):
+    """A step in progress.
+
+    Attributes:
+        g: of what is minimized.
+        t: its number.
+        state: Polar's.
+        P1: see :meth:`PolarStep._make`; None where it is the identity.
+        m: what L^(−1/2) is applied to.
+        size: by which the momentum was divided for that.
+    """
+
+    kernel: PolarStep[Outer, Average, Any]
+    cell: Cell
+    p: Tensors
+    g: Tensors
+    lr: float
+    t: int
+    state: State
+    P1: Outer | None
+    m: Average = field(init=False)
+    size: float = field(default=1.0, init=False)
 
 
 @dataclass
@@ -56,6 +82,7 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
         _shape: (A, B) of [W b].
         _seen: the version of L when it was seen last that something was observed of it.
         _exact: see :meth:`_is_exact`, with the version of the number of samples that it was found for.
+        _length: of a step, with the versions of the numbers that it was found for.
         _of_root, _of_outer: when L and when the statistics of P₁ are renewed.
     """
 
@@ -67,6 +94,7 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
     _shape: tuple[int, ...] = field(default=(), init=False, repr=False)
     _seen: int = field(default=-1, init=False, repr=False)
     _exact: tuple[int, bool] = field(default=(-1, False), init=False, repr=False)
+    _length: tuple[tuple[int, ...], float] = field(default=((), 0.0), init=False, repr=False)
     _of_root: Schedule = field(default_factory=Schedule, init=False, repr=False)
     _of_outer: Schedule = field(default_factory=Schedule, init=False, repr=False)
     _kept: CachedOnStatistics[Outer] | None = field(default=None, init=False, repr=False)
@@ -80,16 +108,20 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
         """P₁."""
 
     @abstractmethod
-    def _average(self, cell: Cell, g: Tensors, P1: Outer | None) -> Average:
-        """What L^(−1/2) is applied to, of the momentum m, which is folded already."""
+    def _memory(self, g: Tensors) -> Vec:
+        """Where the momentum m is written, in the shapes of g."""
+
+    @abstractmethod
+    def _average(self, P1: Outer | None) -> Average:
+        """What L^(−1/2) is applied to, of the momentum that was written last."""
 
     @abstractmethod
     def _gram(self, P1: Outer | None, m: Average) -> Tensor:
         """The Gram matrix of the shorter side of P₁ᵀm."""
 
     @abstractmethod
-    def _turned(self, state: State, P1: Outer | None, m: Average) -> tuple[Tangent, float]:
-        """(d, ‖L^(−1/2)P₁ᵀm‖); may write where m is."""
+    def _turned(self, state: State, P1: Outer | None, m: Average) -> tuple[Tangent, Scalar]:
+        """(d, ‖L^(−1/2)P₁ᵀm‖²); may write where m is."""
 
     @abstractmethod
     def _unit(self, P1: Outer | None, m: Average) -> tuple[Average, float]:
@@ -103,62 +135,110 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
         return None if self.outer is None else (self.outer, cell.state["outer"])
 
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
+        self.steps([Task(self, cell, p, g, lr, maximize)])
+
+    @staticmethod
+    def steps(tasks: Sequence[Task]) -> None:
+        layers = [task.kernel._begin(task) for task in tasks]
+        averages, gradients, momentum = [x.cell.average for x in layers], [x.g for x in layers], layers[0].kernel.momentum
+        momentum.fold_all(averages, gradients)
+        momentum.write_all(averages, gradients, [x.kernel._memory(x.g) for x in layers])
+        for x in layers:
+            x.m = x.kernel._average(x.P1)
+        if renewed := [(x, share) for x in layers if (share := x.kernel._share(x))]:
+            _renew(renewed)
+        found = [x.kernel._turned(x.state, x.P1, x.m) for x in layers]
+        squares = _numbers([square for _, square in found])
+        for x, (d, _), square in zip(layers, found, squares, strict=True):
+            x.kernel._end(x, d, sqrt(max(square, 0.0)) if square == square else square)
+
+    def _begin(self, task: Task) -> Layer[Outer, Average]:
+        """What comes before the momentum is folded."""
+        _, cell, p, g, lr, maximize, _ = task
         if not self._shape:
             rows = p[0].shape[0]
             self._shape = rows, p[0].numel() // rows + len(p) - 1
             self._sites = frozenset((site.name, request) for site in cell.block.leaves[0].sites for request in REQUESTS)
-        state, P1, shown = cell.state, None, not self._sites.isdisjoint(cell.inputs or ())
+        state, P1 = cell.state, None
         if self._kept is not None:
-            assert self.outer is not None
-            state = cell.state["inner"]
-            P1 = self._kept(cell.state["outer"])
-        if maximize:
-            g = torch._foreach_neg(g)
-        self.momentum.fold(cell.average, g)
-        if shown:
-            self.P.count_samples(state, cell.inputs)
-        m, size = self._average(cell, g, P1), 1.0
-        L = state["gram"]
+            state, P1 = state["inner"], self._kept(state["outer"])
+        if cell.inputs and not self._sites.isdisjoint(cell.inputs):
+            count_samples(state, cell.inputs)
+        return Layer(self, cell, p, torch._foreach_neg(g) if maximize else g, float(lr), min(state.steps), state, P1)
+
+    def _share(self, x: Layer[Outer, Average]) -> float:
+        """That of this step's momentum in L; 0: L and its root stay."""
+        L = x.state["gram"]
         # Whether nothing was observed yet is looked at where L is another than when it was last.
-        if first := self._seen != L._version and self.P.is_fresh(state):
-            self.P.measure(state, self._inside(cell, p, P1), torch.tensor(True))
-        else:
-            self._seen = L._version
-        if first or self._is_exact(state):
-            self._renew(state, P1, m, 1.0)
-        elif self._of_root.due(state, self.P.every):
-            self._renew(state, P1, m, 1 - self.P.decay)
-        d, norm = self._turned(state, P1, m)
+        if self._seen != L._version and is_fresh(x.state):
+            measure(x.state, self._inside(x.cell, x.p, x.P1), torch.tensor(True))
+            return 1.0
+        self._seen = L._version
+        if self._is_exact(x.state):
+            return 1.0
+        return 1 - self.P.decay if self._of_root.due(x.state, x.t, self.P.every) else 0.0
+
+    def _end(self, x: Layer[Outer, Average], d: Tangent, norm: float) -> None:
+        """Move the parameters by d, of a known length, and renew what P₁ is made of."""
         if not LEAST < norm < MOST:
-            m, size = self._unit(P1, self._average(cell, g, P1))
-            d, norm = self._turned(state, P1, m)
-        state["norm"].fill_(norm * size)
-        rank, length, N = (state[name].item() for name in ("rank", "length", "size"))
-        lr, length = float(lr), self.P.step_length(rank, length, self.P.spread(N, self._shape), self._shape)
-        self._move(p, P1, d, 1 - lr * self.decay, -lr * length / norm if norm else 0.0)
-        if isinstance(self.outer, Whitening) and self._of_outer.due(cell.state["outer"], self.outer.every):
-            on(cell.block, self.outer).refresh(cell.state["outer"])
+            self.momentum.write(x.cell.average, x.g, self._memory(x.g))
+            m, x.size = self._unit(x.P1, self._average(x.P1))
+            d, square = self._turned(x.state, x.P1, m)
+            (norm,) = (s**0.5 for s in _numbers([square]))
+        x.state["norm"].fill_(norm * x.size)
+        self._move(x.p, x.P1, d, 1 - x.lr * self.decay, -x.lr * self._step_length(x.state) / norm if norm else 0.0)
+        if isinstance(self.outer, Whitening) and self._of_outer.due(outer := x.cell.state["outer"], x.t, self.outer.every):
+            on(x.cell.block, self.outer).refresh(outer)
+
+    def _step_length(self, state: State) -> float:
+        rank, length, N = of = state["rank"], state["length"], state["size"]
+        versions = tuple(t._version for t in of)
+        if self._length[0] != versions:
+            times = spread(N.item(), self._shape)
+            self._length = versions, step_length(rank.item(), length.item(), times, self._shape, self.P.gain)
+        return self._length[1]
 
     def _inside(self, cell: Cell, p: Tensors, P1: Outer | None) -> Tensor:
         """P₁⁻¹p as a matrix, a row for each output."""
-        return augmented(
-            tuple(p) if self.outer is None else on(cell.block, self.outer).map(cell.state["outer"]).solve(tuple(p))
-        )
+        if self.outer is None or P1 is None:
+            return augmented(tuple(p))
+        outer = cell.state["outer"]
+        if isinstance(self.outer, Whitening) and max(outer.steps) > 1:
+            return augmented(on(cell.block, self.outer).map(outer).solve(tuple(p)))
+        # No root was taken yet: P₁ = U·diag(β, 1/σ), whose inverse is diag(1/β, σ)·[[1, μᵀ], [0, I]].
+        (part,) = self.outer.parts(outer.block)
+        mean, std, beta = self.outer.arrow(part, self.outer.statistics(part, outer.as_stack()))
+        W, *b = (t.reshape(len(std), t.shape[0] // len(std), -1) for t in p)  # by groups of rows
+        return torch.cat([W * std[:, None], *((t + W @ mean[..., None]) / beta for t in b)], -1).flatten(0, 1)
 
     def _is_exact(self, state: State) -> bool:
         """Whether L is that of m itself."""
         size = state["size"]
         if self._exact[0] != size._version:
-            self._exact = size._version, root_of(state).whole and self.P.exact(size.item(), self._shape)
+            self._exact = size._version, root_of(state).whole and exact(size.item(), self._shape)
         return self._exact[1]
 
-    def _renew(self, state: State, P1: Outer | None, m: Average, share: float) -> None:
-        """Fold the momentum in z₁ into L and take the root of that."""
-        gram = self._gram(P1, m)
-        square = float(gram.trace())
-        if not LEAST**2 < square < MOST**2:
-            gram = self._gram(P1, self._unit(P1, m)[0])
-            square = float(gram.trace())
-        if isfinite(square):  # then the matrix is: it is one of products
-            self.P.fold(state, gram.div_(square or 1.0), share)
-            self._seen = state["gram"]._version if square else -1
+
+def _renew(some: Sequence[tuple[Layer[Any, Any], float]]) -> None:
+    """Fold the momenta in z₁ into L, with a share each, and take the roots of that."""
+    grams = [x.kernel._gram(x.P1, x.m) for x, _ in some]
+    squares = _numbers([gram.trace() for gram in grams])
+    for i, (x, _) in enumerate(some):
+        if not LEAST**2 < squares[i] < MOST**2:
+            grams[i] = x.kernel._gram(x.P1, x.kernel._unit(x.P1, x.m)[0])
+            squares[i] = float(grams[i].trace())
+    finite = [i for i, square in enumerate(squares) if isfinite(square)]  # then the matrix is: it is one of products
+    if finite:
+        torch._foreach_div_([grams[i] for i in finite], [squares[i] or 1.0 for i in finite])
+        states, shares = [some[i][0].state for i in finite], [some[i][1] for i in finite]
+        fold_all(states, [grams[i] for i in finite], shares, some[0][0].kernel.P.damping)
+    for i in finite:
+        x = some[i][0]
+        x.kernel._seen = x.state["gram"]._version if squares[i] else -1
+
+
+def _numbers(found: Sequence[Scalar]) -> list[float]:
+    """Tensors as numbers, read at once."""
+    if len(found) > 1 and all(isinstance(x, Tensor) for x in found):
+        return torch.stack(found).tolist()  # type: ignore[arg-type]
+    return [float(x) for x in found]

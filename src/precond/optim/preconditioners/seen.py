@@ -1,0 +1,28 @@
+"""What a step shows to a preconditioner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from precond.algebra.vec import Vec
+from precond.optim.inputs import Moments, Request
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a step shows to a preconditioner.
+
+    Attributes:
+        gradient: the loss gradient in this preconditioner's coordinates, one tensor per leaf of the block.
+        inputs: statistics of layer inputs by site name and request, or None.
+        momentum: that of the clean gradient as this step makes it, where :attr:`Preconditioner.uses_momentum` asks for it; else None.
+        position: makes the parameters in this preconditioner's coordinates, z = P₁⁻¹p; None: not known.
+        ready: whether P₁ is known: :meth:`Preconditioner.ready`.
+    """
+
+    gradient: Vec
+    inputs: Mapping[tuple[str, Request], Moments] | None = None
+    momentum: Vec | None = None
+    position: Callable[[], Vec] | None = None
+    ready: Callable[[], bool] = lambda: True
