@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -21,14 +21,14 @@ class _Route:
     Attributes:
         owned: of each rank the tensors that it owns.
         gives: to each rank, the tensors of which this one has pieces for it.
-        takes: of each rank, (tensor, numbers) of its pieces for this one.
-        received: of each rank, (tensor, numbers) of this one's pieces of what it owns.
+        takes: of each rank, by tensors, how many numbers its pieces for this one have.
+        received: of each rank, by tensors, how many this one's pieces have of what it owns.
     """
 
     owned: list[list[int]]
     gives: list[list[int]]
-    takes: list[list[tuple[int, int]]]
-    received: list[list[tuple[int, int]]]
+    takes: list[dict[int, int]]
+    received: list[dict[int, int]]
 
     @classmethod
     def of(cls, which: Sequence[int], exchange: Exchange) -> _Route:
@@ -39,8 +39,8 @@ class _Route:
         return cls(
             owned,
             [[i for i in of if r != me and pieces[i].sends(me, r)] for r, of in enumerate(owned)],
-            [[(i, size(i, r)) for i in owned[me] if r != me and pieces[i].sends(r, me)] for r in ranks],
-            [[(i, size(i, me)) for i in of if r != me] for r, of in enumerate(owned)],
+            [{i: size(i, r) for i in owned[me] if r != me and pieces[i].sends(r, me)} for r in ranks],
+            [{i: size(i, me) for i in of if r != me} for r, of in enumerate(owned)],
         )
 
 
@@ -90,60 +90,55 @@ class Exchange:
             return {i: parts[i] for i in route.owned[self.rank]}
         found = self._swap([[parts[i] for i in of] for of in route.gives], route.takes, parts)
         every: dict[int, list[Tensor | None]] = {i: [None] * self.size for i in route.owned[self.rank]}
-        for r, i, t in found:
-            every[i][r] = t
+        for r, of in enumerate(found):
+            for i, t in of.items():
+                every[i][r] = t
         out = {}
-        for i, of in every.items():
+        for i, pieces in every.items():
             if self.pieces[i].sends(self.rank, self.rank):
-                of[self.rank] = parts[i].reshape(-1)
-            out[i] = self.pieces[i].joined(of, self.shapes[i])
+                pieces[self.rank] = parts[i].reshape(-1)
+            out[i] = self.pieces[i].joined(pieces, self.shapes[i])
         return out
 
     def deliver(self, wholes: Mapping[int, Tensor], like: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """This rank's pieces, shaped ``like`` others, of the whole tensors that each rank has of those it owns."""
         route = self._route(sorted(like))
-        if self.copied:
-            return self._spread(wholes, like, route.owned)
         own = route.owned[self.rank]
-        split = {i: self.pieces[i].parted(wholes[i]) for i in own}
-        gives = [[split[i][r] for i in own] if r != self.rank else [] for r in range(self.size)]
-        found = self._swap(gives, route.received, like)
-        out = {i: split[i][self.rank].reshape(self._shape(i)) for i in own}
-        return out | {i: t.view(self._shape(i)) for _, i, t in found}
+        if self.copied:
+            mine = [wholes[i] for i in own] or [next(iter(like.values())).new_empty(0)]
+            sizes = [sum(math.prod(self.shapes[i]) for i in of) for of in route.owned]
+            found = _apart(collectives.share(mine, sizes, "steps", self.group), route.received)
+            out = {i: wholes[i] for i in own}
+        else:
+            split = {i: self.pieces[i].parted(wholes[i]) for i in own}
+            gives = [[split[i][r] for i in own] if r != self.rank else [] for r in range(self.size)]
+            found = self._swap(gives, route.received, like)
+            out = {i: split[i][self.rank].reshape(self._shape(i)) for i in own}
+        return out | {i: t.view(self._shape(i)) for of in found for i, t in of.items()}
 
     def _shape(self, i: int) -> tuple[int, ...]:
         """Of this rank's piece."""
         return self.pieces[i].shape(self.rank)
 
     def _swap(
-        self,
-        gives: Sequence[Sequence[Tensor]],
-        takes: Sequence[Sequence[tuple[int, int]]],
-        like: Mapping[int, Tensor],
-    ) -> Iterator[tuple[int, int, Tensor]]:
-        """(rank, tensor, its flat piece) of what others give for what this rank gives.
+        self, gives: Sequence[Sequence[Tensor]], takes: Sequence[Mapping[int, int]], like: Mapping[int, Tensor]
+    ) -> list[dict[int, Tensor]]:
+        """What others give for what this rank gives, flat, of each rank by tensors.
 
         Args:
             gives: to each rank.
-            takes: of each rank (tensor, numbers).
+            takes: of each rank, of each tensor so many numbers.
         """
-        example = next(iter(like.values()))
-        numbers = [[n for _, n in of] for of in takes]
-        every = collectives.all_to_all(gives, list(map(sum, numbers)), example, "gradients and steps", self.group)
-        for r, (of, sizes, flat) in enumerate(zip(takes, numbers, every, strict=True)):
-            for (i, _), t in zip(of, flat.split(sizes) if sizes else (), strict=True):
-                yield r, i, t
+        numbers = [sum(of.values()) for of in takes]
+        every = collectives.all_to_all(gives, numbers, next(iter(like.values())), "gradients and steps", self.group)
+        return _apart(every, takes)
 
-    def _spread(self, wholes: Mapping[int, Tensor], like: Mapping[int, Tensor], owned: list[list[int]]) -> dict[int, Tensor]:
-        """Whole tensors of every owner, to all."""
-        sizes = [[math.prod(self.shapes[i]) for i in of] for of in owned]
-        mine = [wholes[i] for i in owned[self.rank]] or [next(iter(like.values())).new_empty(0)]
-        every = collectives.share(mine, [sum(n) for n in sizes], "steps", self.group)
-        out = {i: wholes[i] for i in owned[self.rank]}
-        for r, (of, n, flat) in enumerate(zip(owned, sizes, every, strict=True)):
-            if r != self.rank:
-                out |= {i: t.view(tuple(self.shapes[i])) for i, t in zip(of, flat.split(n), strict=True)}
-        return out
+
+def _apart(every: Sequence[Tensor], takes: Sequence[Mapping[int, int]]) -> list[dict[int, Tensor]]:
+    """What each rank gave, flat, by tensors, of each so many numbers."""
+    return [
+        dict(zip(of, flat.split(list(of.values())), strict=True)) if of else {} for flat, of in zip(every, takes, strict=True)
+    ]
 
 
 def balanced(costs: Sequence[float], size: int, loads: Sequence[float] = ()) -> list[int]:
