@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,9 @@ from precond.optim.preconditioners.whitening import Whitening
 
 NOT_OBSERVED = "inputs are not observed"
 
+CLASSES = 10
+"""A table of no more rows may have as many as there are classes, or segments, by chance."""
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -42,10 +46,11 @@ class Auto(Resolved):
     A layer whose weight is a matrix (out, in), or (in, out), and whose inputs are observed, takes ``whitening @ polar``; with more than
     ``max_inputs`` inputs ``bnp @ polar``, whose cost does not grow with their square. A layer that sees its inputs in groups (experts too)
     takes ``bnp @ rms``, a matrix whose inputs are not observed ``polar``. The matrices of a recurrent layer are orthogonalized one by one
-    behind ``bnp``, as is the weight of a transposed convolution, a row for each input; biases of both take ``rms``. Embeddings, normalization
-    layers and all that is left take ``rms``. Steps of all have about the same size in units of a layer's outputs, so that one learning rate
-    serves all; those of a table of embeddings, whose rows are outputs themselves and are seen now and then, are longer, unless a layer
-    shares it.
+    behind ``bnp``, as is the weight of a transposed convolution, a row for each input; biases of both take ``rms``. A layer that alone has
+    as many outputs as a table of embeddings has rows, more than ten, scores what these stand for, words or items, some seen often and some
+    rarely. It takes ``bnp @ rms``, which evens that out as it does in the table, shared or not. Embeddings, normalization layers and all that
+    is left take ``rms``. Steps of all have about the same size in units of a layer's outputs, so that one learning rate serves all; those of
+    a table of embeddings, whose rows are outputs themselves and are seen now and then, are longer, unless a layer shares it.
 
     ``measured`` is what :func:`precond.auto` finds in its first steps of the inputs of layers: the share of independent directions,
     n/tr(K²) for n inputs of correlations K, 1 for white inputs and 1/n where all are one. From ``white`` on only scales are left to
@@ -126,10 +131,12 @@ class Auto(Resolved):
         found: list[Chosen] = []
         rest: list[int] = []
         reasons: dict[int, str] = {}
-        for index in blocks.by_layer(leaves):
+        layers = blocks.by_layer(leaves)
+        heads = _heads([leaves[index[0]] for index in layers])
+        for index in layers:
             layer = [leaves[i] for i in index]
             observed = any(leaf.sites for leaf in layer)
-            preconditioner, why = self._of_layer(layer, observed)
+            preconditioner, why = self._of_head(layer[0], observed) if layer[0] in heads else self._of_layer(layer, observed)
             if preconditioner is None:
                 rest += index
                 reasons |= dict.fromkeys(index, why)
@@ -140,14 +147,16 @@ class Auto(Resolved):
             found += [Chosen(part.index, part.preconditioner, why) for part in placed(self.rms, leaves, of)]
         return found
 
+    def _of_head(self, weight: Leaf, observed: bool) -> tuple[Preconditioner, str]:
+        why = f"scores the {_sides(weight)[0]:,} rows of a table"
+        return (self.bnp @ self.rms, why) if observed else (self.rms, f"{why}, {NOT_OBSERVED}")
+
     def _of_layer(self, layer: Sequence[Leaf], observed: bool) -> tuple[Preconditioner | None, str]:
         weight = layer[0]
         if weight.ndim < 2 or weight.kind != "weight" or not weight.param.numel():
             table = "rows of a table" + (", shared with a layer" if weight.shared else f", steps × {self.embeddings:g}")
             return None, {"norm": "scales and shifts", "embedding": table}.get(weight.kind, "no matrix")
-        rows, columns = weight.shape[0], weight.param.numel() // weight.shape[0]
-        if weight.inputs_first and weight.ndim == 2:
-            rows, columns = columns, rows
+        rows, columns = _sides(weight)
         if isinstance(weight.module, nn.RNNBase | nn.RNNCellBase):
             why = "matrices of a recurrence"
             return (self.bnp @ self.one_by_one, why) if observed else (self.one_by_one, f"{why}, {NOT_OBSERVED}")
@@ -183,3 +192,21 @@ class Auto(Resolved):
 
     def reasons(self, leaves: Sequence[Leaf]) -> dict[int, str]:
         return {i: c.why for c in self.chosen(leaves) for i in c.index}
+
+
+def _sides(weight: Leaf) -> tuple[int, int]:
+    """Outputs and inputs of a layer; of convolutions what a row holds."""
+    rows, columns = weight.shape[0], weight.param.numel() // weight.shape[0]
+    return (columns, rows) if weight.inputs_first and weight.ndim == 2 else (rows, columns)
+
+
+def _heads(weights: Sequence[Leaf]) -> list[Leaf]:
+    """Of the first leaves of all layers those that alone have an output for each row of some table.
+
+    That no other has as many tells them from hidden layers of a transformer as wide as its table of positions is long.
+    """
+    tables = {leaf.shape[0] for leaf in weights if leaf.kind == "embedding" and leaf.shape[0] > CLASSES}
+    matrices = [leaf for leaf in weights if leaf.kind == "weight" and leaf.ndim == 2 and leaf.param.numel()]
+    layers = [leaf for leaf in matrices if not isinstance(leaf.module, nn.RNNBase | nn.RNNCellBase)]
+    alike = Counter(_sides(leaf)[0] for leaf in layers)
+    return [leaf for leaf in layers if (rows := _sides(leaf)[0]) in tables and alike[rows] == 1]
