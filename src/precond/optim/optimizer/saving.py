@@ -8,6 +8,7 @@ from precond.optim.optimizer import serialization
 from precond.optim.optimizer.interrupts import Uninterrupted
 from precond.optim.optimizer.models import Models
 from precond.optim.optimizer.stepping import Stepping
+from precond.optim.optimizer.waiting import owned_leaves
 
 
 class Saving(Stepping):
@@ -33,7 +34,7 @@ class Saving(Stepping):
 
         What is for a single process, or has no owners, needs it not. (The name is that of torch's ZeroRedundancyOptimizer.)
         """
-        if self.shared:
+        if self.shared or owned_leaves(self):
             self._consolidated = None
             self._consolidated = self.state_dict()
 

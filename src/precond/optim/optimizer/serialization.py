@@ -12,13 +12,16 @@ from torch import Tensor
 
 from precond.algebra.sharding import copy_, divided
 from precond.algebra.warning import warn
+from precond.optim.blocks import Leaf
 from precond.optim.checking.arguments import shown
 from precond.optim.engine.shared_state import whole_state
-from precond.optim.engine.sharing import Shared
 from precond.optim.optimizer.entries import follow
+from precond.optim.optimizer.waiting import owned_leaves, placed, whole_waiting
 from precond.optim.ranks.replicas import meet
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from precond.optim.optimizer.stepping import Stepping
 
 
@@ -26,12 +29,20 @@ def whole(state_dict: dict[str, Any], optimizer: Stepping) -> dict[str, Any]:
     """A state dict with what other ranks own: on every rank all of it, or its part where the parameter is divided among ranks."""
     index = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state = {key: dict(entries) for key, entries in state_dict["state"].items()}
+
+    def put(leaf: Leaf, key: str, t: Tensor, group: ProcessGroup) -> None:
+        divide = divided(leaf.param) and t.numel() > _SMALL
+        state.setdefault(index[leaf.param], {})[key] = _in_parts(t, group) if divide else t
+
     for shared in optimizer.shared:
         meet(shared.exchange.group, f"{optimizer.naming.name}.state_dict", _ON_EVERY_RANK)
         for leaf, key, t in whole_state(shared):
-            outer = optimizer.naming.outside(key)
-            divide = divided(leaf.param) and t.numel() > _SMALL
-            state[index[leaf.param]][outer] = _in_parts(t, shared) if divide else t
+            put(leaf, optimizer.naming.outside(key), t, shared.exchange.group)
+    for leaves in owned_leaves(optimizer).values():
+        assert leaves[0].pieces is not None
+        meet(leaves[0].pieces.group, f"{optimizer.naming.name}.state_dict", _ON_EVERY_RANK)
+        for leaf, key, t in whole_waiting(leaves, optimizer._owners, optimizer.state):
+            put(leaf, key, t, leaves[0].pieces.group)
     return {**state_dict, "state": state}
 
 
@@ -43,12 +54,12 @@ _SMALL = 2**12
 """Numbers of a tensor that each rank keeps whole in a state dict."""
 
 
-def _in_parts(t: Tensor, shared: Shared) -> Tensor:
+def _in_parts(t: Tensor, group: ProcessGroup) -> Tensor:
     """The DTensor of which each rank holds some rows."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    mesh = DeviceMesh.from_group(shared.exchange.group, t.device.type)
+    mesh = DeviceMesh.from_group(group, t.device.type)
     return distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None)
 
 
@@ -137,6 +148,18 @@ def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
         theirs = {optimizer.naming.inside(k): v for k, v in theirs.items() if isinstance(v, Tensor | int | float)}
         needed = set() if param in of_momentum else mine.keys() - OPTIONAL - {"step", "clock"}
         copies += _fit(optimizer.naming.name, names[param], mine, theirs, needed)
+    waiting = {
+        p: {k: v for k, v in saved_state[key].items() if k != FROZEN}
+        for p, key in identity.items()
+        if frozen and p in frozen and key in saved_state
+    }
+    waiting = placed(optimizer, new_groups, waiting)
+    unsaved = (frozen or set()) - waiting.keys()
+    lost = [
+        leaf.name
+        for leaf in bound.leaves
+        if leaf.param in unsaved and not leaf.param.requires_grad and optimizer.state.get(leaf.param)
+    ]
     with torch.no_grad():
         for target, value in copies:
             if id(target) not in elsewhere:
@@ -148,10 +171,14 @@ def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
         ours.update(new)
     optimizer.adopt(bound, defaultdict(dict))
     optimizer._settle()
-    for param, key in identity.items():
-        if frozen and param in frozen and key in saved_state:  # its state waits until it is thawed
-            optimizer.state[param] = {k: deepcopy(v) for k, v in saved_state[key].items() if k != FROZEN}
+    for param, entries in waiting.items():
+        optimizer.state[param] = entries
     follow(optimizer.state)
+    if lost:
+        warn(
+            f"load_state_dict: the state dict has nothing of {', '.join(lost[:3])}{', …' if lost[3:] else ''}, which is frozen: "
+            "its state starts anew when it is thawed. Torch's set_state_dict leaves out what is frozen: call it before freezing"
+        )
 
 
 def check_mapping(state_dict: Any) -> None:
