@@ -13,7 +13,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from precond import PreconditionedGD, auto, whitening
+from distributed.training import full
+from precond import RMS, Auto, PreconditionedGD, auto, bnp, muon, soap, whitening
+from precond.algebra.sharding import copy_
 from precond.optim.optimizer.parameters import ModuleGroups
 
 WIDTH, STEPS = 12, 10
@@ -41,7 +43,9 @@ def _net(wrap: str) -> tuple[nn.Module, nn.Module]:
         return plain, plain
     if wrap == "ddp":
         return plain, DistributedDataParallel(plain, find_unused_parameters=True)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    world = dist.get_world_size()
+    copies = {"mesh_dim_names": ("copies", "parts")} if wrap == "hsdp" else {}
+    mesh = init_device_mesh("cpu", (2, world // 2) if copies else (world,), **copies)
     for layer in plain:
         fully_shard(layer, mesh=mesh)
     return plain, fully_shard(plain, mesh=mesh)
@@ -68,3 +72,88 @@ def trained(recipe: str, wrap: str, change: str) -> list[Tensor]:
         (world * model(mine).square().sum() / sum(sizes)).backward()
         optimizer.step()
     return [p.full_tensor().detach() if isinstance(p, DTensor) else p.detach().clone() for p in plain.parameters()]
+
+
+OTHERS = RECIPES | {
+    # A bias that is stepped alone begins anew by the size of its gradient, which here and there is rounding noise.
+    "auto": lambda groups: auto(groups, lr=0.01, choice=Auto(rms=RMS(0.999, eps=1e-3))),
+    "soap": lambda groups: soap(groups, lr=0.01, eps=1e-3, precondition_frequency=2),
+    "muon": lambda groups: muon(groups, lr=0.01, arithmetic="full"),
+    "bnp": lambda groups: bnp(groups, lr=0.01),
+}
+TRAINS: list[Callable[[int], bool]] = [lambda k: k != 2, lambda k: k < 2, lambda k: k >= 2, lambda k: k % 3 == 1]
+"""Of each layer with a bias, in which steps one of its two parameters trains; the other one always does."""
+
+
+Contents = tuple[list[Tensor], dict[int, dict[str, Any]]]
+"""Whole parameters and state."""
+
+
+def contents(plain: nn.Module, optimizer: PreconditionedGD) -> Contents:
+    """As every rank is told of them."""
+    state = {
+        i: {key: full(t) if isinstance(t, Tensor) else t for key, t in entries.items()}
+        for i, entries in optimizer.state_dict()["state"].items()
+    }
+    return [full(p) for p in plain.parameters()], state
+
+
+def _steps(pair: tuple[nn.Module, nn.Module], optimizer: PreconditionedGD, steps: range, which: str) -> None:
+    """Some steps in which weights or biases train by :data:`TRAINS`, on shares of one batch."""
+    plain, model = pair
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for k in steps:
+        for layer, trains in zip(plain, TRAINS, strict=False):
+            getattr(layer, which).requires_grad_(trains(k))
+        x = torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+        optimizer.zero_grad()
+        model(x.chunk(world)[rank]).square().sum(1).mean().backward()
+        optimizer.step()
+
+
+def partly_frozen(recipe: str, wrap: str, which: str) -> Contents:
+    """Parameters and state after steps in which layers train in parts; in the last one some are frozen."""
+    pair = _net(wrap)
+    optimizer = OTHERS[recipe](pair[1])
+    _steps(pair, optimizer, range(9), which)
+    return contents(pair[0], optimizer)
+
+
+def saved_frozen(recipe: str, wrap: str, path: str) -> Contents:
+    """Saved after step 3, where half of the weights are frozen; what comes of going on."""
+    pair = _net(wrap)
+    optimizer = OTHERS[recipe](pair[1])
+    _steps(pair, optimizer, range(3), "weight")
+    found, groups = contents(pair[0], optimizer), optimizer.state_dict()["param_groups"]
+    if not dist.is_initialized() or not dist.get_rank():
+        torch.save((*found, groups), path)
+    _steps(pair, optimizer, range(3, 8), "weight")
+    return contents(pair[0], optimizer)
+
+
+@torch.no_grad()
+def _load(pair: tuple[nn.Module, nn.Module], optimizer: PreconditionedGD, path: str) -> None:
+    found, state, groups = torch.load(path)
+    for p, value in zip(pair[0].parameters(), found, strict=True):
+        copy_(p, value)
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def resumed_frozen(recipe: str, wrap: str, path: str) -> Contents:
+    """The same from what any number of ranks saved."""
+    pair = _net(wrap)
+    optimizer = OTHERS[recipe](pair[1])
+    _load(pair, optimizer, path)
+    _steps(pair, optimizer, range(3, 8), "weight")
+    return contents(pair[0], optimizer)
+
+
+def handed_on(recipe: str, wrap: str) -> Contents:
+    """All blocks change their owners after some steps, and back after some more."""
+    pair = _net(wrap)
+    optimizer = OTHERS[recipe](pair[1])
+    for first in (0, 3, 6):
+        _steps(pair, optimizer, range(first, first + 3), "bias")
+        optimizer._owners = {p: 1 - owner for p, owner in optimizer._owners.items()}
+        optimizer._bind()
+    return contents(pair[0], optimizer)

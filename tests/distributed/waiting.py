@@ -18,14 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import precond
 from distributed.training import EPS, contents
-from precond import BNP, KFAC, PreconditionedGD
+from precond import BNP, PreconditionedGD
 
-WIDTH, STEPS = 66, 8  # matrices of more than 4096 numbers leave in rows
+WIDTH, STEPS = 66, 7  # matrices of more than 4096 numbers leave in rows
 FROZEN = {"2": (2, 3), "3": (2, 3), "4": (3, 4)}
 """Of each layer the steps in which it is frozen."""
 WHEN: dict[str, tuple[int, ...]] = {
     "right after freezing": (2,),
-    "while others freeze": (3,),
     "twice while frozen": (3, 4),
     "while others freeze, made before": (3,),
     "right after thawing": (5,),
@@ -37,9 +36,7 @@ RECIPES: dict[str, Callable[[nn.Module], PreconditionedGD]] = {
     "bnp": lambda m: precond.bnp(m, lr=0.02),
     "adam, BNP": lambda m: precond.adam(m, lr=0.01, eps=EPS, inputs=BNP()),
     "muon": lambda m: precond.muon(m, lr=0.01, arithmetic="full"),
-    "shampoo": lambda m: precond.shampoo(m, lr=0.01, precondition_frequency=2),
     "soap": lambda m: precond.soap(m, lr=0.01, eps=EPS, precondition_frequency=2),
-    "kfac": lambda m: PreconditionedGD(m, 0.02, preconditioner=KFAC(damping=0.05, every=2, output_every=2)),
     "whitening": lambda m: precond.whitening(m, lr=0.01, eps=EPS),
     "auto": lambda m: precond.auto(m, lr=0.01),
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,20 +17,52 @@ from precond.optim.engine.sharing import Shared
 from precond.optim.inputs import Request
 
 
-def whole_state(cell: Shared) -> Iterator[tuple[Leaf, str, Tensor]]:
-    """(leaf, key, tensor) of the state of all cells, from their owners to every rank; every rank must call it."""
-    group = cell.exchange.group
-    for owner in range(cell.exchange.size):
-        entries = [entry for k, of in enumerate(cell.contents) if cell.owners[k] == owner for entry in of]
-        for dtype in dict.fromkeys(t.dtype for _, _, t in entries):
-            alike = [(leaf, key, t) for leaf, key, t in entries if t.dtype == dtype]
-            device = cell.block.leaves[0].param.device
-            flat = torch.empty(sum(t.numel() for _, _, t in alike), dtype=dtype, device=device)
-            if owner == cell.exchange.rank:
-                torch.cat([t.reshape(-1).to(device) for _, _, t in alike], out=flat)
-            collectives.broadcast(flat, owner, "the state that it owns", group)
-            for (leaf, key, t), found in zip(alike, flat.split([t.numel() for _, _, t in alike]), strict=True):
-                yield leaf, key, found.view(t.shape).to(t.device)
+@dataclass(frozen=True)
+class Owned:
+    """What all ranks know of a tensor of state that one of them keeps for the others.
+
+    Attributes:
+        owner: its rank among those that hold the parameter.
+        like: of the tensor's shape and dtype, with memory for one number.
+    """
+
+    owner: int
+    like: Tensor
+
+
+Ownership = dict[Tensor, dict[str, Owned]]
+"""By parameter and key."""
+
+
+def owned(cells: Iterable[Shared]) -> Ownership:
+    """All state of cells that ranks share, but the counts of steps."""
+    out: Ownership = {}
+    for cell in cells:
+        for owner, contents in zip(cell.owners, cell.contents, strict=True):
+            for leaf, key, t in contents:
+                out.setdefault(leaf.param, {})[key] = Owned(owner, t.detach().new_zeros(()).expand(t.shape))
+    return out
+
+
+def from_owners(wanted: Sequence[tuple[Leaf, Owned, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+    """The number of each tensor, and itself, from its owner to every rank, by a call for all of an owner; every rank must call it.
+
+    Args:
+        wanted: the leaf, what is known of the tensor, and what this rank has in its place: where it is the owner, the tensor.
+    """
+    together: dict[Any, list[int]] = {}
+    for i, (leaf, it, _) in enumerate(wanted):
+        assert leaf.pieces is not None
+        together.setdefault((leaf.pieces.ranks, it.owner, it.like.dtype, leaf.param.device), []).append(i)
+    for (_, owner, dtype, device), index in together.items():
+        pieces, sizes = wanted[index[0]][0].pieces, [wanted[i][1].like.numel() for i in index]
+        assert pieces is not None
+        flat = torch.empty(sum(sizes), dtype=dtype, device=device)
+        if owner == pieces.rank:
+            torch.cat([wanted[i][2].reshape(-1).to(device) for i in index], out=flat)
+        collectives.broadcast(flat, owner, "the state that it owns", pieces.group)
+        for i, found in zip(index, flat.split(sizes), strict=True):
+            yield i, found.view(wanted[i][1].like.shape).to(wanted[i][2].device)
 
 
 def owned_statistics(cells: Iterable[Cell]) -> dict[tuple[str, Request], tuple[dist.ProcessGroup, int]]:

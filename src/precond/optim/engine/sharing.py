@@ -228,8 +228,8 @@ class Shared(Cell):
 
     def wanted(self) -> Iterable[tuple[str, Request, Tensor | None]]:
         """What owners want to be observed, told to all ranks: a flag of each site, and the mean known before."""
-        steps = self.state.steps  # a layer that was frozen for a while has made fewer than others
-        return self._asking([steps[span.start] for span in self.spans])
+        steps = self.state.steps  # a layer, or its bias alone, that was frozen for a while has made fewer than others
+        return self._asking([min(steps[span.start : span.stop]) for span in self.spans])
 
 
 def _together(cells: Sequence[Cell]) -> Split:

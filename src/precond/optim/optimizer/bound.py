@@ -17,10 +17,11 @@ from precond.optim.blocks import Leaf
 from precond.optim.engine.cells import Cell
 from precond.optim.engine.kernels.entrywise import Kernel
 from precond.optim.engine.loop import Rules
+from precond.optim.engine.shared_state import Ownership
 from precond.optim.engine.sharing import Shared
 from precond.optim.inputs import Request
 from precond.optim.inputs.observer import Observer
-from precond.optim.optimizer import entries, serialization
+from precond.optim.optimizer import entries, handover
 from precond.optim.optimizer.averaging import Averaged
 from precond.optim.optimizer.binding import Binding, Setup, bind, choices_of, transfer_state
 from precond.optim.optimizer.closures import Clearings
@@ -54,6 +55,7 @@ class Bound(torch.optim.Optimizer):
     _consolidated: dict[str, Any] | None  # the state dict of all ranks, until the next step
     _spare: dict[Tensor, Tensor]  # memory for parameters while they are at a probed point
     _owners: dict[Tensor, int]  # which rank owns a parameter's block
+    _owned: Ownership  # of whose state one rank keeps what others do not have, also of what is frozen
     _requests: frozenset[Request]  # the statistics of inputs that preconditioners ask for
     _timeless: bool  # whether the number of a step decides nothing about its work
     _gradient_based: int | None  # which regularizer wants a second gradient, or a product with the Hessian
@@ -112,8 +114,9 @@ class Bound(torch.optim.Optimizer):
         )
 
     def adopt(self, bound: Binding, state: defaultdict[Tensor, Any]) -> None:
-        """Take a binding and its state as the optimizer's own."""
+        """Take a binding and its state as the optimizer's own; where ranks step for each other now what they did not, all of them must."""
         self._consolidated = None
+        self._owned = handover.receive(bound, self._owned, state, self.naming.outside)
         self.state = state if isinstance(state, entries.States) else entries.States(given=state)
         for leaf, key, tensor in bound.entries:
             self.state[leaf.param][self.naming.outside(key)] = tensor
@@ -140,12 +143,7 @@ class Bound(torch.optim.Optimizer):
                     if moved:
                         self._listen()
                     self._model_hooks.follow(self._bound.cells)
-                    kept = {(leaf.param, key) for leaf, key, _ in self._bound.entries}
-                    for leaf, key, _ in before.entries:  # the state of what is frozen waits
-                        state = self.state.get(leaf.param)
-                        gone = (leaf.param, key) not in kept and key not in serialization.OPTIONAL
-                        if state is not None and leaf.param.requires_grad and gone:
-                            state.pop(self.naming.outside(key), None)
+                    handover.drop(before.entries, self._bound.entries, self.state, self.naming.outside)
                     entries.follow(self.state)
             case "renumbered":
                 self._kernels_of = None
@@ -165,7 +163,10 @@ class Bound(torch.optim.Optimizer):
         new = self.models.moved([leaf for leaf in self._bound.leaves if leaf.param not in given])
         for group in self.param_groups:
             group["params"] = [new.get(p, p) for p in group["params"]]
-        transfer_state(self.state, {**given, **new})
+        new = {**given, **new}
+        transfer_state(self.state, new)
+        for owners in (self._owners, self._owned):
+            handover.rename(owners, new, self.state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its ``"params"`` may be a module. State is made at once."""

@@ -19,6 +19,7 @@ from precond.optim.checking.arguments import fitted, number
 from precond.optim.engine.cells import Choice
 from precond.optim.engine.counting import uncounted
 from precond.optim.engine.loop import Rules
+from precond.optim.engine.shared_state import Ownership
 from precond.optim.momentum import Momentum
 from precond.optim.optimizer.compatibility import (
     check_in_place,
@@ -133,6 +134,7 @@ class PreconditionedGD(Saving):
         self._gradient_based = next((k for k, r in enumerate(choice.regularizers) if r.probes or r.exact), None)
         self._probing = self._gradient_based is not None and choice.regularizers[self._gradient_based].probes
         self._owners: dict[Tensor, int] = {}  # which rank owns which parameters' blocks
+        self._owned: Ownership = {}
         self._requests, self._timeless = preconditioner.requests, preconditioner.timeless
         if capturable:
             self._check_capturable()

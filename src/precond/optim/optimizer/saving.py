@@ -8,7 +8,6 @@ from precond.optim.optimizer import serialization
 from precond.optim.optimizer.interrupts import Uninterrupted
 from precond.optim.optimizer.models import Models
 from precond.optim.optimizer.stepping import Stepping
-from precond.optim.optimizer.waiting import owned_leaves
 
 
 class Saving(Stepping):
@@ -24,9 +23,10 @@ class Saving(Stepping):
             RuntimeError: where ranks own state and the others do not come.
         """
         self._check_settled("state_dict")
-        self._follow_replaced()
         if self._consolidated is not None:
             return self._consolidated
+        serialization.meet_owners(self)
+        self._follow_replaced()
         return serialization.started(serialization.whole(super().state_dict(), self), self)
 
     def consolidate_state_dict(self) -> None:
@@ -34,7 +34,7 @@ class Saving(Stepping):
 
         What is for a single process, or has no owners, needs it not. (The name is that of torch's ZeroRedundancyOptimizer.)
         """
-        if self.shared or owned_leaves(self):
+        if self._owned:
             self._consolidated = None
             self._consolidated = self.state_dict()
 

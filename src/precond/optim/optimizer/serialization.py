@@ -14,14 +14,11 @@ from precond.algebra.sharding import copy_, divided
 from precond.algebra.warning import warn
 from precond.optim.blocks import Leaf
 from precond.optim.checking.arguments import shown
-from precond.optim.engine.shared_state import whole_state
+from precond.optim.engine.shared_state import Owned, from_owners
 from precond.optim.optimizer.entries import follow
-from precond.optim.optimizer.waiting import owned_leaves, placed, whole_waiting
 from precond.optim.ranks.replicas import meet
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
     from precond.optim.optimizer.stepping import Stepping
 
 
@@ -29,21 +26,34 @@ def whole(state_dict: dict[str, Any], optimizer: Stepping) -> dict[str, Any]:
     """A state dict with what other ranks own: on every rank all of it, or its part where the parameter is divided among ranks."""
     index = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state = {key: dict(entries) for key, entries in state_dict["state"].items()}
-
-    def put(leaf: Leaf, key: str, t: Tensor, group: ProcessGroup) -> None:
-        divide = divided(leaf.param) and t.numel() > _SMALL
-        state.setdefault(index[leaf.param], {})[key] = _in_parts(t, group) if divide else t
-
-    for shared in optimizer.shared:
-        meet(shared.exchange.group, f"{optimizer.naming.name}.state_dict", _ON_EVERY_RANK)
-        for leaf, key, t in whole_state(shared):
-            put(leaf, optimizer.naming.outside(key), t, shared.exchange.group)
-    for leaves in owned_leaves(optimizer).values():
-        assert leaves[0].pieces is not None
-        meet(leaves[0].pieces.group, f"{optimizer.naming.name}.state_dict", _ON_EVERY_RANK)
-        for leaf, key, t in whole_waiting(leaves, optimizer._owners, optimizer.state):
-            put(leaf, key, t, leaves[0].pieces.group)
+    wanted: list[tuple[Leaf, Owned, Tensor]] = []
+    places: list[tuple[dict[str, Any], str]] = []
+    for leaf in _owned_leaves(optimizer):
+        mine = state.get(index[leaf.param], {})
+        for key, it in sorted(optimizer._owned[leaf.param].items()):
+            if (outer := optimizer.naming.outside(key)) in mine:
+                wanted.append((leaf, it, mine[outer]))
+                places.append((mine, outer))
+    for i, t in from_owners(wanted):
+        leaf, (mine, outer) = wanted[i][0], places[i]
+        mine[outer] = _in_parts(t, leaf) if divided(leaf.param) and t.numel() > _SMALL else t
     return {**state_dict, "state": state}
+
+
+def meet_owners(optimizer: Stepping) -> None:
+    """Wait for all ranks whose state is to be put together.
+
+    Raises:
+        RuntimeError: where they do not come.
+    """
+    groups = {leaf.pieces.ranks: leaf.pieces.group for leaf in _owned_leaves(optimizer) if leaf.pieces is not None}
+    for group in groups.values():
+        meet(group, f"{optimizer.naming.name}.state_dict", _ON_EVERY_RANK)
+
+
+def _owned_leaves(optimizer: Stepping) -> list[Leaf]:
+    """Those of whose state one rank has what others have not, also where they are frozen."""
+    return [leaf for leaf in optimizer._bound.leaves if leaf.param in optimizer._owned and leaf.pieces is not None]
 
 
 _ON_EVERY_RANK = (
@@ -54,12 +64,13 @@ _SMALL = 2**12
 """Numbers of a tensor that each rank keeps whole in a state dict."""
 
 
-def _in_parts(t: Tensor, group: ProcessGroup) -> Tensor:
+def _in_parts(t: Tensor, leaf: Leaf) -> Tensor:
     """The DTensor of which each rank holds some rows."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    mesh = DeviceMesh.from_group(group, t.device.type)
+    assert leaf.pieces is not None
+    mesh = DeviceMesh.from_group(leaf.pieces.group, t.device.type)
     return distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None)
 
 
@@ -148,18 +159,8 @@ def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
         theirs = {optimizer.naming.inside(k): v for k, v in theirs.items() if isinstance(v, Tensor | int | float)}
         needed = set() if param in of_momentum else mine.keys() - OPTIONAL - {"step", "clock"}
         copies += _fit(optimizer.naming.name, names[param], mine, theirs, needed)
-    waiting = {
-        p: {k: v for k, v in saved_state[key].items() if k != FROZEN}
-        for p, key in identity.items()
-        if frozen and p in frozen and key in saved_state
-    }
-    waiting = placed(optimizer, new_groups, waiting)
-    unsaved = (frozen or set()) - waiting.keys()
-    lost = [
-        leaf.name
-        for leaf in bound.leaves
-        if leaf.param in unsaved and not leaf.param.requires_grad and optimizer.state.get(leaf.param)
-    ]
+    unsaved = {p for p in frozen or () if identity.get(p) not in saved_state and not p.requires_grad}
+    lost = [leaf.name for leaf in bound.leaves if leaf.param in unsaved and optimizer.state.get(leaf.param)]
     with torch.no_grad():
         for target, value in copies:
             if id(target) not in elsewhere:
@@ -171,8 +172,9 @@ def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
         ours.update(new)
     optimizer.adopt(bound, defaultdict(dict))
     optimizer._settle()
-    for param, entries in waiting.items():
-        optimizer.state[param] = entries
+    for param, key in identity.items():
+        if frozen and param in frozen and key in saved_state:  # its state waits until it is thawed
+            optimizer.state[param] = {k: deepcopy(v) for k, v in saved_state[key].items() if k != FROZEN}
     follow(optimizer.state)
     if lost:
         warn(

@@ -1,0 +1,87 @@
+"""State that others keep, or hold in parts, brought to who steps its parameter after a change; every rank must come.
+
+Blocks are divided otherwise when parameters are frozen or thawed, groups are added or options changed: what one rank stepped with its
+layer another one may step now, or each rank the part that it holds. What is sent follows from what all ranks know alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from precond.algebra.sharding import copy_, divided
+from precond.optim.blocks import COUNTS, Leaf
+from precond.optim.engine.plan import Entries
+from precond.optim.engine.shared_state import Owned, Ownership, from_owners, owned
+from precond.optim.optimizer.binding import Binding
+from precond.optim.optimizer.entries import with_data
+from precond.optim.optimizer.serialization import OPTIONAL
+
+
+@torch.no_grad()
+def receive(
+    bound: Binding, before: Ownership, state: Mapping[Tensor, dict[str, Any]], outside: Callable[[str], str]
+) -> Ownership:
+    """Put into the entries of a new binding what this rank did not hold so far; nothing is written before all is there.
+
+    Args:
+        bound: has taken over what fits as it is.
+        before: who owned what.
+        state: as it was; of what others own, empty tensors.
+        outside: our names of state tensors → those in ``state``.
+
+    Returns:
+        Who owns what from now on, also of what is frozen and waits.
+    """
+    after, state = owned(bound.shared), with_data(state)
+    targets: dict[Tensor, dict[str, Tensor]] = {}
+    for leaf, key, target in bound.entries:
+        targets.setdefault(leaf.param, {})[key] = target
+    sent: list[tuple[Leaf, Owned, Tensor]] = []
+    places: list[Tensor | None] = []
+    copies: list[tuple[Tensor, Tensor]] = []
+    for leaf in bound.leaves:
+        for key, target in sorted(targets.get(leaf.param, {}).items()):
+            known = state.get(leaf.param, {}).get(outside(key))
+            if key in COUNTS or not isinstance(known, Tensor):
+                continue
+            old, new = (owners.get(leaf.param, {}).get(key) for owners in (before, after))
+            here = new is None or (leaf.pieces is not None and leaf.pieces.rank == new.owner)
+            if old is not None:
+                if new is None or new.owner != old.owner:
+                    sent.append((leaf, old, known))
+                    places.append(target if here else None)
+            elif _held_otherwise(known, None if new is not None else target):
+                value = known.full_tensor() if divided(known) else known  # type: ignore[attr-defined]
+                copies += [(target, value)] if here else []
+    copies += [(place, value) for i, value in from_owners(sent) if (place := places[i]) is not None]
+    for target, value in copies:
+        if value.shape == target.shape:  # the parameter may have been converted since
+            copy_(target, value)
+    return {p: waiting for p, waiting in before.items() if p not in targets and p in state} | after
+
+
+def rename(owners: MutableMapping[Tensor, Any], new: Mapping[Tensor, Tensor], state: Mapping[Tensor, Any]) -> None:
+    """Parameters whose state stands under others now."""
+    for p, q in new.items():
+        if p in owners and q in state:
+            owners[q] = owners.pop(p)
+
+
+def drop(before: Entries, now: Entries, state: Mapping[Tensor, dict[str, Any]], outside: Callable[[str], str]) -> None:
+    """Take away what is kept no more; the state of what is frozen waits."""
+    kept = {(leaf.param, key) for leaf, key, _ in now}
+    for leaf, key, _ in before:
+        gone = (leaf.param, key) not in kept and key not in OPTIONAL
+        if gone and leaf.param.requires_grad and leaf.param in state:
+            state[leaf.param].pop(outside(key), None)
+
+
+def _held_otherwise(known: Tensor, target: Tensor | None) -> bool:
+    """Whether what each rank holds, all of a tensor or its part, is not what it is to hold: ``target``; None: its owner all of it."""
+    if not divided(known) or target is None or not divided(target):
+        return divided(known) or (target is not None and divided(target))
+    return (known.device_mesh, known.placements) != (target.device_mesh, target.placements)  # type: ignore[attr-defined]
