@@ -159,6 +159,8 @@ def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
         theirs = {optimizer.naming.inside(k): v for k, v in theirs.items() if isinstance(v, Tensor | int | float)}
         needed = set() if param in of_momentum else mine.keys() - OPTIONAL - {"step", "clock"}
         copies += _fit(optimizer.naming.name, names[param], mine, theirs, needed)
+    unsaved = {p for p in frozen or () if identity.get(p) not in saved_state and not p.requires_grad}
+    lost = [leaf.name for leaf in bound.leaves if leaf.param in unsaved and optimizer.state.get(leaf.param)]
     with torch.no_grad():
         for target, value in copies:
             if id(target) not in elsewhere:
@@ -174,6 +176,11 @@ def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
         if frozen and param in frozen and key in saved_state:  # its state waits until it is thawed
             optimizer.state[param] = {k: deepcopy(v) for k, v in saved_state[key].items() if k != FROZEN}
     follow(optimizer.state)
+    if lost:
+        warn(
+            f"load_state_dict: the state dict has nothing of {', '.join(lost[:3])}{', …' if lost[3:] else ''}, which is frozen: "
+            "its state starts anew when it is thawed. Torch's set_state_dict leaves out what is frozen: call it before freezing"
+        )
 
 
 def check_mapping(state_dict: Any) -> None:
