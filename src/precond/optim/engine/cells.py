@@ -51,8 +51,7 @@ class Cell:
     average: State
     inputs: InputMoments | None = None
     _views: dict[tuple[int, ...], Cell] = field(default_factory=dict, repr=False)
-    _handled: tuple[Preconditioner, bool] | None = field(default=None, repr=False)
-    _asks: tuple[Preconditioner, bool] | None = field(default=None, repr=False)
+    _known: tuple[Preconditioner | None, bool, bool] = field(default=(None, False, False), repr=False)
 
     @cached_property
     def members(self) -> list[tuple[int, ...]]:
@@ -64,14 +63,8 @@ class Cell:
         """A member of a stack by itself: a stack of one; the tensors are the same."""
         if not isinstance(self.block, Stack):
             return self
-        return Cell(
-            self.members[k],
-            self.block.member(k),
-            self.preconditioner,
-            self.momentum,
-            self.state.member(k),
-            self.average.member(k),
-        )
+        own = self.state.member(k), self.average.member(k)
+        return Cell(self.members[k], self.block.member(k), self.preconditioner, self.momentum, *own)
 
     @property
     def cells(self) -> Sequence[Cell]:
@@ -106,18 +99,21 @@ class Cell:
 
     def wanted(self) -> Iterable[tuple[str, Request, Tensor | None]]:
         """What is to be observed of layer inputs before the next step: see :meth:`Preconditioner.wanted`."""
-        if self._asks is None or self._asks[0] is not self.preconditioner:
-            self._asks = self.preconditioner, bool(self.preconditioner.requests) and self.handled
-        if not self._asks[1] or self.preconditioner.idle(min(self.state.steps) + 1, self.block.turns):
+        if not self._in_force()[2] or self.preconditioner.idle(min(self.state.steps) + 1, self.block.turns):
             return ()
         return self.acting.wanted(self.state)
 
     @property
     def handled(self) -> bool:
         """Whether the preconditioner in force acts on the block."""
-        if self._handled is None or self._handled[0] is not self.preconditioner:
-            self._handled = self.preconditioner, self.preconditioner.handles(self.block)
-        return self._handled[1]
+        return self._in_force()[1]
+
+    def _in_force(self) -> tuple[Preconditioner | None, bool, bool]:
+        """The preconditioner in force, whether it acts on the block, and whether it asks for inputs there: asked in each step."""
+        if self._known[0] is not (P := self.preconditioner):
+            handles = P.handles(self.block)
+            self._known = P, handles, handles and bool(P.requests)
+        return self._known
 
     def taking(self, has: Sequence[bool]) -> Cell:
         """The cell on what a step takes, where some leaves have a gradient: what is joint stays together."""
@@ -128,14 +124,8 @@ class Cell:
     def restricted(self, keep: tuple[int, ...]) -> Cell:
         """The cell on some of its leaves, for a step in which the others have no gradient."""
         if keep not in self._views:
-            self._views[keep] = Cell(
-                tuple(self.index[i] for i in keep),
-                self.block.subset(keep),
-                self.preconditioner,
-                self.momentum,
-                self.state.restricted(keep),
-                self.average.restricted(keep),
-            )
+            own, index = (self.state.restricted(keep), self.average.restricted(keep)), tuple(self.index[i] for i in keep)
+            self._views[keep] = Cell(index, self.block.subset(keep), self.preconditioner, self.momentum, *own)
         view = self._views[keep]
         view.preconditioner, view.momentum, view.inputs = self.preconditioner, self.momentum, self.inputs
         return view
@@ -213,13 +203,9 @@ class Cell:
         if self.momentum is None:
             m = gradient
         else:
-            self.momentum.fold(self.average, gradient)
-            write = own and "m" in self.average
-            m = (
-                self.momentum.write(self.average, gradient, gradient)
-                if write
-                else self.momentum.current(self.average, gradient)
-            )
+            of = self.average, gradient
+            self.momentum.fold(*of)
+            m = self.momentum.write(*of, gradient) if own and "m" in self.average else self.momentum.current(*of)
         return self.block.scattered(P.descend(self.state, Seen(gradient, self.inputs, m, self._shown)))
 
     def factors(self) -> tuple[LinearMap, LinearMap]:

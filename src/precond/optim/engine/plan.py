@@ -15,6 +15,7 @@ from precond.algebra.sharding import local
 from precond.algebra.vec import Vec
 from precond.optim.blocks import COUNTS, Block, Leaf, Stack, State, within
 from precond.optim.blocks.memory import stacked
+from precond.optim.blocks.stacking import side_by_side
 from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.counting import as_count, count_together
 from precond.optim.engine.fused import has_kernel, stacked_from
@@ -77,7 +78,7 @@ def build(
         else:
             if len(alike) > 1 or first.stacks:
                 block = Stack.of([single.block for single in alike])
-                state, average = (_side_by_side([getattr(s, name) for s in alike], block) for name in ("state", "average"))
+                state, average = (side_by_side([getattr(s, name) for s in alike], block) for name in ("state", "average"))
             own = [*state.entries(), *average.entries()]
             entries += own
         # Where ranks step for each other the host counts, on all of them.
@@ -204,32 +205,6 @@ def _structure(state: State) -> Iterator[tuple[Any, ...]]:
             yield key, tuple(_structure(value))
         elif key not in COUNTS:
             yield key, tuple((tuple(t.shape), t.dtype) for t in (value if isinstance(value, tuple) else (value,)))
-
-
-def _side_by_side(states: Sequence[State], stack: Stack) -> State:
-    out = State(stack)
-    for key, value in states[0].items():
-        if isinstance(value, State):
-            out[key] = _side_by_side([s[key] for s in states], Stack.of([s[key].block for s in states]))
-        elif key == "step":
-            out[key] = tuple(t for s in states for t in s[key])
-        elif isinstance(value, tuple):
-            out[key] = tuple(_stacked([s[key][j] for s in states]) for j in range(len(value)))
-        else:
-            out[key] = _stacked([s[key] for s in states])
-    return out
-
-
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """(k, …): the tensor that these are views of, or a new one."""
-    base = tensors[0]._base
-    if base is not None and base.shape == (len(tensors), *tensors[0].shape):
-        rows = zip(base.unbind(0), tensors, strict=True)
-        if all(
-            t._base is base and t.storage_offset() == row.storage_offset() and t.stride() == row.stride() for row, t in rows
-        ):
-            return base
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def _adopt(

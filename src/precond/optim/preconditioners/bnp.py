@@ -13,7 +13,8 @@ from precond.optim.blocks import Block, State, state_dtype
 from precond.optim.checking.arguments import settle
 from precond.optim.inputs import Moments, Request
 from precond.optim.inputs.moments import Conv
-from precond.optim.preconditioners.input_side import InputSide, LayerPart, key_of
+from precond.optim.preconditioners.input_side import InputSide
+from precond.optim.preconditioners.layer_parts import LayerPart, key_of
 
 _REQUESTS = {conv: Request("moments", conv) for conv in get_args(Conv)}
 _DENSE = 20  # steps that are all observed

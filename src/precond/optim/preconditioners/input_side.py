@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,39 +17,12 @@ from precond.optim.blocks import Block, Leaf, Stack, State, spans
 from precond.optim.inputs import Moments, Request, Site
 from precond.optim.inputs.moments import column, greatest, least, variances
 from precond.optim.inputs.observer import Key
+from precond.optim.preconditioners import layer_parts
 from precond.optim.preconditioners.folding import Features, Fold, activity, fold
+from precond.optim.preconditioners.layer_parts import LayerPart, NotRows, key_of
 from precond.optim.preconditioners.parts import Needs, Part
 from precond.optim.preconditioners.seen import Seen
 from precond.optim.preconditioners.stacked import Stacked
-
-
-class NotRows(ValueError):
-    """No process holds whole rows of a layer."""
-
-
-@dataclass(frozen=True)
-class LayerPart:
-    """A weight of a block with its bias: positions in the block, entries of the bias, and the site that observes it.
-
-    Attributes:
-        held: which of its rows this process holds; None: all.
-    """
-
-    weight: int
-    bias: int | None
-    rows: slice
-    site: Site
-    number: int
-    held: range | None = None
-
-    def layout(self, request: Request) -> Layout:
-        """How the rows that this process holds are seen by statistics of a request."""
-        layout = self.site.layout(request)
-        return layout if self.held is None else layout.part(self.held, self.site.weight.shape)
-
-    def of(self, v: Vec) -> Vec:
-        """(weight, bias) or (weight,) of a vector of the block, or of the stack."""
-        return (v[self.weight],) if self.bias is None else (v[self.weight], v[self.bias][..., self.rows])
 
 
 class InputSide(Stacked):
@@ -82,12 +55,7 @@ class InputSide(Stacked):
 
     def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
         """One block per layer: weights and the biases that go with them; what is no layer stays by itself."""
-        place = {leaf.param: i for i, leaf in enumerate(leaves)}
-        layers = [
-            tuple(place[p] for p in (site.weight, site.bias) if p is not None and p in place)
-            for site in dict.fromkeys(s for leaf in leaves for s in leaf.sites)
-            if site.weight in place and site.answers(self.request)
-        ]
+        layers = [part.index for part in layer_parts.observed(leaves, self.request)]
         return [Part(i, self) for i in blocks.join(layers, blocks.by_tensor(leaves))]
 
     def handles(self, block: Block) -> bool:
@@ -108,34 +76,10 @@ class InputSide(Stacked):
 
     def _parts(self, block: Block) -> list[LayerPart]:
         parts = self._weights(block)
-        return [replace(p, held=self.held(p, block)) for p in parts] if block.sharded else parts
+        return [replace(p, held=p.rows_held(block, self.request)) for p in parts] if block.sharded else parts
 
     def _weights(self, block: Block) -> list[LayerPart]:
-        return block.kept(("weights", self.request), lambda: self._observed(block))
-
-    def _observed(self, block: Block) -> list[LayerPart]:
-        place = {leaf.param: i for i, leaf in enumerate(block.leaves)}
-        every = dict.fromkeys(s for leaf in block.leaves for s in leaf.sites)
-        sites = [s for s in every if s.weight in place and s.answers(self.request)]
-        return [
-            LayerPart(place[s.weight], None if s.bias is None else place.get(s.bias), s.rows, s, k) for k, s in enumerate(sites)
-        ]
-
-    def held(self, part: LayerPart, block: Block) -> range | None:
-        """The rows that this process holds of a weight and of its bias alike; raises :class:`NotRows` where these are not whole rows."""
-        weight, bias = block.leaves[part.weight], None if part.bias is None else block.leaves[part.bias]
-        if weight.shard is None and (bias is None or bias.shard is None):
-            return None
-        layout = part.site.layout(self.request)
-        dim = layout.output_dim
-        rows = None if dim is None or weight.shard is None else weight.span(dim)
-        if rows is None:
-            raise NotRows(f"{weight.name!r} is not divided by rows, whose inputs are seen whole")
-        if bias is not None and (bias.shard is None or bias.span(0) != rows):
-            raise NotRows(
-                f"{weight.name!r} and {bias.name!r} are divided differently, so that no process holds a row with its bias"
-            )
-        return rows
+        return block.kept(("weights", self.request), lambda: layer_parts.observed(block.leaves, self.request))
 
     @abstractmethod
     def fresh(self, part: LayerPart, block: Block) -> dict[str, Tensor]:
@@ -187,14 +131,17 @@ class InputSide(Stacked):
     def wanted(self, state: State) -> list[tuple[str, Request, Tensor | None]]:
         out = []
         for part in self.parts(state.block):
-            if not any(wants := self.wants(state, part)):
-                continue
-            sites = self._sites(part, state.block)
-            known = self.damping > 0 and greatest(state[key_of("count", part)]) > 0
-            centers = state[key_of("mean", part)].unbind(0) if known else [None] * len(sites)
-            each = zip(sites, centers, wants, strict=True)
-            out += [(site.name, self.request, center) for site, center, wanted in each if wanted]
+            if any(wants := self.wants(state, part)):
+                known = self.damping > 0 and greatest(state[key_of("count", part)]) > 0
+                out += state.kept(f"wanted {part.number}", (known, wants), lambda: self._asked(state, part, known, wants))  # noqa: B023
         return out
+
+    def _asked(
+        self, state: State, part: LayerPart, known: bool, wants: Sequence[bool]
+    ) -> list[tuple[str, Request, Tensor | None]]:
+        sites = self._sites(part, state.block)
+        centers = state[key_of("mean", part)].unbind(0) if known else [None] * len(sites)
+        return [(s.name, self.request, center) for s, center, wanted in zip(sites, centers, wants, strict=True) if wanted]
 
     def _sites(self, part: LayerPart, block: Block) -> list[Site]:
         """The site of a part, in each member of a stack."""
@@ -283,8 +230,3 @@ def observe(seen: Iterable[tuple[InputSide, State, Mapping[Key, Moments]]]) -> N
             alike.setdefault((P, mean.dtype, mean.device), []).append(one)
     for (P, *_), folds in alike.items():
         fold(folds, P.active)
-
-
-def key_of(name: str, part: LayerPart) -> str:
-    """What a statistic of a part is called in the state: the first weight of a block has plain keys; further ones are numbered."""
-    return f"{name}.{part.number}" if part.number else name

@@ -21,7 +21,8 @@ from precond.optim.inputs.moments import by_group, least
 from precond.optim.preconditioners.correlation import Correlation, Leading, Root, Whole
 from precond.optim.preconditioners.eigenbases import at_hand
 from precond.optim.preconditioners.folding import Features
-from precond.optim.preconditioners.input_side import InputSide, LayerPart, key_of
+from precond.optim.preconditioners.input_side import InputSide
+from precond.optim.preconditioners.layer_parts import LayerPart, key_of
 
 _REQUEST = Request("covariance", "patch")
 
