@@ -118,3 +118,17 @@ def joined(recipe: str) -> str:
     with model.join():
         model(torch.ones(2, 3)).square().mean().backward()
         return _outcome(optimizer.step)[1]
+
+
+def more_ranks_than_layers() -> tuple[list[float], list[float]]:
+    """One layer, whose owner alone steps it, before and after a step whose gradient holds NaN: what all ranks then have."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Linear(3, 4, bias=False))
+    optimizer = soap(model, nonfinite="skip")
+    ends = []
+    for x in (1.0, float("nan")):
+        optimizer.zero_grad()
+        model(torch.full((2, 3), x)).square().mean().backward()
+        optimizer.step()
+        ends.append(next(model.parameters()).detach().flatten().tolist())
+    return ends[0], ends[1]

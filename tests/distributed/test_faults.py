@@ -58,6 +58,12 @@ def test_a_rank_without_gradients(ranks):
     assert "no parameter has a gradient" in found and "1 of 2 ranks" in found and "empty batch" in found
 
 
+def test_a_step_is_skipped_by_all_ranks_also_by_one_that_owns_nothing(ranks):
+    """That one has nothing to look at, and its vote is waited for."""
+    (first, last), (other_first, other_last) = ranks.run(faults.more_ranks_than_layers)
+    assert first == last == other_first == other_last
+
+
 @pytest.mark.parametrize("recipe", ["adamw", "auto", "soap"])
 def test_ranks_that_stop_before_others(ranks, recipe):
     for found in ranks.run(faults.joined, recipe):

@@ -20,7 +20,7 @@ from precond.optim.engine.carried import Carried
 from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.counting import count_on_host
 from precond.optim.engine.kernels.entrywise import Kernel
-from precond.optim.engine.kernels.layer import observe
+from precond.optim.engine.kernels.layer import Task, take
 from precond.optim.engine.looking import Looking
 from precond.optim.engine.loop import Rules
 from precond.optim.inputs import Request
@@ -172,9 +172,16 @@ class Shared(Cell):
     def taken(self, g: Vec) -> Vec:
         whole = self.gather(g)
         with self._looking.at(self, self.state):
-            kernels = {k: self._acting(self.inside[k]) for k in self.mine}
-            observe([(kernel, self.inside[k]) for k, kernel in kernels.items() if kernel is not None])
-            own = {k: self._stepped_by_owner(self.inside[k], kernel, whole[k]) for k, kernel in kernels.items()}
+            own, tasks = {}, []
+            for k in self.mine:
+                cell = self.inside[k]
+                if (kernel := self._acting(cell)) is None:
+                    own[k] = cell.taken(whole[k])
+                    continue
+                own[k] = tuple(map(torch.zeros_like, cell.block.all_tensors))  # what a kernel makes of zeros is the step
+                tasks.append(Task(kernel, cell, own[k], fused.aligned(whole[k], own[k]) or (), -1.0, False))
+            take(tasks)
+            self._settled.update(id(task.cell) for task in tasks)
         return self.scatter(own, g)
 
     def spread(self, has: Sequence[bool]) -> None:
@@ -192,15 +199,6 @@ class Shared(Cell):
         theirs = [i for k, span in enumerate(cell.spans) if cell.owners[k] != cell.exchange.rank for i in span]
         vec.copy_(tuple(p[i] for i in theirs), tuple(found[i] for i in theirs))
         count_on_host([cell.inside[k].state for k, owner in enumerate(cell.owners) if owner != cell.exchange.rank])
-
-    def _stepped_by_owner(self, cell: Cell, kernel: Kernel | None, g: Vec) -> Vec:
-        """The step of one cell."""
-        if kernel is None:
-            return cell.taken(g)
-        u = [torch.zeros_like(t) for t in cell.block.all_tensors]
-        kernel(cell, u, fused.aligned(g, u), -1.0, False)
-        self._settled.add(id(cell))
-        return tuple(u)
 
     def _acting(self, cell: Cell) -> Kernel | None:
         """The kernel of a cell, where it has one and needs not look at the parameters in the step in progress."""

@@ -44,21 +44,21 @@ class FirstSteps:
         shares: dict[str, float] = {}
         samples: dict[str, float] = {}
         whitened = [(cell, held) for held in optimizer.cells for cell in held.cells if _whitening(cell) is not None]
-        self._note([leaf for cell, _ in whitened for leaf in cell.leaves if leaf.ndim > 1])
+        own = [(cell, P) for held in optimizer.cells for cell in held.own if (P := _whitening(cell)) is not None]
+        self._note([leaf for cell, _ in own for leaf in cell.leaves if leaf.ndim > 1])
         if any(min(cell.state.steps) < MEASURED_AFTER for cell, _ in whitened):
             return None
         each = ((leaf, held if isinstance(held, Shared) else None) for cell, held in whitened for leaf in cell.leaves)
         alike = {leaf.name: (leaf.shape, id(shared)) for leaf, shared in each}
-        for cell in (cell for held in optimizer.cells for cell in held.own):
-            if (P := _whitening(cell)) is not None:
-                state = cell.state["outer"]
-                state = state if isinstance(cell.block, Stack) else state.as_stack()
-                shares |= P.independent(state)
-                samples |= P.samples_per_input(state)
+        for cell, P in own:
+            state = cell.state["outer"]
+            state = state if isinstance(cell.block, Stack) else state.as_stack()
+            shares |= P.independent(state)
+            samples |= P.samples_per_input(state)
+        noise = self._noise()
         for shared in optimizer.shared:
             names = [leaf.name for cell in shared.inside if _whitening(cell) is not None for leaf in cell.leaves]
-            _tell(shared, names, shares, samples)
-        noise = self._noise()
+            _tell(shared, names, shares, samples, noise)
         self._gradients.clear()
         # Layers of one shape decide together, by the least: they are stepped side by side.
         least = {kind: min(s for name, s in shares.items() if alike[name] == kind) for kind in map(alike.get, shares)}
@@ -87,13 +87,14 @@ class FirstSteps:
         if noted:
             self._gradients.append(noted)
 
-    def _noise(self) -> dict[str, float | None]:
+    def _noise(self) -> dict[str, float]:
         """tr Σ/‖G‖² by the names of weights, to two digits, at most 100: beyond they do not show G. Without those of too few gradients."""
         each: dict[str, list[Tensor]] = defaultdict(list)
         for noted in self._gradients:
             for name, g in noted.items():
                 each[name].append(g)
-        return {name: _ratio(torch.stack(found)) for name, found in each.items() if len(found) == MEASURED_AFTER}
+        ratios = {name: _ratio(torch.stack(found)) for name, found in each.items() if len(found) == MEASURED_AFTER}
+        return {name: ratio for name, ratio in ratios.items() if ratio is not None}
 
 
 def _whitening(cell: Cell) -> Whitening | None:
