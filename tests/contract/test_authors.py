@@ -75,6 +75,13 @@ class Spaceless(precond.Regularizer):
 
 P, R = Rows, Penalty
 AT_ONCE = {
+    "partition: leaves": (
+        lambda: own(P, partition=lambda self, x: [(leaf,) for leaf in x])(),
+        r"partition returned .* Part\(index",
+    ),
+    "partition: one left out": (lambda: own(P, partition=lambda self, x: P.partition(self, x)[1:])(), "each once"),
+    "partition: one twice": (lambda: own(P, partition=lambda self, x: 2 * P.partition(self, x))(), "each once"),
+    "partition: nothing": (lambda: own(P, partition=lambda self, x: None)(), "partition returned None"),
     "init: list": (lambda: own(P, init=lambda self, b: {"r": [torch.zeros(2)]})(), "'r' is list.*return a dict"),
     "init: float": (lambda: own(P, init=lambda self, b: {"r": 0.0})(), "'r' is float 0.0.*return a dict"),
     "init: None inside": (lambda: own(P, init=lambda self, b: {"r": None})(), "'r' is NoneType.*return a dict"),

@@ -189,3 +189,11 @@ def test_double_backprop_resumes_as_if_never_stopped(space, policy):
     go_on(model, optimizer, batches(3, seed=2))
     go_on(other, successor, batches(3, seed=2))
     assert torch.equal(flat(model), flat(other)) and optimizer.last.gradients == 1
+
+
+def test_a_copy_that_takes_second_gradients_says_what_it_lacks():
+    model = torch.nn.Linear(3, 2)
+    model, optimizer = copy.deepcopy((model, precond.adamw(model, regularizers=[precond.SAM(0.1)])))
+    model(torch.ones(4, 3)).sum().backward()
+    with pytest.warns(UserWarning, match=r"copied or unpickled and sees no model.*call watch\(model\)"):
+        assert optimizer.probe()

@@ -41,6 +41,10 @@ def three():
 
 def fails():
     raise KeyError("column")
+
+def wrong_targets():
+    model, loss_fn, [(x, y)] = parts()
+    return model, loss_fn, [(x, y.float())]
 """
 
 
@@ -122,6 +126,7 @@ def test_the_same_every_time(folder, capsys):
         (["factories_to_diagnose:nothing"], r"must return an Objective, .* it returned a NoneType"),
         (["factories_to_diagnose:three"], r"it returned a tuple of \(int, int, int\)"),
         (["factories_to_diagnose:fails"], r"factories_to_diagnose:fails\(\) failed: KeyError"),
+        (["factories_to_diagnose:wrong_targets"], r"wrong_targets: the loss of its first batch failed: RuntimeError: .*Long"),
         (["factories_to_diagnose:with_optimizer", "--recipe", "adam"], "leave --recipe out"),
         (["wines"], r"unknown data 'wines'; did you mean 'wine'"),
         (["wine", "--steps", "3"], "--steps needs an optimizer; give --recipe"),

@@ -243,6 +243,28 @@ def test_a_look_in_another_precision_between_two_steps(choice):
     check_same(train(True), train(False))
 
 
+def test_a_forward_that_is_interrupted_in_a_hook_of_others_leaves_nothing():
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    def train(interrupted):
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 2).double()
+        optimizer = PreconditionedGD(layer, lr=0.1, preconditioner=BNP())
+        if interrupted:
+            hook = layer.register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                layer(batch(9)[:, :, 0])
+            hook.remove()
+        for k in range(2):
+            optimizer.zero_grad()
+            layer(batch(k)[:, :, 0]).square().mean().backward()
+            optimizer.step()
+        return snapshot(layer, optimizer)
+
+    check_same(train(True), train(False))
+
+
 def test_inputs_as_hooks_of_others_leave_them_whenever_these_were_put_on():
     """A hook that changes what a layer receives (quantization, noise) counts, before or after the optimizer's, from its first forward on."""
 

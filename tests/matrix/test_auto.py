@@ -267,3 +267,62 @@ def test_a_first_batch_of_one_sample_is_taken_alike_by_kernels_and_loop():
         steps(model, optimizer, 1, 10)
         found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
+
+
+class Language(nn.Module):
+    """A table of words and one of places, hidden layers as wide as the latter is long, and scores for words."""
+
+    def __init__(self, words=12, places=16, more=0):
+        super().__init__()
+        self.words, self.places, self.rnn = nn.Embedding(words, 16), nn.Embedding(places, 16), nn.LSTM(16, words // 4)
+        self.hidden = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        self.head = nn.Linear(16, words)
+        self.more = nn.ModuleList(nn.Linear(16, words) for _ in range(more))
+
+
+def scoring(optimizer):
+    return {row.name: row.preconditioner for row in optimizer.explain().rows if row.why.startswith("scores the ")}
+
+
+def test_a_layer_that_scores_the_rows_of_a_table_is_stepped_entry_by_entry_behind_standardized_inputs():
+    model = Language()
+    found = scoring(precond.auto(model))
+    assert found.keys() == {"head.weight", "head.bias"}
+    assert all(what.startswith("BNP(") and what.endswith("∘ RMS()") for what in found.values())
+    why = {row.name: row.why for row in precond.auto(model).explain().rows}
+    assert why["head.weight"] == "scores the 12 rows of a table" and why["hidden.0.weight"] == "16 inputs"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Language(words=8), Language(more=1), Language(words=13)],
+    ids=["as few rows as classes", "several such layers", "as many as no table has"],
+)
+def test_other_layers_are_not_taken_for_such(model):
+    if model.head.out_features == 13:
+        model.words = nn.Embedding(14, 16)
+    assert not scoring(precond.auto(model))
+
+
+def test_a_head_that_shares_the_table_is_the_table():
+    model = Language()
+    model.head.weight = model.words.weight
+    assert not scoring(precond.auto(model))
+    assert "shared with a layer" in {row.name: row.why for row in precond.auto(model).explain().rows}["words.weight"]
+
+
+def test_scores_of_many_inputs_are_stepped_in_proportion():
+    """The first step of RMS moves each entry of z by α, or with 256 inputs by α·64/256; bias and weight have one rate, as kernels ask."""
+    for n, scale in ((64, 1.0), (256, 0.25)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(12, n), nn.Linear(n, 12)).double()
+        weight, optimizer = model[1].weight, precond.auto(model, lr=0.01, weight_decay=0.0)
+        before = weight.detach().clone()
+        x, words = model[0].weight.detach().clone(), torch.arange(12)
+        nn.functional.cross_entropy(model(words), words).backward()
+        optimizer.step()
+        std = x.var(0, unbiased=False).add(0.01 * x.square().mean(0)).sqrt()  # as BNP damps
+        moved = (weight.detach() - before).mul(std).abs()
+        torch.testing.assert_close(moved.median(), torch.tensor(0.01 * scale).double(), rtol=0.02, atol=0)
+        why = {row.name: row.why for row in optimizer.explain().rows}["1.weight"]
+        assert ("steps × 0.25" in why) == (n == 256)

@@ -301,10 +301,13 @@ def test_inverse_roots(power, method, condition):
     torch.testing.assert_close(found, Q * (s + 37e-5) ** -power @ Q.T, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("n", "to"), [(2, 1e-14), (32, 1e-13), (300, 1e-4)])
+@pytest.mark.parametrize(("n", "to"), [(2, 1e-14), (32, 1e-13), (300, 0.04)])
 @pytest.mark.parametrize("kind", ["even", "steep", "centered", "rank one", "identity"])
 def test_the_largest_eigenvalue(n, to, kind):
-    """Never above it by more than rounding; a constant vector, which centered statistics map to zero, is no bad case."""
+    """Never above it by more than rounding; a constant vector, which centered statistics map to zero, is no bad case.
+
+    Of 300 by 32 steps to 0.103 (log(n (k−1)⁴)/(k−1))² in the mean over starts, whatever the gap (Kuczyński and Woźniakowski, 1992).
+    """
     Q = torch.linalg.qr(draw(n, n))[0]
     H = torch.eye(n, dtype=torch.float64) - 1 / n
     S = {

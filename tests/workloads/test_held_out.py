@@ -165,7 +165,7 @@ def test_listeners_hear_by_taste_and_popularity() -> None:
     songs, genres = torch.cat([heard, other]), torch.cat([genre, genre_of_other])
     assert all(genres[songs == song].unique().numel() == 1 for song in range(100))
     counts = heard.bincount().sort(descending=True).values
-    assert counts[:50].sum() > 0.4 * counts.sum()
+    assert counts[:50].sum() > 0.25 * counts.sum()  # evenly it were 0.04
     # Two songs of one listener are of one genre more often than two of two listeners.
     order = listener.argsort()
     same = listener[order][1:] == listener[order][:-1]

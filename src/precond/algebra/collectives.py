@@ -35,16 +35,12 @@ def share(parts: Sequence[Tensor], sizes: Sequence[int], what: str, group: Group
         sizes: how many numbers each rank gives, which all know.
     """
     rank, size, like = dist.get_rank(group), len(sizes), parts[0]
-    flat = [t.reshape(-1) for t in parts]
     others = [0 if r == rank else n for r, n in enumerate(sizes)]
     if _through_sockets(like.device):
-        gives = [0 if r == rank else sizes[rank] for r in range(size)]
-        out = like.new_empty(sum(others))
-        all_to_all(out, torch.cat(flat * (size - 1)), others, gives, what, group)
-        return list(out.split(others))
+        return all_to_all([() if r == rank else parts for r in range(size)], others, like, what, group)
     longest = max(sizes)
     mine, every = like.new_empty(longest), like.new_empty(size * longest)
-    torch.cat(flat, out=mine[: sizes[rank]])
+    torch.cat([t.reshape(-1) for t in parts], out=mine[: sizes[rank]])
     all_gather(every, mine, what, group)
     return [t[:n] for t, n in zip(every.split(longest), others, strict=True)]
 
@@ -61,10 +57,21 @@ def _through_sockets(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def all_to_all(out: Tensor, t: Tensor, takes: Sequence[int], gives: Sequence[int], what: str, group: Group = None) -> None:
-    """out ← what each rank gives to this one; t is what this one gives, so many numbers to each."""
-    with _named(what, group, t.device):
-        dist.all_to_all_single(out, t, list(takes), list(gives), group)
+def all_to_all(
+    gives: Sequence[Sequence[Tensor]], takes: Sequence[int], like: Tensor, what: str, group: Group = None
+) -> list[Tensor]:
+    """What each rank gives to this one, flat.
+
+    Args:
+        gives: to each rank, one tensor after the other.
+        takes: of each rank how many numbers.
+        like: of their dtype and device.
+    """
+    flat = [t.reshape(-1) for of in gives for t in of]
+    sent, out = torch.cat(flat) if flat else like.new_empty(0), like.new_empty(sum(takes))
+    with _named(what, group, like.device):
+        dist.all_to_all_single(out, sent, list(takes), [sum(t.numel() for t in of) for of in gives], group)
+    return list(out.split(list(takes)))
 
 
 def broadcast(t: Tensor, owner: int, what: str, group: dist.ProcessGroup) -> None:

@@ -68,6 +68,7 @@ class Target:
             # A console script does not look in the current folder by itself.
             sys.path.insert(0, os.getcwd())
             objective, optimizer = self._made(import_factory(self.target))
+            self._try(objective)
             facts = {"data": f"what {self.target} returns"}
         else:
             architecture = Architecture(self.model, self.widths, self.normalization, self.activation)
@@ -96,6 +97,14 @@ class Target:
         if len(entrants) != 1:
             raise UserError(f"--recipe takes one recipe, got {len(entrants)}: {', '.join(e.label for e in entrants)}")
         return entrants[0]
+
+    def _try(self, objective: Objective) -> None:
+        """Raise where the loss of the first batch does: an error of the user's own code."""
+        try:
+            objective.first(1).value()
+        except Exception as error:
+            first = str(error).strip().split("\n")[0]
+            raise UserError(f"{self.target}: the loss of its first batch failed: {type(error).__name__}: {first}") from error
 
     def _made(self, factory: Any) -> tuple[Objective, Any]:
         """What a user's factory returns, as an objective and an optimizer or None."""

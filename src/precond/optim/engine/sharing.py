@@ -187,7 +187,7 @@ class Shared(Cell):
             return
         cell = self.taking(has)
         assert isinstance(cell, Shared)
-        p = dict(enumerate(leaf.tensor.detach() for leaf in cell.block.leaves))
+        p = dict(enumerate(cell.block.tensors))
         found = cell.exchange.deliver(p, p)
         theirs = [i for k, span in enumerate(cell.spans) if cell.owners[k] != cell.exchange.rank for i in span]
         vec.copy_(tuple(p[i] for i in theirs), tuple(found[i] for i in theirs))

@@ -60,11 +60,19 @@ class InputHook(WeakHook):
     Called with args and kwargs. In a compiled graph the order is that of the first call.
     """
 
+    _told: Any = None  # the handle of the hook that tells this one what the inputs became
+
     def __call__(self, module: nn.Module, *args: Any) -> None:
+        self._untold()  # of a forward that Ctrl-C has ended, after which torch calls no hook
         if module.training and not torch.compiler.is_compiling() and self._overtaken(module):
             self._go_last(module)
         else:
             super().__call__(module, *args)
+
+    def _untold(self) -> None:
+        if self._told is not None:
+            self._told.remove()
+            self._told = None
 
     def _overtaken(self, module: nn.Module) -> bool:
         """Whether a hook that may change the inputs comes after this one."""
@@ -81,11 +89,11 @@ class InputHook(WeakHook):
         hooks.move_to_end(next(i for i, hook in hooks.items() if hook is self))
 
         def once(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            handle.remove()
+            self._untold()
             if output is not None:  # the forward has not raised
                 self(module, args, kwargs)
 
-        handle = module.register_forward_hook(once, with_kwargs=True, prepend=True, always_call=True)
+        self._told = module.register_forward_hook(once, with_kwargs=True, prepend=True, always_call=True)
 
 
 def _nobody() -> None:

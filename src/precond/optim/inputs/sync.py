@@ -97,13 +97,11 @@ def _to_owners(
     table = [tuple(row) for row in torch.stack(every).tolist()]  # the host knows of how many samples statistics are
     plan = Plan.of(layers, tuple(row[1:] for row in table))
     given, received = plan.to(me), plan.at(me)
-    sent = [t.reshape(-1) for to in given for bundle in to for t in bundle.parts(mine)]
-    flat = torch.cat(sent).to(dtype) if sent else torch.empty(0, dtype=dtype, device=device)
-    gives = [sum(bundle.numbers(me) for bundle in to) for to in given]
-    takes = [sum(bundle.numbers(r) for bundle in of) for r, of in enumerate(received)]
-    taken = flat.new_empty(sum(takes))
-    collectives.all_to_all(taken, flat, takes, gives, "statistics of inputs", group)
-    pieces = iter(taken.split([n for r, of in enumerate(received) for bundle in of for n in bundle.sizes(r)]))
+    gives = [[t.to(dtype) for bundle in to for t in bundle.parts(mine)] for to in given]
+    takes = [[n for bundle in of for n in bundle.sizes(r)] for r, of in enumerate(received)]
+    like = torch.empty(0, dtype=dtype, device=device)
+    every = collectives.all_to_all(gives, list(map(sum, takes)), like, "statistics of inputs", group)
+    pieces = iter([t for flat, sizes in zip(every, takes, strict=True) if sizes for t in flat.split(sizes)])
     found: dict[Bundle, list[tuple[int, Parts]]] = {}
     for r, of in enumerate(received):
         for bundle in of:

@@ -210,9 +210,11 @@ class SecondGradients(Capturing):
         modules = self.models.alive()
         if not modules and not self._warned:
             self._warned = True
+            lost = self.models.names
             warn(
-                "the optimizer was given parameters, not a model: a second pass moves BatchNorm's running statistics again "
-                "and, without a closure, draws other dropout masks; pass the model as params, or wrap the second pass in "
+                f"the optimizer {'was copied or unpickled and sees no model' if lost else 'was given parameters, not a model'}: a second "
+                "pass moves BatchNorm's running statistics again and, without a closure, draws other dropout masks; "
+                f"{'call watch(model)' if lost else 'pass the model as params'}, or wrap the second pass in "
                 "precond.frozen_statistics(model)"
             )
         k = self._gradient_based or 0

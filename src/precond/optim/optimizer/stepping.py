@@ -73,13 +73,12 @@ class Stepping(SecondGradients):
         if rest and not work and not in_place:
             return False
         point = self._point(given, rest) if rest else None
-        found: Vec = ()
-        if self.nonfinite != "propagate":
-            # Where others step some of it, each looks at all of it: they must come to one answer.
-            mine = (*(x for *_, g in work for x in g), *(() if point is None else point.g))
-            found = tuple(g for g in given if g is not None) if in_place else mine
+        # Of what ranks share each looks at what it steps, and has a vote also where that is nothing.
+        looks = self.nonfinite != "propagate"
+        found: Vec = (*(x for *_, g in work for x in g), *(() if point is None else point.g)) if looks else ()
         verdict = self._verdict(found, loss) if on_device else None
-        if found and verdict is None and not self._agreed(vec.all_finite(found) and (loss is None or finite_loss(loss))):
+        votes = looks and verdict is None and bool(found or in_place)
+        if votes and not self._agreed(vec.all_finite(found) and (loss is None or finite_loss(loss))):
             return False
         count_step([cell.state for _, cell, *_ in work], verdict)
         tasks = []

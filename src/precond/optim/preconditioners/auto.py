@@ -25,6 +25,9 @@ from precond.optim.preconditioners.whitening import Whitening
 
 NOT_OBSERVED = "inputs are not observed"
 
+SCORED = 64
+"""Inputs of a score from which on its steps are shorter in proportion: RMS moves all weights alike, and a sum of n inputs by n of these."""
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -42,10 +45,12 @@ class Auto(Resolved):
     A layer whose weight is a matrix (out, in), or (in, out), and whose inputs are observed, takes ``whitening @ polar``; with more than
     ``max_inputs`` inputs ``bnp @ polar``, whose cost does not grow with their square. A layer that sees its inputs in groups (experts too)
     takes ``bnp @ rms``, a matrix whose inputs are not observed ``polar``. The matrices of a recurrent layer are orthogonalized one by one
-    behind ``bnp``, as is the weight of a transposed convolution, a row for each input; biases of both take ``rms``. Embeddings, normalization
-    layers and all that is left take ``rms``. Steps of all have about the same size in units of a layer's outputs, so that one learning rate
-    serves all; those of a table of embeddings, whose rows are outputs themselves and are seen now and then, are longer, unless a layer
-    shares it.
+    behind ``bnp``, as is the weight of a transposed convolution, a row for each input; biases of both take ``rms``. A layer that alone has
+    as many outputs as a table of embeddings has rows, more than ten, scores what these stand for, words or items, some seen often and some
+    rarely. It takes ``bnp @ rms``, which evens that out as it does in the table; of more than 64 inputs, with shorter steps. Embeddings,
+    normalization layers and all that is left take ``rms``. Steps of all have about the same size in units of a layer's outputs, so that one
+    learning rate serves all; those of a table of embeddings, whose rows are outputs themselves and are seen now and then, are longer, unless
+    a layer shares it.
 
     ``measured`` is what :func:`precond.auto` finds in its first steps of the inputs of layers: the share of independent directions,
     n/tr(K²) for n inputs of correlations K, 1 for white inputs and 1/n where all are one. From ``white`` on only scales are left to
@@ -111,6 +116,8 @@ class Auto(Resolved):
         return self.polar.advised_damping
 
     def lr_scale(self, leaf: Leaf) -> float:
+        if leaf.scores:
+            return min(1.0, SCORED / leaf.scores)
         return self.embeddings if leaf.kind == "embedding" and not leaf.shared else 1.0
 
     @property
@@ -129,7 +136,7 @@ class Auto(Resolved):
         for index in blocks.by_layer(leaves):
             layer = [leaves[i] for i in index]
             observed = any(leaf.sites for leaf in layer)
-            preconditioner, why = self._of_layer(layer, observed)
+            preconditioner, why = self._of_head(layer[0], observed) if layer[0].scores else self._of_layer(layer, observed)
             if preconditioner is None:
                 rest += index
                 reasons |= dict.fromkeys(index, why)
@@ -140,14 +147,17 @@ class Auto(Resolved):
             found += [Chosen(part.index, part.preconditioner, why) for part in placed(self.rms, leaves, of)]
         return found
 
+    def _of_head(self, weight: Leaf, observed: bool) -> tuple[Preconditioner, str]:
+        scale = self.lr_scale(weight)
+        why = f"scores the {weight.sides[0]:,} rows of a table" + (f", steps × {scale:.2g}" if scale < 1 else "")
+        return (self.bnp @ self.rms, why) if observed else (self.rms, f"{why}, {NOT_OBSERVED}")
+
     def _of_layer(self, layer: Sequence[Leaf], observed: bool) -> tuple[Preconditioner | None, str]:
         weight = layer[0]
         if weight.ndim < 2 or weight.kind != "weight" or not weight.param.numel():
             table = "rows of a table" + (", shared with a layer" if weight.shared else f", steps × {self.embeddings:g}")
             return None, {"norm": "scales and shifts", "embedding": table}.get(weight.kind, "no matrix")
-        rows, columns = weight.shape[0], weight.param.numel() // weight.shape[0]
-        if weight.inputs_first and weight.ndim == 2:
-            rows, columns = columns, rows
+        rows, columns = weight.sides
         if isinstance(weight.module, nn.RNNBase | nn.RNNCellBase):
             why = "matrices of a recurrence"
             return (self.bnp @ self.one_by_one, why) if observed else (self.one_by_one, f"{why}, {NOT_OBSERVED}")

@@ -12,8 +12,9 @@ from torch import Tensor
 from precond.algebra.maps import Diagonal, LinearMap
 from precond.algebra.vec import Vec
 from precond.optim import blocks
-from precond.optim.blocks import Block, State
+from precond.optim.blocks import Block, Leaf, State
 from precond.optim.checking import contracts
+from precond.optim.preconditioners.parts import Part
 
 if TYPE_CHECKING:
     from precond.optim.preconditioners.base import Preconditioner
@@ -109,11 +110,22 @@ def carrying(refresh: Callable[..., LinearMap | None]) -> Callable[..., Any]:
     return call
 
 
+def _check_partition(self: Preconditioner, returned: Any, leaves: Sequence[Leaf]) -> None:
+    who = f"{type(self).__name__}.partition"
+    what = "a list of Part(index, preconditioner), whose indices are the leaves' positions, each once"
+    if not isinstance(returned, list) or not all(isinstance(part, Part) for part in returned):
+        raise TypeError(f"{who} returned {returned!r}; return {what}")
+    index = [i for part in returned for i in part.index]
+    if sorted(index) != list(range(len(leaves))):
+        raise ValueError(f"{who} returned the positions {index} of {len(leaves)} leaves; return {what}")
+
+
 CHECKS: dict[str, Callable[..., None]] = {
     "init": _check_init,
     "observe": _check_observe,
     "map": _check_map,
     "refresh": _check_refresh,
+    "partition": _check_partition,
 }
 
 

@@ -131,14 +131,17 @@ class InputSide(Stacked):
     def wanted(self, state: State) -> list[tuple[str, Request, Tensor | None]]:
         out = []
         for part in self.parts(state.block):
-            if not any(wants := self.wants(state, part)):
-                continue
-            sites = self._sites(part, state.block)
-            known = self.damping > 0 and greatest(state[key_of("count", part)]) > 0
-            centers = state[key_of("mean", part)].unbind(0) if known else [None] * len(sites)
-            each = zip(sites, centers, wants, strict=True)
-            out += [(site.name, self.request, center) for site, center, wanted in each if wanted]
+            if any(wants := self.wants(state, part)):
+                known = self.damping > 0 and greatest(state[key_of("count", part)]) > 0
+                out += state.kept(f"wanted {part.number}", (known, wants), lambda: self._asked(state, part, known, wants))  # noqa: B023
         return out
+
+    def _asked(
+        self, state: State, part: LayerPart, known: bool, wants: Sequence[bool]
+    ) -> list[tuple[str, Request, Tensor | None]]:
+        sites = self._sites(part, state.block)
+        centers = state[key_of("mean", part)].unbind(0) if known else [None] * len(sites)
+        return [(s.name, self.request, center) for s, center, wanted in zip(sites, centers, wants, strict=True) if wanted]
 
     def _sites(self, part: LayerPart, block: Block) -> list[Site]:
         """The site of a part, in each member of a stack."""

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -21,20 +20,15 @@ class _Route:
 
     Attributes:
         owned: of each rank the tensors that it owns.
-        gives: what this rank has pieces of for others, owner after owner; ``given`` are the numbers for each.
-        takes: (rank, tensor, numbers) of the pieces of others for this one, rank after rank; ``taken`` are the numbers of each.
-        returned, received: numbers of pieces of what it owns for each rank, and of what each owns for it.
-        numbers: of this rank's piece of each tensor.
+        gives: to each rank, the tensors of which this one has pieces for it.
+        takes: of each rank, by tensors, how many numbers its pieces for this one have.
+        received: of each rank, by tensors, how many this one's pieces have of what it owns.
     """
 
     owned: list[list[int]]
-    gives: list[int]
-    given: list[int]
-    takes: list[tuple[int, int, int]]
-    taken: list[int]
-    returned: list[int]
-    received: list[int]
-    numbers: dict[int, int]
+    gives: list[list[int]]
+    takes: list[dict[int, int]]
+    received: list[dict[int, int]]
 
     @classmethod
     def of(cls, which: Sequence[int], exchange: Exchange) -> _Route:
@@ -42,17 +36,11 @@ class _Route:
         ranks = range(exchange.size)
         owned = [[i for i in which if exchange.owners[i] == r] for r in ranks]
         size = lambda i, r: math.prod(pieces[i].shape(r))  # noqa: E731
-        gives = [[i for i in of if r != me and pieces[i].sends(me, r)] for r, of in enumerate(owned)]
-        takes = [[(r, i, size(i, r)) for i in owned[me] if r != me and pieces[i].sends(r, me)] for r in ranks]
         return cls(
             owned,
-            [i for of in gives for i in of],
-            [sum(size(i, me) for i in of) for of in gives],
-            [piece for of in takes for piece in of],
-            [sum(n for _, _, n in of) for of in takes],
-            [0 if r == me else sum(size(i, r) for i in owned[me]) for r in ranks],
-            [0 if r == me else sum(size(i, me) for i in of) for r, of in enumerate(owned)],
-            {i: size(i, me) for i in which},
+            [[i for i in of if r != me and pieces[i].sends(me, r)] for r, of in enumerate(owned)],
+            [{i: size(i, r) for i in owned[me] if r != me and pieces[i].sends(r, me)} for r in ranks],
+            [{i: size(i, me) for i in of if r != me} for r, of in enumerate(owned)],
         )
 
 
@@ -100,59 +88,57 @@ class Exchange:
         route = self._route(sorted(parts))
         if self.copied:
             return {i: parts[i] for i in route.owned[self.rank]}
-        found = self._swap(parts, [parts[i] for i in route.gives], route.given, [n for _, _, n in route.takes], route.taken)
+        found = self._swap([[parts[i] for i in of] for of in route.gives], route.takes, parts)
         every: dict[int, list[Tensor | None]] = {i: [None] * self.size for i in route.owned[self.rank]}
-        for (r, i, _), t in zip(route.takes, found, strict=True):
-            every[i][r] = t
+        for r, of in enumerate(found):
+            for i, t in of.items():
+                every[i][r] = t
         out = {}
-        for i, of in every.items():
+        for i, pieces in every.items():
             if self.pieces[i].sends(self.rank, self.rank):
-                of[self.rank] = parts[i].reshape(-1)
-            out[i] = self.pieces[i].joined(of, self.shapes[i])
+                pieces[self.rank] = parts[i].reshape(-1)
+            out[i] = self.pieces[i].joined(pieces, self.shapes[i])
         return out
 
     def deliver(self, wholes: Mapping[int, Tensor], like: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """This rank's pieces, shaped ``like`` others, of the whole tensors that each rank has of those it owns."""
         route = self._route(sorted(like))
-        if self.copied:
-            return self._spread(wholes, like, route.owned)
         own = route.owned[self.rank]
-        split = {i: self.pieces[i].parted(wholes[i]) for i in own}
-        gives = [split[i][r] for r in range(self.size) if r != self.rank for i in own]
-        others = [i for r, of in enumerate(route.owned) if r != self.rank for i in of]
-        found = self._swap(like, gives, route.returned, [route.numbers[i] for i in others], route.received)
-        out = {i: split[i][self.rank].reshape(self._shape(i)) for i in own}
-        return out | {i: t.view(self._shape(i)) for i, t in zip(others, found, strict=True)}
+        if self.copied:
+            mine = [wholes[i] for i in own] or [next(iter(like.values())).new_empty(0)]
+            sizes = [sum(math.prod(self.shapes[i]) for i in of) for of in route.owned]
+            found = _apart(collectives.share(mine, sizes, "steps", self.group), route.received)
+            out = {i: wholes[i] for i in own}
+        else:
+            split = {i: self.pieces[i].parted(wholes[i]) for i in own}
+            gives = [[split[i][r] for i in own] if r != self.rank else [] for r in range(self.size)]
+            found = self._swap(gives, route.received, like)
+            out = {i: split[i][self.rank].reshape(self._shape(i)) for i in own}
+        return out | {i: t.view(self._shape(i)) for of in found for i, t in of.items()}
 
     def _shape(self, i: int) -> tuple[int, ...]:
         """Of this rank's piece."""
         return self.pieces[i].shape(self.rank)
 
     def _swap(
-        self, like: Mapping[int, Tensor], gives: Sequence[Tensor], given: list[int], numbers: Sequence[int], taken: list[int]
-    ) -> Sequence[Tensor]:
-        """Flat tensors of so many numbers each, from all others, for what this rank gives.
+        self, gives: Sequence[Sequence[Tensor]], takes: Sequence[Mapping[int, int]], like: Mapping[int, Tensor]
+    ) -> list[dict[int, Tensor]]:
+        """What others give for what this rank gives, flat, of each rank by tensors.
 
         Args:
-            gives: rank after rank; ``given`` are their numbers for each.
-            numbers: of what it takes, rank after rank; ``taken`` are those of each.
+            gives: to each rank.
+            takes: of each rank, of each tensor so many numbers.
         """
-        example = next(iter(like.values()))
-        sent = torch.cat([t.reshape(-1) for t in gives]) if gives else example.new_empty(0)
-        out = example.new_empty(sum(taken))
-        collectives.all_to_all(out, sent, taken, given, "gradients and steps", self.group)
-        return out.split(list(numbers)) if numbers else ()
+        numbers = [sum(of.values()) for of in takes]
+        every = collectives.all_to_all(gives, numbers, next(iter(like.values())), "gradients and steps", self.group)
+        return _apart(every, takes)
 
-    def _spread(self, wholes: Mapping[int, Tensor], like: Mapping[int, Tensor], owned: list[list[int]]) -> dict[int, Tensor]:
-        """Whole tensors of every owner, to all."""
-        sizes = [[math.prod(self.shapes[i]) for i in of] for of in owned]
-        mine = [wholes[i] for i in owned[self.rank]] or [next(iter(like.values())).new_empty(0)]
-        every = collectives.share(mine, [sum(n) for n in sizes], "steps", self.group)
-        out = {i: wholes[i] for i in owned[self.rank]}
-        for r, (of, n, flat) in enumerate(zip(owned, sizes, every, strict=True)):
-            if r != self.rank:
-                out |= {i: t.view(tuple(self.shapes[i])) for i, t in zip(of, flat.split(n), strict=True)}
-        return out
+
+def _apart(every: Sequence[Tensor], takes: Sequence[Mapping[int, int]]) -> list[dict[int, Tensor]]:
+    """What each rank gave, flat, by tensors, of each so many numbers."""
+    return [
+        dict(zip(of, flat.split(list(of.values())), strict=True)) if of else {} for flat, of in zip(every, takes, strict=True)
+    ]
 
 
 def balanced(costs: Sequence[float], size: int, loads: Sequence[float] = ()) -> list[int]:

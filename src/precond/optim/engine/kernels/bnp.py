@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from precond.algebra.vec import Scalar, Tensors
 from precond.optim.blocks import State
 from precond.optim.engine.cells import Cell
-from precond.optim.engine.kernels.layer import CachedOnStatistics, OfLayer, is_plain
+from precond.optim.engine.kernels.layer import CachedOnStatistics, OfLayer, Task, is_plain
 from precond.optim.momentum import Momentum
 from precond.optim.preconditioners import BNP
 
@@ -32,27 +33,40 @@ class BNPStep(OfLayer):
     def observed(self, cell: Cell) -> tuple[BNP, State]:
         return self.P, cell.state
 
+    @property
+    def joint(self) -> Hashable:
+        return BNPStep, self.momentum
+
     def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
-        lr = float(lr)
+        self.steps([Task(self, cell, p, g, lr, maximize)])
+
+    @staticmethod
+    def steps(tasks: Sequence[Task]) -> None:
+        momentum: Momentum | None = tasks[0].kernel.momentum
+        descended = [torch._foreach_neg(task.g) if task.maximize else task.g for task in tasks]
+        if momentum is not None:
+            # Folded in place of the gradient, which stays as it is.
+            averages = [task.cell.average["m"] for task in tasks]
+            m = [t for own in averages for t in own]
+            torch._foreach_mul_(m, momentum.beta)
+            torch._foreach_add_(m, [t for g in descended for t in g])
+            descended = averages
+        for (kernel, cell, p, _, lr, *_), v in zip(tasks, descended, strict=True):
+            kernel._move(cell, p, v, float(lr))
+
+    def _move(self, cell: Cell, p: Tensors, v: Tensors, lr: float) -> None:
+        """p ← (1 − αλ)p − αMv."""
         if self.decay:
             torch._foreach_mul_(p, 1 - lr * self.decay)
-        if self.momentum is not None:
-            # Folded in place of the gradient, which stays as it is.
-            m = cell.average["m"]
-            torch._foreach_mul_(m, self.momentum.beta)
-            torch._foreach_add_(m, g, alpha=-1 if maximize else 1)
-            g, maximize = m, False
-        alpha = lr if maximize else -lr
         if (kept := self._kept(cell.state)) is None:
-            torch._foreach_add_(p, g, alpha=alpha)
+            torch._foreach_add_(p, v, alpha=-lr)
             return
         s, shifted, scale = kept
-        W, gW = p[0].view(p[0].shape[0], -1), g[0].reshape(p[0].shape[0], -1)
-        W.addcmul_(gW, s, value=alpha)
+        W, vW = p[0].view(p[0].shape[0], -1), v[0].reshape(p[0].shape[0], -1)
+        W.addcmul_(vW, s, value=-lr)
         if len(p) > 1:
-            gb = g[1]
-            W.addr_(gb, shifted, alpha=-alpha)
-            p[1].addcmul_(gb, scale, value=alpha).addmv_(gW, shifted, alpha=-alpha)
+            W.addr_(v[1], shifted, alpha=lr)
+            p[1].addcmul_(v[1], scale, value=-lr).addmv_(vW, shifted, alpha=lr)
 
 
 def _vectors(state: State, mean: Tensor, std: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:

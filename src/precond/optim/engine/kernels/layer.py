@@ -13,6 +13,8 @@ from precond.algebra.maps import Layout
 from precond.algebra.vec import Scalar, Tensors
 from precond.optim.blocks import Block, State
 from precond.optim.engine.cells import Cell
+from precond.optim.inputs.moments import REQUESTS
+from precond.optim.inputs.observer import Key
 from precond.optim.preconditioners import input_side
 from precond.optim.preconditioners.input_side import InputSide
 
@@ -39,6 +41,16 @@ class Task(NamedTuple):
 
 class OfLayer(ABC):
     """A kernel of one layer, which finds the statistics of its inputs as :func:`observe` has left them."""
+
+    _keys: frozenset[Key] | None = None
+
+    def shown(self, cell: Cell) -> bool:
+        """Whether something was observed of the layer since the last step."""
+        if not cell.inputs:
+            return False
+        if self._keys is None:
+            self._keys = frozenset((s.name, request) for leaf in cell.block.leaves for s in leaf.sites for request in REQUESTS)
+        return not self._keys.isdisjoint(cell.inputs)
 
     @property
     def joint(self) -> Hashable:
@@ -71,8 +83,11 @@ def take(tasks: Sequence[Task]) -> None:
 
 def observe(steps: Iterable[tuple[Any, Cell]]) -> None:
     """Fold what layers have received since the last step, of all that kernels are about to step at once."""
-    found = [(kernel.observed(cell), cell.inputs) for kernel, cell in steps if cell.inputs and isinstance(kernel, OfLayer)]
-    input_side.observe([(of[0], of[1].as_stack(), inputs) for of, inputs in found if of is not None])
+    shown = [
+        (kernel.observed(cell), cell.inputs) for kernel, cell in steps if isinstance(kernel, OfLayer) and kernel.shown(cell)
+    ]
+    if shown:
+        input_side.observe([(of[0], of[1].as_stack(), inputs or {}) for of, inputs in shown if of is not None])
 
 
 def layer_of(P: InputSide, block: Block) -> Layout | None:

@@ -166,7 +166,7 @@ def genes(seed: int, n: int, places: int) -> Part:
     return Part(inputs, targets)
 
 
-LISTENERS, SONGS, GENRES = 700, 500, 14
+LISTENERS, SONGS, GENRES = 700, 1200, 14
 
 
 def listens(seed: int, n: int) -> Part:

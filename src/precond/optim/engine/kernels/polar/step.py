@@ -16,8 +16,6 @@ from precond.algebra.vec import Scalar, Tensors, Vec
 from precond.optim.blocks import State
 from precond.optim.engine.cells import Cell
 from precond.optim.engine.kernels.layer import CachedOnStatistics, OfLayer, Task
-from precond.optim.inputs import Request
-from precond.optim.inputs.moments import REQUESTS
 from precond.optim.momentum import Momentum
 from precond.optim.preconditioners import BNP, Polar, Whitening
 from precond.optim.preconditioners.each import on
@@ -78,7 +76,6 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
     Attributes:
         outer: what P₁ is made of; None where it is the identity.
         decay: λ.
-        _sites: what may be observed of the layer.
         _shape: (A, B) of [W b].
         _seen: the version of L when it was seen last that something was observed of it.
         _exact: see :meth:`_is_exact`, with the version of the number of samples that it was found for.
@@ -90,7 +87,6 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
     outer: BNP | Whitening | None
     momentum: Momentum
     decay: float
-    _sites: frozenset[tuple[str, Request]] = field(default=frozenset(), init=False, repr=False)
     _shape: tuple[int, ...] = field(default=(), init=False, repr=False)
     _seen: int = field(default=-1, init=False, repr=False)
     _exact: tuple[int, bool] = field(default=(-1, False), init=False, repr=False)
@@ -158,11 +154,10 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
         if not self._shape:
             rows = p[0].shape[0]
             self._shape = rows, p[0].numel() // rows + len(p) - 1
-            self._sites = frozenset((site.name, request) for site in cell.block.leaves[0].sites for request in REQUESTS)
         state, P1 = cell.state, None
         if self._kept is not None:
             state, P1 = state["inner"], self._kept(state["outer"])
-        if cell.inputs and not self._sites.isdisjoint(cell.inputs):
+        if self.shown(cell):
             count_samples(state, cell.inputs)
         return Layer(self, cell, p, torch._foreach_neg(g) if maximize else g, float(lr), min(state.steps), state, P1)
 
