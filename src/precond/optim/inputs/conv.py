@@ -58,7 +58,8 @@ class ConvTap(Tap):
             x = plain(argument(m, args, kwargs, fits))
         if x is None or not fits(x):  # a call of another shape raises by itself
             return None
-        return Images(x if x.ndim == dims else x[None], called_with(m, args, kwargs).get("output_size"))
+        wanted = called_with(m, args, kwargs).get("output_size") if m.transposed else None
+        return Images(x if x.ndim == dims else x[None], wanted)
 
     def origin(self, seen: Images, weight: Weight) -> Tensor:
         return seen.x

@@ -32,12 +32,13 @@ def of_patches(
     images, channels, H, W = x.shape
     n, c = channels // groups * rows * columns, channels // groups
     tall, long = (H - high * (rows - 1) - 1) // down + 1, (W - wide * (columns - 1) - 1) // across + 1
-    N = images * tall * long
+    line = images * long
+    N = tall * line
     # About the mean of each channel: products about zero cancel where |μ| ≫ σ.
     shift = x.mean((0, 2, 3))
     seen = (x - shift[:, None, None]).view(images, groups, c, H, W).unfold(4, wide * (columns - 1) + 1, across)[..., ::wide]
     seen = seen.permute(1, 2, 5, 3, 0, 4)  # (groups, channels, columns, H, images, places in a line)
-    lines = [seen[:, :, :, k::down].reshape(groups, c * columns, -1, images * long) for k in range(min(down, H))]
+    lines = [seen[:, :, :, k::down].reshape(groups, c * columns, -1, line) for k in range(min(down, H))]
     places = [(a * high % down, a * high // down) for a in range(rows)]
 
     def of_rows(per_line: Sequence[Tensor]) -> Tensor:
@@ -52,17 +53,17 @@ def of_patches(
         absolute = of_rows([(y + about_zero).abs_().sum(3) for y in lines])
     else:
         about = (center - whole).view(groups, c, rows, columns).unbind(2)
-        met = [lines[k][:, :, s : s + tall].flatten(2) for k, s in places]
+        met = [lines[k].flatten(2)[:, :, s * line : (s + tall) * line] for k, s in places]
         far = [(y - m.reshape(groups, -1, 1)).abs_().sum(2) for y, m in zip(met, about, strict=True)]
         absolute = torch.stack([d.view(groups, c, columns) for d in far], 2).view(groups, n)
     order = torch.arange(n, device=x.device).view(rows, c, columns).transpose(0, 1).reshape(-1)
-    square = _products(lines, places, tall).index_select(2, order).index_select(1, order)
+    square = _products([y.flatten(2) for y in lines], places, tall, line).index_select(2, order).index_select(1, order)
     spread = square.baddbmm_(mean[:, :, None], mean[:, None, :], beta=1 / N, alpha=-1)
     counted = lambda *shape: torch.full(shape, float(N), dtype=x.dtype)  # noqa: E731
     return Moments(counted(groups), whole + mean, spread, absolute, counted().fill_(examples))
 
 
-def _products(lines: Sequence[Tensor], places: Sequence[Pair], tall: int) -> Tensor:
+def _products(lines: Sequence[Tensor], places: Sequence[Pair], tall: int, line: int) -> Tensor:
     """(groups, n, n): Σ yyᵀ of what all rows of the kernel meet, one after the other, over all places."""
     groups, f, n = lines[0].shape[0], lines[0].shape[1], lines[0].shape[1] * len(places)
     out = lines[0].new_empty(groups, n, n)
@@ -77,7 +78,7 @@ def _products(lines: Sequence[Tensor], places: Sequence[Pair], tall: int) -> Ten
         def add(to: Tensor, start: int, stop: int, beta: int, k: int = k, l: int = l, away: int = away) -> Tensor:
             if start == stop and beta:
                 return to
-            X, Y = lines[k][:, :, start:stop].flatten(2), lines[l][:, :, start + away : stop + away].flatten(2)
+            X, Y = lines[k][:, :, start * line : stop * line], lines[l][:, :, (start + away) * line : (stop + away) * line]
             return to.baddbmm_(X, Y.mT, beta=beta)
 
         shared = len(pairs) > 1 and last < end
