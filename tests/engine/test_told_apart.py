@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import precond
 from precond import BNP, RMS, SOAP, Muon, Orthogonalized, PreconditionedGD, Route
 from precond.optim.blocks import Stack, State
-from precond.optim.preconditioners.each import Each, stackable
+from precond.optim.preconditioners.each import Each, on, stackable
 
 TOLERANCE = 1e-11
 """Of float64 parameters of size 1: six steps, in which products are summed in another order side by side; Muon's iteration enlarges that."""
@@ -251,6 +251,15 @@ def test_once_told_apart_it_is_tried_no_more():
     optimizer = trained("", scaled(asked), "auto")[1]
     assert all(alone(optimizer))
     assert len(calls) == 6 * 10 + 2  # of five weights and five biases, and once of each stack
+
+
+def test_vectors_that_share_memory_are_mapped_one_by_one():
+    cell = next(c for c in trained("", own(), "auto")[1]._bound.cells if c.block.leaves[0].ndim == 2)
+    one = torch.ones((), dtype=torch.float64)
+    (expanded,), (whole,) = (
+        on(cell.block, BY_NAME).map(cell.state).mv((v,)) for v in (one.expand(5, 6, 6), one.repeat(5, 6, 6))
+    )
+    assert torch.equal(expanded, whole)
 
 
 @pytest.mark.parametrize("method", ["observe", "map"])

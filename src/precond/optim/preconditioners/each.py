@@ -127,7 +127,10 @@ class Each(Stacked):
         assert isinstance(stack, Stack)
         alone: set[type] = stack.derived.get(Each, set())
         if len(stack.members) > 1 and type(self.of) not in alone:
-            written = [*state.written(), *(t for v in vectors for t in v)]
+            given = [*state.written(), *(t for v in vectors for t in v)]
+            written = [
+                t for t in given if all(step or n < 2 for step, n in zip(t.stride(), t.shape, strict=True))
+            ]  # not expanded
             before = [t.clone() for t in written]
             try:
                 return at_once(f, state, *vectors)
