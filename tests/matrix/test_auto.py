@@ -309,3 +309,20 @@ def test_a_head_that_shares_the_table_is_the_table():
     model.head.weight = model.words.weight
     assert not scoring(precond.auto(model))
     assert "shared with a layer" in {row.name: row.why for row in precond.auto(model).explain().rows}["words.weight"]
+
+
+def test_scores_of_many_inputs_are_stepped_in_proportion():
+    """The first step of RMS moves each entry of z by α, or with 256 inputs by α·64/256; bias and weight have one rate, as kernels ask."""
+    for n, scale in ((64, 1.0), (256, 0.25)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(12, n), nn.Linear(n, 12)).double()
+        weight, optimizer = model[1].weight, precond.auto(model, lr=0.01, weight_decay=0.0)
+        before = weight.detach().clone()
+        x, words = model[0].weight.detach().clone(), torch.arange(12)
+        nn.functional.cross_entropy(model(words), words).backward()
+        optimizer.step()
+        std = x.var(0, unbiased=False).add(0.01 * x.square().mean(0)).sqrt()  # as BNP damps
+        moved = (weight.detach() - before).mul(std).abs()
+        torch.testing.assert_close(moved.median(), torch.tensor(0.01 * scale).double(), rtol=0.02, atol=0)
+        why = {row.name: row.why for row in optimizer.explain().rows}["1.weight"]
+        assert ("steps × 0.25" in why) == (n == 256)

@@ -2,7 +2,7 @@
 
 from precond.optim.blocks.block import Block, Stack
 from precond.optim.blocks.leaf import Leaf, Rule, WholeLeaf, is_decayed, is_hidden, is_matrix, matches, state_dtype
-from precond.optim.blocks.partition import by_group, by_layer, by_tensor, join, together
+from precond.optim.blocks.partition import by_group, by_layer, by_tensor, join, together, with_scores
 from precond.optim.blocks.state import COUNTS, Counts, State, counted_together, spans, whole_numbers, within
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "state_dtype",
     "together",
     "whole_numbers",
+    "with_scores",
     "within",
 ]

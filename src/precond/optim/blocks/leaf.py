@@ -34,6 +34,7 @@ class Leaf:
         turn: which of the steps of a period its periodic work falls on (:mod:`precond.optim.blocks.turns`).
         replicas: the processes that hold copies of it, as under DistributedDataParallel; None where none are known.
         shared: whether several modules hold it, as where a head's weight is the table of embeddings.
+        scores: how many inputs an output of its layer has, where that scores the rows of a table (:func:`with_scores`); 0 elsewhere.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Leaf:
     turn: int = 0
     replicas: Any = field(default=None, repr=False)
     shared: bool = False
+    scores: int = 0
 
     @property
     def shape(self) -> torch.Size:
@@ -58,6 +60,12 @@ class Leaf:
     def ndim(self) -> int:
         """The number of its dimensions."""
         return self.param.ndim
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Outputs and inputs of a layer of which it is the weight; of convolutions what a row holds."""
+        rows, columns = self.shape[0], self.param.numel() // self.shape[0]
+        return (columns, rows) if self.inputs_first and self.ndim == 2 else (rows, columns)
 
     @cached_property
     def shard(self) -> Shard | None:

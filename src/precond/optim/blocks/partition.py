@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
+
+from torch import nn
 
 from precond.optim.blocks.leaf import Leaf, state_dtype
 
@@ -45,3 +49,20 @@ def join(a: Sequence[tuple[int, ...]], b: Sequence[tuple[int, ...]]) -> list[tup
         for i in merged:
             owner[i] = merged
     return [tuple(block) for block in {id(block): block for block in owner.values()}.values()]
+
+
+CLASSES = 10
+"""A table of no more rows may have as many as there are classes, or segments, by chance."""
+
+
+def with_scores(leaves: Sequence[Leaf]) -> list[Leaf]:
+    """Leaves that know whether their layer scores the rows of a table: whether it alone has an output for each row of one.
+
+    That no other has as many outputs tells it from hidden layers of a transformer as wide as its table of positions is long.
+    """
+    weights = {leaf.layer: leaf for leaf in leaves if leaf.kind == "weight" and leaf.ndim == 2 and leaf.param.numel()}
+    layers = {name: leaf for name, leaf in weights.items() if not isinstance(leaf.module, nn.RNNBase | nn.RNNCellBase)}
+    tables = {leaf.shape[0] for leaf in leaves if leaf.kind == "embedding" and leaf.shape[0] > CLASSES}
+    alike = Counter(leaf.sides[0] for leaf in layers.values())
+    found = {name: leaf.sides for name, leaf in layers.items() if leaf.sides[0] in tables and alike[leaf.sides[0]] == 1}
+    return [replace(leaf, scores=found[leaf.layer][1]) if leaf.layer in found else leaf for leaf in leaves]

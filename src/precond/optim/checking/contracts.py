@@ -12,12 +12,17 @@ from torch import Tensor
 _OWN = f"{__name__.partition('.')[0]}."
 
 
+def of_library(cls: type) -> bool:
+    """Whether a class is the library's own."""
+    return cls.__module__.startswith(_OWN)
+
+
 def checked(cls: type, checks: Mapping[str, Callable[..., None]]) -> None:
     """Wrap the methods that a class defines itself: ``checks[name](strategy, returned, *args)`` raises TypeError or ValueError.
 
     The library's own classes are held to it by tests, and pay for no checks in each step.
     """
-    if cls.__module__.startswith(_OWN):
+    if of_library(cls):
         return
     for name, check in checks.items():
         if callable(method := cls.__dict__.get(name)) and not getattr(method, "__isabstractmethod__", False):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from precond.algebra.sharding import Shard, parts_of
 from precond.algebra.warning import warn
-from precond.optim.blocks import Leaf
+from precond.optim.blocks import Leaf, with_scores
 from precond.optim.blocks.turns import turns
 from precond.optim.inputs import Site, Survey, survey
 from precond.optim.inputs.kinds import inputs_first
@@ -196,4 +196,4 @@ class Models:
                 seen = tuple(sites.get(param, ()))
                 more = next(turn), replicas.get(param), param in shared
                 leaves.append(Leaf(name, param, kind, layer, module, k, seen, turned, attribute, *more))
-        return leaves
+        return with_scores(leaves)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,8 +25,8 @@ from precond.optim.preconditioners.whitening import Whitening
 
 NOT_OBSERVED = "inputs are not observed"
 
-CLASSES = 10
-"""A table of no more rows may have as many as there are classes, or segments, by chance."""
+SCORED = 64
+"""Inputs of a score from which on its steps are shorter in proportion: RMS moves all weights alike, and a sum of n inputs by n of these."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,10 @@ class Auto(Resolved):
     takes ``bnp @ rms``, a matrix whose inputs are not observed ``polar``. The matrices of a recurrent layer are orthogonalized one by one
     behind ``bnp``, as is the weight of a transposed convolution, a row for each input; biases of both take ``rms``. A layer that alone has
     as many outputs as a table of embeddings has rows, more than ten, scores what these stand for, words or items, some seen often and some
-    rarely. It takes ``bnp @ rms``, which evens that out as it does in the table, shared or not. Embeddings, normalization layers and all that
-    is left take ``rms``. Steps of all have about the same size in units of a layer's outputs, so that one learning rate serves all; those of
-    a table of embeddings, whose rows are outputs themselves and are seen now and then, are longer, unless a layer shares it.
+    rarely. It takes ``bnp @ rms``, which evens that out as it does in the table; of more than 64 inputs, with shorter steps. Embeddings,
+    normalization layers and all that is left take ``rms``. Steps of all have about the same size in units of a layer's outputs, so that one
+    learning rate serves all; those of a table of embeddings, whose rows are outputs themselves and are seen now and then, are longer, unless
+    a layer shares it.
 
     ``measured`` is what :func:`precond.auto` finds in its first steps of the inputs of layers: the share of independent directions,
     n/tr(K²) for n inputs of correlations K, 1 for white inputs and 1/n where all are one. From ``white`` on only scales are left to
@@ -116,6 +116,8 @@ class Auto(Resolved):
         return self.polar.advised_damping
 
     def lr_scale(self, leaf: Leaf) -> float:
+        if leaf.scores:
+            return min(1.0, SCORED / leaf.scores)
         return self.embeddings if leaf.kind == "embedding" and not leaf.shared else 1.0
 
     @property
@@ -131,12 +133,10 @@ class Auto(Resolved):
         found: list[Chosen] = []
         rest: list[int] = []
         reasons: dict[int, str] = {}
-        layers = blocks.by_layer(leaves)
-        heads = _heads([leaves[index[0]] for index in layers])
-        for index in layers:
+        for index in blocks.by_layer(leaves):
             layer = [leaves[i] for i in index]
             observed = any(leaf.sites for leaf in layer)
-            preconditioner, why = self._of_head(layer[0], observed) if layer[0] in heads else self._of_layer(layer, observed)
+            preconditioner, why = self._of_head(layer[0], observed) if layer[0].scores else self._of_layer(layer, observed)
             if preconditioner is None:
                 rest += index
                 reasons |= dict.fromkeys(index, why)
@@ -148,7 +148,8 @@ class Auto(Resolved):
         return found
 
     def _of_head(self, weight: Leaf, observed: bool) -> tuple[Preconditioner, str]:
-        why = f"scores the {_sides(weight)[0]:,} rows of a table"
+        scale = self.lr_scale(weight)
+        why = f"scores the {weight.sides[0]:,} rows of a table" + (f", steps × {scale:.2g}" if scale < 1 else "")
         return (self.bnp @ self.rms, why) if observed else (self.rms, f"{why}, {NOT_OBSERVED}")
 
     def _of_layer(self, layer: Sequence[Leaf], observed: bool) -> tuple[Preconditioner | None, str]:
@@ -156,7 +157,7 @@ class Auto(Resolved):
         if weight.ndim < 2 or weight.kind != "weight" or not weight.param.numel():
             table = "rows of a table" + (", shared with a layer" if weight.shared else f", steps × {self.embeddings:g}")
             return None, {"norm": "scales and shifts", "embedding": table}.get(weight.kind, "no matrix")
-        rows, columns = _sides(weight)
+        rows, columns = weight.sides
         if isinstance(weight.module, nn.RNNBase | nn.RNNCellBase):
             why = "matrices of a recurrence"
             return (self.bnp @ self.one_by_one, why) if observed else (self.one_by_one, f"{why}, {NOT_OBSERVED}")
@@ -192,21 +193,3 @@ class Auto(Resolved):
 
     def reasons(self, leaves: Sequence[Leaf]) -> dict[int, str]:
         return {i: c.why for c in self.chosen(leaves) for i in c.index}
-
-
-def _sides(weight: Leaf) -> tuple[int, int]:
-    """Outputs and inputs of a layer; of convolutions what a row holds."""
-    rows, columns = weight.shape[0], weight.param.numel() // weight.shape[0]
-    return (columns, rows) if weight.inputs_first and weight.ndim == 2 else (rows, columns)
-
-
-def _heads(weights: Sequence[Leaf]) -> list[Leaf]:
-    """Of the first leaves of all layers those that alone have an output for each row of some table.
-
-    That no other has as many tells them from hidden layers of a transformer as wide as its table of positions is long.
-    """
-    tables = {leaf.shape[0] for leaf in weights if leaf.kind == "embedding" and leaf.shape[0] > CLASSES}
-    matrices = [leaf for leaf in weights if leaf.kind == "weight" and leaf.ndim == 2 and leaf.param.numel()]
-    layers = [leaf for leaf in matrices if not isinstance(leaf.module, nn.RNNBase | nn.RNNCellBase)]
-    alike = Counter(_sides(leaf)[0] for leaf in layers)
-    return [leaf for leaf in layers if (rows := _sides(leaf)[0]) in tables and alike[rows] == 1]

@@ -32,7 +32,8 @@ class Preconditioner(Checked, ABC):
         diagonal: its map is diagonal, as every entrywise one is.
         states_root: its map states a root P of M = P Pᵀ.
         invertible: P has an inverse.
-        alone: its methods read tensors on the host: blocks alike are not taken side by side (unless it is :class:`~precond.Stacked`).
+        alone: blocks alike are not taken side by side (unless it is :class:`~precond.Stacked`), and not tried to: its methods read tensors on
+            the host, say.
         counts: names of numbers in its state that the host knows (how many samples a layer saw) and keeps.
         timeless: every step does the same work: the number of a step enters its formulas alone, as :attr:`State.times`.
         uses_momentum: its map is made of the momentum.
@@ -52,7 +53,7 @@ class Preconditioner(Checked, ABC):
         ...             torch.maximum(peak, g.abs().max(), out=peak)
         ...
         ...     def map(self, state):
-        ...         return precond.InverseRoot(tuple(x.expand_as(p) for x, p in zip(state["peak"], state.block.params)))
+        ...         return precond.InverseRoot(tuple(x.expand_as(p) for x, p in zip(state["peak"], state.block.tensors)))
         >>> p = torch.nn.Parameter(torch.zeros(2))
         >>> optimizer = precond.PreconditionedGD([p], lr=1.0, preconditioner=Largest())
         >>> p.grad = torch.tensor([8.0, 2.0]); _ = optimizer.step(); p.tolist()

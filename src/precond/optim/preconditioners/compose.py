@@ -123,7 +123,7 @@ class Composition(Preconditioner):
         return self.outer.handles(block) or self.inner.handles(block)
 
     def kind(self, block: Block) -> Any:
-        return tuple(part.kind(block) if part.handles(block) else None for part in self.constituents)
+        return tuple((part.kind(block),) if part.handles(block) else None for part in self.constituents)
 
     def init(self, block: Block) -> dict:
         return {

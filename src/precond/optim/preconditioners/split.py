@@ -63,7 +63,7 @@ class Split(Preconditioner):
 
     def kind(self, block: Block) -> Any:
         subs = ((part.preconditioner, block.subset(part.index)) for part in self.parts)
-        return tuple(P.kind(sub) if P.handles(sub) else None for P, sub in subs)
+        return tuple((P.kind(sub),) if P.handles(sub) else None for P, sub in subs)
 
     @property
     def timeless(self) -> bool:  # type: ignore[override]
