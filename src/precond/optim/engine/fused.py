@@ -17,6 +17,7 @@ from precond.algebra.maps import Scaled
 from precond.algebra.vec import Scalar, Tensors
 from precond.optim.blocks import Block, Stack
 from precond.optim.blocks.memory import ONE_CALL
+from precond.optim.checking import contracts
 from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.kernels.adam_in_coordinates import adam_in_coordinates
 from precond.optim.engine.kernels.bnp import bnp_step
@@ -43,8 +44,20 @@ def kernel(cell: Cell, choices: Sequence[Choice], rules: Rules) -> Kernel | None
         return None
     if on_cpu and (found := _of_layer(cell, decay) or _within(cell, decay)) is not None:
         return found
-    if isinstance(cell.block, Stack):
-        return None
+    found = None if isinstance(cell.block, Stack) else _entrywise(cell, decay)
+    return taken(cell, choices, rules) if found is None else found
+
+
+def taken(cell: Cell, choices: Sequence[Choice], rules: Rules) -> Taken | None:
+    """The step of a cell on processors that has no kernel beside, or that ranks share; None where more than decay is added."""
+    decay = decay_alone(cell.block, choices, rules)
+    on_cpu = all(t.device.type == "cpu" for t in cell.block.tensors)
+    rates = {choice.preconditioner.lr_scale(leaf) for leaf, choice in zip(cell.leaves, choices, strict=True)}
+    return Taken(decay.decoupled) if on_cpu and decay is not None and not decay.coupled and len(rates) == 1 else None
+
+
+def _entrywise(cell: Cell, decay: Decay) -> Kernel | None:
+    """torch's own, or None."""
     P, momentum = cell.preconditioner, _momentum(cell)
     if not cell.handled:
         P = Fixed()
@@ -59,6 +72,26 @@ def decay_alone(block: Block, choices: Sequence[Choice], rules: Rules) -> Decay 
     decay, *others = dict.fromkeys(_decay(choice, rules) for choice in choices)
     plain = all(t.dtype in (torch.float32, torch.float64) and _dense(t) for t in block.all_tensors)
     return None if others or rules.max_norm is not None or not plain else decay
+
+
+@dataclass(frozen=True)
+class Taken:
+    """p ← (1 − αλ)p − αu with the u that a cell takes, where penalties are no more than decay: the loop's step without what serves others.
+
+    Attributes:
+        decay: λ.
+    """
+
+    decay: float
+
+    def __call__(self, cell: Cell, p: Tensors, g: Tensors, lr: Scalar, maximize: bool) -> None:
+        lr = float(lr)
+        u = cell.taken(tuple(torch._foreach_neg(g) if maximize else g))
+        contracts.shapes("the step P Pᵀg", u, tuple(p))
+        if self.decay:
+            torch._foreach_mul_(p, 1 - lr * self.decay)
+        torch._foreach_add_(p, u, alpha=-lr)
+        cell.refresh()
 
 
 @dataclass(frozen=True)

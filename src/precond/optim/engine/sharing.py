@@ -208,7 +208,7 @@ class Shared(Cell):
     def _kernel(self, cell: Cell) -> Kernel | None:
         if id(cell) not in self._kernels:
             plain = Choice(cell.preconditioner, cell.momentum)
-            self._kernels[id(cell)] = None if self.reference else fused.kernel(cell, [plain], Rules())
+            self._kernels[id(cell)] = None if self.reference else fused.kernel(cell, [plain] * len(cell.leaves), Rules())
         return self._kernels[id(cell)]
 
     def refresh(self) -> None:

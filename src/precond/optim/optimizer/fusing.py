@@ -15,7 +15,6 @@ from precond.optim.engine import fused
 from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.kernels.entrywise import Kernel
 from precond.optim.engine.loop import Rules
-from precond.optim.engine.shared_step import shared_step
 from precond.optim.engine.sharing import Shared
 from precond.optim.regularizers import L2
 
@@ -38,7 +37,7 @@ def kernels_of(
     found: list[Kernel | None] = []
     for cell in cells:
         of_leaves = [plain[leaf.group] for leaf in cell.leaves]
-        found.append(shared_step(cell, of_leaves, rules) if isinstance(cell, Shared) else fused.kernel(cell, of_leaves, rules))
+        found.append(fused.taken(cell, of_leaves, rules) if isinstance(cell, Shared) else fused.kernel(cell, of_leaves, rules))
     return found
 
 
