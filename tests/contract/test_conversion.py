@@ -153,3 +153,19 @@ def test_made_of_a_model_on_meta(name, fill):
         step(model, optimizer, t)
         step(other, after, t)
     assert torch.equal(flat(model), flat(other))
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_what_is_stepped_by_other_statistics_begins_anew(engine):
+    """Under auto a bias whose weight is frozen goes from its layer's steps to RMS's, whose first step is one rate long at most."""
+    model, lr = net(), 1e-3
+    optimizer = precond.auto(model, lr=lr, weight_decay=0.0, engine=engine)
+    for t in range(3):
+        step(model, optimizer, t)
+    for frozen in (True, False, True):
+        model[0].weight.requires_grad_(not frozen)
+        before = model[0].bias.detach().clone()
+        step(model, optimizer, 3)
+        if frozen:
+            assert (model[0].bias - before).abs().max() <= 1.01 * lr
+    assert optimizer.state[model[0].bias]["step"] == 1 and optimizer.state[model[0].weight]["step"] == 4

@@ -154,6 +154,8 @@ class _Single:
         regularizers = choices[block.leaves[0].group].regularizers
         if clean and "m" in average and P.uses_momentum and any(r.joins_gradient for r in regularizers):
             average["clean"] = block.zeros()
+        anew = _lacking(state, existing, outside)
+        existing = {leaf.param: existing.get(leaf.param, {}) for leaf in block.leaves if leaf not in anew}
         steps = tuple(as_count(existing.get(leaf.param, {}).get("step")) for leaf in block.leaves)
         for s in (state, average):
             _adopt(s, existing, steps, outside)
@@ -205,6 +207,27 @@ def _structure(state: State) -> Iterator[tuple[Any, ...]]:
             yield key, tuple(_structure(value))
         elif key not in COUNTS:
             yield key, tuple((tuple(t.shape), t.dtype) for t in (value if isinstance(value, tuple) else (value,)))
+
+
+def _lacking(state: State, existing: Existing, outside: Callable[[str], str], prefix: str = "") -> list[Leaf]:
+    """The leaves that have made steps by other statistics than these, as a bias by those of its layer: they begin anew.
+
+    Else their momentum would be divided by the root of a second moment that knows one gradient, and counts many.
+    """
+    found: list[Leaf] = []
+    for key, value in state.items():
+        if isinstance(value, State):
+            found += _lacking(value, existing, outside, prefix + within(key))
+        elif key not in COUNTS and key not in _LATER:
+            for leaf, _ in zip(state.block.leaves, value if isinstance(value, tuple) else (value,), strict=False):
+                known = existing.get(leaf.param, {})
+                if outside(prefix + key) not in known and bool(known.get("step", 0)):
+                    found.append(leaf)
+    return found
+
+
+_LATER = frozenset({"r_max", "scale"})
+"""Statistics that may begin in the midst: AMSGrad's maximum, and lengths of relative steps, which earlier versions did not save."""
 
 
 def _adopt(

@@ -115,13 +115,13 @@ class Bound(torch.optim.Optimizer):
 
     def adopt(self, bound: Binding, state: defaultdict[Tensor, Any]) -> None:
         """Take a binding and its state as the optimizer's own; where ranks step for each other now what they did not, all of them must."""
-        self._consolidated = None
+        entries.forget(state, bound.entries)
         self._owned = handover.receive(bound, self._owned, state, self.naming.outside)
         self.state = state if isinstance(state, entries.States) else entries.States(given=state)
         for leaf, key, tensor in bound.entries:
             self.state[leaf.param][self.naming.outside(key)] = tensor
         entries.follow(self.state)
-        self._bound, self._kernels_of, self._pending = bound, None, None
+        self._bound, self._kernels_of, self._pending, self._consolidated = bound, None, None, None
         self._averaged = None if self.average is None else Averaged.of(self.average, bound.entries)
 
     def _follow_groups(self) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from functools import wraps
 from typing import Any
 
 from torch import Tensor
+
+from precond.optim.blocks import Leaf
 
 _CHANGES = ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update")
 
@@ -77,3 +79,10 @@ def follow(state: Mapping[Tensor, Any]) -> None:
 def with_data(state: Mapping[Tensor, Mapping[str, Any]]) -> dict[Tensor, dict[str, Any]]:
     """Without what was made on the meta device for parameters that have left it."""
     return {p: {key: t for key, t in entries.items() if p.is_meta or not t.is_meta} for p, entries in state.items()}
+
+
+def forget(state: MutableMapping[Tensor, Any], now: Iterable[tuple[Leaf, str, Tensor]]) -> None:
+    """Take away what parameters had that begin anew."""
+    for leaf, key, t in now:
+        if key == "step" and not t and bool(state.get(leaf.param, {}).get("step", 0)):
+            del state[leaf.param]
