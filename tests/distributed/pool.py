@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import runpy
-import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -43,15 +42,9 @@ def program(script: Path, port: int) -> None:
     rank, world = os.environ["RANK"], str(dist.get_world_size())
     dist.destroy_process_group()  # it makes its own
     os.environ |= {"LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # who starts them has the store: it outlives rank 0
     os.chdir(script.parent)
     runpy.run_path(str(script), run_name="__main__")
-
-
-def free_port() -> int:
-    """On the loopback interface."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def _serve(rank: int, world: int, store: str, pipe: Any, timeout: float) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from distributed.launching import torchrun
-from distributed.pool import Pool, free_port, program
+from distributed.pool import Pool, program
 from distributed.training import Setting, train
 
 torch.set_num_threads(1)
@@ -43,9 +44,9 @@ def test_programs_of_the_documentation(tmp_path, name, processes, code):
     """In forks: torchrun itself, which imports torch once more in each process, has the script above."""
     script = tmp_path / f"{name}.py"
     script.write_text(code)
-    pool = Pool(tmp_path, processes)
+    pool, store = Pool(tmp_path, processes), TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     try:
-        pool.run(program, script, free_port())
+        pool.run(program, script, store.port)
     finally:
         pool.stop()
 

@@ -271,3 +271,13 @@ def test_muon_takes_recurrent_matrices_and_neither_embeddings_nor_a_tied_head() 
                 # Adam's first step, where the gradient is not tiny.
                 assert step.abs().max() == pytest.approx(0.01, rel=0.01), name
                 assert step.abs()[step != 0].median() == pytest.approx(0.01, rel=0.01), name
+
+
+def test_muon_of_tables_alone_is_adamw():
+    """As a recommender that has nothing else: torch's Muon takes no empty list."""
+    table = nn.Embedding(5, 3)
+    optimizer = peers.muon(table, 0.01)
+    table(torch.tensor([1, 2])).square().sum().backward()
+    optimizer.step()
+    (group,) = optimizer.param_groups
+    assert group["params"] == [table.weight] and "betas" in group

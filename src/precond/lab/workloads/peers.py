@@ -48,7 +48,9 @@ def muon(model: nn.Module, lr: float) -> Optimizer:
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
     flat = [nn.Parameter(p.data.flatten(1)) for p in matrices]
-    made: list[Optimizer] = [torch.optim.Muon(flat, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")]
+    made: list[Optimizer] = []
+    if flat:
+        made.append(torch.optim.Muon(flat, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     if rest:
         made.append(torch.optim.AdamW(rest, lr, weight_decay=0.0, fused=True))
     return Joined(made, list(zip(matrices, flat, strict=True)))
