@@ -89,7 +89,9 @@ def test_state_follows(name, change):
         assert not torch.equal(flat(model), start) and flat(model).isfinite().all()
         params = set(model.parameters())
         assert set(optimizer.state) <= params and {p for g in optimizer.param_groups for p in g["params"]} == params
-        assert {int(e["step"]) for e in optimizer.state.values()} == {before + 2}
+        # Under auto a bias whose weight is computed now is scaled by another statistic, and begins anew.
+        anew = {2} if (name, change) == ("auto", "parametrized") else set()
+        assert {int(e["step"]) for e in optimizer.state.values()} == {before + 2} | anew
         wide = {torch.float32 if p.dtype.itemsize == 2 else p.dtype for p in params}
         kept = {t.dtype for e in optimizer.state.values() for k, t in e.items() if k not in ("step", "residual")}
         assert kept <= wide

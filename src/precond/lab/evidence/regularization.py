@@ -34,7 +34,7 @@ def full_root(n: int) -> Tensor:
 def one_step(problem: Problem, preconditioner: Preconditioner, regularizers: Sequence[Regularizer] = ()) -> Tensor:
     """(p − p⁺)/α of one step of the library's optimizer; p is as before afterwards."""
     p = problem.p
-    optimizer = PreconditionedGD(problem.model, _ALPHA, preconditioner=preconditioner, regularizers=regularizers)
+    optimizer = PreconditionedGD(problem.model, _ALPHA, preconditioner=preconditioner, regularizers=regularizers, engine="loop")
     optimizer.step(LossClosure(lambda: problem.loss_with_penalty(problem.model(problem.x), problem.y)))
     moved = (p - problem.p) / _ALPHA
     problem.set(p)

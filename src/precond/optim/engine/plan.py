@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -210,24 +211,23 @@ def _structure(state: State) -> Iterator[tuple[Any, ...]]:
 
 
 def _lacking(state: State, existing: Existing, outside: Callable[[str], str], prefix: str = "") -> list[Leaf]:
-    """The leaves that have made steps by other statistics than these, as a bias by those of its layer: they begin anew.
+    """The leaves that have made steps without a second moment that is to scale them now, as a bias in those of its layer: they begin anew.
 
-    Else their momentum would be divided by the root of a second moment that knows one gradient, and counts many.
+    Else their momentum would be divided by the root of what knows one gradient, and counts many.
     """
     found: list[Leaf] = []
     for key, value in state.items():
         if isinstance(value, State):
             found += _lacking(value, existing, outside, prefix + within(key))
-        elif key not in COUNTS and key not in _LATER:
-            for leaf, _ in zip(state.block.leaves, value if isinstance(value, tuple) else (value,), strict=False):
-                known = existing.get(leaf.param, {})
-                if outside(prefix + key) not in known and bool(known.get("step", 0)):
-                    found.append(leaf)
+        elif key == SECOND_MOMENT:
+            known = [existing.get(leaf.param, {}) for leaf in state.block.leaves]
+            gone = [outside(prefix + key) not in k and bool(k.get("step", 0)) for k in known]
+            found += compress(state.block.leaves, gone)
     return found
 
 
-_LATER = frozenset({"r_max", "scale"})
-"""Statistics that may begin in the midst: AMSGrad's maximum, and lengths of relative steps, which earlier versions did not save."""
+SECOND_MOMENT = "r"
+"""The statistic, of RMS and SOAP, whose zeros at first are corrected by the number of steps."""
 
 
 def _adopt(

@@ -50,7 +50,7 @@ class Stepping(SecondGradients):
         return (
             bool(kernels)
             and not self._bound.shared
-            and all(k is not None or isinstance(cell.preconditioner, Stacked) for k, cell in cells)
+            and all(isinstance(cell.preconditioner, Stacked) or not isinstance(k, fused.Taken | None) for k, cell in cells)
         )
 
     def _step_by_kernels(self, loss: Any) -> bool:
