@@ -243,6 +243,14 @@ def test_a_look_in_another_precision_between_two_steps(choice):
     check_same(train(True), train(False))
 
 
+def after_two_steps(layer, optimizer):
+    for k in range(2):
+        optimizer.zero_grad()
+        layer(batch(k)[:, :, 0]).square().mean().backward()
+        optimizer.step()
+    return snapshot(layer, optimizer)
+
+
 def test_a_forward_that_is_interrupted_in_a_hook_of_others_leaves_nothing():
     def interrupt(module, args):
         raise KeyboardInterrupt
@@ -256,11 +264,7 @@ def test_a_forward_that_is_interrupted_in_a_hook_of_others_leaves_nothing():
             with pytest.raises(KeyboardInterrupt):
                 layer(batch(9)[:, :, 0])
             hook.remove()
-        for k in range(2):
-            optimizer.zero_grad()
-            layer(batch(k)[:, :, 0]).square().mean().backward()
-            optimizer.step()
-        return snapshot(layer, optimizer)
+        return after_two_steps(layer, optimizer)
 
     check_same(train(True), train(False))
 
@@ -307,11 +311,7 @@ def test_a_forward_that_raises_before_the_inputs_are_read_leaves_nothing():
             with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
                 layer(torch.ones(4, 7, dtype=torch.float64))
         assert not layer._forward_hooks
-        for k in range(2):
-            optimizer.zero_grad()
-            layer(batch(k)[:, :, 0]).square().mean().backward()
-            optimizer.step()
-        return snapshot(layer, optimizer)
+        return after_two_steps(layer, optimizer)
 
     check_same(train(True), train(False))
 

@@ -46,11 +46,9 @@ class BNPStep(OfLayer):
         descended = [torch._foreach_neg(task.g) if task.maximize else task.g for task in tasks]
         if momentum is not None:
             # Folded in place of the gradient, which stays as it is.
-            averages = [task.cell.average["m"] for task in tasks]
-            m = [t for own in averages for t in own]
-            torch._foreach_mul_(m, momentum.beta)
-            torch._foreach_add_(m, [t for g in descended for t in g])
-            descended = averages
+            averages = [task.cell.average for task in tasks]
+            momentum.fold_all(averages, descended)
+            descended = [average["m"] for average in averages]
         for (kernel, cell, p, _, lr, *_), v in zip(tasks, descended, strict=True):
             kernel._move(cell, p, v, float(lr))
 
