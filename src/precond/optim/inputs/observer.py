@@ -68,10 +68,10 @@ class Observer:
         self._seen: InputMoments = {}  # since the last backward through the layer
         self._earlier: InputMoments = {}  # before it: micro-batches, or a step that a scaler skipped
         self._marks: dict[str, Mark] = {}
-        self._given_up: set[str] = set()  # sites whose gradients were cleared when no backward had been
+        self._cleared: dict[str, bool] = {}  # sites whose gradients were cleared since their forward: whether after a backward
         if before is not None:  # in this step, of the model as it was
             self._seen, self._earlier = dict(before._seen), dict(before._earlier)
-            self._marks, self._given_up = dict(before._marks), set(before._given_up)
+            self._marks, self._cleared = dict(before._marks), dict(before._cleared)
         self._without_grad: dict[nn.Module, int] = {}
         self._work: dict[nn.Module, tuple[Tap, list[tuple[Site, Weight, list[Key]]]]] = {}
         self._shapes: dict[Key, tuple[int, int]] = {}
@@ -122,9 +122,9 @@ class Observer:
                 self._separate(site)
                 if site.weight.grad is None:  # cleared, by whomever
                     self._drop(self._earlier, site)
-            elif site.name in self._given_up:  # neither backward nor step, and now anew: of a batch that was passed over
+            elif site.name in self._cleared:  # neither backward nor step, and now anew: of a batch that is over
                 self._drop(self._seen, site)
-            self._given_up.discard(site.name)
+            self._cleared.pop(site.name, None)
             self._marks[site.name] = mark(site.weight)
             for key in keys:
                 if key not in self.wanted:
@@ -166,10 +166,12 @@ class Observer:
 
     def collect(self) -> InputMoments:
         """What was seen since :meth:`clear`."""
-        if not self._earlier:
-            return dict(self._seen)
-        both = {key: pool([self._seen[key], self._earlier[key]]) for key in self._earlier.keys() & self._seen.keys()}
-        return {**self._earlier, **self._seen, **both}
+        seen = dict(self._seen)
+        for site in self.sites if self._cleared else ():
+            if self._cleared.get(site.name) and not self._used(site):  # its gradient is no more, and no other was made of it
+                self._drop(seen, site)
+        both = {key: pool([seen[key], self._earlier[key]]) for key in self._earlier.keys() & seen.keys()}
+        return {**self._earlier, **seen, **both}
 
     def _used(self, site: Site) -> bool:
         """Whether the layer's gradient has changed since its last forward."""
@@ -177,30 +179,39 @@ class Observer:
         return known is not None and not known.holds(site.weight)
 
     def _drop(self, of: InputMoments, site: Site) -> None:
-        for request in self.requests:
-            of.pop((site.name, request), None)
+        for key in self._keys(site):
+            of.pop(key, None)
+
+    def _keys(self, site: Site) -> set[Key]:
+        return {(site.name, request) for request in self.requests}
 
     def _separate(self, site: Site) -> None:
-        for key in [(site.name, request) for request in self.requests]:
-            if key in self._seen:
-                found = self._seen.pop(key)
-                self._earlier[key] = pool([found, self._earlier[key]]) if key in self._earlier else found
+        for key in self._keys(site) & self._seen.keys():
+            found = self._seen.pop(key)
+            self._earlier[key] = pool([found, self._earlier[key]]) if key in self._earlier else found
 
     def separate(self) -> None:
         """Keep what was seen so far apart from what is seen next."""
         for site in self.sites if self._seen else ():
-            self._separate(site)
+            if site.name not in self._cleared or self._used(site):
+                self._separate(site)
 
     def drop_earlier(self) -> None:
         """Of layers seen since :meth:`separate`, that alone counts."""
         for key in self._seen:
             self._earlier.pop(key, None)
 
-    def drop_used(self) -> None:
-        """Forget what was seen before the last backward, whose gradient is about to be cleared."""
+    def clearing(self) -> None:
+        """Gradients are about to be cleared: forwards whose backward has been count no more, unless another backward goes through them.
+
+        So it is where each of several losses of one forward has a backward of its own, and gradients are cleared in between (PCGrad,
+        GradNorm). A new forward of the layer tells that the old one is over.
+        """
         for site in self.sites if self._marks else ():
             if self._used(site):
-                self._separate(site)
+                self._cleared[site.name] = True
+                for key in self._keys(site) & self._earlier.keys():
+                    self._seen[key] = pool([m for of in (self._earlier, self._seen) if (m := of.get(key)) is not None])
         self._earlier = {}
 
     def cleared(self) -> None:
@@ -208,12 +219,12 @@ class Observer:
         for site in self.sites if self._marks else ():
             if site.name in self._marks:
                 self._marks[site.name] = mark(site.weight)
-                if any((site.name, request) in self._seen for request in self.requests):
-                    self._given_up.add(site.name)
+                if not self._seen.keys().isdisjoint(self._keys(site)):
+                    self._cleared.setdefault(site.name, False)
 
     def clear(self) -> None:
         """Forget it: the step was taken, or skipped."""
-        self._seen, self._earlier, self._marks, self._without_grad, self._given_up = {}, {}, {}, {}, set()
+        self._seen, self._earlier, self._marks, self._without_grad, self._cleared = {}, {}, {}, {}, {}
         self.unread, self._first = {}, True
 
     def close(self) -> None:
