@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,31 +16,11 @@ from precond.optim.inputs.moments import Moments, Request, pool
 from precond.optim.inputs.reading import Unreadable
 from precond.optim.inputs.sites import Site
 from precond.optim.inputs.taps import Tap, Weight
+from precond.optim.inputs.watched import Key, Mark, Watched, holder, mark
 from precond.optim.inputs.watching import watching
 
-Key = tuple[str, Request]
-"""A site's name, and a request."""
 InputMoments = dict[Key, Moments]
 _AS_IT_IS = nullcontext()
-
-
-class Mark(NamedTuple):
-    """Which gradient a parameter had, to tell whether a backward has been since; keeps none alive."""
-
-    gradient: weakref.ref[Tensor] | None
-    version: int
-
-    def holds(self, param: Tensor) -> bool:
-        """Whether it still has that gradient."""
-        g = param.grad
-        if g is None or self.gradient is None:
-            return g is None and self.gradient is None
-        return self.gradient() is g and g._version == self.version
-
-
-def mark(param: Tensor) -> Mark:
-    """The gradient that a parameter has now."""
-    return Mark(None, 0) if param.grad is None else Mark(weakref.ref(param.grad), param.grad._version)
 
 
 class Observer:
@@ -73,12 +53,12 @@ class Observer:
             self._seen, self._earlier = dict(before._seen), dict(before._earlier)
             self._marks, self._cleared = dict(before._marks), dict(before._cleared)
         self._without_grad: dict[nn.Module, int] = {}
-        self._work: dict[nn.Module, tuple[Tap, list[tuple[Site, Weight, list[Key]]]]] = {}
+        self._work: dict[nn.Module, tuple[Tap, list[Watched]]] = {}
         self._shapes: dict[Key, tuple[int, int]] = {}
         for site in self.sites:
             keys = [(site.name, request) for request in self.requests]
             for tap, weight in site.taps:
-                self._work.setdefault(tap.module, (tap, []))[1].append((site, weight, keys))
+                self._work.setdefault(tap.module, (tap, []))[1].append(Watched(site, weight, keys, *holder(tap.module, weight)))
         for module in self._work:
             sweep(module)  # copies of copies would carry ever more
         self._handles = [m.register_forward_pre_hook(InputHook(self, "see"), with_kwargs=True) for m in self._work]
@@ -87,7 +67,7 @@ class Observer:
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called before each forward of a watched module."""
         work = self._work.get(module)  # None in a shallow copy, such as nn.DataParallel's replicas
-        changed = work is not None and any(self._known.get(s.name) != _kind(s.weight) for s, *_ in work[1])
+        changed = work is not None and any(self._known.get(w.site.name) != _kind(w.site.weight) for w in work[1])
         if (self._first or changed) and self.enabled and not self.absent and watching():
             again = not torch.is_grad_enabled()  # no forward of a step
             self._first = again
@@ -99,21 +79,21 @@ class Observer:
         if work is None or not (self.enabled and module.training and watching()) or _transformed() or not self._counts(module):
             return
         tap, weights = work
-        asked = [w for w in weights if w[0].weight.requires_grad and not self.wanted.keys().isdisjoint(w[2])]
+        asked = [w for w in weights if w.site.weight.requires_grad and not self.wanted.keys().isdisjoint(w.keys) and not w.lent]
         if not asked:
             return
         try:
-            device = asked[0][0].weight.device.type
+            device = asked[0].site.weight.device.type
             full = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
             with torch.no_grad(), full:
                 args, kwargs, speaks = gathered(args, kwargs)  # under tensor parallelism
                 if (call := tap.read(args, kwargs)) is None:
                     return
-                for site, weight, keys in asked:
-                    self._fold(tap, call, site, weight, keys if speaks else ())
+                for w in asked:
+                    self._fold(tap, call, w.site, w.weight, w.keys if speaks else ())
         except Exception as error:
-            for site, _, _ in asked:
-                self.unread[site.name] = why_unread(error)
+            for w in asked:
+                self.unread[w.site.name] = why_unread(error)
 
     def _fold(self, tap: Tap, call: Any, site: Site, weight: Weight, keys: Sequence[Key]) -> None:
         """Put what a call shows of a weight to what was seen before."""
