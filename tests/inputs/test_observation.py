@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -222,6 +224,29 @@ def test_parameters_that_take_the_place_of_others_between_two_steps_are_seen():
         model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
         step(model, optimizer)
     assert [optimizer.state[layer.weight]["count"].item() for layer in (model.stem, model.head)] == [24, 24]
+
+
+def test_forwards_in_several_threads_all_count():
+    def train(threads):
+        model, optimizer = make()
+        model.body[3].p = 0.0  # masks would be drawn in another order
+        for _ in range(2):
+            optimizer.zero_grad()
+            parts = [data(3, 4, seed=k) for k in range(60)]
+            with ThreadPoolExecutor(threads) if threads else contextlib.nullcontext() as pool:
+                ys = list((pool.map if threads else map)(model, parts))
+            sum(y.square().mean() for y in ys).backward()
+            optimizer.step()
+        return model, optimizer
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns often
+    try:
+        found = train(8)
+    finally:
+        sys.setswitchinterval(interval)
+    assert found[1].state[found[0].stem.weight]["count"].item() == 2 * 60 * 3
+    check_same(found, train(None), exact=False)
 
 
 def test_an_empty_batch_shows_nothing():

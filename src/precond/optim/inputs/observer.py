@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from threading import RLock
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ class Observer:
         if before is not None:  # in this step, of the model as it was
             self._seen, self._earlier = dict(before._seen), dict(before._earlier)
             self._marks, self._cleared = dict(before._marks), dict(before._cleared)
+        self._lock = RLock()  # for forwards in several threads; a tap may call the module again
         self._without_grad: dict[nn.Module, int] = {}
         self._work: dict[nn.Module, tuple[Tap, list[Watched]]] = {}
         self._shapes: dict[Key, tuple[int, int]] = {}
@@ -76,9 +78,15 @@ class Observer:
                 return now.see(module, args, kwargs)
         if not self.wanted or self.absent:
             return
-        if work is None or not (self.enabled and module.training and watching()) or _transformed() or not self._counts(module):
+        if work is None or not (self.enabled and module.training and watching()) or _transformed():
             return
-        tap, weights = work
+        with self._lock:
+            self._read(module, *work, args, kwargs)
+
+    def _read(self, module: nn.Module, tap: Tap, weights: list[Watched], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read a call and fold it in, where it counts."""
+        if not self._counts(module):
+            return
         asked = [w for w in weights if w.site.weight.requires_grad and not self.wanted.keys().isdisjoint(w.keys) and not w.lent]
         if not asked:
             return
