@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import precond
 from inputs.layers import data
 from inputs.steps import check_step, copies, stepped
 from precond import BNP, RMS, PreconditionedGD, Route, adamw, decay_groups
@@ -115,3 +116,35 @@ def test_a_block_that_a_group_adds_is_observed():
     second(first(x)).square().mean().backward()
     optimizer.step()
     check_step([second.weight, second.bias], hidden, before)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "later"])
+@pytest.mark.parametrize("recipe", ["bnp", "whitening", "auto"])
+def test_a_layer_outside_of_the_model_is_told(recipe, late):
+    """Its weights are stepped, without statistics; a number beside the model, such as a temperature, is no layer."""
+    first, second, temperature = nn.Linear(4, 4), nn.Linear(4, 2), nn.Parameter(torch.ones(()))
+    groups = [{"params": first}, {"params": [temperature]}, {"params": second.parameters()}]
+    make = precond.RECIPES[recipe]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = make(groups[:2])
+        second.requires_grad_(False)
+        frozen = make([*groups[:2], {"params": list(second.parameters())}])
+        second.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"'param_\d' is of no module that the optimizer has") as told:
+        if late:
+            optimizer.add_param_group(groups[2])
+        else:
+            optimizer = make(groups)
+    assert len(told) == 1
+    assert [row.name for row in optimizer.explain().rows if "is of no module" in row.why] == ["param_3"]
+    with pytest.warns(UserWarning, match=r"'param_\d' is of no module that the optimizer has"):
+        second(first(torch.ones(3, 4))).sum().backward()
+        frozen.step()  # which finds it thawed
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            optimizer.zero_grad()
+            second(first(torch.randn(3, 4))).sum().backward()
+            optimizer.step()
+        optimizer.add_param_group({"params": nn.Linear(2, 2)})

@@ -12,6 +12,7 @@ from torch import Tensor
 from precond.algebra.sharding import local
 from precond.algebra.vec import all_finite
 from precond.algebra.warning import warn
+from precond.optim.blocks import is_matrix
 from precond.optim.engine.cells import Cell
 from precond.optim.engine.shared_state import owned_statistics
 from precond.optim.inputs import Request, Site
@@ -65,7 +66,7 @@ class ModelHooks:
             self.observer = Observer(found.sites, self.requests, before)
             of = weakref.WeakMethod(ready)
             self.observer.ready = lambda: None if (call := of()) is None else call()
-            self.want(cells)
+            self.follow(cells)
             if distributed():
                 check_alike(self.observer)
 
@@ -163,6 +164,11 @@ class ModelHooks:
         """The model has changed, and what is needed of it may have."""
         if self.observer is not None:
             self.observer.know()
+            leaves = [leaf for cell in cells for each in cell.cells for leaf in each.leaves]
+            strangers = {leaf.name: leaf.param for leaf in leaves if leaf.module is None and is_matrix(leaf)}
+            self.unobserved |= dict.fromkeys(strangers.values(), _STRANGE)
+            _warn(dict.fromkeys(strangers.keys() - self._warned, _STRANGE))
+            self._warned |= strangers.keys()
         self.want(cells)
 
     def want(self, cells: Sequence[Cell]) -> None:
@@ -226,6 +232,7 @@ class ModelHooks:
 
 
 _WITHOUT = "are stepped without them, by what is composed with them (Adam, say) or else by their gradient"
+_STRANGE = "is of no module that the optimizer has: give its layer as the group, {'params': layer}"
 _UNSEEN = "was not called as a layer that trains: it is in eval() mode, or called by its forward() or by a function"
 
 
