@@ -26,21 +26,14 @@ def test_cells_are_brighter_than_their_ground() -> None:
 
 
 def test_galaxies_are_of_their_kind() -> None:
-    """The light of a ring is far from the middle, that of an edge-on disk on a line; pairs are longer than single ones."""
+    """In the mean over all places and angles, light falls off with the distance as the kind says."""
     found = pictures.galaxies(5, 3000)
     x, y = pictures.grid(pictures.GALAXY_SIDE)
-    light = (found.inputs[:, 0] - found.inputs[:, 0].flatten(1).median(1).values[:, None, None]).clamp_min(0.5) - 0.5
-    weights = light / light.sum((1, 2), keepdim=True).clamp_min(1e-6)
-    cx, cy = ((weights * axis).sum((1, 2), keepdim=True) for axis in (x, y))
-    a, b, c = ((weights * left * right).sum((1, 2)) for left, right in ((x - cx, x - cx), (y - cy, y - cy), (x - cx, y - cy)))
-    root = ((a - b).square() / 4 + c.square()).sqrt()
-    long, short = (a + b) / 2 + root, ((a + b) / 2 - root).clamp_min(0)
-    by_kind = {kind: found.targets == k for k, kind in enumerate(pictures.GALAXIES)}
-    flat = {kind: (short[at] / long[at].clamp_min(1e-6)).mean().item() for kind, at in by_kind.items()}
-    assert all(flat["edge-on"] < 0.8 * flat[kind] for kind in ("elliptical", "spiral", "ring"))
-    near = (x.square() + y.square()).sqrt() < 0.15
-    centre = {kind: (found.inputs[at, 0] * near).sum() / at.sum() for kind, at in by_kind.items()}
-    assert centre["elliptical"] > centre["ring"] and long[by_kind["pair"]].mean() > long[by_kind["elliptical"]].mean()
+    r = (x.square() + y.square()).sqrt()
+    means = {kind: found.inputs[found.targets == k, 0].mean(0) for k, kind in enumerate(pictures.GALAXIES)}
+    near, far = ({kind: mean[at].mean().item() for kind, mean in means.items()} for at in (r < 0.2, (r > 0.35) & (r < 0.6)))
+    assert all((far[kind] > near[kind]) == (kind == "ring") for kind in pictures.GALAXIES)
+    assert far["pair"] > far["spiral"] > far["elliptical"] and min(far, key=far.__getitem__) == "edge-on"
 
 
 def test_displays_light_the_segments_of_their_digits() -> None:
@@ -65,7 +58,8 @@ def test_costs_have_heavy_tails_and_follow_from_their_columns() -> None:
     assert (numbers > 0).all() and (numbers[:, 1] <= numbers[:, 0] - 18).all()
     assert (numbers[:, [3, 6]].amax(0) > 8 * numbers[:, [3, 6]].median(0).values).all()
     cost = found.targets[:, 0]
-    assert cost.std() > 1.3 * (cost.quantile(0.84) - cost.quantile(0.16)) / 2
+    # A normal one has its furthest of 6,000 at 4 standard deviations.
+    assert (cost - cost.median()).abs().max() > 3 * (cost.quantile(0.84) - cost.quantile(0.16))
     young = numbers[:, 0] < 25
     assert cost[young].median() > cost[~young].median() + 0.3
 
@@ -226,7 +220,7 @@ def test_a_deeponet_is_a_product_of_its_nets() -> None:
     nn.init.constant_(model.bias, 0.3)
     for i, j in itertools.product(range(3), range(2)):
         expected = model.branch(x[i, :5]) @ model.trunk(x[i, 5 + j : 6 + j]) + 0.3
-        torch.testing.assert_close(model(x)[i, j : j + 1], expected)
+        torch.testing.assert_close(model(x)[i, j], expected)
 
 
 def test_towers_score_all_pairs_of_a_batch() -> None:
