@@ -12,7 +12,7 @@ from precond.lab.workloads.entrant import Peer
 from precond.lab.workloads.pool import CONFIRMATION, HELD_OUT, POOL, SEALED
 from precond.lab.workloads.pool.confirmation.networks import GroupedLlama, WordGPT
 from precond.lab.workloads.pool.held_out.networks import ParallelGPT, TuneLlama
-from precond.lab.workloads.pool.sealed.networks import RecurrentLM
+from precond.lab.workloads.pool.sealed.texts import RecurrentLM
 
 MEMBERS = {member.name: member for member in POOL}
 BLIND = CONFIRMATION + HELD_OUT + SEALED

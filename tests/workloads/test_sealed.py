@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from precond.lab.workloads.pool import POOL
-from precond.lab.workloads.pool.sealed import networks, pictures, sequences
+from precond.lab.workloads.pool.sealed import networks, pictures, sequences, texts
 from precond.lab.workloads.pool.sealed.members import among_others_loss
 from precond.lab.workloads.text import ALPHABET
 
@@ -154,7 +154,7 @@ def test_docstrings_are_prose() -> None:
 def test_a_gated_recurrence_is_one_step_after_the_other() -> None:
     """A loop over places in float64."""
     torch.manual_seed(0)
-    model = networks.GatedRecurrence(5).double()
+    model = texts.GatedRecurrence(5).double()
     x = torch.randn(3, 13, 5, dtype=torch.float64)
     kept, h, rows = model.decay.sigmoid(), torch.zeros(3, 5, dtype=torch.float64), []
     for place in x.unbind(1):
@@ -166,7 +166,7 @@ def test_a_gated_recurrence_is_one_step_after_the_other() -> None:
 
 def test_a_translator_sees_all_of_the_source_and_of_the_target_what_is_written() -> None:
     torch.manual_seed(0)
-    model = networks.Translator(9, 5, 4, 6, 16, 1, 2)
+    model = texts.Translator(9, 5, 4, 6, 16, 1, 2)
     signs = torch.randint(5, (2, 10))
     before = model(signs)
     assert before.shape == (2, 5, 6)
@@ -254,6 +254,6 @@ def test_the_tuned_encoder_trains_its_adapters_its_norms_and_its_head() -> None:
     others = dict(second.named_parameters())
     assert all(torch.equal(p, others[name]) for name, p in first.named_parameters() if name not in moving)
     assert not torch.equal(first.get_parameter("head.weight"), second.get_parameter("head.weight"))
-    adapters = [m for m in first.modules() if isinstance(m, networks.Adapter)]
+    adapters = [m for m in first.modules() if isinstance(m, texts.Adapter)]
     x = torch.randn(2, 48)
     assert len(adapters) == 2 * 2 and all(torch.equal(adapter(x), x) for adapter in adapters)

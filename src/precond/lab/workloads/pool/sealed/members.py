@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 
 import torch
@@ -9,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from precond.lab.workloads.pool.finetuning import trained
-from precond.lab.workloads.pool.member import Member, in_parts, scaled
-from precond.lab.workloads.pool.sealed import networks, pictures, sequences
+from precond.lab.workloads.pool.halves import SEALED
+from precond.lab.workloads.pool.member import Family, Member, in_parts, scaled
+from precond.lab.workloads.pool.sealed import networks, pictures, sequences, texts
 from precond.lab.workloads.problem import Tensors
 from precond.lab.workloads.text import ALPHABET
 
@@ -69,7 +71,7 @@ def _displays() -> Tensors:
 @cache
 def _dates() -> Tensors:
     about = "Dates of 1900 to 2099 as people write them, in five forms, to those of ISO 8601 (seed 405)."
-    make = partial(networks.Translator, len(sequences.WRITTEN), len(sequences.READ), sequences.SOURCE, 10, 48, 2, 4)
+    make = partial(texts.Translator, len(sequences.WRITTEN), len(sequences.READ), sequences.SOURCE, 10, 48, 2, 4)
     words = "torch.nn.Transformer, two layers on either side, norms behind, width 48, 4 heads, learned positions"
     parts = in_parts(sequences.dates(405, 5120), (4096, 512, 512))
     return Tensors("dates", about, parts, make, F.cross_entropy, "accuracy", 24, 256, words, "cross entropy")
@@ -78,7 +80,7 @@ def _dates() -> Tensors:
 @cache
 def _docstrings() -> Tensors:
     about = "Docstrings of every second module of Python's standard library, 96 characters: windows, one module in ten for validation."
-    make = partial(networks.RecurrentLM, len(ALPHABET), 48, 2)
+    make = partial(texts.RecurrentLM, len(ALPHABET), 48, 2)
     words = (
         f"gated linear recurrences and gated MLPs (Griffin without attention), RMSNorm, width 48, 2 layers, context {CONTEXT}"
     )
@@ -124,16 +126,16 @@ def _purchases() -> Tensors:
 def _tokens() -> Tensors:
     width, signs, parts = 48, len(ALPHABET), sequences.tokens(CONTEXT)
 
-    def body() -> networks.TextEncoder:
-        return networks.TextEncoder(signs + 1, CONTEXT, width, 2, 4)
+    def body() -> texts.TextEncoder:
+        return texts.TextEncoder(signs + 1, CONTEXT, width, 2, 4)
 
-    before = trained(lambda: networks.Labeler(body(), width, signs), sequences.masked(parts["train"], 410), 16, 150, 0.003)
+    before = trained(lambda: texts.Labeler(body(), width, signs), sequences.masked(parts["train"], 410), 16, 150, 0.003)
     state = {name: tensor for name, tensor in before.items() if name.startswith("body.")}
 
     def tuned() -> nn.Module:
-        model = networks.Labeler(body(), width, len(sequences.TOKENS))
+        model = texts.Labeler(body(), width, len(sequences.TOKENS))
         model.load_state_dict(state, strict=False)
-        return networks.adapted(model, 12)
+        return texts.adapted(model, 12)
 
     about = (
         f"How every second module of Python's standard library begins, windows of {CONTEXT} characters, one in ten for validation; of each "
@@ -146,15 +148,17 @@ def _tokens() -> Tensors:
     return Tensors("tokens", about, parts, tuned, F.cross_entropy, "accuracy", 16, 128, words, "cross entropy")
 
 
-MEMBERS = (
-    Member("residual MLP with LayerNorm, claims", "tabular", 500, _claims),
-    Member("U-Net, cells", "autoencoders", 500, _cells),
-    Member("ConvNeXt, galaxies", "conv nets", 300, _galaxies),
-    Member("vision transformer behind convolutions, displays", "vision transformers", 500, _displays),
-    Member("encoder and decoder, dates", "language models", 500, _dates),
-    Member("gated linear recurrences, docstrings", "language models", 500, _docstrings),
-    Member("GRU to GRU, demand", "recurrent nets", 300, _demand),
-    Member("DeepONet, pushed pendulums", "PINNs", 800, _pendulums),
-    Member("two towers with features, purchases", "recommenders", 500, _purchases),
-    Member("text encoder tuned with adapters, to kinds of tokens", "fine-tuning", 400, _tokens),
+# In the order of the half.
+_ROWS: tuple[tuple[Family, int, Callable[[], Tensors]], ...] = (
+    ("tabular", 500, _claims),
+    ("autoencoders", 500, _cells),
+    ("conv nets", 300, _galaxies),
+    ("vision transformers", 500, _displays),
+    ("language models", 500, _dates),
+    ("language models", 500, _docstrings),
+    ("recurrent nets", 300, _demand),
+    ("PINNs", 800, _pendulums),
+    ("recommenders", 500, _purchases),
+    ("fine-tuning", 400, _tokens),
 )
+MEMBERS = tuple(Member(name, *row) for name, row in zip(SEALED, _ROWS, strict=True))
