@@ -70,10 +70,12 @@ def owned_statistics(cells: Iterable[Cell]) -> dict[tuple[str, Request], tuple[d
     out: dict[tuple[str, Request], tuple[dist.ProcessGroup, int]] = {}
     others = set()
     for cell in cells:
-        for k, each in enumerate(cell.cells):
-            for site, request in sites_of(each) if each.handled else ():
-                key = site.name, request
-                owner = (cell.exchange.group, cell.owners[k]) if isinstance(cell, Shared) else None
-                if owner is None or out.setdefault(key, owner) != owner:
-                    others.add(key)
+        if isinstance(cell, Shared):
+            found = {key: (cell.exchange.group, owner) for key, owner in cell.statistics}
+            others |= {
+                key for key, owner in cell.statistics if found[key][1] != owner or out.get(key, found[key]) != found[key]
+            }
+            out |= found
+        elif cell.handled:
+            others |= {(site.name, request) for site, request in sites_of(cell)}
     return {key: owner for key, owner in out.items() if key not in others}

@@ -24,6 +24,7 @@ from precond.optim.engine.kernels.layer import Task, take
 from precond.optim.engine.looking import Looking
 from precond.optim.engine.loop import Rules
 from precond.optim.inputs import Request
+from precond.optim.inputs.observer import Key
 from precond.optim.preconditioners.parts import Part
 from precond.optim.preconditioners.split import Split
 from precond.optim.ranks.exchange import Exchange
@@ -223,6 +224,11 @@ class Shared(Cell):
     def damped(self, P: LinearMap, delta: float | None) -> LinearMap:
         assert isinstance(P, Carried)
         return Carried(self, {k: self.inside[k].damped(m, delta) for k, m in P.maps.items()})
+
+    @property
+    def statistics(self) -> list[tuple[Key, int]]:
+        """The sites and requests of its cells, each with the rank that owns it."""
+        return self._asking.statistics
 
     def wanted(self) -> Iterable[tuple[str, Request, Tensor | None]]:
         """What owners want to be observed, told to all ranks: a flag of each site, and the mean known before."""
