@@ -16,6 +16,7 @@ from precond.algebra import collectives
 from precond.optim.blocks import Leaf
 from precond.optim.engine.cells import Cell, sites_of
 from precond.optim.inputs import Request
+from precond.optim.inputs.bundles import Layer
 from precond.optim.inputs.observer import Key
 from precond.optim.ranks.pieces import Pieces
 
@@ -64,10 +65,14 @@ class Asking:
         return kinds, {leaf.turn for leaf in self.leaves}
 
     @cached_property
-    def statistics(self) -> list[tuple[Key, int]]:
-        """The sites and requests of all cells, each with the rank that owns it."""
-        handled = [(cell, owner) for cell, owner in zip(self.cells, self.owners, strict=True) if cell.handled]
-        return [((site.name, request), owner) for cell, owner in handled for site, request in sites_of(cell)]
+    def statistics(self) -> list[tuple[Key, Layer]]:
+        """The sites and requests of all cells, with what the statistics of each are like and which rank needs them."""
+        return [
+            ((site.name, request), Layer(*site.shape(request), request.kind == "covariance", owner))
+            for cell, owner in zip(self.cells, self.owners, strict=True)
+            if cell.handled
+            for site, request in sites_of(cell)
+        ]
 
     @cached_property
     def _pieces(self) -> Pieces:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -61,7 +61,7 @@ class Exchange:
     shapes: Sequence[Sequence[int]]
     pieces: Sequence[Pieces]
     owners: Sequence[int]
-    _routes: dict[tuple[int, ...], _Route] = field(default_factory=dict, repr=False)
+    _routes: dict[tuple[int, ...] | None, _Route] = field(default_factory=dict, repr=False)
 
     @cached_property
     def group(self) -> dist.ProcessGroup:
@@ -80,16 +80,16 @@ class Exchange:
         """Whether each rank holds all of every tensor, so that owners need nothing from others."""
         return all(p.copied for p in self.pieces)
 
-    def _route(self, which: Iterable[int]) -> _Route:
+    def _route(self, which: Collection[int]) -> _Route:
         """Who sends what of some tensors."""
-        key = tuple(which)
+        key = None if len(which) == len(self.shapes) else tuple(sorted(which))
         if key not in self._routes:
-            self._routes[key] = _Route.of(key, self)
+            self._routes[key] = _Route.of(sorted(which), self)
         return self._routes[key]
 
     def collect(self, parts: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """The whole tensors that this rank owns, from the pieces that each holds (of the same tensors everywhere)."""
-        route = self._route(sorted(parts))
+        route = self._route(parts)
         if self.copied:
             return {i: parts[i] for i in route.owned[self.rank]}
         found = self._swap([[parts[i] for i in of] for of in route.gives], route.takes, parts)
@@ -108,7 +108,7 @@ class Exchange:
 
     def deliver(self, wholes: Mapping[int, Tensor], like: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """This rank's pieces, shaped ``like`` others, of the whole tensors that each rank has of those it owns."""
-        route = self._route(sorted(like))
+        route = self._route(like)
         own = route.owned[self.rank]
         if self.copied:
             mine = [wholes[i] for i in own] or [next(iter(like.values())).new_empty(0)]
@@ -118,12 +118,13 @@ class Exchange:
             split = {i: self.pieces[i].parted(wholes[i]) for i in own}
             gives = [[split[i][r] for i in own] if r != self.rank else [] for r in range(self.size)]
             found = self._swap(gives, route.received, like)
-            out = {i: split[i][self.rank].reshape(self._shape(i)) for i in own}
-        return out | {i: t.view(self._shape(i)) for of in found for i, t in of.items()}
+            out = {i: split[i][self.rank].reshape(self._shapes[i]) for i in own}
+        return out | {i: t.view(self._shapes[i]) for of in found for i, t in of.items()}
 
-    def _shape(self, i: int) -> tuple[int, ...]:
-        """Of this rank's piece."""
-        return self.pieces[i].shape(self.rank)
+    @cached_property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """Of this rank's pieces."""
+        return [p.shape(self.rank) for p in self.pieces]
 
     def _swap(
         self, gives: Sequence[Sequence[Tensor]], takes: Sequence[Mapping[int, int]], like: Mapping[int, Tensor]
