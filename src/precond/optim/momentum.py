@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
+from math import hypot
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from precond.algebra import checks
 from precond.algebra.vec import Tensors, Vec
-from precond.optim.blocks import Block, State
+from precond.optim.blocks import Block, Stack, State
 from precond.optim.checking.arguments import settle
+
+LENGTHS = ("mean_length", "mean_weight")
+"""What a state calls the running mean of lengths and the sum of its weights."""
+
+LEAST, MOST = 1e-12, 1e15
+"""Lengths whose squares stay in the range of float32."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,9 @@ class Momentum:
     An average of cotangents stays valid when P changes; M is applied after it. In a composition P₁P₂ it is one of P₁ᵀa, in the
     coordinates in which P₂ is made (:class:`~precond.Composition`).
 
+    Its *coherence* c = min(1, ‖m̂‖/ḡ), m̂ being what is descended and ḡ the running mean of ‖a‖, is 1 where gradients agree, and
+    √((1−β)/(1+β)) or about that where they are noise, 0.23 for β = 0.9; it starts at 1 − β² or less, as an average from zero does.
+
     Args:
         beta: β in [0, 1).
         start: ``"zero"``, m₀ = 0, or ``"first_gradient"``, m₁ = a₁.
@@ -34,6 +46,8 @@ class Momentum:
         of: ``"cotangent"``, or ``"tangent"`` as torch's RMSprop alone has it.
         dampening: τ ≥ 0, for ``"heavy_ball"`` and ``"nesterov"``; with τ = β they are averages.
         kind: one of the rows above.
+        lengths: ρ in [0, 1) of ḡ, which is kept then, without the bias of its start; steps of a preconditioner that is made of the
+            momentum (:class:`~precond.Polar`, :class:`~precond.Muon`) are c times as long. None: they are not.
 
     Raises:
         ValueError: for a bias correction of what has no bias, or dampening of an EMA.
@@ -58,11 +72,14 @@ class Momentum:
     bias_correction: bool | None = None
     of: Literal["cotangent", "tangent"] = "cotangent"
     dampening: float = 0.0
+    lengths: float | None = None
 
     def __post_init__(self) -> None:
         settle(self)
         checks.fraction("Momentum", beta=self.beta)
         checks.non_negative("Momentum", dampening=self.dampening)
+        if self.lengths is not None:
+            checks.fraction("Momentum", lengths=self.lengths)
         if self.bias_correction and (self.kind != "ema" or self.start != "zero"):
             raise ValueError(
                 f"Momentum: bias_correction=True corrects an EMA that starts at zero; kind={self.kind!r}, "
@@ -80,7 +97,11 @@ class Momentum:
 
     def init(self, block: Block) -> dict:
         """m of a block; nothing where there is no momentum to keep (β = 0, save for an EMA, whose m Adam's state dict holds)."""
-        return {"m": block.zeros()} if self.beta or self.kind == "ema" else {}
+        if not self.beta and self.kind != "ema":
+            return {}
+        m = block.zeros()
+        zero = m[0].new_zeros(())
+        return {"m": m} if self.lengths is None else {"m": m} | {key: zero.clone() for key in LENGTHS}
 
     def fold(self, state: State, a: Tensors) -> None:
         """Fold a into m, in place."""
@@ -120,6 +141,34 @@ class Momentum:
             return tuple(torch._foreach_div(m, state.unbiased(self.beta)))
         return m
 
+    def coherence(self, state: State, a: Tensors, m: Tensors) -> Tensor | None:
+        """c of what is descended, m, after ‖a‖ is folded into ḡ; of a stack of each member. None where that is not kept."""
+        if "mean_length" not in state:
+            return None
+        mean, weight = (state[key] for key in LENGTHS)
+        found, of_m = (_length(state.block, v).to(mean.dtype) for v in (a, m))
+        torch._foreach_lerp_([mean, weight], [found, torch.ones_like(found)], 1 - self.lengths)
+        return (of_m * weight / mean.clamp_min(torch.finfo(mean.dtype).tiny)).clamp_max_(1.0)
+
+    def coherences(self, states: Sequence[State], a: Sequence[Tensors], m: Sequence[Tensors]) -> list[float]:
+        """The same of several blocks in this process' memory at once, each with its a and m; 1 of each where it is not kept."""
+        if "mean_length" not in states[0]:
+            return [1.0] * len(states)
+        vectors = (*a, *m)
+        norms = iter(torch.stack(torch._foreach_norm([t for v in vectors for t in v])).tolist())
+        found = [hypot(*islice(norms, len(v))) for v in vectors]
+        for i, length in enumerate(found):
+            if not LEAST < length < MOST:
+                found[i] = _length(states[0].block, vectors[i]).item()
+        kept = [state[key] for key in LENGTHS for state in states]
+        new = torch.tensor([*found[: len(a)], *[1.0] * len(a)], dtype=kept[0].dtype)
+        torch._foreach_lerp_(kept, new.unbind(), 1 - self.lengths)
+        sums = torch.stack(kept).tolist()
+        return [
+            min(1.0, length * weight / mean) if mean else 0.0
+            for length, mean, weight in zip(found[len(a) :], sums[: len(a)], sums[len(a) :], strict=True)
+        ]
+
     def write(self, state: State, a: Tensors, out: Vec) -> Vec:
         """The same, into memory that is there already, ``out``; entries of a may be in the same place."""
         if "m" in state and self.kind == "nesterov" and self.dampening == self.beta:
@@ -146,3 +195,11 @@ class Momentum:
         else:
             torch._foreach_mul_(m, self.beta)
             torch._foreach_add_(m, a, alpha=1 - self.dampening)
+
+
+def _length(block: Block, v: Tensors) -> Tensor:
+    """‖v‖ on a block, (); on a stack (k,)."""
+    # Squares of huge or tiny numbers are none of float32.
+    dtype = torch.float64 if v[0].device.type != "mps" else v[0].dtype
+    each = [torch.linalg.vector_norm(t, 2, list(range(isinstance(block, Stack), t.ndim)), dtype=dtype) for t in v]
+    return each[0] if len(each) == 1 else torch.linalg.vector_norm(torch.stack(each), 2, 0)

@@ -21,13 +21,17 @@ from precond.optim.recipes.making import make, recipe
 from precond.optim.regularizers import L2, Regularizer
 
 
+LENGTHS = 0.95
+"""Decay of the mean length of gradients, by which the coherence of their average is measured."""
+
+
 @dataclass(frozen=True)
 class _Auto:
     choice: Auto
 
     def __call__(self, group: Mapping[str, Any]) -> Choice:
         choice, beta = replaced(self.choice, group), group["momentum"]
-        polar = choice.polar.momentum or Momentum(beta, "nesterov", dampening=beta)
+        polar = choice.polar.momentum or Momentum(beta, "nesterov", dampening=beta, lengths=LENGTHS)
         changed: dict[str, Any] = {}
         if choice.polar.momentum is None:
             changed["polar"] = replace(choice.polar, momentum=polar)
