@@ -31,8 +31,8 @@ def oracle(kind, seen):
         m = sum((1 - BETA) * BETA ** (t - s) * a for s, a in enumerate(flat[:t], start=1))
         m = {"ema": m / (1 - BETA**t), "heavy_ball": m, "nesterov": (1 - BETA) * flat[t - 1] + BETA * m}[kind]
         weights = [RHO ** (t - s) for s in range(1, t + 1)]
-        mean = sum(w * a.norm() for w, a in zip(weights, flat[:t], strict=True)) / sum(weights)
-        yield min(1.0, float(m.norm() / mean)) if mean else 0.0
+        square = sum(w * a.norm() ** 2 for w, a in zip(weights, flat[:t], strict=True)) / sum(weights)
+        yield min(1.0, float(m.norm() / square.sqrt())) if square else 0.0
 
 
 def folded(momentum, states, each):
@@ -66,7 +66,7 @@ def test_of_a_stack_each_member_has_its_own():
     momentum = AVERAGES["nesterov"]
     members = [Block(tuple(Leaf(f"{k}.{i}", torch.zeros(s).double()) for i, s in enumerate(SHAPES))) for k in range(2)]
     stack = Stack.of(members)
-    state = State(stack, {"m": stack.zeros()} | {k: torch.zeros(2).double() for k in ("mean_length", "mean_weight")})
+    state = State(stack, {"m": stack.zeros()} | {k: torch.zeros(2).double() for k in ("square", "squares")})
     seen = [history(), history(seed=1)]
     expected = zip(*(oracle("nesterov", of) for of in seen), strict=True)
     for a, b, c in zip(*seen, expected, strict=True):
@@ -129,7 +129,7 @@ def test_steps_are_c_times_as_long(name, engine, alike):
             torch.testing.assert_close(moved[RHO][t][k], c[t] * moved[None][t][k], rtol=1e-5, atol=1e-15)
 
 
-def test_a_state_without_mean_lengths_goes_on():
+def test_a_state_without_mean_squares_goes_on():
     """Of a version that did not keep them: the mean begins anew, without a bias."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
@@ -140,14 +140,14 @@ def test_a_state_without_mean_lengths_goes_on():
         optimizer.step()
     saved = optimizer.state_dict()
     for state in saved["state"].values():
-        for key in ("mean_length", "mean_weight"):
+        for key in ("square", "squares"):
             state.pop(key, None)
     other = precond.auto(model)
     other.load_state_dict(saved)
     other.step()
     kept = other.state[model[0].weight]
-    assert kept["mean_weight"].item() == pytest.approx(0.05)
-    assert kept["mean_length"] > 0
+    assert kept["squares"].item() == pytest.approx(0.05)
+    assert kept["square"] > 0
 
 
 def test_lengths_out_of_range_raise():

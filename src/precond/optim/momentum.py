@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import islice
-from math import hypot
+from math import hypot, sqrt
 from typing import Literal
 
 import torch
@@ -16,8 +17,8 @@ from precond.algebra.vec import Tensors, Vec
 from precond.optim.blocks import Block, Stack, State
 from precond.optim.checking.arguments import settle
 
-LENGTHS = ("mean_length", "mean_weight")
-"""What a state calls the running mean of lengths and the sum of its weights."""
+LENGTHS = ("square", "squares")
+"""What a state calls the running mean of ‖a‖², with the bias of its start at 0, and the sum of its weights."""
 
 LEAST, MOST = 1e-12, 1e15
 """Lengths whose squares stay in the range of float32."""
@@ -36,7 +37,7 @@ class Momentum:
     An average of cotangents stays valid when P changes; M is applied after it. In a composition P₁P₂ it is one of P₁ᵀa, in the
     coordinates in which P₂ is made (:class:`~precond.Composition`).
 
-    Its *coherence* c = min(1, ‖m̂‖/ḡ), m̂ being what is descended and ḡ the running mean of ‖a‖, is 1 where gradients agree, and
+    Its *coherence* c = min(1, ‖m̂‖/ḡ), m̂ being what is descended and ḡ² the running mean of ‖a‖², is 1 where gradients agree, and
     √((1−β)/(1+β)) or about that where they are noise, 0.23 for β = 0.9; it starts at 1 − β² or less, as an average from zero does.
 
     Args:
@@ -46,7 +47,7 @@ class Momentum:
         of: ``"cotangent"``, or ``"tangent"`` as torch's RMSprop alone has it.
         dampening: τ ≥ 0, for ``"heavy_ball"`` and ``"nesterov"``; with τ = β they are averages.
         kind: one of the rows above.
-        lengths: ρ in [0, 1) of ḡ, which is kept then, without the bias of its start; steps of a preconditioner that is made of the
+        lengths: ρ in [0, 1) of ḡ², which is kept then, the bias of its start divided out; steps of a preconditioner that is made of the
             momentum (:class:`~precond.Polar`, :class:`~precond.Muon`) are c times as long. None: they are not.
 
     Raises:
@@ -100,8 +101,7 @@ class Momentum:
         if not self.beta and self.kind != "ema":
             return {}
         m = block.zeros()
-        zero = m[0].new_zeros(())
-        return {"m": m} if self.lengths is None else {"m": m} | {key: zero.clone() for key in LENGTHS}
+        return {"m": m} if self.lengths is None else {"m": m} | {key: m[0].new_zeros((), dtype=_wide(m[0])) for key in LENGTHS}
 
     def fold(self, state: State, a: Tensors) -> None:
         """Fold a into m, in place."""
@@ -142,17 +142,19 @@ class Momentum:
         return m
 
     def coherence(self, state: State, a: Tensors, m: Tensors) -> Tensor | None:
-        """c of what is descended, m, after ‖a‖ is folded into ḡ; of a stack of each member. None where that is not kept."""
-        if "mean_length" not in state:
+        """c of what is descended, m, after ‖a‖² is folded into ḡ²; of a stack of each member. None where that is not kept."""
+        if "square" not in state:
             return None
-        mean, weight = (state[key] for key in LENGTHS)
-        found, of_m = (_length(state.block, v).to(mean.dtype) for v in (a, m))
-        torch._foreach_lerp_([mean, weight], [found, torch.ones_like(found)], 1 - self.lengths)
-        return (of_m * weight / mean.clamp_min(torch.finfo(mean.dtype).tiny)).clamp_max_(1.0)
+        square, weight = (state[key] for key in LENGTHS)
+        of_a, of_m = (_length(state.block, v) for v in (a, m))
+        one = state.kept("one", of_a.shape, lambda: torch.ones_like(of_a))
+        torch._foreach_lerp_([square, weight], [of_a.square_(), one], 1 - self.lengths)
+        over = (weight / square.clamp_min(torch.finfo(square.dtype).tiny)).sqrt_()
+        return over.mul_(of_m).clamp_max_(1.0).to(m[0].dtype)
 
     def coherences(self, states: Sequence[State], a: Sequence[Tensors], m: Sequence[Tensors]) -> list[float]:
         """The same of several blocks in this process' memory at once, each with its a and m; 1 of each where it is not kept."""
-        if "mean_length" not in states[0]:
+        if "square" not in states[0]:
             return [1.0] * len(states)
         vectors = (*a, *m)
         norms = iter(torch.stack(torch._foreach_norm([t for v in vectors for t in v])).tolist())
@@ -161,12 +163,12 @@ class Momentum:
             if not LEAST < length < MOST:
                 found[i] = _length(states[0].block, vectors[i]).item()
         kept = [state[key] for key in LENGTHS for state in states]
-        new = torch.tensor([*found[: len(a)], *[1.0] * len(a)], dtype=kept[0].dtype)
+        new = torch.tensor([*(x**2 for x in found[: len(a)]), *[1.0] * len(a)], dtype=kept[0].dtype)
         torch._foreach_lerp_(kept, new.unbind(), 1 - self.lengths)
         sums = torch.stack(kept).tolist()
         return [
-            min(1.0, length * weight / mean) if mean else 0.0
-            for length, mean, weight in zip(found[len(a) :], sums[: len(a)], sums[len(a) :], strict=True)
+            min(1.0, length * sqrt(weight / square)) if square else 0.0
+            for length, square, weight in zip(found[len(a) :], sums[: len(a)], sums[len(a) :], strict=True)
         ]
 
     def write(self, state: State, a: Tensors, out: Vec) -> Vec:
@@ -199,7 +201,10 @@ class Momentum:
 
 def _length(block: Block, v: Tensors) -> Tensor:
     """‖v‖ on a block, (); on a stack (k,)."""
-    # Squares of huge or tiny numbers are none of float32.
-    dtype = torch.float64 if v[0].device.type != "mps" else v[0].dtype
-    each = [torch.linalg.vector_norm(t, 2, list(range(isinstance(block, Stack), t.ndim)), dtype=dtype) for t in v]
-    return each[0] if len(each) == 1 else torch.linalg.vector_norm(torch.stack(each), 2, 0)
+    each = [torch.linalg.vector_norm(t, 2, list(range(isinstance(block, Stack), t.ndim)), dtype=_wide(t)) for t in v]
+    return reduce(torch.hypot, each)
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    """A dtype that holds the squares of huge and of tiny numbers of float32, where the device has it."""
+    return torch.float64 if t.device.type != "mps" else torch.float32

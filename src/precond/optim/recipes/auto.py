@@ -31,12 +31,12 @@ class _Auto:
 
     def __call__(self, group: Mapping[str, Any]) -> Choice:
         choice, beta = replaced(self.choice, group), group["momentum"]
-        polar = choice.polar.momentum or Momentum(beta, "nesterov", dampening=beta, lengths=LENGTHS)
+        nesterov = Momentum(beta, "nesterov", dampening=beta)
         changed: dict[str, Any] = {}
         if choice.polar.momentum is None:
-            changed["polar"] = replace(choice.polar, momentum=polar)
+            changed["polar"] = replace(choice.polar, momentum=replace(nesterov, lengths=LENGTHS))
         if choice.muon.momentum is None:
-            changed["muon"] = replace(choice.muon, momentum=polar)
+            changed["muon"] = replace(choice.muon, momentum=choice.polar.momentum or nesterov)
         if group["measured"] is not None:
             changed["measured"] = tuple(group["measured"].items())
         if group["seen"] is not None:
