@@ -15,6 +15,8 @@ AVERAGES = {
     "ema": Momentum(BETA, lengths=RHO),
     "heavy_ball": Momentum(BETA, "heavy_ball", dampening=BETA, lengths=RHO),
     "nesterov": Momentum(BETA, "nesterov", dampening=BETA, lengths=RHO),
+    "nesterov of sums": Momentum(BETA, "nesterov", lengths=RHO),
+    "first gradient": Momentum(BETA, start="first_gradient", lengths=RHO),
 }
 SHAPES = ((3, 4), (3,))
 
@@ -28,8 +30,12 @@ def oracle(kind, seen):
     """min(1, ‖m̂‖/ḡ) after each step, by sums."""
     flat = [torch.cat([t.double().flatten() for t in a]) for a in seen]
     for t in range(1, len(flat) + 1):
-        m = sum((1 - BETA) * BETA ** (t - s) * a for s, a in enumerate(flat[:t], start=1))
-        m = {"ema": m / (1 - BETA**t), "heavy_ball": m, "nesterov": (1 - BETA) * flat[t - 1] + BETA * m}[kind]
+        of_m = [BETA ** (t - s) for s in range(1, t + 1)]  # weights but for a factor
+        if kind == "first gradient":
+            of_m = [of_m[0], *((1 - BETA) * w for w in of_m[1:])]
+        elif kind.startswith("nesterov"):
+            of_m = [BETA * w for w in of_m[:-1]] + [1 + BETA]
+        m = sum(w * a for w, a in zip(of_m, flat[:t], strict=True)) / sum(of_m)
         weights = [RHO ** (t - s) for s in range(1, t + 1)]
         square = sum(w * a.norm() ** 2 for w, a in zip(weights, flat[:t], strict=True)) / sum(weights)
         yield min(1.0, float(m.norm() / square.sqrt())) if square else 0.0
@@ -66,11 +72,14 @@ def test_of_a_stack_each_member_has_its_own():
     momentum = AVERAGES["nesterov"]
     members = [Block(tuple(Leaf(f"{k}.{i}", torch.zeros(s).double()) for i, s in enumerate(SHAPES))) for k in range(2)]
     stack = Stack.of(members)
-    state = State(stack, {"m": stack.zeros()} | {k: torch.zeros(2).double() for k in ("square", "squares")})
+    counts = tuple(torch.zeros(()) for _ in stack.all_leaves)
+    state = State(stack, {"m": stack.zeros()} | {k: torch.zeros(2).double() for k in ("square", "squares")}, step=counts)
     seen = [history(), history(seed=1)]
     expected = zip(*(oracle("nesterov", of) for of in seen), strict=True)
     for a, b, c in zip(*seen, expected, strict=True):
         both = tuple(torch.stack(pair) for pair in zip(a, b, strict=True))
+        for step in counts:
+            step += 1
         momentum.fold(state, both)
         found = momentum.coherence(state, both, momentum.current(state, both))
         torch.testing.assert_close(found, torch.tensor(c, dtype=torch.float64), rtol=1e-12, atol=0)

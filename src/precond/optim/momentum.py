@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from precond.algebra import checks
-from precond.algebra.vec import Tensors, Vec
+from precond.algebra.vec import Scalar, Tensors, Vec
 from precond.optim.blocks import Block, Stack, State
 from precond.optim.checking.arguments import settle
 
@@ -37,8 +37,8 @@ class Momentum:
     An average of cotangents stays valid when P changes; M is applied after it. In a composition P₁P₂ it is one of P₁ᵀa, in the
     coordinates in which P₂ is made (:class:`~precond.Composition`).
 
-    Its *coherence* c = min(1, ‖m̂‖/ḡ), m̂ being what is descended and ḡ² the running mean of ‖a‖², is 1 where gradients agree, and
-    √((1−β)/(1+β)) or about that where they are noise, 0.23 for β = 0.9; it starts at 1 − β² or less, as an average from zero does.
+    Its *coherence* is c = min(1, ‖m̂‖/ḡ), m̂ being what is descended over the sum of the weights that it gives to each a, and ḡ² the
+    running mean of ‖a‖². It is 1 where gradients agree, and √((1−β)/(1+β)) or about that where they are noise: 0.23 for β = 0.9.
 
     Args:
         beta: β in [0, 1).
@@ -150,7 +150,7 @@ class Momentum:
         one = state.kept("one", of_a.shape, lambda: torch.ones_like(of_a))
         torch._foreach_lerp_([square, weight], [of_a.square_(), one], 1 - self.lengths)
         over = (weight / square.clamp_min(torch.finfo(square.dtype).tiny)).sqrt_()
-        return over.mul_(of_m).clamp_max_(1.0).to(m[0].dtype)
+        return over.mul_(of_m / self._weights(state.times[0])).clamp_max_(1.0).to(m[0].dtype)
 
     def coherences(self, states: Sequence[State], a: Sequence[Tensors], m: Sequence[Tensors]) -> list[float]:
         """The same of several blocks in this process' memory at once, each with its a and m; 1 of each where it is not kept."""
@@ -167,9 +167,18 @@ class Momentum:
         torch._foreach_lerp_(kept, new.unbind(), 1 - self.lengths)
         sums = torch.stack(kept).tolist()
         return [
-            min(1.0, length * sqrt(weight / square)) if square else 0.0
-            for length, square, weight in zip(found[len(a) :], sums[: len(a)], sums[len(a) :], strict=True)
+            min(1.0, length * sqrt(weight / square) / self._weights(state.steps[0])) if square else 0.0
+            for state, length, square, weight in zip(states, found[len(a) :], sums[: len(a)], sums[len(a) :], strict=True)
         ]
+
+    def _weights(self, t: Scalar) -> Scalar:
+        """The sum of the weights of each a in what is descended in the step t: that of an average that is 1, from its start on."""
+        if self.corrected:
+            return 1.0
+        new = 1 - self.beta if self.kind == "ema" else 1 - self.dampening
+        first, last = 1.0 if self.start == "first_gradient" else new, new / (1 - self.beta)
+        of_m = last + (first - last) * self.beta ** (t - 1)
+        return new + self.beta * of_m if self.kind == "nesterov" else of_m
 
     def write(self, state: State, a: Tensors, out: Vec) -> Vec:
         """The same, into memory that is there already, ``out``; entries of a may be in the same place."""

@@ -164,10 +164,11 @@ class Cell:
         if not self.preconditioner.uses_momentum or self.momentum is None or self.momentum.of != "cotangent":
             return None, None
         kept = self.average.get("clean", self.average.get("m"))
-        own = State(state.block, {} if kept is None else {"m": kept}, **{key: state[key] for key in COUNTS if key in state})
+        counts = {key: state[key] for key in COUNTS if key in state}
+        own = State(state.block, {} if kept is None else {"m": kept}, **counts)
         if state is not self.state or "clean" not in self.average:
             own = own.copied()
-        lengths = State(state.block, {key: self.average[key] for key in LENGTHS if key in self.average})
+        lengths = State(state.block, {key: self.average[key] for key in LENGTHS if key in self.average}, **counts)
         if state is not self.state:
             lengths = lengths.copied()
         self.momentum.fold(own, gradient)
