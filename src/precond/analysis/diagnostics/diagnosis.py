@@ -163,7 +163,7 @@ def diagnose(
         loss_fn: of a model: a function of (outputs, targets), of (outputs, batch) where batches are dicts; None: the model's own.
         curvature: also κ of each layer's block of the Hessian or Gauss–Newton matrix in float64, before and after P, and λ_max of the whole
             in z; costs some hundred products per layer.
-        samples: inputs per layer of which spectra are made; beyond, about as many are drawn, the same ones every time.
+        samples: inputs per layer of which spectra are made; beyond, about as many are drawn, each as probably, the same ones every time.
         max_inputs: layers with more inputs are passed by, with a note (spectra cost their third power).
         layers: at most so many are diagnosed; of stacks of equal ones some at equal distances, which stand for the others.
         examples: of ``data`` so many are taken.

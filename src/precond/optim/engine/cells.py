@@ -16,7 +16,7 @@ from precond.optim.blocks import COUNTS, Block, Leaf, Stack, State, counted_toge
 from precond.optim.inputs import Request
 from precond.optim.inputs.observer import InputMoments
 from precond.optim.inputs.sites import Site
-from precond.optim.momentum import Momentum
+from precond.optim.momentum import LENGTHS, Momentum
 from precond.optim.preconditioners.base import Preconditioner
 from precond.optim.preconditioners.each import on
 from precond.optim.preconditioners.seen import Seen
@@ -146,8 +146,7 @@ class Cell:
         """Fold a gradient, one tensor for each leaf, into ``state`` (the cell's own, or a copy of it)."""
         if self.handled:
             gradient = self.block.gathered(gradient)
-            momentum = self._clean_momentum(state, gradient)
-            self.acting.observe(state, Seen(gradient, self.inputs, momentum, self._shown))
+            self.acting.observe(state, Seen(gradient, self.inputs, *self._clean_momentum(state, gradient), self._shown))
 
     @property
     def _shown(self) -> Callable[[], Vec] | None:
@@ -156,20 +155,25 @@ class Cell:
     def _position(self) -> Vec:
         return self.block.gathered(tuple(leaf.tensor.detach().to(state_dtype(leaf.param.dtype)) for leaf in self.leaves))
 
-    def _clean_momentum(self, state: State, gradient: Vec) -> Vec | None:
-        """The momentum of the clean gradient after the step in progress, where the map is made of it.
+    def _clean_momentum(self, state: State, gradient: Vec) -> tuple[Vec | None, Tensor | None]:
+        """The momentum of the clean gradient after the step in progress, and its coherence, where the map is made of it.
 
         It is the step's own, as it will be, unless regularizers add to the gradient: then it is an average of its own, ``clean``,
         which moves with the cell's own state.
         """
         if not self.preconditioner.uses_momentum or self.momentum is None or self.momentum.of != "cotangent":
-            return None
+            return None, None
         kept = self.average.get("clean", self.average.get("m"))
-        own = State(state.block, {} if kept is None else {"m": kept}, **{key: state[key] for key in COUNTS if key in state})
+        counts = {key: state[key] for key in COUNTS if key in state}
+        own = State(state.block, {} if kept is None else {"m": kept}, **counts)
         if state is not self.state or "clean" not in self.average:
             own = own.copied()
+        lengths = State(state.block, {key: self.average[key] for key in LENGTHS if key in self.average}, **counts)
+        if state is not self.state:
+            lengths = lengths.copied()
         self.momentum.fold(own, gradient)
-        return self.momentum.current(own, gradient)
+        m = self.momentum.current(own, gradient)
+        return m, self.momentum.coherence(lengths, gradient, m)
 
     def descent(self, a: Vec, least: Sequence[Scalar] = (), fold: bool = True) -> Vec:
         """F N Nᵀ · momentum(Fᵀa) with P = F N, or momentum(M a) where the momentum is one of tangents; one tensor for each leaf.
@@ -195,18 +199,20 @@ class Cell:
             return self.descent(g)
         P = self.acting
         if not self.preconditioner.uses_momentum:  # nothing keeps what the next call needs no more
-            seen = lambda: Seen(self.block.gathered(g), self.inputs, None, self._shown)  # noqa: E731
+            seen = lambda: Seen(self.block.gathered(g), self.inputs, position=self._shown)  # noqa: E731
             return self.block.scattered(P.push(self.state, self._averaged(P.pull(self.state, seen()), "cotangent", fold=True)))
         gradient = self.block.gathered(g)
         # What was put side by side is memory of the step's own, and what is made of the momentum alone asks for no gradient.
-        own = len(self.members) > 1 and not self.preconditioner.constituents
+        own = len(self.members) > 1 and not self.preconditioner.constituents and "square" not in self.average
+        coherence = None
         if self.momentum is None:
             m = gradient
         else:
             of = self.average, gradient
             self.momentum.fold(*of)
             m = self.momentum.write(*of, gradient) if own and "m" in self.average else self.momentum.current(*of)
-        return self.block.scattered(P.descend(self.state, Seen(gradient, self.inputs, m, self._shown)))
+            coherence = self.momentum.coherence(*of, m)
+        return self.block.scattered(P.descend(self.state, Seen(gradient, self.inputs, m, coherence, self._shown)))
 
     def factors(self) -> tuple[LinearMap, LinearMap]:
         """(F, N) with P = F N, on the tensors of the block; the momentum of cotangents is kept in the coordinates of F."""

@@ -79,7 +79,7 @@ class Auto(Resolved):
     max_inputs: int = 1024
     whitening: Whitening = Whitening(root="cholesky", observe_steps=3, shrinkage=10.0, samples=32.0)
     bnp: BNP = BNP()
-    polar: Polar = Polar(gain=2.0)
+    polar: Polar = Polar(gain=4.0)
     rms: RMS = RMS(0.999)
     muon: Muon = Muon()
     embeddings: float = 5.0

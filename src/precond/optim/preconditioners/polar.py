@@ -176,6 +176,8 @@ class Polar(Stacked):
     def descend(self, state: State, seen: Seen) -> Vec:
         turned, norm = self._turned(state, seen)
         length = torch.where(norm > 0, lengths(state, turned.shape[-2:], self.gain) / norm, 0.0)
+        if seen.coherence is not None:
+            length *= seen.coherence
         return parted(turned.mul_(length[:, None, None]), state.block.tensors, self.is_turned(state.block))
 
     def _turned(self, state: State, seen: Seen) -> tuple[Tensor, Tensor]:
@@ -196,7 +198,9 @@ class Polar(Stacked):
             )
         turned = self.apply_inverse_root(state, X)
         norm = torch.linalg.vector_norm(turned, 2, (-2, -1))
-        state["norm"].copy_(norm * size)
+        # As if m were longer by 1/c: then its step is c times as long.
+        found = norm * size
+        state["norm"].copy_(found if seen.coherence is None else found / seen.coherence)
         return turned, norm
 
     @staticmethod

@@ -21,18 +21,22 @@ from precond.optim.recipes.making import make, recipe
 from precond.optim.regularizers import L2, Regularizer
 
 
+LENGTHS = 0.95
+"""Decay of the mean length of gradients, by which the coherence of their average is measured."""
+
+
 @dataclass(frozen=True)
 class _Auto:
     choice: Auto
 
     def __call__(self, group: Mapping[str, Any]) -> Choice:
         choice, beta = replaced(self.choice, group), group["momentum"]
-        polar = choice.polar.momentum or Momentum(beta, "nesterov", dampening=beta)
+        nesterov = Momentum(beta, "nesterov", dampening=beta)
         changed: dict[str, Any] = {}
         if choice.polar.momentum is None:
-            changed["polar"] = replace(choice.polar, momentum=polar)
+            changed["polar"] = replace(choice.polar, momentum=replace(nesterov, lengths=LENGTHS))
         if choice.muon.momentum is None:
-            changed["muon"] = replace(choice.muon, momentum=polar)
+            changed["muon"] = replace(choice.muon, momentum=choice.polar.momentum or nesterov)
         if group["measured"] is not None:
             changed["measured"] = tuple(group["measured"].items())
         if group["seen"] is not None:
