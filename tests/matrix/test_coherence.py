@@ -1,4 +1,4 @@
-"""Steps in proportion to the coherence of momentum, against sums over the history of gradients."""
+"""Steps in proportion to the root of the coherence of momentum, against sums over the history of gradients."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ SHAPES = ((3, 4), (3,))
 
 def history(scale=1.0, dtype=torch.float64, seed=0):
     make = torch.Generator().manual_seed(seed)
-    return [tuple((scale * torch.randn(s, generator=make, dtype=torch.float64)).to(dtype) for s in SHAPES) for _ in range(STEPS)]
+    return [
+        tuple((scale * torch.randn(s, generator=make, dtype=torch.float64)).to(dtype) for s in SHAPES) for _ in range(STEPS)
+    ]
 
 
 def oracle(kind, seen):
-    """min(1, ‖m̂‖/ḡ) after each step, by sums."""
+    """√min(1, ‖m̂‖/ḡ) after each step, by sums."""
     flat = [torch.cat([t.double().flatten() for t in a]) for a in seen]
     for t in range(1, len(flat) + 1):
         of_m = [BETA ** (t - s) for s in range(1, t + 1)]  # weights but for a factor
@@ -38,7 +40,7 @@ def oracle(kind, seen):
         m = sum(w * a for w, a in zip(of_m, flat[:t], strict=True)) / sum(of_m)
         weights = [RHO ** (t - s) for s in range(1, t + 1)]
         square = sum(w * a.norm() ** 2 for w, a in zip(weights, flat[:t], strict=True)) / sum(weights)
-        yield min(1.0, float(m.norm() / square.sqrt())) if square else 0.0
+        yield min(1.0, float(m.norm() / square.sqrt())) ** 0.5 if square else 0.0
 
 
 def folded(momentum, states, each):
@@ -55,7 +57,7 @@ def begun(momentum, block):
 
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e25, 0.0])
 @pytest.mark.parametrize("kind", AVERAGES)
-def test_coherence_is_that_of_sums(kind, scale):
+def test_stride_is_that_of_sums(kind, scale):
     momentum, dtype = AVERAGES[kind], torch.float64 if scale in (0.0, 1.0) else torch.float32
     block = Block(tuple(Leaf(str(i), torch.zeros(s, dtype=dtype)) for i, s in enumerate(SHAPES)))
     alone, (first, second) = begun(momentum, block), (begun(momentum, block) for _ in range(2))
@@ -63,9 +65,9 @@ def test_coherence_is_that_of_sums(kind, scale):
     tol = 1e-12 if dtype == torch.float64 else 1e-5  # rounding of float32, some tens of additions
     for a, b, c, d in zip(one, other, oracle(kind, one), oracle(kind, other), strict=True):
         (m,) = folded(momentum, [alone], [a])
-        assert momentum.coherence(alone, a, m).item() == pytest.approx(c, rel=tol)
+        assert momentum.stride(alone, a, m).item() == pytest.approx(c, rel=tol)
         together = folded(momentum, [first, second], [a, b])
-        assert momentum.coherences([first, second], [a, b], together) == pytest.approx([c, d], rel=tol)
+        assert momentum.strides([first, second], [a, b], together) == pytest.approx([c, d], rel=tol)
 
 
 def test_of_a_stack_each_member_has_its_own():
@@ -81,7 +83,7 @@ def test_of_a_stack_each_member_has_its_own():
         for step in counts:
             step += 1
         momentum.fold(state, both)
-        found = momentum.coherence(state, both, momentum.current(state, both))
+        found = momentum.stride(state, both, momentum.current(state, both))
         torch.testing.assert_close(found, torch.tensor(c, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
@@ -92,8 +94,8 @@ def test_agreeing_gradients_have_coherence_one_and_a_spike_no_more():
     for scale in (1.0, 1.0, 1.0, 1e6):
         a = (torch.full((3,), scale).double(),)
         (m,) = folded(momentum, [state], [a])
-        assert momentum.coherence(state, a, m).item() == pytest.approx(1.0, rel=1e-12) or scale > 1
-    assert momentum.coherence(state, a, m).item() <= 1.0
+        assert momentum.stride(state, a, m).item() == pytest.approx(1.0, rel=1e-12) or scale > 1
+    assert momentum.stride(state, a, m).item() <= 1.0
 
 
 PRECONDITIONERS = {
@@ -110,7 +112,7 @@ PRECONDITIONERS = {
 @pytest.mark.parametrize("alike", [1, 3])
 @pytest.mark.parametrize("engine", ["loop", "auto"])
 @pytest.mark.parametrize("name", PRECONDITIONERS)
-def test_steps_are_c_times_as_long(name, engine, alike):
+def test_steps_are_as_long_as_gradients_agree(name, engine, alike):
     """Of one history of gradients, with the same maps: what is descended does not depend on how far was gone."""
     torch.manual_seed(0)
     inputs = [torch.randn(9, 4, dtype=torch.float64) for _ in range(STEPS)]

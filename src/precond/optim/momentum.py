@@ -48,7 +48,7 @@ class Momentum:
         dampening: τ ≥ 0, for ``"heavy_ball"`` and ``"nesterov"``; with τ = β they are averages.
         kind: one of the rows above.
         lengths: ρ in [0, 1) of ḡ², which is kept then, the bias of its start divided out; steps of a preconditioner that is made of the
-            momentum (:class:`~precond.Polar`, :class:`~precond.Muon`) are c times as long. None: they are not.
+            momentum (:class:`~precond.Polar`, :class:`~precond.Muon`, :class:`~precond.Schatten`) are √c times as long. None: they are not.
 
     Raises:
         ValueError: for a bias correction of what has no bias, or dampening of an EMA.
@@ -141,20 +141,20 @@ class Momentum:
             return tuple(torch._foreach_div(m, state.unbiased(self.beta)))
         return m
 
-    def coherence(self, state: State, a: Tensors, m: Tensors) -> Tensor | None:
-        """c of what is descended, m, after ‖a‖² is folded into ḡ²; of a stack of each member. None where that is not kept."""
-        if "square" not in state:
+    def stride(self, state: State, a: Tensors, m: Tensors) -> Tensor | None:
+        """√c of what is descended, m, after ‖a‖² is folded into ḡ²; of a stack of each member. None where that is not kept."""
+        if self.lengths is None or "square" not in state:
             return None
         square, weight = (state[key] for key in LENGTHS)
         of_a, of_m = (_length(state.block, v) for v in (a, m))
         one = state.kept("one", of_a.shape, lambda: torch.ones_like(of_a))
         torch._foreach_lerp_([square, weight], [of_a.square_(), one], 1 - self.lengths)
         over = (weight / square.clamp_min(torch.finfo(square.dtype).tiny)).sqrt_()
-        return over.mul_(of_m / self._weights(state.times[0])).clamp_max_(1.0).to(m[0].dtype)
+        return over.mul_(of_m / self._weights(state.times[0])).clamp_max_(1.0).sqrt_().to(m[0].dtype)
 
-    def coherences(self, states: Sequence[State], a: Sequence[Tensors], m: Sequence[Tensors]) -> list[float]:
+    def strides(self, states: Sequence[State], a: Sequence[Tensors], m: Sequence[Tensors]) -> list[float]:
         """The same of several blocks in this process' memory at once, each with its a and m; 1 of each where it is not kept."""
-        if "square" not in states[0]:
+        if self.lengths is None or "square" not in states[0]:
             return [1.0] * len(states)
         vectors = (*a, *m)
         norms = iter(torch.stack(torch._foreach_norm([t for v in vectors for t in v])).tolist())
@@ -167,7 +167,7 @@ class Momentum:
         torch._foreach_lerp_(kept, new.unbind(), 1 - self.lengths)
         sums = torch.stack(kept).tolist()
         return [
-            min(1.0, length * sqrt(weight / square) / self._weights(state.steps[0])) if square else 0.0
+            sqrt(min(1.0, length * sqrt(weight / square) / float(self._weights(state.steps[0])))) if square else 0.0
             for state, length, square, weight in zip(states, found[len(a) :], sums[: len(a)], sums[len(a) :], strict=True)
         ]
 

@@ -156,24 +156,22 @@ class Cell:
         return self.block.gathered(tuple(leaf.tensor.detach().to(state_dtype(leaf.param.dtype)) for leaf in self.leaves))
 
     def _clean_momentum(self, state: State, gradient: Vec) -> tuple[Vec | None, Tensor | None]:
-        """The momentum of the clean gradient after the step in progress, and its coherence, where the map is made of it.
+        """The momentum of the clean gradient after the step in progress, and √c of its coherence, where the map is made of it.
 
-        It is the step's own, as it will be, unless regularizers add to the gradient: then it is an average of its own, ``clean``,
-        which moves with the cell's own state.
+        It is the step's own, unless regularizers add to the gradient: then an average of its own, ``clean``, in the cell's own state.
         """
         if not self.preconditioner.uses_momentum or self.momentum is None or self.momentum.of != "cotangent":
             return None, None
         kept = self.average.get("clean", self.average.get("m"))
-        counts = {key: state[key] for key in COUNTS if key in state}
-        own = State(state.block, {} if kept is None else {"m": kept}, **counts)
-        if state is not self.state or "clean" not in self.average:
-            own = own.copied()
-        lengths = State(state.block, {key: self.average[key] for key in LENGTHS if key in self.average}, **counts)
+        also = {key: x[key] for keys, x in ((LENGTHS, self.average), (COUNTS, state)) for key in keys if key in x}
+        own = State(state.block, also if kept is None else {"m": kept} | also)
         if state is not self.state:
-            lengths = lengths.copied()
+            own = own.copied()
+        elif kept is not None and "clean" not in self.average:
+            own["m"] = tuple(t.clone() for t in kept)
         self.momentum.fold(own, gradient)
         m = self.momentum.current(own, gradient)
-        return m, self.momentum.coherence(lengths, gradient, m)
+        return m, self.momentum.stride(own, gradient, m)
 
     def descent(self, a: Vec, least: Sequence[Scalar] = (), fold: bool = True) -> Vec:
         """F N Nᵀ · momentum(Fᵀa) with P = F N, or momentum(M a) where the momentum is one of tangents; one tensor for each leaf.
@@ -204,15 +202,13 @@ class Cell:
         gradient = self.block.gathered(g)
         # What was put side by side is memory of the step's own, and what is made of the momentum alone asks for no gradient.
         own = len(self.members) > 1 and not self.preconditioner.constituents and "square" not in self.average
-        coherence = None
-        if self.momentum is None:
-            m = gradient
-        else:
+        m, stride = gradient, None
+        if self.momentum is not None:
             of = self.average, gradient
             self.momentum.fold(*of)
             m = self.momentum.write(*of, gradient) if own and "m" in self.average else self.momentum.current(*of)
-            coherence = self.momentum.coherence(*of, m)
-        return self.block.scattered(P.descend(self.state, Seen(gradient, self.inputs, m, coherence, self._shown)))
+            stride = self.momentum.stride(*of, m)
+        return self.block.scattered(P.descend(self.state, Seen(gradient, self.inputs, m, stride, self._shown)))
 
     def factors(self) -> tuple[LinearMap, LinearMap]:
         """(F, N) with P = F N, on the tensors of the block; the momentum of cotangents is kept in the coordinates of F."""

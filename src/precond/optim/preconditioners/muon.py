@@ -126,7 +126,7 @@ class Muon(Stacked):
         state["norm"].copy_(shortened(norm, seen, self.eps))
         state["gram"].copy_(gram)
         step = step.to(m.dtype)
-        return ((step if seen.coherence is None else step * seen.coherence[:, None, None]).view(m.shape),)
+        return ((step if seen.stride is None else step * seen.stride[:, None, None]).view(m.shape),)
 
     def _iterated(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """(γ times the last iterate, the first Gram matrix) from matrices (k, A, B) of norm 1."""
@@ -186,8 +186,8 @@ def is_full_matrix(leaf: Leaf) -> bool:
 
 
 def shortened(norm: Tensor, seen: Seen, eps: float) -> Tensor:
-    """What γ is divided by, ‖m‖ or ε at least: by 1/c times of it, where steps are c times as long."""
-    return norm if seen.coherence is None else torch.where(norm > 0, norm.clamp_min(eps) / seen.coherence, 0.0)
+    """What γ is divided by, ‖m‖ or ε at least; 1/√c times that where steps are √c times as long."""
+    return norm if seen.stride is None else torch.where(norm > 0, norm.clamp_min(eps) / seen.stride, 0.0)
 
 
 def normalized(m: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,7 @@ class Schatten(Stacked):
         shaped, size = self._shaped(X, self._root(gram))
         for key, value in (("gram", gram), ("norm", shortened(norm, seen, self.eps)), ("size", size)):
             state[key].copy_(value)
-        return shaped if seen.coherence is None else shaped * seen.coherence[:, None, None]
+        return shaped if seen.stride is None else shaped * seen.stride[:, None, None]
 
     def shaped(self, m: Tensor) -> Tensor:
         """M m of matrices (k, A, B)."""

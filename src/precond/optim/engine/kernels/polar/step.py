@@ -52,7 +52,7 @@ class Layer(Generic[Outer, Average]):
         P1: see :meth:`PolarStep._make`; None where it is the identity.
         m: what L^(−1/2) is applied to.
         size: by which the momentum was divided for that.
-        coherence: of the momentum.
+        stride: √c of the momentum's coherence.
     """
 
     kernel: PolarStep[Outer, Average, Any]
@@ -65,7 +65,7 @@ class Layer(Generic[Outer, Average]):
     P1: Outer | None
     m: Average = field(init=False)
     size: float = field(default=1.0, init=False)
-    coherence: float = field(default=1.0, init=False)
+    stride: float = field(default=1.0, init=False)
 
 
 @dataclass
@@ -139,8 +139,8 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
         momentum.fold_all(averages, gradients)
         memories = [x.kernel._memory(x.g) for x in layers]
         momentum.write_all(averages, gradients, memories)
-        for x, x.coherence in zip(layers, momentum.coherences(averages, gradients, memories), strict=True):
-            x.m = x.kernel._average(x.P1)
+        for x, stride in zip(layers, momentum.strides(averages, gradients, memories), strict=True):
+            x.stride, x.m = stride, x.kernel._average(x.P1)
         if renewed := [(x, share) for x in layers if (share := x.kernel._share(x))]:
             _renew(renewed)
         found = [x.kernel._turned(x.state, x.P1, x.m) for x in layers]
@@ -180,8 +180,8 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
             m, x.size = self._unit(x.P1, self._average(x.P1))
             d, square = self._turned(x.state, x.P1, m)
             (norm,) = (s**0.5 for s in _numbers([square]))
-        x.state["norm"].fill_(norm * x.size / x.coherence if norm else 0.0)
-        length = x.coherence * self._step_length(x.state)
+        x.state["norm"].fill_(norm * x.size / x.stride if norm else 0.0)
+        length = x.stride * self._step_length(x.state)
         self._move(x.p, x.P1, d, 1 - x.lr * self.decay, -x.lr * length / norm if norm else 0.0)
         if isinstance(self.outer, Whitening) and self._of_outer.due(outer := x.cell.state["outer"], x.t, self.outer.every):
             on(x.cell.block, self.outer).refresh(outer)
