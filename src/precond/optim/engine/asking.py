@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from precond.algebra import collectives
 from precond.optim.blocks import Leaf
-from precond.optim.engine.cells import Cell, sites_of
+from precond.optim.engine.cells import Cell
 from precond.optim.inputs import Request
 from precond.optim.inputs.bundles import Layer
 from precond.optim.inputs.observer import Key
+from precond.optim.inputs.sites import Site
 from precond.optim.ranks.pieces import Pieces
 
 
@@ -133,3 +134,9 @@ class Asked(NamedTuple):
         wants = torch.cat([flags for flags, *_ in told]).tolist()  # the host decides by them what hooks do
         each = zip(self.keys, wants, (c for _, *of in told for c in of), strict=True)
         return [(*key, mean.view(shape) if flag == 2 else None) for (key, shape), flag, mean in each if flag]
+
+
+def sites_of(cell: Cell) -> Iterator[tuple[Site, Request]]:
+    """The sites of a cell's layers and the requests that they answer."""
+    for request in sorted(cell.preconditioner.requests, key=repr):
+        yield from ((site, request) for leaf in cell.leaves for site in leaf.sites if site.answers(request))

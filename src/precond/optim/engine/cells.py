@@ -15,7 +15,6 @@ from precond.algebra.vec import Scalar, Vec
 from precond.optim.blocks import COUNTS, Block, Leaf, Stack, State, counted_together, state_dtype, whole_numbers
 from precond.optim.inputs import Request
 from precond.optim.inputs.observer import InputMoments
-from precond.optim.inputs.sites import Site
 from precond.optim.momentum import LENGTHS, Momentum
 from precond.optim.preconditioners.base import Preconditioner
 from precond.optim.preconditioners.each import on
@@ -243,9 +242,3 @@ class Cell:
             return Identity(tuple(leaf.tensor for leaf in self.leaves))
         of_block = self.acting.map(state)
         return of_block if not isinstance(self.block, Stack) else OfMembers(of_block, self.block)
-
-
-def sites_of(cell: Cell) -> Iterator[tuple[Site, Request]]:
-    """The sites of a cell's layers and the requests that they answer."""
-    for request in sorted(cell.preconditioner.requests, key=repr):
-        yield from ((site, request) for leaf in cell.leaves for site in leaf.sites if site.answers(request))

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from precond.algebra import collectives
 from precond.optim.blocks import Leaf
-from precond.optim.engine.cells import Cell, sites_of
+from precond.optim.engine.asking import sites_of
+from precond.optim.engine.cells import Cell
 from precond.optim.engine.sharing import Shared
 from precond.optim.inputs.bundles import Layer
 from precond.optim.inputs.observer import Key
