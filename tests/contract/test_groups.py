@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections import OrderedDict
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import nn
 
 import precond
 from contract.table import EVERY, TWINS, Twin, batches, closure, flat, net, snapshot, train
-from precond import L2, RMS, SAM, AdaGrad, Fixed, GradientNorm, PreconditionedGD, Route, is_matrix
+from precond import KFAC, L2, RMS, SAM, AdaGrad, Fixed, GradientNorm, PreconditionedGD, Route, is_matrix
 
 each = pytest.mark.parametrize("name", EVERY)
 by_name = pytest.mark.parametrize("twin", TWINS, ids=str)
@@ -82,6 +85,79 @@ def test_names_of_groups_that_come_later():
     fresh.add_param_group({"params": model.head.parameters()})
     fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert all(torch.equal(a, b) for a, b in zip(snapshot(fresh), snapshot(optimizer), strict=True))
+
+
+LATER = {
+    "parameters": lambda head: head.parameters(),
+    "a list": lambda head: [head.weight, head.bias],
+    "the module": lambda head: head,
+}
+MADE = {name: partial(precond.RECIPES[name], lr=0.01) for name in ("auto", "muon", "whitening", "adamw", "soap")}
+MADE["KFAC"] = partial(PreconditionedGD, lr=0.01, preconditioner=KFAC())
+
+
+@pytest.mark.parametrize("given", LATER.values(), ids=LATER)
+@pytest.mark.parametrize("make_of", MADE.values(), ids=MADE)
+def test_what_is_added_of_the_model_is_stepped_as_from_the_start(make_of, given):
+    """Names and kinds are the model's, whatever way they came in: rules by name and joint blocks depend on them."""
+
+    def make(later):
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh()).double()
+        model = nn.Sequential(OrderedDict(body=model, head=nn.Linear(6, 3).double()))
+        for i, p in enumerate(model.parameters()):
+            nn.init.normal_(p, generator=torch.Generator().manual_seed(i))
+        head = model.head
+        if later:
+            del model.head
+        optimizer = make_of(model)
+        if later:
+            model.head = head
+            optimizer.add_param_group({"params": given(head)})
+        return model, optimizer
+
+    ends = []
+    for later in (True, False):
+        model, optimizer = make(later)
+        assert [n for g in optimizer.param_groups for n in g["param_names"]] == [n for n, _ in model.named_parameters()]
+        for k in range(5):
+            optimizer.zero_grad()
+            x = torch.randn(16, 4, generator=torch.Generator().manual_seed(k)).double()
+            model(x).cos().mean().backward()
+            optimizer.step()
+        ends.append((flat(model), [(r.name, r.kind, r.preconditioner) for r in optimizer.explain().rows]))
+    assert ends[0][1] == ends[1][1]
+    assert relative(ends[0][0], ends[1][0]) <= 1e-9
+
+
+@pytest.mark.parametrize("given", LATER.values(), ids=LATER)
+def test_state_under_the_names_of_before_is_loaded(given):
+    def make():
+        model = net()
+        head = model.head
+        del model.head
+        optimizer = precond.adamw(model)
+        model.head = head
+        optimizer.add_param_group({"params": given(head)})
+        return model, optimizer
+
+    model, optimizer = make()
+    train(model, optimizer, batches(3))
+    for names in (["param_0", "param_1"], ["weight", "bias"], ["1.weight", "1.bias"]):
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["param_groups"][1]["param_names"] = names
+        _other, fresh = make()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fresh.load_state_dict(saved)
+        assert all(torch.equal(a, b) for a, b in zip(snapshot(fresh), snapshot(optimizer), strict=True))
+
+
+def test_a_parameter_whose_name_is_not_known_has_that_of_its_module():
+    """Parameters without names beside a module leave all groups without; rules and ``explain()`` know the module's."""
+    model, scale = net(), nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = precond.adamw([{"params": model}, {"params": [scale]}])
+    names = [n for n, _ in model.named_parameters()]
+    assert [row.name for row in optimizer.explain().rows] == [*names, f"param_{len(names)}"]
 
 
 def test_a_module_may_join_parameters_without_names():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -179,6 +181,72 @@ def test_transforms_of_torch_func_are_not_seen():
         torch.func.jacrev(loss)(params, X)
         step(model, optimizer)
     check_same((model, optimizer), reference)
+
+
+LENT = {
+    "a teacher's": (lambda p: p.detach().clone(), False),
+    "a teacher's parameters": (lambda p: nn.Parameter(p.detach().clone(), requires_grad=False), False),
+    "an inner loop's": (lambda p: p.detach().clone().requires_grad_(), False),
+    "its own": (lambda p: p, True),
+    "computed of its own": (lambda p: 0.5 * p, True),
+}
+
+
+@pytest.mark.parametrize("clears", ["before", "between", "after"])
+@pytest.mark.parametrize("weights, counts", LENT.values(), ids=LENT)
+def test_a_forward_with_weights_that_are_not_the_optimizers_does_not_count(weights, counts, clears):
+    """A mean teacher by functional_call, with gradients on; where zero_grad() stands decides nothing."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    optimizer = PreconditionedGD(model, lr=0.1, preconditioner=BNP())
+    for _ in range(3):
+        lent = {name: weights(p) for name, p in model.named_parameters()}
+        if clears == "before":
+            optimizer.zero_grad()
+        of_others = torch.func.functional_call(model, lent, (10 * X,))
+        if clears == "between" and not counts:
+            optimizer.zero_grad()
+        loss = (model(X) - (of_others if counts else of_others.detach())).square().mean()
+        if clears == "after":
+            optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if clears == "between" and counts:
+            optimizer.zero_grad()
+    state = optimizer.state[model[0].weight]
+    assert state["count"].item() == 3 * len(X) * (2 if counts else 1)
+    if not counts:
+        torch.testing.assert_close(state["mean"][0], X.mean(0), rtol=1e-12, atol=1e-13)
+
+
+def test_parameters_that_take_the_place_of_others_between_two_steps_are_seen():
+    model, optimizer = make()
+    for _ in range(2):
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+        step(model, optimizer)
+    assert [optimizer.state[layer.weight]["count"].item() for layer in (model.stem, model.head)] == [24, 24]
+
+
+def test_forwards_in_several_threads_all_count():
+    def train(threads):
+        model, optimizer = make()
+        model.body[3].p = 0.0  # masks would be drawn in another order
+        for _ in range(2):
+            optimizer.zero_grad()
+            parts = [data(3, 4, seed=k) for k in range(60)]
+            with ThreadPoolExecutor(threads) if threads else contextlib.nullcontext() as pool:
+                ys = list((pool.map if threads else map)(model, parts))
+            sum(y.square().mean() for y in ys).backward()
+            optimizer.step()
+        return model, optimizer
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns often
+    try:
+        found = train(8)
+    finally:
+        sys.setswitchinterval(interval)
+    assert found[1].state[found[0].stem.weight]["count"].item() == 2 * 60 * 3
+    check_same(found, train(None), exact=False)
 
 
 def test_an_empty_batch_shows_nothing():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from threading import RLock
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,31 +17,11 @@ from precond.optim.inputs.moments import Moments, Request, pool
 from precond.optim.inputs.reading import Unreadable
 from precond.optim.inputs.sites import Site
 from precond.optim.inputs.taps import Tap, Weight
+from precond.optim.inputs.watched import Key, Mark, Watched, holder, mark
 from precond.optim.inputs.watching import watching
 
-Key = tuple[str, Request]
-"""A site's name, and a request."""
 InputMoments = dict[Key, Moments]
 _AS_IT_IS = nullcontext()
-
-
-class Mark(NamedTuple):
-    """Which gradient a parameter had, to tell whether a backward has been since; keeps none alive."""
-
-    gradient: weakref.ref[Tensor] | None
-    version: int
-
-    def holds(self, param: Tensor) -> bool:
-        """Whether it still has that gradient."""
-        g = param.grad
-        if g is None or self.gradient is None:
-            return g is None and self.gradient is None
-        return self.gradient() is g and g._version == self.version
-
-
-def mark(param: Tensor) -> Mark:
-    """The gradient that a parameter has now."""
-    return Mark(None, 0) if param.grad is None else Mark(weakref.ref(param.grad), param.grad._version)
 
 
 class Observer:
@@ -68,17 +49,18 @@ class Observer:
         self._seen: InputMoments = {}  # since the last backward through the layer
         self._earlier: InputMoments = {}  # before it: micro-batches, or a step that a scaler skipped
         self._marks: dict[str, Mark] = {}
-        self._given_up: set[str] = set()  # sites whose gradients were cleared when no backward had been
+        self._cleared: dict[str, bool] = {}  # sites whose gradients were cleared since their forward: whether after a backward
         if before is not None:  # in this step, of the model as it was
             self._seen, self._earlier = dict(before._seen), dict(before._earlier)
-            self._marks, self._given_up = dict(before._marks), set(before._given_up)
+            self._marks, self._cleared = dict(before._marks), dict(before._cleared)
+        self._lock = RLock()  # for forwards in several threads; a tap may call the module again
         self._without_grad: dict[nn.Module, int] = {}
-        self._work: dict[nn.Module, tuple[Tap, list[tuple[Site, Weight, list[Key]]]]] = {}
+        self._work: dict[nn.Module, tuple[Tap, list[Watched]]] = {}
         self._shapes: dict[Key, tuple[int, int]] = {}
         for site in self.sites:
             keys = [(site.name, request) for request in self.requests]
             for tap, weight in site.taps:
-                self._work.setdefault(tap.module, (tap, []))[1].append((site, weight, keys))
+                self._work.setdefault(tap.module, (tap, []))[1].append(Watched(site, weight, keys, *holder(tap.module, weight)))
         for module in self._work:
             sweep(module)  # copies of copies would carry ever more
         self._handles = [m.register_forward_pre_hook(InputHook(self, "see"), with_kwargs=True) for m in self._work]
@@ -87,7 +69,7 @@ class Observer:
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called before each forward of a watched module."""
         work = self._work.get(module)  # None in a shallow copy, such as nn.DataParallel's replicas
-        changed = work is not None and any(self._known.get(s.name) != _kind(s.weight) for s, *_ in work[1])
+        changed = work is not None and any(self._known.get(w.site.name) != _kind(w.site.weight) for w in work[1])
         if (self._first or changed) and self.enabled and not self.absent and watching():
             again = not torch.is_grad_enabled()  # no forward of a step
             self._first = again
@@ -96,24 +78,30 @@ class Observer:
                 return now.see(module, args, kwargs)
         if not self.wanted or self.absent:
             return
-        if work is None or not (self.enabled and module.training and watching()) or _transformed() or not self._counts(module):
+        if work is None or not (self.enabled and module.training and watching()) or _transformed():
             return
-        tap, weights = work
-        asked = [w for w in weights if w[0].weight.requires_grad and not self.wanted.keys().isdisjoint(w[2])]
+        with self._lock:
+            self._read(module, *work, args, kwargs)
+
+    def _read(self, module: nn.Module, tap: Tap, weights: list[Watched], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read a call and fold it in, where it counts."""
+        if not self._counts(module):
+            return
+        asked = [w for w in weights if w.site.weight.requires_grad and not self.wanted.keys().isdisjoint(w.keys) and not w.lent]
         if not asked:
             return
         try:
-            device = asked[0][0].weight.device.type
+            device = asked[0].site.weight.device.type
             full = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
             with torch.no_grad(), full:
                 args, kwargs, speaks = gathered(args, kwargs)  # under tensor parallelism
                 if (call := tap.read(args, kwargs)) is None:
                     return
-                for site, weight, keys in asked:
-                    self._fold(tap, call, site, weight, keys if speaks else ())
+                for w in asked:
+                    self._fold(tap, call, w.site, w.weight, w.keys if speaks else ())
         except Exception as error:
-            for site, _, _ in asked:
-                self.unread[site.name] = why_unread(error)
+            for w in asked:
+                self.unread[w.site.name] = why_unread(error)
 
     def _fold(self, tap: Tap, call: Any, site: Site, weight: Weight, keys: Sequence[Key]) -> None:
         """Put what a call shows of a weight to what was seen before."""
@@ -122,9 +110,9 @@ class Observer:
                 self._separate(site)
                 if site.weight.grad is None:  # cleared, by whomever
                     self._drop(self._earlier, site)
-            elif site.name in self._given_up:  # neither backward nor step, and now anew: of a batch that was passed over
+            elif site.name in self._cleared:  # neither backward nor step, and now anew: of a batch that is over
                 self._drop(self._seen, site)
-            self._given_up.discard(site.name)
+            self._cleared.pop(site.name, None)
             self._marks[site.name] = mark(site.weight)
             for key in keys:
                 if key not in self.wanted:
@@ -166,10 +154,12 @@ class Observer:
 
     def collect(self) -> InputMoments:
         """What was seen since :meth:`clear`."""
-        if not self._earlier:
-            return dict(self._seen)
-        both = {key: pool([self._seen[key], self._earlier[key]]) for key in self._earlier.keys() & self._seen.keys()}
-        return {**self._earlier, **self._seen, **both}
+        seen = dict(self._seen)
+        for site in self.sites if self._cleared else ():
+            if self._cleared.get(site.name) and not self._used(site):  # its gradient is no more, and no other was made of it
+                self._drop(seen, site)
+        both = {key: pool([seen[key], self._earlier[key]]) for key in self._earlier.keys() & seen.keys()}
+        return {**self._earlier, **seen, **both}
 
     def _used(self, site: Site) -> bool:
         """Whether the layer's gradient has changed since its last forward."""
@@ -177,30 +167,39 @@ class Observer:
         return known is not None and not known.holds(site.weight)
 
     def _drop(self, of: InputMoments, site: Site) -> None:
-        for request in self.requests:
-            of.pop((site.name, request), None)
+        for key in self._keys(site):
+            of.pop(key, None)
+
+    def _keys(self, site: Site) -> set[Key]:
+        return {(site.name, request) for request in self.requests}
 
     def _separate(self, site: Site) -> None:
-        for key in [(site.name, request) for request in self.requests]:
-            if key in self._seen:
-                found = self._seen.pop(key)
-                self._earlier[key] = pool([found, self._earlier[key]]) if key in self._earlier else found
+        for key in self._keys(site) & self._seen.keys():
+            found = self._seen.pop(key)
+            self._earlier[key] = pool([found, self._earlier[key]]) if key in self._earlier else found
 
     def separate(self) -> None:
         """Keep what was seen so far apart from what is seen next."""
         for site in self.sites if self._seen else ():
-            self._separate(site)
+            if site.name not in self._cleared or self._used(site):
+                self._separate(site)
 
     def drop_earlier(self) -> None:
         """Of layers seen since :meth:`separate`, that alone counts."""
         for key in self._seen:
             self._earlier.pop(key, None)
 
-    def drop_used(self) -> None:
-        """Forget what was seen before the last backward, whose gradient is about to be cleared."""
+    def clearing(self) -> None:
+        """Gradients are about to be cleared: forwards whose backward has been count no more, unless another backward goes through them.
+
+        So it is where each of several losses of one forward has a backward of its own, and gradients are cleared in between (PCGrad,
+        GradNorm). A new forward of the layer tells that the old one is over.
+        """
         for site in self.sites if self._marks else ():
             if self._used(site):
-                self._separate(site)
+                self._cleared[site.name] = True
+                for key in self._keys(site) & self._earlier.keys():
+                    self._seen[key] = pool([m for of in (self._earlier, self._seen) if (m := of.get(key)) is not None])
         self._earlier = {}
 
     def cleared(self) -> None:
@@ -208,12 +207,12 @@ class Observer:
         for site in self.sites if self._marks else ():
             if site.name in self._marks:
                 self._marks[site.name] = mark(site.weight)
-                if any((site.name, request) in self._seen for request in self.requests):
-                    self._given_up.add(site.name)
+                if not self._seen.keys().isdisjoint(self._keys(site)):
+                    self._cleared.setdefault(site.name, False)
 
     def clear(self) -> None:
         """Forget it: the step was taken, or skipped."""
-        self._seen, self._earlier, self._marks, self._without_grad, self._given_up = {}, {}, {}, {}, set()
+        self._seen, self._earlier, self._marks, self._without_grad, self._cleared = {}, {}, {}, {}, {}
         self.unread, self._first = {}, True
 
     def close(self) -> None:

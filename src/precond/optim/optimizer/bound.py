@@ -169,7 +169,7 @@ class Bound(torch.optim.Optimizer):
             handover.rename(owners, new, self.state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its ``"params"`` may be a module. State is made at once."""
+        """Add a group; its ``"params"`` may be a module. What the model holds has the model's names. State is made at once."""
         if not isinstance(param_group, dict):
             raise TypeError(f"add_param_group: expected a dict with 'params', got {type(param_group).__name__}")
         checks.learning_rate(self.naming.name, param_group.get("lr", 0.0))
@@ -179,7 +179,7 @@ class Bound(torch.optim.Optimizer):
             return
         modules = self.models.alive()
         known = len(modules)
-        (group,) = to_groups([param_group], modules, self.param_groups, self.models.names)
+        (group,) = to_groups([param_group], modules, self.param_groups, self.models)
         super().add_param_group(group)
         if "momentum" not in self.naming.defaults:
             group.pop("momentum", None)  # of the defaults, for schedulers alone

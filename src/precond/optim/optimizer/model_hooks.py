@@ -194,9 +194,9 @@ class ModelHooks:
             self.observer.drop_earlier()
 
     def begin_clearing(self) -> None:
-        """Gradients are about to be cleared, outside of a closure: forwards whose backward has been do not count."""
+        """Gradients are about to be cleared, outside of a closure: forwards whose backward has been do not count, if no other comes."""
         if self.observer is not None and self._collected is None and self.observer.enabled:
-            self.observer.drop_used()
+            self.observer.clearing()
 
     def end_clearing(self) -> None:
         """They have been cleared."""

@@ -131,6 +131,15 @@ class Models:
         """Whether names of parameters are a model's, not a user's."""
         return bool(self.modules or self._known)
 
+    def called(self) -> dict[Tensor, str]:
+        """Parameter → its name in the first of the modules that has it."""
+        parts = self._parts()
+        out: dict[Tensor, str] = {}
+        for root in self.alive():
+            for name, there in root.named_parameters():
+                out.setdefault(parts.get(there, there), unwrapped_name(name))
+        return out
+
     def alive(self) -> list[nn.Module]:
         """The modules that still exist."""
         return [m for ref in self.modules if (m := ref()) is not None]
@@ -187,9 +196,9 @@ class Models:
             names = group.get("param_names") or [None] * len(group["params"])
             for name, param in zip(names, group["params"], strict=True):
                 path, module, attribute = owner.get(param, (None, None, ""))
-                name = name or f"param_{len(leaves)}"
+                name = name or (f"param_{len(leaves)}" if path is None else f"{path}.{attribute}".lstrip("."))
                 layer = path if path is not None else name.rpartition(".")[0] or name
-                kind = kind_of(name, param, module)
+                kind = kind_of(attribute or name, param, module)
                 turned = module is not None and inputs_first(module, param)
                 if module is None and param in self._known:
                     layer, kind, turned = self._known[param]

@@ -20,12 +20,12 @@ Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[
 
 
 def to_groups(
-    params: Params, modules: list[nn.Module], before: Sequence[Mapping[str, Any]] = (), names_are_ours: bool = True
+    params: Params, modules: list[nn.Module], before: Sequence[Mapping[str, Any]] = (), models: Models | None = None
 ) -> list[dict[str, Any]]:
     """Parameter groups for ``torch.optim.Optimizer``; the modules met are appended to ``modules``.
 
-    Groups that come after others (``before``) have names if those have, and names of their own. Where a user named those
-    (the names are not ours, from a model), they name these too.
+    Groups that come after others (``before``) have names if those have, and names of their own: where the ``models`` of those hold
+    the parameters, what these call them. Where a user named those (the names are not a model's), they name these too.
 
     Raises:
         TypeError: for something that holds no parameters, sparse, complex or integer ones.
@@ -34,7 +34,7 @@ def to_groups(
     Warns:
         UserWarning: for a parameter that one group holds twice; it is taken once.
     """
-    known: dict[Tensor, str] = {}
+    known = {} if models is None else models.called()
     if isinstance(params, nn.Module):
         params = [{"params": params}]
     elif isinstance(params, ModuleGroups) and params.module is not None:
@@ -58,13 +58,15 @@ def to_groups(
             keys = ", ".join(map(repr, item)) or "nothing"
             raise TypeError(f"params: a group must have 'params', its parameters; this one has {keys}")
         pairs = _named(item["params"], modules)
-        groups.append({**item, "params": [(name or known.get(p), p) for name, p in pairs]})
-        if not isinstance(item["params"], nn.Module):
+        if isinstance(item["params"], nn.Module):
+            pairs = [(known.get(p, name), p) for name, p in pairs]
+        else:
             told |= {name is not None for name, _ in pairs}
+        groups.append({**item, "params": [(name or known.get(p), p) for name, p in pairs]})
     mixed = len(told) > 1
     if before and not modules:  # names of a module were not asked for, and may go
         there = {"param_names" in group for group in before}
-        mixed |= (True in told and False in there) or (not names_are_ours and len(told | there) > 1)
+        mixed |= (True in told and False in there) or (models is not None and not models.names and len(told | there) > 1)
     if mixed:
         raise ValueError("params names some parameters and not others; give all of them names, or none, or the model itself")
     if before:

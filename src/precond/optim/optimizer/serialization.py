@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
 from copy import deepcopy
@@ -15,6 +16,7 @@ from precond.algebra.warning import warn
 from precond.optim.blocks import Leaf
 from precond.optim.checking.arguments import shown
 from precond.optim.engine.shared_state import Owned, from_owners
+from precond.optim.momentum import LENGTHS
 from precond.optim.optimizer.entries import follow
 from precond.optim.ranks.replicas import meet
 
@@ -196,11 +198,21 @@ def _was_frozen(saved_state: Mapping[Any, Mapping[str, Any]], key: Any) -> bool:
     return key not in saved_state or bool(saved_state[key].get(FROZEN, False))
 
 
+def _was_called(k: int, before: str, now: str) -> bool:
+    """Whether version 0.1 called a parameter of a group that was added later so, which has the name of its model now."""
+    before = before.removeprefix(f"{k}.")
+    return k > 0 and (re.fullmatch(r"param_\d+", before) is not None or now.endswith(f".{before}"))
+
+
 def _match(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, Any]:
     """Which saved state belongs to which parameter: by name where both sides know names, else by position."""
     if all("param_names" in g for g in [*groups, *saved_groups]):
         saved = {n: i for g in saved_groups for n, i in zip(g["param_names"], g["params"], strict=True)}
         ours = {n: p for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+        for k, (g, s) in enumerate(zip(groups, saved_groups, strict=True)):
+            for now, before in zip(g["param_names"], s["param_names"], strict=False):
+                if now not in saved and before not in ours and _was_called(k, before, now):
+                    saved[now] = saved.pop(before)
         new, gone = sorted(ours.keys() - saved.keys()), sorted(saved.keys() - ours.keys())
         if new or gone:
             warn(
@@ -259,5 +271,5 @@ def _fit(
 FROZEN = "frozen"
 """What the state of a parameter holds that was frozen when it was saved."""
 
-OPTIONAL = {"m", "r_max", "residual", "average", "averaged", "inner.scale"}
+OPTIONAL = {"m", "r_max", "residual", "average", "averaged", "inner.scale", *LENGTHS}
 """Keys that another configuration of the same recipe, or an earlier version, may have left or left out."""
