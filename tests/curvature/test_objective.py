@@ -19,6 +19,7 @@ from precond.analysis.curvature import (
     condition_number,
     gauss_newton,
     hessian,
+    jacobian,
     to_scipy,
 )
 from precond.analysis.curvature.symmetric import apply_block, stacked
@@ -190,6 +191,58 @@ def test_the_graph_follows_the_parameters_and_memory_may_be_none():
     after = vec.flatten(kept.mv(v))
     assert (after - before).norm() > 1e-3
     torch.testing.assert_close(after, hessian_of(model, x, y) @ vec.flatten(v), rtol=1e-9, atol=1e-12)
+
+
+def dense_maps(model, loss, x, y):
+    """J, H and G of loss(model(x), y) by torch's functions of dense vectors."""
+    names, params = zip(*model.named_parameters(), strict=True)
+    like = tuple(p.detach() for p in params)
+    f = lambda flat: torch.func.functional_call(model, dict(zip(names, vec.unflatten(flat, like), strict=True)), (x,))  # noqa: E731
+    at = vec.flatten(like)
+    J = torch.autograd.functional.jacobian(f, at).flatten(0, 1)
+    S = torch.autograd.functional.hessian(lambda out: loss(out.view_as(f(at)), y), f(at).flatten())
+    return {"jacobian": J, "hessian": hessian_of(model, x, y, loss=loss), "gauss_newton": J.T @ S @ J}
+
+
+WRITES = {
+    "under no_grad": lambda t: t.mul_(3),
+    "through .data": lambda t: t.data.mul_(3),
+    "a sign": lambda t: t.data.view(-1)[:1].neg_(),
+    "exchanged entries, of which sums and norms tell nothing": lambda t: t.data.copy_(t.data.flip(0)),
+    "assigned": lambda t: setattr(t, "data", 3 * t.data),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("of", ["parameter", "buffer", "weights of the loss", "copy in float64"])
+def test_kept_maps_are_those_of_the_values_as_they_are(write, of):
+    torch.manual_seed(3)
+    x, y = examples()
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).double().eval()
+    model[1].running_mean.copy_(torch.tensor([0.5, 1, 2, -4]))
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64), reduction="sum")
+    objective = Objective(model, loss, [(x[:30], y[:30]), (x[30:], y[30:])], reduction="sum")
+    if of == "copy in float64":
+        model = copy.deepcopy(model)
+        objective = Objective(model.float(), loss.float(), objective.batches, reduction="sum").double()
+        model, loss = copy.deepcopy(model).double(), copy.deepcopy(loss).double()
+    maps = {make.__name__: make(objective) for make in (jacobian, hessian, gauss_newton)}
+    for map in maps.values():
+        map.to_dense()
+    moved, twin = {
+        "parameter": (model[0].weight, None),
+        "buffer": (model[1].running_mean, None),
+        "weights of the loss": (loss.weight, None),
+        "copy in float64": (objective.params[0], model[0].weight),
+    }[of]
+    with torch.no_grad():
+        WRITES[write](moved)
+        if twin is not None:
+            twin.copy_(moved)
+    for name, expected in dense_maps(model, loss, x, y).items():
+        scale = 1 if name == "jacobian" else 40
+        # Sums of 40 terms in another order.
+        torch.testing.assert_close(maps[name].to_dense() * scale, expected, rtol=1e-9, atol=1e-10, msg=name)
 
 
 def test_float64_keeps_the_model_and_sees_a_penalty_on_it():

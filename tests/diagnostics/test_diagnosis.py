@@ -15,6 +15,7 @@ from alike import alike
 from precond import BNP, RMS, PreconditionedGD
 from precond.analysis.curvature import Objective
 from precond.analysis.diagnostics import diagnose, preconditioner_of
+from precond.analysis.diagnostics.gathering import gather
 
 
 def objective_of(model, x, outputs=2, batches=3, **options):
@@ -394,6 +395,67 @@ def test_samples_are_drawn():
     full, drawn = diagnose(objective_of(model, x)).layers[0], diagnose(objective_of(model, x), samples=600).layers[0]
     assert full.used == 4000 and 500 < drawn.used < 700 and drawn.samples == 4000
     assert drawn.spectra.kappa("raw") == pytest.approx(full.spectra.kappa("raw"), rel=0.3)
+
+
+class Summarized(nn.Module):
+    """A projection that is called with all tokens, and with one summary in which the first entry is large."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.own(x).mean(1) + self.own(x[:, 0].sign() * LARGE)
+
+
+class Stepped(nn.Module):
+    """A cell that is called step by step, with another scale in the first one."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = nn.GRUCell(3, 2)
+
+    def forward(self, x):
+        h = None
+        for t in range(x.shape[1]):
+            h = self.own(x[:, t] * LARGE if t == 0 else x[:, t], h)
+        return h
+
+
+LARGE = torch.tensor([40.0, 1.0, 1.0], dtype=torch.float64)
+UNEVEN = {  # model, shapes of batches, number of samples that are wanted
+    "calls of 64 rows and of one": (Summarized, [(1, 64, 3)] * 800, 26000),
+    "a large batch, then small ones": (nn.Sequential, [(16000, 3), *[(1, 3)] * 800], 6000),
+    "small batches, then a large one": (nn.Sequential, [*[(1, 3)] * 800, (16000, 3)], 6000),
+    "a cell, step by step": (Stepped, [(4, 20, 3)] * 120, 3000),
+}
+
+
+@pytest.mark.parametrize("case", UNEVEN)
+def test_each_input_is_drawn_with_the_same_probability(case):
+    """κ of the drawn inputs against that of all, where those of small calls and batches are much larger than the others."""
+    make, shapes, samples = UNEVEN[case]
+    torch.manual_seed(0)
+    model = (make(nn.Linear(3, 2)) if make is nn.Sequential else make()).double()
+    data = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    if make is nn.Sequential:
+        data = [x.sign() * LARGE if len(x) == 1 else x for x in data]
+        few, rows = 800, torch.cat(data)
+    elif make is Summarized:
+        few, rows = 800, torch.cat([part for x in data for part in (x[0], x[:, 0].sign() * LARGE)])
+    else:
+        few, rows = 480, torch.cat([part for x in data for part in (x[:, 0].sign() * LARGE, x[:, 1:].flatten(0, 1))])
+    objective = Objective(model, lambda out, _: out.square().mean(), [(x, torch.zeros(len(x))) for x in data])
+    found = gather(objective, samples, 100)[0][0]
+    # λ_max is 40² times the share of large inputs, of which few·samples/N are drawn, give or take four square roots of that.
+    drawn = few * samples / len(rows)
+    assert found.used == pytest.approx(samples, rel=0.05)
+    assert kappa(found.R[0].numpy()) == pytest.approx(kappa(extended(rows.numpy())), rel=4 / drawn**0.5)
+
+
+def test_of_a_few_one_is_seen():
+    (found,), _ = gather(objective_of(nn.Linear(6, 2).double(), spread_inputs(4000)), 1, 100)
+    assert found.R[0].isfinite().all() and found.low.any()
 
 
 def test_recurrent_layers_are_seen():

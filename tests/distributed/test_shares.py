@@ -63,6 +63,14 @@ def test_products_and_state_are_divided(ranks, four, recipe, wrap):
                 assert part <= more * alone / pool.world
 
 
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_a_bare_program_sends_in_less_time_than_steps_take(ranks, wrap):
+    """The floor of ``benchmarks/sharing.py``."""
+    steps = ranks.run(shares.seconds, "whitening", wrap, 8, 64, 6)
+    for least, spent in zip(ranks.run(shares.of_collectives, "whitening", wrap, 8, 64, 6), steps, strict=True):
+        assert 0 < least < spent["process"]
+
+
 @pytest.mark.parametrize("through_sockets", [True, False])
 def test_what_each_rank_has_is_shared_by_all(three, through_sockets):
     every = [[], [7.0], [14.0, 14.0]]

@@ -326,3 +326,24 @@ def test_scores_of_many_inputs_are_stepped_in_proportion():
         torch.testing.assert_close(moved.median(), torch.tensor(0.01 * scale).double(), rtol=0.02, atol=0)
         why = {row.name: row.why for row in optimizer.explain().rows}["1.weight"]
         assert ("steps × 0.25" in why) == (n == 256)
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_what_turns_to_standardized_inputs_knows_no_samples_but_its_own(engine):
+    """Moments of all that a layer has received since, in float64: not a variance of 0 that counts for as many samples as whitening saw."""
+    model = net()
+    optimizer = precond.auto(model, engine=engine)
+    lengths, seen = [], []
+    for t in range(12):
+        if t == 7:
+            assert acting(optimizer)["white.weight"] == "BNP"
+            model.white.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+        before = flat(model).clone()
+        steps(model, optimizer, t, t + 1)
+        lengths.append((flat(model) - before).norm())
+        if t >= 7:
+            state, x = optimizer.state[model.white.weight], torch.cat(seen)
+            assert state["outer.count"].item() == len(x)
+            torch.testing.assert_close(state["outer.mean"][0], x.mean(0))
+            torch.testing.assert_close(state["outer.variance"][0], x.var(0, correction=0))
+            assert lengths[t] < 1.3 * lengths[6]

@@ -12,7 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from precond.lab.workloads import Plan, peers, train
-from precond.lab.workloads.pool import CONFIRMATION, DEVELOPMENT, HELD_OUT, LOCKED, OPENED, POOL, REFERENCE, pool_tasks, tasks
+from precond.lab.workloads.pool import (
+    CONFIRMATION,
+    DEVELOPMENT,
+    HELD_OUT,
+    LOCKED,
+    OPENED,
+    POOL,
+    REFERENCE,
+    SEALED,
+    pool_tasks,
+    tasks,
+)
 from precond.lab.workloads.pool.drawings import SHAPES, shapes
 from precond.lab.workloads.pool.finetuning import LoRA, trained, with_lora
 from precond.lab.workloads.pool.language import Llama, RotaryAttention, gpt
@@ -28,9 +39,11 @@ ADAMW = entrants()[0][1]
 
 def test_each_task_is_in_one_list_and_each_family_in_both_halves() -> None:
     assert len(MEMBERS) == len(POOL) >= 24
-    assert sorted(DEVELOPMENT + LOCKED + OPENED + CONFIRMATION + HELD_OUT) == sorted(MEMBERS)
-    of_halves = [Counter(MEMBERS[name].family for name in half) for half in (DEVELOPMENT, LOCKED, HELD_OUT, CONFIRMATION)]
-    assert len(of_halves[0]) >= 8 and set(of_halves[0]) == set(of_halves[1]) == set(of_halves[2])
+    assert sorted(DEVELOPMENT + LOCKED + OPENED + CONFIRMATION + HELD_OUT + SEALED) == sorted(MEMBERS)
+    of_halves = [
+        Counter(MEMBERS[name].family for name in half) for half in (DEVELOPMENT, LOCKED, HELD_OUT, CONFIRMATION, SEALED)
+    ]
+    assert len(of_halves[0]) >= 8 and set(of_halves[0]) == set(of_halves[1]) == set(of_halves[2]) == set(of_halves[4])
     # The third set has no net that was trained before.
     assert set(of_halves[3]) == set(of_halves[0]) - {"fine-tuning"}
 

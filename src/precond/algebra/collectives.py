@@ -71,7 +71,7 @@ def all_to_all(
     sent, out = torch.cat(flat) if flat else like.new_empty(0), like.new_empty(sum(takes))
     with _named(what, group, like.device):
         dist.all_to_all_single(out, sent, list(takes), [sum(t.numel() for t in of) for of in gives], group)
-    return list(out.split(list(takes)))
+    return list(out.split_with_sizes(list(takes)))
 
 
 def broadcast(t: Tensor, owner: int, what: str, group: dist.ProcessGroup) -> None:

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from itertools import islice
+from math import hypot, sqrt
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from precond.algebra import checks
-from precond.algebra.vec import Tensors, Vec
-from precond.optim.blocks import Block, State
+from precond.algebra.vec import Scalar, Tensors, Vec
+from precond.optim.blocks import Block, Stack, State
 from precond.optim.checking.arguments import settle
+
+LENGTHS = ("square", "squares")
+"""What a state calls the running mean of ‖a‖², with the bias of its start at 0, and the sum of its weights."""
+
+LEAST, MOST = 1e-12, 1e15
+"""Lengths whose squares stay in the range of float32."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,9 @@ class Momentum:
     An average of cotangents stays valid when P changes; M is applied after it. In a composition P₁P₂ it is one of P₁ᵀa, in the
     coordinates in which P₂ is made (:class:`~precond.Composition`).
 
+    Its *coherence* is c = min(1, ‖m̂‖/ḡ), m̂ being what is descended over the sum of the weights that it gives to each a, and ḡ² the
+    running mean of ‖a‖². It is 1 where gradients agree, and √((1−β)/(1+β)) or about that where they are noise: 0.23 for β = 0.9.
+
     Args:
         beta: β in [0, 1).
         start: ``"zero"``, m₀ = 0, or ``"first_gradient"``, m₁ = a₁.
@@ -34,6 +47,8 @@ class Momentum:
         of: ``"cotangent"``, or ``"tangent"`` as torch's RMSprop alone has it.
         dampening: τ ≥ 0, for ``"heavy_ball"`` and ``"nesterov"``; with τ = β they are averages.
         kind: one of the rows above.
+        lengths: ρ in [0, 1) of ḡ², which is kept then, the bias of its start divided out; steps of a preconditioner that is made of the
+            momentum (:class:`~precond.Polar`, :class:`~precond.Muon`, :class:`~precond.Schatten`) are √c times as long. None: they are not.
 
     Raises:
         ValueError: for a bias correction of what has no bias, or dampening of an EMA.
@@ -58,11 +73,14 @@ class Momentum:
     bias_correction: bool | None = None
     of: Literal["cotangent", "tangent"] = "cotangent"
     dampening: float = 0.0
+    lengths: float | None = None
 
     def __post_init__(self) -> None:
         settle(self)
         checks.fraction("Momentum", beta=self.beta)
         checks.non_negative("Momentum", dampening=self.dampening)
+        if self.lengths is not None:
+            checks.fraction("Momentum", lengths=self.lengths)
         if self.bias_correction and (self.kind != "ema" or self.start != "zero"):
             raise ValueError(
                 f"Momentum: bias_correction=True corrects an EMA that starts at zero; kind={self.kind!r}, "
@@ -80,7 +98,10 @@ class Momentum:
 
     def init(self, block: Block) -> dict:
         """m of a block; nothing where there is no momentum to keep (β = 0, save for an EMA, whose m Adam's state dict holds)."""
-        return {"m": block.zeros()} if self.beta or self.kind == "ema" else {}
+        if not self.beta and self.kind != "ema":
+            return {}
+        m = block.zeros()
+        return {"m": m} if self.lengths is None else {"m": m} | {key: m[0].new_zeros((), dtype=_wide(m[0])) for key in LENGTHS}
 
     def fold(self, state: State, a: Tensors) -> None:
         """Fold a into m, in place."""
@@ -120,6 +141,45 @@ class Momentum:
             return tuple(torch._foreach_div(m, state.unbiased(self.beta)))
         return m
 
+    def stride(self, state: State, a: Tensors, m: Tensors) -> Tensor | None:
+        """√c of what is descended, m, after ‖a‖² is folded into ḡ²; of a stack of each member. None where that is not kept."""
+        if self.lengths is None or "square" not in state:
+            return None
+        square, weight = (state[key] for key in LENGTHS)
+        of_a, of_m = (_length(state.block, v) for v in (a, m))
+        one = state.kept("one", of_a.shape, lambda: torch.ones_like(of_a))
+        torch._foreach_lerp_([square, weight], [of_a.square_(), one], 1 - self.lengths)
+        over = (weight / square.clamp_min(torch.finfo(square.dtype).tiny)).sqrt_()
+        return over.mul_(of_m / self._weights(state.times[0])).clamp_max_(1.0).sqrt_().to(m[0].dtype)
+
+    def strides(self, states: Sequence[State], a: Sequence[Tensors], m: Sequence[Tensors]) -> list[float]:
+        """The same of several blocks in this process' memory at once, each with its a and m; 1 of each where it is not kept."""
+        if self.lengths is None or "square" not in states[0]:
+            return [1.0] * len(states)
+        vectors = (*a, *m)
+        norms = iter(torch.stack(torch._foreach_norm([t for v in vectors for t in v])).tolist())
+        found = [hypot(*islice(norms, len(v))) for v in vectors]
+        for i, length in enumerate(found):
+            if not LEAST < length < MOST:
+                found[i] = _length(states[0].block, vectors[i]).item()
+        kept = [state[key] for key in LENGTHS for state in states]
+        new = torch.tensor([*(x**2 for x in found[: len(a)]), *[1.0] * len(a)], dtype=kept[0].dtype)
+        torch._foreach_lerp_(kept, new.unbind(), 1 - self.lengths)
+        sums = torch.stack(kept).tolist()
+        return [
+            sqrt(min(1.0, length * sqrt(weight / square) / float(self._weights(state.steps[0])))) if square else 0.0
+            for state, length, square, weight in zip(states, found[len(a) :], sums[: len(a)], sums[len(a) :], strict=True)
+        ]
+
+    def _weights(self, t: Scalar) -> Scalar:
+        """The sum of the weights of each a in what is descended in the step t: that of an average that is 1, from its start on."""
+        if self.corrected:
+            return 1.0
+        new = 1 - self.beta if self.kind == "ema" else 1 - self.dampening
+        first, last = 1.0 if self.start == "first_gradient" else new, new / (1 - self.beta)
+        of_m = last + (first - last) * self.beta ** (t - 1)
+        return new + self.beta * of_m if self.kind == "nesterov" else of_m
+
     def write(self, state: State, a: Tensors, out: Vec) -> Vec:
         """The same, into memory that is there already, ``out``; entries of a may be in the same place."""
         if "m" in state and self.kind == "nesterov" and self.dampening == self.beta:
@@ -146,3 +206,14 @@ class Momentum:
         else:
             torch._foreach_mul_(m, self.beta)
             torch._foreach_add_(m, a, alpha=1 - self.dampening)
+
+
+def _length(block: Block, v: Tensors) -> Tensor:
+    """‖v‖ on a block, (); on a stack (k,)."""
+    each = [torch.linalg.vector_norm(t, 2, list(range(isinstance(block, Stack), t.ndim)), dtype=_wide(t)) for t in v]
+    return reduce(torch.hypot, each)
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    """A dtype that holds the squares of huge and of tiny numbers of float32, where the device has it."""
+    return torch.float64 if t.device.type != "mps" else torch.float32

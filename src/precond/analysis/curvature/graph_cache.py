@@ -13,6 +13,7 @@ from precond.algebra.vec import Vec
 from precond.analysis.curvature.errors import NoSecondDerivative
 from precond.analysis.curvature.graph import GraphSize
 from precond.analysis.curvature.objective import Evaluation, Objective
+from precond.analysis.curvature.stamp import Stamp
 from precond.analysis.curvature.symmetric import Block, stacked, unstacked
 
 
@@ -41,12 +42,12 @@ class Graph(Protocol):
 
 
 class GraphCache:
-    """What is made of each batch of an objective at the parameters' current values, and kept until a parameter or buffer changes.
+    """What is made of each batch of an objective at the parameters' current values, and kept until one of them or a buffer changes.
 
     Args:
         objective: what is differentiated.
         graph: makes the graph of a batch.
-        memory: bytes of graphs that are kept; batches beyond are forwarded again for every product.
+        memory: bytes of graphs that are kept, beside one copy of parameters and buffers; batches beyond are forwarded again for every product.
     """
 
     def __init__(self, objective: Objective, graph: Callable[[Evaluation, Batch, Vec], Graph], memory: float):
@@ -54,13 +55,19 @@ class GraphCache:
             raise ValueError(f"memory must be a number of bytes >= 0, got {memory!r}; 0 keeps no graph")
         self.objective, self._kind, self._memory = objective, graph, memory
         self._graphs: dict[int, Any] = {}
-        self._stamp: tuple[Any, ...] = ()
+        self._stamp: Stamp | None = None
         self._one_by_one = False
         self._dual: bool | None = None  # whether dual numbers passed through the model; None: not tried
 
     def on(self, objective: Objective) -> Any:
         """The same for another objective."""
         return type(self)(objective, self._kind, self._memory)
+
+    def _indices(self) -> range:
+        """Of all batches, for one pass over them: graphs of what has changed since the last one are gone."""
+        if self._graphs and not (self._stamp and self._stamp.stands):
+            self._graphs.clear()
+        return range(len(self.objective.batches))
 
     def _applied(self, index: int, product: Callable[[Any], Vec], along: Vec | None = None) -> Vec:
         """What ``product`` makes of the graph of a batch; where that is made anew, along a vector if dual numbers pass through the model."""
@@ -75,10 +82,6 @@ class GraphCache:
         return differentiable(lambda: product(self._graph(index)))
 
     def _graph(self, index: int, along: Vec | None = None) -> Any:
-        stamp = self.objective.stamp()
-        if stamp != self._stamp:
-            self._graphs.clear()
-            self._stamp = stamp
         while self._graphs and sum(g.size.bytes for g in self._graphs.values()) > self._memory:
             self._graphs.popitem()  # graphs grow when what is made of them is differentiated
         if index in self._graphs:
@@ -95,6 +98,7 @@ class GraphCache:
                 )
             graph = self._kind(at, self._batch(index), self.objective.params)
         if graph.size.bytes + sum(g.size.bytes for g in self._graphs.values()) <= self._memory:
+            self._stamp = self._stamp if self._graphs else Stamp(self.objective)
             self._graphs[index] = graph
         return graph
 

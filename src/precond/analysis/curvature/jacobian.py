@@ -26,7 +26,7 @@ class Rectangular(GraphCache, BlockMap):
     @property
     def images(self) -> Vec:
         """Zeros of the shapes of what it maps to."""
-        return tuple(torch.zeros_like(self._graph(i).image) for i in range(len(self.objective.batches)))
+        return tuple(torch.zeros_like(self._graph(i).image) for i in self._indices())
 
     def mv(self, v: Vec) -> Vec:
         x = self._aligned(v, 0)
@@ -53,7 +53,7 @@ class Rectangular(GraphCache, BlockMap):
 
     def _out(self, product, along: Vec | None = None) -> Vec:
         with torch.inference_mode(False):
-            return tuple(part for i in range(len(self.objective.batches)) for part in self._applied(i, product, along))
+            return tuple(part for i in self._indices() for part in self._applied(i, product, along))
 
     def _back(self, u: Vec, extra: int, product) -> Vec:
         count = len(self.objective.batches)
@@ -63,7 +63,7 @@ class Rectangular(GraphCache, BlockMap):
             )
         with torch.inference_mode(False):
             total: Vec = ()
-            for i, t in enumerate(u):
+            for i, t in zip(self._indices(), u, strict=True):
                 image = self._graph(i).image
                 if t.shape[extra:] != image.shape:
                     raise ValueError(

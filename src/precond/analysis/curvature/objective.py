@@ -103,7 +103,6 @@ class Objective:
         self.names, self.params = chosen_parameters(model, params)
         self.dtype: torch.dtype | None = None
         self._twins: dict[int, Tensor] = {}
-        self._tensors: tuple[Tensor, ...] = ()
         self._structure = batches.structure(batches.checked(self.batches[0], 0))
 
     @property
@@ -142,6 +141,12 @@ class Objective:
     def standing_for(self, t: Tensor) -> Tensor:
         """What stands in the place of a parameter of the model while this objective measures: itself, or its copy in float64."""
         return self._twins.get(id(t), t)
+
+    @property
+    def tensors(self) -> Vec:
+        """Parameters and buffers that a loss is made of: the model's, and those of a loss function that is a module."""
+        loss = (self.loss_fn,) if isinstance(self.loss_fn, nn.Module) else ()
+        return tuple(self.standing_for(t) for m in (self.model, *loss) for t in (*m.parameters(), *m.buffers()))
 
     @cached_property
     def total(self) -> float:
@@ -245,20 +250,11 @@ class Objective:
         """
         if self._twins:
             return self
-        loss = (self.loss_fn,) if isinstance(self.loss_fn, nn.Module) else ()
-        tensors = [t for m in (self.model, *loss) for t in (*m.parameters(), *m.buffers())]
         other = copy.copy(self)
-        other._twins = {id(t): _twin(t) for t in tensors if t.is_floating_point()}
-        other._tensors = tuple(other._twins.get(id(t), t) for t in tensors)
+        other._twins = {id(t): _twin(t) for t in self.tensors if t.is_floating_point()}
         other.params = tuple(other._twins[id(p)] for p in self.params)
         other.dtype = torch.float64
         return other
-
-    def stamp(self) -> tuple[Any, ...]:
-        """What a graph of this objective depends on: it is stale as soon as this changes."""
-        tensors = self._tensors or [*self.model.parameters(), *self.model.buffers()]
-        modes = tuple(module.training for module in self.model.modules()) if self.mode == "unchanged" else ()
-        return tuple((t._version, t.data_ptr()) for t in tensors if not t.is_inference()), modes
 
     def _batch(self, index: int) -> batches.Batch:
         batch = batches.checked(self.batches[index], index)

@@ -120,7 +120,7 @@ class CurvatureMap(GraphCache, SymmetricMap):
         """Σ_b A_b v, in the parameters' dtype."""
         with torch.inference_mode(False):
             total: Vec = ()
-            for index in range(len(self.objective.batches)):
+            for index in self._indices():
                 part = self._applied(index, product, along)
                 total = vec.add(total, part) if total else part
         return total

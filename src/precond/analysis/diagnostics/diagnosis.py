@@ -55,7 +55,7 @@ class Diagnosis:
         optimizer: its class, or None.
         lr: its largest learning rate.
         lam_max: λ_max of PᵀHP (or PᵀGP), where curvature was asked for.
-        lr_limit: the largest stable learning rate, 2/λ_max times what momentum makes of it; None with ``lam_max``, and where P is not known.
+        lr_limit: the largest stable learning rate, 2/λ_max times what momentum makes of it; None with ``lam_max``, and where P or it is unknown.
         matrix: of which.
         undiagnosed: which weights' inputs were not diagnosed, each with the reason.
         considered: the remedies that were looked at, advised or not.
@@ -163,7 +163,7 @@ def diagnose(
         loss_fn: of a model: a function of (outputs, targets), of (outputs, batch) where batches are dicts; None: the model's own.
         curvature: also κ of each layer's block of the Hessian or Gauss–Newton matrix in float64, before and after P, and λ_max of the whole
             in z; costs some hundred products per layer.
-        samples: inputs per layer of which spectra are made; beyond, about as many are drawn, the same ones every time.
+        samples: inputs per layer of which spectra are made; beyond, about as many are drawn, each as probably, the same ones every time.
         max_inputs: layers with more inputs are passed by, with a note (spectra cost their third power).
         layers: at most so many are diagnosed; of stacks of equal ones some at equal distances, which stand for the others.
         examples: of ``data`` so many are taken.
@@ -216,7 +216,8 @@ def _diagnosis(
         A = _MATRICES[curvature](objective)
         lam_max = float(eigenvalues(A if P is None else P.T @ A @ P, 1).values[0])
         if optimizer is not None and P is not None and lam_max > 0:
-            limit = 2 * stable_factor(optimizer) / lam_max
+            c = stable_factor(optimizer)
+            limit = None if math.isnan(c) else 2 * c / lam_max
     found = Diagnosis(
         tuple(layers), (), tuple(notes), objective.value(), None if optimizer is None else type(optimizer).__name__,
         None if optimizer is None else step_size(optimizer, objective), lam_max, limit, curvature, tuple(undiagnosed),

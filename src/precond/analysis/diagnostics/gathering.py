@@ -32,7 +32,7 @@ def gather(
 
     Args:
         objective: whose layers with a parameter in ``objective.params`` are watched.
-        samples: inputs per layer of which R is made; beyond, as many are drawn, the same ones every time.
+        samples: inputs per layer of which R is made; beyond, about as many are drawn, each as probably, the same ones every time.
         max_inputs: layers with more inputs are passed by.
         layers: at most so many; of stacks some at equal distances.
     """
@@ -68,7 +68,7 @@ def gather(
                 losses.append(objective.evaluate(index).loss.detach())
             outputs.clear()
             for stream in streams.values():
-                stream.end()
+                stream.end(index)
     finally:
         remove(handles)
     for site in sites:

@@ -40,7 +40,7 @@ class Monitor:
       gradient and preconditioned gradient;
     - ``lambda_max``, of PᵀHP, a lower bound from a few products that start where the last measurement ended, and
       ``lambda_max_error``, its residual; ``lr``, ``lr_limit``, 2/λ_max times what momentum makes of it (:func:`stable_factor`), and
-      ``lr_ratio``, their quotient, above 1 where steps grow along the steepest direction;
+      ``lr_ratio``, their quotient, above 1 where steps grow along the steepest direction; NaN where that is not known;
     - ``update_ratio``, |Δp|/|p| of the step;
     - ``inputs/<layer>``, κ of the mean of ĥĥᵀ with covariances dropped: what means and scales do to the layer.
 

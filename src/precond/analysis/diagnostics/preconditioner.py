@@ -111,18 +111,18 @@ def _aligned(optimizer: torch.optim.Optimizer, params: Objective | Iterable[Tens
 
 
 def _from_state(optimizer: torch.optim.Optimizer, wanted: Vec, names: Sequence[str]) -> LinearMap:
-    map_of, stateless = registered(optimizer)
+    known = registered(optimizer)
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     began = {id(p) for p, state in optimizer.state.items() if state and float(state.get("step", 1)) > 0}
-    if not stateless and wanted and not began and any(p.requires_grad for p in wanted):
+    if not known.stateless and wanted and not began and any(p.requires_grad for p in wanted):
         raise RuntimeError(
             f"preconditioner_of: {type(optimizer).__name__} has seen no gradient of {names[0]} yet, nor of any other, so P is not "
             "known; take a step first"
         )
     maps: list[LinearMap] = []
     for p in wanted:
-        if stateless or id(p) in began:
-            maps.append(_map(map_of, optimizer, p, group_of[id(p)]))
+        if known.stateless or id(p) in began:
+            maps.append(_map(known.map_of, optimizer, p, group_of[id(p)]))
         else:
             maps.append(Identity((p.detach(),)))
     return side_by_side(maps, tuple(p.detach() for p in wanted))

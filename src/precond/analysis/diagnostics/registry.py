@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from precond.algebra.maps import LinearMap
+from precond.analysis.diagnostics.momenta import Stable
 
 MapOf = Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], LinearMap]
 """(parameter, its state, its group) ↦ P on (parameter,)."""
 F = TypeVar("F", bound=MapOf)
 
-_MAPS: dict[type[torch.optim.Optimizer] | str, tuple[MapOf, bool]] = {}
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a class.
+
+    Attributes:
+        map_of: its P.
+        stateless: whether P is known before the first step.
+        stable: its c; None: not known.
+    """
+
+    map_of: MapOf
+    stateless: bool
+    stable: Stable | None
 
 
-def register(*classes: type[torch.optim.Optimizer] | str, stateless: bool = False) -> Callable[[F], F]:
+_MAPS: dict[type[torch.optim.Optimizer] | str, Known] = {}
+
+
+def register(
+    *classes: type[torch.optim.Optimizer] | str, stateless: bool = False, stable: Stable | None = None
+) -> Callable[[F], F]:
     r"""Teach :func:`preconditioner_of` classes of optimizers whose step is p ← p − α M·(an average of gradients).
 
     The function that is decorated gets one parameter, its state and its group, and returns P on (parameter,), M = P Pᵀ; the
@@ -26,6 +46,8 @@ def register(*classes: type[torch.optim.Optimizer] | str, stateless: bool = Fals
     Args:
         classes: of optimizers, or their names after that of the package that has them, ``"package.Class"``, which then need not be imported.
         stateless: whether P is known before the first step.
+        stable: (state of a parameter, its group) ↦ c ≥ 1, by which its average of gradients raises the limit of the learning rate
+            (:func:`stable_factor`); ``lambda state, group: 1.0`` where it averages none, and None where that is not known.
 
     Returns:
         A decorator, which returns the function as it is.
@@ -44,14 +66,14 @@ def register(*classes: type[torch.optim.Optimizer] | str, stateless: bool = Fals
 
     def remember(function: F) -> F:
         for cls in classes:
-            _MAPS[cls] = (function, stateless)
+            _MAPS[cls] = Known(function, stateless, stable)
         return function
 
     return remember
 
 
-def registered(optimizer: torch.optim.Optimizer) -> tuple[MapOf, bool]:
-    """The function of an optimizer's class or of its nearest base, and whether P is known before the first step.
+def registered(optimizer: torch.optim.Optimizer) -> Known:
+    """What is known of an optimizer's class or of its nearest base.
 
     Raises:
         TypeError: where there is none.

@@ -93,17 +93,21 @@ class Stream:
     """Inputs of one site as they come."""
 
     def __init__(self, site: Site, samples: int, objective: Objective):
-        self._site, self._samples, self._batches = site, samples, len(objective.batches)
+        self._site, self._samples = site, samples
+        self._sizes = torch.tensor(objective.sizes, dtype=torch.float64)
+        self._left = self._sizes.flip(0).cumsum(0).flip(0)
         self._generator = torch.Generator().manual_seed(0)
-        self._share: float | None = None
-        self._pending: list[tuple[Tensor, ...]] = []
         self._channel: Moments | None = None
         self._parts: list[_Part] = []
-        self.count = self._used = 0
         self._source, self._epsilon = "data", torch.finfo(torch.float32).eps
         data = [t.dtype for t in tensors(objective.batches[0]) if t.is_floating_point()]
         self._given = max((torch.finfo(dtype).eps for dtype in data), default=0.0)
         self.unread = ""
+
+    @property
+    def count(self) -> int:
+        """Inputs seen, of all groups that come in numbers of their own."""
+        return sum(part.seen for part in self._parts)
 
     def see(self, tap: Tap, weight: Weight, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook."""
@@ -123,42 +127,26 @@ class Stream:
                 self._epsilon = max(self._epsilon, self._given)
         with torch.no_grad():
             for rows in tap.pieces(call, weight):
-                self._pending.append(tuple(self._drawn(part) for part in _by_parts(rows)))
+                parts = _by_parts(rows)
+                for rows_of in parts[len(self._parts) :]:
+                    self._parts.append(_Part(self._source, rows_of[:, :0].double().cpu(), self._samples, self._generator))
+                for part, rows_of in zip(self._parts, parts, strict=True):
+                    part.draw(rows_of.detach().cpu())
             if tap.layout(weight, _CHANNEL).repeat > 1:
                 seen = tap.moments(call, weight, _CHANNEL, None)
                 self._channel = seen if self._channel is None or seen is None else pool([self._channel, seen])
 
-    def _drawn(self, rows: Tensor) -> Tensor:
-        """A share of the rows, (groups, k, n), that makes about as many in all as wanted."""
-        N = rows.shape[1]
-        self.count += N
-        if self._share is None:
-            return rows.detach().cpu()  # of the first batch how many there will be is not known yet
-        return self._thinned(rows.detach().cpu())
-
-    def _thinned(self, rows: Tensor) -> Tensor:
-        N = rows.shape[1]
-        k = min(N, max(1, round(N * (self._share or 1.0))))
-        return rows if k == N else rows[:, torch.randperm(N, generator=self._generator)[:k].sort().values]
-
-    def end(self) -> None:
-        """A batch is over: fold its rows."""
-        if not self._pending:
-            return
-        if self._share is None:
-            groups = len(self._pending[0])
-            self._share = min(1.0, groups * self._samples / (self.count * self._batches))
-            self._pending = [tuple(self._thinned(rows) for rows in parts) for parts in self._pending]
-        for k, column in enumerate(zip(*self._pending, strict=True)):
-            if k == len(self._parts):
-                self._parts.append(_Part(self._source, column[0].double()))
-            self._parts[k].fold(torch.cat(column, dim=1).double())
-        self._used += sum(max(part.shape[1] for part in parts) for parts in self._pending)
-        self._pending = []
+    def end(self, index: int) -> None:
+        """Batch ``index`` is over: fold its rows."""
+        share = float(self._sizes[index] / self._left[index])
+        for part in self._parts:
+            part.end(share)
 
     def gathered(self, biased: bool, recentered: bool, rescaled: bool) -> InputStatistics:
         """All of it."""
         parts = self._parts
+        for part in parts:
+            part.close()
         if not all(bool(part.low.isfinite().all() and part.high.isfinite().all()) for part in parts):
             raise ValueError(
                 f"diagnose: what {self._site.name} receives holds inf or NaN; look for divergence (a checkpoint before, a lower "
@@ -172,7 +160,7 @@ class Stream:
             source=self._source,
             n=parts[0].low.shape[-1],
             count=self.count // len(parts),
-            used=self._used,
+            used=sum(part.rows for part in parts) // len(parts),
             R=tuple(R for part in parts for R in part.factors()),
             low=torch.cat([part.low for part in parts]),
             high=torch.cat([part.high for part in parts]),
@@ -189,16 +177,49 @@ class Stream:
 class _Part:
     """Groups of rows that come in the same numbers: R and what is counted, input by input; zeros of what saw nothing.
 
-    R is folded of [1; h − c], c the first row: what is constant is exactly 0 then, however many rows there are.
+    Every row is drawn with the same probability, whatever the size of its call, so that all count alike. R is folded of [1; h − c], c the
+    first row: what is constant is exactly 0 then, however many rows there are.
     """
 
-    def __init__(self, source: str, like: Tensor):
-        self._source = source
+    def __init__(self, source: str, like: Tensor, samples: int, generator: torch.Generator):
+        self._source, self._samples, self._generator = source, samples, generator
+        self._probability: float | None = None  # not known before the end of the first batch
+        self._pending: list[Tensor] = []
+        self._spare: Tensor | None = None
+        self.seen = 0
         self.rows = 0
         groups, _, n = like.shape
         self.zeros, self.edges, self.low, self.high = (like.new_zeros(groups, n) for _ in range(4))
         self.R = like.new_zeros(groups, 1, n + 1)
         self._first = like.new_zeros(groups, 1, n)
+
+    def draw(self, rows: Tensor) -> None:
+        """Rows of a call, (groups, N, n): about ``samples`` of all that come are kept."""
+        self.seen += rows.shape[1]
+        if self._spare is None and rows.shape[1]:
+            self._spare = rows[:, :1].double()
+        self._pending.append(rows if self._probability is None else self._thinned(rows))
+
+    def _thinned(self, rows: Tensor) -> Tensor:
+        N = rows.shape[1]
+        expected = N * (self._probability or 1.0)
+        # A fraction is rounded at random: up or down for good, small calls would count too much or not at all.
+        k = int(expected + torch.rand((), generator=self._generator, dtype=torch.float64).item())
+        return rows if k >= N else rows[:, torch.randperm(N, generator=self._generator)[:k].sort().values]
+
+    def end(self, share: float) -> None:
+        """A batch is over, the first that had rows if the probability is not known; its share of what was still to come."""
+        if self._probability is None and self.seen:
+            self._probability = min(1.0, self._samples * share / self.seen)
+            self._pending = [self._thinned(rows) for rows in self._pending]
+        if self._pending:
+            self.fold(torch.cat(self._pending, dim=1).double())
+            self._pending = []
+
+    def close(self) -> None:
+        """All batches are over: of a few rows that are wanted chance may have drawn none."""
+        if not self.rows and self._spare is not None:
+            self.fold(self._spare)
 
     def fold(self, x: Tensor) -> None:
         """Rows of a batch, (groups, k, n)."""

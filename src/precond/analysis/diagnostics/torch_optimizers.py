@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from precond.algebra.maps import Identity, InverseRoot, Kronecker, LinearMap, Scaled
+from precond.analysis.diagnostics import momenta
 from precond.analysis.diagnostics.registry import register
 from precond.optim.blocks import state_dtype
 
@@ -32,20 +33,29 @@ def _step(state: Options) -> float:
     return float(state["step"])
 
 
-@register(torch.optim.SGD, stateless=True)
+def _heavy_ball(state: Options, group: Options) -> float:
+    return momenta.heavy_ball(float(group["momentum"]), float(group.get("dampening", 0.0)), bool(group.get("nesterov", False)))
+
+
+def _mean(state: Options, group: Options) -> float:
+    return momenta.mean(float(group["momentum"]), bool(group["nesterov"]))
+
+
+@register(torch.optim.SGD, stateless=True, stable=_heavy_ball)
 def sgd(param: Tensor, state: Options, group: Options) -> LinearMap:
     """M = I."""
     return Identity((param.detach(),))
 
 
-@register(torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam)
+@register(torch.optim.Adam, torch.optim.AdamW, stable=momenta.first_beta)
+@register(torch.optim.NAdam, stable=momenta.nadam)
 def adam(param: Tensor, state: Options, group: Options) -> LinearMap:
     """M = diag(1/(√r̂ + ε)), r̂ = r/(1 − β₂ᵗ), or the largest r so far in place of r (amsgrad)."""
     r = _wide(state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"])
     return _inverse_root((r / (1 - group["betas"][1] ** _step(state))).sqrt() + group["eps"])
 
 
-@register(torch.optim.RAdam)
+@register(torch.optim.RAdam, stable=momenta.first_beta)
 def radam(param: Tensor, state: Options, group: Options) -> LinearMap:
     """Adam's r̂ (ε added before its bias is corrected) times the rectification; M = I in the first steps (ρ_t ≤ 5)."""
     beta, t = group["betas"][1], _step(state)
@@ -58,13 +68,13 @@ def radam(param: Tensor, state: Options, group: Options) -> LinearMap:
     return _inverse_root(h / ((1 - beta**t) ** 0.5 * rectification))
 
 
-@register(torch.optim.Adamax)
+@register(torch.optim.Adamax, stable=momenta.first_beta)
 def adamax(param: Tensor, state: Options, group: Options) -> LinearMap:
     """M = diag(1/u), u the fading maximum of |g| + ε."""
     return _inverse_root(_wide(state["exp_inf"]))
 
 
-@register(torch.optim.RMSprop)
+@register(torch.optim.RMSprop, stable=_heavy_ball)
 def rmsprop(param: Tensor, state: Options, group: Options) -> LinearMap:
     """M = diag(1/(√r + ε)), r less the square of the mean gradient where it is centered."""
     r = _wide(state["square_avg"])
@@ -73,21 +83,21 @@ def rmsprop(param: Tensor, state: Options, group: Options) -> LinearMap:
     return _inverse_root(r.sqrt() + group["eps"])
 
 
-@register(torch.optim.Adagrad)
+@register(torch.optim.Adagrad, stable=momenta.gradient)
 def adagrad(param: Tensor, state: Options, group: Options) -> LinearMap:
     """M = diag(1/(√r + ε))/(1 + (t − 1)η), η the ``lr_decay``."""
     decay = 1 + (_step(state) - 1) * group["lr_decay"]
     return _inverse_root((_wide(state["sum"]).sqrt() + group["eps"]) * decay)
 
 
-@register(torch.optim.Adadelta)
+@register(torch.optim.Adadelta, stable=momenta.gradient)
 def adadelta(param: Tensor, state: Options, group: Options) -> LinearMap:
     """M = diag(√(d + ε)/√(r + ε)), d the running mean of squared steps: the M that the next step begins with."""
     eps = group["eps"]
     return _inverse_root(((_wide(state["square_avg"]) + eps) / (_wide(state["acc_delta"]) + eps)).sqrt())
 
 
-@register(torch.optim.Muon)
+@register(torch.optim.Muon, stable=_mean)
 def muon(param: Tensor, state: Options, group: Options) -> LinearMap:
     """M = s·(m mᵀ)^(−1/2) ⊗ I with the momentum m of a matrix; s is the adjustment of the learning rate to the shape."""
     rows, columns = param.shape

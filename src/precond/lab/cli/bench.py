@@ -39,6 +39,7 @@ Name = Literal[
     "pool-opened",
     "pool-confirmation",
     "pool-held-out",
+    "pool-sealed",
     "where",
     "transfer",
     "calibration",
@@ -93,8 +94,8 @@ class Bench:
 
     Attributes:
         name: Which. pool has the tasks of the pool that are for development; pool-locked those for a final table alone; pool-opened those
-            that were locked once; pool-confirmation and pool-held-out those that were written without knowing how auto does on them, each
-            for one table. where: gains of preconditioned inputs against what diagnose predicts; transfer: best rates over widths and
+            that were locked once; pool-confirmation, pool-held-out and pool-sealed those that were written without knowing how auto does on
+            them, each for one table. where: gains of preconditioned inputs against what diagnose predicts; transfer: best rates over widths and
             depths, the seeds being those of searches; calibration: what diagnose predicts against trainings (of the settings below it has
             --tasks and --out alone).
         tasks: Only the tasks whose names contain one of these, as whole words: "batch 60" or MLP. Several commands with different

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from precond.algebra import collectives
 from precond.optim.blocks import Leaf
-from precond.optim.engine.cells import Cell, sites_of
+from precond.optim.engine.cells import Cell
 from precond.optim.inputs import Request
+from precond.optim.inputs.bundles import Layer
 from precond.optim.inputs.observer import Key
+from precond.optim.inputs.sites import Site
 from precond.optim.ranks.pieces import Pieces
 
 
@@ -40,18 +43,39 @@ class Asking:
         Args:
             steps: how many each cell has made.
         """
-        turns = {leaf.turn for leaf in self.leaves}
-        kinds = {(id(cell.preconditioner), t): cell.preconditioner for cell, t in zip(self.cells, steps, strict=True)}
-        busy = {kind for kind, P in kinds.items() if not P.idle(kind[1] + 1, turns)}
-        each = enumerate(zip(self.cells, steps, strict=True))
-        asking = tuple(k for k, (cell, t) in each if (id(cell.preconditioner), t) in busy and cell.handled)
+        kinds, turns = self._kinds
+        busy = {
+            (kind, t)
+            for kind, t in set(zip(kinds, steps, strict=True))
+            if not self.cells[kind].preconditioner.idle(t + 1, turns)
+        }
+        if not busy:
+            return []
+        asking = tuple(k for k, cell in enumerate(self.cells) if (kinds[k], steps[k]) in busy and cell.handled)
         if not (asked := self._asked(asking)).keys:
             return []
         mine = [self.cells[k] for k in asking if self.owners[k] == self._pieces.rank]
         own = {(name, request): c for cell in mine for name, request, c in cell.wanted()}
         return asked.answered(own, self.leaves[0].tensor, self._pieces.group)
 
-    @property
+    @cached_property
+    def _kinds(self) -> tuple[list[int], set[int]]:
+        """Of each cell the first one with its preconditioner; and the turns of all leaves."""
+        first: dict[int, int] = {}
+        kinds = [first.setdefault(id(cell.preconditioner), k) for k, cell in enumerate(self.cells)]
+        return kinds, {leaf.turn for leaf in self.leaves}
+
+    @cached_property
+    def statistics(self) -> list[tuple[Key, Layer]]:
+        """The sites and requests of all cells, with what the statistics of each are like and which rank needs them."""
+        return [
+            ((site.name, request), Layer(*site.shape(request), request.kind == "covariance", owner))
+            for cell, owner in zip(self.cells, self.owners, strict=True)
+            if cell.handled
+            for site, request in sites_of(cell)
+        ]
+
+    @cached_property
     def _pieces(self) -> Pieces:
         pieces = self.leaves[0].pieces
         assert pieces is not None
@@ -110,3 +134,9 @@ class Asked(NamedTuple):
         wants = torch.cat([flags for flags, *_ in told]).tolist()  # the host decides by them what hooks do
         each = zip(self.keys, wants, (c for _, *of in told for c in of), strict=True)
         return [(*key, mean.view(shape) if flag == 2 else None) for (key, shape), flag, mean in each if flag]
+
+
+def sites_of(cell: Cell) -> Iterator[tuple[Site, Request]]:
+    """The sites of a cell's layers and the requests that they answer."""
+    for request in sorted(cell.preconditioner.requests, key=repr):
+        yield from ((site, request) for leaf in cell.leaves for site in leaf.sites if site.answers(request))

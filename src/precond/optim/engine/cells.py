@@ -15,8 +15,7 @@ from precond.algebra.vec import Scalar, Vec
 from precond.optim.blocks import COUNTS, Block, Leaf, Stack, State, counted_together, state_dtype, whole_numbers
 from precond.optim.inputs import Request
 from precond.optim.inputs.observer import InputMoments
-from precond.optim.inputs.sites import Site
-from precond.optim.momentum import Momentum
+from precond.optim.momentum import LENGTHS, Momentum
 from precond.optim.preconditioners.base import Preconditioner
 from precond.optim.preconditioners.each import on
 from precond.optim.preconditioners.seen import Seen
@@ -146,8 +145,7 @@ class Cell:
         """Fold a gradient, one tensor for each leaf, into ``state`` (the cell's own, or a copy of it)."""
         if self.handled:
             gradient = self.block.gathered(gradient)
-            momentum = self._clean_momentum(state, gradient)
-            self.acting.observe(state, Seen(gradient, self.inputs, momentum, self._shown))
+            self.acting.observe(state, Seen(gradient, self.inputs, *self._clean_momentum(state, gradient), self._shown))
 
     @property
     def _shown(self) -> Callable[[], Vec] | None:
@@ -156,20 +154,23 @@ class Cell:
     def _position(self) -> Vec:
         return self.block.gathered(tuple(leaf.tensor.detach().to(state_dtype(leaf.param.dtype)) for leaf in self.leaves))
 
-    def _clean_momentum(self, state: State, gradient: Vec) -> Vec | None:
-        """The momentum of the clean gradient after the step in progress, where the map is made of it.
+    def _clean_momentum(self, state: State, gradient: Vec) -> tuple[Vec | None, Tensor | None]:
+        """The momentum of the clean gradient after the step in progress, and √c of its coherence, where the map is made of it.
 
-        It is the step's own, as it will be, unless regularizers add to the gradient: then it is an average of its own, ``clean``,
-        which moves with the cell's own state.
+        It is the step's own, unless regularizers add to the gradient: then an average of its own, ``clean``, in the cell's own state.
         """
         if not self.preconditioner.uses_momentum or self.momentum is None or self.momentum.of != "cotangent":
-            return None
+            return None, None
         kept = self.average.get("clean", self.average.get("m"))
-        own = State(state.block, {} if kept is None else {"m": kept}, **{key: state[key] for key in COUNTS if key in state})
-        if state is not self.state or "clean" not in self.average:
+        also = {key: x[key] for keys, x in ((LENGTHS, self.average), (COUNTS, state)) for key in keys if key in x}
+        own = State(state.block, also if kept is None else {"m": kept} | also)
+        if state is not self.state:
             own = own.copied()
+        elif kept is not None and "clean" not in self.average:
+            own["m"] = tuple(t.clone() for t in kept)
         self.momentum.fold(own, gradient)
-        return self.momentum.current(own, gradient)
+        m = self.momentum.current(own, gradient)
+        return m, self.momentum.stride(own, gradient, m)
 
     def descent(self, a: Vec, least: Sequence[Scalar] = (), fold: bool = True) -> Vec:
         """F N Nᵀ · momentum(Fᵀa) with P = F N, or momentum(M a) where the momentum is one of tangents; one tensor for each leaf.
@@ -195,18 +196,18 @@ class Cell:
             return self.descent(g)
         P = self.acting
         if not self.preconditioner.uses_momentum:  # nothing keeps what the next call needs no more
-            seen = lambda: Seen(self.block.gathered(g), self.inputs, None, self._shown)  # noqa: E731
+            seen = lambda: Seen(self.block.gathered(g), self.inputs, position=self._shown)  # noqa: E731
             return self.block.scattered(P.push(self.state, self._averaged(P.pull(self.state, seen()), "cotangent", fold=True)))
         gradient = self.block.gathered(g)
         # What was put side by side is memory of the step's own, and what is made of the momentum alone asks for no gradient.
-        own = len(self.members) > 1 and not self.preconditioner.constituents
-        if self.momentum is None:
-            m = gradient
-        else:
+        own = len(self.members) > 1 and not self.preconditioner.constituents and "square" not in self.average
+        m, stride = gradient, None
+        if self.momentum is not None:
             of = self.average, gradient
             self.momentum.fold(*of)
             m = self.momentum.write(*of, gradient) if own and "m" in self.average else self.momentum.current(*of)
-        return self.block.scattered(P.descend(self.state, Seen(gradient, self.inputs, m, self._shown)))
+            stride = self.momentum.stride(*of, m)
+        return self.block.scattered(P.descend(self.state, Seen(gradient, self.inputs, m, stride, self._shown)))
 
     def factors(self) -> tuple[LinearMap, LinearMap]:
         """(F, N) with P = F N, on the tensors of the block; the momentum of cotangents is kept in the coordinates of F."""
@@ -241,9 +242,3 @@ class Cell:
             return Identity(tuple(leaf.tensor for leaf in self.leaves))
         of_block = self.acting.map(state)
         return of_block if not isinstance(self.block, Stack) else OfMembers(of_block, self.block)
-
-
-def sites_of(cell: Cell) -> Iterator[tuple[Site, Request]]:
-    """The sites of a cell's layers and the requests that they answer."""
-    for request in sorted(cell.preconditioner.requests, key=repr):
-        yield from ((site, request) for leaf in cell.leaves for site in leaf.sites if site.answers(request))

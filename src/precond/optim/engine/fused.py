@@ -21,7 +21,7 @@ from precond.optim.checking import contracts
 from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.kernels.adam_in_coordinates import adam_in_coordinates
 from precond.optim.engine.kernels.bnp import bnp_step
-from precond.optim.engine.kernels.entrywise import Adam, Decay, Kernel, entrywise
+from precond.optim.engine.kernels.entrywise import SGD, Adam, Decay, Kernel, entrywise
 from precond.optim.engine.kernels.polar import polar_step
 from precond.optim.engine.loop import Rules
 from precond.optim.momentum import Momentum
@@ -88,9 +88,10 @@ class Taken:
         lr = float(lr)
         u = cell.taken(tuple(torch._foreach_neg(g) if maximize else g))
         contracts.shapes("the step P Pᵀg", u, tuple(p))
-        if self.decay:
-            torch._foreach_mul_(p, 1 - lr * self.decay)
-        torch._foreach_add_(p, u, alpha=-lr)
+        if self.decay:  # p ← p − α(u + λp): one pass over memory
+            SGD(0.0, False, Decay(self.decay))(cell, p, aligned(u, p) or (), lr, False)
+        else:
+            torch._foreach_add_(p, u, alpha=-lr)
         cell.refresh()
 
 

@@ -33,8 +33,9 @@ class Looking:
         if cell.exchange.copied:
             yield
             return
-        each = [max(state.steps[span.start : span.stop]) if self.begun else 1 for span in cell.spans]
-        looks = [k for k, x in enumerate(cell.inside) if id(x) not in self.settled and x.preconditioner.looks(each[k])]
+        may = [k for k, x in enumerate(cell.inside) if id(x) not in self.settled]
+        steps = state.steps if may and self.begun else [1] * len(cell.index)
+        looks = [k for k in may if cell.inside[k].preconditioner.looks(max(steps[i] for i in cell.spans[k]))]
         wide = {i: cell.block.leaves[i].tensor.detach() for k in looks for i in cell.spans[k]}
         whole = cell.exchange.collect(wide) if wide else {}
         shown = []

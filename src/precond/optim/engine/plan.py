@@ -6,26 +6,21 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from precond.algebra.sharding import local
-from precond.algebra.vec import Vec
-from precond.optim.blocks import COUNTS, Block, Leaf, Stack, State, within
+from precond.optim.blocks import COUNTS, Block, Leaf, Stack, State
 from precond.optim.blocks.memory import stacked
 from precond.optim.blocks.stacking import side_by_side
+from precond.optim.engine.adoption import Existing, adopt, lacking
 from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.counting import as_count, count_together
 from precond.optim.engine.fused import has_kernel, stacked_from
 from precond.optim.engine.ownership import Placement, Unit, Whole, assign_owners, units
 from precond.optim.engine.sharing import Shared
 from precond.optim.preconditioners.each import stackable, takes_stacks
-
-Existing = Mapping[Tensor, dict[str, Any]]
-"""The optimizer's state: tensors by parameter and their names outside."""
 
 Entries = list[tuple[Leaf, str, Tensor]]
 """(leaf, key, tensor) of state."""
@@ -155,11 +150,11 @@ class _Single:
         regularizers = choices[block.leaves[0].group].regularizers
         if clean and "m" in average and P.uses_momentum and any(r.joins_gradient for r in regularizers):
             average["clean"] = block.zeros()
-        anew = _lacking(state, existing, outside)
+        anew = lacking(state, existing, outside)
         existing = {leaf.param: existing.get(leaf.param, {}) for leaf in block.leaves if leaf not in anew}
         steps = tuple(as_count(existing.get(leaf.param, {}).get("step")) for leaf in block.leaves)
         for s in (state, average):
-            _adopt(s, existing, steps, outside)
+            adopt(s, existing, steps, outside)
         enough = stacked_from(P, block) if kernels and has_kernel(P, block) else 0
         # Means over the entries of a stack are of what this process holds: what others hold parts of stays a block.
         apart = not handled or block.sharded or enough == math.inf or not stackable(P)
@@ -208,43 +203,3 @@ def _structure(state: State) -> Iterator[tuple[Any, ...]]:
             yield key, tuple(_structure(value))
         elif key not in COUNTS:
             yield key, tuple((tuple(t.shape), t.dtype) for t in (value if isinstance(value, tuple) else (value,)))
-
-
-def _lacking(state: State, existing: Existing, outside: Callable[[str], str], prefix: str = "") -> list[Leaf]:
-    """The leaves that have made steps without a second moment that is to scale them now, as a bias in those of its layer: they begin anew.
-
-    Else their momentum would be divided by the root of what knows one gradient, and counts many.
-    """
-    found: list[Leaf] = []
-    for key, value in state.items():
-        if isinstance(value, State):
-            found += _lacking(value, existing, outside, prefix + within(key))
-        elif key == SECOND_MOMENT:
-            known = [existing.get(leaf.param, {}) for leaf in state.block.leaves]
-            gone = [outside(prefix + key) not in k and bool(k.get("step", 0)) for k in known]
-            found += compress(state.block.leaves, gone)
-    return found
-
-
-SECOND_MOMENT = "r"
-"""The statistic, of RMS and SOAP, whose zeros at first are corrected by the number of steps."""
-
-
-def _adopt(
-    state: State, existing: Mapping[Tensor, dict[str, Any]], steps: Vec, outside: Callable[[str], str], prefix: str = ""
-) -> None:
-    """Put known tensors in place of fresh ones, and the step counts of the leaves into every part."""
-    by_leaf = dict(zip(state.block.leaves, steps, strict=True)) if steps else {}
-    for key, value in list(state.items()):
-        if isinstance(value, State):
-            _adopt(value, existing, tuple(by_leaf[leaf] for leaf in value.block.leaves), outside, prefix + within(key))
-        else:
-            fresh = value if isinstance(value, tuple) else (value,)
-            kept = []
-            for leaf, tensor in zip(state.block.leaves, fresh, strict=False):
-                known = existing.get(leaf.param, {}).get(outside(prefix + key))
-                mine = local(known) if isinstance(known, Tensor) else tensor
-                # The parameter may have been converted since, or moved.
-                kept.append(mine.to(tensor) if mine.shape == tensor.shape else tensor)
-            state[key] = tuple(kept) if isinstance(value, tuple) else kept[0]
-    state["step"] = steps

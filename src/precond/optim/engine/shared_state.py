@@ -12,9 +12,11 @@ from torch import Tensor
 
 from precond.algebra import collectives
 from precond.optim.blocks import Leaf
-from precond.optim.engine.cells import Cell, sites_of
+from precond.optim.engine.asking import sites_of
+from precond.optim.engine.cells import Cell
 from precond.optim.engine.sharing import Shared
-from precond.optim.inputs import Request
+from precond.optim.inputs.bundles import Layer
+from precond.optim.inputs.observer import Key
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,16 @@ def from_owners(wanted: Sequence[tuple[Leaf, Owned, Tensor]]) -> Iterator[tuple[
             yield i, found.view(wanted[i][1].like.shape).to(wanted[i][2].device)
 
 
-def owned_statistics(cells: Iterable[Cell]) -> dict[tuple[str, Request], tuple[dist.ProcessGroup, int]]:
+def owned_statistics(cells: Iterable[Cell]) -> dict[Key, tuple[dist.ProcessGroup, Layer]]:
     """By site name and request: the ranks, and which of them alone needs the statistics of a layer's inputs."""
-    out: dict[tuple[str, Request], tuple[dist.ProcessGroup, int]] = {}
+    out: dict[Key, tuple[dist.ProcessGroup, Layer]] = {}
     others = set()
     for cell in cells:
-        for k, each in enumerate(cell.cells):
-            for site, request in sites_of(each) if each.handled else ():
-                key = site.name, request
-                owner = (cell.exchange.group, cell.owners[k]) if isinstance(cell, Shared) else None
-                if owner is None or out.setdefault(key, owner) != owner:
+        if isinstance(cell, Shared):
+            for key, layer in cell.statistics:
+                found = cell.exchange.group, layer
+                if out.setdefault(key, found) != found:
                     others.add(key)
+        elif cell.handled:
+            others |= {(site.name, request) for site, request in sites_of(cell)}
     return {key: owner for key, owner in out.items() if key not in others}

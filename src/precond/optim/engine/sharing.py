@@ -24,6 +24,8 @@ from precond.optim.engine.kernels.layer import Task, take
 from precond.optim.engine.looking import Looking
 from precond.optim.engine.loop import Rules
 from precond.optim.inputs import Request
+from precond.optim.inputs.bundles import Layer
+from precond.optim.inputs.observer import Key
 from precond.optim.preconditioners.parts import Part
 from precond.optim.preconditioners.split import Split
 from precond.optim.ranks.exchange import Exchange
@@ -114,6 +116,11 @@ class Shared(Cell):
         return [k for k, owner in enumerate(self.owners) if owner == self.exchange.rank]
 
     @cached_property
+    def theirs(self) -> list[int]:
+        """The numbers of the cells that others own."""
+        return [k for k, owner in enumerate(self.owners) if owner != self.exchange.rank]
+
+    @cached_property
     def spans(self) -> list[range]:
         """The positions of each cell's leaves."""
         out, start = [], 0
@@ -133,6 +140,8 @@ class Shared(Cell):
         self._asking = Asking(self.inside, self.owners, self.block.leaves)
 
     def taking(self, has: Sequence[bool]) -> Cell:
+        if all(has):
+            return self
         keep = tuple(k for k, span in enumerate(self.spans) if any(has[i] for i in span))
         if len(keep) == len(self.inside):
             return self
@@ -196,9 +205,10 @@ class Shared(Cell):
         assert isinstance(cell, Shared)
         p = dict(enumerate(cell.block.tensors))
         found = cell.exchange.deliver(p, p)
-        theirs = [i for k, span in enumerate(cell.spans) if cell.owners[k] != cell.exchange.rank for i in span]
-        vec.copy_(tuple(p[i] for i in theirs), tuple(found[i] for i in theirs))
-        count_on_host([cell.inside[k].state for k, owner in enumerate(cell.owners) if owner != cell.exchange.rank])
+        vec.copy_(
+            tuple(p[i] for k in cell.theirs for i in cell.spans[k]), tuple(found[i] for k in cell.theirs for i in cell.spans[k])
+        )
+        count_on_host([cell.inside[k].state for k in cell.theirs])
 
     def _acting(self, cell: Cell) -> Kernel | None:
         """The kernel of a cell, where it has one and needs not look at the parameters in the step in progress."""
@@ -223,6 +233,11 @@ class Shared(Cell):
     def damped(self, P: LinearMap, delta: float | None) -> LinearMap:
         assert isinstance(P, Carried)
         return Carried(self, {k: self.inside[k].damped(m, delta) for k, m in P.maps.items()})
+
+    @property
+    def statistics(self) -> list[tuple[Key, Layer]]:
+        """The sites and requests of its cells, with what the statistics of each are like and which rank needs them."""
+        return self._asking.statistics
 
     def wanted(self) -> Iterable[tuple[str, Request, Tensor | None]]:
         """What owners want to be observed, told to all ranks: a flag of each site, and the mean known before."""

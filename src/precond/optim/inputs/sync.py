@@ -13,7 +13,7 @@ from precond.algebra import collectives
 from precond.algebra.vec import all_finite
 from precond.optim.inputs.bundles import Bundle, Layer, Parts, Plan
 from precond.optim.inputs.moments import Moments, OfRows, Request
-from precond.optim.inputs.observer import InputMoments, Observer
+from precond.optim.inputs.observer import InputMoments, Key, Observer
 from precond.optim.inputs.sites import Site
 
 
@@ -46,7 +46,7 @@ class Heard:
     finite: bool
 
 
-Owned = Mapping[tuple[str, Request], tuple[dist.ProcessGroup, int]]
+Owned = Mapping[Key, tuple[dist.ProcessGroup, Layer]]
 """By site name and request: the ranks that share a layer, and which of them alone needs its statistics."""
 
 
@@ -61,18 +61,22 @@ def synchronized(observer: Observer, owned: Owned = NOBODY, watch: Callable[[Mom
         watch: whether a rank is to look for inf and NaN in what it has seen.
     """
     seen = observer.collect()
-    keys = [
-        (site, request)
+    keys = {
+        (site.name, request): site
         for site in observer.expected
         for request in observer.requests
         if (site.name, request) in observer.wanted
-    ]
-    common = [(site, request) for site, request in keys if (site.name, request) not in owned]
-    out = _to_all(common, seen)
+    }
+    out = _to_all([(site, key[1]) for key, site in keys.items() if key not in owned], seen)
     called, finite = set(out), all_finite(tuple(m.variance for m in out.values() if watch(m)))
-    for group in dict.fromkeys(owned[site.name, request][0] for site, request in keys if (site.name, request) in owned):
-        of = [(site, request, owned[site.name, request]) for site, request in keys if (site.name, request) in owned]
-        heard = _to_owners([(s, r, owner) for s, r, (g, owner) in of if g is group], seen, group, watch)
+    groups: dict[dist.ProcessGroup, dict[Key, Layer]] = {}
+    for key in keys:
+        if key in owned:
+            groups.setdefault(owned[key][0], {})[key] = owned[key][1]
+    for group, of in groups.items():
+        weights = [keys[key].weight for key in of]
+        dtype = torch.float64 if any([w.dtype == torch.float64 for w in weights]) else torch.float32
+        heard = _to_owners(of, seen, group, watch, torch.empty(0, dtype=dtype, device=weights[0].device))
         out |= heard.seen
         called |= heard.called
         finite &= heard.finite
@@ -80,38 +84,39 @@ def synchronized(observer: Observer, owned: Owned = NOBODY, watch: Callable[[Mom
 
 
 def _to_owners(
-    keys: Sequence[tuple[Site, Request, int]], seen: InputMoments, group: dist.ProcessGroup, watch: Callable[[Moments], bool]
+    of: Mapping[Key, Layer], seen: InputMoments, group: dist.ProcessGroup, watch: Callable[[Moments], bool], like: Tensor
 ) -> Heard:
-    """Statistics at their owners: how many samples each rank saw goes to all, and what it saw of them to one."""
+    """Statistics at their owners: how many samples each rank saw goes to all, and what it saw of them to one.
+
+    Args:
+        like: of the dtype in which they are sent, and of the device.
+    """
     me, size = dist.get_rank(group), dist.get_world_size(group)
-    mine = [seen.get((site.name, request)) for site, request, _ in keys]
-    device = keys[0][0].weight.device
-    dtype = torch.float64 if any(site.weight.dtype == torch.float64 for site, _, _ in keys) else torch.float32
-    layers = tuple(Layer(*site.shape(request), request.kind == "covariance", owner) for site, request, owner in keys)
+    keys, layers = tuple(of), tuple(of.values())
+    mine = [seen.get(key) for key in keys]
     good = all_finite(_bounds([m for m in mine if m is not None and watch(m)]))
     numbers = [float(not good)]
     for m, layer in zip(mine, layers, strict=True):
         numbers += _told(m, layer.groups)
-    flat = torch.tensor(numbers, dtype=torch.float64).to(device)
+    flat = torch.tensor(numbers, dtype=torch.float64).to(like.device)
     every = collectives.all_gather_v(flat, [len(flat)] * size, "how many inputs it saw", group)
     table = [tuple(row) for row in torch.stack(every).tolist()]  # the host knows of how many samples statistics are
     plan = Plan.of(layers, tuple(row[1:] for row in table))
     given, received = plan.to(me), plan.at(me)
-    gives = [[t.to(dtype) for bundle in to for t in bundle.parts(mine)] for to in given]
+    gives = [[t if t.dtype == like.dtype else t.to(like) for bundle in to for t in bundle.parts(mine)] for to in given]
     takes = [[n for bundle in of for n in bundle.sizes(r)] for r, of in enumerate(received)]
-    like = torch.empty(0, dtype=dtype, device=device)
     every = collectives.all_to_all(gives, list(map(sum, takes)), like, "statistics of inputs", group)
     pieces = iter([t for flat, sizes in zip(every, takes, strict=True) if sizes for t in flat.split(sizes)])
     found: dict[Bundle, list[tuple[int, Parts]]] = {}
-    for r, of in enumerate(received):
-        for bundle in of:
+    for r, bundles in enumerate(received):
+        for bundle in bundles:
             found.setdefault(bundle, []).append((r, (next(pieces), next(pieces), next(pieces))))
     out: InputMoments = {}
     for bundle in plan.bundles:
         if bundle.owner == me:
             for i, m in zip(bundle.index, bundle.together(me, mine, found.get(bundle, ())), strict=True):
-                out[keys[i][0].name, keys[i][1]] = m
-    called = frozenset((keys[i][0].name, keys[i][1]) for bundle in plan.bundles for i in bundle.index)
+                out[keys[i]] = m
+    called = frozenset(keys[i] for bundle in plan.bundles for i in bundle.index)
     return Heard(out, called, not any(row[0] for row in table))
 
 

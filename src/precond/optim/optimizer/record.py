@@ -73,7 +73,9 @@ class Record:
     def update_ratio(self) -> float:
         """‖Δp‖/‖p‖, Δp without proximal steps, p after the step.
 
-        Made again from what the step left: by the map that was renewed after it, and with the terms of penalties at p after it.
+        Made again from what the step left: by the map that was renewed after it, and with the terms of penalties at p after it. Where a
+        root or a basis was renewed it is not the step's own (2.7 of it in SOAP's first step), nor where p is moved besides, ahead of an
+        average (:class:`~precond.EMANesterov`) or back to a sphere (:class:`~precond.Hyperball`): :class:`precond.Monitor` compares p itself.
         NaN where a fused kernel without momentum descended a second gradient, which leaves nothing of Δp; ``engine="loop"`` keeps it.
         """
         return self._get("update_ratio")

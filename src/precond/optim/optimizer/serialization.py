@@ -16,6 +16,7 @@ from precond.algebra.warning import warn
 from precond.optim.blocks import Leaf
 from precond.optim.checking.arguments import shown
 from precond.optim.engine.shared_state import Owned, from_owners
+from precond.optim.momentum import LENGTHS
 from precond.optim.optimizer.entries import follow
 from precond.optim.ranks.replicas import meet
 
@@ -270,5 +271,5 @@ def _fit(
 FROZEN = "frozen"
 """What the state of a parameter holds that was frozen when it was saved."""
 
-OPTIONAL = {"m", "r_max", "residual", "average", "averaged", "inner.scale"}
+OPTIONAL = {"m", "r_max", "residual", "average", "averaged", "inner.scale", *LENGTHS}
 """Keys that another configuration of the same recipe, or an earlier version, may have left or left out."""

@@ -58,7 +58,8 @@ class Auto(Resolved):
 
     Args:
         max_inputs: more inputs than this are standardized, not whitened.
-        whitening, bnp, polar, rms, muon: what is chosen from.
+        whitening, bnp, polar, rms, muon: what is chosen from; the gain of ``polar`` is for a momentum that measures its coherence, as
+            that of :func:`precond.auto` does; 2 suits others.
         embeddings: what multiplies the learning rate of tables of embeddings.
         white: share of independent directions, > 0, from which inputs are standardized, not whitened; more than 1: never.
         measured: pairs (name of a weight, share of independent directions).
@@ -79,7 +80,7 @@ class Auto(Resolved):
     max_inputs: int = 1024
     whitening: Whitening = Whitening(root="cholesky", observe_steps=3, shrinkage=10.0, samples=32.0)
     bnp: BNP = BNP()
-    polar: Polar = Polar(gain=2.0)
+    polar: Polar = Polar(gain=3.0)
     rms: RMS = RMS(0.999)
     muon: Muon = Muon()
     embeddings: float = 5.0

@@ -231,6 +231,7 @@ class _Inside(Seen):
             "_outside": seen,
             "inputs": seen.inputs,
             "momentum": None if seen.momentum is None else P1.rmv(seen.momentum),
+            "stride": seen.stride,
             "position": None if position is None or not invertible else lambda: P1.solve(position()),
             "ready": lambda: ready() and seen.ready(),
         }

@@ -114,7 +114,7 @@ class Muon(Stacked):
     def observe(self, state: State, seen: Seen) -> None:
         (m,) = seen.gradient if seen.momentum is None else seen.momentum
         X, norm = normalized(as_matrices(m), self.eps)
-        state["norm"].copy_(norm)
+        state["norm"].copy_(shortened(norm, seen, self.eps))
         state["gram"].copy_(X @ X.mT if X.shape[-2] <= X.shape[-1] else X.mT @ X)
 
     def descend(self, state: State, seen: Seen) -> Vec:
@@ -123,9 +123,10 @@ class Muon(Stacked):
         (m,) = seen.gradient if seen.momentum is None else seen.momentum
         X, norm = normalized(as_matrices(m), self.eps)
         step, gram = self._iterated(X)
-        state["norm"].copy_(norm)
+        state["norm"].copy_(shortened(norm, seen, self.eps))
         state["gram"].copy_(gram)
-        return (step.to(m.dtype).view(m.shape),)
+        step = step.to(m.dtype)
+        return ((step if seen.stride is None else step * seen.stride[:, None, None]).view(m.shape),)
 
     def _iterated(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """(γ times the last iterate, the first Gram matrix) from matrices (k, A, B) of norm 1."""
@@ -182,6 +183,11 @@ def factor(scale: Scale, rows: int, columns: int) -> float:
 def is_full_matrix(leaf: Leaf) -> bool:
     """A tensor of at least two dimensions that has entries."""
     return leaf.ndim >= 2 and leaf.param.numel() > 0
+
+
+def shortened(norm: Tensor, seen: Seen, eps: float) -> Tensor:
+    """What γ is divided by, ‖m‖ or ε at least; 1/√c times that where steps are √c times as long."""
+    return norm if seen.stride is None else torch.where(norm > 0, norm.clamp_min(eps) / seen.stride, 0.0)
 
 
 def normalized(m: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -128,7 +128,7 @@ class Orthogonalized(Preconditioner):
         return {"of": State(block, self.of.init(block)), "descended": block.zeros()}
 
     def observe(self, state: State, seen: Seen) -> None:
-        on(state.block, self.of).observe(state["of"], Seen(seen.gradient, seen.inputs, None, seen.position))
+        on(state.block, self.of).observe(state["of"], Seen(seen.gradient, seen.inputs, position=seen.position))
         for kept, m in zip(state["descended"], seen.gradient if seen.momentum is None else seen.momentum, strict=True):
             kept.copy_(m)
 

@@ -44,6 +44,8 @@ class Polar(Stacked):
     γ = c·√(A/B)·(n/min(A, n))^(1/4)·max(1, ‖z₀‖/√A). A step of the spectral norm √(A/B) changes the outputs for inputs of variance 1 by 1 at
     most, root mean square, whatever the width; so the best learning rate is that of a small net, where initial weights have such norms too.
 
+    Where :class:`~precond.Momentum` measures its coherence c, steps are √c times as long.
+
     Outputs change by that where inputs lie in the ρ ≤ min(A, B) directions of the step. White inputs do so by a share ρ/B: behind
     :class:`~precond.Whitening` or :class:`~precond.BNP` the outputs of a layer that has fewer of them than inputs change by √(ρ/B) alone, those
     of one output by 1/√B. N samples span n = min(B, N) directions at most, and in these a step is as long as the geometric mean of what either
@@ -176,6 +178,8 @@ class Polar(Stacked):
     def descend(self, state: State, seen: Seen) -> Vec:
         turned, norm = self._turned(state, seen)
         length = torch.where(norm > 0, lengths(state, turned.shape[-2:], self.gain) / norm, 0.0)
+        if seen.stride is not None:
+            length *= seen.stride
         return parted(turned.mul_(length[:, None, None]), state.block.tensors, self.is_turned(state.block))
 
     def _turned(self, state: State, seen: Seen) -> tuple[Tensor, Tensor]:
@@ -196,7 +200,9 @@ class Polar(Stacked):
             )
         turned = self.apply_inverse_root(state, X)
         norm = torch.linalg.vector_norm(turned, 2, (-2, -1))
-        state["norm"].copy_(norm * size)
+        # As if m were longer by 1/√c: then its step is √c times as long.
+        found = norm * size
+        state["norm"].copy_(found if seen.stride is None else found / seen.stride)
         return turned, norm
 
     @staticmethod

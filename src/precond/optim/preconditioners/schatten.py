@@ -19,7 +19,7 @@ from precond.optim.checking.arguments import settle
 from precond.optim.preconditioners.eigenbases import at_hand
 from precond.optim.preconditioners.fixed import Fixed
 from precond.optim.preconditioners.kronecker import as_matrices, as_matrix, split
-from precond.optim.preconditioners.muon import Scale, factor, is_full_matrix, normalized
+from precond.optim.preconditioners.muon import Scale, factor, is_full_matrix, normalized, shortened
 from precond.optim.preconditioners.parts import Part
 from precond.optim.preconditioners.rational import inverse_roots
 from precond.optim.preconditioners.seen import Seen
@@ -88,20 +88,20 @@ class Schatten(Stacked):
 
     def observe(self, state: State, seen: Seen) -> None:
         (m,) = seen.gradient if seen.momentum is None else seen.momentum
-        self._observed(state, as_matrices(m))
+        self._observed(state, as_matrices(m), seen)
 
     def descend(self, state: State, seen: Seen) -> Vec:
         (m,) = seen.gradient if seen.momentum is None else seen.momentum
-        return (self._observed(state, as_matrices(m)).reshape(m.shape),)
+        return (self._observed(state, as_matrices(m), seen).reshape(m.shape),)
 
-    def _observed(self, state: State, m: Tensor) -> Tensor:
+    def _observed(self, state: State, m: Tensor, seen: Seen) -> Tensor:
         """M m; the state knows mmᵀ/‖m‖², ‖m‖ and ‖UΣˢVᵀ‖ of m/‖m‖ then."""
         X, norm = normalized(m, self.eps)
         gram = X @ X.mT if X.shape[-2] <= X.shape[-1] else X.mT @ X
         shaped, size = self._shaped(X, self._root(gram))
-        for key, value in (("gram", gram), ("norm", norm), ("size", size)):
+        for key, value in (("gram", gram), ("norm", shortened(norm, seen, self.eps)), ("size", size)):
             state[key].copy_(value)
-        return shaped
+        return shaped if seen.stride is None else shaped * seen.stride[:, None, None]
 
     def shaped(self, m: Tensor) -> Tensor:
         """M m of matrices (k, A, B)."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from precond.algebra.vec import Vec
 from precond.optim.inputs import Moments, Request
 
@@ -17,6 +19,7 @@ class Seen:
         gradient: the loss gradient in this preconditioner's coordinates, one tensor per leaf of the block.
         inputs: statistics of layer inputs by site name and request, or None.
         momentum: that of the clean gradient as this step makes it, where :attr:`Preconditioner.uses_momentum` asks for it; else None.
+        stride: √c of the momentum's coherence, see :class:`~precond.Momentum`; of a stack (k,); None: not measured.
         position: makes the parameters in this preconditioner's coordinates, z = P₁⁻¹p; None: not known.
         ready: whether P₁ is known: :meth:`Preconditioner.ready`.
     """
@@ -24,5 +27,6 @@ class Seen:
     gradient: Vec
     inputs: Mapping[tuple[str, Request], Moments] | None = None
     momentum: Vec | None = None
+    stride: Tensor | None = None
     position: Callable[[], Vec] | None = None
     ready: Callable[[], bool] = lambda: True

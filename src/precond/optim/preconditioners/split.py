@@ -145,7 +145,7 @@ def _seen(part: Part, seen: Seen) -> Seen:
     """What was seen of a part."""
     own = tuple(seen.gradient[i] for i in part.index)
     average = None if seen.momentum is None else tuple(seen.momentum[i] for i in part.index)
-    return Seen(own, seen.inputs, average, _of(seen.position, part.index), seen.ready)
+    return Seen(own, seen.inputs, average, seen.stride, _of(seen.position, part.index), seen.ready)
 
 
 def _of(position: Callable[[], Vec] | None, index: tuple[int, ...]) -> Callable[[], Vec] | None:

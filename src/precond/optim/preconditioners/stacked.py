@@ -71,7 +71,8 @@ class _Singly(Preconditioner):
 
     def _seen(self, seen: Seen) -> Seen:
         momentum, at = seen.momentum, seen.position
-        return Seen(_one(seen.gradient), seen.inputs, momentum and _one(momentum), at and (lambda: _one(at())))
+        stride = None if seen.stride is None else seen.stride.reshape(1)
+        return Seen(_one(seen.gradient), seen.inputs, momentum and _one(momentum), stride, at and (lambda: _one(at())))
 
     def descend(self, state: State, seen: Seen) -> Vec:
         return tuple(t[0] for t in self.of.descend(state.as_stack(), self._seen(seen)))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -20,12 +21,14 @@ class _Route:
 
     Attributes:
         owned: of each rank the tensors that it owns.
+        numbers: of each rank how many numbers these have.
         gives: to each rank, the tensors of which this one has pieces for it.
         takes: of each rank, by tensors, how many numbers its pieces for this one have.
         received: of each rank, by tensors, how many this one's pieces have of what it owns.
     """
 
     owned: list[list[int]]
+    numbers: list[int]
     gives: list[list[int]]
     takes: list[dict[int, int]]
     received: list[dict[int, int]]
@@ -38,6 +41,7 @@ class _Route:
         size = lambda i, r: math.prod(pieces[i].shape(r))  # noqa: E731
         return cls(
             owned,
+            [sum(math.prod(exchange.shapes[i]) for i in of) for of in owned],
             [[i for i in of if r != me and pieces[i].sends(me, r)] for r, of in enumerate(owned)],
             [{i: size(i, r) for i in owned[me] if r != me and pieces[i].sends(r, me)} for r in ranks],
             [{i: size(i, me) for i in of if r != me} for r, of in enumerate(owned)],
@@ -57,7 +61,7 @@ class Exchange:
     shapes: Sequence[Sequence[int]]
     pieces: Sequence[Pieces]
     owners: Sequence[int]
-    _routes: dict[tuple[int, ...], _Route] = field(default_factory=dict, repr=False)
+    _routes: dict[tuple[int, ...] | None, _Route] = field(default_factory=dict, repr=False)
 
     @cached_property
     def group(self) -> dist.ProcessGroup:
@@ -76,49 +80,51 @@ class Exchange:
         """Whether each rank holds all of every tensor, so that owners need nothing from others."""
         return all(p.copied for p in self.pieces)
 
-    def _route(self, which: Iterable[int]) -> _Route:
+    def _route(self, which: Collection[int]) -> _Route:
         """Who sends what of some tensors."""
-        key = tuple(which)
+        key = None if len(which) == len(self.shapes) else tuple(sorted(which))
         if key not in self._routes:
-            self._routes[key] = _Route.of(key, self)
+            self._routes[key] = _Route.of(sorted(which), self)
         return self._routes[key]
 
     def collect(self, parts: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """The whole tensors that this rank owns, from the pieces that each holds (of the same tensors everywhere)."""
-        route = self._route(sorted(parts))
+        route = self._route(parts)
         if self.copied:
             return {i: parts[i] for i in route.owned[self.rank]}
         found = self._swap([[parts[i] for i in of] for of in route.gives], route.takes, parts)
-        every: dict[int, list[Tensor | None]] = {i: [None] * self.size for i in route.owned[self.rank]}
-        for r, of in enumerate(found):
-            for i, t in of.items():
-                every[i][r] = t
-        out = {}
-        for i, pieces in every.items():
-            if self.pieces[i].sends(self.rank, self.rank):
-                pieces[self.rank] = parts[i].reshape(-1)
-            out[i] = self.pieces[i].joined(pieces, self.shapes[i])
+        own = route.owned[self.rank]
+        found[self.rank] = {i: parts[i].reshape(-1) for i in own}
+        in_order = [i for i in own if self.pieces[i].in_order]
+        out = {
+            i: self.pieces[i].joined([of.get(i) for of in found], self.shapes[i]) for i in own if not self.pieces[i].in_order
+        }
+        if in_order:  # of all of them at once
+            flat = torch.cat([t for i in in_order for of in found if (t := of.get(i)) is not None])
+            shapes = [tuple(self.shapes[i]) for i in in_order]
+            each = zip(in_order, flat.split_with_sizes(list(map(math.prod, shapes))), shapes, strict=True)
+            out |= {i: t.view(shape) for i, t, shape in each}
         return out
 
     def deliver(self, wholes: Mapping[int, Tensor], like: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """This rank's pieces, shaped ``like`` others, of the whole tensors that each rank has of those it owns."""
-        route = self._route(sorted(like))
+        route = self._route(like)
         own = route.owned[self.rank]
         if self.copied:
             mine = [wholes[i] for i in own] or [next(iter(like.values())).new_empty(0)]
-            sizes = [sum(math.prod(self.shapes[i]) for i in of) for of in route.owned]
-            found = _apart(collectives.share(mine, sizes, "steps", self.group), route.received)
+            found = _apart(collectives.share(mine, route.numbers, "steps", self.group), route.received)
             out = {i: wholes[i] for i in own}
         else:
             split = {i: self.pieces[i].parted(wholes[i]) for i in own}
             gives = [[split[i][r] for i in own] if r != self.rank else [] for r in range(self.size)]
             found = self._swap(gives, route.received, like)
-            out = {i: split[i][self.rank].reshape(self._shape(i)) for i in own}
-        return out | {i: t.view(self._shape(i)) for of in found for i, t in of.items()}
+            out = {i: split[i][self.rank].reshape(self._shapes[i]) for i in own}
+        return out | {i: t.view(self._shapes[i]) for of in found for i, t in of.items()}
 
-    def _shape(self, i: int) -> tuple[int, ...]:
-        """Of this rank's piece."""
-        return self.pieces[i].shape(self.rank)
+    @cached_property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """Of this rank's pieces."""
+        return [p.shape(self.rank) for p in self.pieces]
 
     def _swap(
         self, gives: Sequence[Sequence[Tensor]], takes: Sequence[Mapping[int, int]], like: Mapping[int, Tensor]
@@ -137,7 +143,8 @@ class Exchange:
 def _apart(every: Sequence[Tensor], takes: Sequence[Mapping[int, int]]) -> list[dict[int, Tensor]]:
     """What each rank gave, flat, by tensors, of each so many numbers."""
     return [
-        dict(zip(of, flat.split(list(of.values())), strict=True)) if of else {} for flat, of in zip(every, takes, strict=True)
+        dict(zip(of, flat.split_with_sizes(list(of.values())), strict=True)) if of else {}
+        for flat, of in zip(every, takes, strict=True)
     ]
 
 

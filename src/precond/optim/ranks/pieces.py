@@ -9,7 +9,6 @@ from functools import cached_property
 from itertools import pairwise, product
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -112,8 +111,6 @@ class Pieces:
     def joined(self, parts: Sequence[Tensor | None], shape: Sequence[int]) -> Tensor:
         """The whole from the flat pieces of ranks; None of those of another copy."""
         known = [(box, t) for box, t in zip(self.boxes, parts, strict=True) if t is not None]
-        if self.in_order:
-            return torch.cat([t for _, t in known]).view(tuple(shape))
         out = known[0][1].new_empty(tuple(shape))
         for box, t in known:
             piece = out[box]
@@ -123,7 +120,7 @@ class Pieces:
     def parted(self, whole: Tensor) -> Sequence[Tensor]:
         """The pieces of each rank; flat, where they are one after the other in memory."""
         if self.in_order and whole.is_contiguous():
-            return whole.view(-1).split(self._numbers)
+            return whole.view(-1).split_with_sizes(self._numbers)
         return [whole[box] for box in self.boxes]
 
 

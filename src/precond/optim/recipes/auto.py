@@ -20,6 +20,9 @@ from precond.optim.recipes.first_steps import FirstSteps
 from precond.optim.recipes.making import make, recipe
 from precond.optim.regularizers import L2, Regularizer
 
+LENGTHS = 0.95
+"""Decay of the mean square of gradients' lengths, by which the coherence of their average is measured."""
+
 
 @dataclass(frozen=True)
 class _Auto:
@@ -27,12 +30,12 @@ class _Auto:
 
     def __call__(self, group: Mapping[str, Any]) -> Choice:
         choice, beta = replaced(self.choice, group), group["momentum"]
-        polar = choice.polar.momentum or Momentum(beta, "nesterov", dampening=beta)
+        nesterov = Momentum(beta, "nesterov", dampening=beta)
         changed: dict[str, Any] = {}
         if choice.polar.momentum is None:
-            changed["polar"] = replace(choice.polar, momentum=polar)
+            changed["polar"] = replace(choice.polar, momentum=replace(nesterov, lengths=LENGTHS))
         if choice.muon.momentum is None:
-            changed["muon"] = replace(choice.muon, momentum=polar)
+            changed["muon"] = replace(choice.muon, momentum=choice.polar.momentum or nesterov)
         if group["measured"] is not None:
             changed["measured"] = tuple(group["measured"].items())
         if group["seen"] is not None:
@@ -57,8 +60,8 @@ def auto(
 
     After the first steps layers whose inputs turn out to be white are no longer whitened; that is decided once, and the state dict
     keeps it. ``optimizer.explain()`` says what was chosen and why, and what else was seen. See :class:`~precond.Auto` for the rules and
-    :class:`~precond.Polar` for the length of steps: twice the learning rate is about the most that a layer's outputs change in a step,
-    whatever its width.
+    :class:`~precond.Polar` for the length of steps: where gradients agree a layer's outputs change by about three times the learning
+    rate in a step, at most, whatever its width, and where they are noise by half of that.
 
     Args:
         params: the model, whose inputs are observed.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from precond.algebra.maps import Identity, LinearMap
 from precond.algebra.maps.tucker import Tucker
+from precond.analysis.diagnostics import momenta
 from precond.analysis.diagnostics.peers.reading import Options, inverse_root, only, rotated, wide
 from precond.analysis.diagnostics.registry import register
 from precond.analysis.diagnostics.torch_optimizers import polar
@@ -28,13 +29,24 @@ def _of(state: Options, *names: str) -> Any:
     return found[0]
 
 
-@register("heavyball.AdamW", "heavyball.NAdam", "heavyball.RMSprop", "heavyball.SFAdamW")
+_NOT_KNOWN = "caution", "mars", "warmup_steps"
+
+
+def _nadam_s(state: Options, group: Options) -> float:
+    view = next((view for view in state.values() if isinstance(view, dict)), {})
+    return momenta.nadam(view, group)
+
+
+@register("heavyball.AdamW", stable=momenta.unless(momenta.first_beta, *_NOT_KNOWN))
+@register("heavyball.NAdam", stable=momenta.unless(_nadam_s, *_NOT_KNOWN))
+@register("heavyball.RMSprop", stable=momenta.unless(momenta.gradient, *_NOT_KNOWN))
+@register("heavyball.SFAdamW")
 def adam(param: Tensor, state: Options, group: Options) -> LinearMap:
     """M = diag(1/max(√r, ε)), r the mean of g² whose weights add up to 1; of the schedule-free one the step of z."""
     return inverse_root(wide(_of(state, "exp_avg_sq")).sqrt().clamp_min(group["eps"]).reshape(param.shape))
 
 
-@register("heavyball.SOAP")
+@register("heavyball.SOAP", stable=momenta.unless(momenta.first_beta, *_NOT_KNOWN))
 def soap(param: Tensor, state: Options, group: Options) -> LinearMap:
     """M = Q diag(1/max(√r, ε)) Qᵀ, Q the Kronecker product of the eigenbases."""
     only(group, split=False)

@@ -21,6 +21,7 @@ from precond.lab.workloads.pool import (
     recommenders,
     recurrent,
     renewed,
+    sealed,
     tabular,
 )
 from precond.lab.workloads.pool.halves import HALVES, Half
@@ -57,14 +58,15 @@ POOL: tuple[Member, ...] = tuple(
         renewed,
         confirmation,
         held_out,
+        sealed,
     )
     for member in module.MEMBERS
 )
 
 RULES = (
     "Small trainings of many kinds, half of them for development, half locked: locked tasks are run for a final table alone, and nothing "
-    "is chosen by them. A third set, for confirmation, and a fourth, held out, were each written by someone who did not know how "
-    "auto does on it, and are each run once.",
+    "is chosen by them. A third set, for confirmation, a fourth, held out, and a fifth, sealed, were each written by someone who did not "
+    "know how auto does on it, and are each run once.",
     "In a task all have the same model, initialization, data, batches, number of steps, warm-up over a twentieth of them, and a learning "
     "rate that falls to 0 along half a cosine.",
     f"Each searches its learning rate alone, over the same ratio: {TRIALS} rates, each twice the one before, with its own published default "

@@ -16,7 +16,7 @@ from precond.algebra.vec import Scalar, Tensors, Vec
 from precond.optim.blocks import State
 from precond.optim.engine.cells import Cell
 from precond.optim.engine.kernels.layer import CachedOnStatistics, OfLayer, Task
-from precond.optim.momentum import Momentum
+from precond.optim.momentum import LEAST, MOST, Momentum
 from precond.optim.preconditioners import BNP, Polar, Whitening
 from precond.optim.preconditioners.each import on
 from precond.optim.preconditioners.polar_lengths import count_samples, exact, is_fresh, measure, spread, step_length
@@ -25,9 +25,6 @@ from precond.optim.preconditioners.polar_roots import fold_all, root_of
 Outer = TypeVar("Outer")
 Average = TypeVar("Average")
 Tangent = TypeVar("Tangent")
-
-# Lengths whose squares stay in the range of float32.
-LEAST, MOST = 1e-12, 1e15
 
 
 @dataclass
@@ -55,6 +52,7 @@ class Layer(Generic[Outer, Average]):
         P1: see :meth:`PolarStep._make`; None where it is the identity.
         m: what L^(−1/2) is applied to.
         size: by which the momentum was divided for that.
+        stride: √c of the momentum's coherence.
     """
 
     kernel: PolarStep[Outer, Average, Any]
@@ -67,6 +65,7 @@ class Layer(Generic[Outer, Average]):
     P1: Outer | None
     m: Average = field(init=False)
     size: float = field(default=1.0, init=False)
+    stride: float = field(default=1.0, init=False)
 
 
 @dataclass
@@ -138,9 +137,10 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
         layers = [task.kernel._begin(task) for task in tasks]
         averages, gradients, momentum = [x.cell.average for x in layers], [x.g for x in layers], layers[0].kernel.momentum
         momentum.fold_all(averages, gradients)
-        momentum.write_all(averages, gradients, [x.kernel._memory(x.g) for x in layers])
-        for x in layers:
-            x.m = x.kernel._average(x.P1)
+        memories = [x.kernel._memory(x.g) for x in layers]
+        momentum.write_all(averages, gradients, memories)
+        for x, stride in zip(layers, momentum.strides(averages, gradients, memories), strict=True):
+            x.stride, x.m = stride, x.kernel._average(x.P1)
         if renewed := [(x, share) for x in layers if (share := x.kernel._share(x))]:
             _renew(renewed)
         found = [x.kernel._turned(x.state, x.P1, x.m) for x in layers]
@@ -180,8 +180,9 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
             m, x.size = self._unit(x.P1, self._average(x.P1))
             d, square = self._turned(x.state, x.P1, m)
             (norm,) = (s**0.5 for s in _numbers([square]))
-        x.state["norm"].fill_(norm * x.size)
-        self._move(x.p, x.P1, d, 1 - x.lr * self.decay, -x.lr * self._step_length(x.state) / norm if norm else 0.0)
+        x.state["norm"].fill_(norm * x.size / x.stride if norm else 0.0)
+        length = x.stride * self._step_length(x.state)
+        self._move(x.p, x.P1, d, 1 - x.lr * self.decay, -x.lr * length / norm if norm else 0.0)
         if isinstance(self.outer, Whitening) and self._of_outer.due(outer := x.cell.state["outer"], x.t, self.outer.every):
             on(x.cell.block, self.outer).refresh(outer)
 
