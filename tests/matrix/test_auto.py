@@ -170,6 +170,40 @@ def test_layers_of_one_shape_decide_together():
     assert acting(optimizer)["white.weight"] == "Whitening"
 
 
+@pytest.mark.parametrize("every, decided, known", [(None, 7, False), (4, 14, False), (2, 13, True)])
+def test_a_layer_without_gradients_keeps_no_other_waiting(every, decided, known):
+    """An auxiliary head that the run does not use, or a layer that is called each so many steps."""
+
+    class Beside(Two):
+        def __init__(self):
+            super().__init__()
+            self.spare = nn.Linear(6, 5, dtype=torch.float64)
+            self.calls = 0
+
+        def forward(self, x):
+            if every is not None and self.calls % every == 0:
+                return super().forward(x) + 0 * self.spare(x).sum()
+            return super().forward(x)
+
+    ends = []
+    for make in (Two, Beside):
+        torch.manual_seed(1)
+        model = make()
+        optimizer = precond.auto(model)
+        for t in range(16):
+            model.calls = t
+            steps(model, optimizer, t, t + 1)
+            made = optimizer.param_groups[0]["measured"]
+            if make is Beside:
+                assert (made is not None) == (t + 1 >= decided)
+        ends.append([p.detach() for name, p in model.named_parameters() if not name.startswith("spare")])
+    found = acting(optimizer)
+    assert (found["white.weight"], found["mixed.weight"], found["head.weight"]) == ("BNP", "Whitening", "Whitening")
+    assert ("spare.weight" in made) == known
+    if decided == 7:
+        assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 def test_what_is_told_is_the_noise_of_the_first_gradients_and_the_samples_of_each_input():
     """Against dense gradients of the first steps, and an effective number of samples made from the weights of the average."""
     model = net()
@@ -230,7 +264,7 @@ def test_nothing_is_told_that_was_not_seen():
 
 
 def test_what_is_kept_of_gradients_is_bounded():
-    """Where one layer has no gradient for long nothing is decided, and no more is kept than is needed."""
+    """While a layer that has begun is waited for no more is kept than is needed, and nothing once it is not."""
 
     class Wide(nn.Module):
         def __init__(self):
@@ -244,15 +278,17 @@ def test_what_is_kept_of_gradients_is_bounded():
     model = Wide()
     optimizer = precond.auto(model)
     looking = optimizer.naming.settle
-    for t in range(20):
+    for t in range(14):
+        if t == 13:
+            assert optimizer.param_groups[0]["measured"] is None
+            kept = [g["used.weight"] for g in looking._gradients if "used.weight" in g]
+            assert len(kept) == 7 and all(g.numel() == 4000 for g in kept)  # each third of 12,000
+            assert sum("idle.weight" in g for g in looking._gradients) == 1
         optimizer.zero_grad()
         x = torch.randn(8, 300)
         (model(x).square().mean() + (model(x, idle=True).square().mean() if t == 0 else 0)).backward()
         optimizer.step()
-    assert optimizer.param_groups[0]["measured"] is None
-    kept = [g["used.weight"] for g in looking._gradients if "used.weight" in g]
-    assert len(kept) == 7 and all(g.numel() == 4000 for g in kept)  # each third of 12,000
-    assert sum("idle.weight" in g for g in looking._gradients) == 1
+    assert set(optimizer.param_groups[0]["measured"]) == {"used.weight"} and not looking._gradients
 
 
 def test_a_first_batch_of_one_sample_is_taken_alike_by_kernels_and_loop():

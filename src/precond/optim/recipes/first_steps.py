@@ -37,7 +37,11 @@ class FirstSteps:
         self._gradients: list[dict[str, Tensor]] = []
 
     def __call__(self, optimizer: PreconditionedGD) -> dict[str, Any] | None:
-        """None until all whitened layers have made so many steps, and once it is known."""
+        """None until the whitened layers have made so many steps, and once it is known.
+
+        A layer that has made none by then is not waited for, and one that has made some for as many steps again: what a run does not use, or
+        calls rarely, decides nothing for the others, and stays whitened.
+        """
         if any(group["measured"] is not None or group["capturable"] for group in optimizer.param_groups):
             self._gradients.clear()
             return None  # a captured step is one program for all steps
@@ -46,11 +50,16 @@ class FirstSteps:
         whitened = [(cell, held) for held in optimizer.cells for cell in held.cells if _whitening(cell) is not None]
         own = [(cell, P) for held in optimizer.cells for cell in held.own if (P := _whitening(cell)) is not None]
         self._note([leaf for cell, _ in own for leaf in cell.leaves if leaf.ndim > 1])
-        if any(min(cell.state.steps) < MEASURED_AFTER for cell, _ in whitened):
+        made = [min(cell.state.steps) for cell, _ in whitened]
+        if max(made, default=0) < MEASURED_AFTER or (
+            max(made) < 2 * MEASURED_AFTER and any(0 < n < MEASURED_AFTER for n in made)
+        ):
             return None
         each = ((leaf, held if isinstance(held, Shared) else None) for cell, held in whitened for leaf in cell.leaves)
         alike = {leaf.name: (leaf.shape, id(shared)) for leaf, shared in each}
         for cell, P in own:
+            if min(cell.state.steps) < MEASURED_AFTER:
+                continue
             state = cell.state["outer"]
             state = state if isinstance(cell.block, Stack) else state.as_stack()
             shares |= P.independent(state)
