@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -21,7 +23,13 @@ from precond import (
     GramOnly,
     LossClosure,
     Momentum,
+    Muon,
     PreconditionedGD,
+    Preconditioner,
+    Regularizer,
+    Route,
+    Schatten,
+    is_matrix,
 )
 
 
@@ -80,6 +88,12 @@ CONSTRUCTION = {
     "no momentum": (lambda: gd(momentum=0.9), TypeError, r"Momentum\(0.9\) is one"),
     "nonfinite": (lambda: gd(nonfinite="skp"), ValueError, "did you mean 'skip'"),
     "no kernel": (lambda: gd(AdaGrad() @ RMS(), engine="fused"), ValueError, "use engine='auto'"),
+    "no root outside": (lambda: Muon() @ RMS(), ValueError, r"the outer one, Muon, states .* no root .* RMS\(\) @ Muon\("),
+    "no root in a route outside": (
+        lambda: BNP() @ Route([(is_matrix, Route([(is_matrix, Schatten())]) @ RMS())]),
+        ValueError,
+        "the outer one, Route, states M = P Pᵀ and no root",
+    ),
     "not square": (lambda: Dense(torch.ones(2, 3)), ValueError, "must be square"),
 }  # fmt: skip
 
@@ -187,3 +201,90 @@ def test_saving_at_a_probed_point():
     with pytest.raises(RuntimeError, match="finish the step or call restore"):
         optimizer.state_dict()
     optimizer.restore()
+
+
+FAILS: set[str] = set()
+"""Where the next step raises."""
+
+
+def fail(where: str) -> None:
+    if where in FAILS:
+        raise ArithmeticError(where)
+
+
+@dataclass(frozen=True)
+class Failing(Preconditioner):
+    """Of each tensor alone; that of matrices fails before it has written anything."""
+
+    def init(self, block):
+        return {"r": block.zeros()}
+
+    def observe(self, state, seen):
+        if state.block.params[0].ndim == 2:
+            fail("observe")
+        state["r"][0].lerp_(seen.gradient[0].square(), 0.1 / (1 - 0.9 ** float(state.steps[0])))
+
+    def map(self, state):
+        return precond.InverseRoot((state["r"][0].sqrt() + 1e-3,))
+
+
+@dataclass(frozen=True)
+class FailingPenalty(Regularizer):
+    """Raises where its term is asked for."""
+
+    lam: float = 0.0
+    space: str = "p"
+    scalars = ("lam",)
+
+    def term(self, at):
+        fail("term")
+        return at.space.raised(at.p, at["lam"])
+
+
+@pytest.mark.parametrize("where", ["observe", "term"])
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_a_step_that_raises_counts_for_nothing_that_has_not_moved(where, engine):
+    """What a user's class raises is not the end: the steps after it are as if it had not been."""
+
+    def train_two(fails):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False)).double()
+        penalty = [FailingPenalty(0.1)] if where == "term" else []
+        optimizer = PreconditionedGD(model, lr=0.1, preconditioner=Failing(), regularizers=penalty, engine=engine)
+        x = torch.randn(6, 3, dtype=torch.float64)
+        for k in range(5):
+            optimizer.zero_grad()
+            model(x + k).square().mean().backward()
+            if fails and k == 2:
+                FAILS.add(where)
+                for _ in range(2):
+                    with pytest.raises(ArithmeticError):
+                        optimizer.step()
+                FAILS.clear()
+            optimizer.step()
+        return [*(p.detach() for p in model.parameters()), *(optimizer.state[p]["step"] for p in model.parameters())]
+
+    found, expected = train_two(True), train_two(False)
+    assert [t.item() for t in expected[2:]] == [5, 5]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_what_a_failing_step_has_moved_has_counted():
+    """A root that cannot be renewed, after the move."""
+
+    @dataclass(frozen=True)
+    class Late(Failing):
+        def refresh(self, state, carried=()):
+            fail("refresh")
+
+    p = nn.Parameter(torch.ones(2))
+    for engine in ("auto", "loop"):
+        optimizer = PreconditionedGD([p], lr=0.1, preconditioner=Late(), engine=engine)
+        p.grad = torch.ones(2)
+        FAILS.add("refresh")
+        before = p.detach().clone()
+        with pytest.raises(ArithmeticError):
+            optimizer.step()
+        FAILS.clear()
+        assert not torch.equal(p, before)
+        assert optimizer.state[p]["step"].item() == 1

@@ -48,20 +48,20 @@ def _put(state: State, known: dict[int, int], steps: Counts, clock: Vec | None) 
         state["clock"] = tuple(clock[k] for k in index)
 
 
-def count_step(states: Sequence[State], verdict: Verdict | None = None) -> None:
-    """Count a step of each leaf of some cells, in place; on devices only if it is taken."""
-    count_on_host(states)
+def count_step(states: Sequence[State], verdict: Verdict | None = None, by: float = 1.0) -> None:
+    """Count a step of each leaf of some cells, in place, or by −1 take it back; on devices only if it is taken."""
+    count_on_host(states, by)
     clocks: dict[torch.device, list[Vec]] = {}
     for state in states:
         if (clock := state.get("clock")) is not None:
             clocks.setdefault(clock[0].device, []).append(clock)
     for device, of in clocks.items():
-        _add(of, 1.0 if verdict is None else verdict.taken(device))
+        _add(of, by if verdict is None else by * verdict.taken(device))
 
 
-def count_on_host(states: Sequence[State]) -> None:
+def count_on_host(states: Sequence[State], by: float = 1.0) -> None:
     """The host's part of counting."""
-    _add([state["step"] for state in states], 1.0)
+    _add([state["step"] for state in states], by)
 
 
 @contextmanager

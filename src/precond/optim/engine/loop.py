@@ -92,16 +92,24 @@ def step(
         verdict: whether the step is taken, where the host does not know; None: it is.
 
     Returns:
-        These lengths, or nothing.
+        These lengths, or nothing. Where something raises, cells that have not moved have counted no step.
     """
-    if verdict is None:
-        return _step(point, rules, evidence, measured, None)
-    point.g = verdict.only(point.g)
-    with verdict.over([*point.p, *(t for cell in point.cells for t in cell.written())]):
-        return _step(point, rules, evidence, measured, verdict)
+    counted: list[State] = []
+    try:
+        if verdict is None:
+            return _step(point, rules, evidence, measured, None, counted)
+        point.g = verdict.only(point.g)
+        with verdict.over([*point.p, *(t for cell in point.cells for t in cell.written())]):
+            return _step(point, rules, evidence, measured, verdict, counted)
+    except BaseException:
+        count_step(counted, verdict, by=-1.0)
+        raise
 
 
-def _step(point: Point, rules: Rules, evidence: ProbeResults, measured: bool, verdict: Verdict | None) -> list[Tensor]:
+def _step(
+    point: Point, rules: Rules, evidence: ProbeResults, measured: bool, verdict: Verdict | None, counted: list[State]
+) -> list[Tensor]:
+    """The step; ``counted`` are the states of cells that were counted and have not moved yet."""
     regularizers = point.choices[0].regularizers
     lagged = rules.statistics_from == "lagged"
     maps = cache(point.maps)  # after `observe`
@@ -132,6 +140,7 @@ def _step(point: Point, rules: Rules, evidence: ProbeResults, measured: bool, ve
             # (With statistics_from="loss" clean gradients, where a perturbed one is descended, are no multiples of it, and stay as they are.)
             factor = _clip_factor(rules.max_norm, point.sums.norm(a))
             source, a = vec.scale(source, factor), vec.scale(a, factor)
+        counted += [cell.state for cell in point.cells]
         observe(point, source, verdict)
     late = [r.term(at) for r, at, now in zip(regularizers, ats, is_early, strict=True) if not now]
     a = assemble(a, late)
@@ -147,7 +156,8 @@ def _step(point: Point, rules: Rules, evidence: ProbeResults, measured: bool, ve
     least = bounds(point, ats, regularizers) if rules.statistics_from == "loss" else []
     # One after the other: memory for one cell's step will do, unless something looks at all of them.
     if alone:
-        count_step([cell.state for cell in point.cells], verdict)
+        counted += [cell.state for cell in point.cells]
+        count_step(counted, verdict)
     each = ((span, cell.taken(a[span]) if alone else cell.descent(a[span], least[span])) for cell, span in point.spans)
     for span, u in bent(each, a, terms):
         lr = point.lr[span]
@@ -156,6 +166,7 @@ def _step(point: Point, rules: Rules, evidence: ProbeResults, measured: bool, ve
             whole = _with(u, tangents, span)
             lengths += torch._foreach_norm(vec.scale(whole, lr))
         _move(point.p[span], u, [term.part(span) for term in tangents], lr)
+        del counted[:1]
         del u  # memory for the next one's
     for term in terms:
         last = term.apply if isinstance(term, Prox) else term.project if isinstance(term, Bend) else None

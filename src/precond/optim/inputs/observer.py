@@ -158,6 +158,8 @@ class Observer:
         for site in self.sites if self._cleared else ():
             if self._cleared.get(site.name) and not self._used(site):  # its gradient is no more, and no other was made of it
                 self._drop(seen, site)
+        if not self._earlier:
+            return seen
         both = {key: pool([seen[key], self._earlier[key]]) for key in self._earlier.keys() & seen.keys()}
         return {**self._earlier, **seen, **both}
 

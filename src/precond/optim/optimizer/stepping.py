@@ -11,9 +11,8 @@ from torch import Tensor
 from precond.algebra import vec
 from precond.algebra.vec import Vec
 from precond.optim.engine import fused, loop
-from precond.optim.engine.counting import count_step
 from precond.optim.engine.kernels.entrywise import Kernel
-from precond.optim.engine.kernels.layer import Task, take
+from precond.optim.engine.kernels.layer import Task, count_and_take
 from precond.optim.engine.loop import ProbeResults
 from precond.optim.engine.point import Point
 from precond.optim.engine.verdict import Verdict, over
@@ -80,13 +79,12 @@ class Stepping(SecondGradients):
         votes = looks and verdict is None and bool(found or in_place)
         if votes and not self._agreed(vec.all_finite(found) and (loss is None or finite_loss(loss))):
             return False
-        count_step([cell.state for _, cell, *_ in work], verdict)
         tasks = []
         for kernel, cell, p, g in work:
             leaf = cell.block.leaves[0]
             found_inf = () if verdict is None else (verdict.found_inf(p[0].device),)
             tasks.append(Task(kernel, cell, p, g, self._lr(leaf), self.param_groups[leaf.group]["maximize"], found_inf))
-        take(tasks)
+        count_and_take(tasks, verdict)
         if point is not None:
             loop.step(point, self.rules, ProbeResults(), verdict=verdict)
             self._write_back(point, verdict)
@@ -105,14 +103,13 @@ class Stepping(SecondGradients):
         ((k, found),) = evidence.found.items()
         at = point.at(k, point.maps, found=found, memo=evidence.memo)
         a = loop.assemble(point.g, [point.choices[0].regularizers[k].term(at)])
-        count_step([cell.state for cell in point.cells])
         tasks = []
         for kernel, (cell, span) in zip(kernels, point.spans, strict=True):
             p = cell.block.all_tensors
             laid_out = fused.aligned(a[span], p)
             assert laid_out is not None
             tasks.append(Task(kernel, cell, p, laid_out, self._lr(cell.block.leaves[0]), False))
-        take(tasks)
+        count_and_take(tasks)
         return True
 
     def _step_by_loop(self, loss: Any, graph: list[Tensor | None] | None) -> None:

@@ -39,6 +39,9 @@ class Composition(Preconditioner):
         outer: what makes P₁.
         inner: what makes P₂, from what it sees in z₁.
 
+    Raises:
+        ValueError: for an outer one that states M₁ = P₁P₁ᵀ alone (:class:`~precond.Muon`): z₁ are the coordinates of a root.
+
     Example:
         >>> import torch, precond
         >>> p = torch.nn.Parameter(torch.tensor([0.0, 0.0]))
@@ -53,6 +56,14 @@ class Composition(Preconditioner):
 
     outer: Preconditioner
     inner: Preconditioner
+
+    def __post_init__(self) -> None:
+        if isinstance(self.outer, Preconditioner) and not self.outer.states_root:
+            outer, inner = type(self.outer).__name__, type(self.inner).__name__
+            raise ValueError(
+                f"Composition: the outer one, {outer}, states M = P Pᵀ and no root P, in whose coordinates the inner one, {inner}, could "
+                f"live; it may be the inner one, as in RMS() @ {outer}(…)"
+            )
 
     @property
     def entrywise(self) -> bool:  # type: ignore[override]
@@ -72,7 +83,7 @@ class Composition(Preconditioner):
 
     @property
     def states_root(self) -> bool:  # type: ignore[override]
-        return self.outer.states_root and self.inner.states_root
+        return self.inner.states_root
 
     @property
     def invertible(self) -> bool:  # type: ignore[override]
@@ -132,10 +143,8 @@ class Composition(Preconditioner):
         }
 
     def _outer(self, state: State) -> LinearMap:
-        block = state["outer"].block
-        return (
-            on(state["outer"].block, self.outer).map(state["outer"]) if self.outer.handles(block) else Identity(block.tensors)
-        )
+        of = state["outer"]
+        return on(of.block, self.outer).map(of) if self.outer.handles(of.block) else Identity(of.block.tensors)
 
     def observe(self, state: State, seen: Seen) -> None:
         if self.inner.handles(state["inner"].block):
@@ -178,10 +187,8 @@ class Composition(Preconditioner):
         return self._outer(state), state["inner"]
 
     def map(self, state: State) -> LinearMap:
-        block = state["inner"].block
-        inner = (
-            on(state["inner"].block, self.inner).map(state["inner"]) if self.inner.handles(block) else Identity(block.tensors)
-        )
+        of = state["inner"]
+        inner = on(of.block, self.inner).map(of) if self.inner.handles(of.block) else Identity(of.block.tensors)
         return self._outer(state) @ inner
 
     def factors(self, state: State) -> tuple[LinearMap, LinearMap]:

@@ -13,6 +13,8 @@ from precond.algebra.maps import Layout
 from precond.algebra.vec import Scalar, Tensors
 from precond.optim.blocks import Block, State
 from precond.optim.engine.cells import Cell
+from precond.optim.engine.counting import count_step
+from precond.optim.engine.verdict import Verdict
 from precond.optim.inputs.moments import REQUESTS
 from precond.optim.inputs.observer import Key
 from precond.optim.preconditioners import input_side
@@ -79,6 +81,18 @@ def take(tasks: Sequence[Task]) -> None:
             kernel(cell, p, g, lr, maximize, *found_inf)
     for some in together.values():
         some[0].kernel.steps(some)
+
+
+def count_and_take(tasks: Sequence[Task], verdict: Verdict | None = None) -> None:
+    """Count a step of each cell and take it. Where something raises, cells that have not moved have counted none."""
+    count_step([task.cell.state for task in tasks], verdict)
+    before = [task.p[0]._version for task in tasks]
+    try:
+        take(tasks)
+    except BaseException:
+        still = [task.cell.state for task, version in zip(tasks, before, strict=True) if task.p[0]._version == version]
+        count_step(still, verdict, by=-1.0)
+        raise
 
 
 def observe(steps: Iterable[tuple[Any, Cell]]) -> None:
