@@ -22,6 +22,7 @@ from precond.analysis.curvature import (
     jacobian,
     to_scipy,
 )
+from precond.analysis.curvature.stamp import Stamp
 from precond.analysis.curvature.symmetric import apply_block, stacked
 
 
@@ -243,6 +244,30 @@ def test_kept_maps_are_those_of_the_values_as_they_are(write, of):
         scale = 1 if name == "jacobian" else 40
         # Sums of 40 terms in another order.
         torch.testing.assert_close(maps[name].to_dense() * scale, expected, rtol=1e-9, atol=1e-10, msg=name)
+
+
+LAYOUTS = {
+    "in a row": lambda w: w.clone(),
+    "transposed": lambda w: w.T.clone().T,
+    "from an odd place on": lambda w: torch.cat([w.new_zeros(1), w.flatten()])[1:].view_as(w),
+    "an odd number of bytes": lambda w: w.half().flatten()[:-1].clone().view(1, -1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_entry_of_a_large_tensor_tells(layout):
+    model = nn.Linear(150, 150)
+    model.weight.data = LAYOUTS[layout](torch.randn(150, 150))
+    stamp = Stamp(Objective(model, CROSS, [examples()]))
+    assert stamp.stands
+    for at in (0, 7777, -1):
+        entry = model.weight.data.flatten()[at].item()
+        index = torch.arange(model.weight.numel()).view(model.weight.shape).flatten()[at].item()
+        place = index // model.weight.shape[1], index % model.weight.shape[1]
+        model.weight.data[place] = entry + 1
+        assert not stamp.stands
+        model.weight.data[place] = entry
+        assert stamp.stands
 
 
 def test_float64_keeps_the_model_and_sees_a_penalty_on_it():
