@@ -86,7 +86,7 @@ class Training:
         ]
 
 
-ON_THE_HOST = {"step", "count", "noise", "size", "examples", "averaged", "scale"}
+ON_THE_HOST = {"step", "count", "noise", "size", "examples", "form", "averaged", "scale"}
 """Numbers that the host knows and keeps: of steps, as torch does, of the samples that layers saw, and what first outputs were large by."""
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import precond
 from inputs.layers import data
 from precond import BNP, PreconditionedGD, Whitening
 from precond.optim.inputs.moments import Moments, covariance
@@ -282,6 +283,37 @@ def test_a_batch_of_enough_samples_replaces_the_average(size):
     torch.testing.assert_close(state["covariance"][0], square - torch.outer(mean, mean), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(state["noise"].item(), rho**2 / 16 + (1 - rho) ** 2 / size)
     assert state["size"].item() == size and state["count"].item() == (size if size >= 8 else 16 + size)
+
+
+@pytest.mark.parametrize("options", [{}, {"root": "cholesky"}, {"rank": 2}], ids=str)
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_a_bias_that_comes_or_goes_makes_another_root_at_once(options: dict, engine: str) -> None:
+    """M is the inverse of E[hhᵀ] without a bias and of E[ĥĥᵀ], ĥ = [h; 1], with one, also many steps before a root is due."""
+    model, make = nn.Linear(9, 2).double(), torch.Generator().manual_seed(0)
+    mix = torch.randn(9, 9, generator=make, dtype=torch.float64)
+    if "rank" in options:  # of the form λ̄I + U(Λ − λ̄)Uᵀ with and without the mean, on features of one variance
+        mix = torch.eye(9, dtype=torch.float64)
+    whitening = Whitening(every=100, damping=0.0, shrinkage=0.0, **options)
+    optimizer = PreconditionedGD(model, 1e-6, preconditioner=whitening, engine=engine)
+    x = torch.randn(64, 9, generator=make, dtype=torch.float64)
+    x = (
+        torch.linalg.qr(x - x.mean(0)).Q * 8 @ mix + 1.5
+    )  # of variance 1 before they are mixed: whatever is observed, moments are these
+    for t in range(10):
+        model.bias.requires_grad_(t not in (6, 7))
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        if t >= 5:
+            params = [p for p in model.parameters() if p.requires_grad]
+            P = precond.preconditioner_of(optimizer, params).to_dense()
+            h = torch.cat([x, x.new_ones(64, 1)], 1) if len(params) == 2 else x
+            rows = torch.cat([torch.arange(18).view(2, 9), torch.arange(18, 20)[:, None]], 1)[:, : h.shape[1]]
+            M = (P @ P.T)[rows[1]][:, rows[1]]
+            # Of a rank the leading eigenvectors are those of a few steps of orthogonal iteration.
+            off = 2e-3 if "rank" in options else 1e-6
+            torch.testing.assert_close(M @ (h.T @ h / 64), torch.eye(h.shape[1], dtype=torch.float64), rtol=0, atol=off)
+    optimizer.close()
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), (2, 3), (2, 9)], ids=str)

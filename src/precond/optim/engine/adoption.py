@@ -33,8 +33,8 @@ def lacking(state: State, existing: Existing, outside: Callable[[str], str], pre
     return found
 
 
-_LATER = frozenset({"r_max", "scale"})
-"""Statistics that may begin in the midst: AMSGrad's maximum, and lengths of relative steps, which earlier versions did not save."""
+_LATER = frozenset({"r_max", "scale", "form"})
+"""Statistics that may begin in the midst: AMSGrad's maximum; lengths of relative steps and the form of a root, not saved earlier."""
 
 
 def adopt(

@@ -159,7 +159,9 @@ def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
     for param, mine in known.items():
         theirs = saved_state.get(identity.get(param), {})
         theirs = {optimizer.naming.inside(k): v for k, v in theirs.items() if isinstance(v, Tensor | int | float)}
-        needed = set() if param in of_momentum else mine.keys() - OPTIONAL - {"step", "clock"}
+        needed = (
+            set() if param in of_momentum else {key for key in mine.keys() - OPTIONAL - {"step", "clock"} if not _is_later(key)}
+        )
         copies += _fit(optimizer.naming.name, names[param], mine, theirs, needed)
     unsaved = {p for p in frozen or () if identity.get(p) not in saved_state and not p.requires_grad}
     lost = [leaf.name for leaf in bound.leaves if leaf.param in unsaved and optimizer.state.get(leaf.param)]
@@ -270,6 +272,12 @@ def _fit(
 
 FROZEN = "frozen"
 """What the state of a parameter holds that was frozen when it was saved."""
+
+
+def _is_later(key: str) -> bool:
+    """Whether it says of what correlations a root of Whitening's is, which earlier versions did not save: 0, not known."""
+    return "form" in key.split(".")
+
 
 OPTIONAL = {"m", "r_max", "residual", "average", "averaged", "inner.scale", *LENGTHS}
 """Keys that another configuration of the same recipe, or an earlier version, may have left or left out."""

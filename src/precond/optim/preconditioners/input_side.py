@@ -34,7 +34,7 @@ class InputSide(Stacked):
     decay: float
     damping: float
 
-    counts = frozenset({"count", "noise", "size", "examples"})
+    counts = frozenset({"count", "noise", "size", "examples", "form"})
     least_samples = 1
 
     @property

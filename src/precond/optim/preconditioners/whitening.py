@@ -39,7 +39,8 @@ class Whitening(InputSide):
     others, which then differ little, get their mean (``rank``).
 
     The covariance is observed, and the root taken, on a schedule that is fixed by the number of steps: at steps 1, 2, 4, 8, …
-    and then every ``every`` steps, from the ``observe_steps`` steps before. Between refreshes the map stands still. Layers of other shapes
+    and then every ``every`` steps, from the ``observe_steps`` steps before. Between refreshes the map stands still, unless the bias is frozen or
+    thawed: it is then one of E[hhᵀ], or of C, at once. Layers of other shapes
     than the first one, and of one shape where they are many, take turns: they are refreshed up to a period before these steps.
 
     Args:
@@ -141,7 +142,7 @@ class Whitening(InputSide):
         root = Whole(self.root, self.power) if self.rank is None or n <= 4 * self.rank else Leading(int(self.rank), self.power)
         zeros = lambda *shape: torch.zeros(shape, dtype=state_dtype(weight.dtype), device=weight.device)  # noqa: E731
         return {
-            **{name: torch.zeros(groups, dtype=state_dtype(weight.dtype)) for name in ("count", "noise", "size")},
+            **{name: torch.zeros(groups, dtype=state_dtype(weight.dtype)) for name in ("count", "noise", "size", "form")},
             "mean": zeros(groups, n),
             "covariance": zeros(groups, n, n),
             "activity": zeros(groups, n),
@@ -153,7 +154,26 @@ class Whitening(InputSide):
         return Leading(state["basis"].shape[-1], self.power) if "basis" in state else Whole(self.root, self.power)
 
     def arrow(self, part: LayerPart, state: State) -> tuple[Tensor, Tensor, float | Tensor]:
+        # A bias that was frozen or thawed since leaves a root of other correlations than the scales are of.
+        for some in spans([form == -self._form(part) for form in state["form"].tolist()]):
+            for name, identity in self.root_of(state).fresh(state["mean"][some]).items():
+                state[name][some].copy_(identity)
+            self._renew(part, state, some)
         return *self.scales(part, state), 1.0
+
+    @staticmethod
+    def _form(part: LayerPart) -> float:
+        """Of what correlations a root is: 1 about the mean, −1 with no bias to center with; 0: the identity, or not known."""
+        return -1.0 if part.bias is None else 1.0
+
+    def _renew(self, part: LayerPart, mine: State, some: slice = slice(None)) -> None:
+        """Take the roots of some groups of a weight anew."""
+        own = {name: t[some] for name, t in mine.items()}
+        std = self.scales(part, mine)[1][some]
+        mean = None if part.bias is not None else own["mean"]  # with no bias to center with, E[hhᵀ]
+        shrunk = 1 + self.shrinkage * std.shape[-1] * by_group(own["noise"], std)  # 1/(1 − γ)
+        self.root_of(own).renew(own, Correlation(own["covariance"], mean, std, shrunk))
+        own["form"].fill_(self._form(part))
 
     def part_map(self, part: LayerPart, state: State, like: Vec, layout: Layout) -> LinearMap:
         # Before the first refresh the root is the identity, which leaves BNP's arrow.
@@ -164,10 +184,7 @@ class Whitening(InputSide):
             due = state.span(some)
             for part in self.parts(state.block):
                 if self.known(mine := self.statistics(part, due)):
-                    _, std = self.scales(part, mine)
-                    mean = None if part.bias is not None else mine["mean"]  # with no bias to center with, E[hhᵀ]
-                    shrunk = 1 + self.shrinkage * std.shape[-1] * by_group(mine["noise"], std)  # 1/(1 − γ)
-                    self.root_of(mine).renew(mine, Correlation(mine["covariance"], mean, std, shrunk))
+                    self._renew(part, mine)
 
     def _at_once(self, state: State) -> float:
         """Of how many members whole roots are taken at once: an accelerator is to have no more memory for them than for a step.
