@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -123,11 +124,8 @@ class Shared(Cell):
     @cached_property
     def spans(self) -> list[range]:
         """The positions of each cell's leaves."""
-        out, start = [], 0
-        for cell in self.inside:
-            out.append(range(start, start + len(cell.index)))
-            start += len(cell.index)
-        return out
+        lengths = [len(cell.index) for cell in self.inside]
+        return [range(end - n, end) for n, end in zip(lengths, accumulate(lengths), strict=True)]
 
     @property
     def elsewhere(self) -> list[tuple[Leaf, str, Tensor]]:
@@ -205,9 +203,8 @@ class Shared(Cell):
         assert isinstance(cell, Shared)
         p = dict(enumerate(cell.block.tensors))
         found = cell.exchange.deliver(p, p)
-        vec.copy_(
-            tuple(p[i] for k in cell.theirs for i in cell.spans[k]), tuple(found[i] for k in cell.theirs for i in cell.spans[k])
-        )
+        theirs = [i for k in cell.theirs for i in cell.spans[k]]
+        vec.copy_(tuple(p[i] for i in theirs), tuple(found[i] for i in theirs))
         count_on_host([cell.inside[k].state for k in cell.theirs])
 
     def _acting(self, cell: Cell) -> Kernel | None:
