@@ -16,7 +16,7 @@ from precond.algebra.vec import Vec
 from precond.optim import blocks
 from precond.optim.blocks import Block, Leaf, Stack, State, spans, state_dtype
 from precond.optim.checking.arguments import settle
-from precond.optim.preconditioners.eigenbases import WARM_UP
+from precond.optim.preconditioners.eigenbases import WARM_UP, at_hand
 from precond.optim.preconditioners.muon import normalized
 from precond.optim.preconditioners.parts import Part, placed
 from precond.optim.preconditioners.polar_lengths import count_samples, exact, is_fresh, lengths, measure, spread
@@ -200,20 +200,19 @@ class Polar(Stacked):
             )
         turned = self.apply_inverse_root(state, X)
         norm = torch.linalg.vector_norm(turned, 2, (-2, -1))
-        # As if m were longer by 1/√c: then its step is √c times as long.
-        found = norm * size
+        found = norm * size  # as if m were longer by 1/√c: then its step is √c times as long
         state["norm"].copy_(found if seen.stride is None else found / seen.stride)
         return turned, norm
 
     @staticmethod
     def _first(state: State) -> bool:
-        """Whether some layer was not observed yet: looked at in the first eight steps, and in the first of a state that is bound anew."""
+        """Whether some layer may be new: asked in the first eight steps and in the first of a fresh state; where a device knows, it may."""
         (t, *_) = state.steps
         looked = state.kept("looked", None, list)
         if looked and t > WARM_UP:
             return False
         looked.append(t)
-        return is_fresh(state)
+        return not at_hand(state["gram"]) or is_fresh(state)
 
     def fold(self, state: State, gram: Tensor, share: float | Tensor) -> None:
         """Fold m mᵀ/‖m‖² into L, (k, n, n) or (n, n), with a share of all or of each (k, 1, 1), and take the root anew.
