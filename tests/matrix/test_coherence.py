@@ -75,7 +75,9 @@ def test_of_a_stack_each_member_has_its_own():
     members = [Block(tuple(Leaf(f"{k}.{i}", torch.zeros(s).double()) for i, s in enumerate(SHAPES))) for k in range(2)]
     stack = Stack.of(members)
     counts = tuple(torch.zeros(()) for _ in stack.all_leaves)
-    state = State(stack, {"m": stack.zeros()} | {k: torch.zeros(2).double() for k in ("square", "squares")}, step=counts)
+    state = State(
+        stack, {"m": stack.zeros()} | {k: torch.zeros(2).double() for k in ("mean_length", "mean_weight")}, step=counts
+    )
     seen = [history(), history(seed=1)]
     expected = zip(*(oracle("nesterov", of) for of in seen), strict=True)
     for a, b, c in zip(*seen, expected, strict=True):
@@ -140,7 +142,7 @@ def test_steps_are_as_long_as_gradients_agree(name, engine, alike):
             torch.testing.assert_close(moved[RHO][t][k], c[t] * moved[None][t][k], rtol=1e-5, atol=1e-15)
 
 
-def test_a_state_without_mean_squares_goes_on():
+def test_a_state_without_mean_lengths_goes_on():
     """Of a version that did not keep them: the mean begins anew, without a bias."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
@@ -151,14 +153,14 @@ def test_a_state_without_mean_squares_goes_on():
         optimizer.step()
     saved = optimizer.state_dict()
     for state in saved["state"].values():
-        for key in ("square", "squares"):
+        for key in ("mean_length", "mean_weight"):
             state.pop(key, None)
     other = precond.auto(model)
     other.load_state_dict(saved)
     other.step()
     kept = other.state[model[0].weight]
-    assert kept["squares"].item() == pytest.approx(0.05)
-    assert kept["square"] > 0
+    assert kept["mean_weight"].item() == pytest.approx(0.05)
+    assert kept["mean_length"] > 0
 
 
 def test_lengths_out_of_range_raise():

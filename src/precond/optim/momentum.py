@@ -17,8 +17,8 @@ from precond.algebra.vec import Scalar, Tensors, Vec
 from precond.optim.blocks import Block, Stack, State
 from precond.optim.checking.arguments import settle
 
-LENGTHS = ("square", "squares")
-"""What a state calls the running mean of ‖a‖², with the bias of its start at 0, and the sum of its weights."""
+LENGTHS = ("mean_length", "mean_weight")
+"""What a state calls the root of the running mean of ‖a‖², with the bias of its start at 0, and the sum of that mean's weights."""
 
 LEAST, MOST = 1e-12, 1e15
 """Lengths whose squares stay in the range of float32."""
@@ -101,7 +101,7 @@ class Momentum:
         if not self.beta and self.kind != "ema":
             return {}
         m = block.zeros()
-        return {"m": m} if self.lengths is None else {"m": m} | {key: m[0].new_zeros((), dtype=_wide(m[0])) for key in LENGTHS}
+        return {"m": m} if self.lengths is None else {"m": m} | {key: m[0].new_zeros(()) for key in LENGTHS}
 
     def fold(self, state: State, a: Tensors) -> None:
         """Fold a into m, in place."""
@@ -143,18 +143,19 @@ class Momentum:
 
     def stride(self, state: State, a: Tensors, m: Tensors) -> Tensor | None:
         """√c of what is descended, m, after ‖a‖² is folded into ḡ²; of a stack of each member. None where that is not kept."""
-        if self.lengths is None or "square" not in state:
+        if self.lengths is None or "mean_length" not in state:
             return None
-        square, weight = (state[key] for key in LENGTHS)
-        of_a, of_m = (_length(state.block, v) for v in (a, m))
-        one = state.kept("one", of_a.shape, lambda: torch.ones_like(of_a))
-        torch._foreach_lerp_([square, weight], [of_a.square_(), one], 1 - self.lengths)
-        over = (weight / square.clamp_min(torch.finfo(square.dtype).tiny)).sqrt_()
-        return over.mul_(of_m / self._weights(state.times[0])).clamp_max_(1.0).sqrt_().to(m[0].dtype)
+        mean, weight = (state[key] for key in LENGTHS)
+        of_a, of_m = (_length(state.block, v).to(mean.dtype) for v in (a, m))
+        # Squares of lengths may be none of float32.
+        torch.hypot(mean * self.lengths**0.5, of_a * (1 - self.lengths) ** 0.5, out=mean)
+        weight.lerp_(state.kept("one", of_a.shape, lambda: torch.ones_like(of_a)), 1 - self.lengths)
+        c = weight.sqrt().mul_(of_m).div_(mean.clamp_min(torch.finfo(mean.dtype).tiny))
+        return c.div_(self._weights(state.times[0])).clamp_max_(1.0).sqrt_()
 
     def strides(self, states: Sequence[State], a: Sequence[Tensors], m: Sequence[Tensors]) -> list[float]:
         """The same of several blocks in this process' memory at once, each with its a and m; 1 of each where it is not kept."""
-        if self.lengths is None or "square" not in states[0]:
+        if self.lengths is None or "mean_length" not in states[0]:
             return [1.0] * len(states)
         vectors = (*a, *m)
         norms = iter(torch.stack(torch._foreach_norm([t for v in vectors for t in v])).tolist())
@@ -163,12 +164,13 @@ class Momentum:
             if not LEAST < length < MOST:
                 found[i] = _length(states[0].block, vectors[i]).item()
         kept = [state[key] for key in LENGTHS for state in states]
-        new = torch.tensor([*(x**2 for x in found[: len(a)]), *[1.0] * len(a)], dtype=kept[0].dtype)
-        torch._foreach_lerp_(kept, new.unbind(), 1 - self.lengths)
-        sums = torch.stack(kept).tolist()
+        n, before, new = len(a), torch.stack(kept).tolist(), 1 - self.lengths
+        means = [hypot(sqrt(self.lengths) * x, sqrt(new) * y) for x, y in zip(before[:n], found[:n], strict=True)]
+        weights = [x + new * (1 - x) for x in before[n:]]
+        torch._foreach_copy_(kept, torch.tensor([*means, *weights], dtype=kept[0].dtype).unbind())
         return [
-            sqrt(min(1.0, length * sqrt(weight / square) / float(self._weights(state.steps[0])))) if square else 0.0
-            for state, length, square, weight in zip(states, found[len(a) :], sums[: len(a)], sums[len(a) :], strict=True)
+            sqrt(min(1.0, length * sqrt(weight) / mean / float(self._weights(state.steps[0])))) if mean else 0.0
+            for state, length, mean, weight in zip(states, found[n:], means, weights, strict=True)
         ]
 
     def _weights(self, t: Scalar) -> Scalar:
@@ -210,10 +212,6 @@ class Momentum:
 
 def _length(block: Block, v: Tensors) -> Tensor:
     """‖v‖ on a block, (); on a stack (k,)."""
-    each = [torch.linalg.vector_norm(t, 2, list(range(isinstance(block, Stack), t.ndim)), dtype=_wide(t)) for t in v]
+    wide = torch.float64 if v[0].device.type != "mps" else torch.float32
+    each = [torch.linalg.vector_norm(t, 2, list(range(isinstance(block, Stack), t.ndim)), dtype=wide) for t in v]
     return reduce(torch.hypot, each)
-
-
-def _wide(t: Tensor) -> torch.dtype:
-    """A dtype that holds the squares of huge and of tiny numbers of float32, where the device has it."""
-    return torch.float64 if t.device.type != "mps" else torch.float32

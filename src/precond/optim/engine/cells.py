@@ -200,7 +200,7 @@ class Cell:
             return self.block.scattered(P.push(self.state, self._averaged(P.pull(self.state, seen()), "cotangent", fold=True)))
         gradient = self.block.gathered(g)
         # What was put side by side is memory of the step's own, and what is made of the momentum alone asks for no gradient.
-        own = len(self.members) > 1 and not self.preconditioner.constituents and "square" not in self.average
+        own = len(self.members) > 1 and not self.preconditioner.constituents and "mean_length" not in self.average
         m, stride = gradient, None
         if self.momentum is not None:
             of = self.average, gradient
