@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import compress
 from typing import Any
 
 from torch import Tensor
@@ -16,32 +17,41 @@ Existing = Mapping[Tensor, dict[str, Any]]
 
 
 def lacking(state: State, existing: Existing, outside: Callable[[str], str], prefix: str = "") -> list[Leaf]:
-    """The leaves that have made steps by other statistics than these, as a bias by those of its layer: they begin anew.
+    """The leaves that have made steps without a second moment that is to scale them now, as a bias in those of its layer: they begin anew.
 
-    Else their momentum would be divided by the root of a second moment that knows one gradient and counts many, or by a standard deviation
-    of 0 that counts as many samples as a covariance did.
+    Else their momentum would be divided by the root of what knows one gradient, and counts many.
     """
     found: list[Leaf] = []
     for key, value in state.items():
         if isinstance(value, State):
             found += lacking(value, existing, outside, prefix + within(key))
-        elif key not in COUNTS and key not in _LATER:
-            for leaf, _ in zip(state.block.leaves, value if isinstance(value, tuple) else (value,), strict=False):
-                known = existing.get(leaf.param, {})
-                if outside(prefix + key) not in known and bool(known.get("step", 0)):
-                    found.append(leaf)
+        elif key == SECOND_MOMENT:
+            known = [existing.get(leaf.param, {}) for leaf in state.block.leaves]
+            gone = [outside(prefix + key) not in k and bool(k.get("step", 0)) for k in known]
+            found += compress(state.block.leaves, gone)
     return found
 
 
-_LATER = frozenset({"r_max", "scale", "form"})
-"""Statistics that may begin in the midst: AMSGrad's maximum; lengths of relative steps and the form of a root, not saved earlier."""
+SECOND_MOMENT = "r"
+"""The statistic, of RMS and SOAP, whose zeros at first are corrected by the number of steps."""
+
+_LATER = frozenset({*COUNTS, "scale", "form"})
+"""What may begin in the midst: lengths of relative steps and the form of a root, which earlier versions did not save."""
 
 
-def adopt(
-    state: State, existing: Mapping[Tensor, dict[str, Any]], steps: Vec, outside: Callable[[str], str], prefix: str = ""
-) -> None:
-    """Put known tensors in place of fresh ones, and the step counts of the leaves into every part."""
+def adopt(state: State, existing: Existing, steps: Vec, outside: Callable[[str], str], prefix: str = "") -> None:
+    """Put known tensors in place of fresh ones, and the step counts of the leaves into every part.
+
+    A part of which something is not known, as BNP's variances where a layer was whitened, begins anew as a whole: its count, means and
+    variances are of the same samples.
+    """
     by_leaf = dict(zip(state.block.leaves, steps, strict=True)) if steps else {}
+    known = {leaf: existing.get(leaf.param, {}) for leaf in state.block.leaves}
+    if prefix:
+        of_first = known[state.block.leaves[0]]
+        alone = {key: value for key, value in state.items() if isinstance(value, Tensor) and key not in _LATER}
+        if not all(_fits(of_first.get(outside(prefix + key)), value) for key, value in alone.items()):
+            known[state.block.leaves[0]] = {}
     for key, value in list(state.items()):
         if isinstance(value, State):
             adopt(value, existing, tuple(by_leaf[leaf] for leaf in value.block.leaves), outside, prefix + within(key))
@@ -49,9 +59,12 @@ def adopt(
             fresh = value if isinstance(value, tuple) else (value,)
             kept = []
             for leaf, tensor in zip(state.block.leaves, fresh, strict=False):
-                known = existing.get(leaf.param, {}).get(outside(prefix + key))
-                mine = local(known) if isinstance(known, Tensor) else tensor
+                mine = known[leaf].get(outside(prefix + key))
                 # The parameter may have been converted since, or moved.
-                kept.append(mine.to(tensor) if mine.shape == tensor.shape else tensor)
+                kept.append(local(mine).to(tensor) if isinstance(mine, Tensor) and _fits(mine, tensor) else tensor)
             state[key] = tuple(kept) if isinstance(value, tuple) else kept[0]
     state["step"] = steps
+
+
+def _fits(known: Any, fresh: Tensor) -> bool:
+    return isinstance(known, Tensor) and local(known).shape == fresh.shape
