@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from precond.algebra.sharding import local
 from precond.algebra.vec import all_finite
 from precond.algebra.warning import warn
-from precond.optim.blocks import is_matrix
+from precond.optim.blocks import Leaf, is_matrix
 from precond.optim.engine.cells import Cell
 from precond.optim.engine.shared_state import owned_statistics
 from precond.optim.inputs import Request, Site
@@ -39,6 +39,7 @@ class ModelHooks:
         self.unobserved: dict[Tensor, str] = {}
         self._collected: bool | None = None
         self._warned: set[str] = set()
+        self._lost: Set[Tensor] = frozenset()
 
     def begin(
         self,
@@ -55,7 +56,7 @@ class ModelHooks:
         """
         before = self.observer
         self.close()
-        modules = models.alive()
+        modules, self._lost = models.alive(), models.lost
         if recorded is not None and modules:
             self.recorder = Recorder(modules, recorded)
         if self.requests:
@@ -165,11 +166,15 @@ class ModelHooks:
         if self.observer is not None:
             self.observer.know()
             leaves = [leaf for cell in cells for each in cell.cells for leaf in each.leaves]
-            strangers = {leaf.name: leaf.param for leaf in leaves if leaf.module is None and is_matrix(leaf)}
+            strangers = {leaf.name: leaf.param for leaf in leaves if self._is_strange(leaf)}
             self.unobserved |= dict.fromkeys(strangers.values(), _STRANGE)
             _warn(dict.fromkeys(strangers.keys() - self._warned, _STRANGE))
             self._warned |= strangers.keys()
         self.want(cells)
+
+    def _is_strange(self, leaf: Leaf) -> bool:
+        """Whether it may be the weight of a layer that the optimizer was not given."""
+        return leaf.module is None and leaf.param not in self._lost and is_matrix(leaf)
 
     def want(self, cells: Sequence[Cell]) -> None:
         """Tell the observer what the next step needs."""

@@ -37,6 +37,8 @@ class Models:
         self.modules: list[weakref.ref[nn.Module]] = [weakref.ref(m) for m in modules]
         # What is known of parameters whose module is not known any more.
         self._known = {leaf.param: (leaf.layer, leaf.kind, leaf.inputs_first) for leaf in known}
+        # Whose place another layer, or none, has taken: told once.
+        self.lost: set[Tensor] = set()
         self._survey: Survey | None = None
         self._paths: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], str]] = weakref.WeakKeyDictionary()
 
@@ -73,6 +75,7 @@ class Models:
                     "fully_shard, another layer) after the optimizer was made: make the optimizer after such changes"
                 )
             out[leaf.param] = new
+        self.lost.update(leaf.param for leaf in leaves if leaf.name in lost)
         if lost:
             are = "is no longer the parameter" if len(lost) == 1 else "are no longer the parameters"
             warn(
