@@ -146,12 +146,12 @@ class Momentum:
         if self.lengths is None or "mean_length" not in state:
             return None
         mean, weight = (state[key] for key in LENGTHS)
-        of_a, of_m = (_length(state.block, v).to(mean.dtype) for v in (a, m))
+        of_a, of_m = (_length(state.block, v) for v in (a, m))
         # Squares of lengths may be none of float32.
         torch.hypot(mean * self.lengths**0.5, of_a * (1 - self.lengths) ** 0.5, out=mean)
-        weight.lerp_(state.kept("one", of_a.shape, lambda: torch.ones_like(of_a)), 1 - self.lengths)
-        c = weight.sqrt().mul_(of_m).div_(mean.clamp_min(torch.finfo(mean.dtype).tiny))
-        return c.div_(self._weights(state.times[0])).clamp_max_(1.0).sqrt_()
+        weight.lerp_(state.kept("one", weight.shape, lambda: torch.ones_like(weight)), 1 - self.lengths)
+        c = of_m.mul_(weight.sqrt()).div_(mean.clamp_min(torch.finfo(mean.dtype).tiny))
+        return c.div_(self._weights(state.times[0])).clamp_max_(1.0).sqrt_().to(m[0].dtype)
 
     def strides(self, states: Sequence[State], a: Sequence[Tensors], m: Sequence[Tensors]) -> list[float]:
         """The same of several blocks in this process' memory at once, each with its a and m; 1 of each where it is not kept."""
