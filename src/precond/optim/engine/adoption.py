@@ -48,10 +48,10 @@ def adopt(state: State, existing: Existing, steps: Vec, outside: Callable[[str],
     by_leaf = dict(zip(state.block.leaves, steps, strict=True)) if steps else {}
     known = {leaf: existing.get(leaf.param, {}) for leaf in state.block.leaves}
     if prefix:
-        of_first = known[state.block.leaves[0]]
-        alone = {key: value for key, value in state.items() if isinstance(value, Tensor) and key not in _LATER}
-        if not all(_fits(of_first.get(outside(prefix + key)), value) for key, value in alone.items()):
-            known[state.block.leaves[0]] = {}
+        first = state.block.leaves[0]
+        alone = (outside(prefix + key) for key, value in state.items() if isinstance(value, Tensor) and key not in _LATER)
+        if not known[first].keys() >= set(alone):
+            known[first] = {}
     for key, value in list(state.items()):
         if isinstance(value, State):
             adopt(value, existing, tuple(by_leaf[leaf] for leaf in value.block.leaves), outside, prefix + within(key))
@@ -61,10 +61,8 @@ def adopt(state: State, existing: Existing, steps: Vec, outside: Callable[[str],
             for leaf, tensor in zip(state.block.leaves, fresh, strict=False):
                 mine = known[leaf].get(outside(prefix + key))
                 # The parameter may have been converted since, or moved.
-                kept.append(local(mine).to(tensor) if isinstance(mine, Tensor) and _fits(mine, tensor) else tensor)
+                kept.append(
+                    local(mine).to(tensor) if isinstance(mine, Tensor) and local(mine).shape == tensor.shape else tensor
+                )
             state[key] = tuple(kept) if isinstance(value, tuple) else kept[0]
     state["step"] = steps
-
-
-def _fits(known: Any, fresh: Tensor) -> bool:
-    return isinstance(known, Tensor) and local(known).shape == fresh.shape
