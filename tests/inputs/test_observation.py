@@ -47,10 +47,10 @@ def step(model: Net, optimizer: PreconditionedGD, x: Tensor = X) -> None:
     optimizer.step()
 
 
-def check_same(a, b, exact: bool = True) -> None:
+def check_same(a, b, exact: bool = True, rtol: float = 1e-12) -> None:
     """All parameters and all state."""
     (model, optimizer), (model_, optimizer_) = a, b
-    within = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-12, "atol": 1e-13}
+    within = {"rtol": 0, "atol": 0} if exact else {"rtol": rtol, "atol": 0.1 * rtol}
     for p, q in zip(model.parameters(), model_.parameters(), strict=True):
         torch.testing.assert_close(p, q, **within)
         for key, value in optimizer.state[p].items():
@@ -246,7 +246,8 @@ def test_forwards_in_several_threads_all_count():
     finally:
         sys.setswitchinterval(interval)
     assert found[1].state[found[0].stem.weight]["count"].item() == 2 * 60 * 3
-    check_same(found, train(None), exact=False)
+    # Sixty parts come in any order, whose roundings a division by small deviations makes larger; one that is lost is 1e-2.
+    check_same(found, train(None), exact=False, rtol=1e-9)
 
 
 def test_an_empty_batch_shows_nothing():
