@@ -52,6 +52,11 @@ def nadam(state: Options, group: Options) -> float:
     return 1 / (1 - mu + ahead / mean(beta))
 
 
+def newest_share(steps: float, group: Options) -> float:
+    """Of the newest iterate in a schedule-free optimizer's average, by the weights of its group."""
+    return steps ** group["r"] * group["lr_max"] ** group["weight_lr_power"] / group["weight_sum"]
+
+
 def schedule_free(beta: float, share: float) -> float:
     """y = (1−β)z + βx of steps of z at y and their average x, in which the newest z has a share: 1/(1−β) in the end."""
     return (2 - share) / (2 * (1 - beta) + (2 * beta - 1) * share)

@@ -176,9 +176,13 @@ class Observer:
         return {(site.name, request) for request in self.requests}
 
     def _separate(self, site: Site) -> None:
-        for key in self._keys(site) & self._seen.keys():
-            found = self._seen.pop(key)
-            self._earlier[key] = pool([found, self._earlier[key]]) if key in self._earlier else found
+        self._pour(site, self._seen, self._earlier)
+
+    def _pour(self, site: Site, of: InputMoments, into: InputMoments) -> None:
+        """Put what one has of a site to what the other has."""
+        for key in self._keys(site) & of.keys():
+            found = of.pop(key)
+            into[key] = pool([found, into[key]]) if key in into else found
 
     def separate(self) -> None:
         """Keep what was seen so far apart from what is seen next."""
@@ -200,8 +204,7 @@ class Observer:
         for site in self.sites if self._marks else ():
             if self._used(site):
                 self._cleared[site.name] = True
-                for key in self._keys(site) & self._earlier.keys():
-                    self._seen[key] = pool([m for of in (self._earlier, self._seen) if (m := of.get(key)) is not None])
+                self._pour(site, self._earlier, self._seen)
         self._earlier = {}
 
     def cleared(self) -> None:

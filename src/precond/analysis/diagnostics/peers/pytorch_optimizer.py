@@ -59,7 +59,7 @@ def _schedule_free_s(state: Options, group: Options) -> float:
     beta, step = group["betas"][0] if "betas" in group else group["momentum"], group.get("step", 0)
     if not step or not group["weight_sum"]:
         return 1.0
-    share = step ** group["r"] * group["lr_max"] ** group["weight_lr_power"] / group["weight_sum"]
+    share = momenta.newest_share(step, group)
     if group.get("decoupling_c", 0) > 0:
         share = min(1.0, share * (1 - beta) * group["decoupling_c"])
     return momenta.schedule_free(beta, share) * max(1.0, group["warmup_steps"] / step)

@@ -19,8 +19,7 @@ def _stable(state: Options, group: Options) -> float:
         return 1.0
     if not group["scheduled_lr"]:
         return math.inf  # it does not move
-    share = group["k"] ** group["r"] * group["lr_max"] ** group["weight_lr_power"] / group["weight_sum"]
-    return momenta.schedule_free(beta, share) * group["lr"] / group["scheduled_lr"]
+    return momenta.schedule_free(beta, momenta.newest_share(group["k"], group)) * group["lr"] / group["scheduled_lr"]
 
 
 @register("schedulefree.AdamWScheduleFree", stable=_stable)

@@ -60,6 +60,11 @@ def standard(values: Tensor) -> Tensor:
     return (values - values.mean(0)) / values.std(0)
 
 
+def uniform(generator: torch.Generator, *shape: int) -> Callable[[float, float], Tensor]:
+    """Draws numbers between two bounds, of one shape."""
+    return lambda low, high: low + (high - low) * torch.rand(shape, generator=generator)
+
+
 def scaled(parts: Mapping[str, Part], numbers: int) -> dict[str, Part]:
     """With the first so many columns of the inputs at mean 0 and standard deviation 1 on the training part."""
     std, mean = torch.std_mean(parts["train"].inputs[:, :numbers], 0)

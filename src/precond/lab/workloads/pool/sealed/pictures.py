@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from precond.lab.workloads.data import Part
+from precond.lab.workloads.pool.member import uniform
 
 π = torch.pi
 CELL_SIDE, CELLS = 20, 4
@@ -42,9 +43,7 @@ def cells(seed: int, n: int) -> Part:
 def galaxies(seed: int, n: int) -> Part:
     """Galaxies of any place, size, inclination and brightness, in noise: images (N, 1, 20, 20) and which of six kinds each is (N,)."""
     g = torch.Generator().manual_seed(seed)
-
-    def drawn(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(n, 1, 1, generator=g)
+    drawn = uniform(g, n, 1, 1)
 
     kind = torch.randint(len(GALAXIES), (n,), generator=g)
     x, y = grid(GALAXY_SIDE)
@@ -69,9 +68,7 @@ def galaxies(seed: int, n: int) -> Part:
 def displays(seed: int, n: int) -> Part:
     """Hexadecimal digits on seven segments, slanted, unevenly lit, in noise: images (N, 1, 16, 16) and digits (N,)."""
     g = torch.Generator().manual_seed(seed)
-
-    def drawn(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(n, 1, 1, generator=g)
+    drawn = uniform(g, n, 1, 1)
 
     digit = torch.randint(len(LIT), (n,), generator=g)
     x, y = grid(DISPLAY_SIDE)

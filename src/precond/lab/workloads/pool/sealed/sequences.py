@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from precond.lab.workloads.data import Part
-from precond.lab.workloads.pool.member import standard
+from precond.lab.workloads.pool.member import standard, uniform
 from precond.lab.workloads.text import ALPHABET, windows
 
 π = torch.pi
@@ -101,9 +101,7 @@ def demand(seed: int, n: int) -> Part:
     A day has a peak in the morning and one in the evening; a week has two days with a late and flat morning; weather and noise go on top.
     """
     g = torch.Generator().manual_seed(seed)
-
-    def drawn(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(n, 1, generator=g)
+    drawn = uniform(g, n, 1)
 
     hours = 2 * torch.arange(SEEN + AHEAD) + (168 * torch.rand(n, 1, generator=g)).floor()
     clock, free = hours % 24, (hours // 24) % 7 >= 5
