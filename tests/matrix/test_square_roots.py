@@ -48,6 +48,18 @@ def test_what_is_not_known_is_left_to_eigenvectors() -> None:
     assert torch.equal(roots[1], EYE(40)) and ranks[1] == 0 and torch.equal(roots[2], EYE(40) * 2)
 
 
+def test_what_is_not_positive_is_left_to_eigenvectors() -> None:
+    """As rounding to 16 bits leaves a matrix of one large eigenvalue: others at −6e-4 of it, for a damping of 1e-3."""
+    Q = torch.linalg.qr(torch.randn(128, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    L = ((Q * torch.cat([torch.ones(1), torch.full((127,), -6e-4)])) @ Q.T).float()
+    assert inverse_square_roots([L], 1e-3) == [None]
+    root = EYE(128)
+    (rank,) = renew_whole([root], [L], 1e-3)
+    expected, directions = oracle(L, 1e-3)
+    assert abs(rank.item() - directions) < 1e-2
+    torch.testing.assert_close(root, expected.float(), rtol=1e-3, atol=1e-2)
+
+
 def test_double_precision_is_exact() -> None:
     L, root = gram(40, 40, 0.1), EYE(40, dtype=torch.float64)
     (rank,) = renew_whole([root], [L], 1e-3)

@@ -184,7 +184,7 @@ def _renewed(root: Tensor, L: Tensor, known: tuple[Tensor, Tensor] | None, dampi
     values, damped, V = pairs
     s = damped.rsqrt_()
     torch.mm(V * s, V.T, out=root)
-    return torch.dot(values, s.square_())
+    return torch.dot(values.clamp_min_(0), s.square_())
 
 
 def root_of(state: Mapping[str, Tensor]) -> Root:

@@ -41,9 +41,11 @@ def together(sizes: Sequence[int]) -> list[list[int]]:
 def inverse_square_roots(S: Sequence[Tensor], damping: float) -> list[tuple[Tensor, Tensor] | None]:
     """((S + ελ₁I)^(−1/2) to 1e-4, tr S(S + ελ₁I)⁻¹) of each S (n, n).
 
-    None where that is not known: S is zero, not finite, of squares out of range, or so small that eigenvectors take no longer.
+    None where that is not known: S is zero, not finite, of squares out of range, so small that eigenvectors take no longer, or so far from
+    positive that the trace, at least λ₁/(λ₁ + ελ₁), tells.
     """
     out: list[tuple[Tensor, Tensor] | None] = [None] * len(S)
+    least = 0.99 / (1 + damping)
     for some in together([len(s) for s in S]):
         n = len(S[some[-1]])
         if len(some) == 1 and n <= _SMALL:
@@ -53,7 +55,7 @@ def inverse_square_roots(S: Sequence[Tensor], damping: float) -> list[tuple[Tens
         torch._foreach_copy_([x[:m, :m] for x, m in zip(joined.unbind(0), sizes, strict=True)], [S[i] for i in some])
         roots, ranks = _iterated(joined, damping)
         for i, m, root, rank, known in zip(some, sizes, roots.unbind(0), ranks.unbind(0), ranks.tolist(), strict=True):
-            out[i] = (root[:m, :m], rank) if math.isfinite(known) else None
+            out[i] = (root[:m, :m], rank) if least <= known < math.inf else None
     return out
 
 

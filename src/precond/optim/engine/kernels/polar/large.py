@@ -129,16 +129,18 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
         return replace(m, X=Z[:, :n].contiguous(), bias=None if m.bias is None else Z[:, n].contiguous()), float(size)
 
     def _gram(self, P1: _Outer | None, m: _Average) -> Tensor:
-        """Of Z = [XR, m_b]: ZZᵀ, or ZᵀZ of a tall layer, which is never in 16 bits."""
+        """Of Z = [XR, m_b]: ZZᵀ, or ZᵀZ of a tall layer.
+
+        XR may be of 16 bits, its products never are: rounded to these a ZZᵀ of one large eigenvalue has others below −ελ₁.
+        """
         Z, bias = m.X, m.bias
         if P1 is not None and (R := P1.narrow if m.wide else P1.R) is not None:
             A, B = (m.A, m.B) if m.wide else (torch.empty_like(Z), torch.empty_like(Z))
-            Z = R.times(A.copy_(Z), B)
+            Z = R.times(A.copy_(Z), B).to(m.X.dtype)
         if bias is not None and not m.wide:
             Z = torch.cat([Z, bias[:, None]], 1)
         gram = Z.new_empty(2 * (min(Z.shape),))
         fold(gram, Z, not m.wide, 0.0, 1.0)
-        gram = gram.to(m.X.dtype)
         return gram if bias is None or not m.wide else gram.addr_(bias, bias)
 
     def _turned(self, state: State, P1: _Outer | None, m: _Average) -> tuple[_Tangent, Scalar]:
