@@ -267,6 +267,31 @@ def test_the_kernel_steps_rows_that_see_different_inputs(samples: int) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("small", [0, 10**9], ids=["large", "small"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("rank", [1, None])
+@pytest.mark.parametrize("rows", [7, 8, 9, 10])
+def test_kernels_step_layers_that_are_nearly_square(
+    rows: int, rank: int | None, bias: bool, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 8 inputs, with the bias 9: which side is the shorter one depends on it."""
+    monkeypatch.setattr("precond.optim.engine.kernels.polar._SMALL", small)
+    choice = Auto(polar=Polar(rank=rank, every=4))
+
+    def trained(engine: str) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, rows, bias=bias), nn.Tanh(), nn.Linear(rows, 8, bias=bias)).double()
+        optimizer = precond.auto(model, choice=choice, engine=engine)
+        for _ in range(6):
+            optimizer.zero_grad()
+            model(torch.randn(16, 8).double()).square().mean().backward()
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    for ours, theirs in zip(trained("auto"), trained("loop"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", ["auto", "of rank 1", "both of rank 1"])
 def test_products_in_16_bits_are_near(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("precond.optim.engine.kernels.polar._SMALL", 0)

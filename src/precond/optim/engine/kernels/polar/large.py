@@ -139,7 +139,7 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
             Z = R.times(A.copy_(Z), B).to(m.X.dtype)
         if bias is not None and not m.wide:
             Z = torch.cat([Z, bias[:, None]], 1)
-        gram = Z.new_empty(2 * (min(Z.shape),))
+        gram = Z.new_empty(2 * (len(Z) if m.wide else Z.shape[1],))
         fold(gram, Z, not m.wide, 0.0, 1.0)
         return gram if bias is None or not m.wide else gram.addr_(bias, bias)
 
