@@ -147,6 +147,12 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
         squares = _numbers([square for _, square in found])
         for x, (d, _), square in zip(layers, found, squares, strict=True):
             x.kernel._end(x, d, sqrt(max(square, 0.0)) if square == square else square)
+        due: dict[Whitening, list[State]] = {}
+        for x in layers:
+            if x.kernel._outer_is_due(x):
+                due.setdefault(x.kernel.outer, []).append(x.cell.state["outer"].as_stack())
+        for outer, states in due.items():
+            outer.renew(states)
 
     def _begin(self, task: Task) -> Layer[Outer, Average]:
         """What comes before the momentum is folded."""
@@ -174,7 +180,7 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
         return 1 - self.P.decay if self._of_root.due(x.state, x.t, self.P.every) else 0.0
 
     def _end(self, x: Layer[Outer, Average], d: Tangent, norm: float) -> None:
-        """Move the parameters by d, of a known length, and renew what P₁ is made of."""
+        """Move the parameters by d, of a known length."""
         if not LEAST < norm < MOST:
             self.momentum.write(x.cell.average, x.g, self._memory(x.g))
             m, x.size = self._unit(x.P1, self._average(x.P1))
@@ -183,8 +189,10 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
         x.state["norm"].fill_(norm * x.size / x.stride if norm else 0.0)
         length = x.stride * self._step_length(x.state)
         self._move(x.p, x.P1, d, 1 - x.lr * self.decay, -x.lr * length / norm if norm else 0.0)
-        if isinstance(self.outer, Whitening) and self._of_outer.due(outer := x.cell.state["outer"], x.t, self.outer.every):
-            on(x.cell.block, self.outer).refresh(outer)
+
+    def _outer_is_due(self, x: Layer[Outer, Average]) -> bool:
+        """Whether the root in P₁ is renewed behind this step."""
+        return isinstance(self.outer, Whitening) and self._of_outer.due(x.cell.state["outer"], x.t, self.outer.every)
 
     def _step_length(self, state: State) -> float:
         rank, length, N = of = state["rank"], state["length"], state["size"]
