@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from precond import PreconditionedGD, Whitening
+from precond.optim.preconditioners.correlation import Correlation, Whole
 
 N = 13
 
@@ -127,3 +128,25 @@ def test_layers_of_few_inputs_keep_all_of_K() -> None:
 def test_a_rank_is_a_whole_number(rank: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="Whitening: rank must be"):
         Whitening(rank=rank)
+
+
+def test_roots_taken_at_once_are_those_of_each() -> None:
+    """K = (1 − γ)D⁻¹CD⁻¹ + γI in float64 by Cholesky; one matrix that has no such factor takes it from no other."""
+    make = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 40, 6, generator=make, dtype=torch.float64)
+    C, mean = x.mT @ x / 40, x.mean(1)
+    C[3] = 20 - 19 * torch.eye(6)  # no covariance: of eigenvalues 101 and −19
+    std = C.diagonal(dim1=-2, dim2=-1).abs().sqrt()
+    shrunk: list[Any] = [1.1, torch.tensor([[1.2], [1.3]], dtype=torch.float64), 1.4, 1.5]
+    groups = [slice(0, 1), slice(1, 3), slice(3, 4), slice(4, 5)]
+    of = [Correlation(C[g], mean[g] if k < 2 else None, std[g], s) for k, (g, s) in enumerate(zip(groups, shrunk, strict=True))]
+    states = [{"factor": torch.zeros_like(K.covariance)} for K in of]
+    Whole("cholesky").renew(states, of)
+    for k in (0, 1, 3):
+        centered = C[groups[k]] + (mean[groups[k], :, None] * mean[groups[k], None, :] if k < 2 else 0)
+        scaled = centered / (std[groups[k], :, None] * std[groups[k], None, :])
+        gamma = 1 - 1 / torch.as_tensor(shrunk[k], dtype=torch.float64).reshape(-1, 1, 1)
+        K = (1 - gamma) * scaled + gamma * torch.eye(6)
+        K.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+        expected = torch.linalg.inv(torch.linalg.cholesky(K)).mT
+        torch.testing.assert_close(states[k]["factor"], expected, rtol=1e-10, atol=1e-10)  # conditions of K below 10³

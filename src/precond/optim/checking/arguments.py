@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -59,21 +59,45 @@ def checked(function: Callable[Given, Made], further: Sequence[str] = (), silent
             raise TypeError(f"{owner}: {error}") from None
         for name in named:
             if name in bound.arguments and name in _hints(function):
-                bound.arguments[name] = fitted(owner, name, bound.arguments[name], _hints(function)[name])
+                bound.arguments[name] = _fitted(owner, name, bound.arguments[name], _hints(function)[name])
         return function(*bound.args, **bound.kwargs)
 
     return call
 
 
+class _Hint(NamedTuple):
+    """An annotation, taken apart.
+
+    Attributes:
+        options: what a union offers, or it alone.
+        classes: those among them.
+        kind: of the others the one that decides; a tensor, a pattern or None may stand beside it.
+        origin, inside: of ``kind``.
+    """
+
+    options: tuple[Any, ...]
+    classes: tuple[type, ...]
+    kind: Any
+    origin: Any
+    inside: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, hint: Any) -> _Hint:
+        options = typing.get_args(hint) if _is_union(hint) else (hint,)
+        classes = tuple(o for o in options if isinstance(o, type) and o not in (float, int, bool, str, types.NoneType, Tensor))
+        kind = next((o for o in options if o not in (*classes, types.NoneType, Tensor, str)), None)
+        return cls(options, classes, kind, typing.get_origin(kind), typing.get_args(kind))
+
+
 @functools.cache
-def _hints(annotated: Any) -> dict[str, Any]:
+def _hints(annotated: Any) -> dict[str, _Hint]:
     """The annotations of a function or class by name, but for those made of names that are imported for types alone."""
-    hints: dict[str, Any] = {}
+    hints: dict[str, _Hint] = {}
     for owner in reversed(getattr(annotated, "__mro__", (annotated,))):
         known = sys.modules[owner.__module__].__dict__
         for name, hint in inspect.get_annotations(owner).items():
             with contextlib.suppress(NameError):
-                hints[name] = eval(hint, dict(known)) if isinstance(hint, str) else hint
+                hints[name] = _Hint.of(eval(hint, dict(known)) if isinstance(hint, str) else hint)
     return hints
 
 
@@ -84,15 +108,13 @@ def fitted(owner: str, name: str, value: Any, hint: Any) -> Any:
         TypeError: for a value of another type.
         ValueError: for one of the type that is out of range.
     """
-    if hint is Any:
+    return _fitted(owner, name, value, _Hint.of(hint))
+
+
+def _fitted(owner: str, name: str, value: Any, hint: _Hint) -> Any:
+    options, classes, kind, origin, inside = hint
+    if options == (Any,) or (value is None and types.NoneType in options) or isinstance(value, classes):
         return value
-    options = typing.get_args(hint) if _is_union(hint) else (hint,)
-    classes = tuple(o for o in options if isinstance(o, type) and o not in (float, int, bool, str, types.NoneType, Tensor))
-    if (value is None and types.NoneType in options) or isinstance(value, classes):
-        return value
-    # Of the others one decides; a tensor, a pattern or None may stand beside it.
-    kind = next((o for o in options if o not in (*classes, types.NoneType, Tensor, str)), None)
-    origin, inside = typing.get_origin(kind), typing.get_args(kind)
     if kind in (float, int):
         return number(owner, name, value, whole=kind is int)
     if kind is bool:
@@ -119,7 +141,7 @@ def settle(choice: Any) -> None:
     hints = _hints(kind)  # type: ignore[arg-type]
     for name in choice.__dataclass_fields__.keys() & hints.keys():
         given = getattr(choice, name)
-        if (value := fitted(kind.__name__, name, given, hints[name])) is not given:
+        if (value := _fitted(kind.__name__, name, given, hints[name])) is not given:
             object.__setattr__(choice, name, value)
 
 

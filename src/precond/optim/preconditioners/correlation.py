@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,11 +35,26 @@ class Correlation:
     std: Tensor
     shrunk: float | Tensor
 
+    @classmethod
+    def joined(cls, some: Sequence[Correlation]) -> Correlation:
+        """Of several layers with as many features, one after the other; all of them about the mean, or none."""
+        if len(some) == 1:
+            return some[0]
+        means = [K.mean for K in some if K.mean is not None]
+        numbers = [K.shrunk if isinstance(K.shrunk, Tensor) else K.std.new_full((len(K.std), 1), K.shrunk) for K in some]
+        joined = torch.cat
+        return cls(
+            joined([K.covariance for K in some]),
+            joined(means) if means else None,
+            joined([K.std for K in some]),
+            joined(numbers),
+        )
+
     def whole(self) -> Tensor:
         """K."""
         m = self.mean
-        K = self.covariance.clone() if m is None else torch.baddbmm(self.covariance, m[..., :, None], m[..., None, :])
-        K.div_(self.std[..., :, None]).div_((self.shrunk * self.std)[..., None, :])
+        C = self.covariance if m is None else torch.baddbmm(self.covariance, m[..., :, None], m[..., None, :])
+        K = (C / self.std[..., :, None]).div_((self.shrunk * self.std)[..., None, :])
         K.diagonal(dim1=-2, dim2=-1).fill_(1.0)  # also of inputs that were always zero
         return K
 
@@ -61,8 +77,8 @@ class Root(ABC):
         """The state of R = I, for a mean of the features (groups, n)."""
 
     @abstractmethod
-    def renew(self, state: dict[str, Tensor], K: Correlation) -> None:
-        """Find R anew."""
+    def renew(self, states: Sequence[dict[str, Tensor]], of: Sequence[Correlation]) -> None:
+        """Find R anew, of each of some layers with its K."""
 
     @abstractmethod
     def map(self, state: dict[str, Tensor], like: Vec, layout: Layout) -> LinearMap:
@@ -79,8 +95,14 @@ class Whole(Root):
     def fresh(self, mean: Tensor) -> dict[str, Tensor]:
         return {"factor": _eyes(mean, mean.shape[-1])}
 
-    def renew(self, state: dict[str, Tensor], K: Correlation) -> None:
-        state["factor"].copy_(inverse_root(K.whole(), self.kind, self.power))
+    def renew(self, states: Sequence[dict[str, Tensor]], of: Sequence[Correlation]) -> None:
+        alike: dict[tuple[int, bool], list[int]] = {}
+        for i, K in enumerate(of):
+            alike.setdefault((K.std.shape[-1], K.mean is None), []).append(i)
+        for some in alike.values():
+            R = inverse_root(Correlation.joined([of[i] for i in some]).whole(), self.kind, self.power)
+            for i, own in zip(some, R.split([len(of[i].std) for i in some]), strict=True):
+                states[i]["factor"].copy_(own)
 
     def map(self, state: dict[str, Tensor], like: Vec, layout: Layout) -> LinearMap:
         return RowMatrix(state["factor"], like, layout)
@@ -101,7 +123,11 @@ class Leading(Root):
         groups = len(mean)
         return {"basis": _eyes(mean, self.rank), "leading": mean.new_ones(groups, self.rank), "rest": mean.new_ones(groups)}
 
-    def renew(self, state: dict[str, Tensor], K: Correlation) -> None:
+    def renew(self, states: Sequence[dict[str, Tensor]], of: Sequence[Correlation]) -> None:
+        for state, K in zip(states, of, strict=True):
+            self._renew(state, K)
+
+    def _renew(self, state: dict[str, Tensor], K: Correlation) -> None:
         Q = state["basis"]
         n = Q.shape[-2]
         fresh = (state["leading"] == 1).all(-1)[:, None, None]
@@ -140,6 +166,8 @@ def inverse_root(K: Tensor, root: str, power: float = 1.0) -> Tensor:
             return torch.where((info == 0)[..., None, None], inverse_of_triangular(L).mT, inverse_roots(K, 0.5, least))
         if not bool(info.any()):
             return inverse_of_triangular(L).mT
+        if K.ndim > 2 and len(K) > 1:  # one that has none takes it from no other
+            return torch.cat([inverse_root(own[None], root, power) for own in K])
     if not at_hand(K):
         return inverse_roots(K, power / 2, least)
     values, V = eigenpairs(K)

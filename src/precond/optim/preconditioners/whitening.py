@@ -156,9 +156,10 @@ class Whitening(InputSide):
     def arrow(self, part: LayerPart, state: State) -> tuple[Tensor, Tensor, float | Tensor]:
         # A bias that was frozen or thawed since leaves a root of other correlations than the scales are of.
         for some in spans([form == -self._form(part) for form in state["form"].tolist()]):
-            for name, identity in self.root_of(state).fresh(state["mean"][some]).items():
-                state[name][some].copy_(identity)
-            self._renew(part, state, some)
+            own = State(state.block, {name: t[some] for name, t in state.items()})
+            for name, identity in self.root_of(own).fresh(own["mean"]).items():
+                own[name].copy_(identity)
+            self._renew([(part, own)])
         return *self.scales(part, state), 1.0
 
     @staticmethod
@@ -166,14 +167,19 @@ class Whitening(InputSide):
         """Of what correlations a root is: 1 about the mean, −1 with no bias to center with; 0: the identity, or not known."""
         return -1.0 if part.bias is None else 1.0
 
-    def _renew(self, part: LayerPart, mine: State, some: slice = slice(None)) -> None:
-        """Take the roots of some groups of a weight anew."""
-        own = {name: t[some] for name, t in mine.items()}
-        std = self.scales(part, mine)[1][some]
-        mean = None if part.bias is not None else own["mean"]  # with no bias to center with, E[hhᵀ]
-        shrunk = 1 + self.shrinkage * std.shape[-1] * by_group(own["noise"], std)  # 1/(1 − γ)
-        self.root_of(own).renew(own, Correlation(own["covariance"], mean, std, shrunk))
-        own["form"].fill_(self._form(part))
+    def _renew(self, some: Sequence[tuple[LayerPart, State]]) -> None:
+        """Take the roots of some weights anew, those alike at once."""
+        together: dict[Root, list[tuple[State, Correlation]]] = {}
+        for part, mine in some:
+            std = self.scales(part, mine)[1]
+            mean = None if part.bias is not None else mine["mean"]  # with no bias to center with, E[hhᵀ]
+            shrunk = 1 + self.shrinkage * std.shape[-1] * by_group(mine["noise"], std)  # 1/(1 − γ)
+            K = Correlation(mine["covariance"], mean, std, shrunk)
+            together.setdefault(self.root_of(mine), []).append((mine, K))
+        for root, found in together.items():
+            root.renew(*zip(*found, strict=True))
+        for part, mine in some:
+            mine["form"].fill_(self._form(part))
 
     def part_map(self, part: LayerPart, state: State, like: Vec, layout: Layout) -> LinearMap:
         # Before the first refresh the root is the identity, which leaves BNP's arrow.
@@ -181,10 +187,12 @@ class Whitening(InputSide):
 
     def refresh(self, state: State, carried: Sequence[Vec] = ()) -> None:
         for some in spans([k == 0 for k in state.until_renewed(self.every)], self._at_once(state)):
-            due = state.span(some)
-            for part in self.parts(state.block):
-                if self.known(mine := self.statistics(part, due)):
-                    self._renew(part, mine)
+            self.renew([state.span(some)])
+
+    def renew(self, stacks: Sequence[State]) -> None:
+        """Take the roots of stacks anew whose turn it is: those of which something is known."""
+        found = [(part, self.statistics(part, stack)) for stack in stacks for part in self.parts(stack.block)]
+        self._renew([(part, mine) for part, mine in found if self.known(mine)])
 
     def _at_once(self, state: State) -> float:
         """Of how many members whole roots are taken at once: an accelerator is to have no more memory for them than for a step.

@@ -106,6 +106,10 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
     def _memory(self, g: Tensors) -> Vec:
         """Where the momentum m is written, in the shapes of g."""
 
+    def _written(self, memory: Vec) -> Vec:
+        """All its entries, in tensors that lie in one piece."""
+        return memory
+
     @abstractmethod
     def _average(self, P1: Outer | None) -> Average:
         """What L^(−1/2) is applied to, of the momentum that was written last."""
@@ -139,7 +143,8 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
         momentum.fold_all(averages, gradients)
         memories = [x.kernel._memory(x.g) for x in layers]
         momentum.write_all(averages, gradients, memories)
-        for x, stride in zip(layers, momentum.strides(averages, gradients, memories), strict=True):
+        written = [x.kernel._written(own) for x, own in zip(layers, memories, strict=True)]
+        for x, stride in zip(layers, momentum.strides(averages, gradients, written), strict=True):
             x.stride, x.m = stride, x.kernel._average(x.P1)
         if renewed := [(x, share) for x in layers if (share := x.kernel._share(x))]:
             _renew(renewed)
@@ -147,13 +152,15 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
         squares = _numbers([square for _, square in found])
         for x, (d, _), square in zip(layers, found, squares, strict=True):
             x.kernel._end(x, d, sqrt(max(square, 0.0)) if square == square else square)
+        due = [x for x in layers if x.kernel._outer_is_due(x)]
+        for outer in dict.fromkeys(x.kernel.outer for x in due):
+            outer.renew([x.cell.state["outer"].as_stack() for x in due if x.kernel.outer == outer])
 
     def _begin(self, task: Task) -> Layer[Outer, Average]:
         """What comes before the momentum is folded."""
         _, cell, p, g, lr, maximize, _ = task
         if not self._shape:
-            rows = p[0].shape[0]
-            self._shape = rows, p[0].numel() // rows + len(p) - 1
+            self._shape = p[0].shape[0], p[0].numel() // p[0].shape[0] + len(p) - 1
         state, P1 = cell.state, None
         if self._kept is not None:
             state, P1 = state["inner"], self._kept(state["outer"])
@@ -174,7 +181,7 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
         return 1 - self.P.decay if self._of_root.due(x.state, x.t, self.P.every) else 0.0
 
     def _end(self, x: Layer[Outer, Average], d: Tangent, norm: float) -> None:
-        """Move the parameters by d, of a known length, and renew what P₁ is made of."""
+        """Move the parameters by d, of a known length."""
         if not LEAST < norm < MOST:
             self.momentum.write(x.cell.average, x.g, self._memory(x.g))
             m, x.size = self._unit(x.P1, self._average(x.P1))
@@ -183,8 +190,10 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
         x.state["norm"].fill_(norm * x.size / x.stride if norm else 0.0)
         length = x.stride * self._step_length(x.state)
         self._move(x.p, x.P1, d, 1 - x.lr * self.decay, -x.lr * length / norm if norm else 0.0)
-        if isinstance(self.outer, Whitening) and self._of_outer.due(outer := x.cell.state["outer"], x.t, self.outer.every):
-            on(x.cell.block, self.outer).refresh(outer)
+
+    def _outer_is_due(self, x: Layer[Outer, Average]) -> bool:
+        """Whether the root in P₁ is renewed behind this step."""
+        return isinstance(self.outer, Whitening) and self._of_outer.due(x.cell.state["outer"], x.t, self.outer.every)
 
     def _step_length(self, state: State) -> float:
         rank, length, N = of = state["rank"], state["length"], state["size"]
