@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -46,6 +47,22 @@ class _Route:
             [{i: size(i, r) for i in owned[me] if r != me and pieces[i].sends(r, me)} for r in ranks],
             [{i: size(i, me) for i in of if r != me} for r, of in enumerate(owned)],
         )
+
+
+class Note(NamedTuple):
+    """What each rank tells all together with what it delivers.
+
+    Attributes:
+        mine: flat, of the dtype and device of what is delivered.
+        sizes: how many numbers each rank tells.
+    """
+
+    mine: Tensor
+    sizes: Sequence[int]
+
+
+_NOTE = -1
+"""A note's place among tensors, which are numbered from 0."""
 
 
 @dataclass
@@ -92,7 +109,7 @@ class Exchange:
         route = self._route(parts)
         if self.copied:
             return {i: parts[i] for i in route.owned[self.rank]}
-        found = self._swap([[parts[i] for i in of] for of in route.gives], route.takes, parts)
+        found = self._swap([[parts[i] for i in of] for of in route.gives], route.takes, next(iter(parts.values())))
         own = route.owned[self.rank]
         found[self.rank] = {i: parts[i].reshape(-1) for i in own}
         in_order = [i for i in own if self.pieces[i].in_order]
@@ -106,20 +123,29 @@ class Exchange:
             out |= {i: t.view(shape) for i, t, shape in each}
         return out
 
-    def deliver(self, wholes: Mapping[int, Tensor], like: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """This rank's pieces, shaped ``like`` others, of the whole tensors that each rank has of those it owns."""
-        route = self._route(like)
-        own = route.owned[self.rank]
+    def deliver(
+        self, wholes: Mapping[int, Tensor], like: Mapping[int, Tensor], note: Note | None = None
+    ) -> tuple[dict[int, Tensor], list[Tensor]]:
+        """This rank's pieces, shaped ``like`` others, of the whole tensors that each rank has of those it owns; and each rank's note."""
+        route, me = self._route(like), self.rank
+        own = route.owned[me]
+        first = next(iter(like.values()))
+        mine, sizes = ([note.mine], note.sizes) if note is not None else ([], [0] * self.size)
+        takes = [
+            of | {_NOTE: n} if mine and r != me else of for r, (of, n) in enumerate(zip(route.received, sizes, strict=True))
+        ]
         if self.copied:
-            mine = [wholes[i] for i in own] or [next(iter(like.values())).new_empty(0)]
-            found = _apart(collectives.share(mine, route.numbers, "steps", self.group), route.received)
+            gives = [wholes[i] for i in own] + mine or [first.new_empty(0)]
+            numbers = [n + more for n, more in zip(route.numbers, sizes, strict=True)]
+            found = _apart(collectives.share(gives, numbers, "steps", self.group), takes)
             out = {i: wholes[i] for i in own}
         else:
             split = {i: self.pieces[i].parted(wholes[i]) for i in own}
-            gives = [[split[i][r] for i in own] if r != self.rank else [] for r in range(self.size)]
-            found = self._swap(gives, route.received, like)
-            out = {i: split[i][self.rank].reshape(self._shapes[i]) for i in own}
-        return out | {i: t.view(self._shapes[i]) for of in found for i, t in of.items()}
+            found = self._swap([[split[i][r] for i in own] + mine if r != me else [] for r in range(self.size)], takes, first)
+            out = {i: split[i][me].reshape(self._shapes[i]) for i in own}
+        # Of memory of their own: who keeps a note is not to keep all that was delivered.
+        notes = [of.pop(_NOTE).clone() if r != me else first.new_empty(0) for r, of in enumerate(found)] if mine else []
+        return out | {i: t.view(self._shapes[i]) for of in found for i, t in of.items()}, notes
 
     @cached_property
     def _shapes(self) -> list[tuple[int, ...]]:
@@ -127,7 +153,7 @@ class Exchange:
         return [p.shape(self.rank) for p in self.pieces]
 
     def _swap(
-        self, gives: Sequence[Sequence[Tensor]], takes: Sequence[Mapping[int, int]], like: Mapping[int, Tensor]
+        self, gives: Sequence[Sequence[Tensor]], takes: Sequence[Mapping[int, int]], like: Tensor
     ) -> list[dict[int, Tensor]]:
         """What others give for what this rank gives, flat, of each rank by tensors.
 
@@ -136,7 +162,7 @@ class Exchange:
             takes: of each rank, of each tensor so many numbers.
         """
         numbers = [sum(of.values()) for of in takes]
-        every = collectives.all_to_all(gives, numbers, next(iter(like.values())), "gradients and steps", self.group)
+        every = collectives.all_to_all(gives, numbers, like, "gradients and steps", self.group)
         return _apart(every, takes)
 
 
