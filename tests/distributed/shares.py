@@ -205,8 +205,8 @@ def counted_bytes() -> Iterator[Counter[str]]:
         t = CALLS[name](*args)
         given[what] += t.numel() * t.element_size()
 
-    def once(parts: Sequence[Tensor], sizes: Sequence[int], what: str, group: Any = None) -> list[Tensor]:
-        before, out = Counter(given), shared(parts, sizes, what, group)
+    def once(parts: Sequence[Tensor], sizes: Sequence[int], what: str, *more: Any) -> list[Tensor]:
+        before, out = Counter(given), shared(parts, sizes, what, *more)
         given.clear()
         given.update(before)
         given[what] += sum(t.numel() * t.element_size() for t in parts)

@@ -13,6 +13,7 @@ import torch
 from distributed import saving, shares
 from distributed.pool import Pool
 from distributed.training import Setting, train
+from precond.algebra.memory import Memory
 
 torch.set_num_threads(1)
 PARTS = {2: (7, 5), 3: (4, 4, 4), 4: (4, 3, 2, 3)}
@@ -153,6 +154,17 @@ def test_what_is_told_goes_with_what_is_sent_anyway(ranks, recipe, wrap):
         assert made["statistics of inputs"] > 3 and made["how many inputs it saw"] <= 1
         for p, q in zip(params, same, strict=True):
             assert torch.equal(p, q)
+
+
+def test_memory_for_one_purpose_at_a_time():
+    memory, like = Memory(), torch.empty(0)
+    first, other = memory.numbers("sent", 4, like), memory.numbers("received", 4, like)
+    assert first.data_ptr() != other.data_ptr()
+    assert memory.numbers("sent", 3, like).data_ptr() == first.data_ptr()
+    assert memory.numbers("sent", 5, like).shape == (5,) and memory.numbers("sent", 2, like.double()).dtype == torch.float64
+    other.fill_(1.0)
+    square, row = memory.zeros("received", (torch.ones(1, 3), torch.ones(1)))
+    assert square.tolist() == [[0.0] * 3] and row.tolist() == [0.0] and other.tolist() == [0.0] * 4
 
 
 def test_the_calculation_for_more_gpus_runs(monkeypatch, capsys):

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from precond.algebra import vec
 from precond.algebra.maps import LinearMap
+from precond.algebra.memory import FRESH, Memory
 from precond.algebra.vec import Scalar, Vec
 from precond.optim.blocks import Block, Leaf, State, state_dtype
 from precond.optim.engine import fused
@@ -55,6 +55,7 @@ class Shared(Cell):
     _kernels: dict[int, Kernel | None] = field(default_factory=dict, repr=False)
     _settled: set[int] = field(default_factory=set, repr=False)
     _looking: Looking = field(default_factory=Looking, repr=False)
+    _memory: Memory = field(default_factory=Memory, repr=False)
     _asking: Asking = field(default_factory=lambda: Asking((), (), State(Block(()))), repr=False)
 
     @classmethod
@@ -143,15 +144,15 @@ class Shared(Cell):
         if keep not in self._views:
             cells, owners = [self.inside[k] for k in keep], [self.owners[k] for k in keep]
             leaves = [self.block.leaves[i] for k in keep for i in self.spans[k]]
-            also = {name: getattr(self, name) for name in ("_kernels", "_settled", "_looking", "_asking")}
+            also = {name: getattr(self, name) for name in ("_kernels", "_settled", "_looking", "_asking", "_memory")}
             self._views[keep] = Shared.of(cells, owners, leaves, self.reference, **also)
         return self._views[keep]
 
     # --- to owners and back ------------------------------------------------------------------------------------------------
 
-    def gather(self, v: Vec) -> dict[int, Vec]:
+    def gather(self, v: Vec, memory: Memory = FRESH) -> dict[int, Vec]:
         """The whole vectors of this rank's cells, from every rank's pieces."""
-        whole = self.exchange.collect(dict(enumerate(v)))
+        whole = self.exchange.collect(dict(enumerate(v)), memory)
         return {k: tuple(whole[i] for i in self.spans[k]) for k in self.mine}
 
     def scatter(self, wholes: Mapping[int, Vec], like: Vec, last: bool = False) -> Vec:
@@ -162,7 +163,7 @@ class Shared(Cell):
         """
         tensors = {i: t for k, v in wholes.items() for i, t in zip(self.spans[k], v, strict=True)}
         deliver = partial(self.exchange.deliver, tensors, dict(enumerate(like)))
-        found = self._asking.along(deliver) if last else deliver()[0]
+        found = self._asking.along(partial(deliver, memory=self._memory)) if last else deliver()[0]
         return tuple(found[i] for i in range(len(like)))
 
     # --- what a cell does ----------------------------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ class Shared(Cell):
         return self.scatter(own, a)
 
     def taken(self, g: Vec) -> Vec:
-        whole = self.gather(g)
+        whole = self.gather(g, self._memory)
         with self._looking.at(self, self.state):
             own, tasks = {}, []
             for k in self.mine:
@@ -187,7 +188,7 @@ class Shared(Cell):
                 if (kernel := self._acting(cell)) is None:
                     own[k] = cell.taken(whole[k])
                     continue
-                own[k] = tuple(map(torch.zeros_like, cell.block.all_tensors))  # what a kernel makes of zeros is the step
+                own[k] = self._memory.zeros(k, cell.block.all_tensors)  # what a kernel makes of zeros is the step
                 tasks.append(Task(kernel, cell, own[k], fused.aligned(whole[k], own[k]) or (), -1.0, False))
             take(tasks)
             self._settled.update(id(task.cell) for task in tasks)

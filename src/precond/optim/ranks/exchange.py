@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from precond.algebra import collectives
+from precond.algebra.memory import FRESH, Memory, joined
 from precond.optim.ranks.pieces import Pieces
 
 
@@ -104,12 +104,13 @@ class Exchange:
             self._routes[key] = _Route.of(sorted(which), self)
         return self._routes[key]
 
-    def collect(self, parts: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    def collect(self, parts: Mapping[int, Tensor], memory: Memory = FRESH) -> dict[int, Tensor]:
         """The whole tensors that this rank owns, from the pieces that each holds (of the same tensors everywhere)."""
         route = self._route(parts)
         if self.copied:
             return {i: parts[i] for i in route.owned[self.rank]}
-        found = self._swap([[parts[i] for i in of] for of in route.gives], route.takes, next(iter(parts.values())))
+        first = next(iter(parts.values()))
+        found = self._swap([[parts[i] for i in of] for of in route.gives], route.takes, first, memory)
         own = route.owned[self.rank]
         found[self.rank] = {i: parts[i].reshape(-1) for i in own}
         in_order = [i for i in own if self.pieces[i].in_order]
@@ -117,14 +118,14 @@ class Exchange:
             i: self.pieces[i].joined([of.get(i) for of in found], self.shapes[i]) for i in own if not self.pieces[i].in_order
         }
         if in_order:  # of all of them at once
-            flat = torch.cat([t for i in in_order for of in found if (t := of.get(i)) is not None])
+            flat = joined([t for i in in_order for of in found if (t := of.get(i)) is not None], memory, "whole", first)
             shapes = [tuple(self.shapes[i]) for i in in_order]
             each = zip(in_order, flat.split_with_sizes(list(map(math.prod, shapes))), shapes, strict=True)
             out |= {i: t.view(shape) for i, t, shape in each}
         return out
 
     def deliver(
-        self, wholes: Mapping[int, Tensor], like: Mapping[int, Tensor], note: Note | None = None
+        self, wholes: Mapping[int, Tensor], like: Mapping[int, Tensor], note: Note | None = None, memory: Memory = FRESH
     ) -> tuple[dict[int, Tensor], list[Tensor]]:
         """This rank's pieces, shaped ``like`` others, of the whole tensors that each rank has of those it owns; and each rank's note."""
         route, me = self._route(like), self.rank
@@ -135,13 +136,14 @@ class Exchange:
             of | {_NOTE: n} if mine and r != me else of for r, (of, n) in enumerate(zip(route.received, sizes, strict=True))
         ]
         if self.copied:
-            gives = [wholes[i] for i in own] + mine or [first.new_empty(0)]
+            all_of_mine = [wholes[i] for i in own] + mine or [first.new_empty(0)]
             numbers = [n + more for n, more in zip(route.numbers, sizes, strict=True)]
-            found = _apart(collectives.share(gives, numbers, "steps", self.group), takes)
+            found = _apart(collectives.share(all_of_mine, numbers, "steps", self.group, memory), takes)
             out = {i: wholes[i] for i in own}
         else:
             split = {i: self.pieces[i].parted(wholes[i]) for i in own}
-            found = self._swap([[split[i][r] for i in own] + mine if r != me else [] for r in range(self.size)], takes, first)
+            gives = [[split[i][r] for i in own] + mine if r != me else [] for r in range(self.size)]
+            found = self._swap(gives, takes, first, memory)
             out = {i: split[i][me].reshape(self._shapes[i]) for i in own}
         # Of memory of their own: who keeps a note is not to keep all that was delivered.
         notes = [of.pop(_NOTE).clone() if r != me else first.new_empty(0) for r, of in enumerate(found)] if mine else []
@@ -153,7 +155,7 @@ class Exchange:
         return [p.shape(self.rank) for p in self.pieces]
 
     def _swap(
-        self, gives: Sequence[Sequence[Tensor]], takes: Sequence[Mapping[int, int]], like: Tensor
+        self, gives: Sequence[Sequence[Tensor]], takes: Sequence[Mapping[int, int]], like: Tensor, memory: Memory
     ) -> list[dict[int, Tensor]]:
         """What others give for what this rank gives, flat, of each rank by tensors.
 
@@ -162,7 +164,7 @@ class Exchange:
             takes: of each rank, of each tensor so many numbers.
         """
         numbers = [sum(of.values()) for of in takes]
-        every = collectives.all_to_all(gives, numbers, like, "gradients and steps", self.group)
+        every = collectives.all_to_all(gives, numbers, like, "gradients and steps", self.group, memory)
         return _apart(every, takes)
 
 
