@@ -5,9 +5,10 @@
 Seconds are those of processors in ``step()``, of 23 steps after the first: of the rank that spends most, the share of what as many processes
 spend at the same time that each do all the work; the median of some rounds. ``thread`` is the thread that steps; ``process`` has besides
 gloo's, which move what is sent through sockets. Of the thread's, ``statistics`` is what goes into the others' input statistics, ``exchange``
-what goes into gradients, steps and parameters that are sent, and the rest is work on matrices. ``floor`` is what no rank can do
-without: the n-th part of one process's seconds, and those of the processes of a bare program that only sends as many bytes. Bytes are what the
-rank that gives most gives to collectives, counted at each call.
+what goes into gradients, steps and parameters that are sent, and the rest is work on matrices. ``floors`` are what no rank
+can do without: the n-th part of one process's seconds, and those of a bare program that only sends as many bytes, by calls one after the
+other, or with products of matrices between them for as long as a step works there, whose seconds are not counted. Bytes are what the rank
+that gives most gives to collectives, counted at each call.
 """
 
 from __future__ import annotations
@@ -31,20 +32,22 @@ LAYERS = 16
 
 
 PARTS = ("process", "thread", "statistics", "exchange")
+FLOORS = ("together", "apart")
 
 
 def spent(pool: Pool, recipe: str, wraps: Sequence[str], width: int, rounds: int) -> dict[str, list[float]]:
-    """By wrapper, of each part, and the floor: of the rank that spends most, the share of one that does all the work; NaN of no rounds."""
+    """By wrapper, of each part, and the floors: of the rank that spends most, the share of one that does all the work; NaN of no rounds."""
     found: dict[str, list[list[float]]] = {wrap: [] for wrap in wraps}
     for _ in range(rounds):
         alone, *divided = (pool.run(shares.seconds, recipe, how, LAYERS, width) for how in ("alone", *wraps))
-        bare = [max(pool.run(shares.of_collectives, recipe, how, LAYERS, width)) for how in wraps]
-        for wrap, ranks, least in zip(wraps, divided, bare, strict=True):
+        bare = [pool.run(shares.of_collectives, recipe, how, LAYERS, width) for how in wraps]
+        for wrap, ranks, every in zip(wraps, divided, bare, strict=True):
             whole = {"process": sum(one["process"] for one in alone), "thread": sum(one["thread"] for one in alone)}
             most = max(ranks, key=lambda part: part["process"])
             row = [most.get(part, 0.0) * pool.world / whole.get(part, whole["thread"]) for part in PARTS]
-            found[wrap].append([*row, 1 / pool.world + least * pool.world / whole["process"]])
-    none = [math.nan] * (len(PARTS) + 1)
+            least = [max(of[how] for of in every) for how in FLOORS]
+            found[wrap].append([*row, *(1 / pool.world + seconds * pool.world / whole["process"] for seconds in least)])
+    none = [math.nan] * (len(PARTS) + len(FLOORS))
     return {
         wrap: [statistics.median(column) for column in zip(*rows, strict=True)] if rows else none
         for wrap, rows in found.items()
@@ -67,10 +70,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="0: bytes alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(
-        "| recipe | wrapper | ranks | process | thread | statistics | exchange | floor | bytes / gradients | input statistics / gradients |\n"
-        "|---|---|---|---|---|---|---|---|---|---|"
-    )
+    columns = ["recipe", "wrapper", "ranks", *PARTS, *(f"floor, calls {how}" for how in FLOORS)]
+    columns += ["bytes / gradients", "input statistics / gradients"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     with tempfile.TemporaryDirectory() as folder:
         pools = [Pool(Path(folder) / str(n), n) for n in (2, 4)]
         try:

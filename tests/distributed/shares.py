@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from precond import PreconditionedGD, auto, muon, shampoo, soap, whitening
 from precond.algebra import collectives
+from precond.optim.engine.asking import Asking
 from precond.optim.engine.sharing import Shared
 from precond.optim.optimizer import model_hooks
 from precond.optim.ranks.exchange import Exchange
@@ -204,8 +205,8 @@ def counted_bytes() -> Iterator[Counter[str]]:
         t = CALLS[name](*args)
         given[what] += t.numel() * t.element_size()
 
-    def once(parts: Sequence[Tensor], sizes: Sequence[int], what: str, group: Any = None) -> list[Tensor]:
-        before, out = Counter(given), shared(parts, sizes, what, group)
+    def once(parts: Sequence[Tensor], sizes: Sequence[int], what: str, *more: Any) -> list[Tensor]:
+        before, out = Counter(given), shared(parts, sizes, what, *more)
         given.clear()
         given.update(before)
         given[what] += sum(t.numel() * t.element_size() for t in parts)
@@ -219,27 +220,42 @@ BY_NECESSITY = {"steps", "gradients and steps", "statistics of inputs"}
 """What ranks must tell each other of blocks that have owners, whatever else is spared."""
 
 
-def of_collectives(recipe: str, wrap: str = "ddp", n: int = 16, width: int = 256, steps: int = 24) -> float:
+def of_collectives(recipe: str, wrap: str = "ddp", n: int = 16, width: int = 256, steps: int = 24) -> dict[str, float]:
     """Seconds of processors, of this process, of a bare program that sends as many bytes as ``step()`` must, after a first one.
 
-    By the same calls, one after the other, from memory where the numbers lie side by side to memory where they are left.
+    By the same calls, from memory where the numbers lie side by side to memory where they are left: ``together``, one after the other; and
+    ``apart``, with products of matrices between them for as long as the thread of a step works there, whose seconds are not counted.
     """
-    made: list[tuple[list[int], list[int]]] = []
+    made: list[tuple[float, list[int], list[int]]] = []
+    worked = 0.0  # by the thread in steps, since what was made last
 
     def note(what: str, name: str, args: Sequence[Any]) -> None:
+        nonlocal worked
         if what in BY_NECESSITY:
-            made.append((args[2], args[3]))
+            now = time.thread_time()
+            made.append((worked + now, args[2], args[3]))
+            worked = -now
 
     for k, optimizer in enumerate(_ready(recipe, wrap, n, width, steps)):
         with _heard(note) if k else nullcontext():
+            worked -= time.thread_time()
             optimizer.step()
-    most = max(max(sum(takes), sum(gives)) for takes, gives in made)
+            worked = worked + time.thread_time() if k else 0.0
+    most = max(max(sum(takes), sum(gives)) for _, takes, gives in made)
     out, sent = torch.zeros(most), torch.zeros(most)
-    dist.barrier()
-    start = time.process_time()
-    for takes, gives in made:
-        dist.all_to_all_single(out[: sum(takes)], sent[: sum(gives)], takes, gives)
-    return time.process_time() - start
+    factor, product = torch.zeros(64, 64), torch.empty(64, 64)
+    found = {}
+    for how in ("together", "apart"):
+        dist.barrier()
+        start, apart = time.process_time(), 0.0
+        for work, takes, gives in made:
+            begin = time.thread_time()
+            while how == "apart" and time.thread_time() < begin + work:
+                torch.mm(factor, factor, out=product)
+            apart += time.thread_time() - begin
+            dist.all_to_all_single(out[: sum(takes)], sent[: sum(gives)], takes, gives)
+        found[how] = time.process_time() - start - apart
+    return found
 
 
 def shared_by_all(through_sockets: bool) -> list[list[float]]:
@@ -250,24 +266,52 @@ def shared_by_all(through_sockets: bool) -> list[list[float]]:
     return [t.tolist() for t in every]
 
 
+EVERY: Mapping[int, Sequence[int]] = {}
+"""In every step the same."""
+
+
 ABOUT_INPUTS = {"statistics of inputs", "how many inputs it saw", "what is to be observed"}
 
 
-def unequal(sizes: Sequence[int], parts: int = 1) -> list[Tensor]:
-    """Whitening, in float64, on batches of which each rank has so many samples, in micro-batches; all in one process where no group is."""
+def unequal(sizes: Sequence[int], parts: int = 1, others: Mapping[int, Sequence[int]] = EVERY) -> list[Tensor]:
+    """Whitening, in float64, on batches of which each rank has so many samples, in micro-batches; all in one process where no group is.
+
+    Args:
+        others: other sizes, by steps.
+    """
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 10)).double()
     model: nn.Module = DistributedDataParallel(plain) if dist.is_initialized() else plain
     optimizer = whitening(model, lr=0.01, eps=1e-3)
     world = dist.get_world_size() if dist.is_initialized() else 1
     for k in range(6):
-        x = torch.randn(sum(sizes), 16, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
-        mine = x.split(list(sizes))[dist.get_rank()] if dist.is_initialized() else x
+        now = list(others.get(k, sizes))
+        x = torch.randn(sum(now), 16, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+        mine = x.split(now)[dist.get_rank()] if dist.is_initialized() else x
         optimizer.zero_grad()
         for part in mine.tensor_split(parts):
-            (world * model(part).square().sum() / sum(sizes)).backward()
+            (world * model(part).square().sum() / sum(now)).backward()
         optimizer.step()
     return [p.detach() for p in plain.parameters()]
+
+
+def calls(recipe: str, wrap: str, told: str, n: int = 8, width: int = 32, steps: int = 14) -> tuple[Counter[str], list[Tensor]]:
+    """How often ranks exchange what in steps after the third, and their parameters at the end.
+
+    Args:
+        told: ``"along"`` with steps what is to be observed for the next, or ``"apart"``.
+    """
+    made: Counter[str] = Counter()
+    apart = mock.patch.object(Asking, "along", lambda asking, deliver: deliver(None)[0]) if told == "apart" else nullcontext()
+    with apart:
+        for k, optimizer in enumerate(_ready(recipe, wrap, n, width, steps)):
+            with _heard(lambda what, name, args, k=k: made.update([what] * (k > 2))):
+                optimizer.step()
+            kept = [
+                mean.untyped_storage().nbytes() for mean in optimizer._model_hooks.observer.wanted.values() if mean is not None
+            ]
+            assert max(kept, default=0) <= 4 * n * (width + 1), "means known before keep what was sent with them"
+    return made, [local(p.detach()).clone() for group in optimizer.param_groups for p in group["params"]]
 
 
 def bytes_per_step(recipe: str, wrap: str, n: int = 8, width: int = 32, steps: int = 4) -> tuple[list[dict[str, int]], int]:

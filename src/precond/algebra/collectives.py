@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from precond.algebra.memory import FRESH, Memory, joined
+
 Group = dist.ProcessGroup | None
 """The ranks that come together; None: all."""
 
@@ -27,7 +29,9 @@ def all_gather(out: Tensor, t: Tensor, what: str, group: Group = None) -> None:
         dist.all_gather_single(out, t, group)
 
 
-def share(parts: Sequence[Tensor], sizes: Sequence[int], what: str, group: Group = None) -> list[Tensor]:
+def share(
+    parts: Sequence[Tensor], sizes: Sequence[int], what: str, group: Group = None, memory: Memory = FRESH
+) -> list[Tensor]:
     """What each rank has, given to all: flat, and in the place of this rank, which has it, nothing.
 
     Args:
@@ -37,7 +41,7 @@ def share(parts: Sequence[Tensor], sizes: Sequence[int], what: str, group: Group
     rank, size, like = dist.get_rank(group), len(sizes), parts[0]
     others = [0 if r == rank else n for r, n in enumerate(sizes)]
     if _through_sockets(like.device):
-        return all_to_all([() if r == rank else parts for r in range(size)], others, like, what, group)
+        return all_to_all([() if r == rank else parts for r in range(size)], others, like, what, group, memory)
     longest = max(sizes)
     mine, every = like.new_empty(longest), like.new_empty(size * longest)
     torch.cat([t.reshape(-1) for t in parts], out=mine[: sizes[rank]])
@@ -58,7 +62,12 @@ def _through_sockets(device: torch.device) -> bool:
 
 
 def all_to_all(
-    gives: Sequence[Sequence[Tensor]], takes: Sequence[int], like: Tensor, what: str, group: Group = None
+    gives: Sequence[Sequence[Tensor]],
+    takes: Sequence[int],
+    like: Tensor,
+    what: str,
+    group: Group = None,
+    memory: Memory = FRESH,
 ) -> list[Tensor]:
     """What each rank gives to this one, flat.
 
@@ -66,9 +75,10 @@ def all_to_all(
         gives: to each rank, one tensor after the other.
         takes: of each rank how many numbers.
         like: of their dtype and device.
+        memory: for what is sent and received.
     """
-    flat = [t.reshape(-1) for of in gives for t in of]
-    sent, out = torch.cat(flat) if flat else like.new_empty(0), like.new_empty(sum(takes))
+    sent = joined([t.reshape(-1) for of in gives for t in of], memory, "sent", like)
+    out = memory.numbers("received", sum(takes), like)
     with _named(what, group, like.device):
         dist.all_to_all_single(out, sent, list(takes), [sum(t.numel() for t in of) for of in gives], group)
     return list(out.split_with_sizes(list(takes)))

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from precond.algebra import collectives
-from precond.optim.blocks import Leaf
+from precond.optim.blocks import Leaf, State, state_dtype
 from precond.optim.engine.cells import Cell
 from precond.optim.inputs import Request
 from precond.optim.inputs.bundles import Layer
 from precond.optim.inputs.observer import Key
 from precond.optim.inputs.sites import Site
+from precond.optim.ranks.exchange import Note
 from precond.optim.ranks.pieces import Pieces
+
+Delivered = TypeVar("Delivered")
+
+Wish = tuple[str, Request, Tensor | None]
+"""A site's name, what is to be observed there, and the mean known before."""
 
 
 @dataclass
@@ -29,20 +34,48 @@ class Asking:
     Args:
         cells: all, in the same order on every rank.
         owners: the rank in the group that owns each.
-        leaves: theirs, as this process holds them.
+        state: of a block of all their leaves, as this process holds them; it has the counts of steps.
     """
 
     cells: Sequence[Cell]
     owners: Sequence[int]
-    leaves: Sequence[Leaf]
+    state: State
     _made: dict[tuple[int, ...], Asked] = field(default_factory=dict, repr=False)
+    _heard: tuple[list[int], list[Wish]] = field(default=([], []), repr=False)
 
-    def __call__(self, steps: Sequence[int]) -> list[tuple[str, Request, Tensor | None]]:
-        """What any owner asks for, and the mean known before, on every rank.
+    def __call__(self) -> list[Wish]:
+        """What any owner asks for, on every rank: as it was told with the step just taken, or else told now."""
+        steps, (known, wishes), self._heard = self._steps, self._heard, ([], [])
+        if known == steps:
+            return wishes
+        if (asked := self._next(steps)) is None:
+            return []
+        every = collectives.all_gather_v(self._message(asked), asked.numbers, "what is to be observed", self._pieces.group)
+        return asked.read(every)
 
-        Args:
-            steps: how many each cell has made.
-        """
+    def along(self, deliver: Callable[[Note | None], tuple[Delivered, list[Tensor]]]) -> Delivered:
+        """Deliver what a step has made, which is counted and has seen what it had to see, and with it what is asked for next."""
+        steps = self._steps
+        if (asked := self._next(steps)) is None:
+            self._heard = steps, []
+            return deliver(None)[0]
+        note, rank = Note(self._message(asked), asked.numbers), self._pieces.rank
+        found, every = deliver(note)
+        self._heard = steps, asked.read([*every[:rank], note.mine, *every[rank + 1 :]])
+        return found
+
+    @property
+    def _steps(self) -> list[int]:
+        """How many each cell has made: a layer, or its bias alone, that was frozen for a while fewer than others."""
+        steps = self.state.steps
+        return [min(steps[span.start : span.stop]) for span in self._spans]
+
+    @cached_property
+    def _spans(self) -> list[range]:
+        return spans(self.cells)
+
+    def _next(self, steps: Sequence[int]) -> Asked | None:
+        """What may be asked for after so many steps of each cell, as all ranks know it; None: nothing."""
         kinds, turns = self._kinds
         busy = {
             (kind, t)
@@ -50,20 +83,23 @@ class Asking:
             if not self.cells[kind].preconditioner.idle(t + 1, turns)
         }
         if not busy:
-            return []
+            return None
         asking = tuple(k for k, cell in enumerate(self.cells) if (kinds[k], steps[k]) in busy and cell.handled)
-        if not (asked := self._asked(asking)).keys:
-            return []
-        mine = [self.cells[k] for k in asking if self.owners[k] == self._pieces.rank]
+        asked = self._asked(asking)
+        return asked if asked.keys else None
+
+    def _message(self, asked: Asked) -> Tensor:
+        """What this rank asks for, flat."""
+        mine = (cell for k, cell in enumerate(self.cells) if self.owners[k] == self._pieces.rank)
         own = {(name, request): c for cell in mine for name, request, c in cell.wanted()}
-        return asked.answered(own, self.leaves[0].tensor, self._pieces.group)
+        return asked.told(own, self._leaves[0].tensor, self._pieces.rank)
 
     @cached_property
     def _kinds(self) -> tuple[list[int], set[int]]:
         """Of each cell the first one with its preconditioner; and the turns of all leaves."""
         first: dict[int, int] = {}
         kinds = [first.setdefault(id(cell.preconditioner), k) for k, cell in enumerate(self.cells)]
-        return kinds, {leaf.turn for leaf in self.leaves}
+        return kinds, {leaf.turn for leaf in self._leaves}
 
     @cached_property
     def statistics(self) -> list[tuple[Key, Layer]]:
@@ -75,9 +111,13 @@ class Asking:
             for site, request in sites_of(cell)
         ]
 
+    @property
+    def _leaves(self) -> Sequence[Leaf]:
+        return self.state.block.leaves
+
     @cached_property
     def _pieces(self) -> Pieces:
-        pieces = self.leaves[0].pieces
+        pieces = self._leaves[0].pieces
         assert pieces is not None
         return pieces
 
@@ -91,7 +131,8 @@ class Asking:
         return self._made[asking]
 
 
-class Asked(NamedTuple):
+@dataclass(frozen=True)
+class Asked:
     """What may be asked for, owner after owner, as all ranks know it.
 
     Attributes:
@@ -111,29 +152,38 @@ class Asked(NamedTuple):
         sizes = [[len(of), *(groups * n for groups, n in of.values())] for of in sites]
         return cls(keys, [0, *accumulate(map(len, sites))], sizes)
 
-    def answered(
-        self, own: Mapping[Key, Tensor | None], like: Tensor, group: dist.ProcessGroup
-    ) -> list[tuple[str, Request, Tensor | None]]:
-        """What is asked for by any owner, with the mean known before: a flag of each, and these means, go to all.
+    @cached_property
+    def numbers(self) -> list[int]:
+        """How many each owner tells."""
+        return list(map(sum, self.sizes))
+
+    def told(self, own: Mapping[Key, Tensor | None], like: Tensor, rank: int) -> Tensor:
+        """What an owner tells all: a flag of each, and the means known before; flat.
 
         Args:
-            own: what this rank asks for.
+            own: what it asks for.
         """
-        rank = dist.get_rank(group)
         mine, sizes = self.keys[self.first[rank] : self.first[rank + 1]], self.sizes[rank]
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        zeros = like.new_zeros(max(sizes), dtype=dtype)
+        zeros = like.new_zeros(max(sizes), dtype=state_dtype(like.dtype))
         flags = zeros.new_tensor([0 if key not in own else 1 if own[key] is None else 2 for key, _ in mine])
         means = [
             zeros[:n] if (c := own.get(key)) is None else c.to(zeros).reshape(-1)
             for (key, _), n in zip(mine, sizes[1:], strict=True)
         ]
-        flat = torch.cat([flags, *means])
-        every = collectives.all_gather_v(flat, list(map(sum, self.sizes)), "what is to be observed", group)
+        return torch.cat([flags, *means])
+
+    def read(self, every: Sequence[Tensor]) -> list[Wish]:
+        """What is asked for by any owner, with the mean known before, from what each has told."""
         told = [flat.split(n) for flat, n in zip(every, self.sizes, strict=True)]
         wants = torch.cat([flags for flags, *_ in told]).tolist()  # the host decides by them what hooks do
         each = zip(self.keys, wants, (c for _, *of in told for c in of), strict=True)
         return [(*key, mean.view(shape) if flag == 2 else None) for (key, shape), flag, mean in each if flag]
+
+
+def spans(cells: Sequence[Cell]) -> list[range]:
+    """The positions of each cell's leaves, cell after cell."""
+    ends = list(accumulate(len(cell.index) for cell in cells))
+    return [range(end - len(cell.index), end) for cell, end in zip(cells, ends, strict=True)]
 
 
 def sites_of(cell: Cell) -> Iterator[tuple[Site, Request]]:

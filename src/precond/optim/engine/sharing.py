@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import accumulate
+from functools import cached_property, partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from precond.algebra import vec
 from precond.algebra.maps import LinearMap
+from precond.algebra.memory import FRESH, Memory
 from precond.algebra.vec import Scalar, Vec
 from precond.optim.blocks import Block, Leaf, State, state_dtype
 from precond.optim.engine import fused
-from precond.optim.engine.asking import Asking
+from precond.optim.engine.asking import Asking, spans
 from precond.optim.engine.carried import Carried
 from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.counting import count_on_host
@@ -56,7 +55,8 @@ class Shared(Cell):
     _kernels: dict[int, Kernel | None] = field(default_factory=dict, repr=False)
     _settled: set[int] = field(default_factory=set, repr=False)
     _looking: Looking = field(default_factory=Looking, repr=False)
-    _asking: Asking = field(default_factory=lambda: Asking((), (), ()), repr=False)
+    _memory: Memory = field(default_factory=Memory, repr=False)
+    _asking: Asking = field(default_factory=lambda: Asking((), (), State(Block(()))), repr=False)
 
     @classmethod
     def of(cls, cells: Sequence[Cell], owners: Sequence[int], leaves: Sequence[Leaf], reference: bool, **more: Any) -> Shared:
@@ -85,8 +85,7 @@ class Shared(Cell):
             owners=tuple(owners),
             exchange=exchange,
             reference=reference,
-            _asking=Asking(cells, owners, leaves),
-            **more,
+            **{"_asking": Asking(cells, owners, state)} | more,
         )
 
     @property
@@ -124,8 +123,7 @@ class Shared(Cell):
     @cached_property
     def spans(self) -> list[range]:
         """The positions of each cell's leaves."""
-        lengths = [len(cell.index) for cell in self.inside]
-        return [range(end - n, end) for n, end in zip(lengths, accumulate(lengths), strict=True)]
+        return spans(self.inside)
 
     @property
     def elsewhere(self) -> list[tuple[Leaf, str, Tensor]]:
@@ -135,7 +133,7 @@ class Shared(Cell):
     def renumber(self) -> None:
         """Follow numbers that have changed in the cells' strategies."""
         self.preconditioner, self._kernels, self._views = _together(self.inside), {}, {}
-        self._asking = Asking(self.inside, self.owners, self.block.leaves)
+        self._asking = Asking(self.inside, self.owners, self.state)
 
     def taking(self, has: Sequence[bool]) -> Cell:
         if all(has):
@@ -146,21 +144,26 @@ class Shared(Cell):
         if keep not in self._views:
             cells, owners = [self.inside[k] for k in keep], [self.owners[k] for k in keep]
             leaves = [self.block.leaves[i] for k in keep for i in self.spans[k]]
-            also = {"_kernels": self._kernels, "_settled": self._settled, "_looking": self._looking}
+            also = {name: getattr(self, name) for name in ("_kernels", "_settled", "_looking", "_asking", "_memory")}
             self._views[keep] = Shared.of(cells, owners, leaves, self.reference, **also)
         return self._views[keep]
 
     # --- to owners and back ------------------------------------------------------------------------------------------------
 
-    def gather(self, v: Vec) -> dict[int, Vec]:
+    def gather(self, v: Vec, memory: Memory = FRESH) -> dict[int, Vec]:
         """The whole vectors of this rank's cells, from every rank's pieces."""
-        whole = self.exchange.collect(dict(enumerate(v)))
+        whole = self.exchange.collect(dict(enumerate(v)), memory)
         return {k: tuple(whole[i] for i in self.spans[k]) for k in self.mine}
 
-    def scatter(self, wholes: Mapping[int, Vec], like: Vec) -> Vec:
-        """The inverse of :meth:`gather`, from every rank's cells."""
+    def scatter(self, wholes: Mapping[int, Vec], like: Vec, last: bool = False) -> Vec:
+        """The inverse of :meth:`gather`, from every rank's cells.
+
+        Args:
+            last: whether it is what a step has made: with it goes what owners want to be observed for the next.
+        """
         tensors = {i: t for k, v in wholes.items() for i, t in zip(self.spans[k], v, strict=True)}
-        found = self.exchange.deliver(tensors, dict(enumerate(like)))
+        deliver = partial(self.exchange.deliver, tensors, dict(enumerate(like)))
+        found = self._asking.along(partial(deliver, memory=self._memory)) if last else deliver()[0]
         return tuple(found[i] for i in range(len(like)))
 
     # --- what a cell does ----------------------------------------------------------------------------------------------------
@@ -177,7 +180,7 @@ class Shared(Cell):
         return self.scatter(own, a)
 
     def taken(self, g: Vec) -> Vec:
-        whole = self.gather(g)
+        whole = self.gather(g, self._memory)
         with self._looking.at(self, self.state):
             own, tasks = {}, []
             for k in self.mine:
@@ -185,11 +188,11 @@ class Shared(Cell):
                 if (kernel := self._acting(cell)) is None:
                     own[k] = cell.taken(whole[k])
                     continue
-                own[k] = tuple(map(torch.zeros_like, cell.block.all_tensors))  # what a kernel makes of zeros is the step
+                own[k] = self._memory.zeros(k, cell.block.all_tensors)  # what a kernel makes of zeros is the step
                 tasks.append(Task(kernel, cell, own[k], fused.aligned(whole[k], own[k]) or (), -1.0, False))
             take(tasks)
             self._settled.update(id(task.cell) for task in tasks)
-        return self.scatter(own, g)
+        return self.scatter(own, g, last=True)
 
     def spread(self, has: Sequence[bool]) -> None:
         """After each owner has stepped its cells in place: their parameters to all ranks, which count the step.
@@ -201,11 +204,11 @@ class Shared(Cell):
             return
         cell = self.taking(has)
         assert isinstance(cell, Shared)
-        p = dict(enumerate(cell.block.tensors))
-        found = cell.exchange.deliver(p, p)
+        count_on_host([cell.inside[k].state for k in cell.theirs])
+        p = cell.block.tensors
+        found = cell.scatter({k: tuple(p[i] for i in cell.spans[k]) for k in cell.mine}, p, last=True)
         theirs = [i for k in cell.theirs for i in cell.spans[k]]
         vec.copy_(tuple(p[i] for i in theirs), tuple(found[i] for i in theirs))
-        count_on_host([cell.inside[k].state for k in cell.theirs])
 
     def _acting(self, cell: Cell) -> Kernel | None:
         """The kernel of a cell, where it has one and needs not look at the parameters in the step in progress."""
@@ -238,13 +241,8 @@ class Shared(Cell):
 
     def wanted(self) -> Iterable[tuple[str, Request, Tensor | None]]:
         """What owners want to be observed, told to all ranks: a flag of each site, and the mean known before."""
-        steps = self.state.steps  # a layer, or its bias alone, that was frozen for a while has made fewer than others
-        return self._asking([min(steps[span.start : span.stop]) for span in self.spans])
+        return self._asking()
 
 
 def _together(cells: Sequence[Cell]) -> Split:
-    parts, start = [], 0
-    for cell in cells:
-        parts.append(Part(tuple(range(start, start + len(cell.index))), cell.preconditioner))
-        start += len(cell.index)
-    return Split(tuple(parts))
+    return Split(tuple(Part(tuple(span), cell.preconditioner) for cell, span in zip(cells, spans(cells), strict=True)))

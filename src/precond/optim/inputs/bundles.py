@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -185,16 +185,61 @@ class Plan:
             len(table),
         )
 
-    def to(self, me: int) -> list[list[Bundle]]:
+    def as_much_as(self, other: Plan) -> bool:
+        """Whether each rank sends as much to each as by another plan of the same layers."""
+        return all(self.rows(r) == other.rows(r) for r in range(self.size))
+
+    def rows(self, rank: int) -> Mapping[int, int]:
+        """Of each layer of which a rank has seen something how many samples it sends; 0 where it sends their covariance."""
+        return self._rows[rank]
+
+    @cached_property
+    def _rows(self) -> list[dict[int, int]]:
+        return [{i: b.rows[r] for b in self.bundles if r in b.rows for i in b.index} for r in range(self.size)]
+
+    def parts(self, me: int, mine: Sequence[Moments | None], like: Tensor) -> list[list[Tensor]]:
+        """To each rank what this one sends of what it has seen."""
+        return [[t if t.dtype == like.dtype else t.to(like) for b in of for t in b.parts(mine)] for of in self._to(me)]
+
+    def nothing(self, me: int, like: Tensor) -> list[list[Tensor]]:
+        """As many numbers, of no meaning."""
+        return [[like.new_zeros(sum(b.numbers(me) for b in of))] for of in self._to(me)]
+
+    def sizes(self, me: int) -> list[list[int]]:
+        """Of each rank of what sizes the parts are that it sends to this one."""
+        return [[n for b in of for n in b.sizes(r)] for r, of in enumerate(self._at(me))]
+
+    def found(self, me: int, parts: Sequence[Sequence[Tensor]]) -> Iterator[tuple[Bundle, list[tuple[int, Parts]]]]:
+        """The bundles of this rank, with what each other one has sent of them, from its parts."""
+        of: dict[Bundle, list[tuple[int, Parts]]] = {b: [] for b in self.bundles if b.owner == me}
+        for r, bundles in enumerate(self._at(me)):
+            each = iter(parts[r])
+            for bundle in bundles:
+                of[bundle].append((r, (next(each), next(each), next(each))))
+        yield from of.items()
+
+    def _to(self, me: int) -> list[list[Bundle]]:
         """To each rank what this one sends."""
         return self._sent(lambda bundle, r: bundle.owner == r != me and me in bundle.rows)
 
-    def at(self, me: int) -> list[list[Bundle]]:
+    def _at(self, me: int) -> list[list[Bundle]]:
         """Of each rank what it sends to this one."""
         return self._sent(lambda bundle, r: bundle.owner == me != r and r in bundle.rows)
 
     def _sent(self, which: Callable[[Bundle, int], bool]) -> list[list[Bundle]]:
         return [[bundle for bundle in self.bundles if which(bundle, r)] for r in range(self.size)]
+
+
+class Habit(NamedTuple):
+    """What ranks have sent of some layers.
+
+    Attributes:
+        plan: the last time.
+        steady: whether it was as much as the time before.
+    """
+
+    plan: Plan
+    steady: bool
 
 
 def _one(tensors: Sequence[Tensor]) -> Tensor:

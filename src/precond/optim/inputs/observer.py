@@ -34,6 +34,7 @@ class Observer:
     Attributes:
         unread: by site name, why inputs of it were not read since :meth:`clear`.
         absent: how many contexts say that the forwards are another's.
+        habits: what ranks have sent each other of layers: see :mod:`precond.optim.inputs.sync`.
     """
 
     def __init__(self, sites: Sequence[Site], requests: Iterable[Request], before: Observer | None = None):
@@ -46,6 +47,7 @@ class Observer:
         self.know()
         self.unread: dict[str, str] = {}
         self.absent = 0
+        self.habits: dict[Any, Any] = {}
         self._seen: InputMoments = {}  # since the last backward through the layer
         self._earlier: InputMoments = {}  # before it: micro-batches, or a step that a scaler skipped
         self._marks: dict[str, Mark] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from precond.algebra import collectives
 from precond.algebra.vec import all_finite
-from precond.optim.inputs.bundles import Bundle, Layer, Parts, Plan
+from precond.optim.inputs.bundles import Habit, Layer, Plan
 from precond.optim.inputs.moments import Moments, OfRows, Request
 from precond.optim.inputs.observer import InputMoments, Key, Observer
 from precond.optim.inputs.sites import Site
@@ -76,7 +77,8 @@ def synchronized(observer: Observer, owned: Owned = NOBODY, watch: Callable[[Mom
     for group, of in groups.items():
         weights = [keys[key].weight for key in of]
         dtype = torch.float64 if any([w.dtype == torch.float64 for w in weights]) else torch.float32
-        heard = _to_owners(of, seen, group, watch, torch.empty(0, dtype=dtype, device=weights[0].device))
+        like = torch.empty(0, dtype=dtype, device=weights[0].device)
+        heard = _to_owners(of, seen, group, watch, like, observer.habits)
         out |= heard.seen
         called |= heard.called
         finite &= heard.finite
@@ -84,40 +86,56 @@ def synchronized(observer: Observer, owned: Owned = NOBODY, watch: Callable[[Mom
 
 
 def _to_owners(
-    of: Mapping[Key, Layer], seen: InputMoments, group: dist.ProcessGroup, watch: Callable[[Moments], bool], like: Tensor
+    of: Mapping[Key, Layer],
+    seen: InputMoments,
+    group: dist.ProcessGroup,
+    watch: Callable[[Moments], bool],
+    like: Tensor,
+    habits: dict[Any, Habit],
 ) -> Heard:
     """Statistics at their owners: how many samples each rank saw goes to all, and what it saw of them to one.
 
+    Both go by one call where each rank sends as much as it did the last two times. What it tells all shows whether it does: where one does
+    not, statistics follow by a second call.
+
     Args:
         like: of the dtype in which they are sent, and of the device.
+        habits: what ranks have sent before, which all of them know.
     """
     me, size = dist.get_rank(group), dist.get_world_size(group)
     keys, layers = tuple(of), tuple(of.values())
     mine = [seen.get(key) for key in keys]
     good = all_finite(_bounds([m for m in mine if m is not None and watch(m)]))
-    numbers = [float(not good)]
-    for m, layer in zip(mine, layers, strict=True):
-        numbers += _told(m, layer.groups)
-    flat = torch.tensor(numbers, dtype=torch.float64).to(like.device)
-    every = collectives.all_gather_v(flat, [len(flat)] * size, "how many inputs it saw", group)
-    table = [tuple(row) for row in torch.stack(every).tolist()]  # the host knows of how many samples statistics are
-    plan = Plan.of(layers, tuple(row[1:] for row in table))
-    given, received = plan.to(me), plan.at(me)
-    gives = [[t if t.dtype == like.dtype else t.to(like) for bundle in to for t in bundle.parts(mine)] for to in given]
-    takes = [[n for bundle in of for n in bundle.sizes(r)] for r, of in enumerate(received)]
-    every = collectives.all_to_all(gives, list(map(sum, takes)), like, "statistics of inputs", group)
-    pieces = iter([t for flat, sizes in zip(every, takes, strict=True) if sizes for t in flat.split(sizes)])
-    found: dict[Bundle, list[tuple[int, Parts]]] = {}
-    for r, bundles in enumerate(received):
-        for bundle in bundles:
-            found.setdefault(bundle, []).append((r, (next(pieces), next(pieces), next(pieces))))
+    told = [_told(m, layer.groups) for m, layer in zip(mine, layers, strict=True)]
+    numbers = torch.tensor([float(not good), *(x for row in told for x in row)], dtype=torch.float64)
+    head = numbers.to(like.device).view(like.dtype)  # the same bits: counts are exact
+    habit = habits.get((group, keys, layers))
+    expected = habit.plan if habit is not None and habit.steady else Plan((), size)
+    own = {i: int(rows) for i, (*counts, _, rows) in enumerate(told) if any(counts)}
+    gives = expected.parts(me, mine, like) if expected.rows(me) == own else expected.nothing(me, like)
+    takes = [[] if r == me else [len(head), *sizes] for r, sizes in enumerate(expected.sizes(me))]
+    gives = [[] if r == me else [head, *parts] for r, parts in enumerate(gives)]
+    found = _swapped(gives, takes, like, "statistics of inputs" if expected.bundles else "how many inputs it saw", group)
+    heads, found = [head if r == me else parts[0] for r, parts in enumerate(found)], [parts[1:] for parts in found]
+    table = torch.stack(heads).view(torch.float64).tolist()  # the host knows of how many samples statistics are
+    plan = Plan.of(layers, tuple(tuple(row[1:]) for row in table))
+    if not plan.as_much_as(expected):
+        found = _swapped(plan.parts(me, mine, like), plan.sizes(me), like, "statistics of inputs", group)
+    habits[group, keys, layers] = Habit(plan, habit is not None and plan.as_much_as(habit.plan))
     out: InputMoments = {}
-    for bundle in plan.bundles:
-        if bundle.owner == me:
-            for i, m in zip(bundle.index, bundle.together(me, mine, found.get(bundle, ())), strict=True):
-                out[keys[i]] = m
+    for bundle, theirs in plan.found(me, found):
+        for i, m in zip(bundle.index, bundle.together(me, mine, theirs), strict=True):
+            out[keys[i]] = m
     called = frozenset(keys[i] for bundle in plan.bundles for i in bundle.index)
     return Heard(out, called, not any(row[0] for row in table))
+
+
+def _swapped(
+    gives: Sequence[Sequence[Tensor]], takes: Sequence[Sequence[int]], like: Tensor, what: str, group: dist.ProcessGroup
+) -> list[list[Tensor]]:
+    """What each rank gives to this one, in parts of so many numbers."""
+    every = collectives.all_to_all(gives, list(map(sum, takes)), like, what, group)
+    return [list(flat.split(list(sizes))) if sizes else [] for flat, sizes in zip(every, takes, strict=True)]
 
 
 def _bounds(every: Sequence[Moments]) -> tuple[Tensor, ...]:

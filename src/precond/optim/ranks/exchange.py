@@ -6,12 +6,13 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from precond.algebra import collectives
+from precond.algebra.memory import FRESH, Memory, joined
 from precond.optim.ranks.pieces import Pieces
 
 
@@ -46,6 +47,22 @@ class _Route:
             [{i: size(i, r) for i in owned[me] if r != me and pieces[i].sends(r, me)} for r in ranks],
             [{i: size(i, me) for i in of if r != me} for r, of in enumerate(owned)],
         )
+
+
+class Note(NamedTuple):
+    """What each rank tells all together with what it delivers.
+
+    Attributes:
+        mine: flat, of the dtype and device of what is delivered.
+        sizes: how many numbers each rank tells.
+    """
+
+    mine: Tensor
+    sizes: Sequence[int]
+
+
+_NOTE = -1
+"""A note's place among tensors, which are numbered from 0."""
 
 
 @dataclass
@@ -87,12 +104,13 @@ class Exchange:
             self._routes[key] = _Route.of(sorted(which), self)
         return self._routes[key]
 
-    def collect(self, parts: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    def collect(self, parts: Mapping[int, Tensor], memory: Memory = FRESH) -> dict[int, Tensor]:
         """The whole tensors that this rank owns, from the pieces that each holds (of the same tensors everywhere)."""
         route = self._route(parts)
         if self.copied:
             return {i: parts[i] for i in route.owned[self.rank]}
-        found = self._swap([[parts[i] for i in of] for of in route.gives], route.takes, parts)
+        first = next(iter(parts.values()))
+        found = self._swap([[parts[i] for i in of] for of in route.gives], route.takes, first, memory)
         own = route.owned[self.rank]
         found[self.rank] = {i: parts[i].reshape(-1) for i in own}
         in_order = [i for i in own if self.pieces[i].in_order]
@@ -100,26 +118,36 @@ class Exchange:
             i: self.pieces[i].joined([of.get(i) for of in found], self.shapes[i]) for i in own if not self.pieces[i].in_order
         }
         if in_order:  # of all of them at once
-            flat = torch.cat([t for i in in_order for of in found if (t := of.get(i)) is not None])
+            flat = joined([t for i in in_order for of in found if (t := of.get(i)) is not None], memory, "whole", first)
             shapes = [tuple(self.shapes[i]) for i in in_order]
             each = zip(in_order, flat.split_with_sizes(list(map(math.prod, shapes))), shapes, strict=True)
             out |= {i: t.view(shape) for i, t, shape in each}
         return out
 
-    def deliver(self, wholes: Mapping[int, Tensor], like: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """This rank's pieces, shaped ``like`` others, of the whole tensors that each rank has of those it owns."""
-        route = self._route(like)
-        own = route.owned[self.rank]
+    def deliver(
+        self, wholes: Mapping[int, Tensor], like: Mapping[int, Tensor], note: Note | None = None, memory: Memory = FRESH
+    ) -> tuple[dict[int, Tensor], list[Tensor]]:
+        """This rank's pieces, shaped ``like`` others, of the whole tensors that each rank has of those it owns; and each rank's note."""
+        route, me = self._route(like), self.rank
+        own = route.owned[me]
+        first = next(iter(like.values()))
+        mine, sizes = ([note.mine], note.sizes) if note is not None else ([], [0] * self.size)
+        takes = [
+            of | {_NOTE: n} if mine and r != me else of for r, (of, n) in enumerate(zip(route.received, sizes, strict=True))
+        ]
         if self.copied:
-            mine = [wholes[i] for i in own] or [next(iter(like.values())).new_empty(0)]
-            found = _apart(collectives.share(mine, route.numbers, "steps", self.group), route.received)
+            all_of_mine = [wholes[i] for i in own] + mine or [first.new_empty(0)]
+            numbers = [n + more for n, more in zip(route.numbers, sizes, strict=True)]
+            found = _apart(collectives.share(all_of_mine, numbers, "steps", self.group, memory), takes)
             out = {i: wholes[i] for i in own}
         else:
             split = {i: self.pieces[i].parted(wholes[i]) for i in own}
-            gives = [[split[i][r] for i in own] if r != self.rank else [] for r in range(self.size)]
-            found = self._swap(gives, route.received, like)
-            out = {i: split[i][self.rank].reshape(self._shapes[i]) for i in own}
-        return out | {i: t.view(self._shapes[i]) for of in found for i, t in of.items()}
+            gives = [[split[i][r] for i in own] + mine if r != me else [] for r in range(self.size)]
+            found = self._swap(gives, takes, first, memory)
+            out = {i: split[i][me].reshape(self._shapes[i]) for i in own}
+        # Of memory of their own: who keeps a note is not to keep all that was delivered.
+        notes = [of.pop(_NOTE).clone() if r != me else first.new_empty(0) for r, of in enumerate(found)] if mine else []
+        return out | {i: t.view(self._shapes[i]) for of in found for i, t in of.items()}, notes
 
     @cached_property
     def _shapes(self) -> list[tuple[int, ...]]:
@@ -127,7 +155,7 @@ class Exchange:
         return [p.shape(self.rank) for p in self.pieces]
 
     def _swap(
-        self, gives: Sequence[Sequence[Tensor]], takes: Sequence[Mapping[int, int]], like: Mapping[int, Tensor]
+        self, gives: Sequence[Sequence[Tensor]], takes: Sequence[Mapping[int, int]], like: Tensor, memory: Memory
     ) -> list[dict[int, Tensor]]:
         """What others give for what this rank gives, flat, of each rank by tensors.
 
@@ -136,7 +164,7 @@ class Exchange:
             takes: of each rank, of each tensor so many numbers.
         """
         numbers = [sum(of.values()) for of in takes]
-        every = collectives.all_to_all(gives, numbers, next(iter(like.values())), "gradients and steps", self.group)
+        every = collectives.all_to_all(gives, numbers, like, "gradients and steps", self.group, memory)
         return _apart(every, takes)
 
 
