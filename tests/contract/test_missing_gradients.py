@@ -18,7 +18,9 @@ from precond import BNP, EMA, RMS, Auto, Fixed, Momentum, Polar, PreconditionedG
 from precond.optim.engine import plan
 
 NAMES = ["conv.weight", "conv.bias", "head.weight", "head.bias"]
-each = pytest.mark.parametrize("name", EVERY)
+OBSERVING = [n for n in OWN if any(word in n.lower() for word in ("bnp", "whitening", "auto"))]
+"""Those that step a weight and its bias jointly, of which engines have something of their own."""
+each = pytest.mark.parametrize(("name", "engine"), [*((n, "auto") for n in EVERY), *((n, "loop") for n in OBSERVING)])
 engines = pytest.mark.parametrize("engine", ["auto", "loop"])
 
 
@@ -43,7 +45,6 @@ def driven(model: nn.Module, optimizer: PreconditionedGD, batch: Any, lacks: nn.
     optimizer.step(run)
 
 
-@engines
 @pytest.mark.parametrize("lacking", NAMES)
 @each
 def test_it_is_left_as_it_is_and_the_rest_steps_as_if_it_were_frozen(name: str, lacking: str, engine: str) -> None:
@@ -116,9 +117,6 @@ def test_layers_of_all_kinds(lacking: str, recipe: str, engine: str) -> None:
         return [p.detach() for p in model.parameters()]
 
     same(run("None"), run("frozen"), rtol=1e-9, atol=1e-11)
-
-
-OBSERVING = [n for n in OWN if any(word in n.lower() for word in ("bnp", "whitening", "auto")) and "SAM" not in n]
 
 
 @pytest.mark.parametrize("lacking", ["conv.bias", "head.bias", "head.weight"])
