@@ -80,14 +80,14 @@ class Layers(nn.Module):
 
 
 SEEN = Whitening(root="cholesky", observe_steps=100)  # in each step, whatever the number of a layer's steps
+# ε: the gradient of a bias is here and there rounding noise, as of attention's keys, by whose size Adam would divide it.
 RECIPES: dict[str, Callable[..., PreconditionedGD]] = {
     "bnp": lambda m, **more: precond.bnp(m, 0.01, momentum=0.9, weight_decay=0.1, **more),
-    "whitening": lambda m, **more: precond.whitening(m, 0.01, weight_decay=0.1, inputs=SEEN, **more),
+    "whitening": lambda m, **more: precond.whitening(m, 0.01, weight_decay=0.1, eps=1e-3, inputs=SEEN, **more),
     "kfac": lambda m, **more: PreconditionedGD(
         m, 0.01, preconditioner=SEEN @ precond.OutputFactor(), momentum=Momentum(0.9), **more
     ),
     "muon": lambda m, **more: precond.muon(m, 0.01, inputs=BNP(), **more),
-    # A bias that is stepped alone begins anew by the size of its gradient, which here and there is rounding noise.
     "auto": lambda m, **more: precond.auto(
         m, 0.01, choice=Auto(whitening=SEEN, rms=RMS(0.999, eps=1e-3), polar=Polar(3)), **more
     ),
