@@ -17,11 +17,13 @@ class Joint:
     Attributes:
         params: all, by position.
         units: positions of what is stepped jointly, unit by unit.
+        layers: positions layer by layer: what acts on a parameter is chosen by what its layer has.
         absent: those that were absent in the last step.
     """
 
     params: Sequence[Tensor] = ()
     units: Sequence[tuple[int, ...]] = ()
+    layers: Sequence[tuple[int, ...]] = ()
     absent: frozenset[Tensor] = frozenset()
     _have: list[bool] = field(default_factory=list, repr=False)
     _now: frozenset[Tensor] = field(default=frozenset(), repr=False)
@@ -39,9 +41,9 @@ class Joint:
         return [i for i in unit if self.params[i] in self.absent]
 
     def concerned(self, absent: frozenset[Tensor], stepped: Sequence[Sequence[int]]) -> set[int]:
-        """The positions of all that is to be planned anew where others are absent: the units, and what is ``stepped`` with any of them."""
+        """The positions of all that is to be planned anew where others are absent: their layers, and what is ``stepped`` with any of these."""
         found = {i for i, p in enumerate(self.params) if p in absent ^ self.absent}
-        together = [*self.units, *stepped]
+        together = [*self.layers, *self.units, *stepped]
         while more := {i for of in together if not found.isdisjoint(of) for i in of} - found:
             found |= more
         return found

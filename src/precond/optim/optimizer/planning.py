@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from precond.optim.averages import WeightAverage
-from precond.optim.blocks import Leaf
+from precond.optim.blocks import Leaf, by_layer
 from precond.optim.engine import plan
 from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.loop import Rules
@@ -92,7 +92,8 @@ def bind(
         units = [unit.index for unit in plan.units(leaves, wanting, choices) if not unit.preconditioner.entrywise]
     else:
         units = [i for held in cells for cell in held.cells if not cell.preconditioner.entrywise for i in cell.members]
-    joint = Joint(params, [unit for unit in units if len(unit) > 1], absent)
+    layers = [tuple(wanting[k] for k in index) for index in by_layer([leaves[i] for i in wanting])]
+    joint = Joint(params, [unit for unit in units if len(unit) > 1], layers, absent)
     _, dtypes, devices = read_kinds(params)
     kinds = [p not in frozen for p in params], dtypes, devices
     locations, shapes = setup.models.locations(leaves), [p.shape for p in params]
