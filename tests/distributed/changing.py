@@ -111,6 +111,21 @@ def _steps(pair: tuple[nn.Module, nn.Module], optimizer: PreconditionedGD, steps
         optimizer.step()
 
 
+def partly_without_gradient(recipe: str, wrap: str, which: str) -> Contents:
+    """Parameters and state after the same steps where parameters are not frozen, and have no gradient."""
+    (plain, model), (rank, world) = _net(wrap), (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    optimizer = OTHERS[recipe](model)
+    for k in range(9):
+        x = torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+        optimizer.zero_grad()
+        model(x.chunk(world)[rank]).square().sum(1).mean().backward()
+        for layer, trains in zip(plain, TRAINS, strict=False):
+            if not trains(k):
+                getattr(layer, which).grad = None
+        optimizer.step()
+    return contents(plain, optimizer)
+
+
 def partly_frozen(recipe: str, wrap: str, which: str) -> Contents:
     """Parameters and state after steps in which layers train in parts; in the last one some are frozen."""
     pair = _net(wrap)

@@ -35,6 +35,17 @@ def test_state_goes_with_a_parameter_whose_layer_is_frozen_in_part(ranks, recipe
     _same(first, alone)
 
 
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+@pytest.mark.parametrize("which", ["weight", "bias"])
+@pytest.mark.parametrize("recipe", changing.OTHERS)
+def test_what_has_no_gradient_is_left_out_on_all_ranks(ranks, recipe, which, wrap):
+    """As one process leaves it out; replicas are one bit for bit."""
+    alone = changing.partly_without_gradient(recipe, wrap, which)
+    first, second = ranks.run(changing.partly_without_gradient, recipe, wrap, which)
+    _same(second, first, 0.0)
+    _same(first, alone)
+
+
 @pytest.mark.parametrize("recipe", changing.OTHERS)
 @pytest.mark.parametrize(("before", "after"), [("ddp", "alone"), ("fsdp", "ddp"), ("alone", "fsdp")])
 def test_what_waits_is_saved_and_loaded_at_other_numbers_of_ranks(ranks, three, tmp_path, recipe, before, after):

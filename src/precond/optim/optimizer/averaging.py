@@ -51,7 +51,9 @@ class Averaged:
             if key in named:
                 named[key][leaf.param] = leaf, tensor  # whose block may hold it as another leaf, where an owner steps all of it
         steps, means, counts = named.values()
-        return cls(average, tuple((leaf, steps[p][1], mean, counts[p][1]) for p, (leaf, mean) in means.items()))
+        still = torch.zeros(())  # of what is not stepped now
+        count = {p: step for p, (_, step) in steps.items()}
+        return cls(average, tuple((leaf, count.get(p, still), mean, counts[p][1]) for p, (leaf, mean) in means.items()))
 
     def steps(self) -> list[float]:
         """How many steps each has made."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
@@ -11,17 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from precond.algebra.sharding import divided
-from precond.optim.averages import WeightAverage
 from precond.optim.blocks import Leaf, whole_numbers
 from precond.optim.engine import plan
 from precond.optim.engine.cells import Cell, Choice
-from precond.optim.engine.loop import Rules
 from precond.optim.engine.sharing import Shared
-from precond.optim.optimizer import averaging
-from precond.optim.optimizer.entries import with_data
-from precond.optim.optimizer.fusing import fusible
-from precond.optim.optimizer.models import Location, Models
+from precond.optim.optimizer.joint import Joint
+from precond.optim.optimizer.models import Location
 from precond.optim.optimizer.naming import Naming
 from precond.optim.optimizer.readings import PARAMETERS, SHAPE, Kinds, hold_tensors, read_kinds, read_options, structure
 
@@ -39,6 +34,8 @@ class Binding:
         locations: of the modules that own the leaves.
         shapes: of all leaves, as they were then.
         kinds: of all leaves, as they were then.
+        joint: what is stepped jointly, and what of it is absent, having no gradient.
+        asleep: the cells of layers whose observed weights are absent, which ask for what these receive; None: not made yet.
     """
 
     leaves: list[Leaf] = field(default_factory=list)
@@ -49,6 +46,8 @@ class Binding:
     locations: list[Location] = field(default_factory=list)
     shapes: list[torch.Size] = field(default_factory=list)
     kinds: Kinds = ([], [], [])
+    joint: Joint = field(default_factory=Joint)
+    asleep: list[Cell] | None = None
 
     @property
     def divided(self) -> bool:
@@ -95,6 +94,11 @@ class Binding:
         for cell in self.cells:
             for ours, theirs in zip(cell.state["step"], cell.state.get("clock", ()), strict=False):
                 ours.copy_(theirs)
+
+    @property
+    def waiting(self) -> set[Tensor]:
+        """The parameters that are not stepped, and whose state waits: those that are frozen or absent."""
+        return self.frozen | self.joint.absent
 
     @property
     def frozen(self) -> set[Tensor]:
@@ -195,76 +199,6 @@ class Binding:
         return not counted and plan.unchanged(self.blocks, units, choices, self.choices)
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What an optimizer was made with.
-
-    Attributes:
-        average: of the weights.
-        observes: whether it observes the inputs of layers.
-        second: the number of the regularizer that wants a second gradient, or None.
-    """
-
-    models: Models
-    naming: Naming
-    rules: Rules
-    rounding: str
-    average: WeightAverage | None
-    observes: bool
-    second: int | None
-
-
-def bind(
-    setup: Setup,
-    groups: Sequence[Mapping[str, Any]],
-    existing: Mapping[Tensor, dict[str, Any]],
-    frozen: Container[Tensor] | None,
-    owners: dict[Tensor, int],
-    counting: Callable[[Leaf], torch.device | None],
-) -> Binding:
-    """Cells for the parameters that want gradients; state that ``existing`` holds is taken over, in the parameters' dtype and place.
-
-    Args:
-        frozen: the parameters that want no gradients; None: those that require none now.
-        owners: which rank owns which parameters' blocks, where ranks share them; completed here.
-        counting: the device that counts a leaf's steps; None: the host does.
-    """
-    rules, naming, existing = setup.rules, setup.naming, with_data(existing)
-    leaves, choices = setup.models.leaves(groups, setup.observes), choices_of(groups, naming)
-    params = [leaf.param for leaf in leaves]
-    frozen = {p for p in params if not p.requires_grad} if frozen is None else frozen
-    live = [i for i, p in enumerate(params) if p not in frozen]
-    cells, entries = plan.build(
-        leaves, live, choices, existing, naming.outside, rules.reference, rules.statistics_from == "loss", owners, counting,
-        fusible(choices, rules, setup.second),
-    )  # fmt: skip
-    if setup.rounding == "kahan":
-        entries += _residuals([leaves[i] for i in live], existing)
-    entries += averaging.entries(setup.average, [leaves[i] for i in live], existing)
-    _, dtypes, devices = read_kinds(params)
-    kinds = [p not in frozen for p in params], dtypes, devices
-    locations, shapes = setup.models.locations(leaves), [p.shape for p in params]
-    return Binding(leaves, choices, cells, entries, read_options(groups, naming), locations, shapes, kinds)
-
-
-def transfer_state(state: MutableMapping[Tensor, Any], new: Mapping[Tensor, Tensor]) -> None:
-    """Parameters that stand in the places of others take over their state, where they are held as those were.
-
-    Raises:
-        RuntimeError: where they were sharded after a step.
-    """
-    alike = {p: p.shape == q.shape and divided(p) == divided(q) for p, q in new.items()}
-    if late := [p for p in new if not alike[p] and state.get(p, {}).get("step")]:
-        raise RuntimeError(
-            f"a parameter of shape {tuple(late[0].shape)} was sharded or replaced after it had been stepped, and its state does not fit what "
-            "stands there now: shard the model before the first step, and load a checkpoint after that"
-        )
-    for p, q in new.items():
-        known = state.pop(p, None)
-        if known is not None and alike[p]:
-            state[q] = known
-
-
 def choices_of(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[Choice]:
     """The strategies of groups.
 
@@ -283,17 +217,3 @@ def choices_of(groups: Iterable[Mapping[str, Any]], naming: Naming) -> list[Choi
                         f"value, or leave parameters out by {left_out}"
                     )
     return choices
-
-
-def _residuals(leaves: Sequence[Leaf], existing: Mapping[Tensor, dict[str, Any]]) -> list[tuple[Leaf, str, Tensor]]:
-    """State entries of the Kahan compensation of 16-bit parameters."""
-    narrow = [p for p in leaves if p.param.dtype in (torch.bfloat16, torch.float16)]
-    known = [existing.get(leaf.param, {}).get("residual") for leaf in narrow]
-    return [
-        (
-            leaf,
-            "residual",
-            torch.zeros_like(leaf.param, requires_grad=False) if r is None else r.to(leaf.param.device, leaf.param.dtype),
-        )
-        for leaf, r in zip(narrow, known, strict=True)
-    ]

@@ -8,9 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from precond.algebra import checks
 from precond.algebra.vec import Scalar
 from precond.optim.averages import WeightAverage
 from precond.optim.blocks import Leaf
@@ -20,18 +19,15 @@ from precond.optim.engine.loop import Rules
 from precond.optim.engine.shared_state import Ownership
 from precond.optim.engine.sharing import Shared
 from precond.optim.inputs import Request
-from precond.optim.inputs.observer import Observer
 from precond.optim.optimizer import entries, handover
 from precond.optim.optimizer.averaging import Averaged
-from precond.optim.optimizer.binding import Binding, Setup, bind, choices_of, transfer_state
+from precond.optim.optimizer.binding import Binding
 from precond.optim.optimizer.closures import Clearings
-from precond.optim.optimizer.compatibility import check_precision
 from precond.optim.optimizer.graphs import out_of_graphs
-from precond.optim.optimizer.interrupts import Uninterrupted
 from precond.optim.optimizer.model_hooks import ModelHooks
-from precond.optim.optimizer.models import Models, in_place
+from precond.optim.optimizer.models import Models
 from precond.optim.optimizer.naming import Naming
-from precond.optim.optimizer.parameters import to_groups
+from precond.optim.optimizer.planning import Setup, asleep, bind
 from precond.optim.optimizer.probing import Probe
 from precond.optim.ranks.replicas import agreed
 
@@ -54,6 +50,7 @@ class Bound(torch.optim.Optimizer):
     _pending: Probe | None  # what is under way between the first gradient and the step
     _consolidated: dict[str, Any] | None  # the state dict of all ranks, until the next step
     _spare: dict[Tensor, Tensor]  # memory for parameters while they are at a probed point
+    _absent: frozenset[Tensor] = frozenset()  # what had no gradient in the last step, and others of its layer had
     _owners: dict[Tensor, int]  # which rank owns a parameter's block
     _owned: Ownership  # of whose state one rank keeps what others do not have, also of what is frozen
     _requests: frozenset[Request]  # the statistics of inputs that preconditioners ask for
@@ -75,9 +72,25 @@ class Bound(torch.optim.Optimizer):
         return self._bound.cells
 
     @property
+    def asking(self) -> list[Cell]:
+        """The cells that ask for what layers receive before the next step: what is absent may have a gradient then."""
+        bound = self._bound
+        if bound.asleep is None:
+            bound.asleep = asleep(self._setup(self.param_groups), bound, self.state) if self.absent and self.observes else []
+        for cell in bound.asleep:
+            for leaf, count in zip(cell.leaves, cell.state["step"], strict=True):
+                count.copy_(self.state[leaf.param]["step"])
+        return [*bound.cells, *bound.asleep]
+
+    @property
     def frozen(self) -> set[Tensor]:
         """The parameters that wanted no gradients in the last step."""
         return self._bound.frozen
+
+    @property
+    def absent(self) -> frozenset[Tensor]:
+        """The parameters that had no gradient in the last step, while others had one that they are stepped jointly with."""
+        return self._absent
 
     @property
     def shared(self) -> list[Shared]:
@@ -85,16 +98,22 @@ class Bound(torch.optim.Optimizer):
         return self._bound.shared
 
     def bound_to(
-        self, groups: Sequence[Mapping[str, Any]], existing: Mapping[Tensor, dict[str, Any]], frozen: set[Tensor] | None = None
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        existing: Mapping[Tensor, dict[str, Any]],
+        frozen: set[Tensor] | None = None,
+        absent: frozenset[Tensor] | None = None,
     ) -> Binding:
         """What groups come to, with the state that exists; nothing of the optimizer's own changes."""
+        return bind(self._setup(groups), groups, existing, frozen, self._absent if absent is None else absent)
 
+    def _setup(self, groups: Sequence[Mapping[str, Any]]) -> Setup:
         def counting(leaf: Leaf) -> torch.device | None:
             device, asked = leaf.param.device, groups[leaf.group].get("capturable") or self._may_skip_on_device
             return device if asked and device.type not in ("cpu", "meta") else None
 
-        setup = Setup(self.models, self.naming, self.rules, self.rounding, self.average, self.observes, self._gradient_based)
-        return bind(setup, groups, existing, frozen, self._owners, counting)
+        second, owners = self._gradient_based, self._owners
+        return Setup(self.models, self.naming, self.rules, self.rounding, self.average, self.observes, second, owners, counting)
 
     @property
     def _may_skip_on_device(self) -> bool:
@@ -122,112 +141,13 @@ class Bound(torch.optim.Optimizer):
             self.state[leaf.param][self.naming.outside(key)] = tensor
         entries.follow(self.state)
         self._bound, self._kernels_of, self._pending, self._consolidated = bound, None, None, None
+        self._absent = bound.joint.absent
         self._averaged = None if self.average is None else Averaged.of(self.average, bound.entries)
-
-    def _follow_groups(self) -> None:
-        """Follow groups and model: numbers may have changed, parameters been frozen, thawed, converted, moved, or replaced."""
-        for group in self.param_groups:
-            self.naming.cycle(group)
-        match "broken" if entries.changed(self.state) else self._bound.follow(self.param_groups, self.naming):
-            case "broken":
-                with Uninterrupted():
-                    before = self._bound
-                    given = before.replaced([p for group in self.param_groups for p in group["params"]])
-                    moved = bool(given) or not before.modules_in_place or not all(map(in_place, before.leaves))
-                    if moved:
-                        self._follow_model(given)
-                    bound = self.bound_to(self.param_groups, self.state)
-                    check_precision(bound.leaves, bound.choices[0], self.rounding)
-                    self.adopt(bound, self.state)
-                    self._spare.clear()
-                    if moved:
-                        self._listen()
-                    self._model_hooks.follow(self._bound.cells)
-                    handover.drop(before.entries, self._bound.entries, self.state, self.naming.outside)
-                    entries.follow(self.state)
-            case "renumbered":
-                self._kernels_of = None
-        self._settle()
-
-    def _settle(self) -> None:
-        """Bind anew where members of a stack must part."""
-        if self._bound.divided:
-            self._bind()
-
-    def _follow_model(self, given: Mapping[Tensor, Tensor]) -> None:
-        """Parameters that stand in the place of others take over their state.
-
-        Args:
-            given: those that a trainer has put into the groups, by what was there.
-        """
-        new = self.models.moved([leaf for leaf in self._bound.leaves if leaf.param not in given])
-        for group in self.param_groups:
-            group["params"] = [new.get(p, p) for p in group["params"]]
-        new = {**given, **new}
-        transfer_state(self.state, new)
-        for owners in (self._owners, self._owned):
-            handover.rename(owners, new, self.state)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its ``"params"`` may be a module. What the model holds has the model's names. State is made at once."""
-        if not isinstance(param_group, dict):
-            raise TypeError(f"add_param_group: expected a dict with 'params', got {type(param_group).__name__}")
-        checks.learning_rate(self.naming.name, param_group.get("lr", 0.0))
-        self.naming.check_keys(param_group)
-        if not self._bound.leaves:  # called by torch.optim.Optimizer's constructor, on groups that are parsed already
-            super().add_param_group(param_group)
-            return
-        modules = self.models.alive()
-        known = len(modules)
-        (group,) = to_groups([param_group], modules, self.param_groups, self.models)
-        super().add_param_group(group)
-        if "momentum" not in self.naming.defaults:
-            group.pop("momentum", None)  # of the defaults, for schedulers alone
-        try:
-            check_precision(self.models.leaves([group]), choices_of(self.param_groups, self.naming)[-1], self.rounding)
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
-        self.models.add(modules[known:])
-        self._bind()
-        self._listen()
 
     def _lr(self, leaf: Leaf) -> Scalar:
         lr = self.param_groups[leaf.group]["lr"]
         scale = self._bound.choices[leaf.group].preconditioner.lr_scale(leaf)
         return lr if scale == 1 else lr * scale
-
-    def _listen(self) -> None:
-        """Put the hooks on the model that second passes and input statistics need."""
-        recorded = self._devices if self._probing else None
-        self._model_hooks.begin(self.models, recorded, self._bound.cells, self._before_forward)
-
-    def _before_forward(self) -> Observer | None:
-        """What has changed between steps is followed before inputs are observed, as after a resume; returns who observes them."""
-        self._follow_replaced()
-        return self._model_hooks.observer
-
-    def _follow_replaced(self) -> None:
-        """Follow the groups where parameters were frozen, thawed, converted, or others put in their places."""
-        if self._pending is None and self._bound.converted(self.param_groups):
-            self._follow_groups()
-
-    def watch(self, model: nn.Module) -> None:
-        """Observe a model again, whose parameters these are: after the optimizer was copied or unpickled.
-
-        Raises:
-            ValueError: where a parameter of the optimizer is not one of the model's.
-        """
-        theirs = set(model.parameters())
-        if alien := [leaf.name for leaf in self.models.leaves(self.param_groups) if leaf.param not in theirs]:
-            raise ValueError(f"watch: {alien[0]!r} is not a parameter of this model; copy model and optimizer together")
-        self.models = Models([model])
-        self._bind()
-        self._listen()
-
-    def watches(self, model: nn.Module) -> bool:
-        """Whether this very module is what it observes."""
-        return any(model is module for module in self.models.alive())
 
     @out_of_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:

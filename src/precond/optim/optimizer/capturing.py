@@ -11,11 +11,11 @@ from precond.algebra import vec
 from precond.algebra.vec import Vec
 from precond.optim.engine.counting import count_on_host
 from precond.optim.engine.verdict import Verdict
-from precond.optim.optimizer.bound import Bound
+from precond.optim.optimizer.following import Following
 from precond.optim.ranks.replicas import largest
 
 
-class Capturing(Bound):
+class Capturing(Following):
     """What devices decide, and what the host must not decide while a graph is captured."""
 
     def _check_capturable(self) -> None:

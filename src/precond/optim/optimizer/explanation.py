@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -46,13 +46,18 @@ class Explanation:
 
 
 def explain(
-    leaves: Sequence[Leaf], cells: Sequence[Cell], of_groups: Sequence[Preconditioner], unobserved: Mapping[Tensor, str]
+    leaves: Sequence[Leaf],
+    cells: Sequence[Cell],
+    of_groups: Sequence[Preconditioner],
+    unobserved: Mapping[Tensor, str],
+    absent: Set[Tensor] = frozenset(),
 ) -> Explanation:
     """The table of an optimizer's leaves and cells.
 
     Args:
         of_groups: what each parameter group asked for.
         unobserved: weights whose inputs are not observed, and why.
+        absent: what had no gradient in the last step, while others of its layer had.
     """
     members = [(index, cell) for cell in cells for index in cell.members]
     acting = {i: (k, cell) for k, (index, cell) in enumerate(members) for i in index}
@@ -62,7 +67,7 @@ def explain(
     rows = []
     for i, leaf in enumerate(leaves):
         k, cell = acting.get(i, (-1, None))
-        what, reason = "none (frozen)", why.get(i, "")
+        what, reason = "none (no gradient)" if leaf.param in absent else "none (frozen)", why.get(i, "")
         if cell is not None:
             mine = cell.index.index(i) % len(cell.block.leaves)
             what = _acting(cell.preconditioner, cell.block, mine) if cell.handled else "identity"

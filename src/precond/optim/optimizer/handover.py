@@ -34,7 +34,7 @@ def receive(
         outside: our names of state tensors → those in ``state``.
 
     Returns:
-        Who owns what from now on, also of what is frozen and waits.
+        Who owns what from now on, also of what waits.
     """
     after, state = owned(bound.shared), with_data(state)
     targets: dict[Tensor, dict[str, Tensor]] = {}
@@ -61,7 +61,25 @@ def receive(
     for target, value in copies:
         if value.shape == target.shape:  # the parameter may have been converted since
             copy_(target, value)
-    return {p: waiting for p, waiting in before.items() if p not in targets and p in state} | after
+    return {p: waiting for p, waiting in before.items() if p in bound.waiting and p in state} | after
+
+
+def transfer_state(state: MutableMapping[Tensor, Any], new: Mapping[Tensor, Tensor]) -> None:
+    """Parameters that stand in the places of others take over their state, where they are held as those were.
+
+    Raises:
+        RuntimeError: where they were sharded after a step.
+    """
+    alike = {p: p.shape == q.shape and divided(p) == divided(q) for p, q in new.items()}
+    if late := [p for p in new if not alike[p] and state.get(p, {}).get("step")]:
+        raise RuntimeError(
+            f"a parameter of shape {tuple(late[0].shape)} was sharded or replaced after it had been stepped, and its state does not fit what "
+            "stands there now: shard the model before the first step, and load a checkpoint after that"
+        )
+    for p, q in new.items():
+        known = state.pop(p, None)
+        if known is not None and alike[p]:
+            state[q] = known
 
 
 def rename(owners: MutableMapping[Tensor, Any], new: Mapping[Tensor, Tensor], state: Mapping[Tensor, Any]) -> None:
@@ -71,12 +89,12 @@ def rename(owners: MutableMapping[Tensor, Any], new: Mapping[Tensor, Tensor], st
             owners[q] = owners.pop(p)
 
 
-def drop(before: Entries, now: Entries, state: Mapping[Tensor, dict[str, Any]], outside: Callable[[str], str]) -> None:
-    """Take away what is kept no more; the state of what is frozen waits."""
-    kept = {(leaf.param, key) for leaf, key, _ in now}
+def drop(before: Entries, now: Binding, state: Mapping[Tensor, dict[str, Any]], outside: Callable[[str], str]) -> None:
+    """Take away what is kept no more, but for the state of what waits."""
+    kept, waiting = {(leaf.param, key) for leaf, key, _ in now.entries}, now.waiting
     for leaf, key, _ in before:
         gone = (leaf.param, key) not in kept and key not in OPTIONAL
-        if gone and leaf.param.requires_grad and leaf.param in state:
+        if gone and leaf.param not in waiting and leaf.param in state:
             state[leaf.param].pop(outside(key), None)
 
 

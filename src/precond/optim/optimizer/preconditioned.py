@@ -215,10 +215,11 @@ class PreconditionedGD(Saving):
         loss, graph = None, None
         if closure is not None:
             loss, graph = self._gradients(closure)
-            if self._pending is None:
-                self._settle()
         elif self._gradient_based is not None:
             self._check_probed()
+        if self._pending is None:
+            self._follow_gradients()
+            self._settle()
         self._check_company()
         place_gradients(self._bound.sharded)
         before = [] if self._averaged is None else self._averaged.steps()
@@ -235,7 +236,7 @@ class PreconditionedGD(Saving):
                             group.update(settled)
                         self._follow_groups()
             finally:
-                self._model_hooks.again(self._bound.cells)
+                self._model_hooks.again(self.asking)
         return loss
 
     def map(self, params: Iterable[Tensor] | None = None) -> LinearMap:
@@ -259,7 +260,7 @@ class PreconditionedGD(Saving):
         """Which preconditioner acts on which parameter, and which parameters it takes jointly; ``print`` it."""
         self._follow_groups()
         choices = [choice.preconditioner for choice in self._bound.choices]
-        return explain(self._bound.leaves, self._bound.blocks, choices, self._model_hooks.unobserved)
+        return explain(self._bound.leaves, self._bound.blocks, choices, self._model_hooks.unobserved, self.absent)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

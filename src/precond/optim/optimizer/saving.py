@@ -54,7 +54,7 @@ class Saving(Stepping):
         self._follow_replaced()
         with Uninterrupted():
             serialization.load(self, state_dict)
-            self._model_hooks.again(self._bound.cells)
+            self._model_hooks.again(self.asking)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

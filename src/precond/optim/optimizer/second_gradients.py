@@ -164,7 +164,7 @@ class SecondGradients(Capturing):
 
     def _good_inputs(self, point: Point) -> bool:
         """Whether what layers received forbids no step. Where it holds inf or NaN and the gradient does not, statistics alone are left out."""
-        if self._model_hooks.collect(self._bound.cells, self.nonfinite != "propagate"):
+        if self._model_hooks.collect(self.asking, self.nonfinite != "propagate"):
             return True
         if self.nonfinite == "raise" or not self._agreed(vec.all_finite(point.g)):
             return False
@@ -179,6 +179,7 @@ class SecondGradients(Capturing):
         with Uninterrupted():
             place_gradients(self._bound.sharded)
             if self._pending is None:
+                self._follow_gradients()
                 self._settle()
                 with self._own_precision():
                     self._pending = self._first_probe(grad_scale, 0 if recorder is None else recorder.forwards)

@@ -79,11 +79,11 @@ def _in_parts(t: Tensor, leaf: Leaf) -> Tensor:
 def started(state_dict: dict[str, Any], optimizer: Stepping) -> dict[str, Any]:
     """A state dict, where the optimizer's torch twin has it so, without the tensors of parameters that made no step.
 
-    It says which parameters were frozen in the last step: what is frozen decides which others are stepped jointly.
+    It says which parameters were frozen in the last step, or had no gradient: that decides which others are stepped jointly.
     """
     drop = optimizer.naming.only_started
     index = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    frozen = {index[p] for p in optimizer.frozen}
+    frozen, absent = ({index[p] for p in of} for of in (optimizer.frozen, optimizer.absent))
     state = {}
     for key, entries in state_dict["state"].items():
         step = torch.as_tensor(entries.get("step", 0.0))
@@ -92,6 +92,8 @@ def started(state_dict: dict[str, Any], optimizer: Stepping) -> dict[str, Any]:
         state[key] = {**kept, "step": narrow if narrow == step else step}
         if key in frozen:
             state[key][FROZEN] = True
+        if key in absent:
+            state[key][ABSENT] = True
     return {**state_dict, "state": state}
 
 
@@ -137,7 +139,8 @@ def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
     frozen = {p for p in identity if _was_frozen(saved_state, identity[p])} if saved_state else None
     if frozen is not None:
         frozen |= {p for group in groups for p in group["params"] if p not in identity and not p.requires_grad}
-    bound = optimizer.bound_to(new_groups, {}, frozen)
+    absent = frozenset(p for p, key in identity.items() if saved_state.get(key, {}).get(ABSENT, False))
+    bound = optimizer.bound_to(new_groups, {}, frozen, absent)
     known: dict[Tensor, dict[str, Tensor]] = {}
     names = {}
     for leaf, key, tensor in bound.entries:
@@ -158,7 +161,11 @@ def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
     copies: list[tuple[Tensor, Tensor]] = []
     for param, mine in known.items():
         theirs = saved_state.get(identity.get(param), {})
-        theirs = {optimizer.naming.inside(k): v for k, v in theirs.items() if isinstance(v, Tensor | int | float)}
+        theirs = {
+            optimizer.naming.inside(k): v for k, v in theirs.items() if k not in _MARKS and isinstance(v, Tensor | int | float)
+        }
+        if param in bound.waiting:
+            theirs = {key: theirs[key] for key in mine.keys() & theirs.keys()}
         needed = (
             set() if param in of_momentum else {key for key in mine.keys() - OPTIONAL - {"step", "clock"} if not _is_later(key)}
         )
@@ -177,8 +184,9 @@ def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
     optimizer.adopt(bound, defaultdict(dict))
     optimizer._settle()
     for param, key in identity.items():
-        if frozen and param in frozen and key in saved_state:  # its state waits until it is thawed
-            optimizer.state[param] = {k: deepcopy(v) for k, v in saved_state[key].items() if k != FROZEN}
+        if saved_state and param in bound.waiting and key in saved_state:
+            waits = {k: deepcopy(v) for k, v in saved_state[key].items() if k not in _MARKS}
+            optimizer.state[param] = waits | optimizer.state.get(param, {})
     follow(optimizer.state)
     if lost:
         warn(
@@ -270,8 +278,8 @@ def _fit(
     return out
 
 
-FROZEN = "frozen"
-"""What the state of a parameter holds that was frozen when it was saved."""
+FROZEN, ABSENT = _MARKS = "frozen", "absent"
+"""What the state of a parameter holds that was frozen when it was saved, or had no gradient where others of its layer had."""
 
 
 def _is_later(key: str) -> bool:

@@ -63,7 +63,7 @@ class Stepping(SecondGradients):
         on_device = self._skips_on_device()
         if not on_device and getattr(self, "found_inf", None) is not None:
             return False
-        if not self._model_hooks.collect(self._bound.cells, self.nonfinite != "propagate"):
+        if not self._model_hooks.collect(self.asking, self.nonfinite != "propagate"):
             return False
         scale = getattr(self, "grad_scale", None)
         given = unscaled(self._given, scale)
