@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -33,7 +33,6 @@ from precond.optim.optimizer.models import Models, in_place
 from precond.optim.optimizer.naming import Naming
 from precond.optim.optimizer.parameters import to_groups
 from precond.optim.optimizer.probing import Probe
-from precond.optim.ranks.replicas import agreed
 
 
 class Bound(torch.optim.Optimizer):
@@ -130,6 +129,7 @@ class Bound(torch.optim.Optimizer):
             self.naming.cycle(group)
         match "broken" if entries.changed(self.state) else self._bound.follow(self.param_groups, self.naming):
             case "broken":
+                self.restore()
                 with Uninterrupted():
                     before = self._bound
                     given = before.replaced([p for group in self.param_groups for p in group["params"]])
@@ -150,8 +150,8 @@ class Bound(torch.optim.Optimizer):
         self._settle()
 
     def _settle(self) -> None:
-        """Bind anew where members of a stack must part."""
-        if self._bound.divided:
+        """Bind anew where members of a stack must part. What is probed keeps its plan, made of the gradients that were there first."""
+        if self._pending is None and self._bound.divided:
             self._bind()
 
     def _follow_model(self, given: Mapping[Tensor, Tensor]) -> None:
@@ -177,6 +177,8 @@ class Bound(torch.optim.Optimizer):
         if not self._bound.leaves:  # called by torch.optim.Optimizer's constructor, on groups that are parsed already
             super().add_param_group(param_group)
             return
+        if self._pending is not None:
+            raise RuntimeError("add_param_group: a probe is under way; take its step, or give it up by restore(), before")
         modules = self.models.alive()
         known = len(modules)
         (group,) = to_groups([param_group], modules, self.param_groups, self.models)
@@ -196,6 +198,14 @@ class Bound(torch.optim.Optimizer):
         lr = self.param_groups[leaf.group]["lr"]
         scale = self._bound.choices[leaf.group].preconditioner.lr_scale(leaf)
         return lr if scale == 1 else lr * scale
+
+    def restore(self) -> None:
+        """Forget a probe that was not followed by its step (after an exception, say): parameters, gradients, random state."""
+        if self._pending is not None:
+            with Uninterrupted():
+                pending, self._pending = self._pending, None
+                pending.cancel()
+                self._model_hooks.resume()
 
     def _listen(self) -> None:
         """Put the hooks on the model that second passes and input statistics need."""
@@ -279,21 +289,8 @@ class Bound(torch.optim.Optimizer):
         self._model_hooks.close()
 
     @property
-    def _given(self) -> list[Tensor | None]:
-        """What ``.grad`` holds, of each leaf."""
-        return [leaf.param.grad for leaf in self._bound.leaves]
-
-    @property
     def _devices(self) -> set[torch.device]:
         return {leaf.param.device for leaf in self._bound.leaves}
-
-    def _agreed(self, good: bool) -> bool:
-        return agreed(good, self._bound.leaves[0].param.device)
-
-    def _own_precision(self) -> AbstractContextManager[Any]:
-        """No autocast within a step, though the user may have put one around it."""
-        kind = self._bound.leaves[0].param.device.type
-        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
     def _check_training(self, what: str) -> None:
         if self._evaluating:

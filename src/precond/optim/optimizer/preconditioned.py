@@ -197,7 +197,7 @@ class PreconditionedGD(Saving):
             FloatingPointError: for inf or NaN with ``nonfinite="raise"``.
         """
         self._check_training("step")
-        self._consolidated = None
+        self._consolidated, probed = None, self._pending
         self._follow_groups()
         if not self._scaled and getattr(self, "found_inf", None) is not None:
             self._scaled = True
@@ -215,10 +215,9 @@ class PreconditionedGD(Saving):
         loss, graph = None, None
         if closure is not None:
             loss, graph = self._gradients(closure)
-            if self._pending is None:
-                self._settle()
+            self._settle()
         elif self._gradient_based is not None:
-            self._check_probed()
+            self._check_probed(probed)
         self._check_company()
         place_gradients(self._bound.sharded)
         before = [] if self._averaged is None else self._averaged.steps()
