@@ -87,6 +87,49 @@ def test_names_of_groups_that_come_later():
     assert all(torch.equal(a, b) for a, b in zip(snapshot(fresh), snapshot(optimizer), strict=True))
 
 
+def _body_and_two_heads():
+    """Of the groups the second has a name less than the third, whose number is that of a layer of the first."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    return nn.ModuleDict({"body": body, "norm": nn.LayerNorm(4), "head": nn.Linear(4, 4)})
+
+
+def _groups_of(model, named):
+    return [{"params": part.named_parameters() if named else part, "lr": 0.01 * k} for k, part in enumerate(model.values(), 1)]
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["modules", "named parameters"])
+def test_each_parameter_has_a_name_of_its_own(named):
+    """And so its own state: groups whose parameters are called alike have a prefix, which may be taken as well."""
+    model = _body_and_two_heads()
+    optimizer = precond.adamw(_groups_of(model, named))
+    optimizer.add_param_group({"params": [("weight", nn.Parameter(torch.ones(4))), ("3.weight", nn.Parameter(torch.ones(4)))]})
+    names = [n for g in optimizer.param_groups for n in g["param_names"]]
+    assert len(set(names)) == len(names) == 10
+    assert names[:6] == ["0.weight", "0.bias", "2.weight", "2.bias", "weight", "bias"]  # as they were always called
+
+
+@pytest.mark.parametrize("alike", [False, True], ids=["as saved now", "as saved when names were alike"])
+@pytest.mark.parametrize("named", [False, True], ids=["modules", "named parameters"])
+def test_parameters_called_alike_load_the_state_of_each(named, alike):
+    def make():
+        model = _body_and_two_heads()
+        return model, precond.adamw(_groups_of(model, named))
+
+    model, optimizer = make()
+    model["head"](model["norm"](model["body"](torch.randn(8, 4)))).square().mean().backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    if alike:
+        saved["param_groups"][2]["param_names"] = ["2.weight", "2.bias"]
+    other, fresh = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fresh.load_state_dict(saved)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert fresh.state[q]["step"] == 1 and torch.equal(optimizer.state[p]["exp_avg"], fresh.state[q]["exp_avg"])
+
+
 LATER = {
     "parameters": lambda head: head.parameters(),
     "a list": lambda head: [head.weight, head.bias],
@@ -165,6 +208,44 @@ def test_a_module_may_join_parameters_without_names():
     optimizer = precond.adam(list(model.conv.parameters()))
     optimizer.add_param_group({"params": model.head, "lr": 0.5})
     assert "param_names" not in optimizer.param_groups[1] and len(optimizer.state) == 4
+
+
+class _Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.body, self.head = nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.body(self.table(x)).tanh())
+
+
+@pytest.mark.parametrize("recipe", ["adamw", "muon", "whitening", "auto"])
+def test_a_container_made_for_a_group_alone_may_go(recipe):
+    """What is known of its layers stays known where the plan is made anew, and state is loaded."""
+
+    def run(keep):
+        torch.manual_seed(0)
+        model = _Words().double()
+        containers = []
+
+        def make():
+            parts = nn.ModuleList([nn.Sequential(model.table), model.body])
+            containers.extend([parts] * keep)
+            return precond.RECIPES[recipe]([{"params": model.head}, {"params": parts, "lr": 0.01}], lr=0.02)
+
+        optimizer = make()
+        for k in range(4):
+            model.head.bias.requires_grad_(k % 2 == 0)
+            optimizer.zero_grad()
+            model(torch.randint(5, (16,), generator=torch.Generator().manual_seed(k))).cos().mean().backward()
+            optimizer.step()
+            saved = optimizer.state_dict()
+            optimizer = make()
+            optimizer.load_state_dict(saved)
+        return flat(model), [(r.name, r.kind, r.block, r.preconditioner) for r in optimizer.explain().rows]
+
+    (kept, rows), (gone, same) = run(keep=True), run(keep=False)
+    assert rows == same and torch.equal(kept, gone)
 
 
 @each

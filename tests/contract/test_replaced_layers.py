@@ -85,6 +85,48 @@ def test_another_layer_gets_one_warning(recipe, new):
     assert torch.equal(model[2][1].weight, names(optimizer)["2.1.weight"])
 
 
+def _tie(model):
+    model[2].weight = model[0].weight
+
+
+def _tie_to_a_new_one(model):
+    model[0].weight = model[2].weight = nn.Parameter(model[0].weight.detach().clone())
+
+
+def _remove(model):
+    del model[2]  # the layer behind it has its name now
+
+
+@pytest.mark.parametrize(
+    ("change", "gone"),
+    [(_tie, ["2.weight"]), (_tie_to_a_new_one, ["2.weight"]), (_remove, ["2.weight", "2.bias"])],
+    ids=["tied", "tied to a new one", "removed"],
+)
+@pytest.mark.parametrize("recipe", ["adamw", "soap", "whitening", "auto"])
+def test_what_is_stepped_already_takes_no_other_place(recipe, change, gone):
+    """It is stepped once, with its own state, and by all engines alike."""
+    ends = []
+    for engine in ("auto", "loop"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Linear(6, 6)).double()
+        optimizer = RECIPES[recipe](model, lr=0.01, engine=engine)
+        for k in range(4):
+            if k == 2:
+                change(model)
+            with warnings.catch_warnings(record=True) as told:
+                optimizer.zero_grad()
+                model(torch.randn(8, 6, dtype=torch.float64)).square().mean().backward()
+                optimizer.step()
+            assert len(told) == (k == 2) and all(repr(gone[0]) in str(w.message) for w in told)
+        held = [p for g in optimizer.param_groups for p in g["params"]]
+        assert len(set(held)) == len(held) == 6 and set(model.parameters()) < set(held)
+        assert all(optimizer.state[names(optimizer)[name]]["step"] <= 2 for name in gone)
+        # Of auto a bias whose weight has gone, or is another layer's too, is stepped by other statistics, and begins anew.
+        assert all(optimizer.state[p]["step"] == 4 for p in model.parameters() if recipe != "auto" or p.ndim == 2)
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "change",
     [

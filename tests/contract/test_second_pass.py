@@ -299,3 +299,66 @@ def test_one_optimizer_for_a_copied_model():
 
 def test_net_is_what_second_passes_can_spoil():
     assert {type(m) for m in Net().modules()} >= {nn.Dropout, nn.BatchNorm2d}
+
+
+class _Alike(nn.Module):
+    """Two layers of one shape, of which a step may use one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 1)
+
+    def forward(self, x, both):
+        h = self.first(x).tanh()
+        return self.head(self.second(h).tanh() if both else h)
+
+
+@pytest.mark.parametrize("regularizer", [SAM(0.05, space="p"), GradientNorm(1e-2, space="p")], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize("recipe", ["adamw", "muon", "shampoo", "soap"])
+def test_a_layer_whose_cleared_gradient_stays_zero_is_probed_with_those_alike(recipe, regularizer):
+    """``zero_grad(set_to_none=False)`` leaves it zero in the first pass, and ``probe()`` None for the second."""
+    ends = []
+    for engine in ("auto", "loop"):
+        torch.manual_seed(0)
+        model = _Alike().double()
+        optimizer = precond.RECIPES[recipe](model, lr=0.01, regularizers=[regularizer], engine=engine)
+        for both in (True, False, False, True):
+            x = torch.randn(8, 3, dtype=torch.float64)
+            optimizer.zero_grad(set_to_none=False)
+            model(x, both).square().mean().backward()
+            while optimizer.probe():
+                model(x, both).square().mean().backward()
+            optimizer.explain()
+            optimizer.step()
+        steps = torch.tensor([float(s["step"]) for s in optimizer.state.values()], dtype=torch.float64)
+        ends.append(torch.cat([flat(model), steps]))
+    torch.testing.assert_close(*ends, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("at", ["the other point", "the end"])
+def test_what_is_frozen_between_probe_and_step_gives_the_probe_up(at):
+    torch.manual_seed(0)
+    model = _Alike()
+    optimizer = precond.soap(model, regularizers=[SAM(0.05)])
+    x, before = torch.randn(8, 3), flat(model).clone()
+
+    def backward():
+        model(x, True).square().mean().backward()
+
+    backward()
+    assert optimizer.probe()
+    if at == "the end":
+        backward()
+        assert not optimizer.probe()
+    with pytest.raises(RuntimeError, match="a probe is under way"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    model.second.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"changed between probe\(\) and step\(\)"):
+        optimizer.step()
+    assert torch.equal(flat(model), before) and not optimizer.probing
+    optimizer.zero_grad()
+    backward()
+    while optimizer.probe():
+        backward()
+    optimizer.step()
+    assert not torch.equal(flat(model), before)

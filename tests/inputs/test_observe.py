@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import precond
 from inputs.layers import data
 from precond.optim.inputs import Request, observe
 
@@ -52,6 +53,44 @@ LAYERS = {
     "conv": (lambda: nn.Conv2d(4, 6, 2, stride=2, padding=1), (3, 4, 5, 5), lambda x: patches(x, 2, stride=2, padding=1)),
     "conv, groups": (lambda: nn.Conv2d(4, 6, 2, groups=2), (3, 4, 5, 5), lambda x: patches(x, 2, groups=2)),
 }
+
+
+class HasModule(nn.Module):
+    """No wrapper, though it has a part of that name, in which a layer is called as one beside it."""
+
+    def __init__(self, part="module"):
+        super().__init__()
+        self.part, self.fc = part, nn.Linear(3, 2).double()
+        self.add_module(part, nn.ModuleDict({"fc": nn.Linear(4, 3).double()}))
+
+    def forward(self, x):
+        return self.fc(self.get_submodule(self.part)["fc"](x).tanh())
+
+
+def test_layers_that_are_called_alike_but_for_a_prefix_are_told_apart():
+    model, x = HasModule(), data(5, 4)
+    with observe(model, Request("moments")) as observation:
+        model(x)
+        found = {inputs.name: inputs.mean for inputs in observation}
+    close(found["module.fc.weight"], x.mean(0)[None])
+    close(found["fc.weight"], model.module["fc"](x).tanh().mean(0)[None])
+
+
+@pytest.mark.parametrize("recipe", ["bnp", "whitening", "auto"])
+def test_they_are_stepped_as_under_other_names(recipe):
+    ends = []
+    for part in ("module", "other"):
+        torch.manual_seed(0)
+        model = HasModule(part)
+        for p in sorted(model.parameters(), key=lambda p: p.shape):
+            nn.init.normal_(p)
+        optimizer = precond.RECIPES[recipe](model, lr=0.1)
+        for k in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(8, 4, generator=torch.Generator().manual_seed(k)).double()).square().mean().backward()
+            optimizer.step()
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*ends)
 
 
 @pytest.mark.parametrize("name", LAYERS)

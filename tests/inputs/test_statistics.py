@@ -155,6 +155,20 @@ def test_dead_inputs_are_left_alone(bias, damping, decay):
     assert (before[:, 0] - model.weight[:, 0]).abs().min() > 1e-6
 
 
+@pytest.mark.parametrize("size", [1e-19, 3e-20, 1e-20, 1e-22, 1e-23])
+@pytest.mark.parametrize("recipe", ["bnp", "whitening", "auto"])
+def test_inputs_whose_squares_are_denormal_take_finite_steps(recipe, size):
+    """1/σ² is no number of float32 from σ = 5e-20 on."""
+    model = nn.Linear(6, 2)
+    optimizer = precond.RECIPES[recipe](model)
+    for k in range(3):
+        optimizer.zero_grad()
+        x = torch.randn(10, 6, generator=torch.Generator().manual_seed(k))
+        (model(x * size) - 1).square().mean().backward()
+        optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_constant_inputs_take_bounded_steps():
     """An input that never varies has no variance; damping by its square bounds its step, and the bias learns its part."""
     model = nn.Linear(2, 1).double()

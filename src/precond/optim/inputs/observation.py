@@ -15,7 +15,7 @@ from precond.algebra.sharding import Shard, local
 from precond.optim.inputs.hooks import remove
 from precond.optim.inputs.moments import Kind, Moments, Request, outer
 from precond.optim.inputs.observer import Observer
-from precond.optim.inputs.paths import unwrapped_name
+from precond.optim.inputs.paths import unwrapped_layers
 from precond.optim.inputs.sites import Site, survey
 from precond.optim.inputs.sync import check_alike, synchronized
 from precond.optim.ranks.replicas import distributed
@@ -134,7 +134,7 @@ class Observation:
     """
 
     def __init__(self, model: nn.Module, requests: tuple[Request, ...], params: tuple[Tensor, ...] | None, synchronize: bool):
-        found = survey((unwrapped_name(path), module) for path, module in model.named_modules())
+        found = survey(unwrapped_layers(list(model.named_modules())))
         wanted = None if params is None else {id(p) for p in params}
         sites = [s for s in found.sites if wanted is None or id(s.weight) in wanted]
         self.requests = requests

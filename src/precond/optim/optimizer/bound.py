@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -29,7 +29,6 @@ from precond.optim.optimizer.models import Models
 from precond.optim.optimizer.naming import Naming
 from precond.optim.optimizer.planning import Setup, asleep, bind
 from precond.optim.optimizer.probing import Probe
-from precond.optim.ranks.replicas import agreed
 
 
 class Bound(torch.optim.Optimizer):
@@ -199,21 +198,8 @@ class Bound(torch.optim.Optimizer):
         self._model_hooks.close()
 
     @property
-    def _given(self) -> list[Tensor | None]:
-        """What ``.grad`` holds, of each leaf."""
-        return [leaf.param.grad for leaf in self._bound.leaves]
-
-    @property
     def _devices(self) -> set[torch.device]:
         return {leaf.param.device for leaf in self._bound.leaves}
-
-    def _agreed(self, good: bool) -> bool:
-        return agreed(good, self._bound.leaves[0].param.device)
-
-    def _own_precision(self) -> AbstractContextManager[Any]:
-        """No autocast within a step, though the user may have put one around it."""
-        kind = self._bound.leaves[0].param.device.type
-        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
     def _check_training(self, what: str) -> None:
         if self._evaluating:

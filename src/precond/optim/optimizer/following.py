@@ -29,6 +29,7 @@ class Following(Bound):
             self.naming.cycle(group)
         match "broken" if entries.changed(self.state) else self._bound.follow(self.param_groups, self.naming):
             case "broken":
+                self.restore()
                 with Uninterrupted():
                     before = self._bound
                     given = before.replaced([p for group in self.param_groups for p in group["params"]])
@@ -49,8 +50,8 @@ class Following(Bound):
         self._settle()
 
     def _settle(self) -> None:
-        """Bind anew where members of a stack must part."""
-        if self._bound.divided:
+        """Bind anew where members of a stack must part. What is probed keeps its plan, made of the gradients that were there first."""
+        if self._pending is None and self._bound.divided:
             self._bind()
 
     def _follow_model(self, given: Mapping[Tensor, Tensor]) -> None:
@@ -93,6 +94,8 @@ class Following(Bound):
         if not self._bound.leaves:  # called by torch.optim.Optimizer's constructor, on groups that are parsed already
             super().add_param_group(param_group)
             return
+        if self._pending is not None:
+            raise RuntimeError("add_param_group: a probe is under way; take its step, or give it up by restore(), before")
         modules = self.models.alive()
         known = len(modules)
         (group,) = to_groups([param_group], modules, self.param_groups, self.models)
@@ -107,6 +110,14 @@ class Following(Bound):
         self.models.add(modules[known:])
         self._bind()
         self._listen()
+
+    def restore(self) -> None:
+        """Forget a probe that was not followed by its step (after an exception, say): parameters, gradients, random state."""
+        if self._pending is not None:
+            with Uninterrupted():
+                pending, self._pending = self._pending, None
+                pending.cancel()
+                self._model_hooks.resume()
 
     def _listen(self) -> None:
         """Put the hooks on the model that second passes and input statistics need."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,7 +15,7 @@ from precond.optim.blocks import Leaf, with_scores
 from precond.optim.blocks.turns import turns
 from precond.optim.inputs import Site, Survey, survey
 from precond.optim.inputs.kinds import inputs_first
-from precond.optim.inputs.paths import unwrapped_name
+from precond.optim.inputs.paths import unwrapped_layers, unwrapped_name
 from precond.optim.inputs.roles import kind_of
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -30,65 +30,80 @@ def in_place(leaf: Leaf) -> bool:
     return leaf.module is None or leaf.module._parameters.get(leaf.attribute) is leaf.param or leaf.shard is not None
 
 
+def _below(above: str, path: str) -> str:
+    return f"{above}.{path}".strip(".")
+
+
 class Models:
-    """Which module owns a parameter, for the modules that were given; holds them weakly."""
+    """Which module owns a parameter, for the modules that were given; holds them weakly.
+
+    Of one that has gone, a container made to name a group say, what it held is known as long as the model has it.
+    """
 
     def __init__(self, modules: Iterable[nn.Module] = (), known: Iterable[Leaf] = ()):
-        self.modules: list[weakref.ref[nn.Module]] = [weakref.ref(m) for m in modules]
+        self._given: list[
+            weakref.WeakKeyDictionary[nn.Module, str]
+        ] = []  # of each: itself and what it holds, with their paths in it
+        self.add(modules)
         # What is known of parameters whose module is not known any more.
         self._known = {leaf.param: (leaf.layer, leaf.kind, leaf.inputs_first) for leaf in known}
         # Whose place another layer, or none, has taken: told once.
         self.lost: set[Tensor] = set()
-        self._survey: Survey | None = None
         self._paths: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], str]] = weakref.WeakKeyDictionary()
 
     def add(self, modules: Iterable[nn.Module]) -> None:
         """Know further modules."""
-        self.modules += [weakref.ref(m) for m in modules]
-        self._survey = None
+        self._given += [weakref.WeakKeyDictionary({m: path for path, m in root.named_modules()}) for root in modules]
+        self._survey: Survey | None = None
 
     def moved(self, leaves: Iterable[Leaf]) -> dict[Tensor, Tensor]:
         """Parameter → the one that now stands where it stood, of the leaves that their modules do not hold any more.
 
         ``to_empty`` and ``load_state_dict(assign=True)`` replace parameters; parametrizations move them, or make others of them. A user may
-        put another layer in the place of one.
+        put another layer in the place of one. What is stepped already, tied since or moved there, takes no other's place.
 
         Raises:
             RuntimeError: where a parameter has gone, or what stands in its module is another thing.
 
         Warns:
-            UserWarning: where another layer, or none, is in the place of one, and has no such parameter.
+            UserWarning: where another layer, or none, is in the place of one, and has no such parameter, or one that is stepped already.
         """
         self._survey = None
         leaves = list(leaves)
-        out, lost = self._of_other_layers(leaves)
-        gone = [leaf for leaf in leaves if not in_place(leaf) and leaf.param not in out and leaf.name not in lost]
+        taken = {leaf.param for leaf in leaves}
+        out, lost = self._of_other_layers(leaves, taken)
+        gone = [leaf for leaf in leaves if not in_place(leaf) and leaf.param not in out and leaf not in lost]
         held = {p for m in self.alive() for p in m.parameters()} if gone else set()
         for leaf in gone:
             if leaf.param in held:
                 continue  # moved within the model, as by a parametrization of one tensor
             assert leaf.module is not None
             new = leaf.module._parameters.get(leaf.attribute)
+            if new in taken:
+                lost.append(leaf)
+                continue
             if new is None or new.shape != leaf.shape or Shard.of(new) is not None:
                 raise RuntimeError(
                     f"{leaf.name!r} is no parameter of the model any more, which was changed (weight_norm, a parametrization, "
                     "fully_shard, another layer) after the optimizer was made: make the optimizer after such changes"
                 )
             out[leaf.param] = new
-        self.lost.update(leaf.param for leaf in leaves if leaf.name in lost)
+            taken.add(new)
+        self.lost.update(leaf.param for leaf in lost)
         if lost:
             are = "is no longer the parameter" if len(lost) == 1 else "are no longer the parameters"
             warn(
-                f"{', '.join(map(repr, lost))} of the model {are} that the optimizer steps: another layer, or none, was put "
-                "there, and what it holds is not trained; make the optimizer after such changes, or give it the new parameters "
-                "by add_param_group"
+                f"{', '.join(repr(leaf.name) for leaf in lost)} of the model {are} that the optimizer steps: another layer or parameter, "
+                "or none, was put there, and of what it holds only that is trained which the optimizer has already; make the optimizer "
+                "after such changes, or give it the new parameters by add_param_group"
             )
         return out
 
-    def _of_other_layers(self, leaves: Iterable[Leaf]) -> tuple[dict[Tensor, Tensor], list[str]]:
-        """Of the leaves whose modules are in their models no more: parameter → the one of the module in that place; the names without one."""
+    def _of_other_layers(self, leaves: Iterable[Leaf], taken: set[Tensor]) -> tuple[dict[Tensor, Tensor], list[Leaf]]:
+        """Of the leaves whose modules are in their models no more: parameter → the one of the module in that place, which joins those that
+        are taken; the leaves without one."""
         out: dict[Tensor, Tensor] = {}
-        lost: list[str] = []
+        lost: list[Leaf] = []
         held = {root: set(root.modules()) for root in self.alive()}
         for leaf in leaves:
             ref, path = self._paths.get(leaf.module, (None, "")) if leaf.module is not None else (None, "")
@@ -100,10 +115,11 @@ class Models:
                 new = root.get_submodule(path)._parameters.get(leaf.attribute)
             if new is leaf.param or any(leaf.param is p for p in root.parameters()):
                 continue  # the other layer has it
-            if new is None or new.shape != leaf.shape or Shard.of(new) is not None:
-                lost.append(leaf.name)
+            if new is None or new in taken or new.shape != leaf.shape or Shard.of(new) is not None:
+                lost.append(leaf)
             else:
                 out[leaf.param] = new
+                taken.add(new)
         return out, lost
 
     def locations(self, leaves: Iterable[Leaf]) -> list[Location]:
@@ -132,20 +148,39 @@ class Models:
     @property
     def names(self) -> bool:
         """Whether names of parameters are a model's, not a user's."""
-        return bool(self.modules or self._known)
+        return bool(self._given or self._known)
 
     def called(self) -> dict[Tensor, str]:
         """Parameter → its name in the first of the modules that has it."""
         parts = self._parts()
         out: dict[Tensor, str] = {}
-        for root in self.alive():
+        for _, above, root in self._roots():
             for name, there in root.named_parameters():
-                out.setdefault(parts.get(there, there), unwrapped_name(name))
+                out.setdefault(parts.get(there, there), unwrapped_name(_below(above, name)))
         return out
 
     def alive(self) -> list[nn.Module]:
-        """The modules that still exist."""
-        return [m for ref in self.modules if (m := ref()) is not None]
+        """The modules that still exist; in the place of one that does not what it held."""
+        return [root for _, _, root in self._roots()]
+
+    def _roots(self) -> Iterator[tuple[int, str, nn.Module]]:
+        """Those, each with the number of the module that was given and the path in that."""
+        for number, given in enumerate(self._given):
+            above = None
+            for module, path in given.items():
+                if above is None or not path.startswith(above):
+                    yield number, path, module
+                    above = path and f"{path}."
+                if not path:
+                    break
+
+    def _named(self) -> Iterator[tuple[str, nn.Module, nn.Module, str]]:
+        """All modules, each with its name, what still exists of the module that was given and holds it, and its path in that."""
+        for number, above, root in self._roots():
+            prefix, there = f"{number}:" if number else "", list(root.named_modules())
+            names = unwrapped_layers([(_below(above, path), module) for path, module in there])
+            for (name, module), (path, _) in zip(names, there, strict=True):
+                yield prefix + name, module, root, path
 
     def replicas(self) -> dict[Tensor, Any]:
         """Of the parameters that DistributedDataParallel keeps alike, the group of processes that hold copies."""
@@ -161,12 +196,7 @@ class Models:
     def survey(self) -> Survey:
         """Where the inputs of the modules' layers can be observed; made once."""
         if self._survey is None:
-            roots = enumerate(self.alive())
-            self._survey = survey(
-                (f"{number}:{unwrapped_name(path)}" if number else unwrapped_name(path), module)
-                for number, root in roots
-                for path, module in root.named_modules()
-            ).of(self._parts())
+            self._survey = survey((name, module) for name, module, _, _ in self._named()).of(self._parts())
         return self._survey
 
     def _parts(self) -> dict[Tensor, Tensor]:
@@ -178,15 +208,12 @@ class Models:
         owner: dict[Tensor, tuple[str, nn.Module, str]] = {}
         shared: set[Tensor] = set()
         parts = self._parts()
-        for number, root in enumerate(self.alive()):
-            prefix = f"{number}:" if number else ""
-            for path, module in root.named_modules():
-                self._paths[module] = weakref.ref(root), path
-                for attribute, there in module.named_parameters(recurse=False):
-                    param = parts.get(there, there)
-                    found = owner.setdefault(param, (prefix + unwrapped_name(path), module, attribute))
-                    if found[1] is not module:
-                        shared.add(param)
+        for called, holder, root, place in self._named():
+            self._paths[holder] = weakref.ref(root), place
+            for its_name, there in holder.named_parameters(recurse=False):
+                own = parts.get(there, there)
+                if owner.setdefault(own, (called, holder, its_name))[1] is not holder:
+                    shared.add(own)
         sites: dict[Tensor, list[Site]] = {}
         for site in self.survey().sites if observed else ():
             for param in (site.weight, site.bias):
@@ -203,7 +230,9 @@ class Models:
                 layer = path if path is not None else name.rpartition(".")[0] or name
                 kind = kind_of(attribute or name, param, module)
                 turned = module is not None and inputs_first(module, param)
-                if module is None and param in self._known:
+                if param in self.lost:
+                    layer = name  # that of what was around it has another parameter now
+                elif module is None and param in self._known:
                     layer, kind, turned = self._known[param]
                 seen = tuple(sites.get(param, ()))
                 more = next(turn), replicas.get(param), param in shared

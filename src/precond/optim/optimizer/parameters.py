@@ -78,8 +78,8 @@ def to_groups(
         pairs = []
         for i, (name, param) in enumerate(group["params"]):
             name = name or f"param_{i}"
-            if name in names:
-                name = f"{k}.{name}"  # two submodules given as groups may use one name
+            while name in names:
+                name = f"{k}.{name}"  # two submodules given as groups may use one name, and a third one that with a prefix
             names.add(name)
             pairs.append((name, param))
         group["params"] = pairs if named else [p for _, p in pairs]

@@ -197,7 +197,7 @@ class PreconditionedGD(Saving):
             FloatingPointError: for inf or NaN with ``nonfinite="raise"``.
         """
         self._check_training("step")
-        self._consolidated = None
+        self._consolidated, probed = None, self._pending
         self._follow_groups()
         if not self._scaled and getattr(self, "found_inf", None) is not None:
             self._scaled = True
@@ -216,7 +216,7 @@ class PreconditionedGD(Saving):
         if closure is not None:
             loss, graph = self._gradients(closure)
         elif self._gradient_based is not None:
-            self._check_probed()
+            self._check_probed(probed)
         if self._pending is None:
             self._follow_gradients()
             self._settle()

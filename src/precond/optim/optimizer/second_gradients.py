@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from precond.optim.optimizer.graphs import out_of_graphs
 from precond.optim.optimizer.interrupts import Uninterrupted
 from precond.optim.optimizer.passes import Random, Recorder, random_state, restore_random_state
 from precond.optim.optimizer.probing import Probe, place_gradients, take_gradients, unscaled
-from precond.optim.ranks.replicas import averaged, check_joined, meet, started
+from precond.optim.ranks.replicas import agreed, averaged, check_joined, meet, started
 
 _WITHOUT_DATA = (
     "A rank that has no data in a step goes forward and backward on an empty batch, x[:0], with a loss that is a sum"
@@ -80,14 +80,6 @@ class SecondGradients(Capturing):
         if self._pending is None:
             self._follow_groups()
         return self._next_probe(grad_scale, self._model_hooks.recorder)
-
-    def restore(self) -> None:
-        """Forget a probe that was not followed by its step (after an exception, say): parameters, gradients, random state."""
-        if self._pending is not None:
-            with Uninterrupted():
-                pending, self._pending = self._pending, None
-                pending.cancel()
-                self._model_hooks.resume()
 
     def _gradients(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
         """The clean pass, and the probes with the random state forked around them; the loss and the gradient's graph."""
@@ -246,13 +238,19 @@ class SecondGradients(Capturing):
     def _regularizer_name(self) -> str:
         return type(self._bound.choices[0].regularizers[self._gradient_based or 0]).__name__
 
-    def _check_probed(self) -> None:
+    def _check_probed(self, before: Probe | None = None) -> None:
+        """Raise where the second gradient is missing; ``before``: the probe there was when the step began."""
         pending = self._pending
         if pending is not None and pending.moved and self._next_probe(None, self._model_hooks.recorder):
             self.restore()
             raise RuntimeError(f"{self._regularizer_name} wants another gradient: call probe() until it returns False")
         if pending is not None:
             self._held(lambda it: it.check_left(self._clearings.count))
+        if pending is None and before is not None:
+            raise RuntimeError(
+                "step: parameters or groups were changed between probe() and step() (frozen, thawed, converted, replaced, given other "
+                "options): the probe is given up, parameters are where they were; change them before backward(), or after step()"
+            )
         if pending is None and any(leaf.param.grad is not None for leaf in self._bound.leaves):
             how = (
                 "pass a closure to step(), or call `while opt.probe(): loss_fn(...).backward()` between backward() and step()"
@@ -260,6 +258,19 @@ class SecondGradients(Capturing):
                 else "call step(LossClosure(f)), f returning the loss without backward()"
             )
             raise RuntimeError(f"{self._regularizer_name} needs a second gradient: {how}")
+
+    @property
+    def _given(self) -> list[Tensor | None]:
+        """What ``.grad`` holds, of each leaf."""
+        return [leaf.param.grad for leaf in self._bound.leaves]
+
+    def _agreed(self, good: bool) -> bool:
+        return agreed(good, self._bound.leaves[0].param.device)
+
+    def _own_precision(self) -> AbstractContextManager[Any]:
+        """No autocast within a step, though the user may have put one around it."""
+        kind = self._bound.leaves[0].param.device.type
+        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
     def _point(self, gradients: Sequence[Tensor | None], cells: Sequence[Cell] | None = None) -> Point:
         cells = self._bound.cells if cells is None else cells

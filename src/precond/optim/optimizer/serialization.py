@@ -215,10 +215,9 @@ def _was_called(k: int, before: str, now: str) -> bool:
 
 
 def _match(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, Any]:
-    """Which saved state belongs to which parameter: by name where both sides know names, else by position."""
-    if all("param_names" in g for g in [*groups, *saved_groups]):
-        saved = {n: i for g in saved_groups for n, i in zip(g["param_names"], g["params"], strict=True)}
-        ours = {n: p for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+    """Which saved state belongs to which parameter: by name where both sides know names that tell parameters apart, else by position."""
+    saved, ours = _by_name(saved_groups), _by_name(groups)
+    if saved is not None and ours is not None:
         for k, (g, s) in enumerate(zip(groups, saved_groups, strict=True)):
             for now, before in zip(g["param_names"], s["param_names"], strict=False):
                 if now not in saved and before not in ours and _was_called(k, before, now):
@@ -237,6 +236,15 @@ def _match(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[s
                 f"{len(g['params'])}; pass the model (or named parameters) on both sides to load by name"
             )
     return {p: i for g, s in zip(groups, saved_groups, strict=True) for p, i in zip(g["params"], s["params"], strict=True)}
+
+
+def _by_name(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What groups hold, by name; None where they lack names, or two have one, as in torch's groups of two models."""
+    if not all("param_names" in g for g in groups):
+        return None
+    pairs = [pair for g in groups for pair in zip(g["param_names"], g["params"], strict=True)]
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else None
 
 
 def _fit(

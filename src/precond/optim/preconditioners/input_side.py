@@ -104,9 +104,9 @@ class InputSide(Stacked):
             mean, variance = torch.where(centered > 0, mean, 0), torch.where(centered > 0, variance, square)
         elif not centered:
             mean, variance = torch.zeros_like(mean), square
-        std = self.damping_of(square, mine).add_(variance).sqrt_()
-        # An input that was always zero has no scale, and its weight has had no gradient.
-        return mean, std.masked_fill_(std == 0, 1.0)
+        damped = self.damping_of(square, mine).add_(variance)
+        # An input that was always zero has no scale, and its weight has had no gradient; nor has one whose 1/σ² is no number of the dtype.
+        return mean, damped.masked_fill_(damped <= 1 / torch.finfo(damped.dtype).max, 1.0).sqrt_()
 
     def part_map(self, part: LayerPart, state: State, like: Vec, layout: Layout) -> LinearMap:
         """P on (weight, bias) or (weight,) of a stack."""

@@ -129,10 +129,7 @@ class LargeStep(PolarStep[_Outer, _Average, _Tangent]):
         return replace(m, X=Z[:, :n].contiguous(), bias=None if m.bias is None else Z[:, n].contiguous()), float(size)
 
     def _gram(self, P1: _Outer | None, m: _Average) -> Tensor:
-        """Of Z = [XR, m_b]: ZZᵀ, or ZᵀZ of a tall layer.
-
-        XR may be of 16 bits, its products never are: rounded to these a ZZᵀ of one large eigenvalue has others below −ελ₁.
-        """
+        """Of Z = [XR, m_b]: ZZᵀ, or ZᵀZ of a tall layer; never of 16 bits, in which that of one direction has eigenvalues below −ελ₁."""
         Z, bias = m.X, m.bias
         if P1 is not None and (R := P1.narrow if m.wide else P1.R) is not None:
             A, B = (m.A, m.B) if m.wide else (torch.empty_like(Z), torch.empty_like(Z))
