@@ -18,7 +18,7 @@ MAKERS = {**precond.RECIPES, "SAM": lambda m: precond.adamw(m, regularizers=[pre
 
 def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for t in steps:
-        x = X[t % 4 * 16 :][:16]
+        x = X[t % 4 * 16 :][:16].to(next(model.parameters()).dtype)
 
         def loss(x=x):
             optimizer.zero_grad()
@@ -82,7 +82,8 @@ def test_what_is_reset_starts_anew(name, reset):
 def test_what_is_put_there_is_gone_on_from_and_saved(name, key):
     """As torch's optimizer of that name does."""
     options = {"momentum": 0.9} if name == "sgd" else {}
-    model, twin = fresh(), fresh()
+    # From a momentum of 2 numbers go far, and float32 shows in what order they were added.
+    model, twin = fresh().double(), fresh().double()
     ours = precond.RECIPES[name](model, lr=0.1, **options)
     kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}[name]
     theirs = kind(twin.parameters(), lr=0.1, **options)

@@ -64,7 +64,8 @@ def from_owners(wanted: Sequence[tuple[Leaf, Owned, Tensor]]) -> Iterator[tuple[
             torch.cat([wanted[i][2].reshape(-1).to(device) for i in index], out=flat)
         collectives.broadcast(flat, owner, "the state that it owns", pieces.group)
         for i, found in zip(index, flat.split(sizes), strict=True):
-            yield i, found.view(wanted[i][1].like.shape).to(wanted[i][2].device)
+            # Each in memory of its own: products of matrices that begin elsewhere than memory is handed out differ in the last bit.
+            yield i, found.view(wanted[i][1].like.shape).to(wanted[i][2].device, copy=True)
 
 
 def owned_statistics(cells: Iterable[Cell]) -> dict[Key, tuple[dist.ProcessGroup, Layer]]:

@@ -118,15 +118,15 @@ class Bundle:
         every = {r: (mean.view(groups, n), spread, absolute.view(groups, n)) for r, (mean, spread, absolute) in found}
         own = [m for i in self.index if (m := mine[i]) is not None] if me in self.rows else []
         if own:
-            spreads = [m.rows if isinstance(m, OfRows) else m.spread for m in own]
-            every[me] = (_one([m.mean for m in own]), _one(spreads), _one([m.absolute for m in own]))
+            every[me] = (_one([m.mean for m in own]), _one([_spread(m) for m in own]), _one([m.absolute for m in own]))
         ranks = [r for r, _ in self.told]
-        return self._of_all([every[r] for r in ranks], [self.rows[r] for r in ranks], ranks.index(me) if own else None)
+        return self._of_all([every[r] for r in ranks], [self.rows[r] for r in ranks])
 
-    def _of_all(self, every: Sequence[Parts], rows: Sequence[int], own: int | None) -> Iterable[Moments]:
+    def _of_all(self, every: Sequence[Parts], rows: Sequence[int]) -> Iterable[Moments]:
         """The same about the common mean, in the parts' own precision: no difference of large numbers.
 
-        Rows are put one after the other, for one product or to be folded in where they are; triangles are added as they came.
+        Rows are put one after the other, for one product or to be folded in where they are; triangles are added as they came. All in the order
+        of ranks, so that whoever owns the layer finds the same bits.
         """
         total = self._counts.sum(0)
         share = (self._counts / total.clamp_min(1)).to(every[0][0])[..., None]  # (ranks, groups, 1)
@@ -141,7 +141,7 @@ class Bundle:
         elif all(rows) and sum(rows) <= self.layer.features:
             make, spread = OfRows, _about(away, spreads)
         else:
-            spread = _covariance(share, away, spreads, rows, own, total.to(mean))
+            spread = _covariance(share, away, spreads, rows, total.to(mean))
         parts = (total.to(mean.dtype), mean, spread, absolute)
         each = zip(*(t.split(self.layer.groups) for t in parts), strict=True)
         return [make(*of, torch.tensor(x, dtype=mean.dtype)) for of, x in zip(each, self._examples, strict=True)]
@@ -262,23 +262,17 @@ def _about(away: Tensor, rows: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def _covariance(
-    share: Tensor, away: Tensor, spreads: Sequence[Tensor], rows: Sequence[int], own: int | None, total: Tensor
-) -> Tensor:
-    """Σ share·(spread + away awayᵀ) of ranks, of which each has sent rows or a triangle; one's ``own`` may be the matrix itself."""
+def _covariance(share: Tensor, away: Tensor, spreads: Sequence[Tensor], rows: Sequence[int], total: Tensor) -> Tensor:
+    """Σ share·(spread + away awayᵀ) of ranks, of which each has sent rows or a triangle."""
     _, groups, n = away.shape
     spread = away.new_zeros(groups, n, n)
-    triangles = [k for k, of in enumerate(rows) if not of and k != own]
-    if triangles:
+    if triangles := [k for k, of in enumerate(rows) if not of]:
         one, *others = triangles
         flat = spreads[one].view(groups, -1) * share[one]
         for k in others:
             flat.addcmul_(spreads[k].view(groups, -1), share[k])
         spread = unpack(flat, n)
-    if own is not None and not rows[own]:
-        spread.addcmul_(spreads[own], share[own, ..., None])
-    if whole := [k for k, of in enumerate(rows) if not of]:
-        spread.baddbmm_((share[whole] * away[whole]).permute(1, 2, 0), away[whole].transpose(0, 1))
+        spread.baddbmm_((share[triangles] * away[triangles]).permute(1, 2, 0), away[triangles].transpose(0, 1))
     if few := [k for k, of in enumerate(rows) if of]:
         D = _about(away[few], [spreads[k] for k in few])
         spread.baddbmm_(D.mT, D / total.clamp_min(1)[:, None, None])

@@ -25,6 +25,7 @@ def unwrapped_layers(modules: Sequence[tuple[str, nn.Module]]) -> list[tuple[str
     """Modules by their names without such prefixes; of those that hold parameters each has a name of its own, and the prefix where it must.
 
     Example:
+        >>> import torch
         >>> own = torch.nn.ModuleDict({"module": torch.nn.ModuleDict({"head": torch.nn.Linear(1, 1)}), "head": torch.nn.Linear(1, 1)})
         >>> [name for name, _ in unwrapped_layers(list(own.named_modules()))]
         ['', 'module', 'module.head', 'head']
