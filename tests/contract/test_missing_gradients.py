@@ -230,31 +230,58 @@ def _saved(model: nn.Module, optimizer: PreconditionedGD, make: Callable[..., Pr
 
 
 @pytest.mark.parametrize("resumed", [_saved, _copied, _pickled])
-@pytest.mark.parametrize("average", [None, EMA(0.5)], ids=["", "average"])
+@pytest.mark.parametrize("more", [{}, {"average": EMA(0.5)}, {"regularizers": [precond.SAM(0.05)]}], ids=["", "average", "SAM"])
 @pytest.mark.parametrize("lacking", ["0.weight", "0.bias"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_resumed_in_between(recipe: str, lacking: str, average: Any, resumed: Callable[..., Any]) -> None:
-    """Bit for bit as if never stopped, right after a gap and within one."""
+def test_resumed_in_between(recipe: str, lacking: str, more: dict[str, Any], resumed: Callable[..., Any]) -> None:
+    """Bit for bit as if never stopped, right after a gap and within one; norms are of the parts in the same order."""
 
     def run(when: int | None) -> tuple[Any, Any]:
         torch.manual_seed(0)
-        make = lambda m: RECIPES[recipe](m, average=average)  # noqa: E731
+        make = lambda m: RECIPES[recipe](m, **more)  # noqa: E731
         model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
         optimizer = make(model)
         for t in range(8):
             if t == when:
                 model, optimizer = resumed(model, optimizer, make)
             x = torch.randn(8, 5, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            if t in (2, 3, 5):
-                model.get_parameter(lacking).grad = None
-            optimizer.step()
+            _probed(model, optimizer, x, model.get_parameter(lacking), t in (2, 3, 5))
         return [p.detach() for p in model.parameters()], optimizer.state_dict()["state"]
 
     never = run(None)
     for when in (3, 4, 6):
         same(run(when), never)
+
+
+@pytest.mark.parametrize("how", ["frozen", "no gradient"])
+@pytest.mark.parametrize("order", [("weight", "bias"), ("bias", "weight")], ids=str)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_one_plan_kept_is_gone_when_another_takes_over(recipe: str, order: tuple[str, ...], how: str) -> None:
+    """Of a weight and its bias first one is stepped alone, then the other, then both: what is saved is loaded, and is what both keep."""
+
+    def fresh() -> tuple[nn.Module, PreconditionedGD]:
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 3).double()
+        return layer, RECIPES[recipe](layer)
+
+    def step(layer: nn.Module, optimizer: PreconditionedGD, left_out: str | None) -> None:
+        for name, p in layer.named_parameters():
+            p.requires_grad_(how != "frozen" or name != left_out)
+        optimizer.zero_grad()
+        layer(torch.randn(8, 4).double()).square().mean().backward()
+        if left_out is not None:
+            layer.get_parameter(left_out).grad = None
+        optimizer.step()
+
+    layer, optimizer = fresh()
+    for left_out in (*order, None):
+        step(layer, optimizer, left_out)
+    _, other = fresh()
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    untroubled, always = fresh()
+    step(untroubled, always, None)
+    keys = [[set(entries) for entries in o.state_dict()["state"].values()] for o in (optimizer, other, always)]
+    assert keys[0] == keys[1] == keys[2]
 
 
 def _linear(**more: Any) -> tuple[nn.Linear, PreconditionedGD]:

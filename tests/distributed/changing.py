@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from distributed.training import full
-from precond import RMS, Auto, PreconditionedGD, auto, bnp, muon, soap, whitening
+from precond import RMS, SAM, Auto, PreconditionedGD, auto, bnp, muon, soap, whitening
 from precond.algebra.sharding import copy_
 from precond.optim.optimizer.parameters import ModuleGroups
 
@@ -72,6 +72,22 @@ def trained(recipe: str, wrap: str, change: str) -> list[Tensor]:
         (world * model(mine).square().sum() / sum(sizes)).backward()
         optimizer.step()
     return [p.full_tensor().detach() if isinstance(p, DTensor) else p.detach().clone() for p in plain.parameters()]
+
+
+def probed(recipe: str, wrap: str) -> list[Tensor]:
+    """The parameters after steps with SAM, of which a bias has missed the first."""
+    plain, model = _net(wrap)
+    optimizer = RECIPES[recipe](model, regularizers=[SAM(0.05)])
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for k in range(3):
+        plain[1].bias.requires_grad_(k > 0)
+        x = torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(k), dtype=torch.float64).chunk(world)[rank]
+        optimizer.zero_grad()
+        model(x).square().sum(1).mean().backward()
+        while optimizer.probe():
+            model(x).square().sum(1).mean().backward()
+        optimizer.step()
+    return [full(p) for p in plain.parameters()]
 
 
 OTHERS = RECIPES | {

@@ -14,6 +14,12 @@ def _pool(factory: pytest.TempPathFactory, world: int) -> Iterator[Pool]:
 
 
 @pytest.fixture(scope="session")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    """One rank."""
+    yield from _pool(tmp_path_factory, 1)
+
+
+@pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
     """Two ranks."""
     yield from _pool(tmp_path_factory, 2)

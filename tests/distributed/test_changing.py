@@ -21,6 +21,17 @@ def test_steps_that_differ(ranks, recipe, change, wrap):
         torch.testing.assert_close(q, p, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+@pytest.mark.parametrize("recipe", changing.RECIPES)
+def test_points_that_are_probed_lag_layer_by_layer(ranks, recipe, wrap):
+    """A layer that has made no step is probed by its first gradient, the others by what they knew before."""
+    alone = changing.probed(recipe, wrap)
+    first, second = ranks.run(changing.probed, recipe, wrap)
+    for p, q, r in zip(alone, first, second, strict=True):
+        assert torch.equal(q, r)
+        torch.testing.assert_close(q, p, rtol=0, atol=1e-10)
+
+
 def _same(found: changing.Contents, alone: changing.Contents, atol: float = 1e-10) -> None:
     torch.testing.assert_close(found, alone, rtol=0, atol=atol)
 

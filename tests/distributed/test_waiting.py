@@ -39,6 +39,15 @@ def test_a_run_resumed_around_frozen_layers_is_the_one_that_never_stopped(ranks,
             _same(whole, twin)
 
 
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp", "tensor"])
+@pytest.mark.parametrize("recipe", waiting.RECIPES)
+def test_one_rank_alone_steps_as_a_process_without_ranks(one, recipe, wrap):
+    ((whole, found),) = one.run(waiting.resumed, recipe, wrap)
+    _close(waiting.never_stopped(recipe), whole)
+    for twin in found.values():
+        _same(whole, twin)
+
+
 @pytest.mark.parametrize("recipe", ["adam, BNP", "soap"])
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp", "tensor"])
 def test_what_waits_is_saved_for_other_numbers_of_ranks(ranks, four, recipe, wrap, tmp_path):

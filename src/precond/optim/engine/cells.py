@@ -147,6 +147,14 @@ class Cell:
             gradient = self.block.gathered(gradient)
             self.acting.observe(state, Seen(gradient, self.inputs, *self._clean_momentum(state, gradient), self._shown))
 
+    def ahead(self, gradient: Vec, lagged: bool) -> State:
+        """What the state becomes where a gradient is folded into it; where it is ``lagged``, and knows one, what it is."""
+        if lagged and min(self.state.steps) > 0:
+            return self.state
+        state = self.state.ahead()
+        self.observe(state, gradient)
+        return state
+
     @property
     def _shown(self) -> Callable[[], Vec] | None:
         return self._position if self.block.known else None

@@ -71,15 +71,8 @@ def ahead(point: Point, rules: Rules) -> list[State]:
 
     They are those after :func:`observe`, or, with lagged statistics, those before the step (of the first step: after it).
     """
-    states = []
-    for cell, span in point.spans:
-        if rules.statistics_from == "lagged" and min(cell.state.steps) > 0:
-            states.append(cell.state)
-        else:
-            state = cell.state.ahead()
-            cell.observe(state, point.g[span])
-            states.append(state)
-    return states
+    lagged = rules.statistics_from == "lagged"
+    return [cell.ahead(point.g[span], lagged) for cell, span in point.spans]
 
 
 def step(

@@ -111,11 +111,9 @@ def _exchange(P: Preconditioner, own: Sequence[Leaf]) -> Any:
     if not P.has_owner and (all(leaf.shard is None for leaf in own) or P.divisible(Block(tuple(own)))):
         return None
     pieces = [leaf.pieces for leaf in own]
-    if all(p is None for p in pieces) and not any(leaf.shard is not None for leaf in own):
+    if all(p is None for p in pieces):
         return None
     keys = {(p.ranks, state_dtype(leaf.param.dtype), leaf.param.device) for p, leaf in zip(pieces, own, strict=True) if p}
-    if not keys:
-        return None  # divided over a single rank
     if len(keys) > 1 or None in pieces:
         raise ValueError(
             f"{type(P).__name__} acts jointly on {', '.join(repr(leaf.name) for leaf in own)}, which different ranks hold, or in different "

@@ -174,6 +174,21 @@ class Shared(Cell):
             for k in self.mine:
                 self.inside[k].observe(state[f"#{k}"], whole[k])
 
+    def ahead(self, gradient: Vec, lagged: bool) -> State:
+        steps = self.state.steps
+        lagging = [k for k, span in enumerate(self.spans) if lagged and min(steps[span.start : span.stop]) > 0]
+        if len(lagging) == len(self.inside):
+            return self.state
+        state, whole = self.state.ahead(), self.gather(gradient)
+        with self._looking.at(self, state):
+            for k in self.mine:
+                key = f"#{k}"
+                if k in lagging:
+                    state[key] = self.state[key]
+                else:
+                    self.inside[k].observe(state[key], whole[k])
+        return state
+
     def descent(self, a: Vec, least: Sequence[Scalar] = (), fold: bool = True) -> Vec:
         whole, spans = self.gather(a), self.spans
         own = {k: self.inside[k].descent(whole[k], [least[i] for i in spans[k]] if least else (), fold) for k in self.mine}

@@ -43,7 +43,7 @@ class Following(Bound):
                     if moved:
                         self._listen()
                     self._model_hooks.follow(self.asking)
-                    handover.drop(before.entries, self._bound, self.state, self.naming.outside)
+                    handover.drop(before, self._bound, self.state, self.naming.outside)
                     entries.follow(self.state)
             case "renumbered":
                 self._kernels_of = None
@@ -76,7 +76,7 @@ class Following(Bound):
         with Uninterrupted():
             before, kernels = self._bound, self._kernels_of
             self.adopt(rebind(self._setup(self.param_groups), before, self.state, absent), self.state)
-            handover.drop(before.entries, self._bound, self.state, self.naming.outside)
+            handover.drop(before, self._bound, self.state, self.naming.outside)
             entries.follow(self.state)
             if kernels is not None and kernels[0] is not None:
                 known = {id(cell): kernel for cell, kernel in zip(before.here, kernels[0], strict=True)}

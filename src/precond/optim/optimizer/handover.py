@@ -14,7 +14,6 @@ from torch import Tensor
 
 from precond.algebra.sharding import copy_, divided
 from precond.optim.blocks import COUNTS, Leaf
-from precond.optim.engine.plan import Entries
 from precond.optim.engine.shared_state import Owned, Ownership, from_owners, owned
 from precond.optim.optimizer.binding import Binding
 from precond.optim.optimizer.entries import with_data
@@ -89,13 +88,14 @@ def rename(owners: MutableMapping[Tensor, Any], new: Mapping[Tensor, Tensor], st
             owners[q] = owners.pop(p)
 
 
-def drop(before: Entries, now: Binding, state: Mapping[Tensor, dict[str, Any]], outside: Callable[[str], str]) -> None:
-    """Take away what is kept no more, but for the state of what waits."""
-    kept, waiting = {(leaf.param, key) for leaf, key, _ in now.entries}, now.waiting
-    for leaf, key, _ in before:
-        gone = (leaf.param, key) not in kept and key not in OPTIONAL
-        if gone and leaf.param not in waiting and leaf.param in state:
-            state[leaf.param].pop(outside(key), None)
+def drop(before: Binding, now: Binding, state: Mapping[Tensor, dict[str, Any]], outside: Callable[[str], str]) -> None:
+    """Take away what is kept no more, but for the state of what waits; of what has waited also what an earlier plan kept."""
+    known, kept = ({(leaf.param, outside(key)) for leaf, key, _ in bound.entries} for bound in (before, now))
+    known |= {(p, key) for p in before.waiting for key in state.get(p, ())}
+    waiting, optional = now.waiting, set(map(outside, OPTIONAL))
+    for p, key in known - kept:
+        if p not in waiting and key not in optional:
+            state.get(p, {}).pop(key, None)
 
 
 def _held_otherwise(known: Tensor, target: Tensor | None) -> bool:

@@ -111,7 +111,8 @@ def rebind(setup: Setup, bound: Binding, existing: Mapping[Tensor, dict[str, Any
     cells, entries = setup.planned(leaves, [i for i in concerned if leaves[i].param not in absent], choices, known)
     return replace(
         bound,
-        cells=[cell for cell in bound.cells if concerned.isdisjoint(cell.index)] + cells,
+        # In the order of leaves, as where all is planned: norms over all are sums in that order.
+        cells=sorted([cell for cell in bound.cells if concerned.isdisjoint(cell.index)] + cells, key=lambda cell: cell.index),
         entries=[e for e in bound.entries if e[0].param not in known or e[1] in _OF_VALUES] + entries,
         joint=replace(bound.joint, absent=absent),
         asleep=None,

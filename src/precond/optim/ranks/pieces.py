@@ -133,7 +133,7 @@ def group_of(mesh: Any) -> dist.ProcessGroup:
 
 
 def held_by(param: Tensor, replicas: dist.ProcessGroup | None) -> Pieces | None:
-    """Who holds which part of a parameter; None where this process alone is known to hold it.
+    """Who holds which part of a parameter; None where this process alone is known to hold it, and not as a DTensor.
 
     Args:
         replicas: processes that hold copies of it, as under DDP.
@@ -144,7 +144,7 @@ def held_by(param: Tensor, replicas: dist.ProcessGroup | None) -> Pieces | None:
         pieces = Pieces.whole(param.shape, replicas)
     else:
         return None
-    return pieces if len(pieces.boxes) > 1 else None
+    return pieces if divided(param) or len(pieces.boxes) > 1 else None
 
 
 def _hashable(box: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
