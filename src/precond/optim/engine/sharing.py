@@ -175,18 +175,12 @@ class Shared(Cell):
                 self.inside[k].observe(state[f"#{k}"], whole[k])
 
     def ahead(self, gradient: Vec, lagged: bool) -> State:
-        steps = self.state.steps
-        lagging = [k for k, span in enumerate(self.spans) if lagged and min(steps[span.start : span.stop]) > 0]
-        if len(lagging) == len(self.inside):
+        if lagged and min(self.state.steps) > 0:
             return self.state
-        state, whole = self.state.ahead(), self.gather(gradient)
+        whole, mine = self.gather(gradient), {f"#{k}": k for k in self.mine}
+        state = State(self.block, {key: value for key, value in self.state.items() if key not in mine}).ahead()
         with self._looking.at(self, state):
-            for k in self.mine:
-                key = f"#{k}"
-                if k in lagging:
-                    state[key] = self.state[key]
-                else:
-                    self.inside[k].observe(state[key], whole[k])
+            state |= {key: self.inside[k].ahead(whole[k], lagged) for key, k in mine.items()}
         return state
 
     def descent(self, a: Vec, least: Sequence[Scalar] = (), fold: bool = True) -> Vec:
