@@ -63,8 +63,8 @@ class PreconditionedGD(Saving):
             found at the other point. In p the statistics see it clipped too, as after ``clip_grad_norm_``, unless they are made of the
             clean gradient and another is descended (``statistics_from="loss"`` with SAM).
         norm_space: ``"z"`` (√(aᵀMa)), the default here, or ``"p"`` (‖a‖), that of recipes.
-        nonfinite: inf or NaN in a gradient or the loss: ``"propagate"`` as torch.optim does, ``"raise"``
-            FloatingPointError, or ``"skip"`` the step; with the last two nothing at all has changed.
+        nonfinite: inf or NaN in a gradient or the loss: ``"propagate"`` as torch.optim does, but for layers' inputs that hold it and are
+            observed on a processor, ``"raise"`` FloatingPointError, or ``"skip"`` the step; with these nothing at all has changed.
         engine: ``"auto"``, ``"loop"`` (the readable reference), or ``"fused"`` (an error where no fused kernel fits).
         rounding: of 16-bit parameters: ``"nearest"`` as torch.optim, or ``"kahan"``, which carries what rounding lost in one
             more 16-bit number per parameter, so that small updates add up. State is float32 in any case.
