@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import precond
 from inputs.layers import data
-from precond import BNP, PreconditionedGD, Whitening
+from precond import BNP, RMS, Polar, PreconditionedGD, Whitening
 from precond.optim.inputs.moments import Moments, covariance
 
 torch.set_num_threads(1)
@@ -328,6 +328,47 @@ def test_a_bias_that_comes_or_goes_makes_another_root_at_once(options: dict, eng
             off = 2e-3 if "rank" in options else 1e-6
             torch.testing.assert_close(M @ (h.T @ h / 64), torch.eye(h.shape[1], dtype=torch.float64), rtol=0, atol=off)
     optimizer.close()
+
+
+@pytest.mark.parametrize("options", [{}, {"root": "cholesky"}, {"rank": 1}], ids=str)
+@pytest.mark.parametrize("inner", [None, RMS(), Polar()], ids=["alone", "rms", "polar"])
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_a_look_after_a_bias_came_or_went_shows_its_root_and_changes_nothing(options: dict, inner, engine: str) -> None:
+    """In steps that observe and in others: M is the inverse of E[hhᵀ], or of C, as they are known before the step, of layers alike."""
+
+    def trained(looks: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(5, 5) for _ in range(3)]).double()
+        whitening = Whitening(damping=0.0, shrinkage=0.0, **options)
+        preconditioner = whitening if inner is None else whitening @ inner
+        optimizer = PreconditionedGD(model, 1e-2, preconditioner=preconditioner, engine=engine)
+        for t in range(16):
+            frozen = t in (3, 4, 12, 13)
+            if t in (3, 5, 12, 14):
+                for layer in model[1:]:
+                    layer.bias.requires_grad_(not frozen)
+                if looks:
+                    for layer in model[1:]:
+                        look(layer, optimizer)
+            optimizer.zero_grad()
+            x = torch.randn(16, 5, generator=torch.Generator().manual_seed(t), dtype=torch.float64) + 1
+            model(x).square().mean().backward()
+            optimizer.step()
+        return [*model.parameters(), *(v for state in optimizer.state.values() for v in state.values())]
+
+    def look(layer: nn.Linear, optimizer: PreconditionedGD) -> None:
+        params = [p for p in layer.parameters() if p.requires_grad]
+        P = precond.preconditioner_of(optimizer, params).to_dense()
+        optimizer.explain()
+        if inner is None and "rank" not in options:
+            state = optimizer.state[layer.weight]
+            C, mean = state["covariance"][0], state["mean"][0]
+            second = C if len(params) == 2 else C + torch.outer(mean, mean)
+            M = (P @ P.T)[:5, :5]  # of a row; with a bias the block of the weight, whose inverse in M⁻¹ is C too
+            torch.testing.assert_close(M @ second, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-9)
+
+    for a, b in zip(trained(True), trained(False), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), (2, 3), (2, 9)], ids=str)

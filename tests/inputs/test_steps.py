@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -310,10 +311,59 @@ def test_a_forward_that_raises_before_the_inputs_are_read_leaves_nothing():
         if fails:
             with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
                 layer(torch.ones(4, 7, dtype=torch.float64))
+        found = after_two_steps(layer, optimizer)
         assert not layer._forward_hooks
-        return after_two_steps(layer, optimizer)
+        return found
 
     check_same(train(True), train(False))
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["alone", "deepcopy", "pickle"],
+)
+def test_what_a_hook_of_others_raises_is_raised_whatever_hooks_there_are(duplicate):
+    """In the forward in which inputs are first read after the hooks of others; what is left in a copy is inert, and can be removed."""
+
+    def train(fails):
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 2).double()
+        optimizer = PreconditionedGD(layer, lr=0.1, preconditioner=BNP())
+        layer.register_forward_pre_hook(_raises_on_seven)
+        layer.register_forward_hook(_does_nothing)
+        if fails:
+            with pytest.raises(ValueError, match="seven inputs"):
+                layer(torch.ones(4, 7, dtype=torch.float64))
+            twin = duplicate(layer)
+            if twin is not layer:
+                twin(torch.full((4, 3), 9.0, dtype=torch.float64)).sum().backward()
+                precond.unhook(twin)
+                assert list(twin._forward_hooks.values()) == [_does_nothing]
+        found = after_two_steps(layer, optimizer)
+        assert list(layer._forward_hooks.values()) == [_does_nothing]
+        return found
+
+    check_same(train(True), train(False))
+
+
+def test_what_a_forward_that_raised_has_left_goes_with_the_hooks():
+    layer = nn.Linear(3, 2).double()
+    optimizer = PreconditionedGD(layer, lr=0.1, preconditioner=BNP())
+    layer.register_forward_pre_hook(_raises_on_seven)
+    with pytest.raises(ValueError, match="seven inputs"):
+        layer(torch.ones(4, 7, dtype=torch.float64))
+    optimizer.close()
+    assert not layer._forward_hooks and list(layer._forward_pre_hooks.values()) == [_raises_on_seven]
+
+
+def _raises_on_seven(module, args):
+    if args[0].shape[-1] == 7:
+        raise ValueError("seven inputs")
+
+
+def _does_nothing(module, args, output):
+    pass
 
 
 @pytest.mark.parametrize("recipe", ["auto", "bnp", "whitening"])

@@ -20,7 +20,7 @@ _LEFT = "this model carries hooks of a precond optimizer that is gone or watched
 
 
 class WeakHook:
-    """A forward pre-hook that calls ``method`` of an object while that lives; a copied or unpickled model carries an inert one.
+    """A forward hook that calls ``method`` of an object while that lives; a copied or unpickled model carries an inert one.
 
     Forwards out of training are let pass, and so are those that make a graph to be kept (``torch.export``, ``torch.jit.trace``): a
     hook would leave symbols in place of inputs. Under ``torch.compile`` a training forward breaks the graph here.
@@ -63,7 +63,7 @@ class InputHook(WeakHook):
     _told: Any = None  # the handle of the hook that tells this one what the inputs became
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
-        self._untold()  # of a forward that Ctrl-C has ended, after which torch calls no hook
+        self._untold()  # of a forward that has raised, after which torch calls no hook
         if module.training and not torch.compiler.is_compiling() and self._overtaken(module):
             self._go_last(module)
         else:
@@ -88,12 +88,12 @@ class InputHook(WeakHook):
         hooks: OrderedDict[int, Any] = module._forward_pre_hooks  # type: ignore[assignment]
         hooks.move_to_end(next(i for i, hook in hooks.items() if hook is self))
 
-        def once(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self._untold()
-            if output is not None:  # the forward has not raised
-                self(module, args, kwargs)
+        # Not one to be called where a forward raises: torch goes through the hooks themselves then, and none may be removed.
+        self._told = module.register_forward_hook(WeakHook(self, "_tell"), with_kwargs=True, prepend=True)
 
-        self._told = module.register_forward_hook(once, with_kwargs=True, prepend=True, always_call=True)
+    def _tell(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._untold()
+        self(module, args, kwargs)
 
 
 def _nobody() -> None:
@@ -145,7 +145,8 @@ def unhook(model: nn.Module) -> nn.Module:
 
 def sweep(module: nn.Module) -> None:
     """:func:`unhook` of this module alone."""
-    hooks = module._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook, WeakHook) and hook.dead]:
-        del hooks[key]
-        module._forward_pre_hooks_with_kwargs.pop(key, None)
+    before, behind = module._forward_pre_hooks, module._forward_hooks
+    for hooks, with_kwargs in (before, module._forward_pre_hooks_with_kwargs), (behind, module._forward_hooks_with_kwargs):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, WeakHook) and hook.dead]:
+            del hooks[key]
+            with_kwargs.pop(key, None)

@@ -225,6 +225,8 @@ class Observer:
     def close(self) -> None:
         """Remove the hooks."""
         remove(self._handles)
+        for module in self._work:
+            sweep(module)  # what a forward that has raised left of them
 
 
 def _kind(weight: Tensor) -> tuple[bool, torch.dtype]:

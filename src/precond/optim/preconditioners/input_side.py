@@ -89,6 +89,9 @@ class InputSide(Stacked):
     def arrow(self, part: LayerPart, state: State) -> tuple[Tensor, Tensor, float | Tensor]:
         """(μ, σ, β) of U·diag(β, 1/σ), U = [[1, −μᵀ], [0, I]]: μ and σ of each input of a row, shape (groups, n), by the statistics."""
 
+    def follow(self, part: LayerPart, state: State) -> None:
+        """In a step, once inputs are folded: what is kept becomes that of the parameters that are trained now, in place."""
+
     def scales(self, part: LayerPart, state: State) -> tuple[Tensor, Tensor]:
         """(μ, σ̃) of each feature; with no bias to center with, μ is 0 and σ² = E[h²]. Made again where something was observed.
 

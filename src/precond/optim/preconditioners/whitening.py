@@ -23,6 +23,7 @@ from precond.optim.preconditioners.eigenbases import at_hand
 from precond.optim.preconditioners.folding import Features
 from precond.optim.preconditioners.input_side import InputSide
 from precond.optim.preconditioners.layer_parts import LayerPart, key_of
+from precond.optim.preconditioners.seen import Seen
 
 _REQUEST = Request("covariance", "patch")
 
@@ -154,13 +155,24 @@ class Whitening(InputSide):
         return Leading(state["basis"].shape[-1], self.power) if "basis" in state else Whole(self.root, self.power)
 
     def arrow(self, part: LayerPart, state: State) -> tuple[Tensor, Tensor, float | Tensor]:
-        # A bias that was frozen or thawed since leaves a root of other correlations than the scales are of.
-        for some in spans([form == -self._form(part) for form in state["form"].tolist()]):
+        return *self.scales(part, state), 1.0
+
+    def observe(self, state: State, seen: Seen) -> None:
+        super().observe(state, seen)
+        for part in self.parts(state.block):
+            if self.known(mine := self.statistics(part, state)):
+                self.follow(part, mine)
+
+    def follow(self, part: LayerPart, state: State) -> None:
+        for some in self._strayed(part, state):
             own = State(state.block, {name: t[some] for name, t in state.items()})
             for name, identity in self.root_of(own).fresh(own["mean"]).items():
                 own[name].copy_(identity)
             self._renew([(part, own)])
-        return *self.scales(part, state), 1.0
+
+    def _strayed(self, part: LayerPart, state: State) -> list[slice]:
+        """The groups whose bias was frozen or thawed since their root was taken: it is of other correlations than the scales are of."""
+        return spans([form == -self._form(part) for form in state["form"].tolist()])
 
     @staticmethod
     def _form(part: LayerPart) -> float:
@@ -182,6 +194,8 @@ class Whitening(InputSide):
             mine["form"].fill_(self._form(part))
 
     def part_map(self, part: LayerPart, state: State, like: Vec, layout: Layout) -> LinearMap:
+        if self._strayed(part, state):  # what a look finds before a step: it changes nothing
+            self.follow(part, state := state.copied())
         # Before the first refresh the root is the identity, which leaves BNP's arrow.
         return super().part_map(part, state, like, layout) @ self.root_of(state).map(state, like, layout)
 

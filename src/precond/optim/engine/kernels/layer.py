@@ -124,7 +124,7 @@ def is_plain(P: InputSide, block: Block) -> bool:
 
 @dataclass
 class CachedOnStatistics(Generic[Made]):
-    """What a kernel makes of (state, μ, σ, β) of a layer; made again where the statistics have changed, whichever engine did it.
+    """What a kernel makes in a step of (state, μ, σ, β) of a layer; made again where the statistics have changed, whichever engine did it.
 
     It is None where P is the identity yet.
     """
@@ -148,4 +148,7 @@ class CachedOnStatistics(Generic[Made]):
     def _new(self, state: State) -> Made | None:
         (part,) = self.P.parts(state.block)
         mine = self.P.statistics(part, state.as_stack())
-        return self.make(state, *self.P.arrow(part, mine)) if self.P.known(mine) else None
+        if not self.P.known(mine):
+            return None
+        self.P.follow(part, mine)
+        return self.make(state, *self.P.arrow(part, mine))
