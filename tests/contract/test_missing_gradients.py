@@ -284,6 +284,30 @@ def test_what_one_plan_kept_is_gone_when_another_takes_over(recipe: str, order: 
     assert keys[0] == keys[1] == keys[2]
 
 
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_a_parameter_that_comes_late_is_probed_by_its_first_gradient_and_the_others_by_what_was_known(engine: str) -> None:
+    """Whether they are stepped by one call or, as two groups, by two."""
+
+    def run(groups: Callable[..., Any]) -> tuple[int, list[Tensor]]:
+        torch.manual_seed(0)
+        a, b = (nn.Parameter(torch.randn(3, dtype=torch.float64)) for _ in range(2))
+        optimizer = precond.adamw(groups(a, b), lr=0.1, eps=1e-3, regularizers=[precond.SAM(0.5)], engine=engine)
+        for t in range(4):
+            optimizer.zero_grad()
+            while True:
+                (a.sin().sum() + (t != 0) * (a * b.cos()).sum()).backward()
+                if t == 0:
+                    b.grad = None
+                if not optimizer.probe():
+                    break
+            optimizer.step()
+        return len(optimizer.cells), [a.detach(), b.detach()]
+
+    (one, joint), (two, apart) = run(lambda *p: p), run(lambda *p: [{"params": [q]} for q in p])
+    assert (one, two) == (1, 2)
+    same(joint, apart, atol=1e-14)
+
+
 def _linear(**more: Any) -> tuple[nn.Linear, PreconditionedGD]:
     torch.manual_seed(0)
     layer = nn.Linear(3, 2)

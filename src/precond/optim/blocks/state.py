@@ -125,6 +125,18 @@ class State(dict[str, Any]):
                 out[key] = tuple(t.clone() for t in value) if isinstance(value, tuple) else value.clone()
         return out
 
+    def merged(self, other: State, keep: Sequence[bool]) -> State:
+        """Its own tensors of some leaves, another's of the rest and of what is no leaf's alone."""
+        out = State(self.block)
+        for key, value in self.items():
+            if isinstance(value, State):
+                out[key] = value.merged(other[key], keep)
+            elif isinstance(value, tuple):
+                out[key] = tuple(a if own else b for a, b, own in zip(value, other[key], keep, strict=True))
+            else:
+                out[key] = other[key]
+        return out
+
     def hollow(self) -> State:
         """Its names, shapes and dtypes, and the step counts, with memory for one number of each tensor."""
         out = State(self.block)

@@ -148,12 +148,16 @@ class Cell:
             self.acting.observe(state, Seen(gradient, self.inputs, *self._clean_momentum(state, gradient), self._shown))
 
     def ahead(self, gradient: Vec, lagged: bool) -> State:
-        """What the state becomes where a gradient is folded into it; where it is ``lagged``, and knows one, what it is."""
-        if lagged and min(self.state.steps) > 0:
+        """What the state becomes where a gradient is folded into it; where it is ``lagged``, and knows one, what it is.
+
+        Leaf by leaf where entries know nothing of each other: what is stepped by one call may have begun at different times.
+        """
+        known = [lagged and t > 0 for t in self.state.steps]
+        if all(known):
             return self.state
         state = self.state.ahead()
         self.observe(state, gradient)
-        return state
+        return self.state.merged(state, known) if any(known) and self.preconditioner.entrywise else state
 
     @property
     def _shown(self) -> Callable[[], Vec] | None:
