@@ -61,7 +61,7 @@ def over(ours: list[Curve], theirs: list[Curve], part: Part, target: float) -> t
     """Ratios of medians, and how many of ours met the target."""
     works = [[work(c, part, target) for c in of] for of in (ours, theirs)]
     middle = [[statistics.median_high(column) for column in zip(*of, strict=True)] for of in works]
-    last = [(c.step[-1], statistics.median([x.cpu_seconds[-1] for x in of])) for of in (ours, theirs) for c in of[:1]]
+    last = [(of[0].step[-1], statistics.median(x.cpu_seconds[-1] for x in of)) for of in (ours, theirs)]
     (a, b), (c, d) = (
         [x if math.isfinite(x) else end for x, end in zip(m, e, strict=True)] for m, e in zip(middle, last, strict=True)
     )

@@ -2,59 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
 from distributed import changing
+from distributed.pool import Pool
 
 torch.set_num_threads(1)
+
+
+def _same(found: Any, alone: Any, atol: float = 1e-10) -> None:
+    torch.testing.assert_close(found, alone, rtol=0, atol=atol)
+
+
+def _as_alone(ranks: Pool, run: Callable[..., Any], *args: str) -> None:
+    """Ranks end with the same bits, and where one process ends."""
+    alone = run(*args)
+    first, second = ranks.run(run, *args)
+    _same(second, first, 0.0)
+    _same(first, alone)
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
 @pytest.mark.parametrize("change", changing.CHANGES)
 @pytest.mark.parametrize("recipe", changing.RECIPES)
 def test_steps_that_differ(ranks, recipe, change, wrap):
-    alone = changing.trained(recipe, wrap, change)
-    first, second = ranks.run(changing.trained, recipe, wrap, change)
-    for p, q, r in zip(alone, first, second, strict=True):
-        assert torch.equal(q, r)
-        torch.testing.assert_close(q, p, rtol=0, atol=1e-10)
+    _as_alone(ranks, changing.trained, recipe, wrap, change)
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
 @pytest.mark.parametrize("recipe", changing.RECIPES)
 def test_points_that_are_probed_lag_layer_by_layer(ranks, recipe, wrap):
     """A layer that has made no step is probed by its first gradient, the others by what they knew before."""
-    alone = changing.probed(recipe, wrap)
-    first, second = ranks.run(changing.probed, recipe, wrap)
-    for p, q, r in zip(alone, first, second, strict=True):
-        assert torch.equal(q, r)
-        torch.testing.assert_close(q, p, rtol=0, atol=1e-10)
-
-
-def _same(found: changing.Contents, alone: changing.Contents, atol: float = 1e-10) -> None:
-    torch.testing.assert_close(found, alone, rtol=0, atol=atol)
+    _as_alone(ranks, changing.probed, recipe, wrap)
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp", "hsdp"])
 @pytest.mark.parametrize("which", ["weight", "bias"])
 @pytest.mark.parametrize("recipe", changing.OTHERS)
 def test_state_goes_with_a_parameter_whose_layer_is_frozen_in_part(ranks, recipe, which, wrap):
-    alone = changing.partly_frozen(recipe, wrap, which)
-    first, second = ranks.run(changing.partly_frozen, recipe, wrap, which)
-    _same(second, first, 0.0)
-    _same(first, alone)
+    _as_alone(ranks, changing.partly_frozen, recipe, wrap, which)
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
 @pytest.mark.parametrize("which", ["weight", "bias"])
 @pytest.mark.parametrize("recipe", changing.OTHERS)
 def test_what_has_no_gradient_is_left_out_on_all_ranks(ranks, recipe, which, wrap):
-    """As one process leaves it out; replicas are one bit for bit."""
-    alone = changing.partly_without_gradient(recipe, wrap, which)
-    first, second = ranks.run(changing.partly_without_gradient, recipe, wrap, which)
-    _same(second, first, 0.0)
-    _same(first, alone)
+    _as_alone(ranks, changing.partly_without_gradient, recipe, wrap, which)
 
 
 @pytest.mark.parametrize("recipe", changing.OTHERS)
