@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -200,3 +202,24 @@ def test_a_closure_that_goes_backward_through_a_forward_before_it():
         return snapshot(model, optimizer)
 
     check_same(train("before"), train("plain"))
+
+
+@pytest.mark.parametrize("clear", CLEARS.values(), ids=CLEARS)
+@pytest.mark.parametrize("given_up", [False, True], ids=["", "after a batch that is given up"])
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+def test_all_micro_batches_of_a_closure_count(choice, given_up, clear):
+    def train(parts):
+        model, optimizer = plain(choice())
+
+        def closure(k):
+            clear(model, optimizer)
+            for x in batch(k).chunk(parts):
+                (model(x).square().mean() / parts).backward()
+
+        for k in range(4):
+            if given_up and parts > 1:
+                model(9 * batch(9)).square().mean().backward()
+            optimizer.step(partial(closure, k))
+        return snapshot(model, optimizer)
+
+    close(train(2), train(1))

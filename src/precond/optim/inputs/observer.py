@@ -50,10 +50,11 @@ class Observer:
         self.habits: dict[Any, Any] = {}
         self._seen: InputMoments = {}  # since the last backward through the layer
         self._earlier: InputMoments = {}  # before it: micro-batches, or a step that a scaler skipped
+        self._outside: InputMoments = {}  # before the closure that runs
         self._marks: dict[str, Mark] = {}
         self._cleared: dict[str, bool] = {}  # sites whose gradients were cleared since their forward: whether after a backward
         if before is not None:  # in this step, of the model as it was
-            self._seen, self._earlier = dict(before._seen), dict(before._earlier)
+            self._seen, self._earlier, self._outside = dict(before._seen), dict(before._earlier), dict(before._outside)
             self._marks, self._cleared = dict(before._marks), dict(before._cleared)
         self._lock = RLock()  # for forwards in several threads; a tap may call the module again
         self._without_grad: dict[nn.Module, int] = {}
@@ -111,9 +112,9 @@ class Observer:
             if self._used(site):
                 self._separate(site)
                 if site.weight.grad is None:  # cleared, by whomever
-                    self._drop(self._earlier, site)
+                    self._drop(site, self._earlier, self._outside)
             elif site.name in self._cleared:  # neither backward nor step, and now anew: of a batch that is over
-                self._drop(self._seen, site)
+                self._drop(site, self._seen, self._outside)
             self._cleared.pop(site.name, None)
             self._marks[site.name] = mark(site.weight)
             for key in keys:
@@ -159,7 +160,7 @@ class Observer:
         seen = dict(self._seen)
         for site in self.sites if self._cleared else ():
             if self._cleared.get(site.name) and not self._used(site):  # its gradient is no more, and no other was made of it
-                self._drop(seen, site)
+                self._drop(site, seen)
         if not self._earlier:
             return seen
         both = {key: pool([seen[key], self._earlier[key]]) for key in self._earlier.keys() & seen.keys()}
@@ -170,9 +171,10 @@ class Observer:
         known = self._marks.get(site.name)
         return known is not None and not known.holds(site.weight)
 
-    def _drop(self, of: InputMoments, site: Site) -> None:
-        for key in self._keys(site):
-            of.pop(key, None)
+    def _drop(self, site: Site, *of: InputMoments) -> None:
+        for seen in of:
+            for key in self._keys(site):
+                seen.pop(key, None)
 
     def _keys(self, site: Site) -> set[Key]:
         return {(site.name, request) for request in self.requests}
@@ -186,16 +188,18 @@ class Observer:
             found = of.pop(key)
             into[key] = pool([found, into[key]]) if key in into else found
 
-    def separate(self) -> None:
-        """Keep what was seen so far apart from what is seen next."""
-        for site in self.sites if self._seen else ():
-            if site.name not in self._cleared or self._used(site):
-                self._separate(site)
+    def begin_closure(self) -> None:
+        """Keep what was seen so far apart from what a closure sees, which may run several micro-batches."""
+        for site in self.sites if self._seen or self._earlier else ():
+            self._pour(site, self._earlier, self._outside)
+            self._pour(site, self._seen, self._outside)
 
-    def drop_earlier(self) -> None:
-        """Of layers seen since :meth:`separate`, that alone counts."""
-        for key in self._seen:
-            self._earlier.pop(key, None)
+    def end_closure(self, anew: bool) -> None:
+        """Where it made the gradient ``anew``, what was seen before it of layers that it called does not count."""
+        for site in self.sites if self._outside else ():
+            if not (anew and self._keys(site) & (self._seen.keys() | self._earlier.keys())):
+                self._pour(site, self._outside, self._seen if site.name in self._cleared else self._earlier)
+        self._outside = {}
 
     def clearing(self) -> None:
         """Gradients are about to be cleared: forwards whose backward has been count no more, unless another backward goes through them.

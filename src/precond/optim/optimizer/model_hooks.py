@@ -197,12 +197,12 @@ class ModelHooks:
         self._collected = None
         if self.observer is not None:
             self.observer.enabled = True
-            self.observer.separate()
+            self.observer.begin_closure()
 
     def end_closure(self, anew: bool) -> None:
         """The closure has run; where it made the gradient ``anew``, earlier forwards of what it called do not count."""
-        if anew and self.observer is not None:
-            self.observer.drop_earlier()
+        if self.observer is not None:
+            self.observer.end_closure(anew)
 
     def begin_clearing(self) -> None:
         """Gradients are about to be cleared, outside of a closure: forwards whose backward has been do not count, if no other comes."""

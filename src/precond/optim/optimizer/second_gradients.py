@@ -19,6 +19,7 @@ from precond.optim.engine.loop import ProbeResults
 from precond.optim.engine.point import Point, gather
 from precond.optim.optimizer.capturing import Capturing
 from precond.optim.optimizer.closures import (
+    Made,
     check_closure,
     check_repeatable,
     check_scale,
@@ -92,17 +93,19 @@ class SecondGradients(Capturing):
         self._model_hooks.begin_closure()
         self._closing = True
         try:
-            if self._gradient_based is not None and not self._probing:
-                found = self._exact_gradient(closure)
-                self._model_hooks.end_closure(anew=True)
-                return found
+            made: Made = "none"
             try:
+                if self._gradient_based is not None and not self._probing:
+                    found = self._exact_gradient(closure)
+                    made = "anew"
+                    return found
                 loss, made = loss_gradient(self._bound.leaves, closure, self._clearings)
             except BaseException:
                 self._pending = self._pending or pending
                 self.restore()
                 raise
-            self._model_hooks.end_closure(anew=made == "anew")
+            finally:
+                self._model_hooks.end_closure(anew=made == "anew")
             if made == "none" and self._pending is None:
                 self._pending = pending
             # A trainer's callback may have probed within the closure; and where it returned no loss and there is no gradient,
