@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from curvature import test_kinds
 from curvature.cases import CROSS
 from precond.algebra import vec
-from precond.analysis.curvature import Objective, fisher, gauss_newton, jacobian
+from precond.analysis.curvature import Objective, fisher, gauss_newton, hessian, jacobian
 
 
 class Rounded(torch.autograd.Function):
@@ -67,6 +67,17 @@ class Attention(nn.Module):
         return self.head(self.block(mixed).mean(1))
 
 
+class Embedded(nn.Module):
+    """Some tokens of a table."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 4, **options), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.embed((x * 3).long() % 7).mean(1)))
+
+
 def masked() -> nn.Module:
     model = test_kinds.mlp()
     model[0].weight.register_hook(lambda g: g * (torch.arange(g.numel()).view_as(g) % 2))
@@ -87,6 +98,8 @@ KINDS = {name: make for name, make in test_kinds.MODELS.items() if name not in (
     "attention": Attention,
     "convolutions": convolutions,
     "constants": lambda: Around(constant),
+    "padding": lambda: Embedded(padding_idx=0),
+    "padding from the end": lambda: Embedded(padding_idx=-7),
 }
 # To the backward pass these are other functions than to the forward one, or have no forward derivative.
 BACKWARD_ONLY = {
@@ -160,3 +173,25 @@ def test_graphs_that_grow_beyond_the_memory_are_forwarded_again():
         torch.testing.assert_close(less.mv(v), J.mv(v), rtol=1e-10, atol=1e-12)
     less._graph(0)
     assert 0 < sum(g.size.bytes for g in less._graphs.values()) <= (first + grown) / 2
+
+
+@pytest.mark.parametrize("matrix", [hessian, gauss_newton, fisher, jacobian])
+def test_gradients_scaled_by_frequency_are_those_of_the_loss(matrix):
+    """torch scales them on their way back, and the second time it does not: no matrix had such products."""
+    ends = []
+    for scaled in (False, True):
+        _, objective = problem("padding")
+        objective.model.embed.scale_grad_by_freq = scaled
+        ends.append(matrix(objective).to_dense())
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-14)
+
+
+def test_rows_of_a_table_beyond_their_norm_are_measured_where_they_would_be_and_left_where_they_are():
+    _, objective = problem("padding")
+    table = objective.model.embed
+    table.max_norm, before = 0.5, table.weight.detach().clone()
+    H = hessian(objective).to_dense()
+    assert torch.equal(table.weight, before)
+    table.weight.data.copy_(before.renorm(2, 0, 0.5))
+    table.max_norm = None
+    torch.testing.assert_close(H, hessian(objective).to_dense(), rtol=1e-10, atol=1e-12)

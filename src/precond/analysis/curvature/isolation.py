@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -89,16 +90,38 @@ def random_states(devices: Iterable[torch.device]) -> list[Tensor]:
 
 
 class _Elementary(TorchFunctionMode):
-    """Operations whose own second derivative is wrong, made of others: g v/‖v‖ of weight normalization (asymmetric in torch 2.13)."""
+    """Operations of whose derivatives torch 2.13 has two that differ, made of others.
+
+    The second derivative of g v/‖v‖, of weight normalization, is asymmetric. Rows of a table at ``padding_idx`` are constant to the
+    backward pass and not to the forward one, ``scale_grad_by_freq`` makes of a gradient what is none, and ``max_norm`` writes to the table.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        return _weight_norm(*args, **kwargs) if func is torch._weight_norm else func(*args, **kwargs)
+        return _MADE_OF_OTHERS.get(func, func)(*args, **(kwargs or {}))
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     axes = [i for i in range(v.ndim) if dim == -1 or i != dim % v.ndim]
     return g * v / v.square().sum(axes, keepdim=True).sqrt()
+
+
+def _embedding(
+    index: Tensor,
+    table: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    rows = F.embedding(index, table, sparse=sparse)
+    if max_norm is not None:  # torch writes the shorter rows into the table, and goes on from there
+        shorter = rows.reshape(-1, table.shape[1]).renorm(norm_type, 0, max_norm).view_as(rows)
+        rows = rows + (shorter - rows).detach()
+    return rows if padding_idx is None else torch.where((index == padding_idx % len(table))[..., None], rows.detach(), rows)
+
+
+_MADE_OF_OTHERS: dict[Any, Callable[..., Tensor]] = {torch._weight_norm: _weight_norm, F.embedding: _embedding}
 
 
 @contextmanager
