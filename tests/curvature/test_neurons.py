@@ -447,6 +447,25 @@ class TiedHead(nn.Module):
         return F.linear(self.layer(x).tanh(), self.layer.weight)
 
 
+class TiedBias(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.other.bias = self.layer.bias
+
+    def forward(self, x):
+        return self.other(self.layer(x).tanh())
+
+
+class AddedAgain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return (self.layer(x) + self.layer.bias).tanh()
+
+
 def objective_of(build, shape=(4,), loss=CROSS, n=6, **options):
     model, data = problem(build, shape, (n,))
     return Objective(model, loss, data, **options)
@@ -463,6 +482,8 @@ REFUSED = {
         "within the batch"),
     "applied to its own outputs": (lambda: objective_of(Recurrent), "layer", CurvatureError, "own outputs"),
     "tied": (lambda: objective_of(TiedHead), "layer", CurvatureError, "outside the layer"),
+    "tied bias": (lambda: objective_of(TiedBias), "layer", CurvatureError, "the bias of layer 'layer' acts on the loss outside"),
+    "bias that is added again": (lambda: objective_of(AddedAgain), "layer", CurvatureError, "the bias of layer 'layer' acts"),
     "once differentiable": (lambda: objective_of(lambda: nn.Sequential(nn.Linear(4, 3), Once())), "0", NoSecondDerivative, "Square"),
     "no such layer": (lambda: objective_of(normalized), "9", ValueError, "layer must be one of '0', '3'"),
     "no linear layer": (lambda: objective_of(normalized), "1", ValueError, "layer must be one of"),
@@ -503,9 +524,14 @@ def test_units_that_do_not_exist(unit):
         neuron_hessian(objective_of(normalized), "0", unit)
 
 
-def test_a_penalty_in_the_loss_is_refused():
+@pytest.mark.parametrize("at", ["where it is", 0], ids=str)
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_penalty_in_the_loss_is_refused(name, at):
+    """At 0 its gradient is 0, and its second derivative is not."""
     model, data = problem(normalized, (4,), (6,))
-    objective = Objective(model, lambda out, y: CROSS(out, y) + model[0].weight.square().sum(), data)
+    p = getattr(model[0], name)
+    p.data.mul_(1 if at else at)
+    objective = Objective(model, lambda out, y: CROSS(out, y) + p.square().sum(), data)
     with pytest.raises(CurvatureError, match="penalty"):
         neuron_hessian(objective, "0", 0)
 

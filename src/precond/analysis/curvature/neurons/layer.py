@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,11 +27,13 @@ class Call:
     Attributes:
         args, kwargs: what it was called with.
         delta: δ = 0, added to its output: ∂/∂δ is the derivative by the pre-activations a, whatever they feed into.
+        params: what stood for the layer's parameters, by name: what acts on the loss elsewhere is these themselves.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     delta: Tensor
+    params: Mapping[str, Tensor]
 
     @property
     def input(self) -> Tensor:
@@ -87,6 +89,12 @@ class Layer:
         return self.module.out_channels if self.conv else self.module.out_features
 
     @property
+    def params(self) -> dict[str, Tensor]:
+        """Its own weight and bias, by name, where it has them; what a parametrization makes is none."""
+        of = self.module._parameters
+        return {name: p for name in ("weight", "bias") if (p := of.get(name)) is not None}
+
+    @property
     def groups(self) -> int:
         """Groups of neurons that see different inputs."""
         return self.module.groups if self.conv else 1
@@ -103,18 +111,26 @@ class Layer:
 
     @contextmanager
     def perturbed(self) -> Iterator[list[Call]]:
-        """Collects the calls inside, each with a δ added to its output."""
+        """Collects the calls inside, each with a δ added to its output and with stand-ins for the parameters."""
         calls: list[Call] = []
+        own = dict(self.params)
+        twins = {name: p.detach().requires_grad_() for name, p in own.items()}
+
+        def before(module, args):
+            module._parameters.update(twins)
 
         def hook(module, args, kwargs, out):
-            calls.append(Call(args, kwargs, torch.zeros_like(out, requires_grad=True)))
+            module._parameters.update(own)
+            calls.append(Call(args, kwargs, torch.zeros_like(out, requires_grad=True), twins))
             return out + calls[-1].delta
 
-        handle = self.module.register_forward_hook(hook, with_kwargs=True)
+        handles = [self.module.register_forward_pre_hook(before), self.module.register_forward_hook(hook, with_kwargs=True)]
         try:
             yield calls
         finally:
-            handle.remove()
+            self.module._parameters.update(own)
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def watched(self) -> Iterator[list[Edge]]:

@@ -31,7 +31,7 @@ def neuron_hessian(objective: Objective, layer: str, unit: int) -> NeuronHessian
     Raises:
         ValueError: for a layer or unit that does not exist, or a layer that the forward pass does not call.
         CoupledSamples: where the loss of a sample depends on another sample behind the layer.
-        CurvatureError: where the layer is applied to its own outputs, or its weight acts on the loss elsewhere as well.
+        CurvatureError: where the layer is applied to its own outputs, or its weight or bias acts on the loss elsewhere as well.
 
     Example:
         Linear regression: S = I/N.
@@ -64,7 +64,7 @@ def neuron_hessians(objective: Objective, layer: str, units: Sequence[int] | Non
     Raises:
         ValueError: for a layer or unit that does not exist, or batches in which the layer has different numbers of positions.
         CoupledSamples: where the loss of a sample depends on another sample behind the layer.
-        CurvatureError: where the layer is applied to its own outputs, or its weight acts on the loss elsewhere as well.
+        CurvatureError: where the layer is applied to its own outputs, or its weight or bias acts on the loss elsewhere as well.
 
     Example:
         >>> import torch
@@ -83,6 +83,7 @@ def neuron_hessians(objective: Objective, layer: str, units: Sequence[int] | Non
     S: list[Tensor] = []
     for index in range(len(objective.batches)):
         with opened(objective, index, at) as slopes:
+            slopes.check_params()
             if S and S[0].shape[2] != slopes.places.shape[1]:
                 raise ValueError(
                     f"{caller}: layer {layer!r} is applied at {S[0].shape[2]} positions per sample in batch 0, at {slopes.places.shape[1]} in "

@@ -26,7 +26,7 @@ def opened(objective: Objective, index: int, layer: Layer) -> Iterator[Slopes]:
 
     Raises:
         NotCalled: where the forward pass does not call it.
-        CoupledSamples, CurvatureError: where its Hessians are not of the form H_e S H_eᵀ with a block per sample.
+        CoupledSamples, CurvatureError: where S has no block per sample, or its inputs depend on its outputs.
     """
     with objective.measuring(index):
         with layer.perturbed() as calls, Record() as record:
@@ -37,9 +37,7 @@ def opened(objective: Objective, index: int, layer: Layer) -> Iterator[Slopes]:
                 "F.linear(x, layer.weight) passes by the module); choose a layer that is called"
             )
         _refuse_recurrence(layer, calls)
-        slopes = Slopes(objective, index, layer, calls, at, record)
-        slopes.check_gradient()
-        yield slopes
+        yield Slopes(objective, index, layer, calls, at, record)
 
 
 class NotCalled(ValueError):
@@ -97,23 +95,31 @@ class Slopes:
             return torch.cat([self.layer.rows(t) for t in parts])
         return torch.stack([torch.cat([self.layer.rows(t) for t in one]) for one in zip(*parts, strict=True)])
 
-    def check_gradient(self) -> None:
-        """Raise where ∇_W L is not Σ g hᵀ: then the weight acts elsewhere as well."""
-        weight = self.layer.module._parameters.get("weight")
-        if weight is None or not weight.requires_grad or not self.loss.requires_grad:
+    def check_params(self) -> None:
+        """Raise where the Hessian is not H_e S H_eᵀ: where L depends on the weight or the bias otherwise than by a, which is Wh + b.
+
+        Of a the gradients are Σ g hᵀ and Σ g; elsewhere there is none at all, also where it happens to be 0, as that of a penalty at 0.
+        """
+        own = {name: p for name, p in self.layer.params.items() if p.requires_grad}
+        if not own or not self.loss.requires_grad:
             return
-        (found,) = torch.autograd.grad(self.loss, weight, retain_graph=True, allow_unused=True)
+        twins = [self.calls[0].params[name] for name in own]
+        elsewhere = torch.autograd.grad(self.loss, list(own.values()), retain_graph=True, allow_unused=True)
+        here = torch.autograd.grad(self.loss, twins, retain_graph=True, materialize_grads=True)
         rows = self.rows.detach().to(self.inputs.dtype)
         g = rows.reshape(len(rows), self.layer.groups, -1).permute(1, 2, 0)
-        expected = g @ self.inputs
-        actual = torch.zeros_like(expected) if found is None else self.layer.view(found).to(expected)
-        size = torch.linalg.vector_norm(g.abs() @ self.inputs.abs())
-        if torch.linalg.vector_norm(actual - expected) > _CHECKED * size:
-            raise CurvatureError(
-                f"the weight of layer {self.layer.name!r} acts on the loss outside the layer as well (a tied layer, or a penalty in the loss), "
-                "so its Hessian is not H_e S H_eᵀ alone; leave the penalty out of the loss and add its second derivative, or take "
-                "hessian(objective)"
-            )
+        for name, other, found in zip(own, elsewhere, here, strict=True):
+            if name == "weight":
+                h, actual = self.inputs, self.layer.view(found)
+            else:
+                h, actual = torch.ones_like(g.mT[..., :1]), found.view_as(g[..., :1])
+            off = torch.linalg.vector_norm(actual.to(h) - g @ h) > _CHECKED * torch.linalg.vector_norm(g.abs() @ h.abs())
+            if other is not None or off:
+                raise CurvatureError(
+                    f"the {name} of layer {self.layer.name!r} acts on the loss outside the layer as well (a tied layer, or a penalty in the "
+                    "loss), so its Hessian is not H_e S H_eᵀ alone; leave the penalty out of the loss and add its second derivative, or take "
+                    "hessian(objective)"
+                )
 
     def _arranged(self, samples: int) -> Tensor:
         """The places of each sample, (samples, positions).
