@@ -317,7 +317,7 @@ class Language(nn.Module):
 
 
 def scoring(optimizer):
-    return {row.name: row.preconditioner for row in optimizer.explain().rows if row.why.startswith("scores the ")}
+    return {row.name: row.preconditioner for row in optimizer.explain().rows if "taken for their scores" in row.why}
 
 
 def test_a_layer_that_scores_the_rows_of_a_table_is_stepped_entry_by_entry_behind_standardized_inputs():
@@ -326,7 +326,8 @@ def test_a_layer_that_scores_the_rows_of_a_table_is_stepped_entry_by_entry_behin
     assert found.keys() == {"head.weight", "head.bias"}
     assert all(what.startswith("BNP(") and what.endswith("∘ RMS()") for what in found.values())
     why = {row.name: row.why for row in precond.auto(model).explain().rows}
-    assert why["head.weight"] == "scores the 12 rows of a table" and why["hidden.0.weight"] == "16 inputs"
+    assert why["head.weight"] == "12 outputs, as many as a table has rows: taken for their scores"
+    assert why["hidden.0.weight"] == "16 inputs"
 
 
 @pytest.mark.parametrize(

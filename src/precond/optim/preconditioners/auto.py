@@ -150,7 +150,8 @@ class Auto(Resolved):
 
     def _of_head(self, weight: Leaf, observed: bool) -> tuple[Preconditioner, str]:
         scale = self.lr_scale(weight)
-        why = f"scores the {weight.sides[0]:,} rows of a table" + (f", steps × {scale:.2g}" if scale < 1 else "")
+        why = f"{weight.sides[0]:,} outputs, as many as a table has rows: taken for their scores"
+        why += f", steps × {scale:.2g}" if scale < 1 else ""
         return (self.bnp @ self.rms, why) if observed else (self.rms, f"{why}, {NOT_OBSERVED}")
 
     def _of_layer(self, layer: Sequence[Leaf], observed: bool) -> tuple[Preconditioner | None, str]:
