@@ -193,6 +193,13 @@ ATTENTION = [
     _attention("weights wanted, mask", call={"need_weights": True, "attn_mask": _causal, "average_attn_weights": False}),
     _attention("extra key and value", add_bias_kv=True),
     _attention("extra zero", add_zero_attn=True, call={"key_padding_mask": _padding}),
+    *(
+        _attention(
+            f"{name}, causal, weights {how}", **extra, call={"attn_mask": _causal, "is_causal": True, "need_weights": wanted}
+        )
+        for name, extra in (("extra key", {"add_bias_kv": True}), ("extra zero", {"add_zero_attn": True}))
+        for how, wanted in (("wanted", True), ("not wanted", False))
+    ),
 ]
 
 CASES = [*LINEAR, *CONV, *ATTENTION]

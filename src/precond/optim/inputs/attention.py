@@ -117,7 +117,8 @@ class Called:
                 q_proj_weight=weights[0],
                 k_proj_weight=weights[1],
                 v_proj_weight=weights[2],
-                is_causal=self.named.get("is_causal", False),
+                # Where weights are wanted torch goes by the mask, in which all see what bias_k or zeros add to the keys.
+                is_causal=self.named.get("is_causal", False) and not self.named.get("need_weights", True),
             )
         return h
 
