@@ -97,7 +97,7 @@ def bind(
     _, dtypes, devices = read_kinds(params)
     kinds = [p not in frozen for p in params], dtypes, devices
     locations, shapes = setup.models.locations(leaves), [p.shape for p in params]
-    return Binding(leaves, choices, cells, entries, read_options(groups, setup.naming), locations, shapes, kinds, joint)
+    return Binding(leaves, choices, _in_order(cells), entries, read_options(groups, setup.naming), locations, shapes, kinds, joint)
 
 
 def rebind(setup: Setup, bound: Binding, existing: Mapping[Tensor, dict[str, Any]], absent: frozenset[Tensor]) -> Binding:
@@ -111,12 +111,16 @@ def rebind(setup: Setup, bound: Binding, existing: Mapping[Tensor, dict[str, Any
     cells, entries = setup.planned(leaves, [i for i in concerned if leaves[i].param not in absent], choices, known)
     return replace(
         bound,
-        # In the order of leaves, as where all is planned: norms over all are sums in that order.
-        cells=sorted([cell for cell in bound.cells if concerned.isdisjoint(cell.index)] + cells, key=lambda cell: cell.index),
+        cells=_in_order([cell for cell in bound.cells if concerned.isdisjoint(cell.index)] + cells),
         entries=[e for e in bound.entries if e[0].param not in known or e[1] in _OF_VALUES] + entries,
         joint=replace(bound.joint, absent=absent),
         asleep=None,
     )
+
+
+def _in_order(cells: Iterable[Cell]) -> list[Cell]:
+    """In the order of leaves, however they were planned: norms over all are sums in that order."""
+    return sorted(cells, key=lambda cell: cell.index)
 
 
 _OF_VALUES = ("residual", averaging.MEAN, averaging.COUNT)
