@@ -55,7 +55,7 @@ class Binding:
         for cell in self.stacks:
             m = len(cell.block.leaves)
             has = {any(leaf.param.grad is not None for leaf in cell.leaves[i : i + m]) for i in range(0, len(cell.index), m)}
-            if len(has) > 1 or len(set(whole_numbers(cell.state["step"])[::m])) > 1:
+            if len(has) > 1 or (steps := whole_numbers(cell.state["step"])) != steps[:m] * len(cell.members):
                 return True
         return False
 
