@@ -259,27 +259,30 @@ def test_resumed_in_between(recipe: str, lacking: str, more: dict[str, Any], res
 
 
 @pytest.mark.parametrize("how", ["frozen", "no gradient"])
+@pytest.mark.parametrize(("gaps", "at"), [((0, 1), 3), ((2, 3, 4), 3)], ids=["after gaps", "within gaps"])
 @pytest.mark.parametrize("lacking", ["2.weight", "2.bias"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_resumed_where_one_of_many_alike_has_made_fewer_steps(recipe: str, lacking: str, how: str) -> None:
-    """Bit for bit: it is not put side by side with the others, whose statistics are divided by other weights."""
+def test_resumed_where_one_of_many_alike_has_made_fewer_steps(
+    recipe: str, lacking: str, gaps: tuple[int, ...], at: int, how: str
+) -> None:
+    """Bit for bit: it is not put side by side with the others, whose statistics are divided by other weights, nor left in their memory."""
 
     def run(resumes: bool) -> list[Tensor]:
-        fresh = lambda: nn.Sequential(*(m for _ in range(8) for m in (nn.Linear(4, 4), nn.Tanh()))).double()  # noqa: E731
+        fresh = lambda: nn.Sequential(*(m for _ in range(8) for m in (nn.Linear(5, 5), nn.Tanh()))).double()  # noqa: E731
         torch.manual_seed(0)
         model = fresh()
         optimizer = RECIPES[recipe](model)
         for t in range(6):
-            if resumes and t == 3:
+            if resumes and t == at:
                 saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
                 model = fresh()
                 optimizer = RECIPES[recipe](model)
                 model.load_state_dict(saved[0])
                 optimizer.load_state_dict(saved[1])
-            p, gap = model.get_parameter(lacking), t in (0, 1)
+            p, gap = model.get_parameter(lacking), t in gaps
             p.requires_grad_(not (gap and how == "frozen"))
             optimizer.zero_grad()
-            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
+            x = torch.randn(8, 5, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
             model(x).square().mean().backward()
             if gap:
                 p.grad = None

@@ -62,7 +62,12 @@ def adopt(state: State, existing: Existing, steps: Vec, outside: Callable[[str],
                 mine = known[leaf].get(outside(prefix + key))
                 # The parameter may have been converted since, or moved.
                 kept.append(
-                    local(mine).to(tensor) if isinstance(mine, Tensor) and local(mine).shape == tensor.shape else tensor
+                    _whole(local(mine).to(tensor)) if isinstance(mine, Tensor) and local(mine).shape == tensor.shape else tensor
                 )
             state[key] = tuple(kept) if isinstance(value, tuple) else kept[0]
     state["step"] = steps
+
+
+def _whole(t: Tensor) -> Tensor:
+    """A slice of a former stack in memory of its own: it holds all of that, and is not aligned as what is loaded, by which products round."""
+    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()

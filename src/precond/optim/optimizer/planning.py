@@ -97,7 +97,9 @@ def bind(
     _, dtypes, devices = read_kinds(params)
     kinds = [p not in frozen for p in params], dtypes, devices
     locations, shapes = setup.models.locations(leaves), [p.shape for p in params]
-    return Binding(leaves, choices, _in_order(cells), entries, read_options(groups, setup.naming), locations, shapes, kinds, joint)
+    return Binding(
+        leaves, choices, _in_order(cells), entries, read_options(groups, setup.naming), locations, shapes, kinds, joint
+    )
 
 
 def rebind(setup: Setup, bound: Binding, existing: Mapping[Tensor, dict[str, Any]], absent: frozenset[Tensor]) -> Binding:
