@@ -55,7 +55,8 @@ class Diagnosis:
         optimizer: its class, or None.
         lr: its largest learning rate.
         lam_max: λ_max of PᵀHP (or PᵀGP), where curvature was asked for.
-        lr_limit: the largest stable learning rate, 2/λ_max times what momentum makes of it; None with ``lam_max``, and where P or it is unknown.
+        lr_limit: the largest stable learning rate on the objective, 2/λ_max times what momentum makes of it; None with ``lam_max``, and where P
+            or it is unknown. Penalties and decay of the optimizer's own are left out: ``L2(λ)`` in z adds 2λ to λ_max.
         matrix: of which.
         undiagnosed: which weights' inputs were not diagnosed, each with the reason.
         considered: the remedies that were looked at, advised or not.
