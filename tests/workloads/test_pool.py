@@ -94,13 +94,15 @@ def test_rules_are_the_same_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
         "torch Muon": 1e-3,
         "pytorch-optimizer SOAP": 3e-3,
         "auto": 2e-2,
+        "AdamW, averaged": 1e-3,
+        "auto, averaged": 2e-2,
     }
     for _, entrant, space in entrants():
         assert defaults[entrant.label] in space.first(TRIALS)
     monkeypatch.setattr(tasks, "find_spec", lambda name: None)
     (task, *_) = pool_tasks("development", (0,), 1, 0.1)
     assert "pytorch-optimizer SOAP" not in [c.label for c in task.contenders]
-    assert task.numbers == (0, 1, 2, 4)  # files keep their names
+    assert task.numbers == (0, 1, 2, 4, 5, 6)  # files keep their names
     assert task.skipped and "pip install 'precond[bench]'" in task.skipped[0]
 
 

@@ -71,7 +71,8 @@ RULES = (
     "rate that falls to 0 along half a cosine.",
     f"Each searches its learning rate alone, over the same ratio: {TRIALS} rates, each twice the one before, with its own published default "
     f"among them; where the best lies at an end, up to {BEYOND} rates more beyond it. All else is each optimizer's own default, but weight "
-    "decay is 0 for those of others. auto is taken as it comes.",
+    "decay is 0 for those of others. auto is taken as it comes. Two are evaluated at averages of their weights over about the last tenth "
+    "of the steps so far, AdamW by this library's recipe, which takes torch's steps.",
     "A search looks at trainings with another seed than those reported, and at their loss on training examples that the reported curves are "
     "not evaluated on (where there are enough). torch's AdamW takes the rate of its lowest final loss; the others that which reaches, in the "
     "fewest steps, the lowest loss on the curve of this training of AdamW, and among equals, or where none reaches it, that of the lowest "
@@ -98,6 +99,8 @@ _ENTRANTS: tuple[tuple[Callable[[], Entrant], LogUniform, str | None], ...] = (
     (lambda: Peer("torch Muon", peers.muon, "torch-muon"), _rates(1e-3), None),
     (lambda: Peer("pytorch-optimizer SOAP", peers.pytorch_optimizer("SOAP"), "po-soap"), _rates(7.5e-4), "pytorch_optimizer"),
     (lambda: parse_recipe("auto", "auto"), _rates(1.25e-3), None),
+    (lambda: parse_recipe("adamw(weight_decay=0, average=PolynomialAverage())", "AdamW, averaged"), _rates(5e-4), None),
+    (lambda: parse_recipe("auto(average=PolynomialAverage())", "auto, averaged"), _rates(1.25e-3), None),
 )
 
 
