@@ -75,29 +75,35 @@ ATOMS, VALENCES, OFFSETS = 10, (3, 2, 1), (0.0, 0.5, 1.0)
 
 
 def molecules(seed: int, n: int) -> Part:
-    """Connected molecules of 6, 8 or 10 atoms: kinds (three columns, 0 where no atom is) beside adjacency (N, 10, 3 + 10).
+    """Connected molecules of 6, 8 or 10 atoms, none twice: kinds (three columns, 0 where no atom is) beside adjacency (N, 10, 3 + 10).
 
     The targets (N, 2) are standardized: Hückel's energy for each atom, and its gap between the last level that is filled and the next.
     """
-    drawn = random.Random(seed)
-    inputs = torch.zeros(n, ATOMS, len(VALENCES) + ATOMS)
-    for graph in inputs:
-        kinds, free = list[int](), list[int]()
-        for atom in range(drawn.choice((6, 8, 10))):
-            to = drawn.choice([i for i in range(atom) if free[i]]) if atom else None
-            # An atom that takes up the last free place would end the molecule.
-            kind = 0 if sum(free) <= 1 else drawn.choices(range(3), (6, 2, 2))[0]
-            kinds.append(kind)
-            free.append(VALENCES[kind])
-            if to is not None:
-                _bind(graph, free, atom, to)
-        for _ in range(2):  # rings
-            a, b = drawn.sample(range(len(kinds)), 2)
-            if free[a] and free[b] and not graph[a, len(VALENCES) + b]:
-                _bind(graph, free, a, b)
-        graph[range(len(kinds)), kinds] = 1
+    drawn, found = random.Random(seed), dict[bytes, Tensor]()
+    while len(found) < n:
+        graph = _molecule(drawn)
+        found[graph.numpy().tobytes()] = graph
+    inputs = torch.stack(list(found.values()))
     energy, gap = hueckel(inputs)
     return Part(inputs, standard(torch.stack([energy, gap], 1)).float())
+
+
+def _molecule(drawn: random.Random) -> Tensor:
+    graph, kinds, free = torch.zeros(ATOMS, len(VALENCES) + ATOMS), list[int](), list[int]()
+    for atom in range(drawn.choice((6, 8, 10))):
+        to = drawn.choice([i for i in range(atom) if free[i]]) if atom else None
+        # An atom that takes up the last free place would end the molecule.
+        kind = 0 if sum(free) <= 1 else drawn.choices(range(3), (6, 2, 2))[0]
+        kinds.append(kind)
+        free.append(VALENCES[kind])
+        if to is not None:
+            _bind(graph, free, atom, to)
+    for _ in range(2):  # rings
+        a, b = drawn.sample(range(len(kinds)), 2)
+        if free[a] and free[b] and not graph[a, len(VALENCES) + b]:
+            _bind(graph, free, a, b)
+    graph[range(len(kinds)), kinds] = 1
+    return graph
 
 
 def _bind(graph: Tensor, free: list[int], a: int, b: int) -> None:
