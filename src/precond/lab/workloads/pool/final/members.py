@@ -153,7 +153,7 @@ def _automata() -> Tensors:
 
 # In the order of the half.
 _ROWS: tuple[tuple[Family, int, Callable[[], Tensors]], ...] = (
-    ("tabular", 1000, _deliveries),
+    ("tabular", 1200, _deliveries),
     ("autoencoders", 1200, _orbits),
     ("conv nets", 1000, _molecules),
     ("vision transformers", 600, _solids),

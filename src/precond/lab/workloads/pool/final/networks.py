@@ -99,7 +99,7 @@ class GatedGraph(nn.Module):
 
 
 class SetAttention(nn.Module):
-    """(x, y) ↦ h + ReLU(W h), h = x + attention of x to y, each behind a LayerNorm (Lee et al., 2019)."""
+    """(x, y) ↦ h + ReLU(W LN(h)), h = x + attention of LN(x) to LN(y) (Lee et al., 2019, with norms in front)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -107,8 +107,9 @@ class SetAttention(nn.Module):
         self.linear, self.norm1, self.norm2 = nn.Linear(width, width), nn.LayerNorm(width), nn.LayerNorm(width)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        h = self.norm1(x + self.attention(x, y, y, need_weights=False)[0])
-        return self.norm2(h + F.relu(self.linear(h)))
+        seen = self.norm1(y)
+        h = x + self.attention(self.norm1(x), seen, seen, need_weights=False)[0]
+        return h + F.relu(self.linear(self.norm2(h)))
 
 
 class Induced(nn.Module):
@@ -131,12 +132,12 @@ class SetTransformer(nn.Module):
         self.embed = nn.Linear(dimension, width)
         self.encoder = nn.Sequential(Induced(width, heads, few), Induced(width, heads, few))
         self.seed = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, width)))
-        self.pool, self.head = SetAttention(width, heads), nn.Linear(width, classes)
+        self.pool, self.norm, self.head = SetAttention(width, heads), nn.LayerNorm(width), nn.Linear(width, classes)
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, points: Tensor) -> Tensor:
         x = self.encoder(self.embed(points))
-        return self.head(self.pool(self.seed.expand(len(x), -1, -1), x)[:, 0])
+        return self.head(self.norm(self.pool(self.seed.expand(len(x), -1, -1), x)[:, 0]))
 
 
 class Schroedinger(nn.Module):
