@@ -153,8 +153,8 @@ def _automata() -> Tensors:
 
 # In the order of the half.
 _ROWS: tuple[tuple[Family, int, Callable[[], Tensors]], ...] = (
-    ("tabular", 1200, _deliveries),
-    ("autoencoders", 1200, _orbits),
+    ("tabular", 1600, _deliveries),
+    ("autoencoders", 1500, _orbits),
     ("conv nets", 1000, _molecules),
     ("vision transformers", 600, _solids),
     ("language models", 600, _bytecode),

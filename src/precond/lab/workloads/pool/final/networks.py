@@ -129,15 +129,15 @@ class SetTransformer(nn.Module):
 
     def __init__(self, dimension: int, classes: int, width: int, heads: int, few: int) -> None:
         super().__init__()
-        self.embed = nn.Linear(dimension, width)
+        self.embed = nn.Sequential(nn.Linear(dimension, width), nn.GELU(), nn.Linear(width, width))
         self.encoder = nn.Sequential(Induced(width, heads, few), Induced(width, heads, few))
         self.seed = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, width)))
-        self.pool, self.norm, self.head = SetAttention(width, heads), nn.LayerNorm(width), nn.Linear(width, classes)
+        self.pool, self.head = SetAttention(width, heads), nn.Linear(width, classes)
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, points: Tensor) -> Tensor:
         x = self.encoder(self.embed(points))
-        return self.head(self.norm(self.pool(self.seed.expand(len(x), -1, -1), x)[:, 0]))
+        return self.head(self.pool(self.seed.expand(len(x), -1, -1), x)[:, 0])
 
 
 class Schroedinger(nn.Module):

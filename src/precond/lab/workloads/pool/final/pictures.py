@@ -15,7 +15,7 @@ SOLIDS, POINTS = ("sphere", "cube", "cylinder", "cone", "torus", "octahedron", "
 AUTOMATON_SIDE = 16
 
 
-def solids(seed: int, n: int, noise: float = 0.04) -> Part:
+def solids(seed: int, n: int, noise: float = 0.08) -> Part:
     """Points on solids, upright, turned about the vertical, of any size: (N, 40, 3), and which of eight solids each is (N,)."""
     g = torch.Generator().manual_seed(seed)
     kind = torch.randint(len(SOLIDS), (n,), generator=g)
@@ -23,7 +23,7 @@ def solids(seed: int, n: int, noise: float = 0.04) -> Part:
     angle = 2 * π * torch.rand(n, generator=g)
     turns = torch.diag_embed(torch.stack([angle.cos(), angle.cos(), torch.ones(n)], 1))
     turns[:, 0, 1], turns[:, 1, 0] = angle.sin(), -angle.sin()
-    sizes = 0.7 + 0.6 * torch.rand(n, 1, 1, generator=g)
+    sizes = 1.4 + 1.2 * torch.rand(n, 1, 1, generator=g)
     return Part(sizes * clouds @ turns + noise * torch.randn(n, POINTS, 3, generator=g), kind)
 
 
