@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from precond.optim.blocks import Leaf, whole_numbers
 from precond.optim.engine import plan
 from precond.optim.engine.cells import Cell, Choice
+from precond.optim.engine.shared_state import Ownership
 from precond.optim.engine.sharing import Shared
 from precond.optim.optimizer.joint import Joint
 from precond.optim.optimizer.models import Location
@@ -36,6 +37,8 @@ class Binding:
         kinds: of all leaves, as they were then.
         joint: what is stepped jointly, and what of it is absent, having no gradient.
         asleep: the cells of layers whose observed weights are absent, which ask for what these receive; None: not made yet.
+        owners: which rank owns a parameter's block.
+        owned: of whose state one rank keeps what others do not have, also of what is frozen.
     """
 
     leaves: list[Leaf] = field(default_factory=list)
@@ -48,6 +51,8 @@ class Binding:
     kinds: Kinds = ([], [], [])
     joint: Joint = field(default_factory=Joint)
     asleep: list[Cell] | None = None
+    owners: dict[Tensor, int] = field(default_factory=dict)
+    owned: Ownership = field(default_factory=dict)
 
     @property
     def divided(self) -> bool:
@@ -112,6 +117,11 @@ class Binding:
         # A forward of torch.func.functional_call has others in the modules for its time; parameters without data wait for others to come.
         filled = self._on_meta and not self.params_in_place
         return not same or filled or self.kinds != read_kinds(params) or not self.modules_in_place
+
+    def steps_same_tensors_as(self, other: Binding) -> bool:
+        """Whether both are of the same parameters, of which none was converted or moved; some may have been frozen or thawed."""
+        same = len(self._params) == len(other._params) and all(map(operator.is_, self._params, other._params))
+        return same and self.kinds[1:] == other.kinds[1:]
 
     @cached_property
     def _on_meta(self) -> bool:

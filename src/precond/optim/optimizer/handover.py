@@ -16,7 +16,7 @@ from precond.algebra.sharding import copy_, divided
 from precond.optim.blocks import COUNTS, Leaf
 from precond.optim.engine.shared_state import Owned, Ownership, from_owners, owned
 from precond.optim.optimizer.binding import Binding
-from precond.optim.optimizer.entries import with_data
+from precond.optim.optimizer.entries import begun_anew, with_data
 from precond.optim.optimizer.serialization import OPTIONAL
 
 
@@ -35,7 +35,8 @@ def receive(
     Returns:
         Who owns what from now on, also of what waits.
     """
-    after, state = owned(bound.shared), with_data(state)
+    after, anew = owned(bound.shared), begun_anew(state, bound.entries)
+    state = {p: of for p, of in with_data(state).items() if p not in anew}
     targets: dict[Tensor, dict[str, Tensor]] = {}
     for leaf, key, target in bound.entries:
         targets.setdefault(leaf.param, {})[key] = target

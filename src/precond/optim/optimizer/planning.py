@@ -33,7 +33,7 @@ class Setup:
         average: of the weights.
         observes: whether it observes the inputs of layers.
         second: the number of the regularizer that wants a second gradient, or None.
-        owners: which rank owns which parameters' blocks, where ranks share them; completed by a plan.
+        owners: which rank owns which parameters' blocks, where ranks share them; a copy, completed by a plan.
         counting: the device that counts a leaf's steps; None: the host does.
     """
 
@@ -97,7 +97,8 @@ def bind(
     _, dtypes, devices = read_kinds(params)
     kinds = [p not in frozen for p in params], dtypes, devices
     locations, shapes = setup.models.locations(leaves), [p.shape for p in params]
-    return Binding(leaves, choices, cells, entries, read_options(groups, setup.naming), locations, shapes, kinds, joint)
+    options = read_options(groups, setup.naming)
+    return Binding(leaves, choices, cells, entries, options, locations, shapes, kinds, joint, owners=setup.owners)
 
 
 def rebind(setup: Setup, bound: Binding, existing: Mapping[Tensor, dict[str, Any]], absent: frozenset[Tensor]) -> Binding:
@@ -116,6 +117,7 @@ def rebind(setup: Setup, bound: Binding, existing: Mapping[Tensor, dict[str, Any
         entries=[e for e in bound.entries if e[0].param not in known or e[1] in _OF_VALUES] + entries,
         joint=replace(bound.joint, absent=absent),
         asleep=None,
+        owners=setup.owners,
     )
 
 
