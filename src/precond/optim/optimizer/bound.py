@@ -164,7 +164,7 @@ class Bound(torch.optim.Optimizer):
             del self.state[p]
         for leaf, key, tensor in bound.entries:
             self.state[leaf.param][self.naming.outside(key)] = tensor
-        handover.drop(before, bound, self.state, self.naming.outside)
+        handover.drop(before, bound, self.state, self.naming)
         entries.follow(self.state)
         self._stepped, self._consolidated = bound, None
         self._absent, self._frozen = bound.joint.absent, bound.frozen

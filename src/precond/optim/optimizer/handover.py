@@ -17,7 +17,7 @@ from precond.optim.blocks import COUNTS, Leaf
 from precond.optim.engine.shared_state import Owned, Ownership, from_owners, owned
 from precond.optim.optimizer.binding import Binding
 from precond.optim.optimizer.entries import begun_anew, with_data
-from precond.optim.optimizer.serialization import OPTIONAL
+from precond.optim.optimizer.naming import Naming
 
 
 @torch.no_grad()
@@ -89,14 +89,14 @@ def rename(owners: MutableMapping[Tensor, Any], new: Mapping[Tensor, Tensor], st
             owners[q] = owners.pop(p)
 
 
-def drop(before: Binding, now: Binding, state: Mapping[Tensor, dict[str, Any]], outside: Callable[[str], str]) -> None:
+def drop(before: Binding, now: Binding, state: Mapping[Tensor, dict[str, Any]], naming: Naming) -> None:
     """Take away what is kept no more, but for the state of what waits; of what has waited also what an earlier plan kept."""
-    known, kept = ({(leaf.param, outside(key)) for leaf, key, _ in bound.entries} for bound in (before, now))
-    known |= {(p, key) for p in before.waiting for key in state.get(p, ())}
-    waiting, optional = now.waiting, set(map(outside, OPTIONAL))
+    known, kept = ({(leaf.param, key) for leaf, key, _ in bound.entries} for bound in (before, now))
+    known |= {(p, naming.inside(key)) for p in before.waiting for key in state.get(p, ())}
+    waiting = now.waiting
     for p, key in known - kept:
-        if p not in waiting and key not in optional:
-            state.get(p, {}).pop(key, None)
+        if p not in waiting and not before.is_optional(key):
+            state.get(p, {}).pop(naming.outside(key), None)
 
 
 def _held_otherwise(known: Tensor, target: Tensor | None) -> bool:

@@ -16,7 +16,7 @@ from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.loop import Rules
 from precond.optim.engine.plan import Entries
 from precond.optim.optimizer import averaging
-from precond.optim.optimizer.binding import Binding, choices_of
+from precond.optim.optimizer.binding import OF_VALUES, Binding, choices_of
 from precond.optim.optimizer.entries import with_data
 from precond.optim.optimizer.fusing import fusible
 from precond.optim.optimizer.joint import Joint
@@ -114,15 +114,11 @@ def rebind(setup: Setup, bound: Binding, existing: Mapping[Tensor, dict[str, Any
         bound,
         # In the order of leaves, as where all is planned: norms over all are sums in that order.
         cells=sorted([cell for cell in bound.cells if concerned.isdisjoint(cell.index)] + cells, key=lambda cell: cell.index),
-        entries=[e for e in bound.entries if e[0].param not in known or e[1] in _OF_VALUES] + entries,
+        entries=[e for e in bound.entries if e[0].param not in known or e[1] in OF_VALUES] + entries,
         joint=replace(bound.joint, absent=absent),
         asleep=None,
         owners=setup.owners,
     )
-
-
-_OF_VALUES = ("residual", averaging.MEAN, averaging.COUNT)
-"""State of a parameter's values, which is kept whether it is stepped or not."""
 
 
 def asleep(setup: Setup, bound: Binding, existing: Mapping[Tensor, dict[str, Any]]) -> list[Cell]:
