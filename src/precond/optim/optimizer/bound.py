@@ -160,11 +160,7 @@ class Bound(torch.optim.Optimizer):
             return
         if not isinstance(self.state, entries.States):
             self.state = entries.States(given=self.state)
-        for p in entries.begun_anew(self.state, bound.entries):
-            del self.state[p]
-        for leaf, key, tensor in bound.entries:
-            self.state[leaf.param][self.naming.outside(key)] = tensor
-        handover.drop(before, bound, self.state, self.naming)
+        handover.commit(before, bound, self.state, self.naming)
         entries.follow(self.state)
         self._stepped, self._consolidated = bound, None
         self._absent, self._frozen = bound.joint.absent, bound.frozen

@@ -89,14 +89,20 @@ def rename(owners: MutableMapping[Tensor, Any], new: Mapping[Tensor, Tensor], st
             owners[q] = owners.pop(p)
 
 
-def drop(before: Binding, now: Binding, state: Mapping[Tensor, dict[str, Any]], naming: Naming) -> None:
-    """Take away what is kept no more, but for the state of what waits; of what has waited also what an earlier plan kept."""
+def commit(before: Binding, now: Binding, state: MutableMapping[Tensor, Any], naming: Naming) -> None:
+    """State becomes that of a binding.
+
+    What is kept no more goes, and of what has waited also what an earlier plan kept; all of what begins anew; nothing of what waits now.
+    """
+    anew = begun_anew(state, now.entries)
     known, kept = ({(leaf.param, key) for leaf, key, _ in bound.entries} for bound in (before, now))
-    known |= {(p, naming.inside(key)) for p in before.waiting for key in state.get(p, ())}
+    known |= {(p, naming.inside(key)) for p in before.waiting | anew for key in state.get(p, ())}
     waiting = now.waiting
     for p, key in known - kept:
-        if p not in waiting and not before.is_optional(key):
+        if p in anew or not (p in waiting or before.is_optional(key)):
             state.get(p, {}).pop(naming.outside(key), None)
+    for leaf, key, tensor in now.entries:
+        state[leaf.param][naming.outside(key)] = tensor
 
 
 def _held_otherwise(known: Tensor, target: Tensor | None) -> bool:
