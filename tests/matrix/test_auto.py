@@ -157,6 +157,55 @@ def test_tables_take_longer_steps_unless_a_layer_shares_them():
     assert moves[False] == pytest.approx(0.05, rel=1e-3) and moves[True] == pytest.approx(0.01, rel=1e-3)
 
 
+class OneWeight(nn.Module):
+    """Layers of one weight, the first two of one bias, each other one with its own."""
+
+    def __init__(self, layers, one_bias=False):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(5, 5, dtype=torch.float64) for _ in range(layers))
+        for layer in self.layers[1:]:
+            layer.weight = self.layers[0].weight
+        if one_bias:
+            self.layers[1].bias = self.layers[0].bias
+
+    def forward(self, x):
+        return torch.cat([layer(x[:, k]) for k, layer in enumerate(self.layers)])
+
+
+@pytest.mark.parametrize(
+    ("layers", "one_bias"), [(2, False), (3, True)], ids=["two biases", "one of two layers, one of a third"]
+)
+@pytest.mark.parametrize("make", [precond.auto, lambda model: precond.PreconditionedGD(model, preconditioner=precond.Polar())])
+def test_biases_of_layers_that_share_a_weight_alone_are_stepped_alike(make, layers, one_bias):
+    torch.manual_seed(0)
+    model = OneWeight(layers, one_bias)
+    own = dict.fromkeys(layer.bias for layer in model.layers)
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.bias.zero_()
+    optimizer = make(model)
+    rows = [row for row in optimizer.explain().rows if row.name.endswith("bias")]
+    assert len(rows) == len(own) and {(row.preconditioner, row.why) for row in rows} == {("RMS()", rows[0].why)}
+    x = torch.randn(9, 1, 5, dtype=torch.float64).expand(
+        -1, layers, -1
+    )  # all layers see the same, so that all biases move alike
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).sin().mean().backward()
+        if one_bias:
+            model.layers[0].bias.grad /= 2
+        optimizer.step()
+    first, last = (model.layers[k].bias.detach() for k in (0, -1))
+    torch.testing.assert_close(first, last, atol=1e-12, rtol=0)  # rounding of sums in another order
+    assert (first != 0).all()
+
+
+def test_a_weight_and_a_bias_that_the_same_layers_share_are_a_layer():
+    model = OneWeight(2, one_bias=True)
+    rows = precond.auto(model).explain().rows
+    assert [row.block for row in rows] == [0, 0]
+
+
 def test_layers_of_one_shape_decide_together():
     class Alike(Two):
         def __init__(self):
