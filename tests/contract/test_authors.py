@@ -191,3 +191,32 @@ def test_groups_of_a_penalty_without_a_number_say_how_to_leave_some_out():
     groups = [{"params": [nn.Parameter(torch.ones(2))]}, {"params": [nn.Parameter(torch.ones(2))], "mine.lam": 0.2}]
     with pytest.raises(ValueError, match=r"differ in nothing of Mine, not in lam.*by where="):
         precond.sgd(groups, lr=0.1, regularizers=[own(Penalty, scalars=())()])
+
+
+def test_what_it_says_of_its_statistics_decides_how_a_state_without_them_goes_on():
+    """Without a second moment a parameter begins anew, without what is optional it goes on; a state dict may lack that alone."""
+
+    def trained(**says):
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 2)
+        optimizer = PreconditionedGD(layer, 0.1, preconditioner=own(Rows, **says)(), momentum=Momentum(0.9))
+        for _ in range(3):
+            layer(torch.ones(4, 3)).square().mean().backward()
+            optimizer.step()
+        return layer, optimizer
+
+    for says, step in (({"second_moments": frozenset({"r"})}, 1), ({}, 4)):
+        layer, optimizer = trained(**says)
+        del optimizer.state[layer.weight]["r"]
+        optimizer.step()
+        assert optimizer.state[layer.weight]["step"] == step and optimizer.state[layer.bias]["step"] == 4
+    for says in ({"optional": frozenset({"r"})}, {}):
+        layer, optimizer = trained(**says)
+        saved = optimizer.state_dict()
+        del saved["state"][0]["r"]
+        if says:
+            optimizer.load_state_dict(saved)
+            assert optimizer.state[layer.weight]["step"] == 3
+        else:
+            with pytest.raises(ValueError, match=r"lacks 'r'"):
+                optimizer.load_state_dict(saved)

@@ -355,7 +355,7 @@ def _linear(**more: Any) -> tuple[nn.Linear, PreconditionedGD]:
 
 def _step(layer: nn.Module, optimizer: PreconditionedGD, *lacking: nn.Parameter) -> None:
     optimizer.zero_grad()
-    layer(torch.randn(8, 3)).square().mean().backward()
+    layer(torch.randn(8, next(layer.parameters()).shape[1])).square().mean().backward()
     for p in lacking:
         p.grad = None
     optimizer.step()
@@ -391,6 +391,96 @@ def test_looking_between_two_backwards_changes_nothing() -> None:
     optimizer.explain(), optimizer.map(), optimizer.state_dict()
     assert "none" not in str(optimizer.explain())
     same([known(optimizer, p) for p in layer.parameters()], before)
+
+
+def _averaged(model: nn.Module, optimizer: PreconditionedGD) -> None:
+    with optimizer.averaged():
+        pass
+
+
+LOOKS: dict[str, Callable[[nn.Module, PreconditionedGD], Any]] = {
+    "explain": lambda model, optimizer: optimizer.explain(),
+    "map": lambda model, optimizer: optimizer.map(),
+    "state_dict": lambda model, optimizer: optimizer.state_dict(),
+    "a forward": lambda model, optimizer: model(torch.ones(2, 5).double()),
+    "averaged": _averaged,
+    "a copy": lambda model, optimizer: _copied(model, optimizer, precond.auto),
+    "saved and loaded": lambda model, optimizer: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
+}
+
+
+@engines
+@pytest.mark.parametrize("frozen", ["0.weight", "0.bias"])
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("look", LOOKS)
+def test_what_is_frozen_for_a_look_is_stepped_as_if_it_had_not_been(look: str, recipe: str, frozen: str, engine: str) -> None:
+    """Bit for bit, and so is what is saved while it is frozen: the optimizer's state is that of the last step."""
+
+    def run(look: Callable[..., Any] | None) -> Any:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+        optimizer = RECIPES[recipe](model, average=EMA(0.5), engine=engine)
+        for t in range(6):
+            if t == 3 and look is not None:
+                p, before = model.get_parameter(frozen), copy.deepcopy(optimizer.state_dict()["state"])
+                p.requires_grad_(False)
+                model, optimizer = look(model, optimizer) or (model, optimizer)
+                same(optimizer.state_dict()["state"], before)
+                model.get_parameter(frozen).requires_grad_(True)
+            optimizer.zero_grad()
+            model(torch.randn(8, 5, generator=torch.Generator().manual_seed(t)).double()).square().mean().backward()
+            optimizer.step()
+        return [p.detach() for p in model.parameters()], optimizer.state_dict()["state"]
+
+    def then_none(model: nn.Module, optimizer: PreconditionedGD) -> Any:
+        found = LOOKS[look](model, optimizer)
+        return found if isinstance(found, tuple) else None
+
+    same(run(then_none), run(None))
+
+
+@engines
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_bias_goes_on_where_its_weight_is_frozen_and_then_thawed_without_a_gradient(recipe: str, engine: str) -> None:
+    """As if it had stayed frozen, or had only lacked its gradient: bit for bit."""
+
+    def run(how: str) -> Any:
+        torch.manual_seed(0)
+        layer = nn.Linear(5, 4).double()
+        optimizer = RECIPES[recipe](layer, engine=engine)
+        for t in range(7):
+            layer.weight.requires_grad_(not (how == "frozen" and t in (2, 3, 4)) and not (how == "thawed" and t in (2, 3)))
+            optimizer.zero_grad()
+            layer(torch.randn(8, 5, generator=torch.Generator().manual_seed(t)).double()).square().mean().backward()
+            if t in (2, 3, 4):
+                layer.weight.grad = None
+            optimizer.step()
+            if t == 4:
+                assert optimizer.state[layer.bias]["step"] in (3, 5)  # of its own, where other statistics step it alone
+        return [p.detach() for p in layer.parameters()], optimizer.state_dict()["state"]
+
+    same(run("thawed"), run("frozen"))
+    same(run("thawed"), run("no gradient"))
+
+
+def test_what_is_written_into_the_state_after_a_look_counts() -> None:
+    """Also where the look has put it side by side with others."""
+    ends = []
+    for look in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(9)))
+        optimizer = precond.bnp(model, momentum=0.9)
+        _step(model, optimizer)
+        model[3].weight.requires_grad_(False)
+        if look:
+            optimizer.explain()
+        for entries in optimizer.state.values():
+            entries["momentum_buffer" if "momentum_buffer" in entries else "m"].fill_(1.0)
+        model[3].weight.grad = None
+        torch.manual_seed(1)
+        _step(model, optimizer)
+        ends.append([p.detach() for p in model.parameters()])
+    same(*ends)
 
 
 def test_no_more_is_planned_anew_than_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import warnings
 
 import pytest
 import torch
@@ -153,6 +155,55 @@ def test_tables_take_longer_steps_unless_a_layer_shares_them():
         why = optimizer.explain().rows[0].why
         assert why == ("rows of a table, shared with a layer" if tie else "rows of a table, steps × 5")
     assert moves[False] == pytest.approx(0.05, rel=1e-3) and moves[True] == pytest.approx(0.01, rel=1e-3)
+
+
+class OneWeight(nn.Module):
+    """Layers of one weight, the first two of one bias, each other one with its own."""
+
+    def __init__(self, layers, one_bias=False):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(5, 5, dtype=torch.float64) for _ in range(layers))
+        for layer in self.layers[1:]:
+            layer.weight = self.layers[0].weight
+        if one_bias:
+            self.layers[1].bias = self.layers[0].bias
+
+    def forward(self, x):
+        return torch.cat([layer(x[:, k]) for k, layer in enumerate(self.layers)])
+
+
+@pytest.mark.parametrize(
+    ("layers", "one_bias"), [(2, False), (3, True)], ids=["two biases", "one of two layers, one of a third"]
+)
+@pytest.mark.parametrize("make", [precond.auto, lambda model: precond.PreconditionedGD(model, preconditioner=precond.Polar())])
+def test_biases_of_layers_that_share_a_weight_alone_are_stepped_alike(make, layers, one_bias):
+    torch.manual_seed(0)
+    model = OneWeight(layers, one_bias)
+    own = dict.fromkeys(layer.bias for layer in model.layers)
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.bias.zero_()
+    optimizer = make(model)
+    rows = [row for row in optimizer.explain().rows if row.name.endswith("bias")]
+    assert len(rows) == len(own) and {(row.preconditioner, row.why) for row in rows} == {("RMS()", rows[0].why)}
+    x = torch.randn(9, 1, 5, dtype=torch.float64).expand(
+        -1, layers, -1
+    )  # all layers see the same, so that all biases move alike
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).sin().mean().backward()
+        if one_bias:
+            model.layers[0].bias.grad /= 2
+        optimizer.step()
+    first, last = (model.layers[k].bias.detach() for k in (0, -1))
+    torch.testing.assert_close(first, last, atol=1e-12, rtol=0)  # rounding of sums in another order
+    assert (first != 0).all()
+
+
+def test_a_weight_and_a_bias_that_the_same_layers_share_are_a_layer():
+    model = OneWeight(2, one_bias=True)
+    rows = precond.auto(model).explain().rows
+    assert [row.block for row in rows] == [0, 0]
 
 
 def test_layers_of_one_shape_decide_together():
@@ -384,3 +435,28 @@ def test_what_turns_to_standardized_inputs_knows_no_samples_but_its_own(engine):
             torch.testing.assert_close(state["outer.mean"][0], x.mean(0))
             torch.testing.assert_close(state["outer.variance"][0], x.var(0, correction=0))
             assert lengths[t] < 1.3 * lengths[6]
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 32), (1, 1, 32), (1, 32), (32, 1, 1), (4, 16, 32), (1, 4, 7, 7)])
+def test_what_is_added_or_multiplied_entry_by_entry_takes_rms_and_moves(shape):
+    """As a row of 512 entries a ViT's positions moved by 0.006 of the rate, and were never learned."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.register_parameter("positions", nn.Parameter(0.02 * torch.randn(shape)))
+    with warnings.catch_warnings():
+        if min(shape[0], math.prod(shape[1:])) == 1:
+            warnings.simplefilter("error")  # nothing is to be observed
+        optimizer = precond.auto(model, lr=1.0, weight_decay=0.0)
+    (row,) = (r for r in optimizer.explain().rows if r.name == "positions")
+    assert row.preconditioner == "RMS()" and row.why.startswith("no matrix")
+    before = model.positions.detach().clone()
+    ((model.positions * torch.randn(shape).sign()).sum() + model(torch.randn(8, 4)).sum()).backward()
+    optimizer.step()
+    torch.testing.assert_close((model.positions - before).abs(), torch.ones(shape))  # Adam's first step
+
+
+def test_a_matrix_of_ones_own_is_orthogonalized():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.register_parameter("matrix", nn.Parameter(torch.randn(16, 32)))
+    with pytest.warns(UserWarning, match="matrix"):
+        rows = precond.auto(model).explain().rows
+    assert next(r for r in rows if r.name == "matrix").preconditioner.startswith("Polar")

@@ -112,6 +112,10 @@ class Block:
         """What this process holds of all leaves."""
         return self.tensors
 
+    def position(self) -> Vec:
+        """The values of its parameters, as the block's own tensors, in float32 for 16-bit parameters."""
+        return self.gathered(tuple(t.detach().to(state_dtype(t.dtype)) for t in self.all_tensors))
+
     @cached_property
     def turns(self) -> list[int]:
         """The turn of each member of a stack, that of its first leaf; of a block alone its own."""

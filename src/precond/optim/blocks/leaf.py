@@ -33,7 +33,7 @@ class Leaf:
         inputs_first: whether its first dimension counts the inputs of its layer, as in transposed convolutions.
         turn: which of the steps of a period its periodic work falls on (:mod:`precond.optim.blocks.turns`).
         replicas: the processes that hold copies of it, as under DistributedDataParallel; None where none are known.
-        shared: whether several modules hold it, as where a head's weight is the table of embeddings.
+        shared: what other modules hold it, by name, as where a head's weight is the table of embeddings.
         scores: how many inputs an output of its layer has, where that scores the rows of a table (:func:`with_scores`); 0 elsewhere.
     """
 
@@ -48,8 +48,13 @@ class Leaf:
     attribute: str = field(default="", repr=False)
     turn: int = 0
     replicas: Any = field(default=None, repr=False)
-    shared: bool = False
+    shared: tuple[str, ...] = ()
     scores: int = 0
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """The modules that hold it: what the same ones hold goes together, as a weight with its bias."""
+        return (self.layer, *self.shared)
 
     @property
     def shape(self) -> torch.Size:

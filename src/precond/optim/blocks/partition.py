@@ -18,10 +18,13 @@ def by_tensor(leaves: Sequence[Leaf]) -> list[tuple[int, ...]]:
 
 
 def by_layer(leaves: Sequence[Leaf]) -> list[tuple[int, ...]]:
-    """One block per layer: a module's own parameters, the weight first."""
-    layers: dict[str, list[int]] = {}
+    """One block per layer: a module's own parameters, the weight first.
+
+    What several modules hold is a layer of its own: their biases, where each has one, go with no row of it.
+    """
+    layers: dict[tuple[str, ...], list[int]] = {}
     for i, leaf in enumerate(leaves):
-        layers.setdefault(leaf.layer, []).append(i)
+        layers.setdefault(leaf.holders, []).append(i)
     return [tuple(sorted(i, key=lambda j: leaves[j].kind == "bias")) for i in layers.values()]
 
 
@@ -60,9 +63,9 @@ def with_scores(leaves: Sequence[Leaf]) -> list[Leaf]:
 
     That no other has as many outputs tells it from hidden layers of a transformer as wide as its table of positions is long.
     """
-    weights = {leaf.layer: leaf for leaf in leaves if leaf.kind == "weight" and leaf.ndim == 2 and leaf.param.numel()}
-    layers = {name: leaf for name, leaf in weights.items() if not isinstance(leaf.module, nn.RNNBase | nn.RNNCellBase)}
+    weights = {leaf.holders: leaf for leaf in leaves if leaf.kind == "weight" and leaf.ndim == 2 and leaf.param.numel()}
+    layers = {holders: leaf for holders, leaf in weights.items() if not isinstance(leaf.module, nn.RNNBase | nn.RNNCellBase)}
     tables = {leaf.shape[0] for leaf in leaves if leaf.kind == "embedding" and leaf.shape[0] > CLASSES}
     alike = Counter(leaf.sides[0] for leaf in layers.values())
-    found = {name: leaf.sides for name, leaf in layers.items() if leaf.sides[0] in tables and alike[leaf.sides[0]] == 1}
-    return [replace(leaf, scores=found[leaf.layer][1]) if leaf.layer in found else leaf for leaf in leaves]
+    found = {holders: leaf.sides for holders, leaf in layers.items() if leaf.sides[0] in tables and alike[leaf.sides[0]] == 1}
+    return [replace(leaf, scores=found[leaf.holders][1]) if leaf.holders in found else leaf for leaf in leaves]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from precond.algebra import collectives
-from precond.optim.blocks import Leaf, State, state_dtype
+from precond.optim.blocks import state_dtype
 from precond.optim.engine.cells import Cell
 from precond.optim.inputs import Request
 from precond.optim.inputs.bundles import Layer
@@ -34,12 +34,10 @@ class Asking:
     Args:
         cells: all, in the same order on every rank.
         owners: the rank in the group that owns each.
-        state: of a block of all their leaves, as this process holds them; it has the counts of steps.
     """
 
     cells: Sequence[Cell]
     owners: Sequence[int]
-    state: State
     _made: dict[tuple[int, ...], Asked] = field(default_factory=dict, repr=False)
     _heard: tuple[list[int], list[Wish]] = field(default=([], []), repr=False)
 
@@ -67,12 +65,7 @@ class Asking:
     @property
     def _steps(self) -> list[int]:
         """How many each cell has made: a layer, or its bias alone, that was frozen for a while fewer than others."""
-        steps = self.state.steps
-        return [min(steps[span.start : span.stop]) for span in self._spans]
-
-    @cached_property
-    def _spans(self) -> list[range]:
-        return spans(self.cells)
+        return [min(cell.state.steps) for cell in self.cells]
 
     def _next(self, steps: Sequence[int]) -> Asked | None:
         """What may be asked for after so many steps of each cell, as all ranks know it; None: nothing."""
@@ -92,14 +85,14 @@ class Asking:
         """What this rank asks for, flat."""
         mine = (cell for k, cell in enumerate(self.cells) if self.owners[k] == self._pieces.rank)
         own = {(name, request): c for cell in mine for name, request, c in cell.wanted()}
-        return asked.told(own, self._leaves[0].tensor, self._pieces.rank)
+        return asked.told(own, self.cells[0].leaves[0].tensor, self._pieces.rank)
 
     @cached_property
     def _kinds(self) -> tuple[list[int], set[int]]:
         """Of each cell the first one with its preconditioner; and the turns of all leaves."""
         first: dict[int, int] = {}
         kinds = [first.setdefault(id(cell.preconditioner), k) for k, cell in enumerate(self.cells)]
-        return kinds, {leaf.turn for leaf in self._leaves}
+        return kinds, {leaf.turn for cell in self.cells for leaf in cell.leaves}
 
     @cached_property
     def statistics(self) -> list[tuple[Key, Layer]]:
@@ -111,13 +104,9 @@ class Asking:
             for site, request in sites_of(cell)
         ]
 
-    @property
-    def _leaves(self) -> Sequence[Leaf]:
-        return self.state.block.leaves
-
     @cached_property
     def _pieces(self) -> Pieces:
-        pieces = self._leaves[0].pieces
+        pieces = self.cells[0].leaves[0].pieces
         assert pieces is not None
         return pieces
 
@@ -178,12 +167,6 @@ class Asked:
         wants = torch.cat([flags for flags, *_ in told]).tolist()  # the host decides by them what hooks do
         each = zip(self.keys, wants, (c for _, *of in told for c in of), strict=True)
         return [(*key, mean.view(shape) if flag == 2 else None) for (key, shape), flag, mean in each if flag]
-
-
-def spans(cells: Sequence[Cell]) -> list[range]:
-    """The positions of each cell's leaves, cell after cell."""
-    ends = list(accumulate(len(cell.index) for cell in cells))
-    return [range(end - len(cell.index), end) for cell, end in zip(cells, ends, strict=True)]
 
 
 def sites_of(cell: Cell) -> Iterator[tuple[Site, Request]]:

@@ -12,7 +12,7 @@ from precond.algebra import vec
 from precond.algebra.maps import Identity, LinearMap
 from precond.algebra.maps.stacked import OfMembers
 from precond.algebra.vec import Scalar, Vec
-from precond.optim.blocks import COUNTS, Block, Leaf, Stack, State, counted_together, state_dtype, whole_numbers
+from precond.optim.blocks import COUNTS, Block, Leaf, Stack, State, counted_together, whole_numbers
 from precond.optim.inputs import Request
 from precond.optim.inputs.observer import InputMoments
 from precond.optim.momentum import LENGTHS, Momentum
@@ -161,10 +161,7 @@ class Cell:
 
     @property
     def _shown(self) -> Callable[[], Vec] | None:
-        return self._position if self.block.known else None
-
-    def _position(self) -> Vec:
-        return self.block.gathered(tuple(leaf.tensor.detach().to(state_dtype(leaf.param.dtype)) for leaf in self.leaves))
+        return self.block.position if self.block.known else None
 
     def _clean_momentum(self, state: State, gradient: Vec) -> tuple[Vec | None, Tensor | None]:
         """The momentum of the clean gradient after the step in progress, and √c of its coherence, where the map is made of it.
@@ -193,11 +190,7 @@ class Cell:
         t = reduce(vec.larger, {id(x): x for x in least}.values()) if least else 0.0
         if isinstance(F, Identity) and (isinstance(t, Tensor) or t):
             N = N.bounded(t)
-        return self._stepped(F.rmv(self.block.gathered(a)), F, N, fold)
-
-    def _stepped(self, y: Vec, F: LinearMap, N: LinearMap, fold: bool = True) -> Vec:
-        """F N Nᵀ · momentum(y), or momentum(F N Nᵀ y); one tensor for each leaf."""
-        y = self._averaged(y, "cotangent", fold)
+        y = self._averaged(F.rmv(self.block.gathered(a)), "cotangent", fold)
         return self.block.scattered(self._averaged(F.mv(N.gram(y)), "tangent", fold))
 
     def taken(self, g: Vec) -> Vec:

@@ -31,13 +31,13 @@ from precond.optim.regularizers import L2
 
 
 def kernel(cell: Cell, choices: Sequence[Choice], rules: Rules) -> Kernel | None:
-    """The fused kernel that computes exactly this configuration, or None.
+    """The kernel that computes exactly this configuration, or None; on processors :class:`Taken` where penalties are no more than decay.
 
     Args:
         choices: of each leaf of the cell. Where a layer's weight and bias decay differently, in z, the decay is P(2λP⁻¹p) and moves
             both: there is no kernel for that.
     """
-    if (decay := decay_alone(cell.block, choices, rules)) is None:
+    if (decay := _decay_alone(cell.block, choices, rules)) is None:
         return None
     on_cpu = all(t.device.type == "cpu" for t in cell.block.tensors)
     if not on_cpu and not all(t.device.type in _get_fused_kernels_supported_devices() for t in cell.block.tensors):
@@ -45,15 +45,10 @@ def kernel(cell: Cell, choices: Sequence[Choice], rules: Rules) -> Kernel | None
     if on_cpu and (found := _of_layer(cell, decay) or _within(cell, decay)) is not None:
         return found
     found = None if isinstance(cell.block, Stack) else _entrywise(cell, decay)
-    return taken(cell, choices, rules) if found is None else found
-
-
-def taken(cell: Cell, choices: Sequence[Choice], rules: Rules) -> Taken | None:
-    """The step of a cell on processors that has no kernel beside, or that ranks share; None where more than decay is added."""
-    decay = decay_alone(cell.block, choices, rules)
-    on_cpu = all(t.device.type == "cpu" for t in cell.block.tensors)
+    if found is not None or not on_cpu or decay.coupled:
+        return found
     rates = {choice.preconditioner.lr_scale(leaf) for leaf, choice in zip(cell.leaves, choices, strict=True)}
-    return Taken(decay.decoupled) if on_cpu and decay is not None and not decay.coupled and len(rates) == 1 else None
+    return Taken(decay.decoupled) if len(rates) == 1 else None
 
 
 def _entrywise(cell: Cell, decay: Decay) -> Kernel | None:
@@ -67,7 +62,7 @@ def _entrywise(cell: Cell, decay: Decay) -> Kernel | None:
     return entrywise(P, momentum, decay)
 
 
-def decay_alone(block: Block, choices: Sequence[Choice], rules: Rules) -> Decay | None:
+def _decay_alone(block: Block, choices: Sequence[Choice], rules: Rules) -> Decay | None:
     """The one decay of all leaves of a block of plain tensors, which is all that is added to a step; None where there is more."""
     decay, *others = dict.fromkeys(_decay(choice, rules) for choice in choices)
     plain = all(t.dtype in (torch.float32, torch.float64) and _dense(t) for t in block.all_tensors)

@@ -14,7 +14,7 @@ from torch import Tensor
 from precond.optim.blocks import COUNTS, Block, Leaf, Stack, State
 from precond.optim.blocks.memory import stacked
 from precond.optim.blocks.stacking import side_by_side
-from precond.optim.engine.adoption import Existing, adopt, lacking
+from precond.optim.engine.adoption import Existing, adopt, lacking, named
 from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.counting import as_count, count_together
 from precond.optim.engine.fused import has_kernel, stacked_from
@@ -150,11 +150,11 @@ class _Single:
         regularizers = choices[block.leaves[0].group].regularizers
         if clean and "m" in average and P.uses_momentum and any(r.joins_gradient for r in regularizers):
             average["clean"] = block.zeros()
-        anew = lacking(state, existing, outside)
+        anew = lacking(state, existing, outside, named(P, "second_moments"))
         existing = {leaf.param: existing.get(leaf.param, {}) for leaf in block.leaves if leaf not in anew}
         steps = tuple(as_count(existing.get(leaf.param, {}).get("step")) for leaf in block.leaves)
         for s in (state, average):
-            adopt(s, existing, steps, outside)
+            adopt(s, existing, steps, outside, named(P, "optional"))
         enough = stacked_from(P, block) if kernels and has_kernel(P, block) else 0
         # Means over the entries of a stack are of what this process holds: what others hold parts of stays a block.
         apart = not handled or block.sharded or enough == math.inf or not stackable(P)

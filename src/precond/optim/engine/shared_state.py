@@ -74,7 +74,7 @@ def owned_statistics(cells: Iterable[Cell]) -> dict[Key, tuple[dist.ProcessGroup
     others = set()
     for cell in cells:
         if isinstance(cell, Shared):
-            for key, layer in cell.statistics:
+            for key, layer in cell.asking.statistics:
                 found = cell.exchange.group, layer
                 if out.setdefault(key, found) != found:
                     others.add(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import count, islice
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from precond.algebra.memory import FRESH, Memory
 from precond.algebra.vec import Scalar, Vec
 from precond.optim.blocks import Block, Leaf, State, state_dtype
 from precond.optim.engine import fused
-from precond.optim.engine.asking import Asking, spans
+from precond.optim.engine.asking import Asking
 from precond.optim.engine.carried import Carried
 from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.counting import count_on_host
@@ -24,8 +25,6 @@ from precond.optim.engine.kernels.layer import Task, take
 from precond.optim.engine.looking import Looking
 from precond.optim.engine.loop import Rules
 from precond.optim.inputs import Request
-from precond.optim.inputs.bundles import Layer
-from precond.optim.inputs.observer import Key
 from precond.optim.preconditioners.parts import Part
 from precond.optim.preconditioners.split import Split
 from precond.optim.ranks.exchange import Exchange
@@ -56,7 +55,7 @@ class Shared(Cell):
     _settled: set[int] = field(default_factory=set, repr=False)
     _looking: Looking = field(default_factory=Looking, repr=False)
     _memory: Memory = field(default_factory=Memory, repr=False)
-    _asking: Asking = field(default_factory=lambda: Asking((), (), State(Block(()))), repr=False)
+    asking: Asking = field(default_factory=lambda: Asking((), ()), repr=False)
 
     @classmethod
     def of(cls, cells: Sequence[Cell], owners: Sequence[int], leaves: Sequence[Leaf], reference: bool, **more: Any) -> Shared:
@@ -69,23 +68,20 @@ class Shared(Cell):
         pieces = [leaf.pieces for leaf in leaves]
         assert all(isinstance(p, Pieces) for p in pieces)
         exchange = Exchange([leaf.shape for leaf in leaves], pieces, every)  # type: ignore[arg-type]
-        block, own = Block(tuple(leaves)), {}
-        for k, cell in enumerate(cells):
-            if owners[k] == exchange.rank:
-                own[f"#{k}"] = cell.state
-        state = State(block, own, step=tuple(t for cell in cells for t in cell.state["step"])).seal()
+        block = Block(tuple(leaves))
+        own = {f"#{k}": cell.state for k, cell in enumerate(cells) if owners[k] == exchange.rank}
         return cls(
             index=tuple(i for cell in cells for i in cell.index),
             block=block,
             preconditioner=_together(cells),
             momentum=None,
-            state=state,
+            state=State(block, own, step=tuple(t for cell in cells for t in cell.state["step"])).seal(),
             average=State(block),
             inside=tuple(cells),
             owners=tuple(owners),
             exchange=exchange,
             reference=reference,
-            **{"_asking": Asking(cells, owners, state)} | more,
+            **{"asking": Asking(cells, owners)} | more,
         )
 
     @property
@@ -121,19 +117,20 @@ class Shared(Cell):
         return [k for k, owner in enumerate(self.owners) if owner != self.exchange.rank]
 
     @cached_property
-    def spans(self) -> list[range]:
+    def spans(self) -> list[tuple[int, ...]]:
         """The positions of each cell's leaves."""
-        return spans(self.inside)
+        assert isinstance(self.preconditioner, Split)
+        return [part.index for part in self.preconditioner.parts]
 
     @property
     def elsewhere(self) -> list[tuple[Leaf, str, Tensor]]:
         """``contents`` of the cells that other ranks own."""
-        return [entry for k, of in enumerate(self.contents) if self.owners[k] != self.exchange.rank for entry in of]
+        return [entry for k in self.theirs for entry in self.contents[k]]
 
     def renumber(self) -> None:
         """Follow numbers that have changed in the cells' strategies."""
         self.preconditioner, self._kernels, self._views = _together(self.inside), {}, {}
-        self._asking = Asking(self.inside, self.owners, self.state)
+        self.asking = Asking(self.inside, self.owners)
 
     def taking(self, has: Sequence[bool]) -> Cell:
         if all(has):
@@ -144,7 +141,7 @@ class Shared(Cell):
         if keep not in self._views:
             cells, owners = [self.inside[k] for k in keep], [self.owners[k] for k in keep]
             leaves = [self.block.leaves[i] for k in keep for i in self.spans[k]]
-            also = {name: getattr(self, name) for name in ("_kernels", "_settled", "_looking", "_asking", "_memory")}
+            also = {name: getattr(self, name) for name in ("_kernels", "_settled", "_looking", "asking", "_memory")}
             self._views[keep] = Shared.of(cells, owners, leaves, self.reference, **also)
         return self._views[keep]
 
@@ -163,7 +160,7 @@ class Shared(Cell):
         """
         tensors = {i: t for k, v in wholes.items() for i, t in zip(self.spans[k], v, strict=True)}
         deliver = partial(self.exchange.deliver, tensors, dict(enumerate(like)))
-        found = self._asking.along(partial(deliver, memory=self._memory)) if last else deliver()[0]
+        found = self.asking.along(partial(deliver, memory=self._memory)) if last else deliver()[0]
         return tuple(found[i] for i in range(len(like)))
 
     # --- what a cell does ----------------------------------------------------------------------------------------------------
@@ -243,15 +240,11 @@ class Shared(Cell):
         assert isinstance(P, Carried)
         return Carried(self, {k: self.inside[k].damped(m, delta) for k, m in P.maps.items()})
 
-    @property
-    def statistics(self) -> list[tuple[Key, Layer]]:
-        """The sites and requests of its cells, with what the statistics of each are like and which rank needs them."""
-        return self._asking.statistics
-
     def wanted(self) -> Iterable[tuple[str, Request, Tensor | None]]:
         """What owners want to be observed, told to all ranks: a flag of each site, and the mean known before."""
-        return self._asking()
+        return self.asking()
 
 
 def _together(cells: Sequence[Cell]) -> Split:
-    return Split(tuple(Part(tuple(span), cell.preconditioner) for cell, span in zip(cells, spans(cells), strict=True)))
+    positions = count()
+    return Split(tuple(Part(tuple(islice(positions, len(cell.index))), cell.preconditioner) for cell in cells))

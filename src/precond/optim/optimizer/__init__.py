@@ -7,7 +7,8 @@
 | ``Stepping`` | ``stepping`` | a step by kernels where these compute it, by ``engine/loop.py`` else |
 | ``SecondGradients`` | ``second_gradients`` | closures and ``probe``: the gradients that a step is made of |
 | ``Capturing`` | ``capturing`` | steps that devices decide about, CUDA graphs |
-| ``Bound`` | ``bound`` | groups, strategies, state and hooks, as the model changes |
+| ``Following`` | ``following`` | what has changed since: the model, groups, state, which gradients there are |
+| ``Bound`` | ``bound`` | groups, strategies, state and hooks, and the handing over of state with a step |
 | ``torch.optim.Optimizer`` | | |
 """
 

@@ -13,12 +13,19 @@ from torch import Tensor, nn
 
 from precond.optim.blocks import Leaf, whole_numbers
 from precond.optim.engine import plan
+from precond.optim.engine.adoption import named
 from precond.optim.engine.cells import Cell, Choice
+from precond.optim.engine.shared_state import Ownership
 from precond.optim.engine.sharing import Shared
+from precond.optim.momentum import LENGTHS
+from precond.optim.optimizer.averaging import COUNT, MEAN
 from precond.optim.optimizer.joint import Joint
 from precond.optim.optimizer.models import Location
 from precond.optim.optimizer.naming import Naming
 from precond.optim.optimizer.readings import PARAMETERS, SHAPE, Kinds, hold_tensors, read_kinds, read_options, structure
+
+OF_VALUES = ("residual", MEAN, COUNT)
+"""State of a parameter's values, which is kept whether it is stepped or not."""
 
 Following = Literal["same", "renumbered", "broken"]
 """Of the groups since a binding was made: nothing has changed; numbers have; parameters or strategies have."""
@@ -36,6 +43,8 @@ class Binding:
         kinds: of all leaves, as they were then.
         joint: what is stepped jointly, and what of it is absent, having no gradient.
         asleep: the cells of layers whose observed weights are absent, which ask for what these receive; None: not made yet.
+        owners: which rank owns a parameter's block.
+        owned: of whose state one rank keeps what others do not have, also of what is frozen.
     """
 
     leaves: list[Leaf] = field(default_factory=list)
@@ -48,6 +57,8 @@ class Binding:
     kinds: Kinds = ([], [], [])
     joint: Joint = field(default_factory=Joint)
     asleep: list[Cell] | None = None
+    owners: dict[Tensor, int] = field(default_factory=dict)
+    owned: Ownership = field(default_factory=dict)
 
     @property
     def divided(self) -> bool:
@@ -112,6 +123,20 @@ class Binding:
         # A forward of torch.func.functional_call has others in the modules for its time; parameters without data wait for others to come.
         filled = self._on_meta and not self.params_in_place
         return not same or filled or self.kinds != read_kinds(params) or not self.modules_in_place
+
+    def is_optional(self, key: str) -> bool:
+        """Whether a state goes on without what has this name, as with another momentum, and may hold it where nothing keeps it."""
+        return not self._optional.isdisjoint(key.split("."))
+
+    @cached_property
+    def _optional(self) -> frozenset[str]:
+        of_maps = (named(cell.preconditioner, "optional") for cell in self.blocks)
+        return frozenset(("m", *LENGTHS, *OF_VALUES)).union(*of_maps)
+
+    def steps_same_tensors_as(self, other: Binding) -> bool:
+        """Whether both are of the same parameters, of which none was converted or moved; some may have been frozen or thawed."""
+        same = len(self._params) == len(other._params) and all(map(operator.is_, self._params, other._params))
+        return same and self.kinds[1:] == other.kinds[1:]
 
     @cached_property
     def _on_meta(self) -> bool:

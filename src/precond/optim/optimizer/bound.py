@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -42,6 +42,8 @@ class Bound(torch.optim.Optimizer):
     average: WeightAverage | None
     models: Models
     _bound: Binding  # what the groups came to when they were last read
+    _stepped: Binding  # that by which the last step was taken, of which `state` is
+    _versions: list[int]  # of the tensors of `state`, when the groups were last read
     _model_hooks: ModelHooks  # the hooks on the model, and what layers received
     _clearings: Clearings  # how often gradients were cleared
     _averaged: Averaged | None  # the average of the weights, as it stands
@@ -50,6 +52,7 @@ class Bound(torch.optim.Optimizer):
     _consolidated: dict[str, Any] | None  # the state dict of all ranks, until the next step
     _spare: dict[Tensor, Tensor]  # memory for parameters while they are at a probed point
     _absent: frozenset[Tensor] = frozenset()  # what had no gradient in the last step, and others of its layer had
+    _frozen: Set[Tensor] | None = None  # what wanted none in the last step; None: there is none yet
     _owners: dict[Tensor, int]  # which rank owns a parameter's block
     _owned: Ownership  # of whose state one rank keeps what others do not have, also of what is frozen
     _requests: frozenset[Request]  # the statistics of inputs that preconditioners ask for
@@ -62,8 +65,8 @@ class Bound(torch.optim.Optimizer):
     _warned: bool  # that a second pass sees no model
 
     def _bind(self) -> None:
-        """Make cells and state for the parameters that want gradients, keeping the state that exists."""
-        self.adopt(self.bound_to(self.param_groups, self.state), self.state)
+        """Make cells and state for the parameters that wanted gradients in the last step, or are new, keeping the state that exists."""
+        self.adopt(self.bound_to(self.param_groups, self.state, self._frozen), self.state)
 
     @property
     def cells(self) -> Sequence[Cell]:
@@ -75,16 +78,17 @@ class Bound(torch.optim.Optimizer):
         """The cells that ask for what layers receive before the next step: what is absent may have a gradient then."""
         bound = self._bound
         if bound.asleep is None:
-            bound.asleep = asleep(self._setup(self.param_groups), bound, self.state) if self.absent and self.observes else []
+            some = bound.joint.absent and self.observes
+            bound.asleep = asleep(self._setup(self.param_groups), bound, self.state) if some else []
         for cell in bound.asleep:
             for leaf, count in zip(cell.leaves, cell.state["step"], strict=True):
                 count.copy_(self.state[leaf.param]["step"])
         return [*bound.cells, *bound.asleep]
 
     @property
-    def frozen(self) -> set[Tensor]:
+    def frozen(self) -> Set[Tensor]:
         """The parameters that wanted no gradients in the last step."""
-        return self._bound.frozen
+        return self._frozen or frozenset()
 
     @property
     def absent(self) -> frozenset[Tensor]:
@@ -100,18 +104,20 @@ class Bound(torch.optim.Optimizer):
         self,
         groups: Sequence[Mapping[str, Any]],
         existing: Mapping[Tensor, dict[str, Any]],
-        frozen: set[Tensor] | None = None,
+        frozen: Set[Tensor] | None = None,
         absent: frozenset[Tensor] | None = None,
     ) -> Binding:
         """What groups come to, with the state that exists; nothing of the optimizer's own changes."""
         return bind(self._setup(groups), groups, existing, frozen, self._absent if absent is None else absent)
 
     def _setup(self, groups: Sequence[Mapping[str, Any]]) -> Setup:
+        second, owners = self._gradient_based, dict(self._owners)
+
         def counting(leaf: Leaf) -> torch.device | None:
-            device, asked = leaf.param.device, groups[leaf.group].get("capturable") or self._may_skip_on_device
+            asked = groups[leaf.group].get("capturable") or (self._may_skip_on_device and not owners)
+            device = leaf.param.device
             return device if asked and device.type not in ("cpu", "meta") else None
 
-        second, owners = self._gradient_based, self._owners
         return Setup(self.models, self.naming, self.rules, self.rounding, self.average, self.observes, second, owners, counting)
 
     @property
@@ -132,16 +138,33 @@ class Bound(torch.optim.Optimizer):
         )
 
     def adopt(self, bound: Binding, state: defaultdict[Tensor, Any]) -> None:
-        """Take a binding and its state as the optimizer's own; where ranks step for each other now what they did not, all of them must."""
-        entries.forget(state, bound.entries)
-        self._owned = handover.receive(bound, self._owned, state, self.naming.outside)
-        self.state = state if isinstance(state, entries.States) else entries.States(given=state)
-        for leaf, key, tensor in bound.entries:
-            self.state[leaf.param][self.naming.outside(key)] = tensor
-        entries.follow(self.state)
-        self._bound, self._kernels_of, self._pending, self._consolidated = bound, None, None, None
-        self._absent = bound.joint.absent
+        """Take a binding and its state as the optimizer's own."""
+        self.state = state
+        self._go_by(bound)
+        self._commit()
+
+    def _go_by(self, bound: Binding) -> None:
+        """Look at things by a binding; where ranks step for each other now what they did not, all of them must.
+
+        What is kept stays that of the last step until another is taken: to freeze, to look and to thaw changes nothing.
+        """
+        bound.owned = handover.receive(bound, self._owned, self.state, self.naming.outside)
+        self._bound, self._kernels_of, self._pending = bound, None, None
         self._averaged = None if self.average is None else Averaged.of(self.average, bound.entries)
+        self._versions = entries.versions(self.state)
+
+    def _commit(self) -> None:
+        """Keep what a step is taken by, and no more what the one before was."""
+        bound, before = self._bound, self._stepped
+        if bound is before:
+            return
+        if not isinstance(self.state, entries.States):
+            self.state = entries.States(given=self.state)
+        handover.commit(before, bound, self.state, self.naming)
+        entries.follow(self.state)
+        self._stepped, self._consolidated = bound, None
+        self._absent, self._frozen = bound.joint.absent, bound.frozen
+        self._owners, self._owned = bound.owners, bound.owned
 
     def _lr(self, leaf: Leaf) -> Scalar:
         lr = self.param_groups[leaf.group]["lr"]

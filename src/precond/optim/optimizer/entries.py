@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any
 
@@ -76,13 +76,16 @@ def follow(state: Mapping[Tensor, Any]) -> None:
         state.changed = False
 
 
+def versions(state: Mapping[Tensor, Mapping[str, Any]]) -> list[int]:
+    """Those of its tensors, by which it is known that one was written into."""
+    return [t._version for entries in state.values() for t in entries.values() if isinstance(t, Tensor)]
+
+
 def with_data(state: Mapping[Tensor, Mapping[str, Any]]) -> dict[Tensor, dict[str, Any]]:
     """Without what was made on the meta device for parameters that have left it."""
     return {p: {key: t for key, t in entries.items() if p.is_meta or not t.is_meta} for p, entries in state.items()}
 
 
-def forget(state: MutableMapping[Tensor, Any], now: Iterable[tuple[Leaf, str, Tensor]]) -> None:
-    """Take away what parameters had that begin anew."""
-    for leaf, key, t in now:
-        if key == "step" and not t and bool(state.get(leaf.param, {}).get("step", 0)):
-            del state[leaf.param]
+def begun_anew(state: Mapping[Tensor, Any], now: Iterable[tuple[Leaf, str, Tensor]]) -> set[Tensor]:
+    """The parameters that have made steps, and none by what is kept of them from now on."""
+    return {leaf.param for leaf, key, t in now if key == "step" and not t and bool(state.get(leaf.param, {}).get("step", 0))}

@@ -24,10 +24,14 @@ class Following(Bound):
     """Bound again, in all or in part, where something has changed."""
 
     def _follow_groups(self) -> None:
-        """Follow groups and model: numbers may have changed, parameters been frozen, thawed, converted, moved, or replaced."""
+        """Follow groups and model: numbers may have changed, parameters been frozen, thawed, converted, moved, or replaced.
+
+        State follows at once where parameters are others or elsewhere, and else with the next step.
+        """
         for group in self.param_groups:
             self.naming.cycle(group)
-        match "broken" if entries.changed(self.state) else self._bound.follow(self.param_groups, self.naming):
+        written = self._bound is not self._stepped and self._versions != entries.versions(self.state)
+        match "broken" if written or entries.changed(self.state) else self._bound.follow(self.param_groups, self.naming):
             case "broken":
                 self.restore()
                 with Uninterrupted():
@@ -38,13 +42,13 @@ class Following(Bound):
                         self._follow_model(given)
                     bound = self.bound_to(self.param_groups, self.state)
                     check_precision(bound.leaves, bound.choices[0], self.rounding)
-                    self.adopt(bound, self.state)
+                    self._go_by(bound)
+                    if not bound.steps_same_tensors_as(self._stepped):
+                        self._commit()
                     self._spare.clear()
                     if moved:
                         self._listen()
                     self._model_hooks.follow(self.asking)
-                    handover.drop(before, self._bound, self.state, self.naming.outside)
-                    entries.follow(self.state)
             case "renumbered":
                 self._kernels_of = None
         self._settle()
@@ -52,7 +56,7 @@ class Following(Bound):
     def _settle(self) -> None:
         """Bind anew where members of a stack must part. What is probed keeps its plan, made of the gradients that were there first."""
         if self._pending is None and self._bound.divided:
-            self._bind()
+            self._go_by(self.bound_to(self.param_groups, self.state, absent=self._bound.joint.absent))
 
     def _follow_model(self, given: Mapping[Tensor, Tensor]) -> None:
         """Parameters that stand in the place of others take over their state.
@@ -69,15 +73,19 @@ class Following(Bound):
         for owners in (self._owners, self._owned):
             handover.rename(owners, new, self.state)
 
+    def _follow_for_step(self) -> None:
+        """Follow what gradients there are, by which a step is taken."""
+        self._follow_gradients()
+        self._settle()
+        self._commit()
+
     def _follow_gradients(self) -> None:
         """Leave out what has no gradient where others have one that it is stepped with, and take in what has one again."""
-        if (absent := self._bound.joint.now()) == self._absent:
+        if (absent := self._bound.joint.now()) == self._bound.joint.absent:
             return
         with Uninterrupted():
             before, kernels = self._bound, self._kernels_of
-            self.adopt(rebind(self._setup(self.param_groups), before, self.state, absent), self.state)
-            handover.drop(before, self._bound, self.state, self.naming.outside)
-            entries.follow(self.state)
+            self._go_by(rebind(self._setup(self.param_groups), before, self.state, absent))
             if kernels is not None and kernels[0] is not None:
                 known = {id(cell): kernel for cell, kernel in zip(before.here, kernels[0], strict=True)}
                 new = [cell for cell in self._bound.here if id(cell) not in known]
@@ -108,6 +116,7 @@ class Following(Bound):
             self.param_groups.pop()
             raise
         self.models.add(modules[known:])
+        self._frozen = self.frozen | {p for p in group["params"] if not p.requires_grad}
         self._bind()
         self._listen()
 

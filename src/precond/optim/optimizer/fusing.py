@@ -15,7 +15,6 @@ from precond.optim.engine import fused
 from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.kernels.entrywise import Kernel
 from precond.optim.engine.loop import Rules
-from precond.optim.engine.sharing import Shared
 from precond.optim.regularizers import L2
 
 Work = list[tuple[Kernel, Cell, Tensors, Tensors]]
@@ -34,11 +33,7 @@ def kernels_of(
     if not fusible(choices, rules, second):
         return None
     plain = [_without(choice, second) for choice in choices]
-    found: list[Kernel | None] = []
-    for cell in cells:
-        of_leaves = [plain[leaf.group] for leaf in cell.leaves]
-        found.append(fused.taken(cell, of_leaves, rules) if isinstance(cell, Shared) else fused.kernel(cell, of_leaves, rules))
-    return found
+    return [fused.kernel(cell, [plain[leaf.group] for leaf in cell.leaves], rules) for cell in cells]
 
 
 def fusible(choices: Sequence[Choice], rules: Rules, second: int | None) -> bool:

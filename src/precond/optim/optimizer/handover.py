@@ -16,8 +16,8 @@ from precond.algebra.sharding import copy_, divided
 from precond.optim.blocks import COUNTS, Leaf
 from precond.optim.engine.shared_state import Owned, Ownership, from_owners, owned
 from precond.optim.optimizer.binding import Binding
-from precond.optim.optimizer.entries import with_data
-from precond.optim.optimizer.serialization import OPTIONAL
+from precond.optim.optimizer.entries import begun_anew, with_data
+from precond.optim.optimizer.naming import Naming
 
 
 @torch.no_grad()
@@ -35,7 +35,8 @@ def receive(
     Returns:
         Who owns what from now on, also of what waits.
     """
-    after, state = owned(bound.shared), with_data(state)
+    after, anew = owned(bound.shared), begun_anew(state, bound.entries)
+    state = {p: of for p, of in with_data(state).items() if p not in anew}
     targets: dict[Tensor, dict[str, Tensor]] = {}
     for leaf, key, target in bound.entries:
         targets.setdefault(leaf.param, {})[key] = target
@@ -88,14 +89,20 @@ def rename(owners: MutableMapping[Tensor, Any], new: Mapping[Tensor, Tensor], st
             owners[q] = owners.pop(p)
 
 
-def drop(before: Binding, now: Binding, state: Mapping[Tensor, dict[str, Any]], outside: Callable[[str], str]) -> None:
-    """Take away what is kept no more, but for the state of what waits; of what has waited also what an earlier plan kept."""
-    known, kept = ({(leaf.param, outside(key)) for leaf, key, _ in bound.entries} for bound in (before, now))
-    known |= {(p, key) for p in before.waiting for key in state.get(p, ())}
-    waiting, optional = now.waiting, set(map(outside, OPTIONAL))
+def commit(before: Binding, now: Binding, state: MutableMapping[Tensor, Any], naming: Naming) -> None:
+    """State becomes that of a binding.
+
+    What is kept no more goes, and of what has waited also what an earlier plan kept; all of what begins anew; nothing of what waits now.
+    """
+    anew = begun_anew(state, now.entries)
+    known, kept = ({(leaf.param, key) for leaf, key, _ in bound.entries} for bound in (before, now))
+    known |= {(p, naming.inside(key)) for p in before.waiting | anew for key in state.get(p, ())}
+    waiting = now.waiting
     for p, key in known - kept:
-        if p not in waiting and key not in optional:
-            state.get(p, {}).pop(key, None)
+        if p in anew or not (p in waiting or before.is_optional(key)):
+            state.get(p, {}).pop(naming.outside(key), None)
+    for leaf, key, tensor in now.entries:
+        state[leaf.param][naming.outside(key)] = tensor
 
 
 def _held_otherwise(known: Tensor, target: Tensor | None) -> bool:

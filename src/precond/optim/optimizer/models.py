@@ -206,14 +206,14 @@ class Models:
     def leaves(self, param_groups: Sequence[Mapping[str, Any]], observed: bool = False) -> list[Leaf]:
         """The leaves of parameter groups in order; where inputs are ``observed``, with the sites of their layers."""
         owner: dict[Tensor, tuple[str, nn.Module, str]] = {}
-        shared: set[Tensor] = set()
+        others: dict[Tensor, list[str]] = {}
         parts = self._parts()
         for called, holder, root, place in self._named():
             self._paths[holder] = weakref.ref(root), place
             for its_name, there in holder.named_parameters(recurse=False):
                 own = parts.get(there, there)
                 if owner.setdefault(own, (called, holder, its_name))[1] is not holder:
-                    shared.add(own)
+                    others.setdefault(own, []).append(called)
         sites: dict[Tensor, list[Site]] = {}
         for site in self.survey().sites if observed else ():
             for param in (site.weight, site.bias):
@@ -235,6 +235,6 @@ class Models:
                 elif module is None and param in self._known:
                     layer, kind, turned = self._known[param]
                 seen = tuple(sites.get(param, ()))
-                more = next(turn), replicas.get(param), param in shared
+                more = next(turn), replicas.get(param), tuple(others.get(param, ()))
                 leaves.append(Leaf(name, param, kind, layer, module, k, seen, turned, attribute, *more))
         return with_scores(leaves)

@@ -234,12 +234,12 @@ def role_groups(
         checks.non_negative("role_groups", **{role: scale})
     checks.learning_rate("role_groups", lr)
     leaves = _leaves_of("role_groups", model)
-    of_layer: dict[str, str] = {}
+    of_layer: dict[tuple[str, ...], str] = {}
     for leaf in sorted(leaves, key=lambda leaf: -leaf.ndim):  # matrices decide for their biases
-        of_layer.setdefault(leaf.layer, _role(leaf))
+        of_layer.setdefault(leaf.holders, _role(leaf))
     split: dict[str, list[tuple[str, Tensor]]] = {role: [] for role in scales}
     for leaf in leaves:
-        split[of_layer[leaf.layer]].append((leaf.name, leaf.param))
+        split[of_layer[leaf.holders]].append((leaf.name, leaf.param))
     groups = [{"params": split[role], "lr": lr * scale, **options} for role, scale in scales.items() if split[role]]
     return ModuleGroups(groups, model if isinstance(model, nn.Module) else None)
 

@@ -16,7 +16,7 @@ from precond.optim.engine.cells import Cell, Choice
 from precond.optim.engine.loop import Rules
 from precond.optim.engine.plan import Entries
 from precond.optim.optimizer import averaging
-from precond.optim.optimizer.binding import Binding, choices_of
+from precond.optim.optimizer.binding import OF_VALUES, Binding, choices_of
 from precond.optim.optimizer.entries import with_data
 from precond.optim.optimizer.fusing import fusible
 from precond.optim.optimizer.joint import Joint
@@ -33,7 +33,7 @@ class Setup:
         average: of the weights.
         observes: whether it observes the inputs of layers.
         second: the number of the regularizer that wants a second gradient, or None.
-        owners: which rank owns which parameters' blocks, where ranks share them; completed by a plan.
+        owners: which rank owns which parameters' blocks, where ranks share them; a copy, completed by a plan.
         counting: the device that counts a leaf's steps; None: the host does.
     """
 
@@ -97,9 +97,9 @@ def bind(
     _, dtypes, devices = read_kinds(params)
     kinds = [p not in frozen for p in params], dtypes, devices
     locations, shapes = setup.models.locations(leaves), [p.shape for p in params]
-    return Binding(
-        leaves, choices, _in_order(cells), entries, read_options(groups, setup.naming), locations, shapes, kinds, joint
-    )
+    options = read_options(groups, setup.naming)
+    of = leaves, choices, _in_order(cells), entries, options, locations, shapes, kinds, joint
+    return Binding(*of, owners=setup.owners)
 
 
 def rebind(setup: Setup, bound: Binding, existing: Mapping[Tensor, dict[str, Any]], absent: frozenset[Tensor]) -> Binding:
@@ -114,19 +114,16 @@ def rebind(setup: Setup, bound: Binding, existing: Mapping[Tensor, dict[str, Any
     return replace(
         bound,
         cells=_in_order([cell for cell in bound.cells if concerned.isdisjoint(cell.index)] + cells),
-        entries=[e for e in bound.entries if e[0].param not in known or e[1] in _OF_VALUES] + entries,
+        entries=[e for e in bound.entries if e[0].param not in known or e[1] in OF_VALUES] + entries,
         joint=replace(bound.joint, absent=absent),
         asleep=None,
+        owners=setup.owners,
     )
 
 
 def _in_order(cells: Iterable[Cell]) -> list[Cell]:
     """In the order of leaves, however they were planned: norms over all are sums in that order."""
     return sorted(cells, key=lambda cell: cell.index)
-
-
-_OF_VALUES = ("residual", averaging.MEAN, averaging.COUNT)
-"""State of a parameter's values, which is kept whether it is stepped or not."""
 
 
 def asleep(setup: Setup, bound: Binding, existing: Mapping[Tensor, dict[str, Any]]) -> list[Cell]:

@@ -201,8 +201,8 @@ class PreconditionedGD(Saving):
         self._follow_groups()
         if not self._scaled and getattr(self, "found_inf", None) is not None:
             self._scaled = True
-            if self._may_skip_on_device:
-                self._bind()  # from now on devices count, which alone know of skips
+            if self._may_skip_on_device:  # from now on devices count, which alone know of skips
+                self._go_by(self.bound_to(self.param_groups, self.state))
         first = self._bound.leaves[0].param
         captured = is_captured(first)
         if captured:
@@ -218,8 +218,7 @@ class PreconditionedGD(Saving):
         elif self._gradient_based is not None:
             self._check_probed(probed)
         if self._pending is None:
-            self._follow_gradients()
-            self._settle()
+            self._follow_for_step()
         self._check_company()
         place_gradients(self._bound.sharded)
         before = [] if self._averaged is None else self._averaged.steps()
@@ -235,6 +234,7 @@ class PreconditionedGD(Saving):
                         for group in self.param_groups:
                             group.update(settled)
                         self._follow_groups()
+                        self._commit()
             finally:
                 self._model_hooks.again(self.asking)
         return loss
@@ -260,7 +260,7 @@ class PreconditionedGD(Saving):
         """Which preconditioner acts on which parameter, and which parameters it takes jointly; ``print`` it."""
         self._follow_groups()
         choices = [choice.preconditioner for choice in self._bound.choices]
-        return explain(self._bound.leaves, self._bound.blocks, choices, self._model_hooks.unobserved, self.absent)
+        return explain(self._bound.leaves, self._bound.blocks, choices, self._model_hooks.unobserved, self._bound.joint.absent)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

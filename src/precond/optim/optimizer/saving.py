@@ -62,8 +62,8 @@ class Saving(Stepping):
         self._check_settled("copying or pickling the optimizer")
         # An LR scheduler puts a `step` on the instance that calls this very optimizer's.
         derived = {
-            "step", "last", "_bound", "_averaged", "_evaluating", "_kernels_of", "_pending", "_spare", "_clearings", "_closing",
-            "_model_hooks", "_warned", "_consolidated",
+            "step", "last", "_bound", "_stepped", "_versions", "_averaged", "_evaluating", "_kernels_of", "_pending", "_spare", "_clearings",
+            "_closing", "_model_hooks", "_warned", "_consolidated",
         }  # fmt: skip
         state = {k: v for k, v in self.__dict__.items() if k not in derived and "hook" not in k}
         return {**state, "models": Models(known=self.models.leaves(self.param_groups))}

@@ -174,8 +174,7 @@ class SecondGradients(Capturing):
         with Uninterrupted():
             place_gradients(self._bound.sharded)
             if self._pending is None:
-                self._follow_gradients()
-                self._settle()
+                self._follow_for_step()
                 with self._own_precision():
                     self._pending = self._first_probe(grad_scale, 0 if recorder is None else recorder.forwards)
                 self._model_hooks.pause()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from copy import deepcopy
+from itertools import filterfalse
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,6 @@ from precond.algebra.warning import warn
 from precond.optim.blocks import Leaf
 from precond.optim.checking.arguments import shown
 from precond.optim.engine.shared_state import Owned, from_owners
-from precond.optim.momentum import LENGTHS
 from precond.optim.optimizer.entries import follow
 from precond.optim.ranks.replicas import meet
 
@@ -166,10 +166,8 @@ def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
         }
         if param in bound.waiting:
             theirs = {key: theirs[key] for key in mine.keys() & theirs.keys()}
-        needed = (
-            set() if param in of_momentum else {key for key in mine.keys() - OPTIONAL - {"step", "clock"} if not _is_later(key)}
-        )
-        copies += _fit(optimizer.naming.name, names[param], mine, theirs, needed)
+        needed = set() if param in of_momentum else mine.keys() - {"step", "clock"}
+        copies += _fit(optimizer.naming.name, names[param], mine, theirs, needed, bound.is_optional)
     unsaved = {p for p in frozen or () if identity.get(p) not in saved_state and not p.requires_grad}
     lost = [leaf.name for leaf in bound.leaves if leaf.param in unsaved and optimizer.state.get(leaf.param)]
     with torch.no_grad():
@@ -248,11 +246,16 @@ def _by_name(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _fit(
-    recipe: str, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Any], needed: Set[str]
+    recipe: str,
+    name: str,
+    mine: Mapping[str, Tensor],
+    theirs: Mapping[str, Any],
+    needed: Set[str],
+    is_optional: Callable[[str], bool],
 ) -> list[tuple[Tensor, Tensor]]:
     """(target, value) pairs of one parameter; ValueError where they do not fit, or lack what is ``needed`` of a state that was begun."""
     # "clean": kept once, where statistics now are of what is descended.
-    alien = sorted(theirs.keys() - mine.keys() - OPTIONAL - {"clean"})
+    alien = sorted(filterfalse(is_optional, theirs.keys() - mine.keys() - {"clean"}))
     if alien:
         raise ValueError(
             f"load_state_dict: the state of {name!r} has {', '.join(map(repr, alien))}, which {recipe} does not keep "
@@ -260,7 +263,7 @@ def _fit(
         )
     # Version 0.1 did not count the directions that Polar's mean has: all of them.
     uncounted = {key: key.removesuffix("rank") + "gram" for key in mine.keys() - theirs.keys() if key.split(".")[-1] == "rank"}
-    missing = sorted(needed - theirs.keys() - uncounted.keys())
+    missing = sorted(filterfalse(is_optional, needed - theirs.keys() - uncounted.keys()))
     if missing and theirs.keys() - {"step"}:
         raise ValueError(
             f"load_state_dict: the state of {name!r} lacks {', '.join(map(repr, missing))}, which {recipe} keeps (it has "
@@ -288,12 +291,3 @@ def _fit(
 
 FROZEN, ABSENT = _MARKS = "frozen", "absent"
 """What the state of a parameter holds that was frozen when it was saved, or had no gradient where others of its layer had."""
-
-
-def _is_later(key: str) -> bool:
-    """Whether it says of what correlations a root of Whitening's is, which earlier versions did not save: 0, not known."""
-    return "form" in key.split(".")
-
-
-OPTIONAL = {"m", "r_max", "residual", "average", "averaged", "inner.scale", *LENGTHS}
-"""Keys that another configuration of the same recipe, or an earlier version, may have left or left out."""

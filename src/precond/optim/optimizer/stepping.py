@@ -226,7 +226,8 @@ class Stepping(SecondGradients):
 
     def _forget(self) -> None:
         """Drop what is derived from groups and state; it is made again when needed."""
-        self._bound = Binding()
+        self._bound = self._stepped = Binding()
+        self._versions: list[int] = []
         self._kernels_of: tuple[list[Kernel | None] | None] | None = None
         self._pending: Probe | None = None
         self._consolidated: dict[str, Any] | None = None

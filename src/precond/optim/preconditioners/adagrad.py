@@ -45,6 +45,7 @@ class AdaGrad(Preconditioner):
 
     entrywise = True
     timeless = True
+    second_moments = frozenset({"r"})
     advised_damping = 0.1
 
     def __post_init__(self) -> None:

@@ -35,6 +35,8 @@ class Preconditioner(Checked, ABC):
         alone: blocks alike are not taken side by side (unless it is :class:`~precond.Stacked`), and not tried to: its methods read tensors on
             the host, say.
         counts: names of numbers in its state that the host knows (how many samples a layer saw) and keeps.
+        optional: names of statistics without which a state goes on: some configurations alone keep them, or earlier versions did not.
+        second_moments: names of statistics that divide what has made a step only where they have seen that step: else it begins anew.
         timeless: every step does the same work: the number of a step enters its formulas alone, as :attr:`State.times`.
         uses_momentum: its map is made of the momentum.
         momentum: an average of its own for the parameters that it acts on, in place of the optimizer's; None: the optimizer's.
@@ -68,6 +70,8 @@ class Preconditioner(Checked, ABC):
     invertible: bool = True
     alone: bool = False
     counts: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()
+    second_moments: frozenset[str] = frozenset()
     timeless: bool = False
     uses_momentum: bool = False
     momentum: Momentum | None = None

@@ -35,6 +35,7 @@ class InputSide(Stacked):
     damping: float
 
     counts = frozenset({"count", "noise", "size", "examples", "form"})
+    optional = frozenset({"form"})
     least_samples = 1
 
     @property

@@ -51,6 +51,8 @@ class RMS(Preconditioner):
 
     entrywise = True
     timeless = True
+    optional = frozenset({"r_max", "scale"})
+    second_moments = frozenset({"r"})
     advised_damping = 0.1
 
     def __post_init__(self) -> None:

@@ -79,6 +79,7 @@ class Shampoo(Stacked):
     graft_eps: float = 1e-8
 
     advised_damping = 0.1
+    second_moments = frozenset({"r"})
 
     def __post_init__(self) -> None:
         settle(self)

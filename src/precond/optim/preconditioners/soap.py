@@ -75,6 +75,7 @@ class SOAP(Stacked):
     rank: int | None = None
 
     advised_damping = 0.1
+    second_moments = frozenset({"r"})
 
     def __post_init__(self) -> None:
         settle(self)

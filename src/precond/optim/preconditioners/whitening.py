@@ -172,7 +172,8 @@ class Whitening(InputSide):
 
     def _strayed(self, part: LayerPart, state: State) -> list[slice]:
         """The groups whose bias was frozen or thawed since their root was taken: it is of other correlations than the scales are of."""
-        return spans([form == -self._form(part) for form in state["form"].tolist()])
+        other = -self._form(part)
+        return state.kept("strayed", state["form"]._version, lambda: spans([form == other for form in state["form"].tolist()]))
 
     @staticmethod
     def _form(part: LayerPart) -> float:
@@ -244,7 +245,6 @@ class Whitening(InputSide):
         for part in self.parts(state.block):
             mine = self.statistics(part, state)
             if self.known(mine):
-                n = mine["mean"].shape[-1]
-                found = (1 / (n * mine["noise"])).view(len(members), -1).amin(1).tolist()
+                found = (1 / (mine["mean"].shape[-1] * mine["noise"])).view(len(members), -1).amin(1).tolist()
                 out |= {member.leaves[part.weight].name: x for member, x in zip(members, found, strict=True)}
         return out
