@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import warnings
 from html.parser import HTMLParser
 
 import pytest
@@ -149,6 +150,16 @@ def test_text_is_escaped():
     objective = Objective(model, nn.functional.mse_loss, [(torch.randn(20, 3) + 90, torch.randn(20, 2))])
     text = render_diagnosis(diagnose(objective), "<i>", {"<u>": "&"})
     assert "<b>" not in text and "<i>" not in text and "<u>" not in text and "&lt;b&gt;" in text
+
+
+def test_names_that_are_long_leave_room_for_figures():
+    model = nn.Sequential()
+    model.add_module("encoder_" * 12 + "last", nn.Linear(3, 2))
+    objective = Objective(model, nn.functional.mse_loss, [(torch.randn(20, 3) + 90, torch.randn(20, 2))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a layout that does not fit
+        text = render_diagnosis(diagnose(objective), "", {})
+    assert re.search(r"<text[^>]*>…[a-z_]*_last</text>", text)
 
 
 def test_nothing_to_show_is_a_page_too():
