@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,8 +123,10 @@ class Settings:
         """Raise ValueError for numbers that cannot work."""
         for name in ("epochs", "steps", "batch_size", "evaluations", "threads", "examples"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be > 0, got {value}")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be > 0 and finite, got {value}")
+        if self.target is not None and not math.isfinite(self.target):
+            raise ValueError(f"target must be a finite loss, got {self.target}")
         for name in ("warmup", "split_seed", "search_seed", "checkpoint_seconds"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
