@@ -104,7 +104,9 @@ def launch(
                 rules=(*rules, *study.not_run()),
             )
             with folder.alone():
-                saved = save(folder.path, results) + (["model.pt"] if where.model else [])
+                saved = save(folder.path, results)
+                # A training that failed left none.
+                saved += ["model.pt"] if where.model and (folder.path / "model.pt").exists() else []
                 for name, text in (more(tasks, results) if more else {}).items():
                     write_atomically(folder.path / name, text)
                     saved.append(name)
