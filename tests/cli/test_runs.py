@@ -204,6 +204,24 @@ def test_train_saves_the_model(tmp_path: Path) -> None:
     assert (found.metric, found.entries[0].lr, found.entries[0].lr_from) == ("R²", 0.01, "own")
 
 
+@without_figures
+def test_a_model_of_others_stays_and_a_damaged_one_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["train", "wine", "--recipe", "adam(lr=0.01)", "--steps", "2", "--out", str(tmp_path)]
+    (tmp_path / "model.pt").write_bytes(b"mine")
+    for more in ([], ["--no-resume"]):
+        assert main([*args, *more]) == 2
+        assert f"{tmp_path / 'model.pt'} is there already" in capsys.readouterr().err
+        assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("model.pt", b"mine")]
+    (tmp_path / "model.pt").unlink()
+    assert main(args) == 0
+    (tmp_path / "model.pt").write_bytes(b"")
+    assert main(args) == 2
+    assert f"{tmp_path / 'model.pt'} is damaged" in capsys.readouterr().err
+    (tmp_path / "model.pt").unlink()
+    assert main(args) == 0
+    assert torch.load(tmp_path / "model.pt", weights_only=True)
+
+
 FACTORY = """
 import torch
 

@@ -37,6 +37,10 @@ def with_optimizer():
 def nothing():
     return None
 
+def data_set():
+    model, loss, ((x, y),) = parts()
+    return model, loss, torch.utils.data.TensorDataset(x, y)
+
 def three():
     return 1, 2, 3
 
@@ -134,7 +138,18 @@ def test_the_same_every_time(folder, capsys):
         (["wine", "--lr", "3"], "--lr belongs to a recipe"),
         (["wine", "--recipe", "adam,sgd"], "--recipe takes one recipe, got 2"),
         (["wine", "--recipe", "adan"], r"unknown recipe 'adan'; did you mean"),
-        (["wine", "--recipe", "sgd", "--lr", "1e30", "--steps", "9"], "training diverged at step .*"),
+        (
+            ["factories_to_diagnose:data_set"],
+            r"data_set: data must be .*; a data set goes into torch\.utils\.data\.DataLoader$",
+        ),
+        (
+            ["wine", "--recipe", "sgd", "--lr", "1e30", "--steps", "9"],
+            "diverged at step .*; give a smaller --lr, or look at the data$",
+        ),
+        (
+            ["wine", "--recipe", "soap", "--lr", "1e30", "--steps", "9"],
+            "diverged at step .*; give a smaller --lr, or look at the data$",
+        ),
         (["wine", "--samples", "0"], "samples must be > 0"),
         (["wine", "--steps", "-1"], "steps must be a finite number >= 0, got -1; give a number such as 10"),
     ],

@@ -136,6 +136,8 @@ class Bench:
         seeds = experiment.seeds if self.seeds is None else self.seeds
         if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise UserError(f"seeds must be different whole numbers >= 0, got {','.join(map(str, seeds)) or 'none'}")
+        if trials < 1:
+            raise UserError(f"trials must be at least 1, got {trials}")
         if not 0 < self.scale < math.inf:
             raise UserError(f"scale must be > 0 and finite, got {self.scale:g}")
         with as_user_errors():

@@ -76,7 +76,10 @@ def launch(
     """
     identity = {**settings, **versions()}
     folder = Folder(where.out or _default_folder(title, identity), where.checkpoint_seconds)
-    study = Study(tasks, folder.path / "model.pt" if where.model else None)
+    model = folder.path / "model.pt" if where.model else None
+    if model is not None and model.exists() and not (folder.path / "settings.json").exists():
+        raise UserError(f"{model} is there already, of no run of this command; move it away, or name another folder with --out")
+    study = Study(tasks, model)
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=160)
@@ -106,7 +109,7 @@ def launch(
             with folder.alone():
                 saved = save(folder.path, results)
                 # A training that failed left none.
-                saved += ["model.pt"] if where.model and (folder.path / "model.pt").exists() else []
+                saved += ["model.pt"] if model is not None and model.exists() else []
                 for name, text in (more(tasks, results) if more else {}).items():
                     write_atomically(folder.path / name, text)
                     saved.append(name)

@@ -12,6 +12,7 @@ import tyro
 
 from precond.lab.workloads.learning_rates import Decay
 from precond.lab.workloads.models import Activation, Architecture, Kind, Normalization
+from precond.lab.workloads.randomness import check_seed
 from precond.lab.workloads.search import LogUniform, Search
 
 
@@ -127,7 +128,9 @@ class Settings:
                 raise ValueError(f"{name} must be > 0 and finite, got {value}")
         if self.target is not None and not math.isfinite(self.target):
             raise ValueError(f"target must be a finite loss, got {self.target}")
-        for name in ("warmup", "split_seed", "search_seed", "checkpoint_seconds"):
+        check_seed("split_seed", self.split_seed)
+        check_seed("search_seed", self.search_seed)
+        for name in ("warmup", "checkpoint_seconds"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from precond.lab.cli.folder import Folder, file_name
+from precond.lab.cli.folder import Folder, damaged, file_name
 from precond.lab.report import Entry, Target, TaskResults, default_target
 from precond.lab.workloads import (
     CheckpointError,
@@ -182,7 +182,7 @@ class Study:
     def _train(self, task: Task, job: Job, folder: Folder, watcher: Watcher) -> Outcome:
         model_path, checkpoint = None if job.is_trial else self.model_path, folder.checkpoint(job.slug)
         # Without the model that it shall leave, a training is not done.
-        outcome = folder.outcome(job.slug) if model_path is None or model_path.exists() else None
+        outcome = folder.outcome(job.slug) if model_path is None or _holds_model(model_path) else None
         known = outcome is not None
         if outcome is not None:
             checkpoint.discard()  # of a process killed between the two files
@@ -248,6 +248,21 @@ def _first(losses: dict[int, float], goal: float | None) -> int | None:
 def folder_name(task: Task) -> str:
     """Where the trainings of a task are."""
     return file_name(task.name)
+
+
+def _holds_model(path: Path) -> bool:
+    """Whether there is a model.
+
+    Raises:
+        UserError: where the file is damaged.
+    """
+    try:
+        torch.load(path, weights_only=True)
+    except FileNotFoundError:
+        return False
+    except Exception as error:
+        raise damaged(path, error) from error
+    return True
 
 
 def _save_model(path: Path, model: torch.nn.Module) -> None:
