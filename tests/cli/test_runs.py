@@ -17,6 +17,7 @@ import torch
 from precond.lab.cli.main import main
 from precond.lab.cli.stopping import stopping
 from precond.lab.report import load_results
+from precond.lab.workloads import WriteError, write_atomically
 
 # Dropout, batch statistics, a second gradient per step, a search and two seeds: everything that a resumption must bring back.
 ARGS = [
@@ -256,6 +257,14 @@ def test_a_training_that_failed_leaves_no_model_and_says_none(
     assert main(["train", "frozen_problem_of_test:make", "--steps", "5", "--lr", "0.1", "--out", "out"]) == 1
     assert "Saved in out: report.html, results.json\n" in capsys.readouterr().out
     assert not (tmp_path / "out" / "model.pt").exists()
+
+
+def test_the_remedy_of_a_file_that_cannot_be_written_is_that_of_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(WriteError, match=r"\(1 bytes\): Is a directory; name another place and run the same command again"):
+        write_atomically(tmp_path, "x")
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="name another place"):
+        write_atomically(tmp_path / "file" / "x", "x")
 
 
 def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,9 +121,9 @@ def launch(
         raise cannot_work(folder.path, error) from error
     if live.known:
         console.print(f"{live.known} of {study.amount} trainings were done before (--no-resume repeats them).")
-    for drawn in final_tables(results):
+    for drawn in final_tables(results, console.width):
         console.print(drawn)
-    if (means := overall_table(results)) is not None:
+    if (means := overall_table(results, console.width)) is not None:
         console.print(means)
     console.print(Text(f"Saved in {folder.path}: {', '.join(saved)}"), soft_wrap=True)
     # An entrant that failed is a result among others; where nothing else came out, the command failed.

@@ -88,9 +88,10 @@ class Study:
         lines = []
         for task in self.tasks:
             searched = [c for c in task.contenders if c.lr_from == "searched"]
-            search = f"{task.search.trials} trials for each of {len(searched)} entrants and then " if searched else ""
+            trials, entrants = _counted(task.search.trials, "trial"), _counted(len(searched), "entrant")
+            search = f"{trials} for each of {entrants} and then " if searched else ""
             lines.append(
-                f"{self._prefix(task)}{search}{len(task.seeds)} seed{'s' if len(task.seeds) > 1 else ''} for each of "
+                f"{self._prefix(task)}{search}{_counted(len(task.seeds), 'seed')} for each of "
                 f"{len(task.contenders)}, {task.plan.steps:,} steps each"
             )
         return [*lines, *self.not_run()]
@@ -238,6 +239,10 @@ class Study:
             plan = replace(job.plan, steps=2, warmup=0, evaluations=1, test=False)
             train(job.contender.workload(), job.contender.entrant, plan)
             self._warm.add(job.contender.label)
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}{'s' if n > 1 else ''}"
 
 
 def _first(losses: dict[int, float], goal: float | None) -> int | None:
