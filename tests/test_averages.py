@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 import precond
 from contract.table import batches, closure, flat, net, train
-from precond import EMA, EMANesterov, TailMean
+from precond import EMA, EMANesterov, PolynomialAverage, TailMean
 
 
 def followed(average, steps=7, lr=0.01, make=precond.adamw, **options):
@@ -52,6 +53,17 @@ def test_a_tail_mean_is_the_mean():
     weights, evaluated = followed(TailMean(4))
     for t in range(4, 8):
         torch.testing.assert_close(evaluated[t - 1], torch.stack(weights[3:t]).mean(0), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("power", [0, 1, 2.5, 9])
+@pytest.mark.parametrize("start", [1, 3])
+def test_a_polynomial_average_weighs_steps_by_rising_powers(power, start):
+    weights, evaluated = followed(PolynomialAverage(power, start))
+    for t in range(start, 8):
+        tail = weights[start - 1 : t]
+        each = [math.exp(math.lgamma(i + power) - math.lgamma(i)) for i in range(1, len(tail) + 1)]  # Γ(i+η)/Γ(i), about i^η
+        mean = sum(w * x for w, x in zip(each, tail, strict=True)) / sum(each)
+        torch.testing.assert_close(evaluated[t - 1], mean, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("start", [1, 3])
@@ -172,6 +184,7 @@ def test_of_16_bit_weights_the_average_is_of_32():
         (lambda: EMA(1.0), "decay"),
         (lambda: EMA(0.9, blend=1.5), r"blend must be in \[0, 1\], got 1.5"),
         (lambda: TailMean(0), "start"),
+        (lambda: PolynomialAverage(-1.0), "power"),
         (lambda: EMANesterov(-1.0), "lookahead"),
         (lambda: EMANesterov(0.3, 0.0), "decay"),
         (lambda: precond.adamw(net(), average=0.999), "average must be"),

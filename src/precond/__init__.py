@@ -23,7 +23,7 @@ from precond.algebra.maps import (
 from precond.algebra.schedules import Schedule, TimesLr, Warmup
 from precond.algebra.spaces import Bend, Cotangent, Instead, Prox, Space, Stage, Tangent
 from precond.optim import SGD, Adam, AdamW, RMSprop
-from precond.optim.averages import EMA, EMANesterov, TailMean, WeightAverage
+from precond.optim.averages import EMA, EMANesterov, PolynomialAverage, TailMean, WeightAverage
 from precond.optim.blocks import Block, Leaf, State, is_decayed, is_hidden, is_matrix
 from precond.optim.inputs import Observed, register_layer, routed
 from precond.optim.inputs.hooks import unhook
@@ -144,6 +144,7 @@ __all__ = [
     "Orthogonalized",
     "OutputFactor",
     "Polar",
+    "PolynomialAverage",
     "PreconditionedGD",
     "Preconditioner",
     "Product",

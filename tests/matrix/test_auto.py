@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import warnings
 
 import pytest
 import torch
@@ -383,3 +385,28 @@ def test_what_turns_to_standardized_inputs_knows_no_samples_but_its_own(engine):
             torch.testing.assert_close(state["outer.mean"][0], x.mean(0))
             torch.testing.assert_close(state["outer.variance"][0], x.var(0, correction=0))
             assert lengths[t] < 1.3 * lengths[6]
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 32), (1, 1, 32), (1, 32), (32, 1, 1), (4, 16, 32), (1, 4, 7, 7)])
+def test_what_is_added_or_multiplied_entry_by_entry_takes_rms_and_moves(shape):
+    """As a row of 512 entries a ViT's positions moved by 0.006 of the rate, and were never learned."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.register_parameter("positions", nn.Parameter(0.02 * torch.randn(shape)))
+    with warnings.catch_warnings():
+        if min(shape[0], math.prod(shape[1:])) == 1:
+            warnings.simplefilter("error")  # nothing is to be observed
+        optimizer = precond.auto(model, lr=1.0, weight_decay=0.0)
+    (row,) = (r for r in optimizer.explain().rows if r.name == "positions")
+    assert row.preconditioner == "RMS()" and row.why.startswith("no matrix")
+    before = model.positions.detach().clone()
+    ((model.positions * torch.randn(shape).sign()).sum() + model(torch.randn(8, 4)).sum()).backward()
+    optimizer.step()
+    torch.testing.assert_close((model.positions - before).abs(), torch.ones(shape))  # Adam's first step
+
+
+def test_a_matrix_of_ones_own_is_orthogonalized():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.register_parameter("matrix", nn.Parameter(torch.randn(16, 32)))
+    with pytest.warns(UserWarning, match="matrix"):
+        rows = precond.auto(model).explain().rows
+    assert next(r for r in rows if r.name == "matrix").preconditioner.startswith("Polar")

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 
 from precond.lab.workloads import Plan, peers, train
 from precond.lab.workloads.entrant import Peer
-from precond.lab.workloads.pool import CONFIRMATION, HELD_OUT, POOL, SEALED
+from precond.lab.workloads.pool import CONFIRMATION, FINAL, HELD_OUT, POOL, SEALED
 from precond.lab.workloads.pool.confirmation.networks import GroupedLlama, WordGPT
+from precond.lab.workloads.pool.final.readers import DilatedLM, PostNormGPT
 from precond.lab.workloads.pool.held_out.networks import ParallelGPT, TuneLlama
 from precond.lab.workloads.pool.sealed.texts import RecurrentLM
 
 MEMBERS = {member.name: member for member in POOL}
-BLIND = CONFIRMATION + HELD_OUT + SEALED
+BLIND = CONFIRMATION + HELD_OUT + SEALED + FINAL
 TEXTS = ("Llama with grouped queries, names", "GPT with parallel branches, comments", "gated linear recurrences, docstrings")
 """Whose characters are not all met in the training part."""
 
@@ -41,7 +42,7 @@ def test_data_are_the_same_each_time_finite_and_their_parts_apart(name: str) -> 
     assert 2 * found.evaluated <= len(train)
 
 
-@pytest.mark.parametrize("name", HELD_OUT + SEALED)
+@pytest.mark.parametrize("name", HELD_OUT + SEALED + FINAL)
 def test_adamw_has_losses_to_reach(name: str) -> None:
     """They fall from the first evaluation on, but the first of them has not seen it all."""
     plan = Plan(4e-3, 24, 11, "cosine", 1, 4)
@@ -59,6 +60,8 @@ def test_transformers_of_text_look_back_alone() -> None:
         ParallelGPT(11, 8, 16, 2, 2),
         TuneLlama(11, 8, 16, 2, 2),
         RecurrentLM(11, 16, 2),
+        PostNormGPT(11, 8, 16, 2, 2),
+        DilatedLM(11, 16, 2),
     ):
         tokens = torch.randint(11, (2, 8))
         changed = tokens.clone()

@@ -15,6 +15,7 @@ from precond.lab.workloads import Plan, peers, train
 from precond.lab.workloads.pool import (
     CONFIRMATION,
     DEVELOPMENT,
+    FINAL,
     HELD_OUT,
     LOCKED,
     OPENED,
@@ -39,11 +40,13 @@ ADAMW = entrants()[0][1]
 
 def test_each_task_is_in_one_list_and_each_family_in_both_halves() -> None:
     assert len(MEMBERS) == len(POOL) >= 24
-    assert sorted(DEVELOPMENT + LOCKED + OPENED + CONFIRMATION + HELD_OUT + SEALED) == sorted(MEMBERS)
+    assert sorted(DEVELOPMENT + LOCKED + OPENED + CONFIRMATION + HELD_OUT + SEALED + FINAL) == sorted(MEMBERS)
     of_halves = [
-        Counter(MEMBERS[name].family for name in half) for half in (DEVELOPMENT, LOCKED, HELD_OUT, CONFIRMATION, SEALED)
+        Counter(MEMBERS[name].family for name in half) for half in (DEVELOPMENT, LOCKED, HELD_OUT, CONFIRMATION, SEALED, FINAL)
     ]
-    assert len(of_halves[0]) >= 8 and set(of_halves[0]) == set(of_halves[1]) == set(of_halves[2]) == set(of_halves[4])
+    assert len(of_halves[0]) >= 8 and set(of_halves[0]) == set(of_halves[1]) == set(of_halves[2]) == set(of_halves[4]) == set(
+        of_halves[5]
+    )
     # The third set has no net that was trained before.
     assert set(of_halves[3]) == set(of_halves[0]) - {"fine-tuning"}
 
@@ -94,13 +97,15 @@ def test_rules_are_the_same_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
         "torch Muon": 1e-3,
         "pytorch-optimizer SOAP": 3e-3,
         "auto": 2e-2,
+        "AdamW, averaged": 1e-3,
+        "auto, averaged": 2e-2,
     }
     for _, entrant, space in entrants():
         assert defaults[entrant.label] in space.first(TRIALS)
     monkeypatch.setattr(tasks, "find_spec", lambda name: None)
     (task, *_) = pool_tasks("development", (0,), 1, 0.1)
     assert "pytorch-optimizer SOAP" not in [c.label for c in task.contenders]
-    assert task.numbers == (0, 1, 2, 4)  # files keep their names
+    assert task.numbers == (0, 1, 2, 4, 5, 6)  # files keep their names
     assert task.skipped and "pip install 'precond[bench]'" in task.skipped[0]
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from precond import BNP, L2, SAM, GradientNorm, TimesLr, Warmup
+from precond import BNP, L2, SAM, GradientNorm, PolynomialAverage, TimesLr, Warmup
 from precond.lab.workloads import parse_entrants
 
 
@@ -20,6 +20,7 @@ def test_reads_recipes_options_and_penalties() -> None:
     assert not schedules.exact
     assert parse_entrants("sgd+GradientNorm(0.1,method='exact')")[0].exact
     assert parse_entrants("adam(inputs=BNP(decay=0.9))")[0].options == {"inputs": BNP(decay=0.9)}
+    assert parse_entrants("auto(average=PolynomialAverage(3))")[0].options == {"average": PolynomialAverage(3)}
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,7 @@ def test_reads_recipes_options_and_penalties() -> None:
         ("adam+SAM()", "missing 1 required positional argument"),
         ("adam+L2(TimesLR(1))", "unknown value 'TimesLR'; did you mean 'TimesLr'"),
         ("adam+L2(lam)", "lam is no number"),
+        ("adam(average=WeightAverage())", "unknown value 'WeightAverage'"),
         ("adam+L2(open('x'))", "unknown value 'open'"),
         ("adam+L2(1+1)", "is no number"),
         ("adam+L2(**{'lam': 1})", "is not understood"),

@@ -1,5 +1,6 @@
 """Trainings that are interrupted, run out of disk, or diverge."""
 
+import copy
 import dataclasses
 import errno
 import math
@@ -28,7 +29,9 @@ from precond.lab.workloads import (
     parse_entrants,
     train,
 )
+from precond.lab.workloads.evaluation import evaluate
 from precond.lab.workloads.factory import Factory
+from precond.lab.workloads.randomness import isolated, random_states, restore_random_states
 
 PLAN = Plan(lr=0.003, steps=23, seed=3, decay="cosine", warmup=4, evaluations=5)
 
@@ -50,7 +53,13 @@ WORKLOADS: dict[str, Workload] = {
     "digits": load_workload("digits", Architecture("mlp", (16,), "batch", dropout=0.2), batch_size=128, examples=500),
     "loader": Factory("mine:loader", loader),
 }
-ENTRANTS = ["sgd(momentum=0.9)", "rmsprop", "adamw + SAM(0.01, space='z')", "sgd + GradientNorm(0.01, method='exact')"]
+ENTRANTS = [
+    "sgd(momentum=0.9)",
+    "rmsprop",
+    "adamw + SAM(0.01, space='z')",
+    "sgd + GradientNorm(0.01, method='exact')",
+    "adam(average=EMA(0.8))",
+]
 
 
 def numbers(outcome: Outcome) -> dict[str, Any]:
@@ -72,6 +81,46 @@ def test_interrupted_anywhere_it_ends_bit_identical(tmp_path: Path, workload: st
     resumed, again = train(WORKLOADS[workload], one, PLAN, checkpoint=checkpoint)
     assert numbers(resumed) == numbers(whole)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_a_recipe_with_an_average_is_evaluated_there_and_trains_as_without(tmp_path: Path) -> None:
+    with isolated(PLAN.seed):  # the same steps by hand, without BatchNorm's statistics of other weights
+        problem = WORKLOADS["loader"].problem()
+        model = problem.model
+        optimizer = torch.optim.Adam(model.parameters(), 0.003)
+        expected, mean = [], [torch.zeros_like(p) for p in model.parameters()]
+        model.train()
+        for step in range(8):  # two epochs of four batches
+            batch = step % 4
+            if batch == 0:
+                stream = problem.parts["train"].epoch(PLAN.seed * 1_000_003 + step // 4)
+            x, y = next(stream)
+            optimizer.zero_grad()
+            problem.loss_fn(model(x), y).backward()
+            optimizer.step()
+            for m, p in zip(mean, model.parameters(), strict=True):
+                m.lerp_(p.detach(), 1 / (step + 1))
+        trained = copy.deepcopy(model)
+        for m, p in zip(mean, model.parameters(), strict=True):
+            p.data.copy_(m)
+        norm: Any = model[1]
+        norm.reset_running_stats()
+        norm.momentum = None
+        before = random_states()
+        with torch.no_grad():
+            for x, _ in problem.parts["train"].epoch(0):
+                model(x)
+        restore_random_states(before)
+        expected = [evaluate(problem, part).loss for part in ("train", "validation")]
+    plan = Plan(0.003, 8, PLAN.seed, "constant", 0, 2)
+    averaged, found = train(WORKLOADS["loader"], parse_entrants("adam(average=PolynomialAverage(0))")[0], plan)
+    plain, last = train(WORKLOADS["loader"], parse_entrants("adam")[0], plan)
+    # Float32 after eight of Adam's steps: by torch's kernels and by this library's.
+    assert (averaged.curve.train_loss[-1], averaged.curve.validation_loss[-1]) == pytest.approx(expected, rel=1e-5)
+    assert averaged.curve.train_loss[-1] != pytest.approx(plain.curve.train_loss[-1], rel=1e-3)
+    for found_model, expected_model in ((found, model), (last, trained)):
+        for a, b in zip(found_model.parameters(), expected_model.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_the_callers_generators_are_left_alone() -> None:

@@ -126,6 +126,47 @@ class TailMean(WeightAverage):
 
 
 @dataclass(frozen=True)
+class PolynomialAverage(WeightAverage):
+    r"""The mean that remembers a fixed part of training: s = (η+1)/(n+η) for the n-th weights.
+
+    The i-th of n weights counts in proportion to i(i+1)⋯(i+η−1), about i^η, so that the mean is one of about the last n/(η+1) steps,
+    however long training is: nothing is to be set to its length, and what is far behind is forgotten. η = 0 is the mean of all weights.
+
+    Args:
+        power: η ≥ 0.
+        start: the first step whose weights count.
+        blend: λ in [0, 1] of (1−λ)x + λe, the weights to evaluate at.
+        where: which parameters are averaged; None: all.
+
+    Example:
+        >>> import torch, precond
+        >>> p = torch.nn.Parameter(torch.tensor([0.0]))
+        >>> optimizer = precond.sgd([p], lr=1.0, average=precond.PolynomialAverage(power=1))
+        >>> for _ in range(3):
+        ...     p.grad = torch.tensor([-1.0]); _ = optimizer.step()
+        >>> with optimizer.averaged():
+        ...     print(round(p.item(), 4))  # (1·1 + 2·2 + 3·3)/(1 + 2 + 3)
+        2.3333
+
+    References:
+        Shamir & Zhang (2013),: polynomial-decay averaging.
+    """
+
+    power: float = 9.0
+    start: int = 1
+    blend: float = 1.0
+    where: Rule | None = None
+
+    def __post_init__(self) -> None:
+        settle(self)
+        checks.non_negative("PolynomialAverage", power=self.power)
+        self._check()
+
+    def share(self, seen: int) -> float:
+        return (self.power + 1) / (seen + 1 + self.power)
+
+
+@dataclass(frozen=True)
 class EMANesterov(WeightAverage):
     r"""Nesterov's lookahead along an average of moves: gradients at y = x + βm, m ← γm + (1−γ)(x′ − x), x → x′ the step from y.
 

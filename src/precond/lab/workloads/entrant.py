@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from precond.lab.workloads.evaluation import renewed_statistics
 from precond.lab.workloads.learning_rates import Decay
 from precond.lab.workloads.problem import Problem
 from precond.optim import recipes
@@ -83,6 +84,15 @@ class Recipe(Entrant):
     def optimizer(self, model: nn.Module, lr: float | None) -> Optimizer:
         options = {**self.options, **({} if lr is None else {"lr": lr})}
         return RECIPES[self.recipe](model, **options, regularizers=self.regularizers, nonfinite="raise")
+
+    @contextmanager
+    def evaluating(self, optimizer: Any, problem: Problem) -> Iterator[None]:
+        """At the average of the weights, if one is kept."""
+        if optimizer.average is None:
+            yield
+            return
+        with optimizer.averaged(), renewed_statistics(problem):
+            yield
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -15,10 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from precond.lab.workloads.entrant import Peer
+from precond.lab.workloads.evaluation import renewed_statistics
 from precond.lab.workloads.learning_rates import Decay
 from precond.lab.workloads.problem import Problem
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def sgd(model: nn.Module, lr: float) -> Optimizer:
@@ -153,36 +151,15 @@ class Unsaved(Peer):
 
 @dataclass(frozen=True)
 class ScheduleFree(Peer):
-    """A schedule-free optimizer (Defazio et al., 2024): constant learning rate, evaluated at its average.
-
-    Running statistics of batch normalization belong to the parameters that are trained; for the average they are taken anew from
-    the first batches, as its authors ask.
-    """
+    """A schedule-free optimizer (Defazio et al., 2024): constant learning rate, evaluated at its average."""
 
     decay: Decay | None = "constant"
-    batches: int = 16
 
     @contextmanager
     def evaluating(self, optimizer: Any, problem: Problem) -> Iterator[None]:
         optimizer.eval()
         try:
-            self._renew_statistics(problem)
-            yield
+            with renewed_statistics(problem):
+                yield
         finally:
             optimizer.train()
-
-    def _renew_statistics(self, problem: Problem) -> None:
-        norms = [m for m in problem.model.modules() if isinstance(m, _BATCH_NORMS)]
-        if not norms:
-            return
-        before, training = [m.momentum for m in norms], problem.model.training
-        for m in norms:
-            m.reset_running_stats()
-            m.momentum = None  # the mean over batches
-        problem.model.train()
-        with torch.no_grad():
-            for inputs, _ in islice(problem.parts["train"].epoch(0), self.batches):
-                problem.model(inputs)
-        problem.model.train(training)
-        for m, momentum in zip(norms, before, strict=True):
-            m.momentum = momentum

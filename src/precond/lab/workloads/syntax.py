@@ -13,15 +13,17 @@ from precond import PreconditionedGD
 from precond.algebra import schedules
 from precond.lab.workloads.entrant import RECIPES, Recipe
 from precond.lab.workloads.suggestions import did_you_mean
-from precond.optim import preconditioners
+from precond.optim import averages, preconditioners
 from precond.optim.regularizers import L1, L2, SAM, GradientNorm, Regularizer
 
 REGULARIZERS: Mapping[str, type[Regularizer]] = {cls.__name__: cls for cls in (L1, L2, GradientNorm, SAM)}
-# What may stand as a value beside literals: schedules of a penalty's number, and preconditioners (adam(inputs=BNP())).
+# What may stand as a value beside literals: schedules of a penalty's number, preconditioners (adam(inputs=BNP())), and averages of the
+# weights (adam(average=EMA(0.99))).
 VALUES: Mapping[str, type[Any]] = {cls.__name__: cls for cls in (schedules.TimesLr, schedules.Warmup)} | {
     name: cls
-    for name, cls in vars(preconditioners).items()
-    if isinstance(cls, type) and issubclass(cls, preconditioners.Preconditioner) and dataclasses.is_dataclass(cls)
+    for module, base in ((preconditioners, preconditioners.Preconditioner), (averages, averages.WeightAverage))
+    for name, cls in vars(module).items()
+    if isinstance(cls, type) and issubclass(cls, base) and dataclasses.is_dataclass(cls) and not inspect.isabstract(cls)
 }
 
 # What a training or a recipe decides itself, and what torch has for its own kernels.
@@ -38,8 +40,8 @@ class SyntaxProblem(ValueError):
 def parse_entrants(text: str) -> tuple[Recipe, ...]:
     """Entrants separated by commas.
 
-    Values are Python literals, ``inf``, a schedule of a penalty's number (``TimesLr(0.25)``, ``Warmup(0.1, 500)``), or a
-    preconditioner (``BNP()``); nothing is evaluated.
+    Values are Python literals, ``inf``, a schedule of a penalty's number (``TimesLr(0.25)``, ``Warmup(0.1, 500)``), a
+    preconditioner (``BNP()``), or an average of the weights (``EMA(0.99)``), at which they are evaluated then; nothing is evaluated.
 
     Raises:
         SyntaxProblem: for anything else, for unknown names (the message offers the nearest), for entrants that are there twice.

@@ -82,7 +82,7 @@ def train(
         watch: called after each step; True asks to stop.
 
     Returns:
-        What came of it, and the model.
+        What came of it, and the model, with the weights at which it is evaluated.
 
     Raises:
         Interrupted: where ``watch`` asked to stop; the state is in the checkpoint.
@@ -91,7 +91,7 @@ def train(
     """
     with isolated(plan.seed):
         training = _Training(workload.problem(), entrant, plan, checkpoint if entrant.restorable else None, watch)
-        return training.run(), training.problem.model
+        return training.run(), training.settled()
 
 
 class _Training:
@@ -124,6 +124,13 @@ class _Training:
             if not self._epoch():
                 return self._outcome(diverged=True)
         return self._outcome(diverged=False)
+
+    def settled(self) -> nn.Module:
+        model = self.problem.model
+        with self._entrant.evaluating(self._optimizer, self.problem):
+            found = {name: t.clone() for name, t in model.state_dict().items()}
+        model.load_state_dict(found)
+        return model
 
     def _epoch(self) -> bool:
         """Steps to the end of the epoch or of the training; False where it diverged."""

@@ -172,8 +172,9 @@ def _weights_of(module: nn.Module) -> tuple[Tap | None, list[Weight], str]:
 
 
 def _is_matrix(param: Tensor, path: str, name: str, module: nn.Module) -> bool:
-    """Whether one would take it for the weight of a layer, by its shape and its module."""
-    return sum(n > 1 for n in param.shape) > 1 and kind_of(f"{path}.{name}", param, module) == "weight"
+    """Whether one would take it for the weight of a layer, by its shape and its module: positions (1, n, d) are none."""
+    rows = param.shape[0] if param.ndim else 1
+    return rows > 1 and param.numel() > rows and kind_of(f"{path}.{name}", param, module) == "weight"
 
 
 def _of_no_kind(param: Tensor, path: str, name: str, module: nn.Module) -> Passed:

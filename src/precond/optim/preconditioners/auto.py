@@ -10,7 +10,7 @@ from torch import nn
 from precond.algebra import checks
 from precond.algebra.maps import ExpertLayout
 from precond.optim import blocks
-from precond.optim.blocks import Leaf
+from precond.optim.blocks import Leaf, is_matrix
 from precond.optim.checking.arguments import settle
 from precond.optim.inputs import Request
 from precond.optim.inputs.moments import REQUESTS
@@ -44,13 +44,14 @@ class Auto(Resolved):
 
     A layer whose weight is a matrix (out, in), or (in, out), and whose inputs are observed, takes ``whitening @ polar``; with more than
     ``max_inputs`` inputs ``bnp @ polar``, whose cost does not grow with their square. A layer that sees its inputs in groups (experts too)
-    takes ``bnp @ rms``, a matrix whose inputs are not observed ``polar``. The matrices of a recurrent layer are orthogonalized one by one
-    behind ``bnp``, as is the weight of a transposed convolution, a row for each input; biases of both take ``rms``. A layer that alone has
-    as many outputs as a table of embeddings has rows, more than ten, scores what these stand for, words or items, some seen often and some
-    rarely. It takes ``bnp @ rms``, which evens that out as it does in the table; of more than 64 inputs, with shorter steps. Embeddings,
-    normalization layers and all that is left take ``rms``. Steps of all have about the same size in units of a layer's outputs, so that one
-    learning rate serves all; those of a table of embeddings, whose rows are outputs themselves and are seen now and then, are longer, unless
-    a layer shares it.
+    takes ``bnp @ rms``, a matrix whose inputs are not observed ``polar``, if it is the only weight of its module and has more rows and
+    columns than one: positions (1, n, d), class tokens and queries are no matrices, nor are stacks of them. The matrices of a recurrent
+    layer are orthogonalized one by one behind ``bnp``, as is the weight of a transposed convolution, a row for each input; biases of both
+    take ``rms``. A layer that alone has as many outputs as a table of embeddings has rows, more than ten, scores what these stand for,
+    words or items, some seen often and some rarely. It takes ``bnp @ rms``, which evens that out as it does in the table; of more than 64
+    inputs, with shorter steps. Embeddings, normalization layers and all that is left take ``rms``. Steps of all have about the same size in
+    units of a layer's outputs, so that one learning rate serves all; those of a table of embeddings, whose rows are outputs themselves and
+    are seen now and then, are longer, unless a layer shares it.
 
     ``measured`` is what :func:`precond.auto` finds in its first steps of the inputs of layers: the share of independent directions,
     n/tr(K²) for n inputs of correlations K, 1 for white inputs and 1/n where all are one. From ``white`` on only scales are left to
@@ -163,7 +164,9 @@ class Auto(Resolved):
             why = "matrices of a recurrence"
             return (self.bnp @ self.one_by_one, why) if observed else (self.one_by_one, f"{why}, {NOT_OBSERVED}")
         if not observed:
-            return self.polar, NOT_OBSERVED
+            # Positions (1, n, d) and scales (d, 1, 1) are added and multiplied entry by entry; a stack of matrices is not one.
+            flat = all(min(leaf.sides) == 1 or leaf.ndim == 3 for leaf in layer if is_matrix(leaf))
+            return (None, f"no matrix, {NOT_OBSERVED}") if flat else (self.polar, NOT_OBSERVED)
         stacked = any(isinstance(site.layout(REQUESTS[0]), ExpertLayout) for leaf in layer for site in leaf.sites)
         if stacked or getattr(weight.module, "groups", 1) > 1:
             return self.bnp @ self.rms, "rows see different inputs"

@@ -60,12 +60,14 @@ def auto(
 
     After the first steps layers whose inputs turn out to be white are no longer whitened; that is decided once, and the state dict
     keeps it. ``optimizer.explain()`` says what was chosen and why, and what else was seen. See :class:`~precond.Auto` for the rules and
-    :class:`~precond.Polar` for the length of steps: where gradients agree a layer's outputs change by about three times the learning
-    rate in a step, at most, whatever its width, and where they are noise by half of that.
+    :class:`~precond.Polar` for the length of steps: where gradients agree a layer's outputs change, for inputs as they were when last
+    observed, by about three times the learning rate in a step, at most, whatever its width, and where they are noise by half of that.
 
     Args:
         params: the model, whose inputs are observed.
-        lr: best between 0.01 and 0.04 in most trainings.
+        lr: best between 0.01 and 0.04 in most trainings. Where layers put out little at first and what follows makes much of it, steps of
+            a fixed length are long: sine-activated nets, flows and deep plain ones want 0.001 to 0.006. A single linear layer wants 0.1
+            to 0.6.
         weight_decay: decoupled, as in :func:`adamw`.
         momentum: Nesterov's average for layers, unless ``choice.polar`` has its own, Adam's for the rest.
         choice: other rules, or other settings of what is chosen from; None: ``Auto()``.

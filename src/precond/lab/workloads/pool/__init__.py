@@ -1,12 +1,13 @@
 """A pool of small tasks of many kinds, made offline: some for development, some locked, some for one table alone."""
 
-from precond.lab.workloads.pool.halves import CONFIRMATION, DEVELOPMENT, HELD_OUT, LOCKED, OPENED, SEALED, Half
+from precond.lab.workloads.pool.halves import CONFIRMATION, DEVELOPMENT, FINAL, HELD_OUT, LOCKED, OPENED, SEALED, Half
 from precond.lab.workloads.pool.member import Family, Member
 from precond.lab.workloads.pool.tasks import POOL, REFERENCE, RULES, members, pool_tasks
 
 __all__ = [
     "CONFIRMATION",
     "DEVELOPMENT",
+    "FINAL",
     "HELD_OUT",
     "LOCKED",
     "OPENED",

@@ -13,6 +13,7 @@ from precond.lab.workloads.entrant import Entrant, Peer
 from precond.lab.workloads.pool import (
     autoencoders,
     confirmation,
+    final,
     finetuning,
     held_out,
     images,
@@ -59,6 +60,7 @@ POOL: tuple[Member, ...] = tuple(
         confirmation,
         held_out,
         sealed,
+        final,
     )
     for member in module.MEMBERS
 )
@@ -66,12 +68,13 @@ POOL: tuple[Member, ...] = tuple(
 RULES = (
     "Small trainings of many kinds, half of them for development, half locked: locked tasks are run for a final table alone, and nothing "
     "is chosen by them. A third set, for confirmation, a fourth, held out, and a fifth, sealed, were each written by someone who did not "
-    "know how auto does on it, and are each run once.",
+    "know how auto does on it, and are each run once; a sixth, final, written as the fifth was.",
     "In a task all have the same model, initialization, data, batches, number of steps, warm-up over a twentieth of them, and a learning "
     "rate that falls to 0 along half a cosine.",
     f"Each searches its learning rate alone, over the same ratio: {TRIALS} rates, each twice the one before, with its own published default "
     f"among them; where the best lies at an end, up to {BEYOND} rates more beyond it. All else is each optimizer's own default, but weight "
-    "decay is 0 for those of others. auto is taken as it comes.",
+    "decay is 0 for those of others. auto is taken as it comes. Two are evaluated at averages of their weights over about the last tenth "
+    "of the steps so far, AdamW by this library's recipe, which takes torch's steps.",
     "A search looks at trainings with another seed than those reported, and at their loss on training examples that the reported curves are "
     "not evaluated on (where there are enough). torch's AdamW takes the rate of its lowest final loss; the others that which reaches, in the "
     "fewest steps, the lowest loss on the curve of this training of AdamW, and among equals, or where none reaches it, that of the lowest "
@@ -98,6 +101,8 @@ _ENTRANTS: tuple[tuple[Callable[[], Entrant], LogUniform, str | None], ...] = (
     (lambda: Peer("torch Muon", peers.muon, "torch-muon"), _rates(1e-3), None),
     (lambda: Peer("pytorch-optimizer SOAP", peers.pytorch_optimizer("SOAP"), "po-soap"), _rates(7.5e-4), "pytorch_optimizer"),
     (lambda: parse_recipe("auto", "auto"), _rates(1.25e-3), None),
+    (lambda: parse_recipe("adamw(weight_decay=0, average=PolynomialAverage())", "AdamW, averaged"), _rates(5e-4), None),
+    (lambda: parse_recipe("auto(average=PolynomialAverage())", "auto, averaged"), _rates(1.25e-3), None),
 )
 
 
