@@ -17,6 +17,7 @@ import torch
 from precond.lab.cli.main import main
 from precond.lab.cli.stopping import stopping
 from precond.lab.report import load_results
+from precond.lab.workloads import WriteError, write_atomically
 
 # Dropout, batch statistics, a second gradient per step, a search and two seeds: everything that a resumption must bring back.
 ARGS = [
@@ -204,6 +205,24 @@ def test_train_saves_the_model(tmp_path: Path) -> None:
     assert (found.metric, found.entries[0].lr, found.entries[0].lr_from) == ("R²", 0.01, "own")
 
 
+@without_figures
+def test_a_model_of_others_stays_and_a_damaged_one_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["train", "wine", "--recipe", "adam(lr=0.01)", "--steps", "2", "--out", str(tmp_path)]
+    (tmp_path / "model.pt").write_bytes(b"mine")
+    for more in ([], ["--no-resume"]):
+        assert main([*args, *more]) == 2
+        assert f"{tmp_path / 'model.pt'} is there already" in capsys.readouterr().err
+        assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("model.pt", b"mine")]
+    (tmp_path / "model.pt").unlink()
+    assert main(args) == 0
+    (tmp_path / "model.pt").write_bytes(b"")
+    assert main(args) == 2
+    assert f"{tmp_path / 'model.pt'} is damaged" in capsys.readouterr().err
+    (tmp_path / "model.pt").unlink()
+    assert main(args) == 0
+    assert torch.load(tmp_path / "model.pt", weights_only=True)
+
+
 FACTORY = """
 import torch
 
@@ -226,6 +245,26 @@ def test_ones_own_factory_in_the_current_folder(
     assert main([*args, "--lr", "0.1"]) == 0
     (page,) = tmp_path.glob("runs/compare-my_problem_of_test-make-*/report.html")
     assert "Training loss" in page.read_text()
+
+
+@without_figures
+def test_a_training_that_failed_leaves_no_model_and_says_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "frozen_problem_of_test.py").write_text(FACTORY.replace("Linear(1, 1)", "Linear(1, 1).requires_grad_(False)"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(["train", "frozen_problem_of_test:make", "--steps", "5", "--lr", "0.1", "--out", "out"]) == 1
+    assert "Saved in out: report.html, results.json\n" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "model.pt").exists()
+
+
+def test_the_remedy_of_a_file_that_cannot_be_written_is_that_of_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(WriteError, match=r"\(1 bytes\): Is a directory; name another place and run the same command again"):
+        write_atomically(tmp_path, "x")
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="name another place"):
+        write_atomically(tmp_path / "file" / "x", "x")
 
 
 def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,6 +59,9 @@ CONSTRUCTION = {
     "contradiction": (lambda: Momentum(0.9, "nesterov", bias_correction=True), ValueError, "leave bias_correction out"),
     "centered": (lambda: RMS(centered=True), ValueError, "needs start='zero' and bias_correction=False"),
     "nesterov": (lambda: precond.sgd([p()], nesterov=True), ValueError, "needs momentum > 0"),
+    "nesterov, dampening of a group": (
+        lambda: precond.sgd([{"params": [p()], "dampening": 0.3}], momentum=0.9, nesterov=True), ValueError, "needs dampening=0",
+    ),
     "q": (lambda: GradientNorm(0.1, q=0.5), ValueError, "q must be >= 1"),
     "method": (lambda: GradientNorm(0.1, method="forwards"), ValueError, "did you mean 'forward'"),
     "no parameters": (lambda: precond.adamw([]), ValueError, "params is empty"),

@@ -274,11 +274,26 @@ def test_state_of_another_recipe(ours, theirs):
         before, groups = snapshot(mine), [{k: v for k, v in g.items() if k != "params"} for g in mine.param_groups]
         if ours == theirs and momentum:
             mine.load_state_dict(other)
-        elif ours != theirs and not (theirs == "sgd" and not momentum):  # which keeps nothing
+        elif ours != theirs:
             with pytest.raises(ValueError, match=r"by another recipe|another recipe's"):
                 mine.load_state_dict(other)
             assert all(torch.equal(a, b) for a, b in zip(before, snapshot(mine), strict=True))
             assert groups == [{k: v for k, v in g.items() if k != "params"} for g in mine.param_groups]
+
+
+def test_a_state_that_does_not_fit_is_told_in_the_names_of_the_dict():
+    def started(recipe):
+        model = nn.Linear(4, 3)
+        optimizer = recipe(model)
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        return optimizer
+
+    adam = started(precond.adam)
+    with pytest.raises(ValueError, match=r"has 'sum', which adam does not keep \(it keeps 'exp_avg', 'exp_avg_sq', 'step'\)"):
+        adam.load_state_dict(started(precond.adagrad).state_dict())
+    with pytest.raises(ValueError, match=r"lacks 'exp_avg_sq', which adam keeps \(it has 'step'\)"):
+        adam.load_state_dict(started(precond.sgd).state_dict())
 
 
 def test_state_of_torchs_adamw_in_soap():

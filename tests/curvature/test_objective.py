@@ -367,7 +367,17 @@ def bad(change):
         (
             bad(lambda m, x, y: Objective(m.append(nn.Dropout(0.5)), CROSS, (x, y), mode="train").value()),
             ValueError,
-            "drew random numbers .*Dropout '3'.*seed=",
+            "drew random numbers .*Dropout '3'.*; use mode='eval', or give seed=",
+        ),
+        (
+            bad(lambda m, x, y: Objective(m, lambda out, y: CROSS(out + torch.randn(()), y), (x, y)).value()),
+            ValueError,
+            r"drew random numbers \(mode='eval'\).*; give seed=",
+        ),
+        (
+            bad(lambda m, x, y: Objective(nn.Sequential(nn.LazyLinear(2)), CROSS, (x, y))),
+            ValueError,
+            "'0.weight' is lazy and has no shape yet; call the model on a batch first",
         ),
         (
             bad(lambda m, x, y: hessian(Objective(m, CROSS, (x * torch.nan, y))).mv(tuple(m.parameters()))),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import warnings
 from html.parser import HTMLParser
 
 import pytest
@@ -35,6 +36,10 @@ def with_optimizer():
 
 def nothing():
     return None
+
+def data_set():
+    model, loss, ((x, y),) = parts()
+    return model, loss, torch.utils.data.TensorDataset(x, y)
 
 def three():
     return 1, 2, 3
@@ -133,7 +138,18 @@ def test_the_same_every_time(folder, capsys):
         (["wine", "--lr", "3"], "--lr belongs to a recipe"),
         (["wine", "--recipe", "adam,sgd"], "--recipe takes one recipe, got 2"),
         (["wine", "--recipe", "adan"], r"unknown recipe 'adan'; did you mean"),
-        (["wine", "--recipe", "sgd", "--lr", "1e30", "--steps", "9"], "training diverged at step .*"),
+        (
+            ["factories_to_diagnose:data_set"],
+            r"data_set: data must be .*; a data set goes into torch\.utils\.data\.DataLoader$",
+        ),
+        (
+            ["wine", "--recipe", "sgd", "--lr", "1e30", "--steps", "9"],
+            "diverged at step .*; give a smaller --lr, or look at the data$",
+        ),
+        (
+            ["wine", "--recipe", "soap", "--lr", "1e30", "--steps", "9"],
+            "diverged at step .*; give a smaller --lr, or look at the data$",
+        ),
         (["wine", "--samples", "0"], "samples must be > 0"),
         (["wine", "--steps", "-1"], "steps must be a finite number >= 0, got -1; give a number such as 10"),
     ],
@@ -149,6 +165,16 @@ def test_text_is_escaped():
     objective = Objective(model, nn.functional.mse_loss, [(torch.randn(20, 3) + 90, torch.randn(20, 2))])
     text = render_diagnosis(diagnose(objective), "<i>", {"<u>": "&"})
     assert "<b>" not in text and "<i>" not in text and "<u>" not in text and "&lt;b&gt;" in text
+
+
+def test_names_that_are_long_leave_room_for_figures():
+    model = nn.Sequential()
+    model.add_module("encoder_" * 12 + "last", nn.Linear(3, 2))
+    objective = Objective(model, nn.functional.mse_loss, [(torch.randn(20, 3) + 90, torch.randn(20, 2))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a layout that does not fit
+        text = render_diagnosis(diagnose(objective), "", {})
+    assert re.search(r"<text[^>]*>…[a-z_]*_last</text>", text)
 
 
 def test_nothing_to_show_is_a_page_too():

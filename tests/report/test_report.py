@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 
 from precond.lab.report import (
     Entry,
@@ -21,7 +22,7 @@ from precond.lab.report import (
     save_results,
     table,
 )
-from precond.lab.report.style import pen
+from precond.lab.report.style import log_axis, pen, svg, thousands
 from precond.lab.report.summary import Spread, profile, work_to_target
 from precond.lab.workloads import Curve, Outcome, Trial
 
@@ -178,6 +179,32 @@ def test_table() -> None:
 
 def test_pens_repeat_only_after_thirty() -> None:
     assert len({(pen(i).color, str(pen(i).dashes)) for i in range(30)}) == 30
+
+
+@pytest.mark.parametrize("low", [1.0, 1.05, 2.1, 0.55, 3e-6])
+@pytest.mark.parametrize("ratio", [1.2, 1.9, 4.0, 7.0, 100.0, 1e6])
+def test_a_logarithmic_axis_has_numbers_that_differ(low: float, ratio: float) -> None:
+    def draw(axes: Axes) -> None:
+        axes.set_yscale("log")
+        axes.set_ylim(low, ratio * low)
+        log_axis(axes.yaxis)
+        axes.xaxis.set_visible(False)
+
+    labels = texts(svg(draw, "axis"))
+    assert len(set(labels)) == len(labels) >= 2
+
+
+def test_counts_are_whole() -> None:
+    def draw(axes: Axes) -> None:
+        axes.set_xlim(0, 20)
+        thousands(axes)
+        axes.yaxis.set_visible(False)
+
+    assert texts(svg(draw, "counts")) == ["0", "5", "10", "15", "20"]
+
+
+def texts(figure: str) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", figure)
 
 
 def test_the_clock_is_said_and_used() -> None:

@@ -44,7 +44,7 @@ def test_what_cannot_be_imported(name: str, words: str) -> None:
         ((nn.Linear(3, 2), F.cross_entropy, X), "train data of type Tensor"),
         ((nn.Linear(3, 2), F.cross_entropy, iter(BATCHES)), "can be read only once"),
         ((nn.Linear(3, 2), F.cross_entropy, {"training": BATCHES}), r"the keys \['training'\]"),
-        ((nn.Linear(3, 2), F.cross_entropy, []), "whose first batch is NoneType"),
+        ((nn.Linear(3, 2), F.cross_entropy, []), "without a batch"),
         ((nn.Linear(3, 2), F.cross_entropy, [X]), "whose first batch is a tensor"),
         ((nn.Linear(4, 2), F.cross_entropy, BATCHES), "fail on their first batch: RuntimeError"),
         ((nn.Linear(3, 2), nn.CrossEntropyLoss(reduction="none"), BATCHES), "it must be one floating number"),

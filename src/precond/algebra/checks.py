@@ -73,12 +73,18 @@ def count(owner: str, **values: Any) -> None:
             raise ValueError(f"{owner}: {name} must be a whole number, got {value!r}; round it")
 
 
-def fraction(owner: str, **values: Any) -> None:
-    """Raise ValueError where a number lies outside [0, 1)."""
+def fraction(owner: str, usual: str = "0.9 to 0.999", /, **values: Any) -> None:
+    """Raise ValueError where a number lies outside [0, 1).
+
+    Args:
+        owner: whose numbers.
+        usual: values; of decay rates where not told.
+        values: by name.
+    """
     non_negative(owner, **values)
     for name, value in _readable(owner, values):
         if not value < 1:
-            raise ValueError(f"{owner}: {name} must lie in [0, 1), got {value!r}; usual values are 0.9 to 0.999")
+            raise ValueError(f"{owner}: {name} must lie in [0, 1), got {value!r}; usual values are {usual}")
 
 
 def one_of(owner: str, name: str, value: Any, choices: Iterable[Any]) -> None:

@@ -206,9 +206,10 @@ class Objective:
             outputs, image = carried_along(forward, self.model, self.params, along)
         loss = self.loss_fn(outputs, targets)
         if self.seed is None and not all(map(torch.equal, before, random_states(devices))):
+            otherwise = "" if self.mode == "eval" else "use mode='eval', or "
             raise ValueError(
                 f"Objective: the forward pass drew random numbers (mode={self.mode!r}{_dropouts(self.model)}), so the loss is not a "
-                "function of the parameters; use mode='eval', or give seed= to fix them"
+                f"function of the parameters; {otherwise}give seed= to fix them"
             )
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__

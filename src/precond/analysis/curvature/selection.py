@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from precond.algebra.vec import Vec
 
@@ -21,6 +22,8 @@ def chosen_parameters(model: nn.Module, params: Iterable[Tensor | str] | Tensor 
     else:
         chosen = parameters_named(named, params)
     for name, p in chosen.items():
+        if is_lazy(p):
+            raise ValueError(f"Objective: parameter {name!r} is lazy and has no shape yet; call the model on a batch first")
         if not p.requires_grad:
             raise ValueError(
                 f"Objective: parameter {name!r} does not require a gradient; call requires_grad_() on it or leave it out"

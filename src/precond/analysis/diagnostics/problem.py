@@ -78,7 +78,9 @@ def as_objective(
             "diagnose: a model needs data=, a loader or a list of batches, or give precond.Objective(model, loss, data)"
         )
     if isinstance(data, str) or not isinstance(data, Iterable):
-        raise TypeError(f"diagnose: data must be a loader or a list of batches, got {shown(data)}")
+        raise TypeError(
+            f"diagnose: data must be a loader or a list of batches, got {shown(data)}; a data set goes into torch.utils.data.DataLoader"
+        )
     if loss_fn is not None and not callable(loss_fn):
         raise TypeError(
             f"diagnose: loss_fn must be a function of (outputs, targets), got {shown(loss_fn)}; give nn.functional.mse_loss, say"

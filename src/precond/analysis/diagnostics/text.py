@@ -76,23 +76,23 @@ def _layers(found: Diagnosis, every: bool) -> Iterator[Line]:
     middle = sum(max(len(row[i]) for row in rows) + 2 for i in range(2, len(rows[0]) - 1))
     last = max(min(max(len(row[-1]) for row in rows), WIDTH - middle - 28), 11)
     name = max(WIDTH - middle - last - 2 - 12 - 2, 8)
-    cut = [
-        [_cut(row[0], name), _cut(row[1], 12), *row[2:-1], row[-1] if len(row[-1]) <= last else row[-1][: last - 1] + "…"]
+    fitted = [
+        [cut(row[0], name), cut(row[1], 12), *row[2:-1], row[-1] if len(row[-1]) <= last else row[-1][: last - 1] + "…"]
         for row in rows
     ]
-    for i, row in enumerate(_aligned(cut)):
+    for i, row in enumerate(_aligned(fitted)):
         yield row.rstrip(), "dim" if i == 0 else ""
 
 
 def _short(text: str) -> str:
-    return "indefinite" if text.startswith("indefinite") else _cut(text, 12)
+    return "indefinite" if text.startswith("indefinite") else cut(text, 12)
 
 
 def _driven(layer: Layer) -> str:
     return layer.drivers.main + (f"; {layer.units}" if str(layer.units) else "")
 
 
-def _cut(text: str, width: int) -> str:
+def cut(text: str, width: int) -> str:
     """With the end kept, which tells layers apart."""
     return text if len(text) <= width else "…" + text[1 - width :]
 

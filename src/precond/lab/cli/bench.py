@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -136,8 +137,10 @@ class Bench:
         seeds = experiment.seeds if self.seeds is None else self.seeds
         if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise UserError(f"seeds must be different whole numbers >= 0, got {','.join(map(str, seeds)) or 'none'}")
-        if not self.scale > 0:
-            raise UserError(f"scale must be > 0, got {self.scale:g}")
+        if trials < 1:
+            raise UserError(f"trials must be at least 1, got {trials}")
+        if not 0 < self.scale < math.inf:
+            raise UserError(f"scale must be > 0 and finite, got {self.scale:g}")
         with as_user_errors():
             every = experiment.tasks(seeds, trials, self.scale, self.data_dir, self.examples)
         chosen = tuple(task for task in every if not self.tasks or _wanted(self.tasks, task.name))

@@ -126,11 +126,15 @@ class Diagnose(Target):
             try:
                 value = one_step(objective, optimizer, step % len(objective.batches))
             except FloatingPointError as error:
-                raise UserError(f"training diverged at step {step + 1}: {error}") from error
+                raise self._diverged(step, str(error).partition(":")[0]) from error
             if not math.isfinite(value):
-                raise UserError(f"training diverged at step {step + 1}: the loss is {value}; give a smaller --lr")
+                raise self._diverged(step, f"the loss is {value}")
         for module, training in before:
             module.training = training
+
+    @staticmethod
+    def _diverged(step: int, what: str) -> UserError:
+        return UserError(f"training diverged at step {step + 1}: {what}; give a smaller --lr, or look at the data")
 
 
 def show(found: Diagnosis, tried: Sequence[Tried], console: Console) -> None:

@@ -116,9 +116,7 @@ class Folder:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise UserError(
-                f"{file} is damaged ({error}); delete it to repeat this training, or start all over with --no-resume"
-            ) from error
+            raise damaged(file, error) from error
 
     def finish(self, slug: str, outcome: Outcome) -> None:
         """Keep what came of a training, and drop its checkpoint.
@@ -153,6 +151,12 @@ def sole(path: Path) -> Iterator[None]:
 def cannot_work(path: Path, error: OSError) -> UserError:
     """What is wrong with a folder."""
     return UserError(f"cannot work in {path}: {error}; name another folder with --out")
+
+
+def damaged(file: Path, error: Exception) -> UserError:
+    """What is wrong with what a training left."""
+    reason = f"{error}".strip().split("\n")[0] or type(error).__name__
+    return UserError(f"{file} is damaged ({reason}); delete it to repeat this training, or start all over with --no-resume")
 
 
 def file_name(text: str, also: str = "") -> str:

@@ -76,7 +76,10 @@ def launch(
     """
     identity = {**settings, **versions()}
     folder = Folder(where.out or _default_folder(title, identity), where.checkpoint_seconds)
-    study = Study(tasks, folder.path / "model.pt" if where.model else None)
+    model = folder.path / "model.pt" if where.model else None
+    if model is not None and model.exists() and not (folder.path / "settings.json").exists():
+        raise UserError(f"{model} is there already, of no run of this command; move it away, or name another folder with --out")
+    study = Study(tasks, model)
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=160)
@@ -104,7 +107,9 @@ def launch(
                 rules=(*rules, *study.not_run()),
             )
             with folder.alone():
-                saved = save(folder.path, results) + (["model.pt"] if where.model else [])
+                saved = save(folder.path, results)
+                # A training that failed left none.
+                saved += ["model.pt"] if model is not None and model.exists() else []
                 for name, text in (more(tasks, results) if more else {}).items():
                     write_atomically(folder.path / name, text)
                     saved.append(name)
@@ -116,9 +121,9 @@ def launch(
         raise cannot_work(folder.path, error) from error
     if live.known:
         console.print(f"{live.known} of {study.amount} trainings were done before (--no-resume repeats them).")
-    for drawn in final_tables(results):
+    for drawn in final_tables(results, console.width):
         console.print(drawn)
-    if (means := overall_table(results)) is not None:
+    if (means := overall_table(results, console.width)) is not None:
         console.print(means)
     console.print(Text(f"Saved in {folder.path}: {', '.join(saved)}"), soft_wrap=True)
     # An entrant that failed is a result among others; where nothing else came out, the command failed.

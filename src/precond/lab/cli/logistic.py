@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from precond.lab.cli.errors import UserError, as_user_errors
 from precond.lab.cli.folder import sole
 from precond.lab.cli.settings import Texts
+from precond.lab.cli.tables import drawn
 from precond.lab.report.environment import machine, versions
 from precond.lab.report.logistic import rows, save_logistic
 from precond.lab.workloads.logistic import SETS, descents, logistic
@@ -57,13 +57,9 @@ class LogisticRegression:
             for problem in problems:
                 with console.status(f"{problem.name} …"):
                     found.append((problem, descents(problem, self.tolerance, self.limit)))
-                drawn = Table(title=f"{problem.name}: full-batch iterations, λ = {self.l2:g}", title_justify="left")
-                drawn.add_column("method")
-                for heading in ("κ", "lr", "predicted", f"to {self.tolerance:g}", "last gap"):
-                    drawn.add_column(heading, justify="right")
-                for row in rows(found[-1][1]):
-                    drawn.add_row(*map(Text, row))
-                console.print(drawn)
+                headings = ("method", "κ", "lr", "predicted", f"to {self.tolerance:g}", "last gap")
+                title = f"{problem.name}: full-batch iterations, λ = {self.l2:g}"
+                console.print(drawn(title, headings, rows(found[-1][1]), console.width))
             facts = {**versions(), **machine("cpu")}
             save_logistic(self.out, found, facts, self.tolerance, shlex.join(["precond", *argv]))
         console.print(Text(f"Saved in {self.out}: report.html, results.json"), soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import tyro
 
 from precond.lab.workloads.learning_rates import Decay
 from precond.lab.workloads.models import Activation, Architecture, Kind, Normalization
+from precond.lab.workloads.randomness import check_seed
 from precond.lab.workloads.search import LogUniform, Search
 
 
@@ -122,9 +124,13 @@ class Settings:
         """Raise ValueError for numbers that cannot work."""
         for name in ("epochs", "steps", "batch_size", "evaluations", "threads", "examples"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be > 0, got {value}")
-        for name in ("warmup", "split_seed", "search_seed", "checkpoint_seconds"):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be > 0 and finite, got {value}")
+        if self.target is not None and not math.isfinite(self.target):
+            raise ValueError(f"target must be a finite loss, got {self.target}")
+        check_seed("split_seed", self.split_seed)
+        check_seed("search_seed", self.search_seed)
+        for name in ("warmup", "checkpoint_seconds"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from precond.lab.cli.folder import Folder, file_name
+from precond.lab.cli.folder import Folder, damaged, file_name
 from precond.lab.report import Entry, Target, TaskResults, default_target
 from precond.lab.workloads import (
     CheckpointError,
@@ -88,9 +88,10 @@ class Study:
         lines = []
         for task in self.tasks:
             searched = [c for c in task.contenders if c.lr_from == "searched"]
-            search = f"{task.search.trials} trials for each of {len(searched)} entrants and then " if searched else ""
+            trials, entrants = _counted(task.search.trials, "trial"), _counted(len(searched), "entrant")
+            search = f"{trials} for each of {entrants} and then " if searched else ""
             lines.append(
-                f"{self._prefix(task)}{search}{len(task.seeds)} seed{'s' if len(task.seeds) > 1 else ''} for each of "
+                f"{self._prefix(task)}{search}{_counted(len(task.seeds), 'seed')} for each of "
                 f"{len(task.contenders)}, {task.plan.steps:,} steps each"
             )
         return [*lines, *self.not_run()]
@@ -182,7 +183,7 @@ class Study:
     def _train(self, task: Task, job: Job, folder: Folder, watcher: Watcher) -> Outcome:
         model_path, checkpoint = None if job.is_trial else self.model_path, folder.checkpoint(job.slug)
         # Without the model that it shall leave, a training is not done.
-        outcome = folder.outcome(job.slug) if model_path is None or model_path.exists() else None
+        outcome = folder.outcome(job.slug) if model_path is None or _holds_model(model_path) else None
         known = outcome is not None
         if outcome is not None:
             checkpoint.discard()  # of a process killed between the two files
@@ -240,6 +241,10 @@ class Study:
             self._warm.add(job.contender.label)
 
 
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}{'s' if n > 1 else ''}"
+
+
 def _first(losses: dict[int, float], goal: float | None) -> int | None:
     """Steps to the first loss that meets the goal."""
     return None if goal is None else next((step for step, loss in losses.items() if loss <= goal), None)
@@ -248,6 +253,21 @@ def _first(losses: dict[int, float], goal: float | None) -> int | None:
 def folder_name(task: Task) -> str:
     """Where the trainings of a task are."""
     return file_name(task.name)
+
+
+def _holds_model(path: Path) -> bool:
+    """Whether there is a model.
+
+    Raises:
+        UserError: where the file is damaged.
+    """
+    try:
+        torch.load(path, weights_only=True)
+    except FileNotFoundError:
+        return False
+    except Exception as error:
+        raise damaged(path, error) from error
+    return True
 
 
 def _save_model(path: Path, model: torch.nn.Module) -> None:

@@ -33,7 +33,7 @@ class Target:
         recipe: Optimizer, as in precond train: adam, "adam(inputs=BNP())"; plain gradient descent if not given. A factory may return its
             own instead.
         lr: Learning rate of the recipe; its default if not given.
-        examples: Look at so many training examples at most.
+        examples: Look at the first batches that hold so many training examples.
         batch_size: Of the steps.
         model: Model for the data sets.
         widths: Units of the hidden layers, or channels of the convolutions.
@@ -119,14 +119,18 @@ class Target:
                 case [Objective() as objective, torch.optim.Optimizer() | None as optimizer]:
                     return objective, optimizer
                 case [torch.nn.Module() as model, loss_fn, data]:
-                    return as_objective(model.to(self.device), _training(data), loss_fn, self.examples), None
+                    return self._objective(model, data, loss_fn), None
                 case [torch.nn.Module() as model, data]:
-                    return as_objective(model.to(self.device), _training(data), None, self.examples), None
+                    return self._objective(model, data, None), None
         what = f"a {type(made).__name__}"
         if isinstance(made, tuple | list):
             what += f" of ({', '.join(type(part).__name__ for part in made)})"
         raise UserError(f"{self.target}() must return {_WANTED}; it returned {what}")
 
-
-def _training(data: Any) -> Any:
-    return data.get("train") if isinstance(data, dict) else data
+    def _objective(self, model: torch.nn.Module, data: Any, loss_fn: Any) -> Objective:
+        data = data.get("train") if isinstance(data, dict) else data
+        try:
+            return as_objective(model.to(self.device), data, loss_fn, self.examples)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            # Of the function by whose name the message goes, which is not the command.
+            raise UserError(f"{self.target}: {str(error).removeprefix('diagnose: ')}") from error

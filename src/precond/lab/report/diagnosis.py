@@ -18,9 +18,10 @@ from precond.analysis.diagnostics.calibrated import calibration
 from precond.analysis.diagnostics.diagnosis import LABELS
 from precond.analysis.diagnostics.layer import block_texts
 from precond.analysis.diagnostics.numbers import number
+from precond.analysis.diagnostics.text import cut
 from precond.analysis.diagnostics.trying import Tried
 from precond.lab.report.rendering import render_template
-from precond.lab.report.style import Pen, log_axis, pen, svg
+from precond.lab.report.style import Pen, log_axis, pen, svg, thousands
 from precond.lab.workloads import write_atomically
 
 _ORDER = ("raw", "centered", "scaled", "bnp", "whitened", "optimizer")
@@ -133,9 +134,9 @@ def _end(layers: Sequence[Layer], columns: Sequence[str]) -> int:
 
 
 def _ticks(end: int) -> list[tuple[float, str]]:
-    """Places in percent and labels of the axis, seven at most."""
-    stride = -(-end // 6)
-    labels = {0: "1", 1: "10", 2: "100", 3: "1,000"}
+    """Places in percent and labels of the axis, four at most: beside long names there is no room for more."""
+    stride = -(-end // 3)
+    labels = {0: "1", 1: "10", 2: "100"}
     return [(100 * k / end, labels.get(k, f"1e{k}")) for k in range(0, end + 1, stride)]
 
 
@@ -161,6 +162,7 @@ def _curves(tried: Sequence[Tried]) -> str:
                 n = len(one.curve.losses)
                 axes.plot(one.curve.steps[:n], one.curve.losses, color=pen(i).color, zorder=3)
         axes.set_xlabel("steps")
+        thousands(axes)
         axes.set_ylabel("loss")
         lowest = min(min(one.curve.losses) for one in tried if one.curve is not None)
         if lowest > 0:
@@ -181,7 +183,7 @@ def _drivers(layers: Sequence[Layer]) -> str:
                 width = math.log10(part) if math.isfinite(part) and part > 1 else 0.0
                 axes.barh(i, width, left=left, height=0.55, color=pen(k).color, zorder=3)
                 left += width
-        axes.set_yticks(range(len(layers)), [layer.name for layer in layers])
+        axes.set_yticks(range(len(layers)), [cut(layer.name, 40) for layer in layers])
         axes.set_ylim(len(layers) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("decades of κ")

@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 # Distinct for most kinds of color vision (after Okabe & Ito, 2008), dark enough for thin lines on white.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#c2549d", "#d99a00", "#4aa8d8", "#6b4fa0", "#7a7f87", "#8c564b", "#1f2933")
@@ -100,17 +100,19 @@ def svg_panels(
 
 
 def log_axis(axis: Any) -> None:
-    """A logarithmic axis with plain numbers at 1, and where there is room for more also at 2 and 5, in each decade."""
+    """A logarithmic axis with numbers at 1, and where there is room for more also at 2 and 5, in each decade; within one, at equal distances."""
     low, high = sorted(axis.get_view_interval())
     decades = math.log10(high / low) if low > 0 else math.inf
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)))
+    within = MaxNLocator(4, steps=(1, 2, 5, 10))
+    axis.set_major_locator(within if decades < 0.8 else LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if 1e-4 <= abs(x) < 1e5 else f"{x:.0e}"))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if 1e-4 <= abs(x) < 1e5 else f"{x:.2g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
 def thousands(axes: Axes) -> None:
-    """An axis of counts: 12k for 12,000."""
+    """An axis of counts, which are whole: 12k for 12,000."""
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=(1, 2, 2.5, 5, 10)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k" if abs(x) >= 10_000 else f"{x:,g}"))
 
 

@@ -30,9 +30,9 @@ def load_data(name: str, *, folder: Path | None = None, examples: int | None = N
         DataError: for files that are absent or damaged.
     """
     if name not in DATA:
-        raise ValueError(
-            f"unknown data {name!r}{did_you_mean(name, DATA)} (there are {', '.join(DATA)}, and any package.module:factory)"
-        )
+        module, _, function = name.rpartition(".")
+        meant = f"; did you mean '{module}:{function}'?" if module and function else did_you_mean(name, DATA)
+        raise ValueError(f"unknown data {name!r}{meant} (there are {', '.join(DATA)}, and any package.module:factory)")
     data = fashion_mnist(folder, seed) if name == "fashion-mnist" else PACKAGED[name](seed)
     return data if examples is None else data.limited(examples, seed)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ def import_factory(name: str) -> Callable[[], Any]:
         FactoryError: where the module or the function is not found, or it cannot be called.
     """
     module_name, _, attribute = name.partition(":")
+    if not attribute:
+        raise FactoryError(f"{name!r} names no function; write {module_name}:factory")
+    if "/" in module_name or module_name.endswith(".py"):
+        module = f"{PurePath(module_name).stem}:{attribute}"
+        raise FactoryError(f"{name!r} names a file; run from the folder that holds it, and write {module}")
     try:
         found = importlib.import_module(module_name)
     except Exception as error:
@@ -116,6 +122,8 @@ class Factory(Workload):
         """Targets of the first batch, after one evaluation on it."""
         source = data["train"] if isinstance(data, Mapping) else data
         first = next(iter(source), None)
+        if first is None:
+            raise self._error("returned data without a batch")
         if not (isinstance(first, tuple | list) and len(first) == 2 and isinstance(first[1], Tensor) and first[1].ndim):
             raise self._error(f"returned data whose first batch is {_described(first)}")
         inputs, targets = moved(tuple(first), self.device)

@@ -8,6 +8,11 @@ import os
 import secrets
 from pathlib import Path
 
+_REMEDIES = {
+    errno.EFBIG: "raise the limit of ulimit -f",
+    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.EEXIST), "name another place"),
+}
+
 
 class WriteError(OSError):
     """A file could not be written; what was there before is intact."""
@@ -45,8 +50,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             temporary.unlink(missing_ok=True)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else error.strerror or str(error)
-        remedy = "free some space" if full else "make it writable"
-        kept = "; the one written before is intact" if os.path.exists(path) else ""
+        remedy = "free some space" if full else _REMEDIES.get(error.errno or 0, "make it writable")
+        kept = "; the one written before is intact" if os.path.isfile(path) else ""
         raise WriteError(
             error.errno,
             f"cannot write {path} ({len(content):,} bytes): {reason}{kept}; {remedy} and run the same command again",

@@ -44,7 +44,7 @@ class Architecture:
         checks.one_of("model", "kind", self.kind, get_args(Kind))
         checks.one_of("model", "normalization", self.normalization, get_args(Normalization))
         checks.one_of("model", "activation", self.activation, get_args(Activation))
-        checks.fraction("model", dropout=self.dropout)
+        checks.fraction("model", "0.1 to 0.5", dropout=self.dropout)
         if not all(width > 0 for width in self.widths):
             raise ValueError(f"model: widths must be positive, got {self.widths}")
 

@@ -16,8 +16,19 @@ def _numpy() -> Any:
     return sys.modules.get("numpy")
 
 
+def check_seed(name: str, seed: int) -> None:
+    """Raise ValueError for a number that seeds no generator."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"{name} must be a whole number >= 0 and below 2^63, got {seed}")
+
+
 def seed_all(seed: int) -> None:
-    """Seed the global generators of Python, torch and NumPy."""
+    """Seed the global generators of Python, torch and NumPy.
+
+    Raises:
+        ValueError: for a negative number, or one from 2^63 on.
+    """
+    check_seed("seed", seed)
     random.seed(seed)
     torch.manual_seed(seed)
     if (numpy := _numpy()) is not None:

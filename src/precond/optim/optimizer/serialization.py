@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from copy import deepcopy
 from itertools import filterfalse
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from precond.optim.blocks import Leaf
 from precond.optim.checking.arguments import shown
 from precond.optim.engine.shared_state import Owned, from_owners
 from precond.optim.optimizer.entries import follow
+from precond.optim.optimizer.naming import Naming
 from precond.optim.ranks.replicas import meet
 
 if TYPE_CHECKING:
@@ -160,14 +161,12 @@ def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
             known[leaf.param][key] = tensor
     copies: list[tuple[Tensor, Tensor]] = []
     for param, mine in known.items():
-        theirs = saved_state.get(identity.get(param), {})
-        theirs = {
-            optimizer.naming.inside(k): v for k, v in theirs.items() if k not in _MARKS and isinstance(v, Tensor | int | float)
-        }
+        saved = {k: v for k, v in saved_state.get(identity.get(param), {}).items() if isinstance(v, Tensor | int | float)}
+        theirs = {optimizer.naming.inside(k): v for k, v in saved.items() if k not in _MARKS}
         if param in bound.waiting:
             theirs = {key: theirs[key] for key in mine.keys() & theirs.keys()}
         needed = set() if param in of_momentum else mine.keys() - {"step", "clock"}
-        copies += _fit(optimizer.naming.name, names[param], mine, theirs, needed, bound.is_optional)
+        copies += _fit(optimizer.naming, names[param], mine, theirs, needed, bound.is_optional)
     unsaved = {p for p in frozen or () if identity.get(p) not in saved_state and not p.requires_grad}
     lost = [leaf.name for leaf in bound.leaves if leaf.param in unsaved and optimizer.state.get(leaf.param)]
     with torch.no_grad():
@@ -246,7 +245,7 @@ def _by_name(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _fit(
-    recipe: str,
+    naming: Naming,
     name: str,
     mine: Mapping[str, Tensor],
     theirs: Mapping[str, Any],
@@ -254,30 +253,32 @@ def _fit(
     is_optional: Callable[[str], bool],
 ) -> list[tuple[Tensor, Tensor]]:
     """(target, value) pairs of one parameter; ValueError where they do not fit, or lack what is ``needed`` of a state that was begun."""
+
+    def called(keys: Iterable[str]) -> str:
+        return ", ".join(map(repr, sorted(map(naming.outside, keys))))
+
     # "clean": kept once, where statistics now are of what is descended.
-    alien = sorted(filterfalse(is_optional, theirs.keys() - mine.keys() - {"clean"}))
-    if alien:
+    if alien := list(filterfalse(is_optional, theirs.keys() - mine.keys() - {"clean"})):
         raise ValueError(
-            f"load_state_dict: the state of {name!r} has {', '.join(map(repr, alien))}, which {recipe} does not keep "
-            f"(it keeps {', '.join(map(repr, sorted(mine)))}); was it saved by another recipe, or with other options?"
+            f"load_state_dict: the state of {name!r} has {called(alien)}, which {naming.name} does not keep "
+            f"(it keeps {called(mine)}); was it saved by another recipe, or with other options?"
         )
     # Version 0.1 did not count the directions that Polar's mean has: all of them.
     uncounted = {key: key.removesuffix("rank") + "gram" for key in mine.keys() - theirs.keys() if key.split(".")[-1] == "rank"}
-    missing = sorted(filterfalse(is_optional, needed - theirs.keys() - uncounted.keys()))
-    if missing and theirs.keys() - {"step"}:
+    missing = list(filterfalse(is_optional, needed - theirs.keys() - uncounted.keys()))
+    if missing and (theirs.keys() - {"step"} or theirs.get("step")):
         raise ValueError(
-            f"load_state_dict: the state of {name!r} lacks {', '.join(map(repr, missing))}, which {recipe} keeps (it has "
-            f"{', '.join(map(repr, sorted(theirs)))}); was it saved by another recipe, or with other options?"
+            f"load_state_dict: the state of {name!r} lacks {called(missing)}, which {naming.name} keeps (it has "
+            f"{called(theirs)}); was it saved by another recipe, or with other options?"
         )
     out = []
     for key, target in mine.items():
         if key in theirs:
             value = torch.as_tensor(theirs[key])
-            if key == "step":
-                value = value.reshape(())
+            value = value.reshape(()) if key == "step" else value
             if value.shape != target.shape:
                 raise ValueError(
-                    f"load_state_dict: {key!r} of {name!r} has shape {tuple(value.shape)}, the parameter needs "
+                    f"load_state_dict: {naming.outside(key)!r} of {name!r} has shape {tuple(value.shape)}, the parameter needs "
                     f"{tuple(target.shape)}; was it saved from another model?"
                 )
             out.append((target, value))

@@ -148,4 +148,6 @@ def largest_eigenvalue(S: Tensor, steps: int = 32) -> Tensor:
 def kept(S: Tensor) -> None:
     """Say that a decomposition failed (Python shows a warning of one place once)."""
     what = "holds inf or NaN" if not bool(S.isfinite().all()) else "has no eigenvalues that converge"
-    warn(f"a statistic of gradients {what}: the basis or root before is kept, and training goes on")
+    warn(
+        f"a statistic of gradients {what}: the basis or root before is kept, and training goes on; look for bad data, or lower the rate"
+    )

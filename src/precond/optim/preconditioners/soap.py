@@ -87,7 +87,7 @@ class SOAP(Stacked):
         if self.factor_decay is not None:
             checks.fraction("SOAP", factor_decay=self.factor_decay)
         if self.drift is not None:
-            checks.fraction("SOAP", drift=self.drift)
+            checks.fraction("SOAP", "0.1 to 0.3", drift=self.drift)
 
     def partition(self, leaves: Sequence[Leaf]) -> list[Part]:
         """Each matrix by itself; what has no side to rotate by RMS."""

@@ -18,6 +18,8 @@ from precond.optim.regularizers import L2, Regularizer
 
 
 def _sgd(group: Mapping[str, Any]) -> Choice:
+    if group["nesterov"] and group["dampening"]:
+        raise ValueError(f"sgd: nesterov=True needs dampening=0, got {group['dampening']!r}")
     kind: Literal["nesterov", "heavy_ball"] = "nesterov" if group["nesterov"] else "heavy_ball"
     momentum = Momentum(group["momentum"], kind, start="first_gradient", dampening=group["dampening"])
     return Choice(Fixed(), momentum, (L2(group["weight_decay"] / 2, space="p"),))
@@ -69,8 +71,8 @@ def sgd(
     implementations("sgd", foreach, fused, differentiable)
     checks.fraction("sgd", momentum=momentum)
     checks.non_negative("sgd", dampening=dampening, weight_decay=weight_decay)
-    if nesterov and (momentum <= 0 or dampening != 0):
-        raise ValueError("sgd: nesterov=True needs momentum > 0 and dampening=0")
+    if nesterov and momentum <= 0:
+        raise ValueError(f"sgd: nesterov=True needs momentum > 0, got {momentum!r}")
     defaults = {
         "momentum": momentum,
         "dampening": dampening,
