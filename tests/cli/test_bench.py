@@ -124,7 +124,18 @@ def test_a_race(fashion_mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_task_of_the_pool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--tasks", "diabetes,ratings", "--entrants", "torch AdamW", "--trials", "2", "--seeds", "0,1", "--scale", "0.02"]
+    arguments = [
+        "--tasks",
+        "diabetes,ratings",
+        "--entrants",
+        "torch AdamW",
+        "--trials",
+        "2",
+        "--seeds",
+        "0,1",
+        "--scale",
+        "0.02",
+    ]
     assert main(["bench", "pool", *arguments, "--examples", "300", "--out", str(tmp_path)]) == 0
     found = load_results(tmp_path / "results.json")
     assert [task.family for task in found.tasks] == ["tabular", "recommenders"]

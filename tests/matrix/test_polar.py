@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import precond
-from precond import BNP, SAM, Auto, Momentum, Polar, PreconditionedGD, Whitening
+from precond import BNP, SAM, Auto, Momentum, Polar, PreconditionedGD, Preconditioner, Whitening
 
 
 def matrix(layer: nn.Linear, of: str = "grad") -> torch.Tensor:
@@ -506,3 +506,30 @@ def test_white_inputs_make_steps_of_few_outputs_longer(rows: int, n: int, engine
     torch.testing.assert_close(float(D.norm()), (lengths[0] * lengths[1]) ** 0.5, rtol=1e-6, atol=0)
     told = f"{rows} output{'s' * (rows != 1)}: steps × {(n / directions) ** 0.25:.2g}" in optimizer.explain().rows[0].why
     assert told == (rows < n)
+
+
+def _moved(outer: Preconditioner, small: float, engine: str, start: float = 0.01) -> torch.Tensor:
+    """What the first step makes of W·s where inputs are s·h, and the parameters W/s: the same layer in z, whatever s is."""
+    generator = torch.Generator().manual_seed(5)
+    h = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    layer = nn.Linear(6, 4, bias=False).double()
+    with torch.no_grad():
+        layer.weight.copy_(start / small * torch.randn(4, 6, generator=generator, dtype=torch.float64))
+    before = layer.weight.detach().clone()
+    optimizer = PreconditionedGD(layer, lr=0.1, preconditioner=outer @ Polar(), momentum=Momentum(0.9), engine=engine)
+    (layer(small * h) * torch.randn(40, 4, generator=generator, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    return small * (layer.weight.detach() - before)
+
+
+@pytest.mark.parametrize("engine", ["loop", "auto"])
+@pytest.mark.parametrize("outer", [BNP(), Whitening()], ids=["BNP", "Whitening"])
+def test_steps_for_small_inputs_are_between_those_in_outputs_and_those_in_weights(outer: Preconditioner, engine: str) -> None:
+    """ℓ = √σ for inputs of root mean square σ < 1, 1 for larger ones while outputs are below 1, and for parameters that are zero."""
+    of_one = _moved(outer, 0.2, engine)
+    torch.testing.assert_close(_moved(outer, 0.02, engine), 0.1**0.5 * of_one, rtol=1e-9, atol=0)
+    large = _moved(outer, 2.0, engine)
+    torch.testing.assert_close(_moved(outer, 20.0, engine), large, rtol=1e-9, atol=0)
+    assert of_one.norm() < 0.5 * large.norm()  # √0.2, about
+    for small in (0.02, 20.0):
+        torch.testing.assert_close(_moved(outer, small, engine, start=0.0), large, rtol=1e-9, atol=0)

@@ -234,6 +234,7 @@ class _Inside(Seen):
             "stride": seen.stride,
             "position": None if position is None or not invertible else lambda: P1.solve(position()),
             "ready": lambda: ready() and seen.ready(),
+            "parameters": seen.parameters or position,
         }
 
     @cached_property

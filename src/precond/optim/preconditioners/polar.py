@@ -38,22 +38,22 @@ class Polar(Stacked):
     Where L is that of m itself, L^(−1/2)m is in the direction of its polar factor UVᵀ, as in :class:`~precond.Muon`. A layer of many
     samples, convolutions' or sequences', takes it so in each step: where a root costs no more than the layer's own products. For others
     L is the mean over the steps at which the root is renewed: 1, 2, 4, 8, … and then each that ``every`` divides, or where it is the turn of
-    layers of other shapes, up to a period before these; in between it stands
-    still, and a step costs one product with the shorter side (mᵀm and a product from the right where A > B). The step is as long as
-    a matrix whose ρ singular values, as many as L has, are γ: s is such that ‖M m‖ = γ√ρ, with ρ = tr L(L + ελ₁I)⁻¹ and
-    γ = c·√(A/B)·(n/min(A, n))^(1/4)·max(1, ‖z₀‖/√A). A step of the spectral norm √(A/B) changes the outputs for inputs of variance 1 by 1 at
-    most, root mean square, whatever the width; so the best learning rate is that of a small net, where initial weights have such norms too.
-
-    Where :class:`~precond.Momentum` measures its coherence c, steps are √c times as long.
+    layers of other shapes, up to a period before these; in between it stands still, and a step costs one product with the shorter side
+    (mᵀm and a product from the right where A > B). The step is as long as a matrix whose ρ singular values, as many as L has, are γ: s is
+    such that ‖M m‖ = γ√ρ, with ρ = tr L(L + ελ₁I)⁻¹ and γ = c·√(A/B)·(n/min(A, n))^(1/4)·ℓ. A step of the spectral norm √(A/B) changes the
+    outputs for inputs of variance 1 by 1 at most, root mean square, whatever the width; so the best learning rate is that of a small net,
+    where initial weights have such norms too. Where :class:`~precond.Momentum` measures its coherence c, steps are √c times as long.
 
     Outputs change by that where inputs lie in the ρ ≤ min(A, B) directions of the step. White inputs do so by a share ρ/B: behind
     :class:`~precond.Whitening` or :class:`~precond.BNP` the outputs of a layer that has fewer of them than inputs change by √(ρ/B) alone, those
     of one output by 1/√B. N samples span n = min(B, N) directions at most, and in these a step is as long as the geometric mean of what either
     case asks for. It is told by ``explain()``. Where inputs are not observed, or A ≥ n, nothing is longer.
 
-    ‖z₀‖/√A is the length of a row of the parameters at their first step in these coordinates; behind :class:`~precond.Whitening` or
-    :class:`~precond.BNP` it is the root mean square of the layer's outputs. It exceeds 1 where raw inputs are large, and steps are
-    longer in proportion. What is no layer takes ``RMS``.
+    ℓ is told by the parameters at their first step, p₀ and z₀ in these coordinates: ℓ = max(‖z₀‖/√A, min(1, √σ)), σ = ‖z₀‖/‖p₀‖. Behind
+    :class:`~precond.Whitening` or :class:`~precond.BNP` ‖z₀‖/√A is the root mean square of the layer's outputs. It exceeds 1 where raw inputs
+    are large, and steps are longer in proportion. σ is the inputs' root mean square; where it is small, as in the depth of a net without
+    normalization, steps are the geometric mean of those that change outputs by γ and those that change weights as for inputs of 1. Of
+    p alone ℓ = max(‖p₀‖/√A, 1). What is no layer takes ``RMS``.
 
     Args:
         every: steps between roots, at most.
@@ -188,7 +188,9 @@ class Polar(Stacked):
         count_samples(state, seen.inputs)
         if first := self._first(state):
             fresh = ~state["gram"].diagonal(dim1=-2, dim2=-1).any(-1)
-            measure(state, None if seen.position is None else self.matrix(state.block, seen.position()), fresh)
+            if seen.position is not None:
+                z, p = (self.matrix(state.block, at()) for at in (seen.position, seen.parameters or seen.position))
+                measure(state, z, p, fresh)
         X, size = normalized(m, _TINY)
         shares = self._shares(state, m.shape[-2:])
         for some in spans([first or share > 0 for share in shares]):

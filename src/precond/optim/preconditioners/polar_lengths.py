@@ -45,11 +45,12 @@ def is_fresh(state: State) -> bool:
     return not bool(state["gram"].diagonal(dim1=-2, dim2=-1).any(-1).all())
 
 
-def measure(state: State, z: Tensor | None, where: Tensor) -> None:
-    """Keep how long the rows of the parameters are at first, of some layers; z None: not known."""
-    if z is not None:
-        found = (torch.linalg.vector_norm(z, 2, (-2, -1)) / z.shape[-2] ** 0.5).clamp_min(1.0)
-        state["length"].copy_(torch.where(where, found, state["length"]))
+def measure(state: State, z: Tensor, p: Tensor, where: Tensor) -> None:
+    """Keep ℓ = max(‖z₀‖/√A, min(1, √σ)), σ = ‖z₀‖/‖p₀‖, of some layers; 1 for zeros, which tell nothing."""
+    of_z, of_p = (torch.linalg.vector_norm(x, 2, (-2, -1)) for x in (z, p))
+    sigma = torch.where(of_z > 0, of_z / of_p, 1.0)
+    found = torch.maximum(of_z / z.shape[-2] ** 0.5, sigma.sqrt().clamp_max(1.0))
+    state["length"].copy_(torch.where(where, found, state["length"]))
 
 
 def step_length(rank: AnyNumber, length: AnyNumber, times: AnyNumber, shape: Sequence[int], gain: float) -> AnyNumber:

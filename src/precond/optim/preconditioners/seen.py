@@ -22,6 +22,7 @@ class Seen:
         stride: √c of the momentum's coherence, see :class:`~precond.Momentum`; of a stack (k,); None: not measured.
         position: makes the parameters in this preconditioner's coordinates, z = P₁⁻¹p; None: not known.
         ready: whether P₁ is known: :meth:`Preconditioner.ready`.
+        parameters: makes p, where there is a P₁; None: not known, or z is p.
     """
 
     gradient: Vec
@@ -30,3 +31,4 @@ class Seen:
     stride: Tensor | None = None
     position: Callable[[], Vec] | None = None
     ready: Callable[[], bool] = lambda: True
+    parameters: Callable[[], Vec] | None = None

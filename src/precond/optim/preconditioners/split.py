@@ -145,7 +145,8 @@ def _seen(part: Part, seen: Seen) -> Seen:
     """What was seen of a part."""
     own = tuple(seen.gradient[i] for i in part.index)
     average = None if seen.momentum is None else tuple(seen.momentum[i] for i in part.index)
-    return Seen(own, seen.inputs, average, seen.stride, _of(seen.position, part.index), seen.ready)
+    z, p = _of(seen.position, part.index), _of(seen.parameters, part.index)
+    return Seen(own, seen.inputs, average, seen.stride, z, seen.ready, p)
 
 
 def _of(position: Callable[[], Vec] | None, index: tuple[int, ...]) -> Callable[[], Vec] | None:

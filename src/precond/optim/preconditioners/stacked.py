@@ -70,9 +70,16 @@ class _Singly(Preconditioner):
         return F if isinstance(F, Identity) else self._apart(F, state), self._apart(N, state)
 
     def _seen(self, seen: Seen) -> Seen:
-        momentum, at = seen.momentum, seen.position
+        momentum, z, p = seen.momentum, seen.position, seen.parameters
         stride = None if seen.stride is None else seen.stride.reshape(1)
-        return Seen(_one(seen.gradient), seen.inputs, momentum and _one(momentum), stride, at and (lambda: _one(at())))
+        return Seen(
+            _one(seen.gradient),
+            seen.inputs,
+            momentum and _one(momentum),
+            stride,
+            z and (lambda: _one(z())),
+            parameters=p and (lambda: _one(p())),
+        )
 
     def descend(self, state: State, seen: Seen) -> Vec:
         return tuple(t[0] for t in self.of.descend(state.as_stack(), self._seen(seen)))

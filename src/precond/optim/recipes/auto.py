@@ -65,9 +65,8 @@ def auto(
 
     Args:
         params: the model, whose inputs are observed.
-        lr: best between 0.01 and 0.04 in most trainings. Where layers put out little at first and what follows makes much of it, steps of
-            a fixed length are long: sine-activated nets, flows and deep plain ones want 0.001 to 0.006. A single linear layer wants 0.1
-            to 0.6.
+        lr: best between 0.01 and 0.04 in most trainings. Where layers put out little at first and what follows makes much of it, such
+            steps are long: sine-activated nets and plain ones of 20 layers want 0.001 to 0.006. A single linear layer wants 0.1 to 0.6.
         weight_decay: decoupled, as in :func:`adamw`.
         momentum: Nesterov's average for layers, unless ``choice.polar`` has its own, Adam's for the rest.
         choice: other rules, or other settings of what is chosen from; None: ``Auto()``.

@@ -173,7 +173,7 @@ class PolarStep(OfLayer, Generic[Outer, Average, Tangent]):
         L = x.state["gram"]
         # Whether nothing was observed yet is looked at where L is another than when it was last.
         if self._seen != L._version and is_fresh(x.state):
-            measure(x.state, self._inside(x.cell, x.p, x.P1), torch.tensor(True))
+            measure(x.state, self._inside(x.cell, x.p, x.P1), augmented(tuple(x.p)), torch.tensor(True))
             return 1.0
         self._seen = L._version
         if self._is_exact(x.state):
