@@ -460,3 +460,38 @@ def test_a_matrix_of_ones_own_is_orthogonalized():
     with pytest.warns(UserWarning, match="matrix"):
         rows = precond.auto(model).explain().rows
     assert next(r for r in rows if r.name == "matrix").preconditioner.startswith("Polar")
+
+
+class Own(nn.Module):
+    """Attention with matrices of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.gain = (nn.Parameter(0.2 * torch.randn(shape)) for shape in ((8, 8), (8, 8), (8, 1)))
+
+    def forward(self, x):
+        return torch.softmax(x @ self.q @ self.k.T @ x.mT, -1) @ x * self.gain[:, 0]
+
+
+@pytest.mark.filterwarnings("ignore:no input statistics")
+@pytest.mark.parametrize("make", [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.weight_norm], ids=["new", "old"])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_directions_of_a_weight_norm_and_matrices_of_ones_own_are_orthogonalized_one_by_one(make):
+    """They took RMS: on dilated convolutions with a weight norm auto missed what Muon reached in half of AdamW's steps."""
+    model = nn.Sequential(make(nn.Conv1d(4, 8, 3, padding=1)), Own(), make(nn.Linear(8, 5)))
+    optimizer = precond.auto(model, lr=1.0, weight_decay=0.0)
+    acting = {row.name: row.preconditioner.split("(")[0] for row in optimizer.explain().rows}
+    matrices = {name for name, p in model.named_parameters() if p.ndim >= 2 and min(len(p), p[0].numel()) > 1}
+    assert len(matrices) == 4
+    assert {name for name, what in acting.items() if what == "Muon"} == matrices
+    assert set(acting.values()) == {"Muon", "RMS"}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        n = min(len(p), p.numel() // len(p))
+        U, V = (torch.linalg.qr(torch.randn(rows, n)).Q for rows in (len(p), p.numel() // len(p)))
+        p.grad = (U @ torch.linspace(1, 3, n).diag() @ V.T).reshape(p.shape)
+    optimizer.step()
+    for name in matrices:
+        moved = (dict(model.named_parameters())[name].detach() - before[name]).flatten(1)
+        values = torch.linalg.svdvals(moved)
+        assert 0.1 < values[0] < 2 * values[-1], name  # of Newton–Schulz, between 0.68 and 1.14 times a length

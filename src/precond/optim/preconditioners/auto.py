@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from precond.algebra import checks
 from precond.algebra.maps import ExpertLayout
@@ -38,14 +39,23 @@ class Chosen:
     why: str
 
 
+def _is_one_matrix(leaf: Leaf) -> bool:
+    """Whether what is no known layer's weight is a matrix or a kernel.
+
+    Positions (1, n, d) and scales (d, 1, 1) are added and multiplied entry by entry, and a stack of matrices is not one.
+    """
+    kernel = isinstance(leaf.module, nn.modules.conv._ConvNd | ParametrizationList)
+    return is_matrix(leaf) and min(leaf.sides) > 1 and (leaf.ndim != 3 or kernel)
+
+
 @dataclass(frozen=True)
 class Auto(Resolved):
     """Whitened inputs and polar steps for layers, standardized inputs where layers are wide, RMS for all else.
 
     A layer whose weight is a matrix (out, in), or (in, out), and whose inputs are observed, takes ``whitening @ polar``; with more than
     ``max_inputs`` inputs ``bnp @ polar``, whose cost does not grow with their square. A layer that sees its inputs in groups (experts too)
-    takes ``bnp @ rms``, a matrix whose inputs are not observed ``polar``, if it is the only weight of its module and has more rows and
-    columns than one: positions (1, n, d), class tokens and queries are no matrices, nor are stacks of them. The matrices of a recurrent
+    takes ``bnp @ rms``, a matrix whose inputs are not observed ``polar``, or ``muon`` if its module has several, as a weight norm or
+    attention of one's own; positions (1, n, d), class tokens and queries are no matrices, nor are stacks of them. The matrices of a recurrent
     layer are orthogonalized one by one behind ``bnp``, as is the weight of a transposed convolution, a row for each input; biases of both
     take ``rms``. A layer that alone has as many outputs as a table of embeddings has rows, more than ten, scores what these stand for,
     words or items, some seen often and some rarely. It takes ``bnp @ rms``, which evens that out as it does in the table; of more than 64
@@ -127,8 +137,16 @@ class Auto(Resolved):
         """Of the tensors of a layer that has several matrices, or whose bias belongs to no row of one."""
         return Route([(self._is_orthogonalized, self.muon)], otherwise=self.rms)
 
+    @property
+    def each_matrix(self) -> Preconditioner:
+        """Of the parameters of a module that is no known layer, as of a parametrization or of attention with four matrices of its own."""
+        return Route([(self._is_one_to_orthogonalize, self.muon)], otherwise=self.rms)
+
     def _is_orthogonalized(self, leaf: Leaf) -> bool:
         return is_full_matrix(leaf) and min(leaf.shape[0], leaf.param[0].numel()) <= self.polar.max_dim
+
+    def _is_one_to_orthogonalize(self, leaf: Leaf) -> bool:
+        return _is_one_matrix(leaf) and self._is_orthogonalized(leaf)
 
     def chosen(self, leaves: Sequence[Leaf]) -> list[Chosen]:
         """What acts on which leaves, and why: the table of :meth:`~precond.PreconditionedGD.explain`."""
@@ -165,9 +183,10 @@ class Auto(Resolved):
             why = "matrices of a recurrence"
             return (self.bnp @ self.one_by_one, why) if observed else (self.one_by_one, f"{why}, {NOT_OBSERVED}")
         if not observed:
-            # Positions (1, n, d) and scales (d, 1, 1) are added and multiplied entry by entry; a stack of matrices is not one.
-            flat = all(min(leaf.sides) == 1 or leaf.ndim == 3 for leaf in layer if is_matrix(leaf))
-            return (None, f"no matrix, {NOT_OBSERVED}") if flat else (self.polar, NOT_OBSERVED)
+            if not any(map(_is_one_matrix, layer)):
+                return None, f"no matrix, {NOT_OBSERVED}"
+            alone = sum(map(is_matrix, layer)) == 1
+            return (self.polar if alone else self.each_matrix), NOT_OBSERVED
         stacked = any(isinstance(site.layout(REQUESTS[0]), ExpertLayout) for leaf in layer for site in leaf.sites)
         if stacked or getattr(weight.module, "groups", 1) > 1:
             return self.bnp @ self.rms, "rows see different inputs"
