@@ -138,7 +138,7 @@ MEASUREMENTS = {
     "Monitor": monitored,
 }
 # Whose Hessian is not of the form that is asked for; they say so.
-REFUSED = {("tied", "neurons"), ("tied", "unit_curvatures")}
+REFUSED = {("tied", "neurons")}
 
 
 def problem(name: str) -> tuple[nn.Module, Objective]:

@@ -27,6 +27,14 @@ from precond.optim.optimizer.readings import PARAMETERS, SHAPE, Kinds, hold_tens
 OF_VALUES = ("residual", MEAN, COUNT)
 """State of a parameter's values, which is kept whether it is stepped or not."""
 
+_SPARE = frozenset(("m", *LENGTHS, *OF_VALUES))
+
+
+def is_spare(key: str) -> bool:
+    """Whether a state may hold what has this name where nothing keeps it, as with another momentum, and goes on without it."""
+    return not _SPARE.isdisjoint(key.split("."))
+
+
 Following = Literal["same", "renumbered", "broken"]
 """Of the groups since a binding was made: nothing has changed; numbers have; parameters or strategies have."""
 
@@ -125,13 +133,12 @@ class Binding:
         return not same or filled or self.kinds != read_kinds(params) or not self.modules_in_place
 
     def is_optional(self, key: str) -> bool:
-        """Whether a state goes on without what has this name, as with another momentum, and may hold it where nothing keeps it."""
-        return not self._optional.isdisjoint(key.split("."))
+        """Whether a state goes on without what has this name."""
+        return is_spare(key) or not self._optional.isdisjoint(key.split("."))
 
     @cached_property
     def _optional(self) -> frozenset[str]:
-        of_maps = (named(cell.preconditioner, "optional") for cell in self.blocks)
-        return frozenset(("m", *LENGTHS, *OF_VALUES)).union(*of_maps)
+        return frozenset().union(*(named(cell.preconditioner, "optional") for cell in self.blocks))
 
     def steps_same_tensors_as(self, other: Binding) -> bool:
         """Whether both are of the same parameters, of which none was converted or moved; some may have been frozen or thawed."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from precond.algebra.sharding import copy_, divided
 from precond.optim.blocks import COUNTS, Leaf
 from precond.optim.engine.shared_state import Owned, Ownership, from_owners, owned
-from precond.optim.optimizer.binding import Binding
+from precond.optim.optimizer.binding import Binding, is_spare
 from precond.optim.optimizer.entries import begun_anew, with_data
 from precond.optim.optimizer.naming import Naming
 
@@ -99,7 +99,7 @@ def commit(before: Binding, now: Binding, state: MutableMapping[Tensor, Any], na
     known |= {(p, naming.inside(key)) for p in before.waiting | anew for key in state.get(p, ())}
     waiting = now.waiting
     for p, key in known - kept:
-        if p in anew or not (p in waiting or before.is_optional(key)):
+        if p in anew or not (p in waiting or is_spare(key)):
             state.get(p, {}).pop(naming.outside(key), None)
     for leaf, key, tensor in now.entries:
         state[leaf.param][naming.outside(key)] = tensor

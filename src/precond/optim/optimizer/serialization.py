@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from copy import deepcopy
 from itertools import filterfalse
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from precond.algebra.warning import warn
 from precond.optim.blocks import Leaf
 from precond.optim.checking.arguments import shown
 from precond.optim.engine.shared_state import Owned, from_owners
+from precond.optim.optimizer.binding import is_spare
 from precond.optim.optimizer.entries import follow
 from precond.optim.optimizer.naming import Naming
 from precond.optim.ranks.replicas import meet
@@ -165,8 +166,8 @@ def load(optimizer: Stepping, state_dict: Mapping[str, Any]) -> None:
         theirs = {optimizer.naming.inside(k): v for k, v in saved.items() if k not in _MARKS}
         if param in bound.waiting:
             theirs = {key: theirs[key] for key in mine.keys() & theirs.keys()}
-        needed = set() if param in of_momentum else mine.keys() - {"step", "clock"}
-        copies += _fit(optimizer.naming, names[param], mine, theirs, needed, bound.is_optional)
+        needed = set() if param in of_momentum else set(filterfalse(bound.is_optional, mine.keys() - {"step", "clock"}))
+        copies += _fit(optimizer.naming, names[param], mine, theirs, needed)
     unsaved = {p for p in frozen or () if identity.get(p) not in saved_state and not p.requires_grad}
     lost = [leaf.name for leaf in bound.leaves if leaf.param in unsaved and optimizer.state.get(leaf.param)]
     with torch.no_grad():
@@ -245,12 +246,7 @@ def _by_name(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _fit(
-    naming: Naming,
-    name: str,
-    mine: Mapping[str, Tensor],
-    theirs: Mapping[str, Any],
-    needed: Set[str],
-    is_optional: Callable[[str], bool],
+    naming: Naming, name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Any], needed: Set[str]
 ) -> list[tuple[Tensor, Tensor]]:
     """(target, value) pairs of one parameter; ValueError where they do not fit, or lack what is ``needed`` of a state that was begun."""
 
@@ -258,14 +254,14 @@ def _fit(
         return ", ".join(map(repr, sorted(map(naming.outside, keys))))
 
     # "clean": kept once, where statistics now are of what is descended.
-    if alien := list(filterfalse(is_optional, theirs.keys() - mine.keys() - {"clean"})):
+    if alien := list(filterfalse(is_spare, theirs.keys() - mine.keys() - {"clean"})):
         raise ValueError(
             f"load_state_dict: the state of {name!r} has {called(alien)}, which {naming.name} does not keep "
             f"(it keeps {called(mine)}); was it saved by another recipe, or with other options?"
         )
     # Version 0.1 did not count the directions that Polar's mean has: all of them.
     uncounted = {key: key.removesuffix("rank") + "gram" for key in mine.keys() - theirs.keys() if key.split(".")[-1] == "rank"}
-    missing = list(filterfalse(is_optional, needed - theirs.keys() - uncounted.keys()))
+    missing = needed - theirs.keys() - uncounted.keys()
     if missing and (theirs.keys() - {"step"} or theirs.get("step")):
         raise ValueError(
             f"load_state_dict: the state of {name!r} lacks {called(missing)}, which {naming.name} keeps (it has "

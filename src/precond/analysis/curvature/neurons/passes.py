@@ -98,13 +98,13 @@ class Slopes:
     def check_params(self) -> None:
         """Raise where the Hessian is not H_e S H_eᵀ: where L depends on the weight or the bias otherwise than by a, which is Wh + b.
 
-        Of a the gradients are Σ g hᵀ and Σ g; elsewhere there is none at all, also where it happens to be 0, as that of a penalty at 0.
+        Of a the gradients are Σ g hᵀ and Σ g; elsewhere there is none, nor a second derivative, as of a penalty at 0.
         """
         own = {name: p for name, p in self.layer.params.items() if p.requires_grad}
         if not own or not self.loss.requires_grad:
             return
         twins = [self.calls[0].params[name] for name in own]
-        elsewhere = torch.autograd.grad(self.loss, list(own.values()), retain_graph=True, allow_unused=True)
+        elsewhere = torch.autograd.grad(self.loss, list(own.values()), create_graph=True, allow_unused=True)
         here = torch.autograd.grad(self.loss, twins, retain_graph=True, materialize_grads=True)
         rows = self.rows.detach().to(self.inputs.dtype)
         g = rows.reshape(len(rows), self.layer.groups, -1).permute(1, 2, 0)
@@ -114,7 +114,7 @@ class Slopes:
             else:
                 h, actual = torch.ones_like(g.mT[..., :1]), found.view_as(g[..., :1])
             off = torch.linalg.vector_norm(actual.to(h) - g @ h) > _CHECKED * torch.linalg.vector_norm(g.abs() @ h.abs())
-            if other is not None or off:
+            if off or (other is not None and _depends(other, own[name])):
                 raise CurvatureError(
                     f"the {name} of layer {self.layer.name!r} acts on the loss outside the layer as well (a tied layer, or a penalty in the "
                     "loss), so its Hessian is not H_e S H_eᵀ alone; leave the penalty out of the loss and add its second derivative, or take "
@@ -225,3 +225,12 @@ def _refuse_recurrence(layer: Layer, calls: Sequence[Call]) -> None:
                     f"layer {layer.name!r} is applied to its own outputs (call {i + 1} of {len(calls)}), so its inputs change with its weights "
                     "and ∇² is not of the form H_e S H_eᵀ; take hessian(Objective(..., params=[the weight, the bias])) instead"
                 )
+
+
+def _depends(gradient: Tensor, p: Tensor) -> bool:
+    """Whether a gradient by p is not 0, or not in the neighbourhood of p: a penalty that is multiplied by 0 has none."""
+    if gradient.any() or not gradient.requires_grad:
+        return bool(gradient.any())
+    weights = torch.linspace(1, 2, gradient.numel(), dtype=gradient.dtype, device=gradient.device).view_as(gradient)
+    (second,) = torch.autograd.grad(gradient, p, weights, retain_graph=True, allow_unused=True)
+    return second is not None and bool(second.any())
