@@ -4,7 +4,8 @@ On the development half anything may be tried. The locked half is run for a fina
 changed by what it shows. A task never moves from the locked half to the other; what was looked at for any other reason is replaced. The
 tasks that were locked once, whose table an earlier ``auto`` was changed after, are opened: for looking, no more for a verdict. A third
 set, for confirmation, a fourth, held out, and a fifth, sealed, were each written by someone who did not know how ``auto`` does on it,
-tried with torch's AdamW alone, and are each run once; a sixth, final, written as the fifth was.
+tried with torch's AdamW alone, and are each run once. A sixth, final, was written as the fifth, and run in
+part before two faults of ``auto`` that it showed were mended.
 """
 
 from __future__ import annotations
