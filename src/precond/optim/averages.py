@@ -149,7 +149,7 @@ class PolynomialAverage(WeightAverage):
         2.3333
 
     References:
-        Shamir & Zhang (2013),: polynomial-decay averaging.
+        Shamir & Zhang (2013): polynomial-decay averaging.
     """
 
     power: float = 9.0

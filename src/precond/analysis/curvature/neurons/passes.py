@@ -229,8 +229,10 @@ def _refuse_recurrence(layer: Layer, calls: Sequence[Call]) -> None:
 
 def _depends(gradient: Tensor, p: Tensor) -> bool:
     """Whether a gradient by p is not 0, or not in the neighbourhood of p: a penalty that is multiplied by 0 has none."""
-    if gradient.any() or not gradient.requires_grad:
-        return bool(gradient.any())
+    if gradient.any():
+        return True
+    if not gradient.requires_grad:
+        return False
     weights = torch.linspace(1, 2, gradient.numel(), dtype=gradient.dtype, device=gradient.device).view_as(gradient)
     (second,) = torch.autograd.grad(gradient, p, weights, retain_graph=True, allow_unused=True)
     return second is not None and bool(second.any())
