@@ -10,7 +10,7 @@ import torch
 from precond.lab.report import Entry, Results, TaskResults, default_target
 from precond.lab.report.signs import probabilities
 from precond.lab.report.transfer import rates, searches, shared_rate, spread, transfer_figure, transfer_markdown
-from precond.lab.report.where import ADVISED, outcomes, where_figure, where_markdown
+from precond.lab.report.where import ADVISED, agreements, outcomes, where_figure, where_markdown
 from precond.lab.workloads import Curve, Outcome, Trial
 from precond.lab.workloads.measured import Measured
 from precond.lab.workloads.transfer import shape_name
@@ -63,6 +63,18 @@ def test_a_sign_is_right_where_a_gain_was_predicted_and_there_or_neither() -> No
     misses = text[text.index("## Misses") : text.index("## All")]
     assert "| one | whitening | 1 | 4 | wrong |" in misses and "| two | whitening | 1e+09 | < 0.8 | wrong |" in misses
     assert "| one | bnp |" not in misses and "| one | bnp | 3 | 2 | right |" in text
+
+
+def test_seeds_that_contradict_each_other_are_counted() -> None:
+    def seeds(label: str, *reached: int | None) -> Entry:
+        runs = tuple(replace(entry(label, at).runs[0], seed=seed) for seed, at in enumerate(reached))
+        return replace(entry(label, 1), runs=runs)
+
+    assert agreements(RESULTS) == [] and "How often can" not in where_markdown(RESULTS, PREDICTIONS)  # one seed
+    # With bnp seed 0 never reached the loss: what each of the seeds says, two others do not, for a median with it is a miss.
+    cell = replace(task("one", 4, 2), entries=(seeds("base", 8, 8, 8), seeds("bnp", None, 4, 4), seeds("whitening", 2, 2, 2)))
+    assert agreements(results(cell)) == [False, True] * 3
+    assert "in 3 of 6 (50 %)" in where_markdown(results(cell), PREDICTIONS)
 
 
 def test_a_rule_for_signs_learns_from_other_data_alone() -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 
 from matplotlib.axes import Axes
 
 from precond.lab.report import numbers
 from precond.lab.report.ratios import markdown_row, ratios
-from precond.lab.report.results import Results
+from precond.lab.report.results import Results, TaskResults
 from precond.lab.report.signs import CERTAIN, probabilities
 from precond.lab.report.style import log_axis, pen, svg, svg_file
+from precond.lab.report.summary import default_target
 from precond.lab.workloads.measured import Measured
 from precond.lab.workloads.where import Prediction
 
@@ -69,6 +70,31 @@ def outcomes(results: Results, predictions: Sequence[Prediction]) -> list[Outcom
     ]
 
 
+def agreements(results: Results) -> list[bool]:
+    """Whether trainings with one seed and those with the other seeds say the same of a gain, for each cell, remedy and seed.
+
+    No prediction made before training can be expected to be right more often. A gain is one as of :class:`Outcome`.
+    """
+    found: list[bool] = []
+    for task in results.tasks:
+        seeds = sorted({run.seed for entry in task.entries for run in entry.runs})
+        for seed in seeds if len(seeds) > 1 else ():
+            alone, others = _gains(task, {seed}), _gains(task, set(seeds) - {seed})
+            found += [gained == others[label] for label, gained in alone.items() if label in others]
+    return found
+
+
+def _gains(task: TaskResults, seeds: set[int]) -> dict[str, bool]:
+    """Whether each remedy gained by the trainings with these seeds."""
+    entries = tuple(replace(e, runs=tuple(run for run in e.runs if run.seed in seeds)) for e in task.entries)
+    some = replace(task, entries=entries, target=default_target(entries, task.reference, 0.0, "train"))
+    return {
+        label: Outcome(task.name, label, math.nan, 1 / ratio.value, not ratio.reached).gained
+        for label, ratio in ratios(some, "step").items()
+        if label != task.reference
+    }
+
+
 def where_markdown(results: Results, predictions: Sequence[Prediction]) -> str:
     """Shares of right signs, the misses, and all cells."""
     found = outcomes(results, predictions)
@@ -85,6 +111,10 @@ def where_markdown(results: Results, predictions: Sequence[Prediction]) -> str:
         f"A gain is predicted where the predicted ratio of steps is at least {ADVISED}; there was one where the remedy reached AdamW's lowest "
         f"training loss in at most 1/{GAINED} of its steps. < is an upper bound: that loss was not reached. Means count bounds as they stand.\n",
     ]
+    if agree := agreements(results):
+        parts.append(
+            f"How often can a prediction be right? The sign found with one seed is that found with the others in {_share(agree)}.\n"
+        )
     parts += [_rules(found)]
     for heading, rows in (("Misses", [one for one in found if not one.right]), ("All", found)):
         cells = (
