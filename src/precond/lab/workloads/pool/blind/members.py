@@ -106,8 +106,8 @@ def _invasion() -> Tensors:
         "u_t = D u_xx + r u(1 - u) for -4 < x < 8 and 0 < t < 2, D and r unknown, the density u measured with noise at points drawn evenly "
         "(seed 608)."
     )
-    make = partial(networks.Invasion, tables.LOW, tables.HIGH, 80, 80, 80, 80)
-    words = "MLP 2-80-80-80-80-1, tanh, Xavier's initialization, and logarithms of D and r"
+    make = partial(networks.Invasion, tables.LOW, tables.HIGH, 96, 96, 96, 96)
+    words = "MLP 2-96-96-96-96-1, tanh, Xavier's initialization, and logarithms of D and r"
     parts = in_parts(tables.invasion(608, 4096), (3072, 512, 512))
     loss = "mean of the squared residual and the squared error of u"
     return Tensors("invasion", about, parts, make, F.mse_loss, None, 256, 512, words, loss)

@@ -114,7 +114,7 @@ def films(seed: int, n: int) -> Part:
     device, weekday = torch.randint(DEVICES, (n,), generator=g), torch.randint(WEEKDAYS, (n,), generator=g)
     for_old, at_once = torch.randn(GENRES, generator=g), torch.randn(DEVICES, generator=g)
     score = (taste * film[shown]).sum(1) + for_old[genre[shown]] * (age - 44) / 10 + at_once[device] + 0.8 * hours.log() - 1.2
-    seen = (torch.rand(n, generator=g) < (1.5 * score).sigmoid()).long()
+    seen = (torch.rand(n, generator=g) < (3 * score).sigmoid()).long()
     numbers = standard(torch.stack([age, hours.log()], 1))
     codes = torch.cat([torch.stack([shown, genre[shown], device, weekday], 1), watched], 1)
     return Part(torch.cat([numbers, codes.float()], 1), seen)
