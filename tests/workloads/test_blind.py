@@ -9,19 +9,20 @@ import torch.nn.functional as F
 
 from precond.lab.workloads import Plan, peers, train
 from precond.lab.workloads.entrant import Peer
-from precond.lab.workloads.pool import CONFIRMATION, FINAL, HELD_OUT, POOL, SEALED
+from precond.lab.workloads.pool import BLIND, CONFIRMATION, FINAL, HELD_OUT, POOL, SEALED
+from precond.lab.workloads.pool.blind.readers import MultiQueryGPT
 from precond.lab.workloads.pool.confirmation.networks import GroupedLlama, WordGPT
 from precond.lab.workloads.pool.final.readers import DilatedLM, PostNormGPT
 from precond.lab.workloads.pool.held_out.networks import ParallelGPT, TuneLlama
 from precond.lab.workloads.pool.sealed.texts import RecurrentLM
 
 MEMBERS = {member.name: member for member in POOL}
-BLIND = CONFIRMATION + HELD_OUT + SEALED + FINAL
+WRITTEN_BLIND = CONFIRMATION + HELD_OUT + SEALED + FINAL + BLIND
 TEXTS = ("Llama with grouped queries, names", "GPT with parallel branches, comments", "gated linear recurrences, docstrings")
 """Whose characters are not all met in the training part."""
 
 
-@pytest.mark.parametrize("name", BLIND)
+@pytest.mark.parametrize("name", WRITTEN_BLIND)
 def test_data_are_the_same_each_time_finite_and_their_parts_apart(name: str) -> None:
     make = MEMBERS[name].workload
     found, again = make(), make.__wrapped__()  # type: ignore[attr-defined]  # what is behind the cache
@@ -42,7 +43,7 @@ def test_data_are_the_same_each_time_finite_and_their_parts_apart(name: str) -> 
     assert 2 * found.evaluated <= len(train)
 
 
-@pytest.mark.parametrize("name", HELD_OUT + SEALED + FINAL)
+@pytest.mark.parametrize("name", HELD_OUT + SEALED + FINAL + BLIND)
 def test_adamw_has_losses_to_reach(name: str) -> None:
     """They fall from the first evaluation on, but the first of them has not seen it all."""
     plan = Plan(4e-3, 24, 11, "cosine", 1, 4)
@@ -62,6 +63,7 @@ def test_transformers_of_text_look_back_alone() -> None:
         RecurrentLM(11, 16, 2),
         PostNormGPT(11, 8, 16, 2, 2),
         DilatedLM(11, 16, 2),
+        MultiQueryGPT(11, 8, 16, 2, 2),
     ):
         tokens = torch.randint(11, (2, 8))
         changed = tokens.clone()

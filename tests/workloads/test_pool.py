@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from precond.lab.workloads import Plan, peers, train
 from precond.lab.workloads.pool import (
+    BLIND,
     CONFIRMATION,
     DEVELOPMENT,
     FINAL,
@@ -40,13 +41,12 @@ ADAMW = entrants()[0][1]
 
 def test_each_task_is_in_one_list_and_each_family_in_both_halves() -> None:
     assert len(MEMBERS) == len(POOL) >= 24
-    assert sorted(DEVELOPMENT + LOCKED + OPENED + CONFIRMATION + HELD_OUT + SEALED + FINAL) == sorted(MEMBERS)
+    assert sorted(DEVELOPMENT + LOCKED + OPENED + CONFIRMATION + HELD_OUT + SEALED + FINAL + BLIND) == sorted(MEMBERS)
     of_halves = [
-        Counter(MEMBERS[name].family for name in half) for half in (DEVELOPMENT, LOCKED, HELD_OUT, CONFIRMATION, SEALED, FINAL)
+        Counter(MEMBERS[name].family for name in half)
+        for half in (DEVELOPMENT, LOCKED, HELD_OUT, CONFIRMATION, SEALED, FINAL, BLIND)
     ]
-    assert len(of_halves[0]) >= 8 and set(of_halves[0]) == set(of_halves[1]) == set(of_halves[2]) == set(of_halves[4]) == set(
-        of_halves[5]
-    )
+    assert len(of_halves[0]) >= 8 and all(set(of_halves[0]) == set(of_halves[i]) for i in (1, 2, 4, 5, 6))
     # The third set has no net that was trained before.
     assert set(of_halves[3]) == set(of_halves[0]) - {"fine-tuning"}
 

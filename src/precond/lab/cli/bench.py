@@ -42,6 +42,7 @@ Name = Literal[
     "pool-held-out",
     "pool-sealed",
     "pool-final",
+    "pool-blind",
     "where",
     "transfer",
     "calibration",
@@ -96,10 +97,10 @@ class Bench:
 
     Attributes:
         name: Which. pool has the tasks of the pool that are for development; pool-locked those for a final table alone; pool-opened those
-            that were locked once; pool-confirmation, pool-held-out, pool-sealed and pool-final those that were written without knowing how
-            auto does on them, each for one table. where: gains of preconditioned inputs against what diagnose predicts; transfer: best rates
-            over widths and depths, the seeds being those of searches; calibration: what diagnose predicts against trainings (of the settings
-            below it has --tasks and --out alone).
+            that were locked once; pool-confirmation, pool-held-out, pool-sealed, pool-final and pool-blind those that were written without
+            knowing how auto does on them, each for one table. where: gains of preconditioned inputs against what diagnose predicts;
+            transfer: best rates over widths and depths, the seeds being those of searches; calibration: what diagnose
+            predicts against trainings (of the settings below it has --tasks and --out alone).
         tasks: Only the tasks whose names contain one of these, as whole words: "batch 60" or MLP. Several commands with different
             tasks may work in one output folder at the same time; one without --tasks then makes the report of all.
         entrants: Only these: those whose labels contain one of these as whole words, muon or "torch Muon", and who sets the target. A later

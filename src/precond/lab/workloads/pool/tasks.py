@@ -12,6 +12,7 @@ from precond.lab.workloads import peers
 from precond.lab.workloads.entrant import Entrant, Peer
 from precond.lab.workloads.pool import (
     autoencoders,
+    blind,
     confirmation,
     final,
     finetuning,
@@ -61,6 +62,7 @@ POOL: tuple[Member, ...] = tuple(
         held_out,
         sealed,
         final,
+        blind,
     )
     for member in module.MEMBERS
 )
@@ -68,7 +70,7 @@ POOL: tuple[Member, ...] = tuple(
 RULES = (
     "Small trainings of many kinds, half of them for development, half locked: locked tasks are run for a final table alone, and nothing "
     "is chosen by them. A third set, for confirmation, a fourth, held out, and a fifth, sealed, were each written by someone who did not "
-    "know how auto does on it, and are each run once; a sixth, final, written as the fifth was.",
+    "know how auto does on it, and are each run once; a sixth, final, and a seventh, blind, were written as the fifth was.",
     "In a task all have the same model, initialization, data, batches, number of steps, warm-up over a twentieth of them, and a learning "
     "rate that falls to 0 along half a cosine.",
     f"Each searches its learning rate alone, over the same ratio: {TRIALS} rates, each twice the one before, with its own published default "
