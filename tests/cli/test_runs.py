@@ -251,10 +251,11 @@ def test_ones_own_factory_in_the_current_folder(
 def test_a_training_that_failed_leaves_no_model_and_says_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "frozen_problem_of_test.py").write_text(FACTORY.replace("Linear(1, 1)", "Linear(1, 1).requires_grad_(False)"))
+    loss = "lambda out, y: (out - y).detach().square().mean()"
+    (tmp_path / "detached_problem_of_test.py").write_text(FACTORY.replace("torch.nn.MSELoss()", loss))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert main(["train", "frozen_problem_of_test:make", "--steps", "5", "--lr", "0.1", "--out", "out"]) == 1
+    assert main(["train", "detached_problem_of_test:make", "--steps", "5", "--lr", "0.1", "--out", "out"]) == 1
     assert "Saved in out: report.html, results.json\n" in capsys.readouterr().out
     assert not (tmp_path / "out" / "model.pt").exists()
 

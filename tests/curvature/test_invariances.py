@@ -8,7 +8,7 @@ from torch import nn
 
 from curvature.cases import CROSS, hessian_of, penalized
 from precond.algebra import vec
-from precond.algebra.maps import Diagonal
+from precond.algebra.maps import Diagonal, InverseRoot
 from precond.analysis.curvature import Objective, condition_number, eigenvalues, hessian, invariances
 
 
@@ -213,3 +213,15 @@ def test_bad_input():
     model, x, y, _, _, _ = problem("relu")
     with pytest.raises(ValueError, match=r"tol must lie in \(0, 1\), got 2"):
         invariances(Objective(model, CROSS, (x, y)), tol=2)
+
+
+def test_a_p_that_does_not_reach_a_direction_is_refused():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).double()
+    found = invariances(Objective(model, nn.MSELoss(), [(torch.randn(20, 4).double(), torch.randn(20, 2).double())]))
+    params = tuple(p.detach() for p in model.parameters())
+    assert found.through(Diagonal(tuple(torch.full_like(p, 3.0) for p in params)), params).dim == found.dim > 0
+    h = [torch.ones_like(p) for p in params]
+    h[0][0] = torch.inf  # P is 0 there
+    with pytest.raises(ValueError, match="P is singular"):
+        found.through(InverseRoot(tuple(h)), params)

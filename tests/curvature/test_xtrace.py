@@ -128,3 +128,14 @@ def test_students_distribution(degrees):
     for confidence in (0.5, 0.9, 0.95, 0.99):
         exact = student.ppf((1 + confidence) / 2, degrees)
         assert students_t(confidence, degrees) == pytest.approx(exact, rel=8e-3 if confidence == 0.99 else 2e-3)
+
+
+@pytest.mark.parametrize("scale", [2.0**-200, 2.0**40, 2.0**70, 2.0**200])
+def test_of_a_multiple_it_is_that_multiple(scale):
+    """Powers of 2 round nothing: all digits but those of the factorizations' own scaling stay."""
+    A, W = MATRICES["flat"], signs(24)
+    value, error, make = xtrace(W, lambda rows: rows @ A)
+    scaled, its_error, its_make = xtrace(W, lambda rows: rows @ (scale * A))
+    assert (scaled / scale, its_error / scale) == (pytest.approx(value, rel=1e-9), pytest.approx(error, rel=1e-6))
+    for one, other in zip(make(), its_make(), strict=True):
+        torch.testing.assert_close(other / scale, one, rtol=1e-6, atol=1e-9)

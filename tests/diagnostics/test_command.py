@@ -47,6 +47,14 @@ def three():
 def fails():
     raise KeyError("column")
 
+def wrong_later():
+    model, loss_fn, [(x, y)] = parts()
+    return model, loss_fn, [(x, y), (x[:, :3], y)]
+
+def detached():
+    model, loss_fn, data = parts()
+    return model, lambda out, y: loss_fn(out.detach(), y), data
+
 def wrong_targets():
     model, loss_fn, [(x, y)] = parts()
     return model, loss_fn, [(x, y.float())]
@@ -159,6 +167,25 @@ def test_what_a_user_can_put_right(argv, message, capsys):
     assert code == 2 and re.search(message, err), err
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wrong_later", r"wrong_later: the loss of batch 1 failed: RuntimeError: mat1"),
+        ("detached", "does not depend on the parameters"),
+    ],
+)
+def test_short_trainings_refuse_what_diagnoses_refuse(name, message, capsys):
+    for command in (["diagnose"], ["lr-range", "--steps", "2", "--ramp-steps", "5"]):
+        code, err = main([command[0], f"factories_to_diagnose:{name}", *command[1:]]), capsys.readouterr().err
+        assert code == 2 and re.search(message, err), err
+
+
+def test_without_an_optimizer_the_page_says_what_it_compares_with(folder, capsys):
+    run(capsys, "factories_to_diagnose:parts", "--no-rates", "--out", "out")
+    facts = json.loads((folder / "out" / "diagnosis.json").read_text())["facts"]
+    assert facts["optimizer"] == "gradient descent with momentum 0.9, as none is given"
+
+
 def test_text_is_escaped():
     model = nn.Sequential()
     model.add_module("<b>", nn.Linear(3, 2))
@@ -175,6 +202,14 @@ def test_names_that_are_long_leave_room_for_figures():
         warnings.simplefilter("error")  # of a layout that does not fit
         text = render_diagnosis(diagnose(objective), "", {})
     assert re.search(r"<text[^>]*>…[a-z_]*_last</text>", text)
+
+
+def test_dots_go_below_names_where_their_card_is_narrow():
+    """A card may be narrow in a wide window, beside another."""
+    objective = Objective(nn.Linear(3, 2), nn.functional.mse_loss, [(torch.randn(20, 3), torch.randn(20, 2))])
+    text = render_diagnosis(diagnose(objective), "", {})
+    assert re.search(r"\.chart \{ container-type: inline-size; \}", text) and '<div class="chart"><div class="dots">' in text
+    assert re.search(r"@container \(max-width: \d+px\) \{[^}]*\.dots \{ grid-template-columns", text)
 
 
 def test_nothing_to_show_is_a_page_too():

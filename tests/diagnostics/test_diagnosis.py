@@ -16,6 +16,7 @@ from precond import BNP, RMS, PreconditionedGD
 from precond.analysis.curvature import Objective
 from precond.analysis.diagnostics import diagnose, preconditioner_of
 from precond.analysis.diagnostics.gathering import gather
+from precond.analysis.diagnostics.remedies import standardized
 
 
 def objective_of(model, x, outputs=2, batches=3, **options):
@@ -293,6 +294,63 @@ def test_constant_features_and_a_missing_bias_are_named():
     assert any("carry nothing" in a.what and "2 of the 8 features" in a.why for a in advice)
     assert any("bias" in a.what and a.layers == ("0",) for a in advice)
     assert "Standardize" in advice[0].what
+
+
+def bad_scales():
+    return torch.randn(300, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 8) + 3
+
+
+class Shifted(nn.Module):
+    """A parameter is added to the data before any layer receives them."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.shift, self.model = nn.Parameter(torch.zeros(8)), model
+
+    def forward(self, x):
+        return self.model(x + self.shift)
+
+
+def test_a_normalization_is_a_reason_only_where_there_is_one():
+    normalized, frozen = nn.Sequential(nn.LayerNorm(8), mlp()), mlp()
+    frozen[0].weight.requires_grad_(False)
+    for model, named in ((normalized, True), (frozen, False), (Shifted(mlp()), False)):
+        first = diagnose(objective_of(model, bad_scales())).advice[0]
+        assert "Standardize" in first.what and not first.layers
+        assert ("normalization" in first.why) == named and ("No layer that receives the data" in first.why) != named
+
+
+def test_one_sample_gives_no_advice_about_scales():
+    model, x = mlp(activation=nn.Tanh), bad_scales()[:1]
+    found = diagnose(Objective(model, nn.functional.mse_loss, [(x, torch.zeros(1, 2))]))
+    assert not found.advice and {c.why for c in found.considered} == {"one sample shows neither means nor scales"}
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_data_that_do_not_change_are_named_and_nothing_that_follows_from_it(value):
+    (about,) = diagnose(objective_of(mlp(activation=nn.Tanh), torch.full((60, 8), value))).advice
+    assert "no feature changes" in about.what and "All 8 features" in about.why and about.layers == ("0",)
+
+
+def test_units_that_cannot_die_are_not_said_to_have_died():
+    model = mlp(activation=nn.Tanh)
+    nn.init.zeros_(model[0].weight)
+    found = diagnose(objective_of(model, bad_scales()))
+    (about,) = [a for a in found.advice if a.layers == ("2",)]
+    assert "never change" in about.what and "ReLU" not in about.code
+
+
+def test_features_in_a_small_unit_are_standardized_by_the_objective_and_by_the_code():
+    x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(-12, -6, 8)
+    x[:, 3] = 5.0
+    changed = standardized(objective_of(mlp(), x), None)
+    (advice,) = [a for a in diagnose(objective_of(mlp(), x)).advice if "Standardize" in a.what]
+    names = {"inputs": x}
+    exec(advice.code.rpartition("\n")[0].partition("\noptimizer")[0], names)
+    varies = [i for i in range(8) if i != 3]
+    for made in (torch.cat([x for x, _ in changed.batches]), names["inputs"]):
+        torch.testing.assert_close(made.std(0)[varies], torch.ones(7), rtol=0.01, atol=0.0)
+        assert float(made[:, 3].abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("value", [1e-3, 0.1, 1.0, 3.3, 100.0, 1e4, 123456.7, 1e8])

@@ -235,3 +235,27 @@ def test_a_subclass_has_the_map_of_its_base_until_it_states_its_own():
     assert preconditioner_of(Mine([p], lr=1.0)).to_dense().equal(torch.eye(2))
     register(Mine, stateless=True)(lambda param, state, group: precond.Diagonal((torch.full_like(param, 3.0).detach(),)))
     assert preconditioner_of(Mine([p], lr=1.0)).to_dense().equal(3 * torch.eye(2))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.Muon([p], lr=0.1, nesterov=False, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        lambda p: PreconditionedGD([p], lr=0.1, preconditioner=precond.Schatten(0.5)),
+        lambda p: PreconditionedGD([p], lr=0.1, preconditioner=precond.Muon(root="eigh")),
+    ],
+    ids=["torch Muon", "Schatten", "Muon"],
+)
+def test_of_a_singular_p_what_is_solved_is_the_pseudo_inverse(make, shape):
+    torch.manual_seed(3)
+    p = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    optimizer = make(p)
+    p.grad = torch.randn(shape[0], 2).double() @ torch.randn(2, shape[1]).double()  # of rank 2
+    optimizer.step()
+    P = preconditioner_of(optimizer)
+    dense, inverse = P.to_dense(), torch.linalg.pinv(P.to_dense(), rtol=1e-6)
+    assert int(torch.linalg.matrix_rank(dense, rtol=1e-6)) == 10 < 15
+    v = (torch.randn(shape).double(),)
+    for solved, expected in ((P.solve(v), inverse), (P.rsolve(v), inverse.T), (P.gram_solve(v), inverse.T @ inverse)):
+        torch.testing.assert_close(solved[0].flatten(), expected @ v[0].flatten(), rtol=1e-6, atol=1e-8)

@@ -30,6 +30,16 @@ def pictured(objective):
     return parts_of(objective, gathered, objective.gradient())
 
 
+@pytest.mark.parametrize("unit", [2.0**-20, 2.0**20])
+def test_curvature_is_measured_in_the_unit_of_the_loss(unit):
+    def of(scale):
+        torch.manual_seed(0)
+        model, x, y = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)), torch.randn(60, 5), torch.randn(60, 1)
+        return pictured(Objective(model, lambda out, y: scale * nn.functional.mse_loss(out, y), [(x, y)]))
+
+    assert [part.s / unit for part in of(unit)] == pytest.approx([part.s for part in of(1.0)], rel=1e-5)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_of_a_linear_regression_it_knows_the_loss_above_the_minimum(bias):
     objective, x, y = regression(bias=bias)

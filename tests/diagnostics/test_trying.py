@@ -45,6 +45,16 @@ def test_the_limit_is_where_steps_grow_and_nothing_changes():
     assert f"Learning rate {found.lr:.2g}" in str(found)
 
 
+def test_the_limit_does_not_depend_on_the_unit_of_the_targets():
+    found = []
+    for unit in (1.0, 2.0**-30):
+        objective = spread()
+        nn.init.zeros_(objective.model[1].weight), nn.init.zeros_(objective.model[1].bias)
+        scaled = Objective(objective.model, objective.loss_fn, [(x, unit * y) for x, y in objective.batches])
+        found.append(lr_range(scaled, sgd))
+    assert found[0].limit == found[1].limit and found[0].lr == found[1].lr
+
+
 def test_dropout_is_the_same_every_time():
     objective = spread(dropout=0.5)
     curves = [short_training(objective, sgd, 1e-3, 8) for _ in range(2)]

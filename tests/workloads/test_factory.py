@@ -6,13 +6,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from precond.lab.workloads import Architecture, FactoryError, evaluate, load_workload
 from precond.lab.workloads.factory import Factory
 
 X, Y = torch.rand(20, 3), torch.arange(20) % 2
 BATCHES = [(X[:12], Y[:12]), (X[12:], Y[12:])]
+
+
+class Lengthless(IterableDataset[Any]):
+    """A data set that does not tell its length."""
+
+    def __init__(self, examples: Any) -> None:
+        self.examples = examples
+
+    def __iter__(self) -> Any:
+        return iter(self.examples)
 
 
 def good() -> Any:
@@ -45,7 +55,23 @@ def test_what_cannot_be_imported(name: str, words: str) -> None:
         ((nn.Linear(3, 2), F.cross_entropy, iter(BATCHES)), "can be read only once"),
         ((nn.Linear(3, 2), F.cross_entropy, {"training": BATCHES}), r"the keys \['training'\]"),
         ((nn.Linear(3, 2), F.cross_entropy, []), "without a batch"),
-        ((nn.Linear(3, 2), F.cross_entropy, [X]), "whose first batch is a tensor"),
+        ((nn.Linear(3, 2), F.cross_entropy, [X]), r"train data, batch 0 of data must be a pair"),
+        (
+            (nn.Linear(3, 2), F.cross_entropy, [*BATCHES, (X, Y, Y)]),
+            r"train data, batch 2 of data must be a pair .* got 3 parts",
+        ),
+        ((nn.Linear(3, 2), F.cross_entropy, [*BATCHES, (X[:0], Y[:0])]), r"train data, batch 2 of data has 0 examples"),
+        (
+            (nn.Linear(3, 2), F.cross_entropy, {"train": BATCHES, "test": [(X[:0], Y[:0])]}),
+            r"test data, batch 0 of data has 0 examples",
+        ),
+        ((nn.Linear(3, 2), F.cross_entropy, {"train": BATCHES, "validation": []}), "validation data without a batch"),
+        (
+            (nn.Linear(3, 2), F.cross_entropy, DataLoader(Lengthless([(X[0], Y[0]), (X[0],)]), 1)),
+            r"train data, batch 1 of data must be a pair",
+        ),
+        ((nn.Linear(3, 2).requires_grad_(False), F.cross_entropy, BATCHES), "Linear has no parameter that requires a gradient"),
+        ((nn.Linear(3, 2), F.cross_entropy, [(X / 0, Y)]), "the loss is nan before the first step"),
         ((nn.Linear(4, 2), F.cross_entropy, BATCHES), "fail on their first batch: RuntimeError"),
         ((nn.Linear(3, 2), nn.CrossEntropyLoss(reduction="none"), BATCHES), "it must be one floating number"),
     ],
@@ -77,3 +103,15 @@ def test_r2_is_one_minus_the_share_of_variance() -> None:
     residual = (y - problem.model(X)).square().mean()
     assert score.loss == pytest.approx(residual.item())
     assert score.metric == pytest.approx((1 - residual / y.var(correction=0)).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("data", "batches"),
+    [(DataLoader(Lengthless(list(zip(X, Y, strict=True))), 8), 3), ((X, Y), 1)],
+    ids=["no length", "one pair"],
+)
+def test_loaders_without_a_length_and_one_pair_of_tensors(data: Any, batches: int) -> None:
+    model = nn.Linear(3, 2)
+    problem = Factory("mine:make", lambda: (model, F.cross_entropy, data)).problem()
+    assert len(problem.parts["train"]) == len(list(problem.parts["train"].epoch(0))) == batches
+    assert evaluate(problem, "train").loss == pytest.approx(F.cross_entropy(model(X), Y).item())

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from precond.analysis.curvature.errors import NoSecondDerivative
 from precond.lab.workloads import (
     Architecture,
     Checkpoint,
@@ -242,3 +243,18 @@ def test_without_test_the_test_part_is_not_read() -> None:
     assert train(Factory("mine:made", made), one, dataclasses.replace(PLAN, test=False))[0].test_loss is None
     with pytest.raises(AssertionError, match="was read"):
         train(Factory("mine:made", made), one, PLAN)
+
+
+@pytest.mark.parametrize("recipe", ["adamw", "sgd+GradientNorm(0.1,method='exact')"])
+def test_what_is_wrong_before_the_first_step_did_not_diverge(recipe: str) -> None:
+    x, y = torch.rand(20, 3), torch.arange(20) % 2
+    bad = x.clone()
+    bad[19] = math.nan  # not in the first batch, which is tried before
+    (entrant,) = parse_entrants(recipe)
+    plan = Plan(0.01, 4, 0)
+    made = nn.Linear(3, 2), F.cross_entropy, [(x[:10], y[:10]), (bad[10:], y[10:])]
+    with pytest.raises(ValueError, match="no finite number before the first step"):
+        train(Factory("mine:make", lambda: made), entrant, plan)
+    made = nn.Linear(3, 2), lambda out, y: F.cross_entropy(out.detach(), y), [(x, y)]
+    with pytest.raises(NoSecondDerivative, match="does not depend on the parameters"):
+        train(Factory("mine:make", lambda: made), entrant, plan)

@@ -52,11 +52,11 @@ class LinearMap(ABC):
         """Pᵀ v."""
 
     def solve(self, v: Vec) -> Vec:
-        """P⁻¹ v."""
+        """P⁻¹ v; where the map knows what it takes to 0, the pseudo-inverse P⁺v: P P⁺v is the part of v that P reaches."""
         raise NotImplementedError(f"{type(self).__name__} has no inverse; use a preconditioner whose map is invertible")
 
     def rsolve(self, v: Vec) -> Vec:
-        """P⁻ᵀ v."""
+        """P⁻ᵀ v, or the transposed pseudo-inverse."""
         raise NotImplementedError(f"{type(self).__name__} has no inverse; use a preconditioner whose map is invertible")
 
     def gram(self, v: Vec) -> Vec:

@@ -19,7 +19,8 @@ class SymmetricKronecker(LinearMap):
     """P = (A ⊗ B)^(1/2), given by M = A ⊗ B with symmetric positive A, B, on one tensor W seen row-major as a matrix (out, rest).
 
     M vec(W) = vec(A W B) takes no root; P is symmetric, and taken by eigendecompositions only when asked for. None stands for the
-    identity on that side. Sides (k, n, n) act on k matrices side by side, W (k, out, …).
+    identity on that side. Sides (k, n, n) act on k matrices side by side, W (k, out, …). Where A or B is singular, ``solve`` is the
+    pseudo-inverse.
 
     Args:
         A: (out, out), or (k, out, out), or None.

@@ -17,6 +17,8 @@ from precond.analysis.curvature.products import hessian
 from precond.analysis.curvature.subspace import Span, SparseSpan, Subspace
 from precond.analysis.curvature.symmetries import Symmetry, symmetries
 
+_MISSED = 0.01  # of a unit vector that P P⁺ is to leave as it is, rounding of an ill-conditioned P allowed for
+
 
 @dataclass(frozen=True)
 class Invariance:
@@ -87,11 +89,17 @@ class Invariances(Subspace):
         Args:
             P: an invertible map.
             like: the parameters that it acts on, ``objective.params``.
+
+        Raises:
+            ValueError: where P does not reach one of them, P P⁺x ≠ x: its ``solve`` is a pseudo-inverse.
         """
         if self.directions is None:
             return self
-        flat = flatten(like)
-        return Span([P.solve(unflatten(x, like)) for x in self.directions.rows().to(flat.dtype)])
+        rows = self.directions.rows().to(flatten(like).dtype)
+        moved = [P.solve(unflatten(x, like)) for x in rows]
+        if any(float(torch.linalg.vector_norm(flatten(P.mv(z)) - x)) > _MISSED for z, x in zip(moved, rows, strict=True)):
+            raise ValueError("Invariances.through: P is singular, and some directions are no P z; take H in p, or another P")
+        return Span(moved)
 
     def __str__(self) -> str:
         if not self.found:

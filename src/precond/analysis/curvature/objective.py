@@ -234,11 +234,7 @@ class Objective:
         total = vec.zeros_like(vec.map_(Tensor.detach, self.params))
         for i, w in enumerate(self.weights):
             with self.measuring(i):
-                loss = w * self.evaluate(i).loss
-                if not loss.requires_grad:
-                    raise NoSecondDerivative(
-                        "Objective: the loss does not depend on the parameters; is it computed under no_grad or detached?"
-                    )
+                loss = w * depending(self.evaluate(i).loss)
                 g = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
             total = vec.add(total, g)
         return total
@@ -265,6 +261,17 @@ class Objective:
                 f"Objective: batch {index} of data is {found}, batch 0 is {self._structure}; give batches of one structure"
             )
         return batch
+
+
+def depending(loss: Tensor) -> Tensor:
+    """A loss that has a gradient.
+
+    Raises:
+        NoSecondDerivative: where it has none.
+    """
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise NoSecondDerivative("the loss does not depend on the parameters; is it computed under no_grad or detached?")
+    return loss
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:

@@ -32,7 +32,8 @@ def xtrace(probes: Tensor, apply: Callable[[Tensor], Tensor]) -> tuple[float, fl
     # Products know the sketch to their own precision.
     known = sigma > len(W) * torch.finfo(probes.dtype).eps * sigma[0]
     if bool(known.all()):
-        S = torch.nn.functional.normalize((U / sigma) @ Vh, dim=0)
+        S = (U * (sigma[-1] / sigma)) @ Vh
+        S /= torch.linalg.vector_norm(S, dim=0)
     else:
         Q, R = Q @ U[:, known], (sigma[:, None] * Vh)[known]
         S = torch.zeros_like(R)

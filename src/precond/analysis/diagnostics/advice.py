@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from precond.analysis.diagnostics.calibrated import STUCK, UNKNOWN, Gain, calibration
 from precond.analysis.diagnostics.gains import QuadraticModel, first_rate, predicted, steps
 from precond.analysis.diagnostics.numbers import number
+from precond.analysis.diagnostics.reasons import because
 from precond.analysis.diagnostics.remedies import INPUTS, Base, Candidate
+from precond.analysis.diagnostics.source import NORMALIZATIONS
 
 if TYPE_CHECKING:
     from precond.analysis.diagnostics.diagnosis import Diagnosis
@@ -143,8 +145,9 @@ def _coordinates(
     advice: list[Advice] = []
     considered: list[RemedyEstimate] = []
     best = 1.0
+    unknown = _untold(found)
     for name in ("standardize", *INPUTS):
-        if why := _unfit(base, name):
+        if why := unknown or _unfit(base, name):
             considered.append(RemedyEstimate(name, UNKNOWN, why))
             continue
         value, alone = predicted(quadratic, base, name, calibration().steps)
@@ -164,12 +167,25 @@ def _coordinates(
         lr = first_rate(quadratic, base, name)
         layers = _reached(found, name)
         reached = tuple(x.name for x in layers)
-        one = Advice(_WHAT[name], _because(found, layers, name), remedy.code(lr), gain, reached, "", remedy, lr)
+        one = Advice(_WHAT[name], because(found, layers, name), remedy.code(lr), gain, reached, "", remedy, lr)
         considered.append(RemedyEstimate(name, gain, why, one))
         if enough:
             best = gain.likely
             advice.append(one)
     return advice, considered
+
+
+def _untold(found: Diagnosis) -> str:
+    """Why the data tell nothing of any remedy."""
+    if found.layers and max(layer.samples for layer in found.layers) < 2:
+        return "one sample shows neither means nor scales"
+    return "the data do not change" if _unchanging(found) else ""
+
+
+def _unchanging(found: Diagnosis) -> list[Layer]:
+    """The layers that receive the data, where no input of any of them ever changes."""
+    data = [layer for layer in found.layers if layer.source == "data"]
+    return data if all(layer.units.dead + layer.units.constant == layer.units.total for layer in data) else []
 
 
 def _unfit(base: Base, name: str) -> str:
@@ -193,50 +209,24 @@ def _reached(found: Diagnosis, name: str) -> list[Layer]:
     return sorted((layer for layer in layers if gain(layer) >= 1.5), key=lambda layer: -gain(layer))
 
 
-def _because(found: Diagnosis, layers: list[Layer], name: str) -> str:
-    if not layers and (
-        data := [layer for layer in found.layers if layer.source == "data" and not math.isnan(layer.kappa_biased)]
-    ):
-        far = number(data[0].drivers.offset)
-        return f"{data[0].name!r} has no bias that takes up the means of the data, up to {far} times their standard deviation."
-    if not layers:
-        return "A normalization takes a mean or a scale out of the data, and leaves that the scales of their features differ."
-    then = layers[0].spectra.kappa("bnp" if name == "standardize" else name)
-    more = "" if len(layers) == 1 else f" {len(layers) - 1} more layers gain."
-    return f"{_reason(layers[0])} It would be {number(then)}.{more}"
-
-
-def _reason(layer: Layer) -> str:
-    """What drives κ of a layer, in words."""
-    d = layer.drivers
-    parts = []
-    if d.means >= 2:
-        parts.append(
-            f"×{number(d.means)} from means that are large beside the standard deviation (up to {number(d.offset)} times)"
-        )
-    if d.scales >= 2:
-        apart = f"standard deviations differ up to {number(d.spread)}-fold"
-        if d.aside > 2 * d.spread:
-            apart = f"standard deviations are up to {number(d.aside)} times from the bias's 1"
-        parts.append(f"×{number(d.scales)} from scales ({apart})")
-    if d.correlation >= 2:
-        parts.append(f"×{number(d.correlation)} from correlation")
-    order = {"means": d.means, "scales": d.scales, "correlation": d.correlation}
-    values = [x for x in order.values() if not math.isnan(x) and x >= 2]
-    parts = [part for _, part in sorted(zip(values, parts, strict=True), key=lambda pair: -pair[0])]
-    own = ""
-    if not math.isnan(k := layer.spectra.kappa("optimizer")):
-        own = f" With the optimizer's own P it is {number(k)}."
-    drivers = f": {', '.join(parts)}" if parts else ""
-    return f"Inputs of {layer.name!r} have κ = {number(layer.spectra.kappa('raw'))}{drivers}.{own}"
-
-
 def _single_inputs(found: Diagnosis) -> list[Advice]:
     """One piece of advice for each thing that is wrong with single inputs, about all layers where it is."""
+    if max((layer.samples for layer in found.layers), default=0) < 2:
+        return []  # what is there once does not change
+    if still := _unchanging(found):
+        names = tuple(layer.name for layer in still)
+        why = f"All {still[0].units.total} features that {names[0]!r} receives are the same in all {still[0].samples} samples."
+        return [Advice(_LOOK, why, _VARY, UNKNOWN, names, "nothing can be learned from data that do not change")]
     about: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
     for layer in found.layers:
         u, data = layer.units, layer.source == "data"
-        revive = ("Drop features that carry nothing", _DROP) if data else (_REVIVE, _LEAKY)
+        revive = (
+            ("Drop features that carry nothing", _DROP)
+            if data
+            else (_CHANGE, _WEIGHTS)
+            if layer.source in _ALIVE
+            else (_REVIVE, _LEAKY)
+        )
         for count, state, remedy in (
             (u.dead, "are always 0", revive),
             (u.constant, "never change", revive),
@@ -256,6 +246,13 @@ def _single_inputs(found: Diagnosis) -> list[Advice]:
 
 
 _REVIVE, _FREE = "Revive units that have died", "Get units out of saturation"
+_LOOK = "Look at the data: no feature changes from one example to the next"
+_VARY = "assert (inputs.std(0) > 0).any()  # of the training data"
+_CHANGE = "Look at units that never change"
+_ALIVE = ("tanh", "sigmoid", "linear", "convolution", "embedding", *NORMALIZATIONS)  # what stands still there has not died
+_WEIGHTS = (
+    "torch.nn.init.xavier_uniform_(layer.weight)  # of the layer before, if its weights are 0; or look at what it receives"
+)
 _FEW = 0.05  # a smaller share of bad inputs is no advice
 _DROP = "inputs = inputs[:, inputs.std(0) > 0]  # of the training data"
 _LEAKY = "torch.nn.LeakyReLU()  # in place of ReLU; or a smaller learning rate and smaller initial weights in the layer before"

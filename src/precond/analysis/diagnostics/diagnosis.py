@@ -276,7 +276,7 @@ def _layer(objective: Objective, seen: InputStatistics, P: LinearMap | None, g: 
         block = _curvature(part, own, curvature)
     return Layer(
         seen.name, tuple(seen.site.weight.shape), seen.source, seen.biased, seen.count, seen.used, found, drivers(seen, k, found),
-        units(seen), math.nan if seen.biased or seen.recentered else with_bias(seen, k), _correlation(seen, k), block,
+        units(seen), math.nan if seen.biased or seen.recentered else with_bias(seen, k), _correlation(seen, k), block, seen.rescaled,
     )  # fmt: skip
 
 

@@ -46,6 +46,7 @@ class Layer:
         kappa_biased: κ of standardized inputs, had a layer without bias one; NaN otherwise.
         correlation: of (at most 48) inputs that vary.
         curvature: of its block of H or G, where it was asked for.
+        rescaled: whether its outputs go straight into a normalization.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Layer:
     kappa_biased: float
     correlation: Tensor = field(repr=False)
     curvature: Curvature | None = None
+    rescaled: bool = False
 
     @property
     def kappa_now(self) -> float:

@@ -29,7 +29,8 @@ def preconditioner_of(
     taken.) That is exact where the tensors of one joint block share a rate. Frozen parameters are left as they are, P = I, and so
     are those that have had no gradient yet: see :meth:`PreconditionedGD.map`.
 
-    Where an optimizer states M alone (:class:`~precond.Muon`) P is the symmetric root M^(1/2).
+    Where an optimizer states M alone (:class:`~precond.Muon`) P is the symmetric root M^(1/2). It is singular where the momentum is (of a last
+    layer on C classes, by cross entropy, it has rank C − 1): ``solve`` is the pseudo-inverse then.
 
     ``condition_number(P.T @ hessian(objective) @ P, float64=True)`` takes both to float64.
 

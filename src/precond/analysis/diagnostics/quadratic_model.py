@@ -148,7 +148,7 @@ def _curvature(objective: Objective, loss: float, along: Mapping[int, Tensor]) -
     The parameters stay as they are: shifted copies take their places while the loss is evaluated.
     """
     square = float(sum(d.double().square().sum() for d in along.values()))
-    if square == 0:
+    if square == 0 or loss == 0:
         return math.nan
 
     def shifted(h: float) -> float:
@@ -159,7 +159,7 @@ def _curvature(objective: Objective, loss: float, along: Mapping[int, Tensor]) -
         return other.value()
 
     for step in _STEPS:
-        h = step * max(abs(loss), 1e-3) / square
+        h = step * abs(loss) / square
         bend = shifted(h) - 2 * loss + shifted(-h)
         # Rounding of the loss is no curvature.
         if bend > 1e-5 * abs(loss) * step:

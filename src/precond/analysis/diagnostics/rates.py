@@ -149,7 +149,8 @@ def _ramp(objective: Objective, make: Make, steps: int, seed: int) -> tuple[tupl
                 return tuple(found), lr
             average = _SMOOTH * average + (1 - _SMOOTH) * loss
             smooth = average / (1 - _SMOOTH ** (step + 1))
-            if not math.isfinite(loss) or (smooth > _BLOWN * abs(lowest) + 1e-12 and step > 3):
+            first = abs(found[0][1]) if found else 0.0
+            if not math.isfinite(loss) or (smooth > _BLOWN * abs(lowest) + 1e-12 * first and step > 3):
                 return tuple(found), lr
             lowest = min(lowest, smooth)
             found.append((lr, smooth))

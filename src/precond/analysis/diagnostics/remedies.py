@@ -174,7 +174,10 @@ class Base:
                 f"dims = [d for d in range(inputs.ndim) if d != {dim}]\n"
                 "mean, std = inputs.mean(dims, keepdim=True), inputs.std(dims, keepdim=True)  # of the training data"
             )
-        lines = f"{first}\ninputs = (inputs - mean) / std.clamp_min(1e-6)  # the same for all data"
+        lines = (
+            f"{first}\nstd = std.where(std > 1e-6 * mean.abs(), 1)  # of a constant feature\n"
+            "inputs = (inputs - mean) / std  # the same for all data"
+        )
         label = f"{self.label}, standardized data"
         return Candidate(
             "standardize", label, now.make, now.line, lambda objective: standardized(objective, dim) or objective, lines
@@ -267,7 +270,7 @@ def standardized(objective: Objective, dim: int | None) -> Objective | None:
     whole = torch.cat(numbers).double()  # type: ignore[arg-type]
     over = [d for d in range(whole.ndim) if d != (dim % whole.ndim if dim is not None else None)] if dim is not None else [0]
     mean, std = whole.mean(over, keepdim=True), whole.std(over, keepdim=True, correction=0)
-    varies = std > 1e-6 * (1 + mean.abs())
+    varies = std > 1e-6 * mean.abs()
     if bool(((mean.abs() < _NEAR) & ((std - 1).abs() < _NEAR))[varies].all()):
         return None
     std = torch.where(varies, std, 1.0)

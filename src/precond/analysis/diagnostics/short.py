@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from precond.analysis.curvature import Objective
 from precond.analysis.curvature.batches import checked, moved
 from precond.analysis.curvature.isolation import in_mode
+from precond.analysis.curvature.objective import depending
 from precond.optim.optimizer import PreconditionedGD
 from precond.optim.optimizer.closures import LossClosure
 
@@ -147,7 +148,7 @@ def training_loss(objective: Objective, index: int) -> Tensor:
     inputs, targets = moved(batch, objective.device, objective.dtype)
     within = getattr(objective, "loss_of", None)
     loss: Tensor = within(inputs, index) if within is not None else objective.loss_fn(_called(objective.model, inputs), targets)
-    return loss.reshape(())
+    return depending(loss.reshape(()))
 
 
 def _called(model: nn.Module, inputs: Any) -> Any:

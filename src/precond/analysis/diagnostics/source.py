@@ -11,6 +11,7 @@ from torch import Tensor
 _MOVES = re.compile(
     r"((Unsafe)?(View|Reshape)|T|Transpose|Permute|Expand|Clone|Squeeze|Unsqueeze|Slice|Select|Alias|ToCopy|MaxPool.*)\d*"
 )
+NORMALIZATIONS = ("batch norm", "layer norm", "group norm", "rms norm")
 _NAMES = {
     "NativeBatchNorm": "batch norm", "NativeLayerNorm": "layer norm", "NativeGroupNorm": "group norm", "FusedRmsNorm": "rms norm",
     "Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid", "Hardtanh": "hardtanh", "Hardsigmoid": "hardsigmoid",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precond.algebra.maps import Identity, InverseRoot, Kronecker, LinearMap, Scaled
+from precond.algebra.maps import Identity, InverseRoot, Kronecker, LinearMap
 from precond.analysis.diagnostics import momenta
 from precond.analysis.diagnostics.registry import register
 from precond.optim.blocks import state_dtype
@@ -112,13 +112,13 @@ def muon(param: Tensor, state: Options, group: Options) -> LinearMap:
 def polar(param: Tensor, momentum: Tensor, s: float) -> LinearMap:
     """M = s·(m mᵀ)^(−1/2) ⊗ I: M m is s times the polar factor of m, to which Muon's iteration comes near.
 
-    The factor stands on the shorter side of m, seen as a matrix (out, rest). M is 0 in the null space of m.
+    The factor stands on the shorter side of m, seen as a matrix (out, rest). M is 0 in the null space of m, and so is P⁻¹.
     """
     m = _wide(momentum).flatten(1)
     rows, columns = m.shape
     U, sigma, Vh = torch.linalg.svd(m, full_matrices=False)
     kept = sigma > sigma[:1] * max(m.shape) * torch.finfo(m.dtype).eps
-    root = torch.where(kept, sigma, torch.inf).rsqrt()
-    like = (param.detach(),)
-    map_ = Kronecker((U * root) @ U.T, None, like) if rows <= columns else Kronecker(None, (Vh.T * root) @ Vh, like)
-    return map_ if s == 1 else Scaled(map_, s**0.5)
+    h, like = torch.where(kept, sigma, torch.inf) / s, (param.detach(),)
+    rotation = Kronecker(U, None, like) if rows <= columns else Kronecker(None, Vh.T, like)
+    along = (h[:, None] if rows <= columns else h).expand(rows, columns).reshape(param.shape)
+    return rotation @ InverseRoot((along,)) @ rotation.T

@@ -103,7 +103,8 @@ class Diagnose(Target):
             return found, ()
 
     def _save(self, folder: Path, found: Diagnosis, tried: Sequence[Tried], facts: dict[str, str], line: str) -> None:
-        facts |= {"loss": number(found.loss), "optimizer": found.optimizer or "none: P = I", "steps before": str(self.steps)}
+        optimizer = found.optimizer or f"{found.against}, as none is given"
+        facts |= {"loss": number(found.loss), "optimizer": optimizer, "steps before": str(self.steps)}
         if found.lr is not None:
             facts["learning rate"] = number(found.lr)
         facts |= {**versions(), **machine(self.device)}

@@ -99,12 +99,14 @@ class Target:
         return entrants[0]
 
     def _try(self, objective: Objective) -> None:
-        """Raise where the loss of the first batch does: an error of the user's own code."""
-        try:
-            objective.first(1).value()
-        except Exception as error:
-            first = str(error).strip().split("\n")[0]
-            raise UserError(f"{self.target}: the loss of its first batch failed: {type(error).__name__}: {first}") from error
+        """Raise where the loss of a batch does: an error of the user's own code."""
+        for index in range(len(objective.batches)):
+            try:
+                with objective.measuring(index), torch.no_grad():
+                    objective.evaluate(index)
+            except Exception as error:
+                first, which = str(error).strip().split("\n")[0], "its first batch" if index == 0 else f"batch {index}"
+                raise UserError(f"{self.target}: the loss of {which} failed: {type(error).__name__}: {first}") from error
 
     def _made(self, factory: Any) -> tuple[Objective, Any]:
         """What a user's factory returns, as an objective and an optimizer or None."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from precond.analysis.curvature.batches import checked, size
 from precond.lab.workloads.data import Part
 from precond.lab.workloads.randomness import seed_all
 
@@ -80,19 +81,29 @@ class StreamBatches(Batches):
         source: yields (inputs, targets), any number of times.
         device: where batches are moved.
         at_most: evaluate on the first batches that hold so many examples; None: on all.
+
+    Raises:
+        ValueError: for a batch that is no pair or holds no example: at once where batches are in memory or have to be counted.
     """
 
     def __init__(self, source: Iterable[Batch], device: str, at_most: int | None = None) -> None:
         self._source, self._device, self._at_most = source, device, at_most
-        self._length = len(source) if isinstance(source, Sized) else sum(1 for _ in source)
+        known = None if isinstance(source, list | tuple) else _length(source)
+        self._length = sum(1 for _ in self._read()) if known is None else known
 
     def __len__(self) -> int:
         return self._length
 
     def epoch(self, key: int) -> Iterator[Batch]:
         seed_all(key)
-        for inputs, targets in self._source:
+        for inputs, targets in self._read():
             yield moved(inputs, self._device), moved(targets, self._device)
+
+    def _read(self) -> Iterator[Batch]:
+        for index, batch in enumerate(self._source):
+            pair = checked(batch, index)
+            size(pair, index)
+            yield pair
 
     def once(self) -> Iterator[Batch]:
         seen = 0
@@ -101,6 +112,14 @@ class StreamBatches(Batches):
             seen += len(targets)
             if self._at_most is not None and seen >= self._at_most:
                 return
+
+
+def _length(source: Iterable[Batch]) -> int | None:
+    """How many batches there are; None where nothing says it, as of a loader of a data set without a length."""
+    try:
+        return len(source) if isinstance(source, Sized) else None
+    except TypeError:
+        return None
 
 
 def moved(value: Any, device: str) -> Any:

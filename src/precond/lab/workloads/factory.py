@@ -92,9 +92,13 @@ class Factory(Workload):
             raise self._error(f"returned a model of type {type(model).__name__}")
         if not callable(loss_fn):
             raise self._error(f"returned a loss of type {type(loss_fn).__name__}")
-        model = model.to(self.device)
-        parts = self._parts(data)
-        return Problem(model, loss_fn, parts, self._metric(loss_fn, self._check(model, loss_fn, data)))
+        if not any(p.requires_grad for p in model.parameters()):
+            raise FactoryError(
+                f"{self.name}: {type(model).__name__} has no parameter that requires a gradient; call requires_grad_() on some"
+            )
+        model, sources = model.to(self.device), self._sources(data)
+        parts = self._parts(sources)
+        return Problem(model, loss_fn, parts, self._metric(loss_fn, self._check(model, loss_fn, sources["train"])))
 
     @property
     def facts(self) -> Mapping[str, str]:
@@ -103,8 +107,9 @@ class Factory(Workload):
     def _error(self, found: str) -> FactoryError:
         return FactoryError(f"{self.name}() must return {_WANTED}; it {found}")
 
-    def _parts(self, data: Any) -> dict[str, Batches]:
-        sources = data if isinstance(data, Mapping) else {"train": data}
+    def _sources(self, data: Any) -> dict[str, Any]:
+        """Batches by the name of their part; one pair of tensors is one batch."""
+        sources = dict(data) if isinstance(data, Mapping) else {"train": data}
         unknown = set(sources) - set(PARTS)
         if unknown or "train" not in sources:
             raise self._error(f"returned a dict with the keys {sorted(map(str, sources))}")
@@ -115,12 +120,24 @@ class Factory(Workload):
                 raise self._error(
                     f"returned {name} data that can be read only once ({type(source).__name__}); wrap it in a list"
                 )
-        limits = {"train": EVALUATED_TRAINING_EXAMPLES}
-        return {name: StreamBatches(source, self.device, limits.get(name)) for name, source in sources.items()}
+            if isinstance(source, tuple) and len(source) == 2 and all(isinstance(part, Tensor) for part in source):
+                sources[name] = [source]
+        return sources
 
-    def _check(self, model: nn.Module, loss_fn: LossFn, data: Any) -> Tensor:
+    def _parts(self, sources: Mapping[str, Any]) -> dict[str, Batches]:
+        limits = {"train": EVALUATED_TRAINING_EXAMPLES}
+        found: dict[str, Batches] = {}
+        for name, source in sources.items():
+            try:
+                found[name] = StreamBatches(source, self.device, limits.get(name))
+            except ValueError as error:
+                raise FactoryError(f"{self.name}: in the {name} data, {str(error).removeprefix('Objective: ')}") from error
+            if not len(found[name]):
+                raise self._error(f"returned {name} data without a batch")
+        return found
+
+    def _check(self, model: nn.Module, loss_fn: LossFn, source: Iterable[Any]) -> Tensor:
         """Targets of the first batch, after one evaluation on it."""
-        source = data["train"] if isinstance(data, Mapping) else data
         first = next(iter(source), None)
         if first is None:
             raise self._error("returned data without a batch")
@@ -140,6 +157,10 @@ class Factory(Workload):
         if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()):
             raise self._error(
                 f"returned a loss function with the value {_described(loss)}; it must be one floating number, the mean"
+            )
+        if not loss.isfinite():
+            raise FactoryError(
+                f"{self.name}: the loss is {loss.item()} before the first step; look at the data, the loss function and the parameters"
             )
         return targets
 

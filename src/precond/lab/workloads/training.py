@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from precond import LossClosure, PreconditionedGD
+from precond.analysis.curvature.objective import depending
 from precond.lab.workloads.checkpoint import Checkpoint, CheckpointError
 from precond.lab.workloads.curve import Curve, Outcome
 from precond.lab.workloads.entrant import Entrant
@@ -119,7 +120,9 @@ class _Training:
         self._resume()
         self.problem.model.train()
         if not self._curve.step and not self._evaluate():
-            return self._outcome(diverged=True)
+            raise ValueError(
+                "the loss is no finite number before the first step; look at the data, the loss function and the parameters"
+            )
         while self._step < self._plan.steps:
             if not self._epoch():
                 return self._outcome(diverged=True)
@@ -176,7 +179,7 @@ class _Training:
 
     def _closure(self, inputs: Any, targets: Tensor) -> Callable[[], Tensor]:
         def loss() -> Tensor:
-            return self.problem.loss_fn(self.problem.model(inputs), targets)
+            return depending(self.problem.loss_fn(self.problem.model(inputs), targets))
 
         def closure() -> Tensor:
             self._calls += 1
