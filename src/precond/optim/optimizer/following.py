@@ -30,8 +30,9 @@ class Following(Bound):
         Args:
             besides: parameters that come to the optimizer otherwise, and take no other's place.
         """
-        if self._pending is None and (self._bound.converted(self.param_groups) or not self._bound.params_in_place):
-            self._follow_groups(besides)
+        bound = self._bound
+        if bound.leaves and self._pending is None and (bound.converted(self.param_groups) or not bound.params_in_place):
+            self._follow_groups(besides)  # a copy is bound when it watches a model
 
     def _follow_groups(self, besides: Collection[Tensor] = ()) -> None:
         """Follow groups and model: numbers may have changed, parameters been frozen, thawed, converted, moved, or replaced.
