@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -96,6 +98,71 @@ def test_state_follows(name, change):
         kept = {t.dtype for e in optimizer.state.values() for k, t in e.items() if k not in ("step", "residual")}
         assert kept <= wide
         optimizer.load_state_dict(optimizer.state_dict())
+
+
+def layer_replaced(model):
+    values = {k: v.clone() for k, v in model.state_dict().items()}
+    model[0] = nn.Linear(6, 8)
+    model.load_state_dict(values)
+
+
+REPLACED = {"assigned": CHANGES["assigned"], "meta, to_empty": to_empty, "another layer": layer_replaced}
+
+
+def watched_again(model, optimizer):
+    optimizer.close()
+    optimizer.watch(model)
+
+
+def looked_at(model, optimizer):
+    precond.preconditioner_of(optimizer, model.parameters())
+
+
+def copied(model, optimizer):
+    model, optimizer = copy.deepcopy((model, optimizer))
+    optimizer.watch(model)
+    return model, optimizer
+
+
+LOOKS = {
+    "load_state_dict": lambda m, o: o.load_state_dict(o.state_dict()),
+    "add_param_group": lambda m, o: o.add_param_group({"params": [nn.Parameter(torch.zeros(2))]}),
+    "watch": lambda m, o: o.watch(m),
+    "close, watch": watched_again,
+    "preconditioner_of": looked_at,
+    "copy": copied,
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("change", REPLACED)
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_is_asked_after_parameters_were_replaced_is_of_the_model_as_it_is(name, change, look):
+    """Bit for bit as without the replacement, whatever is called before the next step."""
+    ends = []
+    for replace in (lambda m: None, REPLACED[change]):
+        model = net()
+        optimizer = MAKERS[name](model)
+        for t in range(2):
+            step(model, optimizer, t)
+        replace(model)
+        model, optimizer = LOOKS[look](model, optimizer) or (model, optimizer)
+        for t in (2, 3):
+            step(model, optimizer, t)
+        ends.append(flat(model))
+    assert torch.equal(*ends)
+
+
+def test_a_group_of_what_was_put_in_the_place_of_a_layer_has_its_own_numbers():
+    model = net()
+    optimizer = precond.adamw(model)
+    step(model, optimizer, 0)
+    model[3] = nn.Linear(8, 3)
+    before = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match=r"'3.weight', '3.bias' of the model are no longer"):
+        optimizer.add_param_group({"params": model[3].parameters(), "lr": 0.0})
+    step(model, optimizer, 1)
+    assert torch.equal(model[3].weight, before[3].weight) and not torch.equal(model[0].weight, before[0].weight)
 
 
 @pytest.mark.parametrize("name", MAKERS)

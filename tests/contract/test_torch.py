@@ -80,6 +80,23 @@ def test_state_dicts_load_into_each_other_without_a_jump(twin: Twin, back: bool,
     assert relative(flat(model), end_of_theirs(str(twin))) <= 1e-12
 
 
+@pytest.mark.parametrize("turns", [(0, 7), (3, 7)], ids=str)
+@by_name
+def test_a_state_dict_that_goes_to_torch_and_comes_back(twin: Twin, turns: tuple[int, int]):
+    """Saved by ours, loaded by torch's, and after some of its steps, or none, by ours again."""
+    data, model, optimizer = batches(LENGTH), net(), None
+    for make, begin, end in zip((twin.ours, twin.theirs, twin.ours), (0, *turns), (*turns, LENGTH), strict=True):
+        before, optimizer = optimizer, make(list(model.parameters()))
+        if before is not None:
+            optimizer.load_state_dict(before.state_dict())
+        for t in range(begin, end):
+            torch.manual_seed(100 + t)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(data[t][0]), data[t][1]).backward()
+            optimizer.step()
+    assert relative(flat(model), end_of_theirs(str(twin))) <= 1e-12
+
+
 @pytest.mark.parametrize("twin", [t for t in TWINS if "momentum" in t.options or "betas" in t.options], ids=str)
 def test_one_cycle_moves_momentum(twin: Twin):
     ends = []

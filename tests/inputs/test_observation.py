@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from inputs.layers import data
-from precond import BNP, SAM, GradientNorm, LossClosure, PreconditionedGD
+from precond import BNP, SAM, GradientNorm, LossClosure, PreconditionedGD, Whitening
 from precond.optim.inputs.watching import unwatched
 
 torch.set_num_threads(1)
@@ -216,6 +217,48 @@ def test_a_forward_with_weights_that_are_not_the_optimizers_does_not_count(weigh
     assert state["count"].item() == 3 * len(X) * (2 if counts else 1)
     if not counts:
         torch.testing.assert_close(state["mean"][0], X.mean(0), rtol=1e-12, atol=1e-13)
+
+
+class Tied(nn.Sequential):
+    def __init__(self):
+        super().__init__(*(nn.Linear(4, 4) for _ in range(4)))
+        self[3].weight = self[1].weight
+
+
+FAST = {"of its own": lambda p: p - 0.1 * p.detach(), "a teacher's": lambda p: nn.Parameter(2.0 * p.detach())}
+
+
+@pytest.mark.parametrize("clears", ["before", "after"])
+@pytest.mark.parametrize("fast", FAST.values(), ids=FAST)
+@pytest.mark.parametrize("change", ["freeze", "thaw", "double"])
+@pytest.mark.parametrize("preconditioner", [BNP(), Whitening()], ids=["BNP", "Whitening"])
+def test_a_change_before_a_forward_with_other_weights_is_followed(preconditioner, change, fast, clears):
+    """As if the optimizer had been asked for its state dict before that forward; its parameters stay the model's."""
+    ends = []
+    for asked in (False, True):
+        torch.manual_seed(0)
+        model = Tied()
+        optimizer = PreconditionedGD(model, lr=0.1, preconditioner=preconditioner)
+        changing = [*model[0].parameters(), model[2].bias]
+        if change == "thaw":
+            [p.requires_grad_(False) for p in changing]
+        for t in range(5):
+            if t == 2:
+                model.double() if change == "double" else [p.requires_grad_(change == "thaw") for p in changing]
+                if asked:
+                    optimizer.state_dict()
+            if clears == "before":
+                optimizer.zero_grad()
+            x = X.to(model[0].weight.dtype) + t
+            lent = {n: fast(p) for n, p in model.named_parameters()} if t >= 2 else dict(model.named_parameters())
+            loss = torch.func.functional_call(model, lent, (x,)).square().mean() + model(x).square().mean()
+            assert all(map(operator.is_, optimizer.param_groups[0]["params"], model.parameters()))
+            if clears == "after":
+                optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        ends.append((model, optimizer))
+    check_same(*ends)
 
 
 def test_parameters_that_take_the_place_of_others_between_two_steps_are_seen():

@@ -465,6 +465,24 @@ def test_an_input_that_has_died_is_not_taken_for_one_that_is_always_active() -> 
     assert activity[0] < 0.2 < 0.7 < activity[1:].min()  # E|h − μ|/σ: 0.14 of one sample in 200, 0.87 of a uniform distribution
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_inputs_that_have_died_are_known_for_it_in_micro_batches_too(dtype: torch.dtype) -> None:
+    """Their variance in a step is rounding, which decides nothing: their activities are those of all samples at once."""
+    found = []
+    for sizes in ([24], [9, 11, 4]):
+        torch.manual_seed(0)
+        layer = nn.Linear(400, 4, dtype=dtype)
+        optimizer = precond.auto(layer, choice=Auto(whitening=Whitening(root="cholesky", samples=1.0, every=1)))
+        for alive in (1.0, 0.0):
+            x = alive * (torch.rand(24, 400, dtype=dtype) + 0.1)
+            optimizer.zero_grad()
+            for part in x.split(sizes):
+                layer(part).square().sum().backward()
+            optimizer.step()
+        found.append(optimizer.state[layer.weight]["outer.activity"])
+    torch.testing.assert_close(*found, rtol=100 * torch.finfo(dtype).eps, atol=0)  # sums of 24, in another order
+
+
 @pytest.mark.parametrize("preconditioner", [Polar(damping=1e-6), precond.Muon(root="eigh", scale="spectral")], ids=repr)
 @pytest.mark.parametrize("shape", [(6, 9), (48, 96), (96, 48), (5, 160)], ids=str)
 def test_steps_of_a_few_directions_have_the_spectral_norm_of_the_layer(

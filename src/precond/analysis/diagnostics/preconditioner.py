@@ -91,6 +91,8 @@ def step_size(optimizer: torch.optim.Optimizer, params: Objective | Iterable[Ten
 
 def _aligned(optimizer: torch.optim.Optimizer, params: Objective | Iterable[Tensor] | None) -> tuple[Vec, Sequence[str]]:
     """The parameters that P is aligned with, and what they are called in messages."""
+    if isinstance(optimizer, PreconditionedGD):
+        optimizer.follow_model()
     own = [p for group in optimizer.param_groups for p in group["params"]]
     if params is None:
         params = [p for p in own if p.requires_grad]

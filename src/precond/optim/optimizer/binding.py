@@ -125,12 +125,10 @@ class Binding:
         return {leaf.param for leaf, wants in zip(self.leaves, self.kinds[0], strict=True) if not wants}
 
     def converted(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether parameters were frozen, thawed, converted or moved since, or others put in their places."""
+        """Whether parameters were frozen, thawed, converted or moved since, or others put in their places in the groups."""
         params = groups[0]["params"] if len(groups) == 1 else [p for group in groups for p in group["params"]]
         same = len(params) == len(self._params) and all(map(operator.is_, params, self._params))
-        # A forward of torch.func.functional_call has others in the modules for its time; parameters without data wait for others to come.
-        filled = self._on_meta and not self.params_in_place
-        return not same or filled or self.kinds != read_kinds(params) or not self.modules_in_place
+        return not same or self.kinds != read_kinds(params) or not self.modules_in_place
 
     def is_optional(self, key: str) -> bool:
         """Whether a state goes on without what has this name."""
@@ -146,7 +144,8 @@ class Binding:
         return same and self.kinds[1:] == other.kinds[1:]
 
     @cached_property
-    def _on_meta(self) -> bool:
+    def on_meta(self) -> bool:
+        """Whether some parameters have no data, and wait for others to come."""
         return any(p.is_meta for p in self._params)
 
     @property

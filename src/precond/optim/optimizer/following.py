@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,7 +23,18 @@ from precond.optim.optimizer.planning import rebind
 class Following(Bound):
     """Bound again, in all or in part, where something has changed."""
 
-    def _follow_groups(self) -> None:
+    def follow_model(self, besides: Collection[Tensor] = ()) -> None:
+        """Follow the model where its parameters were frozen, thawed, converted, moved or replaced: before anything is bound anew, or asked
+        about its parameters. Not within a forward, for whose time modules may hold others.
+
+        Args:
+            besides: parameters that come to the optimizer otherwise, and take no other's place.
+        """
+        bound = self._bound
+        if bound.leaves and self._pending is None and (bound.converted(self.param_groups) or not bound.params_in_place):
+            self._follow_groups(besides)  # a copy is bound when it watches a model
+
+    def _follow_groups(self, besides: Collection[Tensor] = ()) -> None:
         """Follow groups and model: numbers may have changed, parameters been frozen, thawed, converted, moved, or replaced.
 
         State follows at once where parameters are others or elsewhere, and else with the next step.
@@ -39,7 +50,7 @@ class Following(Bound):
                     given = before.replaced([p for group in self.param_groups for p in group["params"]])
                     moved = bool(given) or not before.modules_in_place or not all(map(in_place, before.leaves))
                     if moved:
-                        self._follow_model(given)
+                        self._take_over(given, besides)
                     bound = self.bound_to(self.param_groups, self.state)
                     check_precision(bound.leaves, bound.choices[0], self.rounding)
                     self._go_by(bound)
@@ -58,13 +69,14 @@ class Following(Bound):
         if self._pending is None and self._bound.divided:
             self._go_by(self.bound_to(self.param_groups, self.state, absent=self._bound.joint.absent))
 
-    def _follow_model(self, given: Mapping[Tensor, Tensor]) -> None:
+    def _take_over(self, given: Mapping[Tensor, Tensor], besides: Collection[Tensor]) -> None:
         """Parameters that stand in the place of others take over their state.
 
         Args:
             given: those that a trainer has put into the groups, by what was there.
+            besides: those that take no other's place.
         """
-        new = self.models.moved([leaf for leaf in self._bound.leaves if leaf.param not in given])
+        new = self.models.moved([leaf for leaf in self._bound.leaves if leaf.param not in given], besides)
         for group in self.param_groups:
             group["params"] = [new.get(p, p) for p in group["params"]]
         new = {**given, **new}
@@ -107,6 +119,7 @@ class Following(Bound):
         modules = self.models.alive()
         known = len(modules)
         (group,) = to_groups([param_group], modules, self.param_groups, self.models)
+        self.follow_model([p[1] if isinstance(p, tuple) else p for p in group["params"]])
         super().add_param_group(group)
         if "momentum" not in self.naming.defaults:
             group.pop("momentum", None)  # of the defaults, for schedulers alone
@@ -134,14 +147,17 @@ class Following(Bound):
         self._model_hooks.begin(self.models, recorded, self.asking, self._before_forward)
 
     def _before_forward(self) -> Observer | None:
-        """What has changed between steps is followed before inputs are observed, as after a resume; returns who observes them."""
-        self._follow_replaced()
-        return self._model_hooks.observer
+        """What has changed between steps is followed before inputs are observed, as after a resume; returns who observes them.
 
-    def _follow_replaced(self) -> None:
-        """Follow the groups where parameters were frozen, thawed, converted, or others put in their places."""
-        if self._pending is None and self._bound.converted(self.param_groups):
-            self._follow_groups()
+        What modules hold now may be lent for this forward alone, and is followed by the step; parameters without data wait for others to come.
+        """
+        bound = self._bound
+        if bound.on_meta:
+            self.follow_model()
+        elif bound.converted(self.param_groups):
+            with self.models.at_home():
+                self.follow_model()
+        return self._model_hooks.observer
 
     def watch(self, model: nn.Module) -> None:
         """Observe a model again, whose parameters these are: after the optimizer was copied or unpickled.
@@ -149,6 +165,8 @@ class Following(Bound):
         Raises:
             ValueError: where a parameter of the optimizer is not one of the model's.
         """
+        self.restore()
+        self.follow_model()
         theirs = set(model.parameters())
         if alien := [leaf.name for leaf in self.models.leaves(self.param_groups) if leaf.param not in theirs]:
             raise ValueError(f"watch: {alien[0]!r} is not a parameter of this model; copy model and optimizer together")

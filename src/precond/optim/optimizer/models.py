@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,17 +50,19 @@ class Models:
         # Whose place another layer, or none, has taken: told once.
         self.lost: set[Tensor] = set()
         self._paths: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], str]] = weakref.WeakKeyDictionary()
+        self._held: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
 
     def add(self, modules: Iterable[nn.Module]) -> None:
         """Know further modules."""
         self._given += [weakref.WeakKeyDictionary({m: path for path, m in root.named_modules()}) for root in modules]
         self._survey: Survey | None = None
 
-    def moved(self, leaves: Iterable[Leaf]) -> dict[Tensor, Tensor]:
+    def moved(self, leaves: Iterable[Leaf], besides: Collection[Tensor] = ()) -> dict[Tensor, Tensor]:
         """Parameter → the one that now stands where it stood, of the leaves that their modules do not hold any more.
 
         ``to_empty`` and ``load_state_dict(assign=True)`` replace parameters; parametrizations move them, or make others of them. A user may
-        put another layer in the place of one. What is stepped already, tied since or moved there, takes no other's place.
+        put another layer in the place of one. What is stepped already, tied since or moved there, and what is to be stepped ``besides``,
+        takes no other's place.
 
         Raises:
             RuntimeError: where a parameter has gone, or what stands in its module is another thing.
@@ -70,7 +72,7 @@ class Models:
         """
         self._survey = None
         leaves = list(leaves)
-        taken = {leaf.param for leaf in leaves}
+        taken = {leaf.param for leaf in leaves}.union(besides)
         out, lost = self._of_other_layers(leaves, taken)
         gone = [leaf for leaf in leaves if not in_place(leaf) and leaf.param not in out and leaf not in lost]
         held = {p for m in self.alive() for p in m.parameters()} if gone else set()
@@ -121,6 +123,23 @@ class Models:
                 out[leaf.param] = new
                 taken.add(new)
         return out, lost
+
+    @contextmanager
+    def at_home(self) -> Iterator[None]:
+        """Modules hold what :meth:`leaves` found there, while a forward of ``torch.func.functional_call`` has others in the places."""
+        lent: list[tuple[dict[str, Any], str, Tensor]] = []
+        for module, params in self._held.items():
+            places: dict[str, Any] = module._parameters
+            for name, param in params.items():
+                there = places.get(name)
+                if there is not None and there is not param and Shard.of(param) is Shard.of(there) is None:
+                    lent.append((places, name, there))
+                    places[name] = param
+        try:
+            yield
+        finally:
+            for places, name, there in lent:
+                places[name] = there
 
     def locations(self, leaves: Iterable[Leaf]) -> list[Location]:
         """Where the modules are that own leaves, and those around them."""
@@ -210,7 +229,8 @@ class Models:
         parts = self._parts()
         for called, holder, root, place in self._named():
             self._paths[holder] = weakref.ref(root), place
-            for its_name, there in holder.named_parameters(recurse=False):
+            self._held[holder] = dict(holder.named_parameters(recurse=False))
+            for its_name, there in self._held[holder].items():
                 own = parts.get(there, there)
                 if owner.setdefault(own, (called, holder, its_name))[1] is not holder:
                     others.setdefault(own, []).append(called)

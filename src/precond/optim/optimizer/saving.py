@@ -26,7 +26,7 @@ class Saving(Stepping):
         if self._consolidated is not None:
             return self._consolidated
         serialization.meet_owners(self)
-        self._follow_replaced()
+        self.follow_model()
         return serialization.started(serialization.whole(super().state_dict(), self), self)
 
     def consolidate_state_dict(self) -> None:
@@ -51,7 +51,7 @@ class Saving(Stepping):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         self.restore()
-        self._follow_replaced()
+        self.follow_model()
         with Uninterrupted():
             serialization.load(self, state_dict)
             self._model_hooks.again(self.asking)
@@ -60,6 +60,7 @@ class Saving(Stepping):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_settled("copying or pickling the optimizer")
+        self.follow_model()
         # An LR scheduler puts a `step` on the instance that calls this very optimizer's.
         derived = {
             "step", "last", "_bound", "_stepped", "_versions", "_averaged", "_evaluating", "_kernels_of", "_pending", "_spare", "_clearings",

@@ -272,6 +272,8 @@ def _fit(
         if key in theirs:
             value = torch.as_tensor(theirs[key])
             value = value.reshape(()) if key == "step" else value
+            if key == "step" and naming.only_started and theirs.keys() - {"step"}:
+                value = value.clamp_min(1)  # torch.optim.SGD carries on what it was given
             if value.shape != target.shape:
                 raise ValueError(
                     f"load_state_dict: {naming.outside(key)!r} of {name!r} has shape {tuple(value.shape)}, the parameter needs "

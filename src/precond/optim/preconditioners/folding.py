@@ -124,6 +124,15 @@ def activity(seen: Features) -> Tensor:
     return deviation.mul_(about.rsqrt_()).nan_to_num_(0.0, 0.0)
 
 
+def least_activity(seen: Features) -> Tensor:
+    """What is new has at least this activity about its own mean, E|h − μ_A|/σ_A ≥ (E|h − μ| − |Δμ|)₊/σ_A; 0 of inputs that are constant.
+
+    Of such inputs both are rounding: h − μ is exact to ½ε|h − μ|, its sums, and means of micro-batches of different sizes, to some ε.
+    """
+    least = (seen.deviation - seen.delta.abs()).clamp_min_(0).mul_(seen.latest.rsqrt()).nan_to_num_(0.0, 0.0)
+    return least.masked_fill_(seen.latest.sqrt() <= 16 * torch.finfo(least.dtype).eps * seen.deviation, 0.0)
+
+
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
     """The entries of all, (F,); one alone as it is."""
     return tensors[0] if len(tensors) == 1 else _flatten_dense_tensors(tensors)

@@ -20,7 +20,7 @@ from precond.optim.inputs import Moments, Request
 from precond.optim.inputs.moments import by_group, least
 from precond.optim.preconditioners.correlation import Correlation, Leading, Root, Whole
 from precond.optim.preconditioners.eigenbases import at_hand
-from precond.optim.preconditioners.folding import Features
+from precond.optim.preconditioners.folding import Features, least_activity
 from precond.optim.preconditioners.input_side import InputSide
 from precond.optim.preconditioners.layer_parts import LayerPart, key_of
 from precond.optim.preconditioners.seen import Seen
@@ -133,8 +133,7 @@ class Whitening(InputSide):
             return found
         # Deviations are from the mean before. About the new one E|h − μ| may be less by |Δμ|: an input that has died, whose mean has
         # moved to where it always is now, deviated much from where it was, and would count as active.
-        own = (seen.deviation - seen.delta.abs()).clamp_min_(0).mul_(seen.latest.rsqrt()).nan_to_num_(0.0, 0.0)
-        least_of_both = torch.minimum(found, seen.activity.lerp(own, seen.gain))
+        least_of_both = torch.minimum(found, seen.activity.lerp(least_activity(seen), seen.gain))
         return least_of_both if seen.known is True else torch.where(seen.known, least_of_both, found)
 
     def fresh(self, part: LayerPart, block: Block) -> dict[str, Tensor]:
