@@ -492,3 +492,44 @@ def test_directions_of_a_weight_norm_and_matrices_of_ones_own_are_orthogonalized
         moved = (dict(model.named_parameters())[name].detach() - before[name]).flatten(1)
         values = torch.linalg.svdvals(moved)
         assert 0.1 < values[0] < 2 * values[-1], name  # of Newton–Schulz, between 0.68 and 1.14 times a length
+
+
+@pytest.mark.filterwarnings("ignore:no input statistics", "ignore:auto")
+def test_why_is_true_of_each_parameter_and_not_of_its_layers_first_alone():
+    """Matrices after a temperature were "no matrix", vectors beside a matrix "not observed", and extras of a layer had its inputs."""
+
+    class Tempered(nn.Module):
+        def __init__(self, first):
+            super().__init__()
+            for name in (first, "matrix", "second", "scale", "stack"):
+                self.register_parameter(name, nn.Parameter(torch.randn(SHAPES[name])))
+
+    class Adapted(nn.Linear):
+        def __init__(self, frozen):
+            super().__init__(10, 20)
+            self.weight.requires_grad_(not frozen)
+            self.A, self.B, self.m = (nn.Parameter(torch.randn(shape)) for shape in ((2, 10), (20, 2), 20))
+
+    SHAPES = {"tau": (), "matrix": (6, 5), "second": (5, 4), "scale": (6,), "stack": (3, 4, 5)}
+    models = {"late": Tempered("tau"), "early": Tempered("matrix"), "frozen": Adapted(True), "whole": Adapted(False)}
+    rows = {r.name: r for r in precond.auto(nn.ModuleDict(models)).explain().rows}
+
+    assert {rows[f"late.{n}"].why for n in ("tau", "scale", "stack")} == {"no matrix"}
+    assert {rows[f"late.{n}"].why for n in ("matrix", "second")} == {"its module's first parameter is no matrix"}
+    unknown = "inputs are not observed: is in a Tempered"
+    assert all(rows[f"early.{n}"].why.startswith(unknown) for n in ("matrix", "second"))
+    assert rows["early.scale"].why == "no matrix" and rows["early.stack"].why.startswith(f"no matrix, {unknown}")
+    for extra in ("frozen.A", "frozen.B", "whole.A", "whole.B"):
+        assert rows[extra].preconditioner == "RMS()" and rows[extra].why.startswith("inputs are not observed: is in a Adapted")
+    assert rows["frozen.bias"].preconditioner == "RMS()"
+    assert {rows[n].why for n in ("frozen.m", "frozen.bias", "whole.m")} == {"no matrix"}
+    assert {rows[n].why for n in ("whole.weight", "whole.bias")} == {"10 inputs"}
+
+
+def test_what_is_known_and_frozen_is_not_called_unknown():
+    """A net of which biases alone are tuned has layers that are known."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    for layer in model[::2]:
+        layer.weight.requires_grad_(False)
+    with pytest.warns(UserWarning, match="no layer that it knows trains a weight; RMS acts on all of it"):
+        precond.auto(model)

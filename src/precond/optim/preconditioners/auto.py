@@ -17,6 +17,7 @@ from precond.optim.inputs import Request
 from precond.optim.inputs.moments import REQUESTS
 from precond.optim.preconditioners.base import Preconditioner, Resolved
 from precond.optim.preconditioners.bnp import BNP
+from precond.optim.preconditioners.compose import Composition
 from precond.optim.preconditioners.muon import Muon, is_full_matrix
 from precond.optim.preconditioners.parts import Part, placed
 from precond.optim.preconditioners.polar import Polar
@@ -25,6 +26,7 @@ from precond.optim.preconditioners.route import Route
 from precond.optim.preconditioners.whitening import Whitening
 
 NOT_OBSERVED = "inputs are not observed"
+NO_MATRIX = "no matrix"
 
 SCORED = 64
 """Inputs of a score from which on its steps are shorter in proportion: RMS moves all weights alike, and a sum of n inputs by n of these."""
@@ -177,14 +179,14 @@ class Auto(Resolved):
         weight = layer[0]
         if weight.ndim < 2 or weight.kind != "weight" or not weight.param.numel():
             table = "rows of a table" + (", shared with a layer" if weight.shared else f", steps × {self.embeddings:g}")
-            return None, {"norm": "scales and shifts", "embedding": table}.get(weight.kind, "no matrix")
+            return None, {"norm": "scales and shifts", "embedding": table}.get(weight.kind, NO_MATRIX)
         rows, columns = weight.sides
         if isinstance(weight.module, nn.RNNBase | nn.RNNCellBase):
             why = "matrices of a recurrence"
             return (self.bnp @ self.one_by_one, why) if observed else (self.one_by_one, f"{why}, {NOT_OBSERVED}")
         if not observed:
             if not any(map(_is_one_matrix, layer)):
-                return None, f"no matrix, {NOT_OBSERVED}"
+                return None, f"{NO_MATRIX}, {NOT_OBSERVED}"
             alone = sum(map(is_matrix, layer)) == 1
             return (self.polar if alone else self.each_matrix), NOT_OBSERVED
         stacked = any(isinstance(site.layout(REQUESTS[0]), ExpertLayout) for leaf in layer for site in leaf.sites)
@@ -216,4 +218,14 @@ class Auto(Resolved):
         return [Part(c.index, c.preconditioner) for c in self.chosen(leaves)]
 
     def reasons(self, leaves: Sequence[Leaf]) -> dict[int, str]:
-        return {i: c.why for c in self.chosen(leaves) for i in c.index}
+        return {i: self._of_leaf(leaves[i], c, [leaves[j] for j in c.index]) for c in self.chosen(leaves) for i in c.index}
+
+    def _of_leaf(self, leaf: Leaf, chosen: Chosen, joined: Sequence[Leaf]) -> str:
+        """What is true of one leaf, where a layer's reason is that of its first weight: RMS also takes what goes with no weight."""
+        with_a_weight = any(other.sites and other.kind == "weight" for other in joined)
+        by_rms = chosen.preconditioner.entrywise or (isinstance(chosen.preconditioner, Composition) and not with_a_weight)
+        if not by_rms or leaf.kind in ("norm", "embedding") or leaf.scores:
+            return chosen.why
+        if leaf.kind == "weight" and _is_one_matrix(leaf):
+            return "its module's first parameter is no matrix" if chosen.why == NO_MATRIX else NOT_OBSERVED
+        return NO_MATRIX if leaf.ndim < 2 or chosen.why == NO_MATRIX else f"{NO_MATRIX}, {NOT_OBSERVED}"

@@ -76,7 +76,7 @@ def auto(
         A :class:`~precond.PreconditionedGD`, which is a ``torch.optim.Optimizer``.
 
     Warns:
-        UserWarning: where the model has no layer that it knows, and RMS acts on all of it, or where all of it is frozen.
+        UserWarning: where no layer that it knows trains a weight, and RMS acts on all of it, or where all of it is frozen.
 
     Example:
         >>> import torch, precond
@@ -101,5 +101,5 @@ def auto(
     if not acting:
         warn("auto: all parameters are frozen (requires_grad=False); nothing is trained until some are thawed")
     elif all(what.startswith("RMS") for what in acting):
-        warn("auto: the model has no layer that it knows; RMS acts on all of it")
+        warn("auto: no layer that it knows trains a weight; RMS acts on all of it")
     return optimizer
