@@ -514,16 +514,53 @@ def test_why_is_true_of_each_parameter_and_not_of_its_layers_first_alone():
     models = {"late": Tempered("tau"), "early": Tempered("matrix"), "frozen": Adapted(True), "whole": Adapted(False)}
     rows = {r.name: r for r in precond.auto(nn.ModuleDict(models)).explain().rows}
 
-    assert {rows[f"late.{n}"].why for n in ("tau", "scale", "stack")} == {"no matrix"}
-    assert {rows[f"late.{n}"].why for n in ("matrix", "second")} == {"its module's first parameter is no matrix"}
+    assert {rows[n].why for n in ("late.tau", "late.scale", "early.scale")} == {"no matrix"}
     unknown = "inputs are not observed: is in a Tempered"
-    assert all(rows[f"early.{n}"].why.startswith(unknown) for n in ("matrix", "second"))
-    assert rows["early.scale"].why == "no matrix" and rows["early.stack"].why.startswith(f"no matrix, {unknown}")
+    for order in ("early", "late"):
+        assert all(rows[f"{order}.{n}"].why.startswith(unknown) for n in ("matrix", "second"))
+        assert rows[f"{order}.stack"].why.startswith(f"no matrix, {unknown}")
     for extra in ("frozen.A", "frozen.B", "whole.A", "whole.B"):
-        assert rows[extra].preconditioner == "RMS()" and rows[extra].why.startswith("inputs are not observed: is in a Adapted")
+        assert rows[extra].why.startswith("inputs are not observed: is in a Adapted")
     assert rows["frozen.bias"].preconditioner == "RMS()"
     assert {rows[n].why for n in ("frozen.m", "frozen.bias", "whole.m")} == {"no matrix"}
     assert {rows[n].why for n in ("whole.weight", "whole.bias")} == {"10 inputs"}
+
+
+@pytest.mark.filterwarnings("ignore:no input statistics", "ignore:auto")
+def test_neither_the_order_of_declaration_nor_what_else_trains_decides_about_a_matrix():
+    """Matrices declared after a temperature were stepped by RMS, as factors in a subclass of Linear were where its bias trained."""
+
+    class Attention(nn.Module):
+        def __init__(self, order):
+            super().__init__()
+            for name in order:
+                self.register_parameter(name, nn.Parameter(torch.randn(() if name == "tau" else (6, 6))))
+
+    class Adapted(nn.Linear):
+        def __init__(self, *trained):
+            super().__init__(10, 20)
+            self.A, self.B = nn.Parameter(torch.randn(2, 10)), nn.Parameter(torch.randn(20, 2))
+            for name, p in self.named_parameters():
+                p.requires_grad_(name in (*trained, "A", "B"))
+
+    def kinds(model):
+        return {row.name: row.preconditioner.split("(")[0] for row in precond.auto(model).explain().rows}
+
+    for order in (("tau", "q", "k"), ("q", "tau", "k"), ("q", "k", "tau")):
+        assert kinds(Attention(order)) == {"tau": "RMS", "q": "Muon", "k": "Muon"}, order
+    for order in (("tau", "q"), ("q", "tau")):
+        assert kinds(Attention(order)) == {"tau": "RMS", "q": "Polar"}, order
+    assert kinds(nn.utils.parametrizations.weight_norm(nn.Linear(5, 4), dim=None)) == {
+        "bias": "RMS", "parametrizations.weight.original0": "RMS", "parametrizations.weight.original1": "Polar"
+    }  # fmt: skip
+    of_layer = {
+        (): ("none", "none"), ("bias",): ("none", "RMS"),
+        ("weight",): ("Whitening", "none"), ("weight", "bias"): ("Whitening", "Whitening"),
+    }  # fmt: skip
+    for trained, (weight, bias) in of_layer.items():
+        found = {name: kind.split()[0] for name, kind in kinds(Adapted(*trained)).items()}
+        assert found == {"A": "Muon", "B": "Muon", "weight": weight, "bias": bias}, trained
+    assert kinds(nn.LSTM(4, 5, proj_size=3))["weight_hh_l0"] == "BNP"  # a projection is no addition
 
 
 def test_what_is_known_and_frozen_is_not_called_unknown():

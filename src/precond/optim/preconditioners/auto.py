@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -50,6 +50,19 @@ def _is_one_matrix(leaf: Leaf) -> bool:
     return is_matrix(leaf) and min(leaf.sides) > 1 and (leaf.ndim != 3 or kernel)
 
 
+def _layers(leaves: Sequence[Leaf]) -> Iterator[tuple[int, ...]]:
+    """Layers by positions: what a user has added to a known one, as factors of LoRA in a subclass, is another; a matrix before its scales."""
+    for index in blocks.by_layer(leaves):
+        seen, added = (tuple(i for i in index if bool(leaves[i].sites) == known) for known in (True, False))
+        recurrent = isinstance(leaves[index[0]].module, nn.RNNBase | nn.RNNCellBase)
+        apart = seen and not recurrent and any(_is_one_matrix(leaves[i]) for i in added)
+        for part in (seen, added) if apart else (index,):
+            first = leaves[part[0]]
+            if first.kind == "weight" and first.ndim < 2:
+                part = tuple(sorted(part, key=lambda i: not _is_one_matrix(leaves[i])))
+            yield part
+
+
 @dataclass(frozen=True)
 class Auto(Resolved):
     """Whitened inputs and polar steps for layers, standardized inputs where layers are wide, RMS for all else.
@@ -57,7 +70,7 @@ class Auto(Resolved):
     A layer whose weight is a matrix (out, in), or (in, out), and whose inputs are observed, takes ``whitening @ polar``; with more than
     ``max_inputs`` inputs ``bnp @ polar``, whose cost does not grow with their square. A layer that sees its inputs in groups (experts too)
     takes ``bnp @ rms``, a matrix whose inputs are not observed ``polar``, or ``muon`` if its module has several, as a weight norm or
-    attention of one's own; positions (1, n, d), class tokens and queries are no matrices, nor are stacks of them. The matrices of a recurrent
+    attention of one's own, or what a subclass adds to a layer; positions (1, n, d), class tokens and queries are no matrices, nor are stacks of them. The matrices of a recurrent
     layer are orthogonalized one by one behind ``bnp``, as is the weight of a transposed convolution, a row for each input; biases of both
     take ``rms``. A layer that alone has as many outputs as a table of embeddings has rows, more than ten, scores what these stand for,
     words or items, some seen often and some rarely. It takes ``bnp @ rms``, which evens that out as it does in the table; of more than 64
@@ -155,7 +168,7 @@ class Auto(Resolved):
         found: list[Chosen] = []
         rest: list[int] = []
         reasons: dict[int, str] = {}
-        for index in blocks.by_layer(leaves):
+        for index in _layers(leaves):
             layer = [leaves[i] for i in index]
             observed = any(leaf.sites for leaf in layer)
             preconditioner, why = self._of_head(layer[0], observed) if layer[0].scores else self._of_layer(layer, observed)
@@ -227,5 +240,5 @@ class Auto(Resolved):
         if not by_rms or leaf.kind in ("norm", "embedding") or leaf.scores:
             return chosen.why
         if leaf.kind == "weight" and _is_one_matrix(leaf):
-            return "its module's first parameter is no matrix" if chosen.why == NO_MATRIX else NOT_OBSERVED
+            return NOT_OBSERVED
         return NO_MATRIX if leaf.ndim < 2 or chosen.why == NO_MATRIX else f"{NO_MATRIX}, {NOT_OBSERVED}"
