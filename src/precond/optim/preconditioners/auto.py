@@ -69,14 +69,14 @@ class Auto(Resolved):
 
     A layer whose weight is a matrix (out, in), or (in, out), and whose inputs are observed, takes ``whitening @ polar``; with more than
     ``max_inputs`` inputs ``bnp @ polar``, whose cost does not grow with their square. A layer that sees its inputs in groups (experts too)
-    takes ``bnp @ rms``, a matrix whose inputs are not observed ``polar``, or ``muon`` if its module has several, as a weight norm or
-    attention of one's own, or what a subclass adds to a layer; positions (1, n, d), class tokens and queries are no matrices, nor are stacks of them. The matrices of a recurrent
-    layer are orthogonalized one by one behind ``bnp``, as is the weight of a transposed convolution, a row for each input; biases of both
-    take ``rms``. A layer that alone has as many outputs as a table of embeddings has rows, more than ten, scores what these stand for,
-    words or items, some seen often and some rarely. It takes ``bnp @ rms``, which evens that out as it does in the table; of more than 64
-    inputs, with shorter steps. Embeddings, normalization layers and all that is left take ``rms``. Steps of all have about the same size in
-    units of a layer's outputs, so that one learning rate serves all; those of a table of embeddings, whose rows are outputs themselves and
-    are seen now and then, are longer, unless a layer shares it.
+    takes ``bnp @ rms``, a matrix whose inputs are not observed ``polar``, or ``muon`` if its module has several, as a weight norm or attention
+    of one's own, or what a subclass adds to a layer; positions (1, n, d), class tokens and queries are no matrices, nor are stacks of them.
+    The matrices of a recurrent layer are orthogonalized one by one behind ``bnp``, as is the weight of a transposed convolution, a row for
+    each input; biases of both take ``rms``. A layer that alone has as many outputs as a table of embeddings has rows, more than ten, scores
+    what these stand for, words or items, some seen often and some rarely. It takes ``bnp @ rms``, which evens that out as it does in the
+    table; of more than 64 inputs, with shorter steps. Embeddings, normalization layers and all that is left take ``rms``. Steps of all have
+    about the same size in units of a layer's outputs, so that one learning rate serves all; those of a table of embeddings, whose rows are
+    outputs themselves and are seen now and then, are longer, unless a layer shares it.
 
     ``measured`` is what :func:`precond.auto` finds in its first steps of the inputs of layers: the share of independent directions,
     n/tr(K²) for n inputs of correlations K, 1 for white inputs and 1/n where all are one. From ``white`` on only scales are left to
