@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import precond
 from precond import (
     L1,
     L2,
@@ -393,3 +394,18 @@ def test_probing_in_p_may_feed_the_statistics(statistics_from):
 )  # fmt: skip
 def test_uniform_reads_no_tensor(values, same):
     assert uniform(values) is same
+
+
+@pytest.mark.parametrize("penalty", [SAM(0.05, adaptive=True), GradientNorm(0.1, q=1), L1(0.1, space="z")], ids=repr)
+@pytest.mark.parametrize("kind", ["recurrent", "transposed", "weight norm"])
+def test_a_root_that_some_layers_lack_is_missed_at_once(kind, penalty):
+    """``auto`` chooses by layers: where it orthogonalizes one matrix by one, M alone is stated."""
+    made = {
+        "recurrent": lambda: torch.nn.LSTM(5, 4),
+        "transposed": lambda: torch.nn.ConvTranspose2d(3, 4, 3),
+        "weight norm": lambda: torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(5, 8)),
+    }
+    model = torch.nn.ModuleDict({"first": torch.nn.Linear(5, 5), "odd": made[kind]()})
+    with pytest.raises(ValueError, match=r"depends on the root P.* states no root.*\(it acts on odd\."):
+        precond.auto(model, regularizers=[penalty])
+    precond.auto(model["first"], regularizers=[penalty])

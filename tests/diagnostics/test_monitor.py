@@ -305,6 +305,22 @@ def test_going_on_from_its_state(tmp_path):
         other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
 
 
+@pytest.mark.parametrize("recipe", ["adam", "soap"])
+def test_a_model_of_16_bits_going_on(recipe):
+    model = net(torch.bfloat16)
+    optimizer = getattr(precond, recipe)(model)
+    objective = Objective(model, nn.functional.cross_entropy, [data(torch.bfloat16)])
+    monitor = Monitor(objective, 1).attach(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain(model, optimizer, *data(torch.bfloat16))
+    assert monitor.last["lambda_max"] > 0
+    other = Monitor(objective, 1).attach(optimizer)
+    other.load_state_dict(copy.deepcopy(monitor.state_dict()))
+    assert alike(other.state_dict()["vector"], monitor.state_dict()["vector"])  # in float32, as it is kept
+    assert alike(other.measure()["lambda_max"], monitor.measure()["lambda_max"])
+
+
 def test_attaching():
     model = net()
     objective = Objective(model, nn.functional.cross_entropy, [data()])

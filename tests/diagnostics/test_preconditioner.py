@@ -10,6 +10,7 @@ from torch import nn
 
 import precond
 from precond import BNP, RMS, PreconditionedGD
+from precond.algebra import vec
 from precond.analysis.curvature import Objective, eigenvalues, hessian, in_float64
 from precond.analysis.diagnostics import preconditioner_of, register, step_size
 
@@ -259,3 +260,33 @@ def test_of_a_singular_p_what_is_solved_is_the_pseudo_inverse(make, shape):
     v = (torch.randn(shape).double(),)
     for solved, expected in ((P.solve(v), inverse), (P.rsolve(v), inverse.T), (P.gram_solve(v), inverse.T @ inverse)):
         torch.testing.assert_close(solved[0].flatten(), expected @ v[0].flatten(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("recipe", ["sgd", "adam", "bnp", "whitening", "shampoo", "soap", "muon", "auto", "torch's Muon"])
+def test_z_of_a_model_of_16_bits(recipe):
+    """P keeps its own precision: products with vectors of 16 bits are those of its float64 copy, and PᵀHP has the eigenvalues of that."""
+    torch.manual_seed(0)
+    parts = [nn.Linear(5, 4, bias=False), nn.Tanh(), nn.Linear(4, 3, bias=False), nn.Linear(3, 3, bias=False)]
+    model = nn.Sequential(*parts).to(torch.bfloat16)
+    parts[-1].requires_grad_(False)
+    x, y = torch.randn(40, 5).to(torch.bfloat16), torch.randint(0, 3, (40,))
+    objective = Objective(model, nn.functional.cross_entropy, [(x, y)])
+    if recipe == "torch's Muon":
+        optimizer = torch.optim.Muon(p for p in model.parameters() if p.requires_grad)
+    else:
+        optimizer = getattr(precond, recipe)(
+            [{"params": parts[0], "lr": 0.01}, {"params": nn.Sequential(*parts[2:]), "lr": 0.003}]
+        )
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    P = preconditioner_of(optimizer, objective)
+    exact = in_float64(P)
+    v = objective.params
+    for method in ("mv", "rmv", "gram"):
+        found, expected = (vec.flatten(getattr(m, method)(t)) for m, t in ((P, v), (exact, vec.map_(torch.Tensor.double, v))))
+        assert (found - expected).norm() <= 1e-5 * expected.norm(), method  # float32, of a few products
+    A = P.T @ hessian(objective) @ P
+    found, expected = (eigenvalues(m, k=1).values[0] for m in (A, in_float64(A)))
+    assert abs(found - expected) <= 0.02 * abs(expected)  # products with H are rounded to 2⁻⁹

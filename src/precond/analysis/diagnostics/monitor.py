@@ -166,7 +166,9 @@ class Monitor:
         if vector is not None and [tuple(t.shape) for t in vector] != shapes:
             raise ValueError("Monitor: the state belongs to parameters of other shapes; load that of the same objective")
         self.step = int(state["step"])
-        self._vector = None if vector is None else tuple(t.to(p) for t, p in zip(vector, self._parameters(), strict=True))
+        self._vector = (
+            None if vector is None else tuple(t.to(widened_copy(p)) for t, p in zip(vector, self._parameters(), strict=True))
+        )
         self._train_seconds, self._own_seconds, self._cost = (
             float(state[name]) for name in ("train_seconds", "own_seconds", "cost")
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from precond.algebra.maps import BlockDiagonal, Diagonal, Identity, InverseRoot, LinearMap, Scaled
+from precond.algebra.maps.widened import of_parameters, wide
 from precond.algebra.vec import Vec
 from precond.analysis.curvature import Objective
 from precond.analysis.curvature.precision import rooted
@@ -154,7 +155,7 @@ def side_by_side(maps: Sequence[LinearMap], like: Vec) -> LinearMap:
         return InverseRoot(tuple(m.denominator[0] for m in maps))  # type: ignore[attr-defined]
     if all(isinstance(m, Identity) for m in maps):
         return Identity(like)
-    return BlockDiagonal([((i,), m) for i, m in enumerate(maps)], like)
+    return of_parameters([((i,), m) for i, m in enumerate(maps)], like)
 
 
 def _rates(optimizer: torch.optim.Optimizer, wanted: Vec) -> list[float]:
@@ -193,4 +194,4 @@ def _weighted(map_: LinearMap, ratios: Sequence[float]) -> LinearMap:
 
 
 def _roots(ratios: Sequence[float], like: Vec) -> Diagonal:
-    return Diagonal(tuple(torch.full_like(t, r**0.5) for t, r in zip(like, ratios, strict=True)))
+    return Diagonal(tuple(torch.full_like(t, r**0.5, dtype=wide(t)) for t, r in zip(like, ratios, strict=True)))

@@ -104,6 +104,16 @@ def check_precision(leaves: Sequence[Leaf], choice: Choice, rounding: str) -> No
             )
 
 
+def check_acting(cells: Sequence[Cell], choice: Choice) -> None:
+    """Raise ValueError where a penalty needs of P what the map of some parameters has not: of a choice by layers it is not known before."""
+    for cell in [inside for outer in cells for inside in outer.cells]:
+        for r in choice.regularizers:
+            try:
+                r.validate(cell.preconditioner)
+            except ValueError as error:
+                raise ValueError(f"{error} (it acts on {cell.block.name})") from None
+
+
 def check_shared(name: str, modules: Iterable[nn.Module], preconditioner: Preconditioner) -> None:
     """Raise TypeError where a wrapper made flat vectors of what a preconditioner would take for matrices or rows."""
     if preconditioner.needs != "entry" and any(flattened(m) for root in modules for m in root.modules()):

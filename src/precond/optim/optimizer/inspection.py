@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from precond.algebra import vec
-from precond.algebra.maps import BlockDiagonal, LinearMap
+from precond.algebra.maps import LinearMap
+from precond.algebra.maps.widened import of_parameters
 from precond.algebra.sharding import local
 from precond.optim.blocks import Leaf
 from precond.optim.engine import loop
@@ -51,7 +52,7 @@ def map_in_force(leaves: Sequence[Leaf], cells: Sequence[Cell], params: Iterable
                 continue
             cell = cell.restricted(started)
         blocks.append(([place[leaf.param] for leaf in cell.leaves], cell.map(cell.state)))
-    return BlockDiagonal(blocks, tuple(local(p).detach() for p in wanted))
+    return of_parameters(blocks, tuple(local(p).detach() for p in wanted))
 
 
 def _joint(name: str) -> ValueError:

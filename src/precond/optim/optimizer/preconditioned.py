@@ -22,6 +22,7 @@ from precond.optim.engine.loop import Rules
 from precond.optim.engine.shared_state import Ownership
 from precond.optim.momentum import Momentum
 from precond.optim.optimizer.compatibility import (
+    check_acting,
     check_in_place,
     check_patterns,
     check_precision,
@@ -111,9 +112,8 @@ class PreconditionedGD(Saving):
         naming: Naming | None = None,
     ):
         name = "PreconditionedGD" if naming is None else naming.name
-        choice = Choice(
-            preconditioner, momentum, fitted(name, "regularizers", listed(name, regularizers), Iterable[Regularizer])
-        )
+        regularizers = fitted(name, "regularizers", listed(name, regularizers), Iterable[Regularizer])
+        choice = Choice(preconditioner, momentum, tuple(regularizers))
         naming = Naming.generic(choice) if naming is None else naming
         self.naming = replace(naming, defaults={**naming.defaults, "capturable": capturable})
         lr = number(name, "lr", lr)
@@ -156,6 +156,7 @@ class PreconditionedGD(Saving):
         check_in_place(name, (p for group in self.param_groups for p in group["params"]))
         self._bind()
         check_precision(self._bound.leaves, choice, rounding)
+        check_acting(self._bound.cells, choice)
         check_same(name, self._bound.leaves, self._bound.cells, self._bound.options)
         if self._gradient_based is not None and not self._probing and self._bound.sharded:
             raise ValueError(
