@@ -30,6 +30,7 @@ from precond.algebra.maps import (
     Woodbury,
     completed,
 )
+from precond.algebra.maps.stacked import OfMembers
 
 GENERATOR = torch.Generator().manual_seed(0)
 DTYPE = torch.float64
@@ -307,6 +308,67 @@ def test_products(outer, inner):
     verbs((P @ Q).T, q.T @ p.T, LIKE)
     verbs(Q.T @ P.T, q.T @ p.T, LIKE)
     assert (P @ Q).diagonal == (P.diagonal and Q.diagonal)
+
+
+SCALES = (0.5, -2.0)
+
+
+def conjugated(matrix, v, sizes, scales):
+    scale = torch.cat([torch.full((n,), s, dtype=DTYPE) for n, s in zip(sizes, scales, strict=True)])
+    return matrix @ (scale * torch.linalg.solve(matrix, vec.flatten(v)))
+
+
+@pytest.mark.parametrize("outer", LAYER)
+@pytest.mark.parametrize("inner", LAYER)
+def test_each_tensor_of_z_is_scaled(outer, inner):
+    (P, p, _), (Q, q, _) = LAYER[outer], LAYER[inner]
+    v = vector(LIKE)
+    for S, s in ((P, p), (P @ Q, p @ q), (BlockDiagonal([((0, 1), P @ Q)], LIKE), p @ q)):
+        close(S.conjugated(v, SCALES), conjugated(s, v, (12, 4), SCALES), 1e-8)
+        close(S.conjugated(v, (3.0, 3.0)), 3 * vec.flatten(v))
+
+
+def test_z_is_scaled_tensor_by_tensor_without_a_root_of_each():
+    """P = BQ of which QQᵀ alone is stated, one Q for each tensor: PΛP⁻¹ = BΛB⁻¹."""
+    B, b, _ = LAYER["standardizing"]
+    Q = BlockDiagonal([([i], maps.Unrooted(Diagonal((positive(*t.shape),)))) for i, t in enumerate(LIKE)], LIKE)
+    v = vector(LIKE)
+    close((B @ Q).conjugated(v, SCALES), conjugated(b, v, (12, 4), SCALES))
+    with pytest.raises(ValueError, match="states M = P Pᵀ and no root P"):
+        (B @ maps.Unrooted(Diagonal(H))).conjugated(v, SCALES)
+
+
+def test_z_of_members_side_by_side_is_scaled():
+    """Two maps on tensors (2, …), and numbers of each member's own, some of which the members share."""
+
+    class Pairs:
+        all_tensors = (*LIKE, *LIKE)
+
+        def gathered(self, v):
+            return tuple(torch.stack([v[j], v[j + 2]]) for j in range(2))
+
+        def scattered(self, v):
+            return (v[0][0], v[1][0], v[0][1], v[1][1])
+
+    class Sheared(LinearMap):
+        def mv(self, v):
+            return v[0], v[1] - shear * v[0].sum(-1)
+
+        def rmv(self, v):
+            raise AssertionError("not asked for")
+
+        def solve(self, v):
+            return v[0], v[1] + shear * v[0].sum(-1)
+
+    shear = draw(2, 1)
+    sums = torch.kron(eye(4), torch.ones(1, 3, dtype=DTYPE))
+    matrix = block(*(eye(16) - c * torch.nn.functional.pad(sums, (0, 4, 12, 0)) for c in shear))
+    v = vector(Pairs.all_tensors)
+    for scales in ((0.5, -2.0, 0.5, -2.0), (0.5, -2.0, 3.0, -2.0), (0.5, torch.tensor(1.5), 3.0, 0.0)):
+        close(
+            OfMembers(Sheared(), Pairs()).conjugated(v, scales),
+            conjugated(matrix, v, (12, 4, 12, 4), [float(x) for x in scales]),
+        )
 
 
 @pytest.mark.parametrize(

@@ -570,3 +570,36 @@ def test_what_is_known_and_frozen_is_not_called_unknown():
         layer.weight.requires_grad_(False)
     with pytest.warns(UserWarning, match="no layer that it knows trains a weight; RMS acts on all of it"):
         precond.auto(model)
+
+
+@pytest.mark.filterwarnings("ignore:no input statistics", "ignore:auto")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.LSTM(5, 4, num_layers=2, batch_first=True),
+        lambda: nn.GRU(5, 4, batch_first=True),
+        lambda: nn.ConvTranspose1d(4, 5, 3),
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 6)),
+    ],
+    ids=["LSTM", "GRU", "transposed", "stack"],
+)
+def test_decay_of_weights_alone_is_that_of_z_also_where_no_root_is_stated(make):
+    """Decay groups: λ of the weights and none of the biases. The step of a recurrence raised, whose P = BNP ∘ Muon states no root.
+
+    With P = BQ, and Q one block for each tensor, P(2Λ)P⁻¹p = B(2Λ)B⁻¹p, B that of BNP or of Whitening: what a decay changes in a step.
+    """
+    lr, decay = 0.01, 0.5
+    moved = {}
+    for λ in (0.0, decay):
+        torch.manual_seed(0)
+        model = make().double()
+        optimizer = precond.auto(precond.decay_groups(model, weight_decay=λ), lr=lr)
+        x = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        y = model(x)
+        (y[0] if isinstance(y, tuple) else y).square().sum().backward()
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.step()
+        moved[λ] = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    for name, p in before.items():
+        if p.ndim > 1:  # B, and Q from the left, take none of the bias into the weight
+            torch.testing.assert_close(moved[decay][name] - moved[0.0][name], -lr * decay * p, rtol=1e-6, atol=1e-12)

@@ -231,6 +231,11 @@ class Space(ABC):
         """Π P⁻¹ p, the coordinates of p."""
         return self.project(self.map.solve(p))
 
+    def scaled(self, p: Vec, scales: Sequence[Scalar]) -> Vec:
+        """P Π Λ P⁻¹ p: p where each tensor of z is multiplied by a number."""
+        own = scales if self._mask is None else [s * m for s, m in zip(scales, self._mask, strict=True)]
+        return self.map.conjugated(p, own)
+
     def sharp(self, g: Vec) -> Vec:
         """P Π Pᵀ g: the tangent of steepest ascent; g in p, M g in z."""
         return self.map.gram(g) if self._mask is None else self.push(self.pull(g))

@@ -206,6 +206,13 @@ def combined(f: Callable[..., Scalar], *scalars: Sequence[Scalar]) -> list[Scala
     return out
 
 
+def uniform(values: Sequence[Scalar]) -> bool:
+    """Whether all values are one number; tensors are not read, only the same tensor counts as equal."""
+    first, *others = values
+    numbers = not any(isinstance(x, Tensor) for x in values)
+    return all(x is first or (numbers and x == first) for x in others)
+
+
 def larger(a: Scalar, b: Scalar) -> Scalar:
     """The larger of two scalars; tensors are not read by the host."""
     if not isinstance(a, Tensor) and not isinstance(b, Tensor):

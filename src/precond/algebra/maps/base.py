@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -66,6 +67,17 @@ class LinearMap(ABC):
     def gram_solve(self, v: Vec) -> Vec:
         """P⁻ᵀ P⁻¹ v = M⁻¹ v, which is known also where M alone is stated."""
         return self.rsolve(self.solve(v))
+
+    def conjugated(self, v: Vec, scales: Sequence[Scalar]) -> Vec:
+        """P Λ P⁻¹ v, with Λ one number for each tensor; where they are all one, Λ v, which asks for no root.
+
+        Args:
+            v: one tensor each.
+            scales: the numbers.
+        """
+        if not v or vec.uniform(scales):
+            return vec.scale(v, scales)
+        return self.mv(vec.scale(self.solve(v), scales))
 
     def add_to(self, p: Vec, v: Vec, keep: float, by: float) -> None:
         """p ← keep·p + by·P v, in place."""

@@ -48,6 +48,11 @@ class Product(LinearMap):
     def gram_solve(self, v: Vec) -> Vec:
         return self.outer.rsolve(self.inner.gram_solve(self.outer.solve(v)))
 
+    def conjugated(self, v: Vec, scales: Sequence[Scalar]) -> Vec:
+        if not v or vec.uniform(scales):
+            return vec.scale(v, scales)
+        return self.outer.mv(self.inner.conjugated(self.outer.solve(v), scales))
+
     def damped(self, delta: float) -> LinearMap:
         # In the coordinates of the outer map: there the entries live whose tiny denominators the damping is for.
         return self if delta == 0 else self.outer @ self.inner.damped(delta)
@@ -84,6 +89,14 @@ class BlockDiagonal(Piecewise):
         out = list(getattr(self.rest, method)(v))
         for positions, block in self.blocks:
             for i, t in zip(positions, getattr(block, method)(tuple(v[i] for i in positions)), strict=True):
+                out[i] = t
+        return tuple(out)
+
+    def conjugated(self, v: Vec, scales: Sequence[Scalar]) -> Vec:
+        out = list(vec.scale(v, scales)) if isinstance(self.rest, Identity) else list(self.rest.conjugated(v, scales))
+        for positions, block in self.blocks:
+            own = block.conjugated(tuple(v[i] for i in positions), [scales[i] for i in positions])
+            for i, t in zip(positions, own, strict=True):
                 out[i] = t
         return tuple(out)
 

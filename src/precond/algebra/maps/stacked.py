@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from precond.algebra import vec
 from precond.algebra.maps.base import LinearMap, Piecewise
 from precond.algebra.vec import Scalar, Vec
 
@@ -39,6 +41,12 @@ class OfMembers(Piecewise):
     def _each(self, method: str, v: Vec) -> Vec:
         return self.stack.scattered(getattr(self.map, method)(self.stack.gathered(v)))
 
+    def conjugated(self, v: Vec, scales: Sequence[Scalar]) -> Vec:
+        stacked = self.stack.gathered(v)
+        members = [scales[j :: len(stacked)] for j in range(len(stacked))]
+        each = [s[0] if vec.uniform(s) else _column(s, t) for s, t in zip(members, stacked, strict=True)]
+        return self.stack.scattered(self.map.conjugated(stacked, each))
+
     def damped(self, delta: float) -> LinearMap:
         return self if delta == 0 else OfMembers(self.map.damped(delta), self.stack)
 
@@ -48,6 +56,12 @@ class OfMembers(Piecewise):
     @property
     def T(self) -> LinearMap:
         return OfMembers(self.map.T, self.stack)
+
+
+def _column(scales: Sequence[Scalar], like: Tensor) -> Tensor:
+    """A number for each member, (k, 1, …)."""
+    each = [torch.as_tensor(s, dtype=like.dtype, device=like.device) for s in scales]
+    return torch.stack(each).view(-1, *[1] * (like.ndim - 1))
 
 
 class Vectorized(Piecewise):

@@ -37,6 +37,9 @@ class Widened(Piecewise):
     def _each(self, method: str, v: Vec) -> Vec:
         return getattr(self.map, method)(vec.map_(lambda t: t.to(wide(t)), v))
 
+    def conjugated(self, v: Vec, scales: Sequence[Scalar]) -> Vec:
+        return self.map.conjugated(vec.map_(lambda t: t.to(wide(t)), v), scales)
+
     def damped(self, delta: float) -> LinearMap:
         return Widened(self.map.damped(delta))
 

@@ -198,13 +198,6 @@ class Regularizer(ABC):
         return float("nan")
 
 
-def uniform(values: Sequence[Scalar]) -> bool:
-    """Whether all values are one number; tensors are not read, only the same tensor counts as equal."""
-    first, *others = values
-    numbers = not any(isinstance(x, Tensor) for x in values)
-    return all(x is first or (numbers and x == first) for x in others)
-
-
 def needs_root(owner: str, reason: str, preconditioner: Preconditioner) -> None:
     """Raise ValueError where a preconditioner states M alone."""
     if not preconditioner.states_root:

@@ -18,7 +18,7 @@ from precond.algebra.vec import Scalar, Vec
 from precond.optim.blocks import Rule
 from precond.optim.checking.arguments import settle
 from precond.optim.preconditioners.base import Preconditioner
-from precond.optim.regularizers.base import At, Regularizer, needs_root, uniform
+from precond.optim.regularizers.base import At, Regularizer, needs_root
 
 # ‖εd‖/‖p‖, one-sided and central: where truncation and cancellation balance.
 _STEPS = {torch.float64: (1e-7, 1e-5), torch.float32: (1e-4, 1e-3), torch.bfloat16: (1e-2, 3e-2), torch.float16: (3e-3, 1e-2)}
@@ -112,11 +112,11 @@ class GradientNorm(Regularizer):
     def direction(self, at: At) -> Tangent:
         """λd, λ of each tensor: the tangent along which the curvature is taken."""
         lam = at["lam"]
-        if self.q == 2 and (uniform(lam) or at.space.map.diagonal):
+        if self.q == 2 and (vec.uniform(lam) or at.space.map.diagonal):
             # λ P Π Pᵀg: needs M alone.
             sharp = at.space.sharp(at.g)
             factor: Scalar = 2.0 if self.power == 2 else inverse(at.space.dual_norm(at.g, sharp))
-            return Tangent(sharp, lam[0] * factor if uniform(lam) else [x * factor for x in lam])
+            return Tangent(sharp, lam[0] * factor if vec.uniform(lam) else [x * factor for x in lam])
         y = at.space.pull(at.g)
         length = at.sums.norm(y, self.q)
         factor = 2 * length if self.power == 2 else 1.0

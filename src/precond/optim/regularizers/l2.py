@@ -15,7 +15,7 @@ from precond.algebra.vec import Scalar
 from precond.optim.blocks import Rule
 from precond.optim.checking.arguments import settle
 from precond.optim.preconditioners.base import Preconditioner
-from precond.optim.regularizers.base import At, Regularizer, uniform
+from precond.optim.regularizers.base import At, Regularizer
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class L2(Regularizer):
     def _uniform(self, at: At) -> bool:
         """Whether λ is one number on what P takes jointly: P(2λP⁻¹p) = 2λp then, whatever P is."""
         lam = at["lam"]
-        return all(uniform(lam[span]) for span in at.joint)
+        return all(vec.uniform(lam[span]) for span in at.joint)
 
     def term(self, at: At) -> Term:
         two_lam = vec.combined(lambda x: 2 * x, at["lam"])
         if self._uniform(at) or at.space.map.diagonal:
             return at.space.raised(at.p, two_lam)  # P(2λP⁻¹p), without the detour
-        return at.space.raised(at.space.push(vec.scale(at.space.solve(at.p), two_lam)))
+        return at.space.raised(at.space.scaled(at.p, two_lam))
 
     def stiffness(self, at: At) -> Sequence[Scalar]:
         return [2 * x if self.joins_gradient else 0.0 for x in at["lam"]]
@@ -76,5 +76,4 @@ class L2(Regularizer):
         """λ‖z‖² = λ pᵀM⁻¹p, which asks for no root; where M is singular, over what it reaches."""
         if self._uniform(at):
             return at.sums.dot(vec.scale(at.p, at["lam"]), at.space.map.gram_solve(at.p))
-        z = at.space.solve(at.p)
-        return at.sums.dot(vec.scale(z, at["lam"]), z)
+        return at.sums.dot(at.p, at.space.map.gram_solve(at.space.scaled(at.p, at["lam"])))  # P⁻ᵀΛP⁻¹ = M⁻¹(PΛP⁻¹)

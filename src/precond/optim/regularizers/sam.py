@@ -13,7 +13,7 @@ from precond.algebra.spaces import Instead, Tangent, Term
 from precond.optim.blocks import Rule
 from precond.optim.checking.arguments import settle
 from precond.optim.preconditioners.base import Preconditioner
-from precond.optim.regularizers.base import At, Regularizer, needs_inverse, needs_root, uniform
+from precond.optim.regularizers.base import At, Regularizer, needs_inverse, needs_root
 from precond.optim.regularizers.gradient_norm import inverse
 
 
@@ -89,7 +89,7 @@ class SAM(Regularizer):
             return (Tangent(at.space.push(vec.scale(vec.mul(T, Ty), rho)), inverse(at.sums.norm(Ty))),)
         sharp = at.space.sharp(at.g)
         shrink = inverse(at.space.dual_norm(at.g, sharp))
-        if uniform(rho):
+        if vec.uniform(rho):
             return (Tangent(sharp, rho[0] * shrink),)
         if at.space.map.diagonal:
             return (Tangent(sharp, [x * shrink for x in rho]),)
