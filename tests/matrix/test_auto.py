@@ -603,3 +603,25 @@ def test_decay_of_weights_alone_is_that_of_z_also_where_no_root_is_stated(make):
     for name, p in before.items():
         if p.ndim > 1:  # B, and Q from the left, take none of the bias into the weight
             torch.testing.assert_close(moved[decay][name] - moved[0.0][name], -lr * decay * p, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:no input statistics", "ignore:auto")
+@pytest.mark.parametrize("recipe", ["auto", "muon", "whitening", "bnp", "soap", "shampoo", "adamw", "sgd"])
+@pytest.mark.parametrize(("inputs", "outputs"), [(4, 6), (6, 4)])
+def test_decay_of_weights_alone_where_there_is_no_gradient_yet(recipe, inputs, outputs):
+    """Behind a layer that begins with zeros (adapters, LoRA's B, the last one of a flow) M is 0 at first; decay under auto was 0/0."""
+    lr, decay = 0.01, 0.5
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(inputs, outputs), nn.Tanh(), nn.Linear(outputs, 3))
+    nn.init.zeros_(model[2].weight)
+    before = model[0].weight.detach().clone()
+    optimizer = getattr(precond, recipe)(precond.decay_groups(model, weight_decay=decay), lr=lr)
+    x = torch.randn(16, inputs, generator=torch.Generator().manual_seed(1))
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+        if before is not None and recipe in ("auto", "muon", "adamw"):
+            torch.testing.assert_close(model[0].weight.detach(), (1 - lr * decay) * before)
+        before = None
+        assert all(p.isfinite().all() for p in model.parameters())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from precond.algebra import vec
 from precond.algebra.maps.base import LinearMap, Piecewise
-from precond.algebra.vec import Vec
+from precond.algebra.vec import Scalar, Vec
 
 
 def augmented(v: Vec, inputs_first: bool = False, stacked: bool = False) -> Tensor:
@@ -77,6 +80,10 @@ class Augmented(Piecewise):
     def _each(self, method: str, v: Vec) -> Vec:
         (matrix,) = getattr(self.map, method)((augmented(v, self.inputs_first, self.stacked),))
         return parted(matrix, v, self.inputs_first)
+
+    def conjugated(self, v: Vec, scales: Sequence[Scalar]) -> Vec:
+        # From the left no column is mixed with another, and Q Λ = Λ Q.
+        return vec.scale(v, scales) if self.map.from_left else super().conjugated(v, scales)
 
     def damped(self, delta: float) -> LinearMap:
         return self if delta == 0 else Augmented(self.map.damped(delta), self.like, self.inputs_first, self.stacked)

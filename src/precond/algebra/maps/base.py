@@ -23,6 +23,7 @@ class LinearMap(ABC):
         root: whether P itself is stated. Where only M = P Pᵀ is known, P is one of many roots, and whatever
             depends on the root (a 1-norm in z) is refused.
         diagonal: whether P acts entry by entry.
+        from_left: whether P acts on each tensor as a matrix, from the left alone: it mixes no columns.
         like: an example of the vectors that P acts on, or None where the map takes any shape.
 
     Example:
@@ -42,6 +43,7 @@ class LinearMap(ABC):
 
     root: bool = True
     diagonal: bool = False
+    from_left: bool = False
     like: Vec | None = None
 
     @abstractmethod
@@ -270,6 +272,9 @@ class Scaled(LinearMap):
 
     def gram_solve(self, v: Vec) -> Vec:
         return self._times(self.map.gram_solve(v), 1 / self.square)
+
+    def conjugated(self, v: Vec, scales: Sequence[Scalar]) -> Vec:
+        return self.map.conjugated(v, scales)  # s/s, also where s is 0
 
     def damped(self, delta: float) -> LinearMap:
         return Scaled(self.map.damped(delta), square=self.square)

@@ -36,6 +36,7 @@ class Spiked(LinearMap):
 
     def __init__(self, basis: Tensor, leading: Tensor, rest: Tensor, like: Vec, layout: Layout):
         self.basis, self.leading, self.rest, self.like, self.layout = basis, leading, rest, like, layout
+        self.from_left = layout.transposed and len(like) == 1
 
     def _of(self, f: Callable[[Tensor], Tensor], v: Vec) -> Vec:
         U, s, a = (self.layout.mine(t) for t in (self.basis, f(self.leading), f(self.rest)))

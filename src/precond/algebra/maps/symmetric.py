@@ -35,6 +35,7 @@ class SymmetricKronecker(LinearMap):
 
     def __init__(self, A: Tensor | None, B: Tensor | None, like: Vec | None = None):
         self.A, self.B, self.like = A, B, like
+        self.from_left = B is None
 
     @cached_property
     def _eigen(self) -> list[tuple[Tensor, Tensor] | None]:

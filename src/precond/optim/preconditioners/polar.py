@@ -248,4 +248,4 @@ class Polar(Stacked):
         matrix = self.matrix(state.block, like)
         length = lengths(state, matrix.shape[-2:], self.gain)
         s = torch.where(state["norm"] > 0, length / state["norm"], 0.0)
-        return Augmented(Scaled(root_of(state).map(state, matrix), s.sqrt()), like, self.is_turned(state.block), stacked)
+        return Scaled(Augmented(root_of(state).map(state, matrix), like, self.is_turned(state.block), stacked), s.sqrt())
