@@ -47,7 +47,7 @@ def _is_one_matrix(leaf: Leaf) -> bool:
     Positions (1, n, d) and scales (d, 1, 1) are added and multiplied entry by entry, and a stack of matrices is not one.
     """
     kernel = isinstance(leaf.module, nn.modules.conv._ConvNd | ParametrizationList)
-    return is_matrix(leaf) and min(leaf.sides) > 1 and (leaf.ndim != 3 or kernel)
+    return is_matrix(leaf) and leaf.param.numel() > 1 and min(leaf.sides) > 1 and (leaf.ndim != 3 or kernel)
 
 
 def _layers(leaves: Sequence[Leaf]) -> Iterator[tuple[int, ...]]:
