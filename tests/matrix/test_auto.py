@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import warnings
 
@@ -550,6 +551,13 @@ def test_neither_the_order_of_declaration_nor_what_else_trains_decides_about_a_m
         assert kinds(Attention(order)) == {"tau": "RMS", "q": "Muon", "k": "Muon"}, order
     for order in (("tau", "q"), ("q", "tau")):
         assert kinds(Attention(order)) == {"tau": "RMS", "q": "Polar"}, order
+    for order in itertools.permutations(
+        shapes := {"none": (0, 3), "tau": (), "q": (4, 5), "places": (1, 3, 4), "hollow": (3, 0, 2)}
+    ):
+        model = nn.Module()
+        for name in order:
+            model.register_parameter(name, nn.Parameter(torch.randn(shapes[name])))
+        assert kinds(model) == {name: "Muon" if name == "q" else "RMS" for name in shapes}, order
     assert kinds(nn.utils.parametrizations.weight_norm(nn.Linear(5, 4), dim=None)) == {
         "bias": "RMS", "parametrizations.weight.original0": "RMS", "parametrizations.weight.original1": "Polar"
     }  # fmt: skip

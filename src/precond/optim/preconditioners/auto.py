@@ -58,7 +58,7 @@ def _layers(leaves: Sequence[Leaf]) -> Iterator[tuple[int, ...]]:
         apart = seen and not recurrent and any(_is_one_matrix(leaves[i]) for i in added)
         for part in (seen, added) if apart else (index,):
             first = leaves[part[0]]
-            if first.kind == "weight" and first.ndim < 2:
+            if first.kind == "weight" and (first.ndim < 2 or not first.param.numel()):
                 part = tuple(sorted(part, key=lambda i: not _is_one_matrix(leaves[i])))
             yield part
 
