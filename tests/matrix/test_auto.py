@@ -551,9 +551,8 @@ def test_neither_the_order_of_declaration_nor_what_else_trains_decides_about_a_m
         assert kinds(Attention(order)) == {"tau": "RMS", "q": "Muon", "k": "Muon"}, order
     for order in (("tau", "q"), ("q", "tau")):
         assert kinds(Attention(order)) == {"tau": "RMS", "q": "Polar"}, order
-    for order in itertools.permutations(
-        shapes := {"none": (0, 3), "tau": (), "q": (4, 5), "places": (1, 3, 4), "hollow": (3, 0, 2)}
-    ):
+    shapes = {"none": (0, 3), "tau": (), "q": (4, 5), "places": (1, 3, 4), "hollow": (3, 0, 2)}
+    for order in itertools.permutations(shapes):
         model = nn.Module()
         for name in order:
             model.register_parameter(name, nn.Parameter(torch.randn(shapes[name])))
