@@ -67,8 +67,8 @@ def auto(
         params: the model, whose inputs are observed.
         lr: best between 0.01 and 0.04 in most trainings. Where layers put out little at first and what follows makes much of it, such
             steps are long: sine-activated nets and plain ones of 20 layers want 0.001 to 0.006. A single linear layer wants 0.1 to 0.6.
-        weight_decay: decoupled, as in :func:`adamw`, of all parameters. Where it differs within a layer, as after :func:`~precond.decay_groups`, layers
-            are stepped by the reference loop, which takes 1.5 to 6 times as long on small nets.
+        weight_decay: decoupled, as in :func:`adamw`, of all parameters. Where it differs within a layer, as after
+            :func:`~precond.decay_groups`, layers are stepped by the reference loop, which takes 1.5 to 6 times as long on small nets.
         momentum: Nesterov's average for layers, unless ``choice.polar`` has its own, Adam's for the rest.
         choice: other rules, or other settings of what is chosen from; None: ``Auto()``.
         maximize, regularizers, options: as in :func:`sgd`.
