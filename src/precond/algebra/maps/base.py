@@ -77,8 +77,10 @@ class LinearMap(ABC):
             v: one tensor each.
             scales: the numbers.
         """
-        if not v or vec.uniform(scales):
-            return vec.scale(v, scales)
+        return vec.scale(v, scales) if not v or vec.uniform(scales) else self._conjugated(v, scales)
+
+    def _conjugated(self, v: Vec, scales: Sequence[Scalar]) -> Vec:
+        """The same where the numbers differ."""
         return self.mv(vec.scale(self.solve(v), scales))
 
     def add_to(self, p: Vec, v: Vec, keep: float, by: float) -> None:

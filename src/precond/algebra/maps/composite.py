@@ -48,9 +48,7 @@ class Product(LinearMap):
     def gram_solve(self, v: Vec) -> Vec:
         return self.outer.rsolve(self.inner.gram_solve(self.outer.solve(v)))
 
-    def conjugated(self, v: Vec, scales: Sequence[Scalar]) -> Vec:
-        if not v or vec.uniform(scales):
-            return vec.scale(v, scales)
+    def _conjugated(self, v: Vec, scales: Sequence[Scalar]) -> Vec:
         return self.outer.mv(self.inner.conjugated(self.outer.solve(v), scales))
 
     def damped(self, delta: float) -> LinearMap:
@@ -85,20 +83,16 @@ class BlockDiagonal(Piecewise):
         self.root = all(m.root for _, m in self.blocks)
         self.diagonal = all(m.diagonal for _, m in self.blocks)
 
-    def _each(self, method: str, v: Vec) -> Vec:
-        out = list(getattr(self.rest, method)(v))
+    def _each(self, method: str, *each: Sequence[Scalar]) -> Vec:
+        out = list(getattr(self.rest, method)(*each))
         for positions, block in self.blocks:
-            for i, t in zip(positions, getattr(block, method)(tuple(v[i] for i in positions)), strict=True):
+            own = getattr(block, method)(*(tuple(x[i] for i in positions) for x in each))
+            for i, t in zip(positions, own, strict=True):
                 out[i] = t
         return tuple(out)
 
     def conjugated(self, v: Vec, scales: Sequence[Scalar]) -> Vec:
-        out = list(vec.scale(v, scales)) if isinstance(self.rest, Identity) else list(self.rest.conjugated(v, scales))
-        for positions, block in self.blocks:
-            own = block.conjugated(tuple(v[i] for i in positions), [scales[i] for i in positions])
-            for i, t in zip(positions, own, strict=True):
-                out[i] = t
-        return tuple(out)
+        return self._each("conjugated", v, scales)
 
     def damped(self, delta: float) -> LinearMap:
         return BlockDiagonal([(i, m.damped(delta)) for i, m in self.blocks], self.like, self.rest.damped(delta))

@@ -34,11 +34,11 @@ class Widened(Piecewise):
     def __init__(self, map: LinearMap):
         self.map, self.like, self.root, self.diagonal = map, map.like, map.root, map.diagonal
 
-    def _each(self, method: str, v: Vec) -> Vec:
-        return getattr(self.map, method)(vec.map_(lambda t: t.to(wide(t)), v))
+    def _each(self, method: str, v: Vec, *more: Sequence[Scalar]) -> Vec:
+        return getattr(self.map, method)(vec.map_(lambda t: t.to(wide(t)), v), *more)
 
     def conjugated(self, v: Vec, scales: Sequence[Scalar]) -> Vec:
-        return self.map.conjugated(vec.map_(lambda t: t.to(wide(t)), v), scales)
+        return self._each("conjugated", v, scales)
 
     def damped(self, delta: float) -> LinearMap:
         return Widened(self.map.damped(delta))

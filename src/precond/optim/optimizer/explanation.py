@@ -73,8 +73,9 @@ def explain(
             what = _acting(cell.preconditioner, cell.block, mine) if cell.handled else "identity"
             missing = unobserved.get(leaf.param) or (_TABLE if leaf.kind == "embedding" and not leaf.sites else "")
             asked = cell.preconditioner.requests or ((what == "identity" or _is_idle(cell)) and of_groups[leaf.group].requests)
-            if missing and (reason.endswith(NOT_OBSERVED) or asked):
-                reason = f"{reason if reason.endswith(NOT_OBSERVED) else NOT_OBSERVED}: {missing}"
+            told = reason.endswith(NOT_OBSERVED)
+            if missing and (told or asked):
+                reason = f"{reason if told else NOT_OBSERVED}: {missing}"
             found = cell.preconditioner.findings(cell.state)
             member = cell.index.index(i) // len(cell.block.leaves)
             reason = ", ".join(x for x in (reason, *found[member : member + 1]) if x)
